@@ -1,0 +1,1 @@
+"""Training and inference of early-exit language models on unmodified Megatron."""

@@ -1,0 +1,198 @@
+"""The one typed description of a model's exits.
+
+`EarlyExitConfig` is what the command line, the checkpoint and the engines agree on. Its fields
+carry the names of the flags (`exit_layer_nums` is `--exit-layer-nums`), its docstrings are their
+help texts, and `exits` is the normalised form that the rest of the package works with: an exit is
+known by its position p, the number of backbone layers that run before it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+WarmupStyle = Literal["linear", "cosine"]
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """One exit of a model.
+
+    Attributes:
+        position: number of backbone layers run before the exit, 1 <= position <= num_layers.
+        weight: final weight of its loss.
+        weight_init: weight of its loss at the first iteration.
+        temperature: divisor of its logits in the loss.
+    """
+
+    position: int
+    weight: float
+    weight_init: float
+    temperature: float
+
+
+def _numbers(kind: type) -> dict[str, Any]:
+    return {"argparse_meta": {"type": kind, "nargs": "+", "default": []}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyExitConfig:
+    """Where the exits are, what their heads are made of, and how their losses are weighted.
+
+    Raises:
+        ValueError: a field is outside its range; the message names the flag, the value and the
+            range. Bounds that depend on the depth of the model are checked by `validate`.
+    """
+
+    exit_layer_nums: tuple[int, ...] = field(default=(), metadata=_numbers(int))
+    """Layers that have an exit, counted from 1. The exit is after the layer, or before it with
+    --pre-exit."""
+
+    pre_exit: bool = False
+    """Place each exit before its layer instead of after it: --pre-exit with layer k + 1 is the
+    same model as an exit after layer k, but at a stage boundary the head moves to the next
+    pipeline stage."""
+
+    use_exit_norm: bool = False
+    """Give each exit its own norm before the output projection."""
+
+    use_exit_mlp: bool = False
+    """Give each exit its own MLP that takes the place of its layer's MLP in the branch."""
+
+    use_exit_block: bool = False
+    """Give each exit a whole transformer layer of its own."""
+
+    untie_exit_output_weights: bool = False
+    """Give each exit an output projection of its own; the default is one projection for all
+    exits, tied to the word embedding."""
+
+    exit_layer_weight: tuple[float, ...] = field(default=(), metadata=_numbers(float))
+    """Weight of each exit's loss in the total loss, in the order of --exit-layer-nums
+    (default: 1.0 each)."""
+
+    exit_layer_weight_init: tuple[float, ...] = field(default=(), metadata=_numbers(float))
+    """Weight of each exit's loss at the first iteration, when --exit-layer-weight-warmup-iters
+    is positive (default: 0.0 each). A value above the final weight cools the exit down."""
+
+    exit_layer_weight_warmup_iters: int = 0
+    """Iterations over which the weights move from their initial to their final values."""
+
+    exit_layer_weight_warmup_style: WarmupStyle = "linear"
+    """Shape of the weights' warm-up or cool-down."""
+
+    exit_layer_temperature: tuple[float, ...] = field(default=(), metadata=_numbers(float))
+    """Divisor of each exit's logits in its loss (default: 1.0 each)."""
+
+    use_dynamic_exit_layer_weight: bool = False
+    """Weight the loss of each token by the exit's own confidence in it, the largest softmax
+    probability (held constant in the backward pass)."""
+
+    def __post_init__(self) -> None:
+        for name in ("exit_layer_nums", *_PER_EXIT_DEFAULTS):
+            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+        lowest = 2 if self.pre_exit else 1
+        for number in self.exit_layer_nums:
+            if isinstance(number, bool) or not isinstance(number, int) or number < lowest:
+                raise ValueError(self._layer_message(number, lowest, "the number of layers"))
+        repeated = {n for n in self.exit_layer_nums if self.exit_layer_nums.count(n) > 1}
+        if repeated:
+            raise ValueError(
+                f"--exit-layer-nums {_join(self.exit_layer_nums)}: layer {min(repeated)} is given "
+                "more than once, each layer may have one exit"
+            )
+        for name, default in _PER_EXIT_DEFAULTS.items():
+            self._check_per_exit_values(name, default)
+        if self.exit_layer_weight_warmup_iters < 0:
+            raise ValueError(
+                f"--exit-layer-weight-warmup-iters {self.exit_layer_weight_warmup_iters} is out of "
+                "range, allowed: 0 or more"
+            )
+        if self.exit_layer_weight_warmup_style not in get_args(WarmupStyle):
+            raise ValueError(
+                f"--exit-layer-weight-warmup-style {self.exit_layer_weight_warmup_style!r} is "
+                f"unknown, allowed: {', '.join(get_args(WarmupStyle))}"
+            )
+        if self.use_exit_mlp and self.pre_exit:
+            raise ValueError(
+                "--use-exit-mlp with --pre-exit is not possible: the exit's MLP takes the place "
+                "of the MLP of the layer it follows, so the exit must be after that layer "
+                "(allowed: one of the two flags)"
+            )
+
+    def _check_per_exit_values(self, name: str, default: float) -> None:
+        flag = "--" + name.replace("_", "-")
+        values = getattr(self, name)
+        if not values:
+            object.__setattr__(self, name, (default,) * len(self.exit_layer_nums))
+            return
+        if len(values) != len(self.exit_layer_nums):
+            raise ValueError(
+                f"{flag} {_join(values)} has {len(values)} values, allowed: one for each of the "
+                f"{len(self.exit_layer_nums)} layers of --exit-layer-nums"
+            )
+        is_temperature = name == "exit_layer_temperature"
+        for value in values:
+            if not math.isfinite(value) or value < 0 or (is_temperature and value == 0):
+                allowed = "above 0" if is_temperature else "0 or more"
+                raise ValueError(f"{flag} {value} is out of range, allowed: {allowed}")
+
+    def _layer_message(self, number: object, lowest: int, highest: object) -> str:
+        placement = " with --pre-exit" if self.pre_exit else ""
+        return (
+            f"--exit-layer-nums {number} is out of range, allowed{placement}: {lowest} to {highest}"
+        )
+
+    def validate(self, num_layers: int) -> None:
+        """Check the exits against the depth of the model.
+
+        Raises:
+            ValueError: a layer of `exit_layer_nums` is beyond `num_layers`.
+        """
+        lowest = 2 if self.pre_exit else 1
+        for number in self.exit_layer_nums:
+            if number > num_layers:
+                raise ValueError(self._layer_message(number, lowest, num_layers))
+
+    @property
+    def exits(self) -> tuple[Exit, ...]:
+        """The exits in the order of their positions, whatever the placement."""
+        shift = 1 if self.pre_exit else 0
+        per_exit = zip(
+            self.exit_layer_nums,
+            self.exit_layer_weight,
+            self.exit_layer_weight_init,
+            self.exit_layer_temperature,
+            strict=True,
+        )
+        unsorted = (Exit(n - shift, w, w0, t) for n, w, w0, t in per_exit)
+        return tuple(sorted(unsorted, key=lambda one: one.position))
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Number of backbone layers before each exit, ascending."""
+        return tuple(one.position for one in self.exits)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_attributes(cls, source: object) -> "EarlyExitConfig":
+        """Read the fields from the attributes of parsed arguments; absent ones keep defaults."""
+        names = (f.name for f in fields(cls))
+        return cls(**{n: getattr(source, n) for n in names if getattr(source, n, None) is not None})
+
+
+_PER_EXIT_DEFAULTS = {
+    "exit_layer_weight": 1.0,
+    "exit_layer_weight_init": 0.0,
+    "exit_layer_temperature": 1.0,
+}
+
+
+def _join(values: Sequence[object]) -> str:
+    return " ".join(str(value) for value in values)
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
