@@ -1,0 +1,48 @@
+# `make` alone lists the commands.
+
+SHELL := bash
+BIN := .venv/bin
+# Processes that run tests side by side.
+WORKERS ?= 2
+# Tests that start processes of their own stay in one group per folder (see tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast check lint types imports format clean
+
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: ## Install everything into .venv (PYTHON=/path/to/python chooses the interpreter)
+	@PYTHON='$(PYTHON)' bash tools/setup/make_venv.sh
+
+demo: setup ## Train a small early-exit model on this machine's own text and generate with it
+	@$(BIN)/python examples/quickstart/run.py
+
+test: setup ## Run every check and test (tests/unit/test_project.py runs lint, types and imports)
+	@$(PYTEST) tests
+
+test-fast: setup ## Run the checks and the unit tests, under three minutes
+	@$(PYTEST) tests/unit
+
+check: lint types imports ## Run the checks alone
+
+lint: setup ## Check style, formatting and spelling
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --diff .
+	@$(BIN)/codespell
+
+types: setup ## Check the package's types, strictly
+	@$(BIN)/mypy
+
+imports: setup ## Check that imports in the package run one way
+	@$(BIN)/lint-imports --no-logo
+
+format: setup ## Rewrite files in the project's format
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+
+clean: ## Delete .venv, caches and build products
+	@rm -rf .venv build dist *.egg-info
+	@rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

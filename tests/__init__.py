@@ -1,0 +1,1 @@
+"""Tests: unit/ starts no processes, distributed/ starts gloo ranks, functional/ command lines."""

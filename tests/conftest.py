@@ -1,0 +1,35 @@
+"""What holds for every test: one thread per process, no network, GPU tests only where one is."""
+
+import os
+from pathlib import Path
+
+# Before torch is imported, and for the processes that tests start: ranks share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
+
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps tests that start processes in one worker per folder, and skips what needs a GPU."""
+    for item in items:
+        folder = item.path.relative_to(HERE).parts[0]
+        if folder != "unit":
+            item.add_marker(pytest.mark.xdist_group(folder))
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_items and not _has_gpu():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# Creates or updates .venv with the project, its extras and its tools. Done within a second when
+# nothing changed since the last time; an interrupted or damaged .venv is built anew.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$here/../.." && pwd)
+cd "$root"
+venv=.venv
+stamp=$venv/.setup-done
+unfinished=$venv/.setup-unfinished
+log=$venv/setup.log
+
+# Two commands started at once must not install into the same .venv.
+exec 9<pyproject.toml
+if command -v flock >/dev/null; then flock 9; fi
+
+# What the environment was made from; it holds absolute paths, so the root is part of it.
+fingerprint() {
+    printf '%s\n' "$root"
+    cat pyproject.toml setup.py "$here/make_venv.sh" | cksum
+}
+
+is_complete() {
+    "$venv/bin/python" -E "$here/check_venv.py"
+}
+
+# Why .venv cannot be updated in place; prints nothing if it can.
+reason_to_rebuild() {
+    local supported
+    if [[ -e $unfinished ]]; then
+        echo "an earlier setup was interrupted"
+    elif ! "$venv/bin/python" -E -m pip --version >/dev/null 2>&1; then
+        echo "its Python or pip does not run"
+    elif ! supported=$(PYTHON="$venv/bin/python" bash "$here/find_python.sh" 2>/dev/null); then
+        echo "its Python is not a supported version"
+    elif [[ -e $stamp && $(head -n 1 "$stamp") != "$root" ]]; then
+        echo "it was made in another folder"
+    fi
+}
+
+create() {
+    local python
+    python=$(bash "$here/find_python.sh")
+    rm -rf "$venv"
+    mkdir "$venv"
+    touch "$unfinished"
+    echo "Creating .venv with $("$python" --version)"
+    "$python" -m venv "$venv"
+}
+
+# Turns pip's talk into one line that counts packages, or a line now and then without a terminal.
+show_progress() {
+    local line packages=0
+    while IFS= read -r line; do
+        case $line in
+            Collecting\ *)
+                packages=$((packages + 1))
+                if [[ -t 1 ]]; then
+                    printf '\r  %d packages found' "$packages"
+                elif ((packages % 25 == 0)); then
+                    echo "  $packages packages found"
+                fi
+                ;;
+            Installing\ collected\ packages*)
+                [[ -t 1 ]] && echo
+                echo "  $packages packages found, unpacking them"
+                ;;
+        esac
+    done
+}
+
+install() {
+    echo "Installing into .venv (2 to 4 minutes and 6 GB the first time)"
+    touch "$unfinished"
+    rm -f "$stamp"
+    if ! "$venv/bin/python" -E -m pip install --disable-pip-version-check --no-input \
+        --editable '.[dev,hf]' 2>&1 | tee "$log" | show_progress; then
+        tail -n 15 "$log" >&2
+        echo "error: pip could not install the project; the whole of what it said is in $log" >&2
+        return 1
+    fi
+}
+
+finish() {
+    fingerprint >"$stamp"
+    rm -f "$unfinished"
+    echo "Setup done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
+}
+
+if [[ -e $stamp && ! -e $unfinished && $(<"$stamp") == "$(fingerprint)" ]] &&
+    is_complete >/dev/null 2>&1; then
+    exit 0
+fi
+
+if [[ -e $venv ]]; then
+    reason=$(reason_to_rebuild)
+    if [[ -z $reason ]]; then
+        install
+        if is_complete; then
+            finish
+            exit 0
+        fi
+        reason="packages are damaged"
+    fi
+    echo "Building .venv anew: $reason"
+fi
+create
+install
+is_complete
+finish
