@@ -1,0 +1,1 @@
+"""The early-exit GPT: its layers, exit heads and builder."""

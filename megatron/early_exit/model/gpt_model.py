@@ -1,0 +1,242 @@
+"""A Megatron GPT with exits.
+
+The exits live in `model.exits`, outside `decoder.layers`: the backbone keeps Megatron's own
+checkpoint keys. Labels and loss mask reach an exit through the `context` and `context_mask`
+arguments of the layers: a decoder has no cross attention, so Megatron carries the two untouched,
+and also carries them, microbatch by microbatch, through activation recomputation.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, cast
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from torch import Tensor
+
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.model.exit_head import ExitHeads
+from megatron.early_exit.model.tied_weights import connect_tied_weights
+
+_WORD_EMBEDDING_KEY = "embedding.word_embeddings.weight"
+_BRANCH_KWARGS = (
+    "attention_mask",
+    "rotary_pos_emb",
+    "rotary_pos_cos",
+    "rotary_pos_sin",
+    "rotary_pos_cos_sin",
+    "attention_bias",
+    "packed_seq_params",
+    "sequence_len_offset",
+    "padding_mask",
+)
+
+
+class ExitTap(Protocol):
+    """What happens at an exit while the backbone runs; training provides one."""
+
+    def __call__(
+        self,
+        exits: ExitHeads,
+        position: int,
+        hidden: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor | None,
+        layer_kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Return `hidden` [s, b, h] unchanged in value; labels and loss_mask are [b, s]."""
+        ...
+
+
+class EarlyExitGPTModel(GPTModel):
+    """GPTModel whose layers hand their hidden states to `exit_tap` at the exits."""
+
+    exits: ExitHeads
+    exit_tap: ExitTap | None
+
+    def add_exits(self, options: EarlyExitConfig) -> None:
+        """Build the heads of the exits that belong to this chunk and attach them to its layers."""
+        self.exit_tap = None
+        self.exits = ExitHeads(self.config, self.vocab_size, self.pg_collection)
+        layers = {layer.layer_number: layer for layer in self.decoder.layers}
+        for position in options.positions:
+            layer = layers.get(position + 1 if options.pre_exit else position)
+            if layer is None:
+                continue
+            if not isinstance(layer.cross_attention, IdentityOp):
+                raise ValueError("exits need layers without cross attention")
+            self.exits.add(options, position, layer, self.decoder.submodules.layer_norm)
+            self._attach(options, position, layer)
+        if self.exits.heads and not options.untie_exit_output_weights:
+            self._tie_exits()
+
+    def _tie_exits(self) -> None:
+        if self.pre_process:
+            self.exits.find_tied_weight = lambda: self.embedding.word_embeddings.weight
+        elif self.post_process and self.share_embeddings_and_output_weights:
+            self.exits.find_tied_weight = lambda: self.output_layer.weight
+        else:
+            self.exits.copy_word_embedding()
+            self.exits.find_tied_weight = lambda: self.exits.tied_copy
+
+    def _attach(self, options: EarlyExitConfig, position: int, layer: TransformerLayer) -> None:
+        def tap(hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+            labels = kwargs.get("context")
+            if self.exit_tap is None or labels is None:
+                return hidden
+            branch_kwargs = {name: kwargs.get(name) for name in _BRANCH_KWARGS}
+            return self.exit_tap(
+                self.exits, position, hidden, labels, kwargs.get("context_mask"), branch_kwargs
+            )
+
+        if options.use_exit_mlp:
+            _tap_before_mlp(layer, tap)
+        elif options.pre_exit:
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs: (
+                    args,
+                    {**kwargs, "hidden_states": tap(kwargs["hidden_states"], kwargs)},
+                ),
+                with_kwargs=True,
+            )
+        else:
+            layer.register_forward_hook(
+                lambda _, args, kwargs, output: (tap(output[0], kwargs), *output[1:]),
+                with_kwargs=True,
+            )
+
+    def forward(
+        self,
+        *args: Any,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        extra_block_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """GPTModel's forward; `labels` and `loss_mask` [b, s] are used on every stage with exits.
+
+        Returns:
+            What GPTModel returns: hidden states [s, b, h] before the last stage; on it, logits
+            [b, s, v] without labels, losses of the final head [b, s] with them.
+        """
+        if labels is not None and self.exits.heads:
+            targets = {"context": labels, "context_mask": loss_mask}
+            extra_block_kwargs = {**(extra_block_kwargs or {}), **targets}
+        return cast(
+            Tensor,
+            super().forward(
+                *args,
+                labels=labels,
+                loss_mask=loss_mask,
+                extra_block_kwargs=extra_block_kwargs,
+                **kwargs,
+            ),
+        )
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """GPTModel's sharded state with `exits.*` beside it; a tied copy is saved as one more
+        replica of the word embedding."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        name = f"{prefix}exits.tied_copy"
+        if name in state:
+            copy_number = 1 + self.decoder.layers[0].layer_number
+            state[name] = self.exits.tied_sharded_tensor(
+                prefix + _WORD_EMBEDDING_KEY, copy_number, metadata
+            )
+        return state
+
+
+def _tap_before_mlp(
+    layer: TransformerLayer, tap: Callable[[Tensor, dict[str, Any]], Tensor]
+) -> None:
+    # The (absent) cross attention stands between attention and MLP: its input is the residual
+    # stream there, and unlike the norm before the MLP it is never recomputed by itself.
+    current: dict[str, Any] = {}
+    layer.register_forward_pre_hook(
+        lambda _, args, kwargs: current.update(kwargs), with_kwargs=True
+    )
+
+    def at_cross_attention(_: object, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        kwargs = dict(current)
+        current.clear()
+        return tap(output, kwargs)
+
+    layer.cross_attention.register_forward_hook(at_cross_attention)
+
+
+@dataclass(kw_only=True)
+class EarlyExitGPTModelConfig(GPTModelConfig):
+    """Megatron's GPT configuration plus the exits."""
+
+    builder: ClassVar[str] = "megatron.early_exit.model.gpt_model.EarlyExitGPTModelBuilder"
+    early_exit: EarlyExitConfig = field(default_factory=EarlyExitConfig)
+
+    def __post_init__(self) -> None:
+        self.pre_wrap_hooks = [*self.pre_wrap_hooks, connect_tied_weights]
+
+
+class EarlyExitGPTModelBuilder(GPTModelBuilder):
+    """Builds `EarlyExitGPTModel` stages.
+
+    Raises:
+        ValueError: a feature of the backbone does not go together with exits.
+    """
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> EarlyExitGPTModel:
+        """Build one stage; arguments as in `GPTModelBuilder.build_model`."""
+        config = cast(EarlyExitGPTModelConfig, self._model_config)
+        check_backbone(config)
+        model: MegatronModule = super().build_model(
+            pg_collection, pre_process, post_process, vp_stage
+        )
+        # The stock builder names its class, and exits are added after construction, so the class
+        # can change here; overriding it would mean copying its list of arguments.
+        model.__class__ = EarlyExitGPTModel
+        model = cast(EarlyExitGPTModel, model)
+        model.add_exits(config.early_exit)
+        return model
+
+
+def check_backbone(config: EarlyExitGPTModelConfig) -> None:
+    """Refuse what exits cannot be combined with.
+
+    Raises:
+        ValueError: in one sentence with the flag.
+    """
+    transformer, exits = config.transformer, config.early_exit
+    exits.validate(transformer.num_layers)
+    if not exits.positions:
+        return
+    if transformer.mtp_num_layers:
+        raise ValueError("--mtp-num-layers cannot be combined with --exit-layer-nums")
+    if transformer.cuda_graph_impl != "none":
+        raise ValueError(
+            f"--cuda-graph-impl {transformer.cuda_graph_impl} cannot be combined with "
+            "--exit-layer-nums, allowed: none"
+        )
+    for flag, used in (
+        ("--use-exit-mlp", exits.use_exit_mlp),
+        ("--use-exit-block", exits.use_exit_block),
+    ):
+        if used and transformer.num_moe_experts is not None:
+            raise ValueError(
+                f"{flag} cannot be combined with --num-experts {transformer.num_moe_experts}: "
+                "the heads of a mixture-of-experts model are made of a norm and a projection"
+            )

@@ -1,0 +1,43 @@
+"""Random numbers for the exits that leave the backbone's random numbers as they were.
+
+A model with exits must draw the very weights and dropout masks that the same model draws without
+them, so whatever an exit draws is drawn inside one of these contexts.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+_MODEL_PARALLEL_OFFSET = 2718
+_SHARED_STATE = "data-parallel-rng"
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Restore every random state (host, device, tensor-parallel tracker) on leaving."""
+    tracker = get_cuda_rng_tracker()
+    host, device, tracked = torch.get_rng_state(), torch.cuda.get_rng_state(), tracker.get_states()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(host)
+        torch.cuda.set_rng_state(device)
+        tracker.set_states(tracked)
+
+
+@contextmanager
+def seeded_rng(seed: int, tp_rank: int) -> Iterator[None]:
+    """Draw from `seed`; parallel regions differ by tensor-parallel rank as Megatron's do."""
+    with preserved_rng():
+        tracker = get_cuda_rng_tracker()
+        states = {}
+        for name in tracker.get_states():
+            offset = 0 if name == _SHARED_STATE else _MODEL_PARALLEL_OFFSET + tp_rank
+            torch.cuda.manual_seed(seed + offset)
+            states[name] = torch.cuda.get_rng_state()
+        tracker.set_states(states)
+        torch.manual_seed(seed)
+        torch.cuda.manual_seed(seed)
+        yield

@@ -1,0 +1,181 @@
+"""The deferred auxiliary loss of the exits.
+
+At an exit the hidden state passes through one autograd function. Going forward it is the
+identity. In backward it rebuilds the exit's graph from the saved hidden state, computes the
+weighted exit loss, backpropagates it there and then, and adds its gradient to the incoming one.
+So stage i of a pipeline minimises its exit losses plus <g_i, x_i> (EE-LLM, arXiv 2312.04916),
+under any of Megatron's schedules, with nothing more to transfer; and the exit's own forward runs
+in the backward phase, one microbatch at a time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.model.exit_head import ExitHeads
+from megatron.early_exit.training.head_loss import HeadLossOptions, head_loss
+from megatron.early_exit.training.loss_weight import exit_loss_weights
+from megatron.early_exit.training.metrics import ExitMetrics
+
+
+class _Deferred(torch.autograd.Function):
+    """Identity; in backward, `run(hidden)` is added to the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.run = run
+        # A tensor of its own on the same memory: the pipeline frees a stage's output through
+        # `.data` after sending it, and refuses to do so for a view.
+        output = torch.empty((1,), dtype=hidden.dtype, device=hidden.device)
+        output.data = hidden.data
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (hidden,) = ctx.saved_tensors
+        return ctx.run(hidden).add_(gradient), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossNormalization:
+    """How Megatron reduces a loss over tokens.
+
+    Attributes:
+        per_token: `--calculate-per-token-loss`: sums here, divided by the tokens of the global
+            batch when gradients are finished; else the mean of each microbatch.
+        context_parallel_size: ranks that a sequence is divided over.
+    """
+
+    per_token: bool
+    context_parallel_size: int
+
+
+class ExitObjective:
+    """The exits' share of the training objective; the `exit_tap` of a model.
+
+    Args:
+        config: the exits.
+        normalization: how the final loss is reduced, the exits' are reduced the same way.
+        chunk_tokens: tokens whose logits exist at a time; None for a default by memory.
+    """
+
+    def __init__(
+        self,
+        config: EarlyExitConfig,
+        normalization: LossNormalization,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        self.config = config
+        self.normalization = normalization
+        self.chunk_tokens = chunk_tokens
+        self.temperatures = {one.position: one.temperature for one in config.exits}
+        self.weights = exit_loss_weights(config, iteration=0)
+        self.training_metrics = ExitMetrics(config.positions)
+        self.validation_metrics = ExitMetrics(config.positions)
+        self._loss_scale: Tensor | float = 1.0
+
+    def start_iteration(self, iteration: int) -> None:
+        """Set the loss weights for the iteration after `iteration` completed ones."""
+        self.weights = exit_loss_weights(self.config, iteration)
+
+    def set_loss_scale(self, scale: Tensor) -> None:
+        """For `config.experimental_attention_variant_loss_scale_func`, the hook that Megatron
+        calls at every forward step with gradient scale * context parallel size / microbatches
+        (without the last two when losses are reduced per token)."""
+        per_token = self.normalization.per_token
+        self._loss_scale = scale if per_token else scale / self.normalization.context_parallel_size
+
+    def __call__(
+        self,
+        exits: ExitHeads,
+        position: int,
+        hidden: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor | None,
+        layer_kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Attach the loss of the exit at `position` to `hidden` [s, b, h]; see `ExitTap`.
+
+        In evaluation the loss is computed at once and only measured. In a forward pass without
+        gradients during training (the first one of activation recomputation) nothing happens.
+        """
+        targets = _Targets.of(labels, loss_mask)
+        if not exits.training:
+            self._run(exits, position, hidden, targets, layer_kwargs, self.validation_metrics)
+            return hidden
+        if not torch.is_grad_enabled():
+            return hidden
+
+        def run(saved: Tensor) -> Tensor:
+            leaf = saved.detach().requires_grad_()
+            with torch.enable_grad():
+                self._run(exits, position, leaf, targets, layer_kwargs, self.training_metrics)
+            assert leaf.grad is not None
+            return leaf.grad
+
+        if not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()
+        output: Tensor = _Deferred.apply(hidden, run)  # type: ignore[no-untyped-call]
+        return output
+
+    def _run(
+        self,
+        exits: ExitHeads,
+        position: int,
+        hidden: Tensor,
+        targets: "_Targets",
+        layer_kwargs: dict[str, Any],
+        metrics: ExitMetrics,
+    ) -> None:
+        """Compute one exit's loss; with gradients enabled, backpropagate it to the leaf `hidden`."""
+        options = HeadLossOptions(
+            temperature=self.temperatures[position],
+            confidence_weighted=self.config.use_dynamic_exit_layer_weight,
+            chunk_tokens=self.chunk_tokens,
+            tp_group=exits.tp_group,
+        )
+
+        def criterion(output: Tensor, weight: Tensor) -> None:
+            if exits.config.sequence_parallel:
+                output = gather_from_sequence_parallel_region(output, group=exits.tp_group)
+            else:
+                output = copy_to_tensor_model_parallel_region(output, group=exits.tp_group)
+            flat = output.reshape(-1, output.shape[-1]).to(weight.dtype)
+            coefficients = None
+            if torch.is_grad_enabled():
+                coefficients = targets.mask * self._coefficient(position, targets)
+            result, gradient = head_loss(flat, weight, targets.labels, options, coefficients)
+            metrics.add(position, result, targets.mask)
+            if gradient is not None:
+                torch.autograd.backward(flat, gradient)
+
+        exits(position, hidden, criterion, layer_kwargs)
+
+    def _coefficient(self, position: int, targets: "_Targets") -> Tensor | float:
+        coefficient = self.weights[position] * self._loss_scale
+        if self.normalization.per_token:
+            return coefficient
+        return coefficient / targets.mask.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """What a microbatch's exits should predict, both [s * b], sequence first as hidden states."""
+
+    labels: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, loss_mask: Tensor | None) -> "_Targets":
+        """From [b, s]."""
+        mask = torch.ones_like(labels) if loss_mask is None else loss_mask
+        return cls(labels.t().reshape(-1), mask.t().reshape(-1).float())

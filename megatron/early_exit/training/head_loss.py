@@ -1,0 +1,206 @@
+"""Cross entropy of an output projection, in chunks of tokens, with its gradients.
+
+The logits of a chunk are made, turned into their own gradient in place, used for the gradients of
+the hidden states and of the weight, and dropped: the full [tokens, vocabulary] matrix never
+exists. Loss and gradients come from one call because an exit's loss is computed in the backward
+phase, when its coefficients are already known.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+_LOGITS_BYTES_PER_CHUNK = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """Per-token results of one head, each [n] in fp32.
+
+    Attributes:
+        loss: cross entropy of the (tempered) logits, not weighted.
+        correct: 1 where the label has the largest logit.
+        weight: what the token's loss is multiplied by: 1, or the head's own confidence.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadLossOptions:
+    """How a head's loss is computed.
+
+    Attributes:
+        temperature: divisor of the logits.
+        confidence_weighted: weight each token by its largest softmax probability.
+        chunk_tokens: tokens per chunk; None bounds a chunk's fp32 logits to 256 MiB.
+        tp_group: the tensor-parallel group that the vocabulary is divided over.
+    """
+
+    temperature: float
+    confidence_weighted: bool
+    chunk_tokens: int | None
+    tp_group: torch.distributed.ProcessGroup
+
+    def chunks(self, tokens: int, vocab_size: int) -> Iterator[slice]:
+        """Slices of at most the allowed number of tokens."""
+        size = self.chunk_tokens or max(1, _LOGITS_BYTES_PER_CHUNK // (4 * vocab_size))
+        count = -(-tokens // size)
+        size = -(-tokens // max(count, 1))
+        for start in range(0, tokens, max(size, 1)):
+            yield slice(start, min(start + size, tokens))
+
+
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    options: HeadLossOptions,
+    coefficients: Tensor | None = None,
+) -> tuple[HeadLoss, Tensor | None]:
+    """Loss of the head `hidden @ weight.T` over a vocabulary divided by tensor parallelism.
+
+    Args:
+        hidden: [n, h], the same on every tensor-parallel rank.
+        weight: [v, h], this rank's rows of the projection.
+        labels: [n], ids in the whole vocabulary.
+        options: temperature, token weights, chunking.
+        coefficients: [n], d(objective) / d(weight_i * loss_i). Without them only the loss is
+            computed. With them the gradient of `weight`, where it needs one, is accumulated (its
+            backward hooks run once), and this rank's part of the gradient of `hidden` is returned
+            (to be summed over the tensor-parallel group).
+
+    Returns:
+        The per-token results, and the gradient [n, h] or None.
+    """
+    tokens, vocab_size = hidden.shape[0], weight.shape[0]
+    hidden, frozen_weight = hidden.detach(), weight.detach()
+    slices = list(options.chunks(tokens, vocab_size))
+    hidden_gradient = None if coefficients is None else torch.empty_like(hidden)
+    weight_gradient = None
+    if coefficients is not None and weight.requires_grad:
+        weight_gradient = _WeightGradient(weight, len(slices))
+    parts = []
+    with torch.no_grad():
+        for rows in slices:
+            logits = torch.mm(hidden[rows], frozen_weight.t()).float()
+            part, exponentials, total = _chunk_loss(logits, labels[rows], options)
+            parts.append(part)
+            if coefficients is None or hidden_gradient is None:
+                continue
+            scale = coefficients[rows] * part.weight / options.temperature
+            gradient = _logits_gradient(exponentials, total, labels[rows], scale, options)
+            gradient = gradient.to(hidden.dtype)
+            torch.mm(gradient, frozen_weight, out=hidden_gradient[rows])
+            if weight_gradient is not None:
+                weight_gradient.add(gradient, hidden[rows])
+    if weight_gradient is not None:
+        weight_gradient.deliver()
+    fields = ([getattr(part, name) for part in parts] for name in ("loss", "correct", "weight"))
+    return HeadLoss(*(torch.cat(field) for field in fields)), hidden_gradient
+
+
+def _local_labels(labels: Tensor, rows: int, options: HeadLossOptions) -> tuple[Tensor, Tensor]:
+    """Labels as row numbers of this rank's part, and where they are in it."""
+    start = torch.distributed.get_rank(options.tp_group) * rows
+    local = labels - start
+    owned = (local >= 0) & (local < rows)
+    return local.clamp(0, rows - 1).unsqueeze(1), owned
+
+
+def _chunk_loss(
+    logits: Tensor, labels: Tensor, options: HeadLossOptions
+) -> tuple[HeadLoss, Tensor, Tensor]:
+    """Loss of a chunk [c, v]; also exp(logits - max) (in the memory of `logits`) and its sum."""
+    if options.temperature != 1.0:
+        logits /= options.temperature
+    parallel = torch.distributed.get_world_size(options.tp_group) > 1
+    largest = logits.amax(dim=-1)
+    if parallel:
+        torch.distributed.all_reduce(
+            largest, op=torch.distributed.ReduceOp.MAX, group=options.tp_group
+        )
+    logits -= largest.unsqueeze(1)
+    index, owned = _local_labels(labels, logits.shape[1], options)
+    target = logits.gather(1, index).squeeze(1) * owned
+    exponentials = logits.exp_()
+    total = exponentials.sum(dim=-1)
+    if parallel:
+        both = torch.stack([total, target])
+        torch.distributed.all_reduce(both, group=options.tp_group)
+        total, target = both.unbind()
+    confidence = total.reciprocal()
+    weight = confidence if options.confidence_weighted else torch.ones_like(confidence)
+    return HeadLoss(total.log() - target, (target == 0).float(), weight), exponentials, total
+
+
+def _logits_gradient(
+    exponentials: Tensor,
+    total: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    options: HeadLossOptions,
+) -> Tensor:
+    """scale * (softmax - onehot), in the memory of `exponentials`."""
+    exponentials *= (scale / total).unsqueeze(1)
+    index, owned = _local_labels(labels, exponentials.shape[1], options)
+    return exponentials.scatter_add_(1, index, -(scale * owned).unsqueeze(1))
+
+
+class _WeightGradient:
+    """Accumulates a projection's gradient over chunks, straight into `main_grad` where Megatron's
+    data parallelism gave the weight one (as its fused gradient accumulation does)."""
+
+    def __init__(self, weight: Tensor, chunks: int) -> None:
+        self.weight = weight
+        main_gradient = getattr(weight, "main_grad", None)
+        self.in_place = main_gradient is not None
+        dtype = weight.dtype if chunks == 1 else torch.float32
+        self.total = (
+            torch.zeros_like(weight, dtype=dtype, requires_grad=False)
+            if main_gradient is None
+            else main_gradient
+        )
+
+    def add(self, logits_gradient: Tensor, hidden: Tensor) -> None:
+        """total += logits_gradient.T @ hidden."""
+        if self.total.dtype == hidden.dtype:
+            self.total.addmm_(logits_gradient.t(), hidden)
+        else:
+            self.total += torch.mm(logits_gradient.t(), hidden)
+
+    def deliver(self) -> None:
+        """Hand the gradient to autograd, which runs the hooks of data parallelism."""
+        if self.in_place:
+            with _gradient_is_in_main_grad(self.weight):
+                self.weight.backward(torch.empty_like(self.weight))
+        else:
+            self.weight.backward(self.total.to(self.weight.dtype))
+
+
+@contextmanager
+def _gradient_is_in_main_grad(weight: Tensor | Parameter) -> Iterator[None]:
+    # The hooks add `weight.grad` to `weight.main_grad` unless these attributes say it is there
+    # already. Other uses of a tied weight deliver theirs in the ordinary way, so the attributes
+    # are put back.
+    saved = {
+        name: getattr(weight, name)
+        for name in ("grad_added_to_main_grad", "zero_out_wgrad")
+        if hasattr(weight, name)
+    }
+    weight.grad_added_to_main_grad = True  # type: ignore[union-attr]
+    weight.zero_out_wgrad = False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for name in ("grad_added_to_main_grad", "zero_out_wgrad"):
+            if name in saved:
+                setattr(weight, name, saved[name])
+            else:
+                delattr(weight, name)
