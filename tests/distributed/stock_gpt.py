@@ -19,6 +19,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import (  # noqa: E
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.utils import get_batch_on_this_tp_rank  # noqa: E402
+from megatron.early_exit.model.layer_specs import gpt_layer_spec  # noqa: E402
 from megatron.training import get_args, get_tokenizer, pretrain, print_rank_0  # noqa: E402
 from megatron.training.argument_utils import (  # noqa: E402
     gpt_config_from_args,
@@ -71,6 +72,11 @@ def forward_step(data_iterator, model):
     return output, functools.partial(loss_func, loss_mask)
 
 
+def reads_data():
+    at_an_end = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+    return at_an_end and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
 def datasets(num_samples):
     args = get_args()
     config = GPTDatasetConfig(
@@ -86,8 +92,11 @@ def datasets(num_samples):
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
     )
     return BlendedMegatronDatasetBuilder(
-        MockGPTDataset, num_samples, lambda: True, config
+        MockGPTDataset, num_samples, reads_data, config
     ).build()
+
+
+datasets.is_distributed = True
 
 
 def extra_args(parser):
@@ -100,6 +109,7 @@ def main():
     platform.check_arguments(args, MACHINE)
     print_rank_0(MACHINE.describe())
     model_config = gpt_config_from_args(args)
+    model_config.transformer_layer_spec = gpt_layer_spec
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         datasets,

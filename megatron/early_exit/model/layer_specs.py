@@ -1,0 +1,96 @@
+"""Which modules a transformer layer is made of: Megatron's own specs, and for layers without
+Transformer Engine the same with this package's attention and norms in the places of Megatron's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+)
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import L2Norm, LayerNormBuilder
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+
+from megatron.early_exit.model.attention import TorchAttention
+from megatron.early_exit.model.norm import TorchNorm
+
+
+def gpt_layer_spec(
+    model_config: GPTModelConfig, vp_stage: int | None = None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """What `GPTModelConfig.transformer_layer_spec` wants: the layers of this pipeline stage.
+
+    Everything but `--transformer-impl local` is Megatron's default, untouched."""
+    config = model_config.transformer
+    if config.transformer_impl != "local" or model_config.restore_modelopt_state:
+        return default_layer_spec(model_config, vp_stage)
+    block = get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=False,
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+        vp_stage=vp_stage,
+    )
+    return TransformerBlockSubmodules(
+        layer_specs=[_with_torch_modules(spec) for spec in block.layer_specs or []],
+        layer_norm=TorchNorm,
+    )
+
+
+def layer_specs(config: TransformerConfig) -> list[ModuleSpec]:
+    """The spec of every backbone layer, in order; dense and mixture-of-experts layers differ."""
+    use_transformer_engine = config.transformer_impl == "transformer_engine"
+    specs = get_gpt_decoder_layer_specs(
+        config,
+        use_transformer_engine=use_transformer_engine,
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+    )
+    if use_transformer_engine:
+        return list(specs)
+    return [_with_torch_modules(spec) for spec in specs]
+
+
+def norm_builder(config: TransformerConfig) -> LayerNormBuilder:
+    """The class of a norm that stands alone, such as the one before an output projection."""
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return TorchNorm
+
+
+def _with_torch_modules(spec: ModuleSpec) -> ModuleSpec:
+    """A copy of the spec of a local layer that uses PyTorch's attention and norms."""
+    layer = spec.submodules
+    assert isinstance(layer, TransformerLayerSubmodules)
+    attention = layer.self_attention
+    assert isinstance(attention, ModuleSpec)
+    parts = {
+        name: _torch_norm(getattr(attention.submodules, name))
+        for name in ("q_layernorm", "k_layernorm", "kv_layernorm")
+        if hasattr(attention.submodules, name)
+    }
+    return replace(
+        spec,
+        submodules=replace(
+            layer,
+            input_layernorm=_torch_norm(layer.input_layernorm),
+            pre_mlp_layernorm=_torch_norm(layer.pre_mlp_layernorm),
+            self_attention=replace(
+                attention,
+                submodules=replace(attention.submodules, core_attention=TorchAttention, **parts),
+            ),
+        ),
+    )
+
+
+def _torch_norm(norm: object) -> object:
+    """The norm to use where Megatron's spec names `norm`."""
+    return norm if norm in (IdentityOp, L2Norm, None) else TorchNorm
