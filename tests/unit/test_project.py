@@ -4,8 +4,10 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from importlib.metadata import version
@@ -157,17 +159,40 @@ def test_megatron_and_its_extension_import_from_anywhere(module, tmp_path):
     assert Path(found.stdout.strip()).name == "__init__.py"
 
 
-def test_failed_setup_says_so_and_is_not_taken_for_done(tmp_path):
+@pytest.fixture
+def offline_setup(tmp_path: Path) -> tuple[list[str], dict[str, str]]:
+    """The set-up of a bare copy of the project, where pip cannot reach anything."""
     shutil.copytree(SETUP, tmp_path / "tools" / "setup")
     for name in ("pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
     offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PYTHON": sys.executable}
-    for attempt in range(2):
-        made = run("bash", tmp_path / "tools" / "setup" / "make_venv.sh", cwd=tmp_path, **offline)
-        assert made.returncode == 1
-        assert "error: pip could not install the project" in made.stderr
-        assert ("an earlier setup was interrupted" in made.stdout) == (attempt == 1)
-        assert not (tmp_path / ".venv" / ".setup-done").exists()
+    return ["bash", str(tmp_path / "tools" / "setup" / "make_venv.sh")], offline
+
+
+def test_failed_setup_says_so_and_is_not_taken_for_done(tmp_path, offline_setup):
+    command, offline = offline_setup
+    made = run(*command, **offline)
+    assert made.returncode == 1
+    assert "error: pip could not install the project" in made.stderr
+    assert not (tmp_path / ".venv" / ".setup-done").exists()
+
+
+def test_killed_setup_starts_anew(tmp_path, offline_setup):
+    command, offline = offline_setup
+    killed = subprocess.Popen(
+        command, env=os.environ | offline, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    while not (tmp_path / ".venv" / "bin").exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / ".venv" / ".setup-done").exists()
+    left_over = tmp_path / ".venv" / "left-over"
+    left_over.touch()
+    made = run(*command, **offline)
+    assert "Building .venv anew: an earlier setup was interrupted" in made.stdout
+    assert not left_over.exists()
 
 
 @pytest.fixture

@@ -11,6 +11,9 @@ stamp=$venv/.setup-done
 unfinished=$venv/.setup-unfinished
 log=$venv/setup.log
 
+# Being interrupted is not the same as pip giving up: leave at once, and the mark in place.
+trap 'exit 130' INT TERM
+
 # Two commands started at once must not install into the same .venv.
 exec 9<pyproject.toml
 if command -v flock >/dev/null; then flock 9; fi
@@ -76,6 +79,7 @@ install() {
     rm -f "$stamp"
     if ! "$venv/bin/python" -E -m pip install --disable-pip-version-check --no-input \
         --editable '.[dev,hf]' 2>&1 | tee "$log" | show_progress; then
+        rm -f "$unfinished" # pip undoes what it gives up
         tail -n 15 "$log" >&2
         echo "error: pip could not install the project; the whole of what it said is in $log" >&2
         return 1
