@@ -116,4 +116,6 @@ def dataset_provider(args: Any, tokenizer: Any) -> Callable[[list[int]], tuple[A
             mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         )
 
+    # Megatron then calls it on every rank: the builder synchronises all of them.
+    provide.is_distributed = True  # type: ignore[attr-defined]
     return provide
