@@ -72,12 +72,15 @@ def forward_step(data_iterator, model):
     return output, functools.partial(loss_func, loss_mask)
 
 
-def reads_data():
-    at_an_end = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+def reads_data(vp_stage):
+    stage = {"ignore_virtual": False, "vp_stage": vp_stage}
+    at_an_end = parallel_state.is_pipeline_first_stage(
+        **stage
+    ) or parallel_state.is_pipeline_last_stage(**stage)
     return at_an_end and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
-def datasets(num_samples):
+def datasets(num_samples, vp_stage=None):
     args = get_args()
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -92,7 +95,7 @@ def datasets(num_samples):
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
     )
     return BlendedMegatronDatasetBuilder(
-        MockGPTDataset, num_samples, reads_data, config
+        MockGPTDataset, num_samples, functools.partial(reads_data, vp_stage), config
     ).build()
 
 
