@@ -28,6 +28,11 @@ is_complete() {
     "$venv/bin/python" -E "$here/check_venv.py"
 }
 
+# Nothing was installed or removed by anybody since the stamp was set.
+is_untouched() {
+    [[ -x $venv/bin/python ]] && ! [[ $(echo "$venv"/lib/python*/site-packages) -nt $stamp ]]
+}
+
 # Why .venv cannot be updated in place; prints nothing if it can.
 reason_to_rebuild() {
     local supported
@@ -60,14 +65,16 @@ show_progress() {
             Collecting\ *)
                 packages=$((packages + 1))
                 if [[ -t 1 ]]; then
-                    printf '\r  %d packages found' "$packages"
+                    printf '\r  packages found: %d' "$packages"
                 elif ((packages % 25 == 0)); then
-                    echo "  $packages packages found"
+                    echo "  packages found: $packages"
                 fi
                 ;;
             Installing\ collected\ packages*)
-                [[ -t 1 ]] && echo
-                echo "  $packages packages found, unpacking them"
+                if ((packages > 0)); then
+                    [[ -t 1 ]] && echo
+                    echo "  packages found: $packages; unpacking them"
+                fi
                 ;;
         esac
     done
@@ -92,9 +99,12 @@ finish() {
     echo "Setup done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
 }
 
-if [[ -e $stamp && ! -e $unfinished && $(<"$stamp") == "$(fingerprint)" ]] &&
-    is_complete >/dev/null 2>&1; then
-    exit 0
+if [[ -e $stamp && ! -e $unfinished && $(<"$stamp") == "$(fingerprint)" ]]; then
+    if is_untouched; then exit 0; fi
+    if is_complete >/dev/null 2>&1; then
+        touch "$stamp"
+        exit 0
+    fi
 fi
 
 if [[ -e $venv ]]; then
