@@ -18,10 +18,11 @@ trap 'exit 130' INT TERM
 exec 9<pyproject.toml
 if command -v flock >/dev/null; then flock 9; fi
 
-# What the environment was made from; it holds absolute paths, so the root is part of it.
+# What the environment was made from; it holds absolute paths, so the root is part of it. The
+# settings of tools, which follow in pyproject.toml, do not matter to it.
 fingerprint() {
     printf '%s\n' "$root"
-    cat pyproject.toml setup.py "$here/make_venv.sh" | cksum
+    { sed '/^\[tool\.ruff\]/,$d' pyproject.toml && cat setup.py "$here/make_venv.sh"; } | cksum
 }
 
 is_complete() {
