@@ -19,13 +19,14 @@ from megatron.core.datasets.blended_megatron_dataset_builder import (  # noqa: E
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.utils import get_batch_on_this_tp_rank  # noqa: E402
-from megatron.early_exit.model.layer_specs import gpt_layer_spec  # noqa: E402
 from megatron.training import get_args, get_tokenizer, pretrain, print_rank_0  # noqa: E402
 from megatron.training.argument_utils import (  # noqa: E402
     gpt_config_from_args,
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+
+from megatron.early_exit.model.layer_specs import gpt_layer_spec  # noqa: E402
 
 
 def get_batch(data_iterator, vp_stage):

@@ -4,6 +4,7 @@ Transformer Engine the same with this package's attention and norms in the place
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, cast
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -29,7 +30,7 @@ def gpt_layer_spec(
     Everything but `--transformer-impl local` is Megatron's default, untouched."""
     config = model_config.transformer
     if config.transformer_impl != "local" or model_config.restore_modelopt_state:
-        return default_layer_spec(model_config, vp_stage)
+        return default_layer_spec(model_config, cast(int, vp_stage))
     block = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=False,
@@ -46,15 +47,17 @@ def gpt_layer_spec(
 def layer_specs(config: TransformerConfig) -> list[ModuleSpec]:
     """The spec of every backbone layer, in order; dense and mixture-of-experts layers differ."""
     use_transformer_engine = config.transformer_impl == "transformer_engine"
-    specs = get_gpt_decoder_layer_specs(
-        config,
-        use_transformer_engine=use_transformer_engine,
-        normalization=config.normalization,
-        qk_l2_norm=config.qk_l2_norm,
+    # Megatron declares the type of the block's submodules, but returns the list of its layers.
+    specs = cast(
+        list[ModuleSpec],
+        get_gpt_decoder_layer_specs(
+            config,
+            use_transformer_engine=use_transformer_engine,
+            normalization=config.normalization,
+            qk_l2_norm=config.qk_l2_norm,
+        ),
     )
-    if use_transformer_engine:
-        return list(specs)
-    return [_with_torch_modules(spec) for spec in specs]
+    return specs if use_transformer_engine else [_with_torch_modules(spec) for spec in specs]
 
 
 def norm_builder(config: TransformerConfig) -> LayerNormBuilder:
@@ -62,35 +65,33 @@ def norm_builder(config: TransformerConfig) -> LayerNormBuilder:
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        return TENorm
+        return cast(LayerNormBuilder, TENorm)
     return TorchNorm
 
 
 def _with_torch_modules(spec: ModuleSpec) -> ModuleSpec:
     """A copy of the spec of a local layer that uses PyTorch's attention and norms."""
-    layer = spec.submodules
-    assert isinstance(layer, TransformerLayerSubmodules)
-    attention = layer.self_attention
-    assert isinstance(attention, ModuleSpec)
-    parts = {
-        name: _torch_norm(getattr(attention.submodules, name))
+    layer = cast(TransformerLayerSubmodules, spec.submodules)
+    attention = cast(ModuleSpec, layer.self_attention)
+    # Plain and multi-latent attention name their parts differently.
+    parts = cast(Any, attention.submodules)
+    norms = {
+        name: _torch_norm(getattr(parts, name))
         for name in ("q_layernorm", "k_layernorm", "kv_layernorm")
-        if hasattr(attention.submodules, name)
+        if hasattr(parts, name)
     }
+    parts = replace(parts, core_attention=TorchAttention, **norms)
     return replace(
         spec,
         submodules=replace(
             layer,
             input_layernorm=_torch_norm(layer.input_layernorm),
             pre_mlp_layernorm=_torch_norm(layer.pre_mlp_layernorm),
-            self_attention=replace(
-                attention,
-                submodules=replace(attention.submodules, core_attention=TorchAttention, **parts),
-            ),
+            self_attention=replace(attention, submodules=parts),
         ),
     )
 
 
-def _torch_norm(norm: object) -> object:
+def _torch_norm(norm: Any) -> Any:
     """The norm to use where Megatron's spec names `norm`."""
     return norm if norm in (IdentityOp, L2Norm, None) else TorchNorm

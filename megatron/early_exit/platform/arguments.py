@@ -1,0 +1,91 @@
+"""Megatron's flags on this machine: which defaults they get, and which values are refused."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from megatron.early_exit.platform.machine import Platform
+
+
+def set_argument_defaults(parser: ArgumentParser, platform: Platform) -> None:
+    """Change the defaults of Megatron's flags to what the machine can do.
+
+    For use inside `extra_args_provider`. Megatron's own `args_defaults` only fills in arguments
+    that are None, so switches can only be set on the parser.
+
+    Raises:
+        RuntimeError: the installed Megatron lacks one of the flags.
+    """
+    defaults: dict[str, object] = {
+        "distributed_backend": platform.backend,
+        "transformer_impl": platform.transformer_impl,
+        # NVIDIA's internal telemetry, which nobody else can install.
+        "enable_one_logger": False,
+    }
+    if not platform.transformer_engine:
+        defaults |= {
+            "no_persist_layer_norm": True,
+            "masked_softmax_fusion": False,
+            "apply_rope_fusion": False,
+            "gradient_accumulation_fusion": platform.apex,
+        }
+    if not platform.compiled_fusions:
+        defaults |= {
+            "bias_gelu_fusion": False,
+            "bias_swiglu_fusion": False,
+            "bias_dropout_fusion": False,
+        }
+    known = {action.dest for action in parser._actions}
+    if missing := sorted(defaults.keys() - known):
+        raise RuntimeError(f"Megatron no longer has the arguments {', '.join(missing)}")
+    parser.set_defaults(**defaults)
+
+
+def check_arguments(args: Namespace, platform: Platform) -> None:
+    """Refuse flags that ask for what the machine lacks. Best called before Megatron's validation,
+    which reports some of the same with a traceback.
+
+    Raises:
+        ValueError: naming the flag, its value and what is possible here.
+    """
+    if not platform.transformer_engine:
+        if args.transformer_impl != "local":
+            raise ValueError(
+                f"--transformer-impl {args.transformer_impl} needs a GPU and Transformer Engine, "
+                "which this machine lacks; use --transformer-impl local"
+            )
+        for flag, value in _transformer_engine_flags(args).items():
+            if value:
+                raise ValueError(
+                    f"{flag} needs a GPU and Transformer Engine, which this machine lacks; "
+                    "leave it out"
+                )
+    if platform.device == "cpu":
+        if args.distributed_backend != "gloo":
+            raise ValueError(
+                f"--distributed-backend {args.distributed_backend} needs a GPU, which this machine "
+                "lacks; use --distributed-backend gloo"
+            )
+        for flag, value in _cuda_flags(args).items():
+            if value:
+                raise ValueError(f"{flag} needs a GPU, which this machine lacks; leave it out")
+
+
+def _transformer_engine_flags(args: Namespace) -> dict[str, bool]:
+    """Flags that only Transformer Engine's layers implement, and whether they are given."""
+    return {
+        f"--fp8-format {args.fp8}": bool(args.fp8),
+        f"--fp4-format {args.fp4}": bool(args.fp4),
+        f"--context-parallel-size {args.context_parallel_size}": args.context_parallel_size > 1,
+        "--moe-grouped-gemm": args.moe_grouped_gemm,
+        "--tp-comm-overlap": args.tp_comm_overlap,
+    }
+
+
+def _cuda_flags(args: Namespace) -> dict[str, bool]:
+    """Flags that need CUDA itself, and whether they are given."""
+    return {
+        f"--cuda-graph-impl {args.cuda_graph_impl}": args.cuda_graph_impl != "none",
+        "--use-torch-fsdp2": args.use_torch_fsdp2,
+        "--use-megatron-fsdp": args.use_megatron_fsdp,
+    }

@@ -1,0 +1,50 @@
+"""What a machine offers to Megatron, found by looking at it."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Platform:
+    """What this machine offers to Megatron."""
+
+    device: Literal["cuda", "cpu"]
+    backend: Literal["nccl", "gloo"]
+    transformer_engine: bool
+    """Transformer Engine is installed and has a GPU to run on."""
+    apex: bool
+    """Apex's fused gradient accumulation kernel is installed."""
+    compiled_fusions: bool
+    """Megatron's `torch.compile`d element-wise fusions pay off."""
+
+    @property
+    def transformer_impl(self) -> Literal["transformer_engine", "local"]:
+        """The value of `--transformer-impl` that is best here."""
+        return "transformer_engine" if self.transformer_engine else "local"
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        layers = (
+            "Transformer Engine layers"
+            if self.transformer_engine
+            else "local layers (PyTorch attention and norms)"
+        )
+        fusions = "compiled fusions" if self.compiled_fusions else "no compiled fusions"
+        return f"platform: {self.device}, {self.backend}, {layers}, {fusions}"
+
+
+def detect() -> Platform:
+    """Look at the machine; changes nothing."""
+    cuda = torch.cuda.is_available()
+    return Platform(
+        device="cuda" if cuda else "cpu",
+        backend="nccl" if cuda else "gloo",
+        transformer_engine=cuda and importlib.util.find_spec("transformer_engine") is not None,
+        apex=cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        compiled_fusions=cuda,
+    )

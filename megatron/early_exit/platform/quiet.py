@@ -1,0 +1,57 @@
+"""Warnings of Megatron and torch that nobody who starts a run can act on, and a filter for them.
+
+The lists are meant to stay narrow: each entry is one message, known to be harmless here."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+
+# How each Python warning starts.
+WARNINGS = (
+    # Said once for every module that could use them; the start-up line already tells.
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "Only transformer-engine>=1.7.0 supports MoE experts",
+    # Models that this package never builds.
+    "MimoModelConfig is experimental",
+    # Megatron always asks the data loader for it.
+    "'pin_memory' argument is set as true but no accelerator is found",
+    # Between Megatron's optimizer and checkpoint code and torch's.
+    "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+    "Please use DTensor instead and we are deprecating ShardedTensor",
+    "torch.distributed is disabled, unavailable or uninitialized",
+    "The argument order of load has been changed",
+)
+
+# The logger of each log record, and how its message starts.
+LOG_RECORDS = (
+    ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    # On a CPU the "GPU" and the CPU random number generators are one.
+    ("megatron.core.tensor_parallel.random", "CPU RNG state changed within GPU RNG context"),
+    ("megatron.core.rerun_state_machine", "RerunStateMachine initialized in mode"),
+    ("megatron.core.rerun_state_machine", "Setting RerunStateMachine mode"),
+    ("megatron.core.rerun_state_machine", "Result validation enabled"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
+    ("torch.utils.cpp_extension", "No CUDA runtime is found"),
+)
+
+
+def silence() -> None:
+    """Filter out the messages listed above, and nothing else."""
+    for start in WARNINGS:
+        warnings.filterwarnings("ignore", message=re.escape(start))
+    for logger, start in LOG_RECORDS:
+        logging.getLogger(logger).addFilter(_Unlike(start))
+
+
+class _Unlike(logging.Filter):
+    """Passes the records whose message starts otherwise."""
+
+    def __init__(self, start: str) -> None:
+        super().__init__()
+        self.start = start
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.start)
