@@ -1,0 +1,212 @@
+"""The shape of a model, as far as computing its outputs is concerned.
+
+`Architecture` is what inference needs to know about a backbone. It comes from the description that
+training writes beside its checkpoints, or from the arguments inside a plain Megatron checkpoint;
+what inference cannot compute yet is refused here, with the name of the flag that asked for it.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+Normalization = Literal["LayerNorm", "RMSNorm"]
+Activation = Literal["gelu", "gelu_tanh", "silu", "squared_relu", "quick_gelu"]
+PositionEmbedding = Literal["rope", "learned_absolute", "none"]
+ParamsDtype = Literal["float32", "bfloat16", "float16"]
+
+
+class UnsupportedArchitecture(ValueError):
+    """A model that inference cannot compute."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """A GPT backbone. Fields carry Megatron's names where Megatron has one.
+
+    Raises:
+        ValueError: fields contradict each other.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    """Size of one attention head."""
+    vocab_size: int
+    """Tokens that exist; rows of the embedding beyond them are padding."""
+    max_position_embeddings: int
+    """Longest sequence, in tokens."""
+    normalization: Normalization
+    layernorm_epsilon: float
+    layernorm_zero_centered_gamma: bool = False
+    """The stored gain of every norm is the gain minus one."""
+    activation: Activation
+    gated_linear_unit: bool
+    """The first linear layer of the MLP holds [gate; up] and the activation is on the gate."""
+    add_bias_linear: bool
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    softmax_scale: float | None = None
+    """Factor on the attention scores; None is 1 / sqrt(kv_channels)."""
+    position_embedding_type: PositionEmbedding
+    rotary_base: float = 10000
+    rotary_percent: float = 1.0
+    rotary_interleaved: bool = False
+    rotary_seq_len_interpolation_factor: float | None = None
+    rope_scaling_factor: float | None = None
+    """Factor of Llama 3's frequency scaling; None is no scaling."""
+    share_embeddings_and_output_weights: bool
+    params_dtype: ParamsDtype
+
+    def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self) if f.type is int):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} is out of range, allowed: 1 or more"
+                )
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} is unknown, allowed: {', '.join(allowed)}"
+                )
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_query_groups {self.num_query_groups} is not possible, allowed: divisors of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+
+    @property
+    def qkv_bias(self) -> bool:
+        """The projections to queries, keys and values have a bias."""
+        return self.add_bias_linear or self.add_qkv_bias
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_args(cls, args: object, vocab_size: int | None = None) -> "Architecture":
+        """Read the backbone from Megatron's validated arguments.
+
+        Args:
+            args: a namespace with Megatron's argument names.
+            vocab_size: size of the tokenizer's vocabulary; by default what the arguments know,
+                at last the padded size.
+
+        Raises:
+            UnsupportedArchitecture: an argument asks for something that inference cannot compute;
+                the message names its flag.
+        """
+        _refuse_unsupported(args)
+
+        def given(name: str, default: Any = None) -> Any:
+            value = getattr(args, name, None)
+            return default if value is None else value
+
+        hidden_size, heads = given("hidden_size"), given("num_attention_heads")
+        grouped = given("group_query_attention", False)
+        activation, gated = _activation(args)
+        return cls(
+            num_layers=given("num_layers"),
+            hidden_size=hidden_size,
+            ffn_hidden_size=given("ffn_hidden_size", 4 * hidden_size),
+            num_attention_heads=heads,
+            num_query_groups=given("num_query_groups") if grouped else heads,
+            kv_channels=given("kv_channels", hidden_size // heads),
+            vocab_size=vocab_size or given("vocab_size") or given("padded_vocab_size"),
+            max_position_embeddings=given("max_position_embeddings", given("seq_length")),
+            normalization=given("normalization"),
+            layernorm_epsilon=given("layernorm_epsilon", given("norm_epsilon")),
+            layernorm_zero_centered_gamma=given("layernorm_zero_centered_gamma", False),
+            activation=activation,
+            gated_linear_unit=gated,
+            add_bias_linear=given("add_bias_linear"),
+            add_qkv_bias=given("add_qkv_bias", False),
+            qk_layernorm=given("qk_layernorm", False),
+            softmax_scale=given("softmax_scale"),
+            position_embedding_type=given("position_embedding_type"),
+            rotary_base=given("rotary_base", 10000),
+            rotary_percent=given("rotary_percent", 1.0),
+            rotary_interleaved=given("rotary_interleaved", False),
+            rotary_seq_len_interpolation_factor=given("rotary_seq_len_interpolation_factor"),
+            rope_scaling_factor=_rope_scaling_factor(args),
+            share_embeddings_and_output_weights=not given("untie_embeddings_and_output_weights"),
+            params_dtype=str(given("params_dtype")).removeprefix("torch."),  # type: ignore[arg-type]
+        )
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "normalization": get_args(Normalization),
+    "activation": get_args(Activation),
+    "position_embedding_type": get_args(PositionEmbedding),
+    "params_dtype": get_args(ParamsDtype),
+}
+
+_COMPUTED_POSITIONS = (*get_args(PositionEmbedding), None)
+
+_UNSUPPORTED: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("num_experts", "--num-experts", bool),
+    ("multi_latent_attention", "--multi-latent-attention", bool),
+    ("mtp_num_layers", "--mtp-num-layers", bool),
+    ("heterogeneous_layers_config_path", "--heterogeneous-layers-config-path", bool),
+    (
+        "heterogeneous_layers_config_encoded_json",
+        "--heterogeneous-layers-config-encoded-json",
+        bool,
+    ),
+    ("hybrid_layer_pattern", "--hybrid-layer-pattern", bool),
+    ("hybrid_override_pattern", "--hybrid-override-pattern", bool),
+    ("experimental_attention_variant", "--experimental-attention-variant", bool),
+    ("linear_attention_freq", "--linear-attention-freq", bool),
+    ("window_size", "--window-size", bool),
+    ("attention_output_gate", "--attention-output-gate", bool),
+    ("softmax_type", "--softmax-type", lambda value: value not in ("vanilla", None)),
+    ("qk_l2_norm", "--qk-l2-norm", bool),
+    ("no_rope_freq", "--no-rope-freq", bool),
+    ("fp32_residual_connection", "--fp32-residual-connection", bool),
+    (
+        "apply_residual_connection_post_layernorm",
+        "--apply-residual-connection-post-layernorm",
+        bool,
+    ),
+    ("use_mup", "--use-mup", bool),
+    ("fp8_param_gather", "--fp8-param-gather", bool),
+    ("fp4_param_gather", "--fp4-param-gather", bool),
+    ("glu_linear_offset", "--glu-linear-offset", bool),
+    ("activation_func_clamp_value", "--activation-func-clamp-value", bool),
+    (
+        "position_embedding_type",
+        "--position-embedding-type",
+        lambda value: value not in _COMPUTED_POSITIONS,
+    ),
+)
+"""Argument, flag, and whether a value of it changes what a model computes in a way that inference
+does not know."""
+
+
+def _refuse_unsupported(args: object) -> None:
+    for name, flag, is_unsupported in _UNSUPPORTED:
+        value = getattr(args, name, None)
+        if is_unsupported(value):
+            shown = "" if value is True else f" {value}"
+            raise UnsupportedArchitecture(f"{flag}{shown} is not supported by inference")
+
+
+def _activation(args: object) -> tuple[Activation, bool]:
+    if getattr(args, "swiglu", False):
+        return "silu", True
+    if getattr(args, "squared_relu", False):
+        return "squared_relu", False
+    if getattr(args, "quick_geglu", False):
+        return "quick_gelu", True
+    # Megatron's fused bias and GELU uses the tanh approximation, the unfused one does not.
+    fused = getattr(args, "bias_gelu_fusion", False) and getattr(args, "add_bias_linear", True)
+    return ("gelu_tanh" if fused else "gelu"), False
+
+
+def _rope_scaling_factor(args: object) -> float | None:
+    if not getattr(args, "use_rope_scaling", False):
+        return None
+    return float(getattr(args, "rope_scaling_factor", 8.0))

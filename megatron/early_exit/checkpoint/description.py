@@ -1,0 +1,163 @@
+"""The file that makes a saved model self-contained, and the tokenizer's files beside it.
+
+`early_exit_model.json` in the save directory holds the backbone's shape, the exits, and how text
+becomes tokens; `tokenizer/` holds what the tokenizer was loaded from. Inference reads these two and
+never needs the command line that trained the model.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron.early_exit.checkpoint.architecture import Architecture, UnsupportedArchitecture
+from megatron.early_exit.checkpoint.location import (
+    DESCRIPTION_NAME,
+    TOKENIZER_NAME,
+    CheckpointLocation,
+    locate,
+)
+from megatron.early_exit.checkpoint.reader import CheckpointReader
+from megatron.early_exit.checkpoint.tokenizer import (
+    TokenizerDescription,
+    install_tokenizer,
+    load_tokenizer,
+)
+from megatron.early_exit.config import EarlyExitConfig
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """Everything about a saved model but its weights."""
+
+    architecture: Architecture | None
+    """None for a model that inference cannot compute (yet)."""
+    early_exit: EarlyExitConfig
+    tokenizer: TokenizerDescription | None
+
+    @classmethod
+    def from_args(
+        cls,
+        args: object,
+        early_exit: EarlyExitConfig,
+        vocab_size: int | None = None,
+        eod_id: int | None = None,
+    ) -> "ModelDescription":
+        """Describe the model that Megatron's validated arguments build.
+
+        Args:
+            args: a namespace with Megatron's argument names.
+            early_exit: the model's exits.
+            vocab_size: size of the tokenizer's vocabulary.
+            eod_id: the token that ends a document.
+        """
+        try:
+            architecture = Architecture.from_args(args, vocab_size)
+        except UnsupportedArchitecture:
+            architecture = None
+        return cls(architecture, early_exit, TokenizerDescription.from_args(args, eod_id))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The description as JSON values."""
+        return {
+            "format": _FORMAT,
+            "architecture": None if self.architecture is None else self.architecture.to_dict(),
+            "early_exit": self.early_exit.to_dict(),
+            "tokenizer": None if self.tokenizer is None else asdict(self.tokenizer),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelDescription":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: the values are not a description, or of a newer format.
+        """
+        if values.get("format") != _FORMAT:
+            raise ValueError(f"format {values.get('format')!r} is unknown, allowed: {_FORMAT}")
+        try:
+            architecture, tokenizer = values["architecture"], values["tokenizer"]
+            return cls(
+                None if architecture is None else Architecture(**architecture),
+                EarlyExitConfig(**values["early_exit"]),
+                None if tokenizer is None else TokenizerDescription(**tokenizer),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"does not fit this version: {error}") from error
+
+
+def write_description(save_dir: str | Path, description: ModelDescription) -> None:
+    """Write the description and copy the tokenizer's files beside the checkpoints.
+
+    One process calls it, once, before the first checkpoint. A reader at any moment sees the old
+    description or the new one.
+
+    Args:
+        save_dir: where training saves; created if missing.
+        description: what to write; its tokenizer's path is where the files are now.
+
+    Raises:
+        ValueError: the tokenizer's files are not where the description says.
+    """
+    save_dir = Path(save_dir)
+    save_dir.mkdir(parents=True, exist_ok=True)
+    if description.tokenizer is not None:
+        installed = install_tokenizer(description.tokenizer, save_dir / TOKENIZER_NAME)
+        description = replace(description, tokenizer=installed)
+    target = save_dir / DESCRIPTION_NAME
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(description.to_dict(), indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(target)
+
+
+def read_description(path: str | Path) -> ModelDescription:
+    """Read what a saved model is.
+
+    Args:
+        path: a save directory or one iteration in it. Without a description in the save directory
+            (a plain Megatron checkpoint) the arguments stored inside the checkpoint are used.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is damaged.
+        UnsupportedArchitecture: inference cannot compute the model; the message says what is in
+            the way.
+    """
+    return describe(locate(path))
+
+
+def describe(location: CheckpointLocation) -> ModelDescription:
+    """`read_description` for a checkpoint that is located already."""
+    path = location.description_path
+    if path.is_file():
+        try:
+            description = ModelDescription.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"model description {path}: {error}") from error
+        if description.architecture is not None:
+            description.early_exit.validate(description.architecture.num_layers)
+            return description
+    return _describe_from_args(location)
+
+
+def _describe_from_args(location: CheckpointLocation) -> ModelDescription:
+    state = CheckpointReader(location.iteration_dir).common_state()
+    if "args" not in state:
+        raise ValueError(f"checkpoint {location.iteration_dir}: has no arguments of its training")
+    args = state["args"]
+    kind = TokenizerDescription.from_args(args)
+    if kind is not None and kind.model is not None:
+        # The file may well be on the machine that trained the model only.
+        path = Path(kind.model).resolve()
+        kind = replace(kind, model=str(path)) if path.exists() else None
+    tokenizer = None if kind is None else load_tokenizer(kind, location.tokenizer_dir)
+    vocab_size = None if tokenizer is None else tokenizer.vocab_size
+    early_exit = EarlyExitConfig.from_attributes(args)
+    architecture = Architecture.from_args(args, vocab_size)
+    early_exit.validate(architecture.num_layers)
+    return ModelDescription(architecture, early_exit, kind)

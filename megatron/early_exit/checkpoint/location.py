@@ -1,0 +1,64 @@
+"""Where the parts of a checkpoint are.
+
+A save directory holds one `iter_XXXXXXX` directory per checkpoint and names the last complete one
+in a text file; what all of them share (description, tokenizer) is beside them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+TRACKER_NAME = "latest_checkpointed_iteration.txt"
+DESCRIPTION_NAME = "early_exit_model.json"
+TOKENIZER_NAME = "tokenizer"
+METADATA_NAME = ".metadata"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointLocation:
+    """One checkpoint and the save directory that it belongs to."""
+
+    save_dir: Path
+    iteration_dir: Path
+
+    @property
+    def description_path(self) -> Path:
+        """The file that describes the model."""
+        return self.save_dir / DESCRIPTION_NAME
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The folder with the tokenizer's files."""
+        return self.save_dir / TOKENIZER_NAME
+
+
+def locate(path: str | Path) -> CheckpointLocation:
+    """Find the checkpoint that `path` means.
+
+    Args:
+        path: a save directory, for its last complete checkpoint, or the directory of one
+            iteration inside it.
+
+    Raises:
+        ValueError: there is no distributed checkpoint there.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"checkpoint {path}: there is no such directory")
+    if (path / METADATA_NAME).is_file():
+        return CheckpointLocation(path.resolve().parent, path.resolve())
+    tracker = path / TRACKER_NAME
+    if not tracker.is_file():
+        raise ValueError(
+            f"checkpoint {path}: holds neither {TRACKER_NAME} (a save directory) nor "
+            f"{METADATA_NAME} (one iteration of the torch_dist format)"
+        )
+    name = tracker.read_text(encoding="utf-8").strip()
+    if name != "release" and not name.isdigit():
+        raise ValueError(f"checkpoint {path}: {TRACKER_NAME} says {name!r}, not an iteration")
+    iteration_dir = path / ("release" if name == "release" else f"iter_{int(name):07d}")
+    if not (iteration_dir / METADATA_NAME).is_file():
+        raise ValueError(
+            f"checkpoint {path}: {TRACKER_NAME} names iteration {name}, but "
+            f"{iteration_dir.name} is not a checkpoint of the torch_dist format"
+        )
+    return CheckpointLocation(path, iteration_dir)

@@ -1,0 +1,200 @@
+"""The two halves of a transformer layer, as functions over plain tensors.
+
+No module system and no dispatch beyond torch's own: at batch 1 every operation costs about a
+microsecond before it does anything, and a token passes through hundreds of them.
+
+Shapes: s positions in a pass, h hidden size, np query heads, ng key-value heads, hn head size.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.inference.kv_cache import LayerWindow
+from megatron.early_exit.inference.rotary import RotaryTable
+
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What the attentions of one pass over consecutive positions share.
+
+    Attributes:
+        windows: the caches, one entry for each attention of the pass.
+        cos, sin: rows of the rotary table [s, 1, 2, hn / 2]; None without rotary embeddings.
+        causal: the pass starts at the first position.
+        mask: [s * np / ng, t], true where attention is allowed; None where the kernel's own causal
+            mask or none at all will do.
+        last_only: only the last position needs a result.
+    """
+
+    windows: list[LayerWindow]
+    cos: Tensor | None
+    sin: Tensor | None
+    causal: bool
+    mask: Tensor | None
+    last_only: bool = False
+
+
+Step = Callable[[Tensor, Pass], Tensor]
+"""Half a layer: the residual stream [s, h] before it to the one after it."""
+
+
+def make_norm(architecture: Architecture, weights: Mapping[str, Tensor], prefix: str) -> Function:
+    """The norm whose tensors are `{prefix}weight` and `{prefix}bias`, over the last dimension."""
+    gain = weights[f"{prefix}weight"]
+    if architecture.layernorm_zero_centered_gamma:
+        gain = gain + 1
+    shape, eps = (gain.shape[0],), architecture.layernorm_epsilon
+    if architecture.normalization == "LayerNorm":
+        bias = weights[f"{prefix}bias"]
+        return partial(
+            functional.layer_norm, normalized_shape=shape, weight=gain, bias=bias, eps=eps
+        )
+    return partial(functional.rms_norm, normalized_shape=shape, weight=gain, eps=eps)
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    return functional.relu(x).square()
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS: Mapping[str, Function] = {
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "silu": functional.silu,
+    "squared_relu": _squared_relu,
+    "quick_gelu": _quick_gelu,
+}
+
+
+class Mlp:
+    """x + fc2(activation(fc1(norm(x)))).
+
+    Args:
+        architecture: shape of the model.
+        weights: tensors by name.
+        prefix: what their names start with, such as `decoder.layers.0.mlp.`.
+    """
+
+    def __init__(self, architecture: Architecture, weights: Mapping[str, Tensor], prefix: str):
+        self.norm = make_norm(architecture, weights, f"{prefix}linear_fc1.layer_norm_")
+        self.fc1_weight = weights[f"{prefix}linear_fc1.weight"]
+        self.fc1_bias = weights.get(f"{prefix}linear_fc1.bias")
+        self.fc2_weight = weights[f"{prefix}linear_fc2.weight"].t()
+        self.fc2_bias = weights.get(f"{prefix}linear_fc2.bias")
+        self.activation = _ACTIVATIONS[architecture.activation]
+        self.gated = architecture.gated_linear_unit
+
+    def __call__(self, x: Tensor, _: Pass | None = None) -> Tensor:
+        """[s, h] -> [s, h]"""
+        inner = functional.linear(self.norm(x), self.fc1_weight, self.fc1_bias)
+        if self.gated:
+            gate, linear = inner.chunk(2, dim=-1)
+            inner = self.activation(gate).mul_(linear)
+        else:
+            inner = self.activation(inner)
+        result = torch.addmm(x, inner, self.fc2_weight)
+        return result if self.fc2_bias is None else result.add_(self.fc2_bias)
+
+
+class Attention:
+    """x + proj(attention(norm(x))), with keys and values of earlier positions from a cache.
+
+    Args:
+        architecture: shape of the model.
+        weights: tensors by name.
+        prefix: what their names start with, such as `decoder.layers.0.self_attention.`.
+        rotary: the rotary table, if the model has rotary embeddings.
+        window: which of a pass's cache windows belongs to this attention.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        weights: Mapping[str, Tensor],
+        prefix: str,
+        rotary: RotaryTable | None,
+        window: int,
+    ) -> None:
+        self.num_heads = architecture.num_attention_heads
+        self.num_groups = architecture.num_query_groups
+        self.head_size = architecture.kv_channels
+        self.scale = architecture.softmax_scale
+        self.window = window
+        order = None if rotary is None else rotary.order
+        self.norm = make_norm(architecture, weights, f"{prefix}linear_qkv.layer_norm_")
+        self.qkv_weight = self._ungroup(weights[f"{prefix}linear_qkv.weight"], order)
+        bias = weights.get(f"{prefix}linear_qkv.bias")
+        self.qkv_bias = None if bias is None else self._ungroup(bias, order)
+        self.proj_weight = weights[f"{prefix}linear_proj.weight"].t()
+        self.proj_bias = weights.get(f"{prefix}linear_proj.bias")
+        self.query_norm: Function | None = None
+        self.key_norm: Function | None = None
+        if architecture.qk_layernorm:
+            names = [n for n in weights if n.startswith((f"{prefix}q_layer", f"{prefix}k_layer"))]
+            ordered = {n: weights[n] if order is None else weights[n][order] for n in names}
+            self.query_norm = make_norm(architecture, ordered, f"{prefix}q_layernorm.")
+            self.key_norm = make_norm(architecture, ordered, f"{prefix}k_layernorm.")
+
+    def _ungroup(self, stored: Tensor, order: Tensor | None) -> Tensor:
+        """Rows in the order of groups [ng, np / ng + 2, hn, ...] -> all queries, keys, values."""
+        per_group = self.num_heads // self.num_groups
+        rows = stored.unflatten(0, (self.num_groups, per_group + 2, self.head_size))
+        queries, keys, values = rows.split((per_group, 1, 1), dim=1)
+        if order is not None:
+            queries, keys = queries[:, :, order], keys[:, :, order]
+        return torch.cat([part.flatten(0, 2) for part in (queries, keys, values)]).contiguous()
+
+    def __call__(self, x: Tensor, this: Pass) -> Tensor:
+        """[s, h] -> [s, h], or [1, h] where only the last position counts."""
+        heads, groups, size = self.num_heads, self.num_groups, self.head_size
+        qkv = functional.linear(self.norm(x), self.qkv_weight, self.qkv_bias)
+        qkv = qkv.view(-1, heads + 2 * groups, size)
+        if self.query_norm is not None and self.key_norm is not None:
+            queries, keys = qkv.narrow(1, 0, heads), qkv.narrow(1, heads, groups)
+            queries.copy_(self.query_norm(queries))
+            keys.copy_(self.key_norm(keys))
+        if this.cos is not None and this.sin is not None:
+            pairs = qkv.narrow(1, 0, heads + groups).unflatten(2, (2, -1))
+            flipped = pairs.flip(2)
+            pairs.mul_(this.cos).addcmul_(flipped, this.sin)
+        rows, keys, values = this.windows[self.window]
+        rows.copy_(qkv.narrow(1, heads, 2 * groups))
+        queries = qkv.narrow(1, 0, heads)
+        if this.last_only:
+            queries, x = queries[-1:], x[-1:]
+        attended = self._attend(queries, keys, values, this)
+        result = torch.addmm(x, attended, self.proj_weight)
+        return result if self.proj_bias is None else result.add_(self.proj_bias)
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, this: Pass) -> Tensor:
+        """Queries [s, np, hn] over keys and values [1, ng, t, hn] -> [s, np * hn]."""
+        count, heads, groups = queries.shape[0], self.num_heads, self.num_groups
+        attention = functional.scaled_dot_product_attention
+        if count == 1:
+            # The queries of a group stand in for positions: no key is copied for them.
+            grouped = queries.view(1, groups, -1, self.head_size)
+            return attention(grouped, keys, values, scale=self.scale).reshape(1, -1)
+        if this.causal:
+            attended = attention(
+                queries.transpose(0, 1).unsqueeze(0),
+                keys,
+                values,
+                is_causal=True,
+                scale=self.scale,
+                enable_gqa=heads != groups,
+            )
+            return attended[0].transpose(0, 1).reshape(count, -1)
+        grouped = queries.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2).unsqueeze(0)
+        attended = attention(grouped, keys, values, attn_mask=this.mask, scale=self.scale)
+        return attended[0].unflatten(1, (count, -1)).transpose(0, 1).reshape(count, -1)

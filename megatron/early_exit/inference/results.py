@@ -1,0 +1,62 @@
+"""What an engine answers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedToken:
+    """One token, as it leaves the engine."""
+
+    token_id: int
+    text: str | None
+    """What the token adds to the text; empty while it is part of an unfinished character, None for
+    a model without a tokenizer."""
+    exit_layer: int
+    """Number of backbone layers behind the choice of the token."""
+    confidence: float
+    """Largest softmax probability where the token was chosen."""
+    logprob: float
+    """Logarithm of the token's own probability there, before temperature and filters."""
+    finish_reason: FinishReason | None = None
+    """Why this is the last token; None if it is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStatistics:
+    """Where the time of one request went."""
+
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    prefill_seconds: float
+    """From the start to the first token."""
+    decode_seconds: float
+    """From the first token to the last."""
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Speed after the first token; 0 where there is only one."""
+        decoded = self.num_generated_tokens - 1
+        return decoded / self.decode_seconds if decoded > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """The continuation of one prompt; the lists are parallel, one entry for each token."""
+
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str | None
+    """The continuation alone; None for a model without a tokenizer."""
+    token_texts: list[str] | None
+    """What each token adds to `text`."""
+    exit_layers: list[int]
+    """Number of backbone layers behind the choice of each token."""
+    confidences: list[float]
+    """Largest softmax probability where each token was chosen."""
+    logprobs: list[float]
+    """Logarithm of each token's own probability there, before temperature and filters."""
+    finish_reason: FinishReason
+    statistics: GenerationStatistics

@@ -1,0 +1,165 @@
+"""A model cut at its exits.
+
+The backbone is a row of half layers: attention, MLP, attention, MLP, ... An exit cuts the row
+behind the layer that it follows, or, where exits have an MLP of their own, between the attention
+and the MLP of that layer. What lies between two cuts is a segment. Every position runs through the
+segments in order, but not in one go: the deeper ones may lag behind.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor, device, dtype
+from torch.nn import functional
+
+from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.inference.layers import (
+    Attention,
+    Function,
+    Mlp,
+    Pass,
+    Step,
+    make_norm,
+)
+from megatron.early_exit.inference.rotary import RotaryTable
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The transformer layer that an exit may have; it attends over a cache of its own."""
+
+    attention: Attention
+    mlp: Mlp
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What turns the residual stream at one place into logits: [mlp] [block] [norm] projection."""
+
+    mlp: Mlp | None
+    block: Block | None
+    norm: Function | None
+    projection: Tensor
+    """[v, h], without padding of the vocabulary."""
+
+    def logits(self, hidden: Tensor, block_pass: Pass | None = None) -> Tensor:
+        """Logits [n, v] from the residual stream [n, h].
+
+        With a block `hidden` holds every position that the block has not seen yet, `block_pass`
+        describes them, and n in the result is 1: the last position.
+        """
+        if self.mlp is not None:
+            hidden = self.mlp(hidden)
+        if self.block is not None:
+            assert block_pass is not None
+            hidden = self.block.mlp(self.block.attention(hidden, block_pass))
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        return functional.linear(hidden, self.projection)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelExit:
+    """The exit behind one segment."""
+
+    position: int
+    """Number of backbone layers run before it."""
+    head: Head
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The half layers between two cuts."""
+
+    steps: tuple[Step, ...]
+    num_attentions: int
+
+    def __call__(self, hidden: Tensor, this: Pass) -> Tensor:
+        """Residual stream [s, h] at the start of the segment -> at its end."""
+        for step in self.steps:
+            hidden = step(hidden, this)
+        return hidden
+
+
+class SegmentedModel:
+    """Weights and structure of a model; holds no state of any sequence.
+
+    Args:
+        architecture: shape of the backbone.
+        early_exit: its exits.
+        weights: tensors by name, see `megatron.early_exit.checkpoint.weights`.
+
+    Attributes:
+        segments: n + 1 segments of a model with n exits; the last ends at the final head.
+        exits: the n exits, `exits[i]` behind `segments[i]`.
+    """
+
+    def __init__(
+        self, architecture: Architecture, early_exit: EarlyExitConfig, weights: Mapping[str, Tensor]
+    ) -> None:
+        self.architecture = architecture
+        self.word_embeddings = weights["embedding.word_embeddings.weight"]
+        self.position_embeddings = weights.get("embedding.position_embeddings.weight")
+        self.rotary: RotaryTable | None = None
+        if architecture.position_embedding_type == "rope":
+            self.rotary = RotaryTable(architecture, self.dtype, self.device)
+        self.segments = self._cut(early_exit, weights)
+        self.exits = tuple(
+            ModelExit(position, self._exit_head(position, early_exit, weights))
+            for position in early_exit.positions
+        )
+        output = weights.get("output_layer.weight", self.word_embeddings)
+        final_norm = make_norm(architecture, weights, "decoder.final_layernorm.")
+        self.final_head = Head(None, None, final_norm, output)
+
+    @property
+    def dtype(self) -> dtype:
+        """Of weights, caches and hidden states."""
+        return self.word_embeddings.dtype
+
+    @property
+    def device(self) -> device:
+        """Where the weights are."""
+        return self.word_embeddings.device
+
+    def _cut(
+        self, early_exit: EarlyExitConfig, weights: Mapping[str, Tensor]
+    ) -> tuple[Segment, ...]:
+        num_steps = 2 * self.architecture.num_layers
+        behind = -1 if early_exit.use_exit_mlp else 0
+        cuts = [0, *(2 * position + behind for position in early_exit.positions), num_steps]
+        return tuple(self._segment(start, end, weights) for start, end in pairwise(cuts))
+
+    def _segment(self, start: int, end: int, weights: Mapping[str, Tensor]) -> Segment:
+        steps: list[Step] = []
+        num_attentions = 0
+        for step in range(start, end):
+            layer, is_mlp = divmod(step, 2)
+            prefix = f"decoder.layers.{layer}."
+            if is_mlp:
+                steps.append(Mlp(self.architecture, weights, f"{prefix}mlp."))
+            else:
+                steps.append(self._attention(weights, prefix, num_attentions))
+                num_attentions += 1
+        return Segment(tuple(steps), num_attentions)
+
+    def _attention(self, weights: Mapping[str, Tensor], prefix: str, window: int) -> Attention:
+        prefix = f"{prefix}self_attention."
+        return Attention(self.architecture, weights, prefix, self.rotary, window)
+
+    def _exit_head(
+        self, position: int, early_exit: EarlyExitConfig, weights: Mapping[str, Tensor]
+    ) -> Head:
+        prefix = f"exits.{position}."
+        mlp = block = norm = None
+        if early_exit.use_exit_mlp:
+            mlp = Mlp(self.architecture, weights, f"{prefix}mlp.")
+        if early_exit.use_exit_block:
+            attention = self._attention(weights, f"{prefix}block.", 0)
+            block = Block(attention, Mlp(self.architecture, weights, f"{prefix}block.mlp."))
+        if early_exit.use_exit_norm:
+            norm = make_norm(self.architecture, weights, f"{prefix}norm.")
+        projection = weights.get(f"{prefix}projection.weight", self.word_embeddings)
+        return Head(mlp, block, norm, projection)

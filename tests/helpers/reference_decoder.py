@@ -1,0 +1,177 @@
+"""The oracle of inference: no cache, a full forward over the whole prefix for every token.
+
+Written from the definitions, apart from the engine: plain loops over layers and heads, Megatron's
+rotary embeddings and layout of weights as they are stored, one token decided per forward.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tests.helpers.tiny_models import TinyModel
+
+
+@dataclass(frozen=True)
+class ReferenceToken:
+    token_id: int
+    exit_layer: int
+    confidence: float
+    logprob: float
+
+
+def generate(
+    model: TinyModel,
+    prompt: Sequence[int],
+    max_tokens: int,
+    threshold: float | None,
+    exit_layers: Sequence[int] | None = None,
+) -> list[ReferenceToken]:
+    """Greedy tokens; a threshold of None means that no exit is ever taken.
+
+    The rule: a token is the choice of the first enabled exit whose largest softmax probability on
+    the last position reaches the threshold, else of the final head.
+    """
+    tokens, generated = list(prompt), []
+    for _ in range(max_tokens):
+        logits = all_logits(model, tokens)
+        final = model.architecture.num_layers
+        heads = [
+            (p, p) for p in model.early_exit.positions if exit_layers is None or p in exit_layers
+        ]
+        chosen = None
+        for key, layer in [*(heads if threshold is not None else []), ("final", final)]:
+            probabilities = logits[key][-1].double().softmax(-1)
+            confidence, token = (float(v) for v in probabilities.max(-1))
+            if key == "final" or confidence >= threshold:
+                chosen = ReferenceToken(int(token), layer, confidence, math.log(confidence))
+                break
+        generated.append(chosen)
+        tokens.append(chosen.token_id)
+    return generated
+
+
+def all_logits(model: TinyModel, tokens: Sequence[int]) -> dict[int | str, Tensor]:
+    """Logits [s, v] of every head over a sequence, by position of the exit and "final"."""
+    w, a, options = model.weights, model.architecture, model.early_exit
+    embedding = w["embedding.word_embeddings.weight"]
+    x = embedding[torch.tensor(tokens)]
+    if a.position_embedding_type == "learned_absolute":
+        x = x + w["embedding.position_embeddings.weight"][: len(tokens)]
+    logits: dict[int | str, Tensor] = {}
+    for layer in range(a.num_layers):
+        prefix = f"decoder.layers.{layer}."
+        x = x + _attention(model, f"{prefix}self_attention.", x)
+        before_mlp = x
+        x = x + _mlp(model, f"{prefix}mlp.", x)
+        position = layer + 1
+        if position in options.positions:
+            exit_prefix = f"exits.{position}."
+            branch = x
+            if options.use_exit_mlp:
+                branch = before_mlp + _mlp(model, f"{exit_prefix}mlp.", before_mlp)
+            if options.use_exit_block:
+                block = f"{exit_prefix}block."
+                branch = branch + _attention(model, f"{block}self_attention.", branch)
+                branch = branch + _mlp(model, f"{block}mlp.", branch)
+            if options.use_exit_norm:
+                branch = _norm(model, f"{exit_prefix}norm.", branch)
+            projection = embedding
+            if options.untie_exit_output_weights:
+                projection = w[f"{exit_prefix}projection.weight"]
+            logits[position] = branch @ projection.T
+    x = _norm(model, "decoder.final_layernorm.", x)
+    output = embedding if a.share_embeddings_and_output_weights else w["output_layer.weight"]
+    logits["final"] = x @ output.T
+    return logits
+
+
+def _norm(model: TinyModel, prefix: str, x: Tensor) -> Tensor:
+    a, gain = model.architecture, model.weights[f"{prefix}weight"]
+    if a.layernorm_zero_centered_gamma:
+        gain = gain + 1
+    if a.normalization == "LayerNorm":
+        centred = x - x.mean(-1, keepdim=True)
+        variance = centred.square().mean(-1, keepdim=True)
+        normed = centred / (variance + a.layernorm_epsilon).sqrt()
+        return normed * gain + model.weights[f"{prefix}bias"]
+    return x / (x.square().mean(-1, keepdim=True) + a.layernorm_epsilon).sqrt() * gain
+
+
+def _linear(model: TinyModel, prefix: str, x: Tensor) -> Tensor:
+    y = x @ model.weights[f"{prefix}weight"].T
+    bias = model.weights.get(f"{prefix}bias")
+    return y if bias is None else y + bias
+
+
+def _mlp(model: TinyModel, prefix: str, x: Tensor) -> Tensor:
+    a = model.architecture
+    y = _linear(model, f"{prefix}linear_fc1.", _norm(model, f"{prefix}linear_fc1.layer_norm_", x))
+    gate = y[:, : a.ffn_hidden_size]
+    gate = {
+        "silu": lambda t: t / (1 + torch.exp(-t)),
+        "gelu": lambda t: t * 0.5 * (1 + torch.erf(t / math.sqrt(2))),
+        "gelu_tanh": lambda t: (
+            t * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (t + 0.044715 * t**3)))
+        ),
+        "squared_relu": lambda t: t.clamp(min=0) ** 2,
+        "quick_gelu": lambda t: t / (1 + torch.exp(-1.702 * t)),
+    }[a.activation](gate)
+    if a.gated_linear_unit:
+        gate = gate * y[:, a.ffn_hidden_size :]
+    return _linear(model, f"{prefix}linear_fc2.", gate)
+
+
+def _attention(model: TinyModel, prefix: str, x: Tensor) -> Tensor:
+    a, size = model.architecture, model.architecture.kv_channels
+    normed = _norm(model, f"{prefix}linear_qkv.layer_norm_", x)
+    per_group = a.num_attention_heads // a.num_query_groups
+    mixed = _linear(model, f"{prefix}linear_qkv.", normed)
+    mixed = mixed.view(len(x), a.num_query_groups, per_group + 2, size)
+    scale = a.softmax_scale or size**-0.5
+    outputs = []
+    for group in range(a.num_query_groups):
+        key, value = mixed[:, group, per_group], mixed[:, group, per_group + 1]
+        if a.qk_layernorm:
+            key = _norm(model, f"{prefix}k_layernorm.", key)
+        key = _rotate(model, key)
+        for head in range(per_group):
+            query = mixed[:, group, head]
+            if a.qk_layernorm:
+                query = _norm(model, f"{prefix}q_layernorm.", query)
+            scores = _rotate(model, query) @ key.T * scale
+            future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+            outputs.append(scores.masked_fill(future, -torch.inf).softmax(-1) @ value)
+    return _linear(model, f"{prefix}linear_proj.", torch.cat(outputs, dim=-1))
+
+
+def _rotate(model: TinyModel, x: Tensor) -> Tensor:
+    """Rotary embedding of one head [s, hn], a pair of entries at a time."""
+    a = model.architecture
+    if a.position_embedding_type != "rope":
+        return x
+    turned = int(a.kv_channels * a.rotary_percent)
+    result = x.clone()
+    positions = torch.arange(len(x), dtype=torch.float64)
+    positions /= a.rotary_seq_len_interpolation_factor or 1.0
+    for pair in range(turned // 2):
+        i, j = (2 * pair, 2 * pair + 1) if a.rotary_interleaved else (pair, pair + turned // 2)
+        angle = positions * _frequency(a.rotary_base ** (-2 * pair / turned), a.rope_scaling_factor)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        result[:, i] = x[:, i] * cos - x[:, j] * sin
+        result[:, j] = x[:, j] * cos + x[:, i] * sin
+    return result
+
+
+def _frequency(frequency: float, llama3_factor: float | None) -> float:
+    if llama3_factor is None:
+        return frequency
+    wavelength = 2 * math.pi / frequency
+    if wavelength < 8192 / 4:
+        return frequency
+    if wavelength > 8192:
+        return frequency / llama3_factor
+    smooth = (8192 / wavelength - 1) / (4 - 1)
+    return (1 - smooth) * frequency / llama3_factor + smooth * frequency
