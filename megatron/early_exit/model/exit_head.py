@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.model.rng import preserved_rng, seeded_rng
+from megatron.early_exit.model.rng import seeded_rng
 
 Result = TypeVar("Result")
 Criterion = Callable[[Tensor, Tensor], Result]
@@ -101,6 +101,7 @@ class ExitHead(MegatronModule):
         )
         draws = config.hidden_dropout > 0 or config.attention_dropout > 0
         self.draws_random_numbers = draws and (options.use_exit_mlp or options.use_exit_block)
+        """Whether the branch has dropout: in training it then needs `dropout_rng`."""
 
     def forward(
         self,
@@ -122,14 +123,6 @@ class ExitHead(MegatronModule):
 
     def branch(self, hidden: Tensor, layer_kwargs: dict[str, Any]) -> Tensor:
         """Everything before the projection, [s, b, h] -> [s, b, h]."""
-        if self.draws_random_numbers:
-            with preserved_rng():
-                hidden = self._transform(hidden, layer_kwargs)
-        else:
-            hidden = self._transform(hidden, layer_kwargs)
-        return hidden if self.norm is None else self.norm(hidden)
-
-    def _transform(self, hidden: Tensor, layer_kwargs: dict[str, Any]) -> Tensor:
         if self.mlp is not None:
             residual = hidden.float() if self.config.fp32_residual_connection else hidden
             output_and_bias = self.mlp(self.pre_mlp_layernorm(hidden))
@@ -137,7 +130,7 @@ class ExitHead(MegatronModule):
             hidden = add(output_and_bias, residual, self.config.hidden_dropout)
         if self.block is not None:
             hidden, _ = self.block(hidden_states=hidden, **layer_kwargs)
-        return hidden
+        return hidden if self.norm is None else self.norm(hidden)
 
     def sharded_state_dict(
         self,
@@ -214,7 +207,7 @@ class ExitHeads(MegatronModule):
     def copy_word_embedding(self) -> None:
         """Allocate this chunk's copy of the word embedding (filled by `connect_tied_weights`)."""
         rows = self.vocab_size // torch.distributed.get_world_size(self.tp_group)
-        device = torch.device("cpu" if self.config.use_cpu_initialization else "cuda")
+        device = "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
         copy = Parameter(
             torch.zeros(
                 rows, self.config.hidden_size, dtype=self.config.params_dtype, device=device

@@ -4,8 +4,9 @@ A model with exits must draw the very weights and dropout masks that the same mo
 them, so whatever an exit draws is drawn inside one of these contexts.
 """
 
+import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -41,3 +42,22 @@ def seeded_rng(seed: int, tp_rank: int) -> Iterator[None]:
         torch.manual_seed(seed)
         torch.cuda.manual_seed(seed)
         yield
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed that is a function of `numbers` and unlike that of any other numbers."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest()
+    return int.from_bytes(digest)
+
+
+@contextmanager
+def dropout_rng(seed: int, tp_rank: int, sequence_parallel: bool) -> Iterator[None]:
+    """Draw the dropout masks of a branch from `seed`.
+
+    With sequence parallelism the ranks hold different tokens and draw from states of their own,
+    as in Megatron's transformer block.
+    """
+    with seeded_rng(seed, tp_rank):
+        parallel = get_cuda_rng_tracker().fork() if sequence_parallel else nullcontext()
+        with parallel:
+            yield

@@ -9,6 +9,7 @@ in the backward phase, one microbatch at a time.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.model.exit_head import ExitHeads
+from megatron.early_exit.model.rng import derived_seed, dropout_rng
 from megatron.early_exit.training.head_loss import HeadLossOptions, head_loss
 from megatron.early_exit.training.loss_weight import exit_loss_weights
 from megatron.early_exit.training.metrics import ExitMetrics
@@ -66,6 +68,7 @@ class ExitObjective:
         config: the exits.
         normalization: how the final loss is reduced, the exits' are reduced the same way.
         chunk_tokens: tokens whose logits exist at a time; None for a default by memory.
+        seed: of the exits' dropout.
     """
 
     def __init__(
@@ -73,19 +76,25 @@ class ExitObjective:
         config: EarlyExitConfig,
         normalization: LossNormalization,
         chunk_tokens: int | None = None,
+        seed: int = 0,
     ) -> None:
         self.config = config
         self.normalization = normalization
         self.chunk_tokens = chunk_tokens
+        self.seed = seed
         self.temperatures = {one.position: one.temperature for one in config.exits}
         self.weights = exit_loss_weights(config, iteration=0)
         self.training_metrics = ExitMetrics(config.positions)
         self.validation_metrics = ExitMetrics(config.positions)
         self._loss_scale: Tensor | float = 1.0
+        self._iteration = 0
+        self._dropout_draws = 0
 
     def start_iteration(self, iteration: int) -> None:
         """Set the loss weights for the iteration after `iteration` completed ones."""
         self.weights = exit_loss_weights(self.config, iteration)
+        if iteration != self._iteration:
+            self._iteration, self._dropout_draws = iteration, 0
 
     def set_loss_scale(self, scale: Tensor) -> None:
         """For `config.experimental_attention_variant_loss_scale_func`, the hook that Megatron
@@ -136,7 +145,7 @@ class ExitObjective:
         layer_kwargs: dict[str, Any],
         metrics: ExitMetrics,
     ) -> None:
-        """Compute one exit's loss; with gradients enabled, backpropagate it to the leaf `hidden`."""
+        """Compute an exit's loss; with gradients enabled, backpropagate it to the leaf `hidden`."""
         options = HeadLossOptions(
             temperature=self.temperatures[position],
             confidence_weighted=self.config.use_dynamic_exit_layer_weight,
@@ -158,7 +167,18 @@ class ExitObjective:
             if gradient is not None:
                 torch.autograd.backward(flat, gradient)
 
-        exits(position, hidden, criterion, layer_kwargs)
+        with self._random_numbers(exits, position):
+            exits(position, hidden, criterion, layer_kwargs)
+
+    def _random_numbers(self, exits: ExitHeads, position: int) -> AbstractContextManager[None]:
+        """Dropout of the exit's own: the backbone's random numbers stay as they are without exits,
+        and a resumed run draws what an uninterrupted one does."""
+        if not (exits.training and exits.heads[position].draws_random_numbers):
+            return nullcontext()
+        self._dropout_draws += 1
+        seed = derived_seed(self.seed, self._iteration, self._dropout_draws, position)
+        tp_rank = torch.distributed.get_rank(exits.tp_group)
+        return dropout_rng(seed, tp_rank, exits.config.sequence_parallel)
 
     def _coefficient(self, position: int, targets: "_Targets") -> Tensor | float:
         coefficient = self.weights[position] * self._loss_scale

@@ -23,7 +23,8 @@ class HeadLoss:
 
     Attributes:
         loss: cross entropy of the (tempered) logits, not weighted.
-        correct: 1 where the label has the largest logit.
+        correct: 1 where the label is the greedy choice: the largest logit, the lowest id of equals
+            (which are frequent in half precision).
         weight: what the token's loss is multiplied by: 1, or the head's own confidence.
     """
 
@@ -120,24 +121,37 @@ def _chunk_loss(
     """Loss of a chunk [c, v]; also exp(logits - max) (in the memory of `logits`) and its sum."""
     if options.temperature != 1.0:
         logits /= options.temperature
-    parallel = torch.distributed.get_world_size(options.tp_group) > 1
-    largest = logits.amax(dim=-1)
-    if parallel:
-        torch.distributed.all_reduce(
-            largest, op=torch.distributed.ReduceOp.MAX, group=options.tp_group
-        )
+    largest, choice = _greedy_choice(logits, options)
     logits -= largest.unsqueeze(1)
     index, owned = _local_labels(labels, logits.shape[1], options)
     target = logits.gather(1, index).squeeze(1) * owned
     exponentials = logits.exp_()
     total = exponentials.sum(dim=-1)
-    if parallel:
+    if _is_parallel(options):
         both = torch.stack([total, target])
         torch.distributed.all_reduce(both, group=options.tp_group)
         total, target = both.unbind()
     confidence = total.reciprocal()
     weight = confidence if options.confidence_weighted else torch.ones_like(confidence)
-    return HeadLoss(total.log() - target, (target == 0).float(), weight), exponentials, total
+    return HeadLoss(total.log() - target, (choice == labels).float(), weight), exponentials, total
+
+
+def _is_parallel(options: HeadLossOptions) -> bool:
+    return torch.distributed.get_world_size(options.tp_group) > 1
+
+
+def _greedy_choice(logits: Tensor, options: HeadLossOptions) -> tuple[Tensor, Tensor]:
+    """The largest logit of each token over the whole vocabulary, and the lowest id that has it."""
+    local, row = logits.max(dim=-1)
+    choice = row + torch.distributed.get_rank(options.tp_group) * logits.shape[1]
+    if not _is_parallel(options):
+        return local, choice
+    largest = local.clone()
+    reduce, group = torch.distributed.ReduceOp, options.tp_group
+    torch.distributed.all_reduce(largest, op=reduce.MAX, group=group)
+    choice = torch.where(local == largest, choice, torch.iinfo(choice.dtype).max)
+    torch.distributed.all_reduce(choice, op=reduce.MIN, group=group)
+    return largest, choice
 
 
 def _logits_gradient(

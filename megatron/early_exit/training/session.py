@@ -3,61 +3,32 @@
 This is where Megatron's arguments are read, once, into the objects that the rest is given.
 """
 
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from argparse import Namespace
 from functools import cached_property
 from typing import Any
 
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.argument_utils import gpt_config_from_args
-from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training import get_tensorboard_writer, pretrain, print_rank_0
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron.early_exit.checkpoint.description import ModelDescription, write_description
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.model.gpt_model import EarlyExitGPTModelConfig, check_backbone
 from megatron.early_exit.model.layer_specs import gpt_layer_spec
 from megatron.early_exit.model.tied_weights import finalize_gradients
 from megatron.early_exit.training.data import BatchReader, dataset_provider
+from megatron.early_exit.training.event_log import EventLog
 from megatron.early_exit.training.exit_loss import ExitObjective, LossNormalization
+from megatron.early_exit.training.index_cache import cache_folders, remove_unfinished_indices
+from megatron.early_exit.training.loading import LoadedRandomState, require_all_but
 from megatron.early_exit.training.logging import Progress, log_exits
+from megatron.early_exit.training.resume import Start, clear_way, decide, handles, share
 from megatron.early_exit.training.step import ForwardStep, LossFunction
-
-ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
-
-
-def parse_arguments(add_arguments: ArgumentsProvider) -> Namespace:
-    """Parse and check the command line, and set Megatron's globals from it.
-
-    The exits are checked first, before Megatron sets anything up.
-
-    Raises:
-        ValueError: a flag is outside its range.
-        AssertionError: Megatron refuses a flag.
-    """
-    first_look = parse_args(add_arguments)
-    exits = EarlyExitConfig.from_attributes(first_look)
-    if first_look.num_layers is not None:
-        exits.validate(first_look.num_layers)
-    args = parse_and_validate_args(add_arguments)
-    for name, value in exits.to_dict().items():
-        setattr(args, name, value)
-    _check(args, exits)
-    return args
-
-
-def _check(args: Namespace, exits: EarlyExitConfig) -> None:
-    exits.validate(args.num_layers)
-    chunk = args.exit_loss_chunk_tokens
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"--exit-loss-chunk-tokens {chunk} is out of range, allowed: 1 or more")
-    for flag in ("use_torch_fsdp2", "use_megatron_fsdp"):
-        if exits.positions and getattr(args, flag):
-            raise ValueError(
-                f"--{flag.replace('_', '-')} cannot be combined with --exit-layer-nums, allowed: "
-                "Megatron's own data parallelism, with or without --use-distributed-optimizer"
-            )
-
 
 class Session:
     """One training run.
@@ -65,12 +36,15 @@ class Session:
     Args:
         args: checked arguments.
         tokenizer: the one that the data sets use.
+
+    Raises:
+        ValueError: flags do not go together, or not with the files that they name.
     """
 
     def __init__(self, args: Namespace, tokenizer: Any) -> None:
         self.args = args
-        self.datasets = dataset_provider(args, tokenizer)
         self.exits = EarlyExitConfig.from_attributes(args)
+        _check(args, self.exits)
         self.objective = ExitObjective(
             self.exits,
             LossNormalization(
@@ -78,14 +52,18 @@ class Session:
                 context_parallel_size=args.context_parallel_size,
             ),
             args.exit_loss_chunk_tokens,
+            args.seed,
         )
         self.model_config = self._model_config()
-        progress = Progress(
-            args.train_iters or 0,
+        self.progress = Progress(
+            args.train_iters or 1,
             args.log_interval,
             lambda: get_current_global_batch_size() * args.seq_length,
         )
-        log_exits(self.objective, progress)
+        self._provide_datasets = dataset_provider(args, tokenizer)
+        self._random_state = LoadedRandomState()
+        self._events = EventLog(get_tensorboard_writer())
+        self._start = self._prepare_files(tokenizer) if args.rank == 0 else None
 
     def _model_config(self) -> EarlyExitGPTModelConfig:
         config = gpt_config_from_args(self.args, model_config_cls=EarlyExitGPTModelConfig)
@@ -96,18 +74,75 @@ class Session:
             self.objective.set_loss_scale
         )
         config.transformer.finalize_model_grads_func = finalize_gradients
-        config.pre_wrap_hooks = [*config.pre_wrap_hooks, self._attach_objective]
+        config.pre_wrap_hooks = [*config.pre_wrap_hooks, self._before_loading]
         check_backbone(config)
         return config
 
-    def _attach_objective(self, chunks: list[Any]) -> list[Any]:
+    def _prepare_files(self, tokenizer: Any) -> Start:
+        """On rank 0: decide what to load, and describe what will be saved."""
+        args = self.args
+        start = Start()
+        if handles(args):
+            start = decide(args, self.exits, tokenizer.vocab_size)
+        for line in start.notes:
+            print_rank_0(line)
+        for path in remove_unfinished_indices(cache_folders(args)):
+            print_rank_0(f"removed {path}: it was cut short, and is built again")
+        if args.save is not None and not args.skip_train:
+            description = ModelDescription.from_args(
+                args, self.exits, tokenizer.vocab_size, getattr(tokenizer, "eod", None)
+            )
+            write_description(args.save, description)
+        return start
+
+    def _before_loading(self, chunks: list[Any]) -> list[Any]:
+        """The model exists and so do the process groups: Megatron loads next."""
         for chunk in chunks:
             chunk.exit_tap = self.objective
+        if self._start is not None:
+            for line in clear_way(self.args, self._start):
+                print_rank_0(line)
+        self._start = share(self._start)
+        self._start.apply_to(self.args)
+        require_all_but(chunks, self._start.fresh_exits)
+        self._events.start_after(self._start.iteration)
         return chunks
+
+    def run(self) -> None:
+        """Train.
+
+        Raises:
+            ValueError: the checkpoint turned out not to be loadable.
+        """
+        log_exits(self.objective, self.progress)
+
+        def datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
+            assert self._start is not None
+            if self._start.iteration:
+                self._random_state.keep()
+            return self._provide_datasets(num_samples)
+
+        datasets.is_distributed = True  # type: ignore[attr-defined]
+        try:
+            pretrain(
+                pretrain_cfg_container_from_args(self.args, self.model_config),
+                datasets,
+                ModelType.encoder_or_decoder,
+                self.forward_step,
+            )
+        except CheckpointException as error:
+            failures = [failure for failure, _ in error.failures.values()]
+            raise ValueError(f"the checkpoint cannot be loaded: {failures[0]}") from error
+        except CheckpointingException as error:
+            raise ValueError(f"the checkpoint cannot be loaded: {error}") from error
+        self._events.flush()
 
     @cached_property
     def _step(self) -> ForwardStep:
         args = self.args
+        self._random_state.restore()
+        # Known by now with --train-samples too.
+        self.progress.iterations = args.train_iters
         reader = BatchReader(
             groups=ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"]),
             micro_batch_size=args.micro_batch_size,
@@ -119,3 +154,24 @@ class Session:
     def forward_step(self, data: Any, model: Any) -> tuple[Tensor, LossFunction]:
         """For Megatron's schedules; the process groups exist by the time it is called."""
         return self._step(data, model)
+
+
+def _check(args: Namespace, exits: EarlyExitConfig) -> None:
+    chunk = args.exit_loss_chunk_tokens
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"--exit-loss-chunk-tokens {chunk} is out of range, allowed: 1 or more")
+    if not exits.positions:
+        return
+    for flag in ("use_torch_fsdp2", "use_megatron_fsdp"):
+        if getattr(args, flag):
+            raise ValueError(
+                f"--{flag.replace('_', '-')} cannot be combined with --exit-layer-nums, allowed: "
+                "Megatron's own data parallelism, with or without --use-distributed-optimizer"
+            )
+    if args.moe_use_upcycling:
+        raise ValueError("--moe-use-upcycling cannot be combined with --exit-layer-nums")
+    if not handles(args):
+        raise ValueError(
+            f"--ckpt-format {args.ckpt_format} cannot be combined with --exit-layer-nums, "
+            "allowed: torch_dist"
+        )

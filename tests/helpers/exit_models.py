@@ -1,0 +1,158 @@
+"""Small GPTs with exits on one process, and the gradients they should have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron.early_exit.config import EarlyExitConfig
+from tests.helpers.plain_loss import token_losses
+
+LAYERS, HIDDEN, HEADS, VOCAB, SEQUENCE, BATCH = 4, 32, 4, 64, 12, 2
+
+
+def build_model(exits: EarlyExitConfig, **backbone: Any) -> Any:
+    """An EarlyExitGPTModel in training mode, without dropout unless `backbone` asks for it.
+
+    `backbone` holds fields of Megatron's transformer config, and `tied` for a final projection that
+    is the word embedding."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron.early_exit.model.gpt_model import EarlyExitGPTModelConfig
+    from megatron.early_exit.model.layer_specs import gpt_layer_spec
+
+    fields = {
+        "num_layers": LAYERS,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HEADS,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "transformer_impl": "local",
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": functional.silu,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "pipeline_dtype": torch.float32,
+    } | {name: value for name, value in backbone.items() if name != "tied"}
+    config = EarlyExitGPTModelConfig(
+        transformer=TransformerConfig(**fields),
+        transformer_layer_spec=gpt_layer_spec,
+        early_exit=exits,
+        vocab_size=VOCAB,
+        seq_length=SEQUENCE,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=backbone.get("tied", True),
+    )
+    torch.manual_seed(3)
+    (model,) = config.get_builder_cls()(config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        wrap_with_ddp=False,
+        mixed_precision_wrapper=None,
+    )
+    return model.to(config.transformer.params_dtype)
+
+
+@dataclass
+class Microbatch:
+    """Random tokens, labels and a loss mask with zeros, each [b, s]."""
+
+    seed: int
+    tokens: Tensor = field(init=False)
+    labels: Tensor = field(init=False)
+    mask: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (BATCH, SEQUENCE)
+        self.tokens = torch.randint(VOCAB, shape, generator=generator)
+        self.labels = torch.randint(VOCAB, shape, generator=generator)
+        self.mask = (torch.rand(shape, generator=generator) < 0.7).float()
+
+    @property
+    def positions(self) -> Tensor:
+        return torch.arange(SEQUENCE).expand(BATCH, SEQUENCE)
+
+    @property
+    def tokens_that_count(self) -> Tensor:
+        return self.mask.sum().clamp(min=1)
+
+    def final_loss(self, model: Any) -> Tensor:
+        """Sum of the final head's losses over the tokens that count."""
+        losses = model(self.tokens, self.positions, None, labels=self.labels, loss_mask=self.mask)
+        return (losses.float() * self.mask).sum()
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The gradients of all parameters, by name, and zeros where there are none; clears them."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = None
+    return found
+
+
+class PlainExits:
+    """The summed losses of a model with exits as one ordinary graph, for autograd.
+
+    Hidden states are taken from the running backbone, every head's logits exist at once, and
+    nothing of the deferred loss is used."""
+
+    def __init__(self, model: Any, exits: EarlyExitConfig) -> None:
+        self.model = model
+        self.exits = exits
+        self.hidden: dict[int, Tensor] = {}
+
+    def objective(self, batch: Microbatch, per_token: bool = False) -> Tensor:
+        """Final loss plus weighted exit losses, means over tokens (or sums)."""
+        total = self._run_backbone(batch)
+        for one in self.exits.exits:
+            logits = self._logits(one.position)
+            losses = token_losses(
+                logits.flatten(0, 1),
+                batch.labels.t().flatten(),
+                temperature=one.temperature,
+                confidence_weighted=self.exits.use_dynamic_exit_layer_weight,
+            )
+            total = total + one.weight * (losses * batch.mask.t().flatten()).sum()
+        return total if per_token else total / batch.tokens_that_count
+
+    def _run_backbone(self, batch: Microbatch) -> Tensor:
+        hooks = [self._collect(position) for position in self.exits.positions]
+        loss = batch.final_loss(self.model)
+        for hook in hooks:
+            hook.remove()
+        return loss
+
+    def _collect(self, position: int) -> Any:
+        """Keep the branch's input: the layer's output, or with an exit MLP its MLP's residual."""
+        layer = self.model.decoder.layers[position - 1]
+        if self.exits.use_exit_mlp:
+            return layer.pre_mlp_layernorm.register_forward_pre_hook(
+                lambda _, args: self.hidden.update({position: args[0]})
+            )
+        return layer.register_forward_hook(
+            lambda _, args, output: self.hidden.update({position: output[0]})
+        )
+
+    def _logits(self, position: int) -> Tensor:
+        """[s, b, v]: mlp in place of the layer's, then block, norm and projection."""
+        head, hidden = self.model.exits.heads[position], self.hidden[position]
+        if self.exits.use_exit_mlp:
+            output, bias = head.mlp(head.pre_mlp_layernorm(hidden))
+            hidden = hidden + output + (0 if bias is None else bias)
+        if self.exits.use_exit_block:
+            rope = self.model.rotary_pos_emb(SEQUENCE)
+            hidden, _ = head.block(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rope)
+        if self.exits.use_exit_norm:
+            hidden = head.norm(hidden)
+        tied = self.model.embedding.word_embeddings.weight
+        weight = head.projection.weight if self.exits.untie_exit_output_weights else tied
+        return hidden.to(weight.dtype) @ weight.t()
