@@ -4,43 +4,35 @@
         --exit-layer-nums 3 6 ... (see README.md and examples/)
 """
 
-import os
 import sys
-from argparse import ArgumentParser
-
-from megatron.early_exit import platform
-
-MACHINE = platform.prepare()
-
-from megatron.core.enums import ModelType  # noqa: E402
-from megatron.training import get_args, get_tokenizer, pretrain, print_rank_0  # noqa: E402
-from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
-
-from megatron.early_exit.training.arguments import add_early_exit_arguments  # noqa: E402
-from megatron.early_exit.training.session import Session, parse_arguments  # noqa: E402
-
-
-def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-    platform.set_argument_defaults(parser, MACHINE)
-    return add_early_exit_arguments(parser)
 
 
 def main() -> int:
+    """Run the command line; returns the exit status."""
+    # Not at the top of the file: the process that Megatron starts to collect a checkpoint's
+    # writers imports this file, and would take seconds to import Megatron for nothing.
+    from megatron.early_exit import platform
+
+    machine = platform.prepare()
+
+    from megatron.training import get_tokenizer, print_rank_0
+
+    from megatron.early_exit.training.command_line import (
+        parse_arguments,
+        refuse,
+        run_as_one_process_without_launcher,
+    )
+    from megatron.early_exit.training.session import Session
+
+    run_as_one_process_without_launcher()
     try:
-        args = parse_arguments(add_arguments)
-        platform.check_arguments(args, MACHINE)
+        args = parse_arguments(lambda parser: platform.set_argument_defaults(parser, machine))
+        platform.check_arguments(args, machine)
         session = Session(args, get_tokenizer())
     except (ValueError, AssertionError, OSError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error or 'the arguments are not valid'}", file=sys.stderr)
-        return 2
-    print_rank_0(MACHINE.describe())
-    pretrain(
-        pretrain_cfg_container_from_args(args, session.model_config),
-        session.datasets,
-        ModelType.encoder_or_decoder,
-        session.forward_step,
-    )
+        return refuse(error)
+    print_rank_0(machine.describe())
+    session.run()
     return 0
 
 

@@ -22,13 +22,14 @@ from megatron.early_exit.model.gpt_model import EarlyExitGPTModelConfig, check_b
 from megatron.early_exit.model.layer_specs import gpt_layer_spec
 from megatron.early_exit.model.tied_weights import finalize_gradients
 from megatron.early_exit.training.data import BatchReader, dataset_provider
-from megatron.early_exit.training.event_log import EventLog
+from megatron.early_exit.training.event_log import EventLog, ProgressOnDisk
 from megatron.early_exit.training.exit_loss import ExitObjective, LossNormalization
 from megatron.early_exit.training.index_cache import cache_folders, remove_unfinished_indices
 from megatron.early_exit.training.loading import LoadedRandomState, require_all_but
-from megatron.early_exit.training.logging import Progress, log_exits
+from megatron.early_exit.training.logging import log_exits
 from megatron.early_exit.training.resume import Start, clear_way, decide, handles, share
 from megatron.early_exit.training.step import ForwardStep, LossFunction
+
 
 class Session:
     """One training run.
@@ -55,21 +56,25 @@ class Session:
             args.seed,
         )
         self.model_config = self._model_config()
-        self.progress = Progress(
-            args.train_iters or 1,
-            args.log_interval,
-            lambda: get_current_global_batch_size() * args.seq_length,
+        self._events = EventLog(get_tensorboard_writer())
+        intervals = (args.save_interval, args.non_persistent_save_interval)
+        self.progress = ProgressOnDisk(
+            self._events,
+            tuple(filter(None, intervals)),
+            iterations=args.train_iters or 1,
+            interval=args.log_interval,
+            tokens_per_iteration=lambda: get_current_global_batch_size() * args.seq_length,
         )
         self._provide_datasets = dataset_provider(args, tokenizer)
         self._random_state = LoadedRandomState()
-        self._events = EventLog(get_tensorboard_writer())
         self._start = self._prepare_files(tokenizer) if args.rank == 0 else None
 
     def _model_config(self) -> EarlyExitGPTModelConfig:
         config = gpt_config_from_args(self.args, model_config_cls=EarlyExitGPTModelConfig)
         assert isinstance(config, EarlyExitGPTModelConfig)
         config.early_exit = self.exits
-        config.transformer_layer_spec = gpt_layer_spec
+        # Megatron's annotation forgets the virtual stage, which it passes.
+        config.transformer_layer_spec = gpt_layer_spec  # type: ignore[assignment]
         config.transformer.experimental_attention_variant_loss_scale_func = (
             self.objective.set_loss_scale
         )
@@ -135,6 +140,14 @@ class Session:
             raise ValueError(f"the checkpoint cannot be loaded: {failures[0]}") from error
         except CheckpointingException as error:
             raise ValueError(f"the checkpoint cannot be loaded: {error}") from error
+        except AssertionError as error:
+            if not str(error).startswith("OptimizerParamScheduler:"):
+                raise
+            raise ValueError(
+                f"the learning rate schedule in the checkpoint is another one ({error}): give "
+                "--override-opt_param-scheduler to follow this run's flags, or "
+                "--use-checkpoint-opt_param-scheduler to follow the checkpoint"
+            ) from error
         self._events.flush()
 
     @cached_property

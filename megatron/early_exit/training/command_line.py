@@ -1,0 +1,196 @@
+"""From the command line to Megatron's checked arguments, with the exits restored on request.
+
+These are the steps of Megatron's own `parse_and_validate_args`, taken one by one, because the exits
+stored in a checkpoint belong between two of them.
+"""
+
+import os
+import socket
+import sys
+import time
+import traceback
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import NoReturn
+
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.global_vars import set_global_variables
+from megatron.training.utils import print_rank_0
+
+from megatron.early_exit.checkpoint.location import TOKENIZER_NAME
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.training.arguments import add_early_exit_arguments
+from megatron.early_exit.training.resume import (
+    find_checkpoint,
+    handles,
+    read_saved_description,
+)
+from megatron.early_exit.training.stored_model import StoredModel, describe_exits
+
+_SHARED_DIRECTORY_TIMEOUT_S = 120.0
+
+
+def run_as_one_process_without_launcher() -> None:
+    """Set what torchrun sets, for a run that was started without it."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ.update(one)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def refuse(error: BaseException) -> int:
+    """Say on rank 0 what is wrong with the command line or the files it names.
+
+    Returns:
+        The exit status.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        message = " ".join(str(error).split())
+        if not message:
+            # Megatron refuses some flags by an assertion that has no text but its condition.
+            line = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
+            message = f"the arguments do not fit together, required: {line.removeprefix('assert ')}"
+        print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def parse_arguments(set_defaults: Callable[[ArgumentParser], None]) -> Namespace:
+    """Parse and check the command line, and set Megatron's globals from it.
+
+    Args:
+        set_defaults: given the parser with all flags, to change defaults.
+
+    Raises:
+        ValueError: a flag is unknown or outside its range.
+        AssertionError: Megatron refuses a flag.
+    """
+    parsers = []
+
+    def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+        parsers.append(parser)
+        parser.error = _raise  # type: ignore[method-assign]
+        add_early_exit_arguments(parser)
+        _add_checkpoint_arguments(parser)
+        set_defaults(parser)
+        return parser
+
+    args = parse_args(add_arguments)
+    given = _given(parsers[0])
+    if args.yaml_cfg is not None:
+        raise ValueError(f"--yaml-cfg {args.yaml_cfg} is not supported, give the flags themselves")
+    stored = _restore_from_checkpoint(args, given) if args.use_checkpoint_args else None
+    exits = EarlyExitConfig.from_attributes(args)
+    if stored is not None:
+        exits = restore_exits(args, stored, given)
+        print_rank_0(f"exits of the checkpoint restored: {describe_exits(exits)}")
+    if args.num_layers is not None:
+        exits.validate(args.num_layers)
+    validate_args(args)
+    set_global_variables(args)
+    for name, value in exits.to_dict().items():
+        setattr(args, name, value)
+    return args
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _add_checkpoint_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group(title="early exit (checkpoints)")
+    group.add_argument(
+        "--no-dist-ckpt-optim-fully-reshardable",
+        action="store_false",
+        dest="dist_ckpt_optim_fully_reshardable",
+        help="Save the distributed optimizer's state faster, but so that it only loads at the "
+        "tensor and pipeline parallel sizes that saved it (default: it loads at any).",
+    )
+    parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)
+
+
+def _given(parser: ArgumentParser) -> frozenset[str]:
+    """Names of the arguments that are on the command line."""
+    absent = object()
+    names = {action.dest for action in parser._actions}
+    parsed = parser.parse_args(namespace=Namespace(**dict.fromkeys(names, absent)))
+    return frozenset(name for name in names if getattr(parsed, name, absent) is not absent)
+
+
+def _restore_from_checkpoint(args: Namespace, given: frozenset[str]) -> EarlyExitConfig | None:
+    """Set the backbone's arguments from the checkpoint; returns the exits stored in it."""
+    if not handles(args):
+        raise ValueError(
+            f"--use-checkpoint-args cannot be combined with --ckpt-format {args.ckpt_format}, "
+            "allowed: torch_dist"
+        )
+    if args.load is None and args.pretrained_checkpoint is None:
+        raise ValueError("--use-checkpoint-args needs --load or --pretrained-checkpoint")
+    path = _find_on_every_rank(args)
+    if path is None:
+        return None
+    on_command_line = args.tokenizer_type, args.tokenizer_model
+    load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+    load_args_from_checkpoint(args)
+    stored = StoredModel(path)
+    description = read_saved_description(path.parent)
+    if given & {"tokenizer_type", "tokenizer_model"}:
+        args.tokenizer_type, args.tokenizer_model = on_command_line
+    elif description is not None and description.tokenizer is not None:
+        # The copy that travels with the checkpoint, not the file that it was made from.
+        kept = description.tokenizer
+        args.tokenizer_type = kept.type
+        if kept.model is not None:
+            args.tokenizer_model = str(path.parent / TOKENIZER_NAME / kept.model)
+    if args.vocab_size is None:
+        args.vocab_size = getattr(stored.args, "vocab_size", None)
+    return stored.exits
+
+
+def _find_on_every_rank(args: Namespace) -> Path | None:
+    """The checkpoint that gives the arguments; ranks wait until rank 0 has mended its directory."""
+    deadline = time.monotonic() + _SHARED_DIRECTORY_TIMEOUT_S
+    while True:
+        source = find_checkpoint(args)
+        if source is None:
+            return None
+        if args.rank == 0 or source.is_named:
+            args.ckpt_step = source.ckpt_step
+            return source.checkpoint.path
+        if time.monotonic() > deadline:
+            raise ValueError(f"rank 0 does not mend {source.checkpoint.path.parent}, is it shared?")
+        time.sleep(0.2)
+
+
+def restore_exits(args: object, stored: EarlyExitConfig, given: frozenset[str]) -> EarlyExitConfig:
+    """The exits of a checkpoint, with what is on the command line put in their place.
+
+    Args:
+        args: the command line's values.
+        stored: those of the checkpoint.
+        given: the fields that are on the command line.
+
+    Raises:
+        ValueError: the two do not go together.
+    """
+    from_checkpoint = {f.name for f in fields(EarlyExitConfig)} - given
+    if "exit_layer_nums" in given:
+        # What is listed in the order of the layers belongs to the list that it came with.
+        from_checkpoint -= {"pre_exit", *_PER_EXIT_FIELDS}
+    values = {name: getattr(stored, name) for name in from_checkpoint}
+    for name in given & {f.name for f in fields(EarlyExitConfig)}:
+        values[name] = getattr(args, name)
+    if "exit_layer_nums" in from_checkpoint:
+        shift = int(values["pre_exit"]) - int(stored.pre_exit)
+        values["exit_layer_nums"] = tuple(n + shift for n in stored.exit_layer_nums)
+    return EarlyExitConfig(**values)
+
+
+_PER_EXIT_FIELDS = ("exit_layer_weight", "exit_layer_weight_init", "exit_layer_temperature")

@@ -1,0 +1,175 @@
+"""The model inside a checkpoint, compared with the one that a run is about to build.
+
+What a checkpoint holds is known before any process group exists: its index lists every tensor, and
+the arguments of the run that wrote it are stored with them.
+"""
+
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from megatron.early_exit.checkpoint.architecture import Architecture, UnsupportedArchitecture
+from megatron.early_exit.checkpoint.reader import CheckpointReader
+from megatron.early_exit.config import EarlyExitConfig
+
+_WORD_EMBEDDING = "embedding.word_embeddings.weight"
+_EXITS_PREFIX = "exits."
+_MAY_CHANGE = frozenset({"vocab_size", "params_dtype"})
+"""Fields of an architecture in which runs of one model may differ; the vocabulary is compared with
+what the checkpoint has rows for."""
+_SAME_BUT_FOR_FUSION = {"gelu_tanh": "gelu"}
+_PARTS = {
+    "mlp": "--use-exit-mlp",
+    "block": "--use-exit-block",
+    "norm": "--use-exit-norm",
+    "projection": "--untie-exit-output-weights",
+}
+"""Modules of an exit head that have weights, and the flags that ask for them."""
+
+
+def head_parts(options: EarlyExitConfig) -> frozenset[str]:
+    """The modules with weights that each exit of a model has."""
+    wanted = {
+        "mlp": options.use_exit_mlp,
+        "block": options.use_exit_block,
+        "norm": options.use_exit_norm,
+        "projection": options.untie_exit_output_weights,
+    }
+    return frozenset(part for part, is_used in wanted.items() if is_used)
+
+
+def head_flags(parts: frozenset[str]) -> str:
+    """The flags that give exit heads these parts, for messages."""
+    return " ".join(flag for part, flag in _PARTS.items() if part in parts) or "no flag of heads"
+
+
+def describe_exits(options: EarlyExitConfig) -> str:
+    """What the exits of a model are, whatever their placement and training, for messages."""
+    if not options.positions:
+        return "no exits"
+    layers = " ".join(map(str, options.positions))
+    return f"exits after layers {layers} ({head_flags(head_parts(options))})"
+
+
+@dataclass(frozen=True, slots=True)
+class ExitMatch:
+    """Exits by whether a run and a checkpoint have them."""
+
+    fresh: tuple[int, ...]
+    """Exits of the run that the checkpoint lacks."""
+    unused: tuple[int, ...]
+    """Exits of the checkpoint that the run lacks."""
+
+    @property
+    def is_exact(self) -> bool:
+        """The checkpoint has the run's exits and no others."""
+        return not (self.fresh or self.unused)
+
+
+class StoredModel:
+    """What is in one checkpoint.
+
+    Args:
+        path: directory of the iteration.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._reader = CheckpointReader(path)
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What all ranks of the run that wrote the checkpoint had in common."""
+        return self._reader.common_state()
+
+    @property
+    def args(self) -> Any:
+        """Megatron's arguments of that run; without attributes where they were not stored."""
+        return self.state.get("args") or SimpleNamespace()
+
+    @cached_property
+    def exits(self) -> EarlyExitConfig:
+        """The exits as that run configured them; none in a plain Megatron checkpoint."""
+        return EarlyExitConfig.from_attributes(self.args)
+
+    @cached_property
+    def parts(self) -> dict[int, frozenset[str]]:
+        """For each exit, the modules of its head that have weights in the checkpoint."""
+        parts: dict[int, set[str]] = {position: set() for position in self.exits.positions}
+        for name in self._reader.tensors:
+            if name.startswith(_EXITS_PREFIX):
+                _, position, part, _ = name.split(".", 3)
+                parts.setdefault(int(position), set()).add(part.removeprefix("pre_mlp_layernorm"))
+        return {position: frozenset(found - {""}) for position, found in parts.items()}
+
+    def match(self, options: EarlyExitConfig) -> ExitMatch:
+        """Which of a run's exits are in the checkpoint.
+
+        Raises:
+            ValueError: an exit of both has another kind of head.
+        """
+        wanted = head_parts(options)
+        for position in options.positions:
+            found = self.parts.get(position, wanted)
+            if found not in (wanted, frozenset()):
+                raise ValueError(
+                    f"the exit after layer {position} has another head in checkpoint {self.path} "
+                    f"({head_flags(found)}) than in this run ({head_flags(wanted)}): give the "
+                    "flags of the checkpoint, or load a checkpoint without this exit"
+                )
+        same = {p for p, found in self.parts.items() if found == wanted}
+        return ExitMatch(
+            fresh=tuple(p for p in options.positions if p not in same),
+            unused=tuple(p for p in sorted(self.parts) if p not in options.positions),
+        )
+
+    def check_backbone(self, args: object, vocab_size: int) -> None:
+        """Compare the backbone with that of a run.
+
+        Args:
+            args: the run's validated arguments.
+            vocab_size: size of the run's vocabulary, without padding.
+
+        Raises:
+            ValueError: they differ in a way that changes the model.
+        """
+        # Kinds of models that only Megatron knows have no description: it compares shapes.
+        with suppress(UnsupportedArchitecture, TypeError):
+            stored, wanted = Architecture.from_args(self.args), Architecture.from_args(args)
+            check_same_architecture(stored, wanted, f"checkpoint {self.path}")
+        rows = self._reader.shape(_WORD_EMBEDDING)[0] if self._has_embedding else vocab_size
+        if rows < vocab_size:
+            raise ValueError(
+                f"the tokenizer has {vocab_size} tokens and checkpoint {self.path} only "
+                f"{rows}: use the tokenizer that it was trained with"
+            )
+
+    @property
+    def _has_embedding(self) -> bool:
+        return _WORD_EMBEDDING in self._reader.tensors
+
+
+def check_same_architecture(stored: Architecture, wanted: Architecture, owner: str) -> None:
+    """Compare two backbones.
+
+    Args:
+        owner: what has the stored one, for the message.
+
+    Raises:
+        ValueError: they differ in a way that changes the model.
+    """
+    may_change = set(_MAY_CHANGE)
+    if wanted.position_embedding_type != "learned_absolute":
+        may_change.add("max_position_embeddings")
+    for name in (f.name for f in fields(Architecture) if f.name not in may_change):
+        old, new = getattr(stored, name), getattr(wanted, name)
+        if _SAME_BUT_FOR_FUSION.get(old, old) != _SAME_BUT_FOR_FUSION.get(new, new):
+            raise ValueError(
+                f"{name} is {old} in {owner} and {new} in this run, it must be the same"
+            )

@@ -1,0 +1,205 @@
+"""Start training commands quickly: Megatron is imported once, and every rank is a fork of that.
+
+Importing torch and Megatron takes several seconds of a rank's life, more than all the rest of a
+tiny run. Ranks are processes of their own in every other way: own session, environment, output."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+ENTRY = ROOT / "pretrain_early_exit_gpt.py"
+
+
+class WarmRanks:
+    """The process that the ranks are forked from; a context manager."""
+
+    def __init__(self) -> None:
+        self._next_port = 20_000 + os.getpid() % 10_000
+        self._server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> WarmRanks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.kill()
+        self._server.communicate()
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        """One question to the server, and its answer."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        print(json.dumps(request), file=self._server.stdin, flush=True)
+        answer = self._server.stdout.readline()
+        assert answer, "the server of warm ranks has died"
+        return json.loads(answer)
+
+    def start(
+        self,
+        script_args: Sequence[str | Path],
+        nproc: int,
+        folder: Path,
+        env: Mapping[str, str] | None = None,
+    ) -> Job:
+        """Start `script_args` (a Python file and its arguments) on `nproc` ranks.
+
+        Args:
+            folder: gets the output of rank N in `rankN.log`.
+        """
+        self._next_port += 1
+        folder.mkdir(parents=True, exist_ok=True)
+        common = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._next_port),
+            "WORLD_SIZE": str(nproc),
+            "LOCAL_WORLD_SIZE": str(nproc),
+            **(env or {}),
+        }
+        ranks = [
+            {
+                "argv": [str(arg) for arg in script_args],
+                "env": {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                "log": str(folder / f"rank{rank}.log"),
+            }
+            for rank in range(nproc)
+        ]
+        return Job(self, self.ask({"start": ranks}), folder)
+
+    def run(
+        self,
+        script_args: Sequence[str | Path],
+        nproc: int,
+        folder: Path,
+        timeout_s: float = 120,
+        env: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Start and wait; the result's `stdout` is the output of all ranks, one after the other."""
+        job = self.start(script_args, nproc, folder, env)
+        returncode = job.wait(timeout_s)
+        return subprocess.CompletedProcess([*script_args], returncode, job.output(), "")
+
+
+class Job:
+    """The ranks of one command."""
+
+    def __init__(self, server: WarmRanks, pids: list[int], folder: Path) -> None:
+        self._server = server
+        self._pids = pids
+        self._folder = folder
+        self._statuses: dict[int, int] = {}
+
+    def poll(self) -> int | None:
+        """None while all ranks are well; the status of the first that failed, or 0 at the end."""
+        alive = [pid for pid in self._pids if pid not in self._statuses]
+        for pid, status in self._server.ask({"poll": alive}).items():
+            self._statuses[int(pid)] = status
+        failed = [status for status in self._statuses.values() if status]
+        if failed:
+            return failed[0]
+        return 0 if len(self._statuses) == len(self._pids) else None
+
+    def wait(self, timeout_s: float) -> int:
+        """The status when the job has ended; what is left of it is killed."""
+        deadline = time.monotonic() + timeout_s
+        status = self.poll()
+        while status is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+            status = self.poll()
+        # What the others say about a rank's death does not matter, but what they say before does.
+        time.sleep(0.2 if status else 0)
+        self.kill()
+        return -signal.SIGKILL if status is None else status
+
+    def kill(self) -> None:
+        """SIGKILL every rank and all that it started."""
+        for pid in self._pids:
+            try:
+                os.killpg(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        while any(pid not in self._statuses for pid in self._pids):
+            self.poll()
+
+    def output(self) -> str:
+        """What the ranks have written so far."""
+        logs = sorted(self._folder.glob("rank*.log"))
+        return "\n".join(f"[{log.stem}]\n{log.read_text(errors='replace')}" for log in logs)
+
+
+def _serve() -> None:
+    from megatron.early_exit import platform
+
+    platform.prepare()
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from torch.utils import tensorboard  # noqa: F401
+
+    from megatron.early_exit.training import command_line, session  # noqa: F401
+
+    # Else every rank starts a process that imports torch, to hand a list over to itself.
+    filesystem_async._results_queue = queue.Queue()
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "start" in request:
+            answer: Any = [_fork(rank) for rank in request["start"]]
+        else:
+            answer = _ended(request["poll"])
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _ended(pids: list[int]) -> dict[int, int]:
+    ended = {}
+    for pid in pids:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            ended[pid] = os.waitstatus_to_exitcode(status)
+    return ended
+
+
+def _fork(rank: dict[str, Any]) -> int:
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        # Until the child leads its session, killing the session would miss it.
+        while os.getsid(pid) != pid:
+            time.sleep(0.001)
+        return pid
+    os.setsid()
+    log = os.open(rank["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(rank["env"])
+    sys.argv = rank["argv"]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    _serve()
