@@ -1,0 +1,136 @@
+"""What exits cost in training: step time and peak memory beside floating-point operations.
+
+    python benchmarks/training_overhead.py [--stages 2] [--exits 2 4] [--steps 12] ...
+
+The standard and the early-exit model are built in the same processes, at the same layout, and take
+turns step by step, so that noise meets both. Peak memory is measured in processes of its own, one
+model each. The theoretical limit printed beside the time is the ratio of floating-point
+operations: with exits only on the first stage of a pipeline whose last stage has the final head,
+less is possible, because that work fills the first stage's idle time.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+WORKER = REPOSITORY / "benchmarks" / "training_worker.py"
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stages", type=int, default=2, help="pipeline stages (processes)")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--microbatches", type=int, default=4)
+    parser.add_argument("--exits", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of each model")
+    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
+    parser.add_argument(
+        "extra", nargs="*", help="after --: more flags for both models, e.g. --bf16"
+    )
+    return parser.parse_args()
+
+
+def flags(args: argparse.Namespace) -> list[str]:
+    """Megatron's flags of both models."""
+    text = f"""
+        --num-layers {args.layers} --hidden-size {args.hidden} --num-attention-heads {args.heads}
+        --seq-length {args.seq_length} --max-position-embeddings {args.seq_length}
+        --micro-batch-size {args.micro_batch_size}
+        --global-batch-size {args.micro_batch_size * args.microbatches}
+        --pipeline-model-parallel-size {args.stages}
+        --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope
+        --attention-dropout 0 --hidden-dropout 0 --untie-embeddings-and-output-weights
+        --tokenizer-type NullTokenizer --vocab-size {args.vocab} --mock-data
+        --train-iters 1000 --lr 1e-4 --exit-layer-nums {" ".join(map(str, args.exits))}
+    """
+    return [*text.split(), *args.extra]
+
+
+def run_worker(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
+    """Run the worker on every stage; returns what each rank measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(args.stages), str(WORKER), *flags(args)),
+        ]
+        environment = {
+            **os.environ,
+            "OVERHEAD_MODEL": model,
+            "OVERHEAD_STEPS": str(args.steps),
+            "OVERHEAD_OUTPUT": folder,
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1" if args.stages > 1 else "2"),
+        }
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise SystemExit(f"{done.stderr[-9000:]}\nerror: the benchmark's worker failed")
+        files = sorted(Path(folder).glob("rank*.json"))
+        return [json.loads(file.read_text()) for file in files]
+
+
+def main() -> None:
+    """Measure and print."""
+    args = parse()
+    timed = run_worker(args, "both")
+    times = {
+        name: [max(step) for step in zip(*(rank[name] for rank in timed), strict=True)]
+        for name in ("standard", "early_exit")
+    }
+    ratios = [b / a for a, b in zip(times["standard"], times["early_exit"], strict=True)]
+    flops = timed[0]["flops"]
+    peaks = {
+        name: [rank["peak_bytes"] for rank in run_worker(args, name)]
+        for name in ("standard", "early_exit")
+    }
+    flop_ratio = flops["early_exit"] / flops["standard"]
+    memory_ratio = max(peaks["early_exit"]) / max(peaks["standard"])
+    by_rank = [round(b / a, 3) for a, b in zip(peaks["standard"], peaks["early_exit"], strict=True)]
+    figures = {
+        "device": timed[0]["device"],
+        "stages": args.stages,
+        "exits": args.exits,
+        "step_seconds": {name: median(values) for name, values in times.items()},
+        "time_ratio": median(ratios),
+        "time_ratio_quartiles": _quartiles(ratios),
+        "flop_ratio": flop_ratio,
+        "peak_bytes": peaks,
+        "memory_ratio": memory_ratio,
+    }
+    print(
+        f"{args.stages} stage(s), {args.layers} layers of {args.hidden}, vocabulary {args.vocab}, "
+        f"exits after {args.exits}, on {figures['device']}\n"
+        f"  step       standard {median(times['standard']):.3f} s, "
+        f"early exit {median(times['early_exit']):.3f} s\n"
+        f"  time       {median(ratios):.3f} (quartiles {figures['time_ratio_quartiles']})\n"
+        f"  FLOPs      {flop_ratio:.3f}   time / FLOPs {median(ratios) / flop_ratio:.3f}\n"
+        f"  memory     {memory_ratio:.3f}   peak of the fullest rank "
+        f"{max(peaks['standard']) / 2**20:.0f} -> {max(peaks['early_exit']) / 2**20:.0f} MiB; "
+        f"by rank {by_rank}"
+    )
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    ordered = sorted(values)
+    return [round(ordered[len(ordered) // 4], 3), round(ordered[3 * len(ordered) // 4], 3)]
+
+
+if __name__ == "__main__":
+    main()

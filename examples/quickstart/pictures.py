@@ -1,0 +1,63 @@
+"""The demo's pictures: losses over training, and quality against speed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from examples.quickstart.tradeoff import Point
+
+
+def loss_curves(tensorboard: Path, picture: Path) -> None:
+    """Draw the loss of the final head and of each exit from a run's event files."""
+    events = EventAccumulator(str(tensorboard))
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.endswith("loss")]
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for tag in sorted(tags, key=lambda tag: (tag == "lm loss", tag)):
+        scalars = events.Scalars(tag)
+        label = (
+            "final head"
+            if tag == "lm loss"
+            else tag.removesuffix(" loss").replace(" ", " after layer ")
+        )
+        axes.plot([one.step for one in scalars], [one.value for one in scalars], label=label)
+    axes.set(xlabel="step", ylabel="cross entropy (nats per token)", title="Training losses")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+    pyplot.close(figure)
+
+
+def tradeoff_curve(points: Sequence[Point], picture: Path) -> None:
+    """Draw agreement with the full model against speed-up, one mark for each threshold."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    early = [point for point in points if point.threshold is not None]
+    axes.plot(
+        [point.speedup for point in early],
+        [100 * point.agreement for point in early],
+        marker="o",
+        label="early exit, by threshold",
+    )
+    for point in early:
+        axes.annotate(
+            f"{point.threshold:.2f}",
+            (point.speedup, 100 * point.agreement),
+            textcoords="offset points",
+            xytext=(6, 4),
+            fontsize=8,
+        )
+    axes.plot([1.0], [100.0], marker="s", linestyle="none", label="full model")
+    axes.set(
+        xlabel="speed-up over the full model",
+        ylabel="tokens that the full model would choose (%)",
+        title="Quality against speed",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+    pyplot.close(figure)

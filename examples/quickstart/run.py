@@ -1,0 +1,157 @@
+"""From nothing to a model that answers faster with early exits, in a few minutes on two cores.
+
+    make demo            (or: python examples/quickstart/run.py --help)
+
+Text of this machine's Python -> SentencePiece tokenizer -> indexed data -> training with two
+pipeline stages -> a sample coloured by exit -> speed and quality by threshold -> two pictures.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from examples.quickstart.pictures import loss_curves, tradeoff_curve
+from examples.quickstart.tradeoff import measure, table
+from examples.quickstart.training import NUM_LAYERS, REPOSITORY, TrainingRun, train
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+
+VOCAB_SIZE = 2048
+THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+PROMPTS, PROMPT_CHARACTERS, MAX_TOKENS = 8, 80, 88
+SAMPLE_PROMPT = 'def main():\n    """'
+BACKGROUNDS = ("\x1b[42m\x1b[30m", "\x1b[46m\x1b[30m", "\x1b[43m\x1b[30m", "\x1b[45m\x1b[37m")
+RESET = "\x1b[0m"
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work-dir", type=Path, default=Path("demo"), help="default: %(default)s")
+    steps = int(os.environ.get("DEMO_STEPS", "130"))
+    parser.add_argument("--steps", type=int, default=steps, help="default: %(default)s")
+    parser.add_argument("--global-batch-size", type=int, default=64, help="default: %(default)s")
+    parser.add_argument(
+        "--fresh", action="store_true", help="train again even if a finished run is there"
+    )
+    args = parser.parse_args()
+    if args.steps < 2:
+        parser.error(f"--steps {args.steps} is out of range, allowed: 2 or more")
+    if args.global_batch_size < 8 or args.global_batch_size % 8:
+        size = args.global_batch_size
+        parser.error(f"--global-batch-size {size} is out of range, allowed: multiples of 8")
+    args.work_dir = args.work_dir.resolve()
+    return args
+
+
+def stage(title: str, work: Callable[[], None]) -> None:
+    """Run one stage and say how long it took."""
+    print(f"\n== {title}", flush=True)
+    start = time.monotonic()
+    work()
+    print(f"   {time.monotonic() - start:.0f} s", flush=True)
+
+
+def prepare_data(data: Path) -> None:
+    """Text, tokenizer and indexed data sets in the directory `data`."""
+    python = sys.executable
+    here = "examples/quickstart/corpus.py"
+    _run(python, here, "--output-dir", str(data), "--vocab-size", str(VOCAB_SIZE))
+    for split in ("train", "validation"):
+        _run(
+            *(python, "tools/preprocess_data.py", "--overwrite", "--append-eod"),
+            *("--input", str(data / f"{split}.jsonl"), "--output-prefix", str(data / split)),
+            *("--tokenizer-type", "SentencePieceTokenizer"),
+            *("--tokenizer-model", str(data / "tokenizer.model"), "--workers", "2"),
+        )
+
+
+def _run(*command: str) -> None:
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise SystemExit(f"{result.stdout}{result.stderr}\nerror: {' '.join(command[1:3])} failed")
+    print("   " + result.stdout.strip().splitlines()[-1], flush=True)
+
+
+def show_sample(engine: EarlyExitEngine) -> None:
+    """Print one continuation, each token on the colour of the exit that gave it."""
+    colour = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
+    layers = [*engine.exit_layers, NUM_LAYERS]
+    marks = dict(zip(layers, BACKGROUNDS, strict=False))
+    params = SamplingParams(mode="early_exit", early_exit_threshold=0.6, max_tokens=110)
+    counts = dict.fromkeys(layers, 0)
+    print(SAMPLE_PROMPT, end="")
+    for token in engine.stream(SAMPLE_PROMPT, params):
+        counts[token.exit_layer] += 1
+        text = token.text or ""
+        # A background must not run over the end of a line.
+        pieces = text.split("\n")
+        mark = marks[token.exit_layer] if colour else ""
+        reset = RESET if colour else ""
+        print("\n".join(f"{mark}{piece}{reset}" if piece else "" for piece in pieces), end="")
+        sys.stdout.flush()
+    print()
+    names = (
+        f"{marks[layer] if colour else ''}layer {layer}{RESET if colour else ''}: {count} tokens"
+        for layer, count in counts.items()
+    )
+    print("   " + ", ".join(names))
+
+
+def prompts(validation: Path) -> list[str]:
+    """The beginnings of some texts that the model has not seen."""
+    texts = [json.loads(line)["text"] for line in validation.open()]
+    long = [text for text in texts if len(text) > 2 * PROMPT_CHARACTERS]
+    step = max(1, len(long) // PROMPTS)
+    return [text[:PROMPT_CHARACTERS] for text in long[::step][:PROMPTS]]
+
+
+def main() -> None:
+    """Run all stages."""
+    args = parse()
+    data, start = args.work_dir / "data", time.monotonic()
+    run = TrainingRun(
+        train_data=data / "train_text_document",
+        validation_data=data / "validation_text_document",
+        tokenizer_model=data / "tokenizer.model",
+        directory=args.work_dir / "run",
+        iterations=args.steps,
+        global_batch_size=args.global_batch_size,
+    )
+    finished = run.checkpoint / "latest_checkpointed_iteration.txt"
+    if args.fresh or not finished.exists() or finished.read_text().strip() != str(args.steps):
+        stage(
+            "Text, tokenizer and data sets from Python's standard library",
+            lambda: prepare_data(data),
+        )
+        stage("Training: two pipeline stages, exits after layers 3 and 6", lambda: train(run))
+    else:
+        print(f"Using the model in {args.work_dir} (--fresh trains a new one).")
+    engine = EarlyExitEngine.from_checkpoint(run.checkpoint)
+    stage("A sample, at threshold 0.6", lambda: show_sample(engine))
+
+    def sweep() -> None:
+        points = list(measure(engine, prompts(data / "validation.jsonl"), THRESHOLDS, MAX_TOKENS))
+        print(table(points))
+        (args.work_dir / "tradeoff.json").write_text(
+            json.dumps([asdict(point) for point in points], indent=1) + "\n"
+        )
+        loss_curves(run.tensorboard, args.work_dir / "losses.png")
+        tradeoff_curve(points, args.work_dir / "tradeoff.png")
+
+    stage("Speed and quality by threshold", sweep)
+    print(f"\nPictures: {args.work_dir}/losses.png and {args.work_dir}/tradeoff.png")
+    print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The training stage: the flags of the demo's model, and one line of progress at a time."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+EXIT_LAYERS = (3, 6)
+NUM_LAYERS = 12
+
+MODEL = f"""
+    --num-layers {NUM_LAYERS} --hidden-size 192 --ffn-hidden-size 512 --num-attention-heads 3
+    --seq-length 128 --max-position-embeddings 128 --position-embedding-type rope
+    --normalization RMSNorm --swiglu --disable-bias-linear
+    --attention-dropout 0 --hidden-dropout 0
+    --exit-layer-nums {" ".join(map(str, EXIT_LAYERS))} --exit-layer-weight 0.3 0.3 --use-exit-norm
+"""
+OPTIMIZATION = """
+    --bf16 --micro-batch-size 8 --lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine
+    --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0
+"""
+PARALLELISM = "--pipeline-model-parallel-size 2"
+
+_ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) ")
+_VALUE = re.compile(r"(lm loss|exit \d+ loss|exit \d+ accuracy): ([0-9.E+-]+)")
+_PROGRESS = re.compile(r"progress: .*\| (.*tokens/s) \| time left (\S+)")
+_LAST_LINES = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """Where a run reads and writes, and how long it is.
+
+    Attributes:
+        train_data, validation_data: prefixes of indexed data sets.
+        tokenizer_model: SentencePiece model.
+        directory: gets `checkpoint/`, `tensorboard/` and `log.txt`.
+        iterations: optimizer steps.
+        global_batch_size: samples in a step.
+    """
+
+    train_data: Path
+    validation_data: Path
+    tokenizer_model: Path
+    directory: Path
+    iterations: int
+    global_batch_size: int
+
+    @property
+    def checkpoint(self) -> Path:
+        """The directory that the model is saved in."""
+        return self.directory / "checkpoint"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The directory of the event files."""
+        return self.directory / "tensorboard"
+
+    def command(self) -> list[str]:
+        """The command line, ready to be run by hand from the repository's root."""
+        data = [
+            *("--tokenizer-type", "SentencePieceTokenizer"),
+            *("--tokenizer-model", str(self.tokenizer_model)),
+            *("--train-data-path", str(self.train_data)),
+            *("--valid-data-path", str(self.validation_data)),
+            *("--test-data-path", str(self.validation_data)),
+        ]
+        schedule = [
+            *("--train-iters", str(self.iterations)),
+            *("--global-batch-size", str(self.global_batch_size)),
+            *("--lr-warmup-iters", str(max(1, self.iterations // 20))),
+            *("--eval-interval", str(self.iterations), "--eval-iters", "4"),
+            *("--log-interval", "10"),
+            *("--save", str(self.checkpoint), "--save-interval", str(self.iterations)),
+            *("--tensorboard-dir", str(self.tensorboard)),
+        ]
+        flags = f"{MODEL} {OPTIMIZATION} {PARALLELISM}".split()
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return [
+            *launcher,
+            *("--nproc-per-node", "2", "pretrain_early_exit_gpt.py"),
+            *flags,
+            *data,
+            *schedule,
+        ]
+
+
+def train(run: TrainingRun) -> None:
+    """Train from the start (what an earlier run left in its directory goes); print a line of
+    progress now and then; keep the whole log.
+
+    Raises:
+        SystemExit: the training failed; the end of its log is printed.
+    """
+    shutil.rmtree(run.directory, ignore_errors=True)
+    run.directory.mkdir(parents=True)
+    log = run.directory / "log.txt"
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    lines: list[str] = []
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            run.command(),
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        printer = _ProgressPrinter()
+        for line in process.stdout:
+            file.write(line)
+            lines.append(line)
+            printer.take(line)
+    if process.returncode != 0:
+        sys.stderr.writelines(lines[-_LAST_LINES:])
+        raise SystemExit(f"error: training failed, its log is {log}")
+
+
+class _ProgressPrinter:
+    """Turns Megatron's log into short lines, at most one every few seconds."""
+
+    def __init__(self, seconds: float = 5.0) -> None:
+        self.seconds = seconds
+        self._summary = ""
+        self._is_last = False
+        self._printed = -seconds
+
+    def take(self, line: str) -> None:
+        if found := _ITERATION.search(line):
+            done, total = found.groups()
+            values = " | ".join(
+                f"{name} {float(value):.3f}" for name, value in _VALUE.findall(line)
+            )
+            self._summary = f"  step {done}/{total} | {values}"
+            self._is_last = done == total
+        elif (found := _PROGRESS.search(line)) and self._summary:
+            now = time.monotonic()
+            if now - self._printed >= self.seconds or self._is_last:
+                print(f"{self._summary} | {found[1]} | {found[2]} left", flush=True)
+                self._printed = now
