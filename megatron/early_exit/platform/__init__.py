@@ -12,9 +12,11 @@ import importlib
 import os
 
 from megatron.early_exit.platform.arguments import check_arguments, set_argument_defaults
-from megatron.early_exit.platform.cpu import emulate_cuda, replace
+from megatron.early_exit.platform.cpu import emulate_cuda
 from megatron.early_exit.platform.machine import Platform, detect
+from megatron.early_exit.platform.optimizer import repair_distributed_optimizer
 from megatron.early_exit.platform.quiet import silence
+from megatron.early_exit.platform.replace import replace
 
 __all__ = ["Platform", "check_arguments", "detect", "prepare", "set_argument_defaults"]
 
@@ -36,6 +38,7 @@ def prepare() -> Platform:
     if platform.device == "cpu":
         emulate_cuda()
     _skip_dataset_helper_build()
+    repair_distributed_optimizer()
     return platform
 
 

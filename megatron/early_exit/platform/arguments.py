@@ -60,6 +60,12 @@ def check_arguments(args: Namespace, platform: Platform) -> None:
                     f"{flag} needs a GPU and Transformer Engine, which this machine lacks; "
                     "leave it out"
                 )
+    if args.transformer_impl == "local" and args.num_experts and args.add_bias_linear:
+        # Megatron adds the experts' biases in place, to a tensor that autograd protects.
+        raise ValueError(
+            f"--num-experts {args.num_experts} with --transformer-impl local needs "
+            "--disable-bias-linear: experts of local layers cannot have biases"
+        )
     if platform.device == "cpu":
         if args.distributed_backend != "gloo":
             raise ValueError(

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from megatron.early_exit.platform.replace import replace
+
 CPU = torch.device("cpu")
 
 # Tensor factories that Megatron calls with the literal `device="cuda"`.
@@ -35,14 +37,6 @@ def emulate_cuda() -> None:
     _patch_tensors()
     _disable_compilation()
     _patch_megatron()
-
-
-def replace(owner: object, name: str, value: object) -> None:
-    """Set `owner.name`, which must exist."""
-    if not hasattr(owner, name):
-        label = getattr(owner, "__name__", repr(owner))
-        raise RuntimeError(f"cannot run without CUDA: {label} has no attribute {name!r} any more")
-    setattr(owner, name, value)
 
 
 def _disable_compilation() -> None:
