@@ -1,0 +1,73 @@
+"""Megatron's own text tokenizers, from Megatron's own flags: what is built here gives the very ids
+that training and inference will see for the same `--tokenizer-*` values."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from typing import Protocol, cast
+
+from megatron.core.tokenizers.utils.build_tokenizer import (
+    MEGATRON_TOKENIZERS,
+    SP_TOKENIZERS,
+    build_tokenizer,
+)
+from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.config import TokenizerConfig
+
+MODEL_FILE_TOKENIZERS = (*SP_TOKENIZERS, "HuggingFaceTokenizer", "TikTokenizer")
+# Their vocabulary is as large as --vocab-size says; every other one brings its size along.
+SIZED_BY_FLAG = ("TikTokenizer", "NullTokenizer")
+TEXT_TOKENIZERS = (*MODEL_FILE_TOKENIZERS, *MEGATRON_TOKENIZERS, "NullTokenizer")
+
+# They speak of the model or of chats, and have no say in how a text becomes ids.
+NOT_FOR_TEXT = ["padded_vocab_size", "pad_vocab_size", "vocab_extra_ids", "chat_template"]
+
+
+class TextTokenizer(Protocol):
+    """What indexing asks of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eod(self) -> int | None: ...
+
+    def tokenize(self, text: str) -> list[int]: ...
+
+
+def add_tokenizer_arguments(parser: ArgumentParser) -> None:
+    """Add the flags by which Megatron's training chooses its tokenizer."""
+    group = ArgumentGroupFactory(TokenizerConfig, exclude=NOT_FOR_TEXT).build_group(
+        parser, "tokenizer"
+    )
+    group.description = "Megatron's flags: give the same values to training."
+
+
+def build_text_tokenizer(args: Namespace) -> TextTokenizer:
+    """The tokenizer that training builds from the same flags.
+
+    Raises ValueError where a flag is missing, its file cannot be used, or --vocab-size
+    contradicts the tokenizer."""
+    kind: str | None = args.tokenizer_type
+    if kind not in TEXT_TOKENIZERS:
+        raise ValueError(
+            f"--tokenizer-type {kind}: must be one of the text tokenizers "
+            f"{', '.join(TEXT_TOKENIZERS)}"
+        )
+    if kind in MODEL_FILE_TOKENIZERS and not args.tokenizer_model:
+        raise ValueError(f"--tokenizer-model is required with --tokenizer-type {kind}")
+    if kind == "NullTokenizer" and not args.vocab_size:
+        raise ValueError("--vocab-size is required with --tokenizer-type NullTokenizer")
+    try:
+        chosen = Namespace(**vars(args), pad_vocab_size=False, chat_template=None)
+        tokenizer = cast(TextTokenizer, build_tokenizer(chosen))
+    except Exception as error:  # each library has its own way of refusing a file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"--tokenizer-model {args.tokenizer_model}: cannot be used as {kind} ({reason})"
+        ) from error
+    if args.vocab_size and kind not in SIZED_BY_FLAG and args.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"--vocab-size {args.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens"
+        )
+    return tokenizer
