@@ -24,8 +24,9 @@ from examples.quickstart.training import NUM_LAYERS, REPOSITORY, TrainingRun, tr
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 
 VOCAB_SIZE = 2048
-THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+THRESHOLDS = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.0)
 PROMPTS, PROMPT_CHARACTERS, MAX_TOKENS = 8, 80, 88
+SAMPLE_THRESHOLD = 0.1
 SAMPLE_PROMPT = 'def main():\n    """'
 BACKGROUNDS = ("\x1b[42m\x1b[30m", "\x1b[46m\x1b[30m", "\x1b[43m\x1b[30m", "\x1b[45m\x1b[37m")
 RESET = "\x1b[0m"
@@ -37,18 +38,18 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work-dir", type=Path, default=Path("demo"), help="default: %(default)s")
-    steps = int(os.environ.get("DEMO_STEPS", "130"))
+    steps = int(os.environ.get("DEMO_STEPS", "600"))
     parser.add_argument("--steps", type=int, default=steps, help="default: %(default)s")
-    parser.add_argument("--global-batch-size", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--global-batch-size", type=int, default=16, help="default: %(default)s")
     parser.add_argument(
         "--fresh", action="store_true", help="train again even if a finished run is there"
     )
     args = parser.parse_args()
     if args.steps < 2:
         parser.error(f"--steps {args.steps} is out of range, allowed: 2 or more")
-    if args.global_batch_size < 8 or args.global_batch_size % 8:
+    if args.global_batch_size < 4 or args.global_batch_size % 4:
         size = args.global_batch_size
-        parser.error(f"--global-batch-size {size} is out of range, allowed: multiples of 8")
+        parser.error(f"--global-batch-size {size} is out of range, allowed: multiples of 4")
     args.work_dir = args.work_dir.resolve()
     return args
 
@@ -87,7 +88,9 @@ def show_sample(engine: EarlyExitEngine) -> None:
     colour = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
     layers = [*engine.exit_layers, NUM_LAYERS]
     marks = dict(zip(layers, BACKGROUNDS, strict=False))
-    params = SamplingParams(mode="early_exit", early_exit_threshold=0.6, max_tokens=110)
+    params = SamplingParams(
+        mode="early_exit", early_exit_threshold=SAMPLE_THRESHOLD, max_tokens=110
+    )
     counts = dict.fromkeys(layers, 0)
     print(SAMPLE_PROMPT, end="")
     for token in engine.stream(SAMPLE_PROMPT, params):
@@ -133,11 +136,11 @@ def main() -> None:
             "Text, tokenizer and data sets from Python's standard library",
             lambda: prepare_data(data),
         )
-        stage("Training: two pipeline stages, exits after layers 3 and 6", lambda: train(run))
+        stage("Training: two pipeline stages, exits after layers 2 and 4", lambda: train(run))
     else:
         print(f"Using the model in {args.work_dir} (--fresh trains a new one).")
     engine = EarlyExitEngine.from_checkpoint(run.checkpoint)
-    stage("A sample, at threshold 0.6", lambda: show_sample(engine))
+    stage(f"A sample, at threshold {SAMPLE_THRESHOLD}", lambda: show_sample(engine))
 
     def sweep() -> None:
         points = list(measure(engine, prompts(data / "validation.jsonl"), THRESHOLDS, MAX_TOKENS))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-EXIT_LAYERS = (3, 6)
-NUM_LAYERS = 12
+EXIT_LAYERS = (2, 4)
+NUM_LAYERS = 8
 
 MODEL = f"""
     --num-layers {NUM_LAYERS} --hidden-size 192 --ffn-hidden-size 512 --num-attention-heads 3
@@ -21,7 +21,7 @@ MODEL = f"""
     --exit-layer-nums {" ".join(map(str, EXIT_LAYERS))} --exit-layer-weight 0.3 0.3 --use-exit-norm
 """
 OPTIMIZATION = """
-    --bf16 --micro-batch-size 8 --lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine
+    --bf16 --micro-batch-size 4 --lr 2e-3 --min-lr 1e-4 --lr-decay-style cosine
     --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0
 """
 PARALLELISM = "--pipeline-model-parallel-size 2"
