@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
@@ -101,9 +102,9 @@ class CheckpointReader:
                 # It says that torch.distributed is not initialised, which is the point.
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 dcp.load(state, storage_reader=_IndexedReader(self.path, self._index), no_dist=True)
-        except Exception as error:  # files, zip archives and torch each have their own errors
+        except (Exception, CheckpointException) as error:  # the latter is not an Exception
             names = ", ".join(state)
-            raise ValueError(f"checkpoint {self.path}: {names} cannot be read: {error}") from error
+            raise ValueError(f"checkpoint {self.path}: {names} is missing or damaged") from error
 
     def _read_bytes(self, name: str) -> bytes:
         entries = self._index.storage_data.items()

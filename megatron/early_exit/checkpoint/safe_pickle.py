@@ -35,6 +35,9 @@ _INDEX_CLASSES = frozenset(
     }
 )
 
+_INERT_PACKAGES = frozenset({"megatron", "pathlib"})
+"""Found in indexes, and not needed to read tensors."""
+
 
 class Inert:
     """Stands for an object of a class that is not loaded: keeps what was stored, does nothing."""
@@ -49,7 +52,7 @@ class _IndexUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
-        if module.startswith("megatron."):
+        if module.partition(".")[0] in _INERT_PACKAGES:
             return Inert
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's index")
 
@@ -86,8 +89,8 @@ def load_state(source: BinaryIO, label: str) -> Any:
         # `Namespace` is only a holder of attributes, as `Inert` is: both keep `__dict__`.
         with torch.serialization.safe_globals([(Inert, name) for name in unknown]):
             return torch.load(source, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{label} cannot be read: {error}") from error
+    except Exception as error:  # as above; torch's own text advises to read it unsafely
+        raise ValueError(f"{label} is damaged, or holds what cannot be read safely") from error
 
 
 def as_file(data: bytes) -> BinaryIO:

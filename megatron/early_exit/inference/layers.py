@@ -16,9 +16,8 @@ from torch.nn import functional
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.inference.kv_cache import LayerWindow
+from megatron.early_exit.inference.norms import Function, make_norm
 from megatron.early_exit.inference.rotary import RotaryTable
-
-Function = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +43,6 @@ class Pass:
 
 Step = Callable[[Tensor, Pass], Tensor]
 """Half a layer: the residual stream [s, h] before it to the one after it."""
-
-
-def make_norm(architecture: Architecture, weights: Mapping[str, Tensor], prefix: str) -> Function:
-    """The norm whose tensors are `{prefix}weight` and `{prefix}bias`, over the last dimension."""
-    gain = weights[f"{prefix}weight"]
-    if architecture.layernorm_zero_centered_gamma:
-        gain = gain + 1
-    shape, eps = (gain.shape[0],), architecture.layernorm_epsilon
-    if architecture.normalization == "LayerNorm":
-        bias = weights[f"{prefix}bias"]
-        return partial(
-            functional.layer_norm, normalized_shape=shape, weight=gain, bias=bias, eps=eps
-        )
-    return partial(functional.rms_norm, normalized_shape=shape, weight=gain, eps=eps)
 
 
 def _squared_relu(x: Tensor) -> Tensor:

@@ -15,14 +15,8 @@ from torch.nn import functional
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.inference.layers import (
-    Attention,
-    Function,
-    Mlp,
-    Pass,
-    Step,
-    make_norm,
-)
+from megatron.early_exit.inference.layers import Attention, Mlp, Pass, Step
+from megatron.early_exit.inference.norms import Function, make_norm
 from megatron.early_exit.inference.rotary import RotaryTable
 
 

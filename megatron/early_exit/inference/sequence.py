@@ -58,13 +58,9 @@ class Sequence:
         """
         cache = self.caches[index]
         start = cache.length
-        if index == 0:
-            end = len(self.tokens)
-            hidden = self._embed(start, end)
-        else:
-            end = self.caches[index - 1].length
-            hidden = self.kept[index - 1, start:end]
+        end = len(self.tokens) if index == 0 else self.caches[index - 1].length
         assert start < end, "the segment has seen every position in front of it"
+        hidden = self._embed(start, end) if index == 0 else self.kept[index - 1, start:end]
         hidden = self.model.segments[index](hidden, self._pass(cache, end))
         if index < len(self.kept):
             self.kept[index, start:end].copy_(hidden)
