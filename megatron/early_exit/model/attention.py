@@ -18,7 +18,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-
 _LONGEST_IN_SINGLE_PRECISION = 512
 
 

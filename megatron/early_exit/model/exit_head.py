@@ -27,7 +27,7 @@ Criterion = Callable[[Tensor, Tensor], Result]
 """What to do with a branch output [s, b, h] and a projection weight [v, h] (v: this tensor-parallel
 rank's part of the padded vocabulary)."""
 
-NormBuilder = Callable[..., torch.nn.Module]
+NormBuilder = Callable[..., Any]
 _EXIT_SEED_STRIDE = 7919
 
 
@@ -73,11 +73,16 @@ class ExitHead(MegatronModule):
         self.position = position
         self.tp_group = pg_collection.tp
         parts = layer.submodules_config
-        sizes = {"hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
-        self.mlp = self.block = self.norm = None
+        sizes: dict[str, Any] = {
+            "hidden_size": config.hidden_size,
+            "eps": config.layernorm_epsilon,
+        }
+        self.mlp: Any = None
+        self.block: TransformerLayer | None = None
+        self.norm: torch.nn.Module | None = None
         self.key_map = dict(parts.sharded_state_dict_keys_map)
         if options.use_exit_mlp:
-            self.pre_mlp_layernorm = parts.pre_mlp_layernorm(config=config, **sizes)
+            self.pre_mlp_layernorm: Any = parts.pre_mlp_layernorm(config=config, **sizes)
             self.mlp = parts.mlp(config=config, pg_collection=pg_collection, is_mtp_layer=False)
             self.mlp_bda = build_module(parts.mlp_bda)
         if options.use_exit_block:
@@ -90,6 +95,7 @@ class ExitHead(MegatronModule):
             )
         if options.use_exit_norm:
             self.norm = norm(config=config, **sizes)
+        assert config.init_method is not None
         self.projection = ExitProjection(
             config.hidden_size,
             vocab_size,
@@ -208,11 +214,8 @@ class ExitHeads(MegatronModule):
         """Allocate this chunk's copy of the word embedding (filled by `connect_tied_weights`)."""
         rows = self.vocab_size // torch.distributed.get_world_size(self.tp_group)
         device = "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
-        copy = Parameter(
-            torch.zeros(
-                rows, self.config.hidden_size, dtype=self.config.params_dtype, device=device
-            )
-        )
+        shape = (rows, self.config.hidden_size)
+        copy: Any = Parameter(torch.zeros(shape, dtype=self.config.params_dtype, device=device))
         copy.tensor_model_parallel, copy.partition_dim, copy.partition_stride = True, 0, 1
         copy.is_embedding_or_output_parameter = True
         copy.shared = copy.shared_embedding = True

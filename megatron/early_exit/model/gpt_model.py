@@ -63,14 +63,17 @@ class EarlyExitGPTModel(GPTModel):
         """Build the heads of the exits that belong to this chunk and attach them to its layers."""
         self.exit_tap = None
         self.exits = ExitHeads(self.config, self.vocab_size, self.pg_collection)
-        layers = {layer.layer_number: layer for layer in self.decoder.layers}
+        backbone: list[Any] = list(self.decoder.layers)
+        layers: dict[int, TransformerLayer] = {one.layer_number: one for one in backbone}
+        norm = self.decoder.submodules.layer_norm
+        assert norm is not None
         for position in options.positions:
             layer = layers.get(position + 1 if options.pre_exit else position)
             if layer is None:
                 continue
             if not isinstance(layer.cross_attention, IdentityOp):
                 raise ValueError("exits need layers without cross attention")
-            self.exits.add(options, position, layer, self.decoder.submodules.layer_norm)
+            self.exits.add(options, position, layer, norm)
             self._attach(options, position, layer)
         if self.exits.heads and not options.untie_exit_output_weights:
             self._tie_exits()
@@ -127,16 +130,12 @@ class EarlyExitGPTModel(GPTModel):
         if labels is not None and self.exits.heads:
             targets = {"context": labels, "context_mask": loss_mask}
             extra_block_kwargs = {**(extra_block_kwargs or {}), **targets}
-        return cast(
-            Tensor,
-            super().forward(
-                *args,
-                labels=labels,
-                loss_mask=loss_mask,
-                extra_block_kwargs=extra_block_kwargs,
-                **kwargs,
-            ),
-        )
+        kwargs |= {
+            "labels": labels,
+            "loss_mask": loss_mask,
+            "extra_block_kwargs": extra_block_kwargs,
+        }
+        return super().forward(*args, **kwargs)
 
     def sharded_state_dict(
         self,
@@ -150,7 +149,8 @@ class EarlyExitGPTModel(GPTModel):
         state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         name = f"{prefix}exits.tied_copy"
         if name in state:
-            copy_number = 1 + self.decoder.layers[0].layer_number
+            first_layer: Any = self.decoder.layers[0]
+            copy_number = 1 + first_layer.layer_number
             state[name] = self.exits.tied_sharded_tensor(
                 prefix + _WORD_EMBEDDING_KEY, copy_number, metadata
             )
@@ -183,7 +183,8 @@ class EarlyExitGPTModelConfig(GPTModelConfig):
     early_exit: EarlyExitConfig = field(default_factory=EarlyExitConfig)
 
     def __post_init__(self) -> None:
-        self.pre_wrap_hooks = [*self.pre_wrap_hooks, connect_tied_weights]
+        if connect_tied_weights not in self.pre_wrap_hooks:
+            self.pre_wrap_hooks = [*self.pre_wrap_hooks, connect_tied_weights]
 
 
 class EarlyExitGPTModelBuilder(GPTModelBuilder):
@@ -230,6 +231,21 @@ def check_backbone(config: EarlyExitGPTModelConfig) -> None:
         raise ValueError(
             f"--cuda-graph-impl {transformer.cuda_graph_impl} cannot be combined with "
             "--exit-layer-nums, allowed: none"
+        )
+    if transformer.overlap_moe_expert_parallel_comm:
+        raise ValueError(
+            "--overlap-moe-expert-parallel-comm cannot be combined with --exit-layer-nums: it "
+            "takes the layers apart, and an exit needs whole ones"
+        )
+    if transformer.experimental_attention_variant == "dsa":
+        raise ValueError(
+            "--experimental-attention-variant dsa cannot be combined with --exit-layer-nums: "
+            "Megatron has one place for the scale of an auxiliary loss, and both need it"
+        )
+    if exits.use_exit_block and transformer.fine_grained_activation_offloading:
+        raise ValueError(
+            "--fine-grained-activation-offloading cannot be combined with --use-exit-block: "
+            "it counts the layers that run in the forward pass"
         )
     for flag, used in (
         ("--use-exit-mlp", exits.use_exit_mlp),

@@ -71,6 +71,7 @@ def connect_tied_weights(chunks: list[MegatronModule]) -> list[MegatronModule]:
             continue
         group = torch.distributed.new_group(members)
         if torch.distributed.get_rank() in members:
+            assert isinstance(group, torch.distributed.ProcessGroup)
             mine = TiedWeights(group, tuple(contributing), tuple(receiving))
     for chunk in models:
         chunk.tied_weights = mine
@@ -82,7 +83,7 @@ def connect_tied_weights(chunks: list[MegatronModule]) -> list[MegatronModule]:
 def _share_values(tied: TiedWeights) -> None:
     first = torch.distributed.get_process_group_ranks(tied.group)[0]
     for weight in tied.all:
-        weight.shared_embedding = True
+        weight.shared_embedding = True  # type: ignore[attr-defined]
         weight.data = weight.data.cuda()
     values = tied.all[0].data.clone()
     torch.distributed.broadcast(values, src=first, group=tied.group)
@@ -90,7 +91,7 @@ def _share_values(tied: TiedWeights) -> None:
         weight.data.copy_(values)
 
 
-def finalize_gradients(model: list[MegatronModule], *args: Any, **kwargs: Any) -> None:
+def finalize_gradients(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
     """Megatron's `finalize_model_grads`, then the sum over the tied copies.
 
     For `config.finalize_model_grads_func`.

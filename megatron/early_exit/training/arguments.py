@@ -9,7 +9,7 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.early_exit.config import EarlyExitConfig
 
 
-class _GroupFactory(ArgumentGroupFactory):  # type: ignore[misc]
+class _GroupFactory(ArgumentGroupFactory):
     """Megatron's factory of argument groups, for fields that are tuples of numbers too."""
 
     def _extract_type(self, config_type: type) -> dict[str, Any]:

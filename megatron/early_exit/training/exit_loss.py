@@ -42,7 +42,7 @@ class _Deferred(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (hidden,) = ctx.saved_tensors
         return ctx.run(hidden).add_(gradient), None
 
@@ -133,7 +133,7 @@ class ExitObjective:
 
         if not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()
-        output: Tensor = _Deferred.apply(hidden, run)  # type: ignore[no-untyped-call]
+        output: Tensor = _Deferred.apply(hidden, run)
         return output
 
     def _run(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.utils import unwrap_model
@@ -69,4 +69,5 @@ class ForwardStep:
             labels=batch.labels,
             loss_mask=batch.loss_mask,
         )
-        return output, partial(final_loss, batch.loss_mask)
+        # Only called on the last stage, which has the mask.
+        return output, partial(final_loss, cast(Tensor, batch.loss_mask))
