@@ -23,6 +23,7 @@ from megatron.training.utils import print_rank_0
 from megatron.early_exit.checkpoint.location import TOKENIZER_NAME
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.training.arguments import add_early_exit_arguments
+from megatron.early_exit.training.reshardable_optimizer import IS_KNOWN_VERSION
 from megatron.early_exit.training.resume import (
     find_checkpoint,
     handles,
@@ -113,7 +114,7 @@ def _add_checkpoint_arguments(parser: ArgumentParser) -> None:
         help="Save the distributed optimizer's state faster, but so that it only loads at the "
         "tensor and pipeline parallel sizes that saved it (default: it loads at any).",
     )
-    parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)
+    parser.set_defaults(dist_ckpt_optim_fully_reshardable=IS_KNOWN_VERSION)
 
 
 def _given(parser: ArgumentParser) -> frozenset[str]:

@@ -1,9 +1,11 @@
-"""Repair of how Megatron saves the distributed optimizer for any layout.
+"""Repair of how Megatron saves and loads the distributed optimizer for any layout.
 
 Megatron 0.19.2 gathers a buffer of parameters without the padding at the end of its buckets, but
 cuts the parameters out of it at their places with that padding. Where a bucket before the last one
 is padded (whenever its size is no multiple of 128 and of the data-parallel size), the optimizer
-state of all parameters after it is saved shifted, with no more than a warning.
+state of all parameters after it is saved shifted, with no more than a warning. And with torch's own
+Adam the state does not load: the step count, which is stored elsewhere, is looked for among the
+tensors.
 """
 
 import functools
@@ -16,11 +18,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 IS_KNOWN_VERSION = __version__.partition("+")[0] == "0.19.2"
 """The repair fits this version; another one may have no need of it, or of another."""
-_METHOD = "sharded_param_state_fully_reshardable"
 
 
 def repair_fully_reshardable_format() -> None:
-    """Make every distributed optimizer save what belongs to each parameter from now on.
+    """Make every distributed optimizer save and load what belongs to each parameter.
 
     Raises:
         RuntimeError: the installed megatron-core is not the version that this repairs.
@@ -29,16 +30,30 @@ def repair_fully_reshardable_format() -> None:
         raise RuntimeError(
             f"--dist-ckpt-optim-fully-reshardable is not supported with megatron-core {__version__}"
         )
-    original = getattr(DistributedOptimizer, _METHOD)
-    if not hasattr(original, "__wrapped__"):
-        setattr(DistributedOptimizer, _METHOD, _with_true_places(original))
+    for method, repair in _REPAIRS.items():
+        original = getattr(DistributedOptimizer, method)
+        if not hasattr(original, "__wrapped__"):
+            setattr(DistributedOptimizer, method, functools.wraps(original)(repair(original)))
 
 
 def _with_true_places(save: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(save)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         with places_without_padding(self.buffers):
             return save(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _without_steps(load: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapper(self: Any, loaded: Any) -> Any:
+        states = list(self.optimizer.state.values())
+        steps = [state.pop("step", None) for state in states]
+        try:
+            return load(self, loaded)
+        finally:
+            for state, step in zip(states, steps, strict=True):
+                if step is not None:
+                    state["step"] = step
 
     return wrapper
 
@@ -61,3 +76,9 @@ def places_without_padding(buffers: list[Any]) -> Iterator[None]:
     finally:
         for buffer, places in zip(buffers, padded, strict=True):
             buffer.param_index_map = places
+
+
+_REPAIRS = {
+    "sharded_param_state_fully_reshardable": _with_true_places,
+    "load_parameter_state_from_fully_reshardable": _without_steps,
+}

@@ -31,6 +31,8 @@ class Start:
 
     checkpoint: Path | None = None
     """What is loaded; None starts from random weights."""
+    directory: Path | None = None
+    """The directory of the run that saved it."""
     iteration: int = 0
     """Iterations completed at the start."""
     weights_only: bool = False
@@ -58,6 +60,8 @@ class Source:
     """The checkpoint that a run loads."""
 
     checkpoint: Checkpoint
+    directory: Path
+    """The one given on the command line."""
     ckpt_step: int | None
     """Names it to Megatron where the text file does not."""
     weights_only: bool
@@ -93,6 +97,7 @@ def find_checkpoint(args: Any) -> Source | None:
             recent = _non_persistent(args, directory, found) if flag == "--load" else None
             return Source(
                 recent or found,
+                directory.path,
                 ckpt_step,
                 weights_only=flag != "--load",
                 is_named=directory.tracker != "",
@@ -184,6 +189,7 @@ def _from_checkpoint(source: Source, args: Any, exits: EarlyExitConfig, vocab_si
         )
     return Start(
         checkpoint=found.path,
+        directory=source.directory,
         iteration=0 if weights_only else found.iteration,
         weights_only=weights_only,
         fresh_exits=match.fresh,
@@ -226,7 +232,7 @@ def _check_save_directory(args: Any, exits: EarlyExitConfig, start: Start) -> No
     save = CheckpointDirectory(args.save, args.verify_integrity)
     if not save.has_progress():
         return
-    if start.checkpoint is None or not _is_same(start.checkpoint.parent, args.save):
+    if not _is_same(start.directory, args.save):
         raise ValueError(
             f"--save {args.save} holds checkpoints, and this run does not continue them but would "
             f"write over them: give --load {args.save}, or save to another directory"

@@ -22,11 +22,12 @@ from megatron.early_exit.model.gpt_model import EarlyExitGPTModelConfig, check_b
 from megatron.early_exit.model.layer_specs import gpt_layer_spec
 from megatron.early_exit.model.tied_weights import finalize_gradients
 from megatron.early_exit.training.data import BatchReader, dataset_provider
-from megatron.early_exit.training.event_log import EventLog, ProgressOnDisk
+from megatron.early_exit.training.event_log import ProgressOnDisk
 from megatron.early_exit.training.exit_loss import ExitObjective, LossNormalization
 from megatron.early_exit.training.index_cache import cache_folders, remove_unfinished_indices
 from megatron.early_exit.training.loading import LoadedRandomState, require_all_but
 from megatron.early_exit.training.logging import log_exits
+from megatron.early_exit.training.reshardable_optimizer import repair_fully_reshardable_format
 from megatron.early_exit.training.resume import Start, clear_way, decide, handles, share
 from megatron.early_exit.training.step import ForwardStep, LossFunction
 
@@ -56,10 +57,9 @@ class Session:
             args.seed,
         )
         self.model_config = self._model_config()
-        self._events = EventLog(get_tensorboard_writer())
         intervals = (args.save_interval, args.non_persistent_save_interval)
         self.progress = ProgressOnDisk(
-            self._events,
+            get_tensorboard_writer(),
             tuple(filter(None, intervals)),
             iterations=args.train_iters or 1,
             interval=args.log_interval,
@@ -110,7 +110,6 @@ class Session:
         self._start = share(self._start)
         self._start.apply_to(self.args)
         require_all_but(chunks, self._start.fresh_exits)
-        self._events.start_after(self._start.iteration)
         return chunks
 
     def run(self) -> None:
@@ -120,6 +119,8 @@ class Session:
             ValueError: the checkpoint turned out not to be loadable.
         """
         log_exits(self.objective, self.progress)
+        if self.args.use_distributed_optimizer and self.args.dist_ckpt_optim_fully_reshardable:
+            repair_fully_reshardable_format()
 
         def datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
             assert self._start is not None
@@ -148,7 +149,7 @@ class Session:
                 "--override-opt_param-scheduler to follow this run's flags, or "
                 "--use-checkpoint-opt_param-scheduler to follow the checkpoint"
             ) from error
-        self._events.flush()
+        self.progress.flush()
 
     @cached_property
     def _step(self) -> ForwardStep:
