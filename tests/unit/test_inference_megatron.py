@@ -1,0 +1,134 @@
+"""The engine against the Megatron model that training builds: same checkpoint, same logits."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron.early_exit import platform
+
+platform.prepare()
+
+import torch  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+from megatron.early_exit.checkpoint.architecture import Architecture  # noqa: E402
+from megatron.early_exit.checkpoint.reader import CheckpointReader  # noqa: E402
+from megatron.early_exit.checkpoint.weights import load_weights  # noqa: E402
+from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
+from megatron.early_exit.inference.segments import SegmentedModel  # noqa: E402
+from megatron.early_exit.inference.sequence import Sequence  # noqa: E402
+from tests.helpers.exit_models import HEADS, HIDDEN, LAYERS, SEQUENCE, VOCAB, build_model  # noqa: E402
+from tests.helpers.single_process import model_parallel  # noqa: E402
+
+BACKBONES = {
+    "llama": {"tied": False, "num_query_groups": 2, "add_qkv_bias": True, "qk_layernorm": True},
+    "gpt": {
+        "tied": True,
+        "normalization": "LayerNorm",
+        "add_bias_linear": True,
+        "gated_linear_unit": False,
+        "activation_func": functional.gelu,
+        "rotary_interleaved": True,
+        "layernorm_zero_centered_gamma": True,
+    },
+}
+EXITS = {
+    "bare": EarlyExitConfig(exit_layer_nums=(1, 3)),
+    "all": EarlyExitConfig(
+        exit_layer_nums=(2, 4),
+        use_exit_norm=True,
+        use_exit_mlp=True,
+        use_exit_block=True,
+        untie_exit_output_weights=True,
+    ),
+    "pre": EarlyExitConfig(
+        exit_layer_nums=(2, 4), pre_exit=True, use_exit_norm=True, use_exit_block=True
+    ),
+}
+
+
+def architecture(backbone) -> Architecture:
+    gated = backbone.get("gated_linear_unit", True)
+    return Architecture(
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        ffn_hidden_size=4 * HIDDEN,
+        num_attention_heads=HEADS,
+        num_query_groups=backbone.get("num_query_groups", HEADS),
+        kv_channels=HIDDEN // HEADS,
+        vocab_size=VOCAB,
+        max_position_embeddings=SEQUENCE,
+        normalization=backbone.get("normalization", "RMSNorm"),
+        layernorm_epsilon=1e-5,
+        layernorm_zero_centered_gamma=backbone.get("layernorm_zero_centered_gamma", False),
+        activation="silu" if gated else "gelu",
+        gated_linear_unit=gated,
+        add_bias_linear=backbone.get("add_bias_linear", False),
+        add_qkv_bias=backbone.get("add_qkv_bias", False),
+        qk_layernorm=backbone.get("qk_layernorm", False),
+        rotary_interleaved=backbone.get("rotary_interleaved", False),
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=backbone["tied"],
+        params_dtype="float32",
+    )
+
+
+def megatron_logits(model, tokens) -> dict[int | str, torch.Tensor]:
+    """Logits [s, v] of every exit by position, and of the final head."""
+    logits: dict[int | str, torch.Tensor] = {}
+
+    def tap(exits, position, hidden, labels, loss_mask, layer_kwargs):
+        def project(branch, weight):
+            return branch[:, 0] @ weight.T
+
+        logits[position] = exits(position, hidden, project, layer_kwargs)
+        return hidden
+
+    positions = torch.arange(len(tokens))[None]
+    model.exit_tap = tap
+    model(tokens[None], positions, None, labels=tokens[None])
+    logits["final"] = model(tokens[None], positions, None)[0]
+    return logits
+
+
+def randomize(model) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def save(model, directory: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    directory.mkdir()
+    dist_checkpointing.save(model.sharded_state_dict(), str(directory))
+
+
+@pytest.mark.parametrize("exits", EXITS.values(), ids=EXITS.keys())
+@pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES.keys())
+def test_logits_of_every_head(tmp_path, backbone, exits):
+    tokens = torch.randint(VOCAB, (SEQUENCE,), generator=torch.Generator().manual_seed(0))
+    with model_parallel(), torch.no_grad():
+        model = build_model(exits, **backbone)
+        randomize(model)
+        expected = megatron_logits(model.eval(), tokens)
+        save(model, tmp_path / "iter_0000001")
+
+    shape = architecture(backbone)
+    reader = CheckpointReader(tmp_path / "iter_0000001")
+    weights = load_weights(reader, shape, exits, torch.float32, torch.device("cpu"))
+    segmented = SegmentedModel(shape, exits, weights)
+    with torch.inference_mode():
+        sequence = Sequence(segmented, SEQUENCE)
+        for index, token in enumerate(tokens.tolist()):
+            sequence.tokens.append(token)
+            for segment, exit_ in enumerate(segmented.exits):
+                sequence.run_segment(segment)
+                found = sequence.exit_logits(segment)[0]
+                torch.testing.assert_close(found, expected[exit_.position][index], **CLOSE)
+            sequence.run_segment(len(segmented.exits))
+            found = sequence.final_logits()[0]
+            torch.testing.assert_close(found, expected["final"][index], **CLOSE)
+
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
