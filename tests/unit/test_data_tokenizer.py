@@ -7,6 +7,7 @@ import pytest
 import sentencepiece
 
 from examples.quickstart.corpus import EOS, topics, train_tokenizer
+from megatron.early_exit.checkpoint.tokenizer import TokenizerDescription, load_tokenizer
 from megatron.early_exit.data.tokenizer import (
     TextTokenizer,
     add_tokenizer_arguments,
@@ -29,16 +30,22 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def test_sentencepiece_gives_the_ids_of_the_library(model_file: str) -> None:
+def test_sentencepiece_gives_the_ids_of_the_library_and_of_generation(model_file: str) -> None:
     tokenizer = build("--tokenizer-type=SentencePieceTokenizer", "--tokenizer-model", model_file)
     library = sentencepiece.SentencePieceProcessor(model_file=model_file)
     assert tokenizer.vocab_size == 600
     assert tokenizer.eod == EOS
+    description = TokenizerDescription("SentencePieceTokenizer", Path(model_file).name)
+    generation = load_tokenizer(description, Path(model_file).parent)
+    assert generation is not None
+    assert generation.eod_id == EOS
     for text in TEXTS:
-        assert tokenizer.tokenize(text) == library.encode(text)
+        ids = tokenizer.tokenize(text)
+        assert ids == library.encode(text) == generation.encode(text)
+        assert generation.decode(ids) == text
 
 
-def test_hugging_face_gives_the_ids_of_the_library(tmp_path: Path) -> None:
+def test_hugging_face_gives_the_ids_of_the_library_and_of_generation(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     words = {"<unk>": 0, "<s>": 1, "<eod>": 2, "hello": 3, "world": 4}
@@ -56,6 +63,14 @@ def test_hugging_face_gives_the_ids_of_the_library(tmp_path: Path) -> None:
     assert tokenizer.tokenize("hello new world") == [1, 3, 0, 4]
     plain = build(*flags, "--tokenizer-hf-no-include-special-tokens")
     assert plain.tokenize("hello new world") == [3, 0, 4]
+    for adds_special_tokens, same in ((True, tokenizer), (False, plain)):
+        description = TokenizerDescription(
+            "HuggingFaceTokenizer", ".", adds_special_tokens=adds_special_tokens
+        )
+        generation = load_tokenizer(description, tmp_path)
+        assert generation is not None
+        assert generation.eod_id == same.eod
+        assert generation.encode("hello new world") == same.tokenize("hello new world")
 
 
 def test_null_tokenizer() -> None:

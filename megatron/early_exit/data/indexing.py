@@ -82,8 +82,7 @@ class DocumentEncoder(Dataset[EncodedBatch]):
                 raise ValueError("--append-eod: the tokenizer has no end-of-document token")
             self.suffix = [eod]
 
-    def __getitem__(self, index: LineBatch) -> EncodedBatch:
-        batch = index
+    def __getitem__(self, batch: LineBatch) -> EncodedBatch:
         encoded = EncodedBatch({key: [] for key in self.keys}, 0, 0, batch.position)
         for line_number, line in enumerate(batch.lines, batch.first_line):
             if not line.strip():
