@@ -113,11 +113,15 @@ def flops(args: Namespace, exits: EarlyExitConfig) -> dict[str, float]:
 
 
 def peak_bytes() -> int:
-    """The most memory this process has held, on the device that the model is on."""
+    """The most memory that was held on the device that the model is on."""
     if MACHINE.device == "cuda":
         return int(torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    line = next(line for line in text.splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
@@ -136,6 +140,7 @@ def main() -> None:
     which, steps = os.environ["OVERHEAD_MODEL"], int(os.environ["OVERHEAD_STEPS"])
     options = {"standard": EarlyExitConfig(), "early_exit": session.exits}
     names = list(options) if which == "both" else [which]
+    libraries = _status("VmRSS") if MACHINE.device == "cpu" else 0
     models = {name: Model(args, session, options[name]) for name in names}
     data = RerunDataIterator(random_batches(args))
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -153,7 +158,7 @@ def main() -> None:
     figures = {
         **seconds,
         "flops": flops(args, session.exits),
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak_bytes() - libraries,
         "device": device,
     }
     rank = torch.distributed.get_rank()
