@@ -94,6 +94,7 @@ def datasets(num_samples, vp_stage=None):
         eod_mask_loss=False,
         create_attention_mask=False,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        path_to_cache=args.data_cache_path,
     )
     return BlendedMegatronDatasetBuilder(
         MockGPTDataset, num_samples, functools.partial(reads_data, vp_stage), config

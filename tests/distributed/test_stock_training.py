@@ -17,8 +17,9 @@ MODEL = (
     "--disable-bias-linear --group-query-attention --num-query-groups 2 --hidden-dropout 0 "
     "--attention-dropout 0 --untie-embeddings-and-output-weights --micro-batch-size 2 "
     "--global-batch-size 8 --lr 1e-3 --lr-decay-iters 20 --mock-data "
-    "--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 64 --eval-iters 0 --eval-interval 1000 "
-    "--log-interval 1 --seed 1 --num-workers 0 --ckpt-format torch_dist"
+    "--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 64 "
+    "--eval-iters 0 --eval-interval 1000 --log-interval 1 --seed 1 --num-workers 0 "
+    "--ckpt-format torch_dist"
 )
 WEIGHTS_ONLY = ["--finetune", "--no-load-optim", "--no-load-rng"]
 EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall"
@@ -38,14 +39,18 @@ class Trainer:
 
         (The second number of a run is the mean of the first two iterations, as Megatron prints
         the first one in between its regular reports.)"""
+        output = self.run(nproc, *flags, iters=iters)
+        losses = [float(loss) for loss in re.findall(r"lm loss: (\S+)", output)]
+        assert losses, output[-6000:]
+        return losses
+
+    def run(self, nproc: int, *flags: object, iters: int) -> str:
+        """The output of all ranks."""
         self.runs += 1
         arguments = " ".join([MODEL, f"--train-iters {iters}", *map(str, flags)]).split()
         done = self.ranks.run([SCRIPT, *arguments], nproc, self.folder / f"run{self.runs}", 200)
         assert done.returncode == 0, done.stdout[-6000:]
-        self.output = done.stdout
-        losses = [float(loss) for loss in re.findall(r"lm loss: (\S+)", done.stdout)]
-        assert losses, done.stdout[-6000:]
-        return losses
+        return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +68,7 @@ def checkpoint(trainer: Trainer) -> Path:
 
 @pytest.fixture(scope="module")
 def one_process(trainer: Trainer, checkpoint: Path) -> list[float]:
-    losses = trainer.train(1, "--load", checkpoint, *WEIGHTS_ONLY)
-    assert losses[-1] < losses[0]
-    return losses
+    return trainer.train(1, "--load", checkpoint, *WEIGHTS_ONLY)
 
 
 @pytest.mark.parametrize(
@@ -94,13 +97,12 @@ def test_half_precision_trains_like_single(
     losses = trainer.train(1, "--load", checkpoint, *WEIGHTS_ONLY, precision)
     assert losses != one_process
     assert losses == pytest.approx(one_process, rel=1e-3)
-    assert re.findall(r"number of skipped iterations: +(\d+)", trainer.output) == ["0"] * 3
 
 
 def test_the_dynamic_loss_scale_adapts(trainer: Trainer) -> None:
-    trainer.train(1, "--fp16 --initial-loss-scale 1e38 --hysteresis 1", iters=3)
-    scales = [float(scale) for scale in re.findall(r"loss scale: (\S+)", trainer.output)]
-    assert scales[-1] < scales[0]
+    output = trainer.run(1, "--fp16 --initial-loss-scale 1e38 --hysteresis 1", iters=3)
+    scales = [float(scale) for scale in re.findall(r"loss scale: (\S+)", output)]
+    assert scales == pytest.approx([5e37, 2.5e37, 1.25e37])
 
 
 def test_experts_train_alike_in_parallel(trainer: Trainer) -> None:
@@ -119,12 +121,13 @@ def test_the_optimizer_resumes_in_another_layout(trainer: Trainer) -> None:
     pipeline = trainer.train(2, "--pipeline-model-parallel-size 2", *save, iters=6)
     (path / "latest_checkpointed_iteration.txt").write_text("3")
     resumed = trainer.train(2, DISTRIBUTED_OPTIMIZER, "--load", path, iters=6)
+    assert pipeline[5] < pipeline[0]
     assert len(resumed) == 3
     assert resumed[0] == pytest.approx(pipeline[3], rel=1e-6)
     assert resumed[2] == pytest.approx(pipeline[5], rel=1e-5)
 
 
 def test_start_up_is_one_line_without_warnings(trainer: Trainer) -> None:
-    trainer.train(1, "--data-cache-path", trainer.folder / "cache", iters=1)
-    assert trainer.output.count("platform: ") == 1
-    assert not re.findall(r"^.*warning.*$", trainer.output, re.IGNORECASE | re.MULTILINE)
+    output = trainer.run(1, "--data-cache-path", trainer.folder / "cache", iters=1)
+    assert output.count("platform: ") == 1
+    assert not re.findall(r"^.*warning.*$", output, re.IGNORECASE | re.MULTILINE)

@@ -61,19 +61,14 @@ class _Stream:
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
-    def __getattr__(self, name: str) -> Callable[..., _Stream]:
-        if name not in _STREAM_METHODS:
-            raise AttributeError(name)
-        return lambda *args, **kwargs: self
+    def _nothing(self, *args: object, **kwargs: object) -> _Stream:
+        return self
+
+    record = record_event = synchronize = wait = wait_event = wait_stream = _nothing
 
     def elapsed_time(self, end: _Stream) -> float:
         """Milliseconds between two events: none are measured."""
         return 0.0
-
-
-_STREAM_METHODS = frozenset(
-    {"record", "record_event", "synchronize", "wait", "wait_event", "wait_stream"}
-)
 
 
 def _peak_memory() -> int:
@@ -168,6 +163,10 @@ def _patch_megatron() -> None:
         lambda new_state, *args, **kwargs: torch.set_rng_state(new_state),
     )
 
+    # Megatron sends split sizes as NumPy arrays, but converts them only where it copies them.
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    replace(dispatcher, "maybe_move_tensor_to_cpu", _as_numpy)
+
     initialize = importlib.import_module("megatron.training.initialize")
     training = importlib.import_module("megatron.training.training")
     package = importlib.import_module("megatron.training")
@@ -176,3 +175,8 @@ def _patch_megatron() -> None:
         replace(module, "initialize_megatron", without_cuda)
     # It only warms up kernels that are compiled at first use.
     replace(training, "set_jit_fusion_options", _do_nothing())
+
+
+def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What Megatron makes of a tensor on a GPU: here it is on the CPU already."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor

@@ -1,8 +1,9 @@
 """Repair of Megatron's distributed optimizer over torch's own Adam.
 
-Without Transformer Engine and Apex, on a GPU as on a CPU, Megatron 0.19 cannot resume: it asks a
-new optimizer for the step count before there is one, and then gives all parameters one shared step
-tensor, which torch advances once for each of them."""
+Torch keeps a step count for each parameter, Transformer Engine and Apex one for all. Without these
+two, on a GPU as on a CPU, Megatron 0.19 cannot resume: it asks a new optimizer for the step count
+before there is one, gives all parameters one shared step tensor, which torch then advances once for
+each of them, and looks for steps where the fully reshardable format has none."""
 
 from __future__ import annotations
 
@@ -28,6 +29,8 @@ def repair_distributed_optimizer() -> None:
     optimizer = module.DistributedOptimizer
     replace(optimizer, "state_dict", _with_initial_state(optimizer.state_dict))
     replace(optimizer, "load_state_dict", _with_own_steps(optimizer.load_state_dict))
+    setter = "_set_main_param_and_optimizer_states"
+    replace(optimizer, setter, _without_step(getattr(optimizer, setter)))
 
 
 def _with_initial_state(state_dict: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,5 +59,15 @@ def _with_own_steps(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
         return result
+
+    return wrapper
+
+
+def _without_step(set_states: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a parameter's loaded state have no step of its own: the step is restored apart."""
+
+    @functools.wraps(set_states)
+    def wrapper(self: Any, parameter: Any, tensors: dict[str, Any]) -> Any:
+        return set_states(self, parameter, {"step": None, **tensors})
 
     return wrapper
