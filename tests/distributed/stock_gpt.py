@@ -1,7 +1,6 @@
 """A plain GPT trained by Megatron itself: its model class, builder, schedules and data sets.
 
-Run by the tests under torchrun with Megatron's flags. Every rank that holds the loss appends
-`iteration loss grad_norm` lines to the file named by STOCK_GPT_LOSSES (last rank only)."""
+Run by the tests with Megatron's flags, under torchrun's environment."""
 
 from __future__ import annotations
 

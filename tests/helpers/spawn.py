@@ -1,72 +1,16 @@
-"""Run a script or a function on several ranks that talk over gloo."""
+"""Call a function on several ranks that talk over gloo."""
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron.early_exit import platform
-
-ROOT = Path(__file__).parents[2]
-
-
-def run_ranks(
-    script_args: Sequence[str | Path],
-    nproc: int,
-    timeout_s: float = 120,
-    env: Mapping[str, str] | None = None,
-) -> subprocess.CompletedProcess[str]:
-    """Run `python script_args...` on `nproc` ranks of one machine, under torchrun's environment.
-
-    The first rank that fails, or the end of the time, kills all. The result's `stdout` holds what
-    all ranks wrote to either stream, one rank after the other; its `returncode` is that of the
-    first rank that failed (-9 if time ran out).
-
-    Ranks are started directly: torchrun's own process would cost seconds of importing torch.
-    """
-    common = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "WORLD_SIZE": str(nproc),
-        "LOCAL_WORLD_SIZE": str(nproc),
-        **(env or {}),
-    }
-    command = [sys.executable, *map(str, script_args)]
-    logs = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(nproc)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        returncode = _wait(ranks, timeout_s)
-    finally:
-        _kill(ranks)
-    output = []
-    for rank, log in enumerate(logs):
-        log.seek(0)
-        output.append(f"[rank {rank}]\n{log.read()}")
-        log.close()
-    return subprocess.CompletedProcess(command, returncode, "\n".join(output), "")
 
 
 def spawn(
@@ -104,33 +48,3 @@ def _call(
     )
     torch.save(function(*args), Path(folder, f"result{rank}"))
     torch.distributed.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _wait(ranks: list[subprocess.Popen[bytes]], timeout_s: float) -> int:
-    """Wait for all ranks or the first failure; its status, or -9 when time runs out."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        statuses = [rank.poll() for rank in ranks]
-        if failed := [status for status in statuses if status]:
-            return failed[0]
-        if all(status == 0 for status in statuses):
-            return 0
-        time.sleep(0.05)
-    return -signal.SIGKILL
-
-
-def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """End the ranks and every process they started (data loaders, checkpoint writers)."""
-    for rank in ranks:
-        try:
-            os.killpg(rank.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-        finally:
-            rank.wait()
