@@ -148,6 +148,9 @@ def _serve() -> None:
     from megatron.early_exit import platform
 
     platform.prepare()
+    # Megatron imports the first two late, and they are half of what a rank would have to do.
+    import megatron.core.tokenizers.text  # noqa: F401
+    import torch._dynamo  # noqa: F401
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from torch.utils import tensorboard  # noqa: F401
 
