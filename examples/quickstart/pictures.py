@@ -25,12 +25,24 @@ def loss_curves(tensorboard: Path, picture: Path) -> None:
             if tag == "lm loss"
             else tag.removesuffix(" loss").replace(" ", " after layer ")
         )
-        axes.plot([one.step for one in scalars], [one.value for one in scalars], label=label)
-    axes.set(xlabel="step", ylabel="cross entropy (nats per token)", title="Training losses")
+        axes.plot([one.step for one in scalars], _smooth([x.value for x in scalars]), label=label)
+    axes.set(
+        xlabel="step", ylabel="cross entropy (nats per token), smoothed", title="Training losses"
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture, dpi=120)
     pyplot.close(figure)
+
+
+def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
+    """Running mean with exponentially falling weights, without a bias at the start."""
+    smoothed, mean, weight = [], 0.0, 0.0
+    for value in values:
+        mean = keep * mean + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
+        smoothed.append(mean / weight)
+    return smoothed
 
 
 def tradeoff_curve(points: Sequence[Point], picture: Path) -> None:

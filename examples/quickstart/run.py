@@ -24,7 +24,7 @@ from examples.quickstart.training import NUM_LAYERS, REPOSITORY, TrainingRun, tr
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 
 VOCAB_SIZE = 2048
-THRESHOLDS = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.0)
+THRESHOLDS = (0.9, 0.7, 0.5, 0.3, 0.2, 0.15, 0.1, 0.05, 0.0)
 PROMPTS, PROMPT_CHARACTERS, MAX_TOKENS = 8, 80, 88
 SAMPLE_THRESHOLD = 0.1
 SAMPLE_PROMPT = 'def main():\n    """'

@@ -37,7 +37,8 @@ def measure(
     """Decode every prompt with the full model and at every threshold, all greedily.
 
     The settings take turns prompt by prompt, so that whatever else the machine does slows all of
-    them alike. Yields the full model's point first.
+    them alike, and each answers every prompt twice, the faster time counts. Yields the full
+    model's point first.
     """
     settings: list[float | None] = [None, *thresholds]
     results: dict[float | None, list[GenerationResult]] = {one: [] for one in settings}
@@ -45,7 +46,9 @@ def measure(
         engine.generate(prompts[0], _params(warm_up, 8))
     for prompt in prompts:
         for threshold in settings:
-            results[threshold] += engine.generate(prompt, _params(threshold, max_tokens))
+            params = _params(threshold, max_tokens)
+            twice = [*engine.generate(prompt, params), *engine.generate(prompt, params)]
+            results[threshold].append(min(twice, key=lambda one: one.statistics.decode_seconds))
     full = results[None]
     full_speed = _speed(full)
     for threshold, answers in results.items():
