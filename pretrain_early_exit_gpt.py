@@ -22,6 +22,7 @@ def main() -> int:
         refuse,
         run_as_one_process_without_launcher,
     )
+    from megatron.early_exit.training.loading import CheckpointError
     from megatron.early_exit.training.session import Session
 
     run_as_one_process_without_launcher()
@@ -29,10 +30,13 @@ def main() -> int:
         args = parse_arguments(lambda parser: platform.set_argument_defaults(parser, machine))
         platform.check_arguments(args, machine)
         session = Session(args, get_tokenizer())
-    except (ValueError, AssertionError, OSError) as error:
+    except (ValueError, AssertionError, OSError, RuntimeError, ImportError) as error:
         return refuse(error)
     print_rank_0(machine.describe())
-    session.run()
+    try:
+        session.run()
+    except CheckpointError as error:
+        return refuse(error, on_every_rank=True)
     return 0
 
 

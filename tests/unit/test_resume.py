@@ -42,7 +42,6 @@ def arguments(**changes: object) -> Namespace:
         "no_load_optim": None,
         "skip_train": False,
         "tokenizer_type": "NullTokenizer",
-        "dist_ckpt_strictness": "assume_ok_unexpected",
     }
     return Namespace(**{**ARGS, **others, **changes})
 
@@ -69,7 +68,6 @@ def test_fresh_and_unused_exits_are_told_apart(tmp_path):
     args = arguments()
     found.apply_to(args)
     assert args.finetune
-    assert args.dist_ckpt_strictness == "ignore_all"
 
 
 def test_exits_without_weights_are_known_by_the_arguments(tmp_path):

@@ -47,13 +47,16 @@ def run_as_one_process_without_launcher() -> None:
     os.environ.setdefault("MASTER_PORT", str(port))
 
 
-def refuse(error: BaseException) -> int:
-    """Say on rank 0 what is wrong with the command line or the files it names.
+def refuse(error: BaseException, on_every_rank: bool = False) -> int:
+    """Say what is wrong with the command line or the files it names.
+
+    Args:
+        on_every_rank: other ranks may not have found it; by default all have, and rank 0 speaks.
 
     Returns:
         The exit status.
     """
-    if os.environ.get("RANK", "0") == "0":
+    if on_every_rank or os.environ.get("RANK", "0") == "0":
         message = " ".join(str(error).split())
         if not message:
             # Megatron refuses some flags by an assertion that has no text but its condition.
@@ -81,6 +84,7 @@ def parse_arguments(set_defaults: Callable[[ArgumentParser], None]) -> Namespace
         add_early_exit_arguments(parser)
         _add_checkpoint_arguments(parser)
         set_defaults(parser)
+        _mend_help(parser)
         return parser
 
     args = parse_args(add_arguments)
@@ -103,6 +107,15 @@ def parse_arguments(set_defaults: Callable[[ArgumentParser], None]) -> Namespace
 
 def _raise(message: str) -> NoReturn:
     raise ValueError(message)
+
+
+def _mend_help(parser: ArgumentParser) -> None:
+    """Escape the percent signs that keep Megatron's own `--help` from being printed."""
+    for action in parser._actions:
+        try:
+            (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (ValueError, TypeError, KeyError):
+            action.help = (action.help or "").replace("%", "%%")
 
 
 def _add_checkpoint_arguments(parser: ArgumentParser) -> None:

@@ -1,36 +1,86 @@
 """What must hold when Megatron has loaded a checkpoint and before the first step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron.early_exit.model.exit_head import ExitHead
+from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
 
 _EXTRA_STATE = "_extra_state"
 
 
-def require_all_but(chunks: list[MegatronModule], fresh_exits: tuple[int, ...]) -> None:
-    """Make the model's loading fail if anything but the given exits is missing.
+class CheckpointError(ValueError):
+    """A checkpoint cannot be loaded or saved; said in one sentence."""
 
-    Megatron only prints what is missing, and trains on with random weights in its place.
+
+@contextmanager
+def checkpoint_errors() -> Iterator[None]:
+    """Turn what Megatron and torch raise about checkpoints into `CheckpointError`."""
+    try:
+        yield
+    except CheckpointException as error:
+        failures = [failure for failure, _ in error.failures.values()]
+        raise CheckpointError(
+            f"the checkpoint is damaged or does not fit: {failures[0]}"
+        ) from error
+    except CheckpointingException as error:
+        raise CheckpointError(f"the checkpoint does not fit: {error}") from error
+    except AssertionError as error:
+        if not str(error).startswith("OptimizerParamScheduler:"):
+            raise
+        raise CheckpointError(
+            f"the learning rate schedule in the checkpoint is another one ({error}): give "
+            "--override-opt_param-scheduler to follow this run's flags, or "
+            "--use-checkpoint-opt_param-scheduler to follow the checkpoint"
+        ) from error
+
+
+def load_all_but(chunks: list[EarlyExitGPTModel], fresh_exits: tuple[int, ...]) -> None:
+    """Keep exits out of the model's next loading, and let it fail if anything else is missing.
+
+    Megatron only prints what is missing, and trains on with random weights in its place. Its
+    --dist-ckpt-strictness, which could also leave out what a checkpoint lacks, does not work with
+    torch 2.15.
 
     Args:
         chunks: the model, not wrapped yet.
-        fresh_exits: exits that may be missing, as a whole.
+        fresh_exits: exits that are not in the checkpoint.
     """
-    may_lack = tuple(f"exits.{position}." for position in fresh_exits)
+    for chunk in chunks:
+        heads = [head for position, head in chunk.exits.heads.items() if position in fresh_exits]
+        for head in heads:
+            head.__dict__["sharded_state_dict"] = _nothing
+        loaded = _Loaded(heads, fresh_exits)
+        chunk.register_load_state_dict_post_hook(loaded)  # type: ignore[no-untyped-call]
 
-    def check(_: torch.nn.Module, keys: Any) -> None:
+
+def _nothing(*_: Any, **__: Any) -> dict[str, Any]:
+    return {}
+
+
+class _Loaded:
+    """Looks at what was not loaded, and lets the heads be saved again."""
+
+    def __init__(self, heads: list[ExitHead], fresh_exits: tuple[int, ...]) -> None:
+        self.heads = heads
+        self.may_lack = tuple(f"exits.{position}." for position in fresh_exits)
+
+    def __call__(self, _: torch.nn.Module, keys: Any) -> None:
+        for head in self.heads:
+            head.__dict__.pop("sharded_state_dict", None)
         missing = [name for name in keys.missing_keys if not name.endswith(_EXTRA_STATE)]
-        unknown = [name for name in missing if not name.startswith(may_lack)]
+        unknown = [name for name in missing if not name.startswith(self.may_lack)]
         if unknown:
-            raise ValueError(
+            raise CheckpointError(
                 f"the checkpoint lacks {unknown[0]} and {len(unknown) - 1} more tensors that the "
                 "flags of this run ask for"
             )
         keys.missing_keys.clear()
-
-    for chunk in chunks:
-        chunk.register_load_state_dict_post_hook(check)
 
 
 class LoadedRandomState:

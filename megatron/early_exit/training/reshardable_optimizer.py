@@ -32,7 +32,7 @@ def repair_fully_reshardable_format() -> None:
         )
     for method, repair in _REPAIRS.items():
         original = getattr(DistributedOptimizer, method)
-        if not hasattr(original, "__wrapped__"):
+        if original.__globals__ is not globals():
             setattr(DistributedOptimizer, method, functools.wraps(original)(repair(original)))
 
 

@@ -50,9 +50,6 @@ class Start:
             args.ckpt_step = self.ckpt_step
         if self.weights_only:
             args.finetune = True
-        if self.fresh_exits:
-            # Missing tensors are then left as they are; `check_loaded` looks at which.
-            args.dist_ckpt_strictness = "ignore_all"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,18 +3,17 @@
 This is where Megatron's arguments are read, once, into the objects that the rest is given.
 """
 
+import os
 from argparse import Namespace
 from functools import cached_property
 from typing import Any
 
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_tensorboard_writer, pretrain, print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
 from megatron.early_exit.config import EarlyExitConfig
@@ -24,8 +23,16 @@ from megatron.early_exit.model.tied_weights import finalize_gradients
 from megatron.early_exit.training.data import BatchReader, dataset_provider
 from megatron.early_exit.training.event_log import ProgressOnDisk
 from megatron.early_exit.training.exit_loss import ExitObjective, LossNormalization
-from megatron.early_exit.training.index_cache import cache_folders, remove_unfinished_indices
-from megatron.early_exit.training.loading import LoadedRandomState, require_all_but
+from megatron.early_exit.training.index_cache import (
+    cache_folders,
+    data_prefixes,
+    remove_unfinished_indices,
+)
+from megatron.early_exit.training.loading import (
+    LoadedRandomState,
+    checkpoint_errors,
+    load_all_but,
+)
 from megatron.early_exit.training.logging import log_exits
 from megatron.early_exit.training.reshardable_optimizer import repair_fully_reshardable_format
 from megatron.early_exit.training.resume import Start, clear_way, decide, handles, share
@@ -86,6 +93,7 @@ class Session:
     def _prepare_files(self, tokenizer: Any) -> Start:
         """On rank 0: decide what to load, and describe what will be saved."""
         args = self.args
+        _check_data(args)
         start = Start()
         if handles(args):
             start = decide(args, self.exits, tokenizer.vocab_size)
@@ -93,10 +101,10 @@ class Session:
             print_rank_0(line)
         for path in remove_unfinished_indices(cache_folders(args)):
             print_rank_0(f"removed {path}: it was cut short, and is built again")
+        description = ModelDescription.from_args(
+            args, self.exits, tokenizer.vocab_size, getattr(tokenizer, "eod", None)
+        )
         if args.save is not None and not args.skip_train:
-            description = ModelDescription.from_args(
-                args, self.exits, tokenizer.vocab_size, getattr(tokenizer, "eod", None)
-            )
             write_description(args.save, description)
         return start
 
@@ -109,14 +117,14 @@ class Session:
                 print_rank_0(line)
         self._start = share(self._start)
         self._start.apply_to(self.args)
-        require_all_but(chunks, self._start.fresh_exits)
+        load_all_but(chunks, self._start.fresh_exits)
         return chunks
 
     def run(self) -> None:
         """Train.
 
         Raises:
-            ValueError: the checkpoint turned out not to be loadable.
+            CheckpointError: a checkpoint turned out not to be loadable, or cannot be written.
         """
         log_exits(self.objective, self.progress)
         if self.args.use_distributed_optimizer and self.args.dist_ckpt_optim_fully_reshardable:
@@ -129,26 +137,13 @@ class Session:
             return self._provide_datasets(num_samples)
 
         datasets.is_distributed = True  # type: ignore[attr-defined]
-        try:
+        with checkpoint_errors():
             pretrain(
                 pretrain_cfg_container_from_args(self.args, self.model_config),
                 datasets,
                 ModelType.encoder_or_decoder,
                 self.forward_step,
             )
-        except CheckpointException as error:
-            failures = [failure for failure, _ in error.failures.values()]
-            raise ValueError(f"the checkpoint cannot be loaded: {failures[0]}") from error
-        except CheckpointingException as error:
-            raise ValueError(f"the checkpoint cannot be loaded: {error}") from error
-        except AssertionError as error:
-            if not str(error).startswith("OptimizerParamScheduler:"):
-                raise
-            raise ValueError(
-                f"the learning rate schedule in the checkpoint is another one ({error}): give "
-                "--override-opt_param-scheduler to follow this run's flags, or "
-                "--use-checkpoint-opt_param-scheduler to follow the checkpoint"
-            ) from error
         self.progress.flush()
 
     @cached_property
@@ -174,6 +169,8 @@ def _check(args: Namespace, exits: EarlyExitConfig) -> None:
     chunk = args.exit_loss_chunk_tokens
     if chunk is not None and chunk < 1:
         raise ValueError(f"--exit-loss-chunk-tokens {chunk} is out of range, allowed: 1 or more")
+    if not (args.train_iters or args.train_samples or args.skip_train):
+        raise ValueError("nothing says how long to train: give --train-iters or --train-samples")
     if not exits.positions:
         return
     for flag in ("use_torch_fsdp2", "use_megatron_fsdp"):
@@ -189,3 +186,15 @@ def _check(args: Namespace, exits: EarlyExitConfig) -> None:
             f"--ckpt-format {args.ckpt_format} cannot be combined with --exit-layer-nums, "
             "allowed: torch_dist"
         )
+
+
+def _check_data(args: Namespace) -> None:
+    if args.mock_data:
+        return
+    prefixes = data_prefixes(args)
+    if not prefixes:
+        raise ValueError("there is no data: give --data-path, or --mock-data for random tokens")
+    for prefix in prefixes:
+        for file in (f"{prefix}.idx", f"{prefix}.bin"):
+            if "://" not in prefix and not os.path.isfile(file):
+                raise ValueError(f"--data-path {prefix}: there is no file {file}")
