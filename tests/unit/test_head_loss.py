@@ -99,7 +99,7 @@ def test_chunks_change_nothing(tokens, chunk_tokens, temperature, confidence_wei
 
 @given(tokens=st.integers(0, 100_000), chunk=st.integers(1, 5000))
 def test_chunks_cover_the_tokens_and_stay_within_the_bound(tokens, chunk):
-    slices = list(options(chunk_tokens=chunk).chunks(tokens, VOCAB))
+    slices = list(options(chunk_tokens=chunk).chunks(tokens, VOCAB, torch.device("cpu")))
     assert [i for one in slices for i in (one.start, one.stop)] == sorted(
         i for one in slices for i in (one.start, one.stop)
     )
@@ -107,12 +107,15 @@ def test_chunks_cover_the_tokens_and_stay_within_the_bound(tokens, chunk):
     assert all(0 < one.stop - one.start <= chunk for one in slices)
 
 
-def test_default_chunk_is_bounded_by_memory():
-    vocab = 100_000
-    slices = list(options().chunks(4096, vocab))
+@pytest.mark.parametrize(("device", "bound"), [("cuda", 256 * 2**20), ("cpu", 16 * 2**20)])
+def test_default_chunk_is_bounded_by_memory(device, bound):
+    vocab, device = 100_000, torch.device(device)
+    slices = list(options().chunks(4096, vocab, device))
+    longest = max(one.stop - one.start for one in slices)
     assert len(slices) > 1
-    assert max(one.stop - one.start for one in slices) * vocab * 4 <= 256 * 2**20
-    assert [one.stop - one.start for one in options().chunks(3, 10**9)] == [1, 1, 1]
+    assert bound / 2 < longest * vocab * 4 <= bound
+    tiny = options().chunks(3, 10**9, device)
+    assert [one.stop - one.start for one in tiny] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
