@@ -41,6 +41,8 @@ def arguments(**changes: object) -> Namespace:
         "non_persistent_global_ckpt_dir": None,
         "no_load_optim": None,
         "skip_train": False,
+        "ckpt_format": "torch_dist",
+        "moe_use_upcycling": False,
         "tokenizer_type": "NullTokenizer",
     }
     return Namespace(**{**ARGS, **others, **changes})
@@ -116,15 +118,13 @@ def test_a_pretrained_checkpoint_is_for_the_first_start_only(tmp_path):
     assert (second.checkpoint, second.iteration) == (tmp_path / "new" / "iter_0000002", 2)
 
 
-@pytest.mark.parametrize("named", [None, "4", "1"])
+@pytest.mark.parametrize("named", [None, "4"])
 def test_only_the_own_directory_is_mended(tmp_path, named):
     save(tmp_path, 2)
     name(tmp_path, named or "")
     if named is None:
         (tmp_path / "latest_checkpointed_iteration.txt").unlink()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    if named == "1":
-        return
     assert start(load=tmp_path).ckpt_step == 2
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     start(load=tmp_path, save=tmp_path)
@@ -173,6 +173,12 @@ def test_training_that_is_taken_back_sets_later_checkpoints_aside(tmp_path):
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000002"]
     assert len(list((tmp_path / "set-aside").iterdir())) == 2
+
+
+def test_checkpoints_of_other_formats_are_left_to_megatron(tmp_path):
+    (tmp_path / "iter_0000004" / "mp_rank_00").mkdir(parents=True)
+    assert clear_way(arguments(save=tmp_path, ckpt_format="torch"), Start()) == []
+    assert (tmp_path / "iter_0000004" / "mp_rank_00").is_dir()
 
 
 def test_a_newer_non_persistent_checkpoint_is_the_start(tmp_path):

@@ -92,8 +92,9 @@ def parse_arguments(set_defaults: Callable[[ArgumentParser], None]) -> Namespace
     if args.yaml_cfg is not None:
         raise ValueError(f"--yaml-cfg {args.yaml_cfg} is not supported, give the flags themselves")
     stored = _restore_from_checkpoint(args, given) if args.use_checkpoint_args else None
-    exits = EarlyExitConfig.from_attributes(args)
-    if stored is not None:
+    if stored is None:
+        exits = EarlyExitConfig.from_attributes(args)
+    else:
         exits = restore_exits(args, stored, given)
         print_rank_0(f"exits of the checkpoint restored: {describe_exits(exits)}")
     if args.num_layers is not None:

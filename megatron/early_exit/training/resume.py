@@ -293,7 +293,7 @@ def clear_way(args: Any, start: Start) -> list[str]:
     Returns:
         A line for each thing done.
     """
-    if args.save is None or args.skip_train:
+    if args.save is None or args.skip_train or not handles(args):
         return []
     save = CheckpointDirectory(args.save, args.verify_integrity)
     lines = save.clear_after(start.iteration)

@@ -8,6 +8,7 @@ from argparse import Namespace
 from functools import cached_property
 from typing import Any
 
+import torch
 from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -171,6 +172,8 @@ def _check(args: Namespace, exits: EarlyExitConfig) -> None:
         raise ValueError(f"--exit-loss-chunk-tokens {chunk} is out of range, allowed: 1 or more")
     if not (args.train_iters or args.train_samples or args.skip_train):
         raise ValueError("nothing says how long to train: give --train-iters or --train-samples")
+    if args.async_save and not torch.cuda.is_available():
+        raise ValueError("--async-save needs a GPU, which this machine lacks: leave it out")
     if not exits.positions:
         return
     for flag in ("use_torch_fsdp2", "use_megatron_fsdp"):
