@@ -18,7 +18,8 @@ from megatron.early_exit.platform.replace import replace
 
 
 def repair_distributed_optimizer() -> None:
-    """Let checkpoints of the distributed optimizer load; nothing where TE or Apex is installed.
+    """Let checkpoints of the distributed optimizer load; nothing where Transformer
+    Engine or Apex is installed.
 
     Raises:
         RuntimeError: the installed Megatron lacks a method that is wrapped here.
