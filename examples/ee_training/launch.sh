@@ -31,13 +31,13 @@ recipe_flags=(
     --use-distributed-optimizer
     --overlap-grad-reduce
     --split "990,9,1"
+    --num-workers 2
     --eval-interval 1200
     --eval-iters 10
     --log-interval 10
     --log-throughput
     --save-interval 240 # about a billion tokens
     --save-retain-interval 9600
-    --dist-ckpt-optim-fully-reshardable
 )
 
 usage() {
@@ -199,11 +199,16 @@ shrink() {
     replace --num-attention-heads 4
     replace --seq-length 64
     replace --max-position-embeddings 64
-    replace --global-batch-size $((4 * $(value_of --micro-batch-size)))
     if (($(value_of --tensor-model-parallel-size) > 1)); then
         replace --tensor-model-parallel-size 2
         replace --pipeline-model-parallel-size 2
     fi
+    # As many microbatches as stages.
+    local microbatch stages
+    microbatch=$(size_of --micro-batch-size)
+    stages=$(size_of --pipeline-model-parallel-size)
+    replace --global-batch-size $((microbatch * stages))
+    replace --num-workers 0
     replace --train-iters 3
     replace --lr-warmup-iters 1
     replace --eval-interval 3

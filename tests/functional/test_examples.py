@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "ee_training"
 GPUS = 64
 VOCABULARY = 32_000
-TIMEOUT_S = 480
+TIMEOUT_S = 400  # several times what a dry run takes on two free cores
 PATHS = ("DATA_PATH", "TOKENIZER_MODEL", "CHECKPOINT_DIR", "TENSORBOARD_DIR")
 OWN_VARIABLES = re.compile(
     r"DATA_PATH|TOKENIZER_.*|CHECKPOINT_DIR|TENSORBOARD_DIR|GPUS_PER_NODE|NNODES|NODE_RANK"
@@ -101,11 +101,11 @@ def run(script: str, *flags: str, **environment: str) -> subprocess.CompletedPro
     )
     try:
         stdout, stderr = process.communicate(timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        # The whole group: torchrun, told so, ends its workers.
-        os.killpg(process.pid, signal.SIGTERM)
-        stdout, stderr = process.communicate()
-        pytest.fail(f"{script} took more than {TIMEOUT_S} s: {(stdout + stderr)[-3000:]}")
+    finally:
+        if process.poll() is None:
+            # The whole group: torchrun, told so, ends its workers.
+            os.killpg(process.pid, signal.SIGTERM)
+            process.communicate(timeout=60)
     return subprocess.CompletedProcess(script, process.returncode, stdout, stderr)
 
 
@@ -230,7 +230,7 @@ def test_dry_run_has_the_flags_of_the_real_run_but_for_what_it_says(paper, paths
     assert torchrun == {"--standalone": (), "--nproc-per-node": ("4",)}
 
 
-@pytest.mark.timeout(TIMEOUT_S + 20)
+@pytest.mark.timeout(TIMEOUT_S + 70)
 @each_model
 def test_dry_run_trains_every_exit(paper, tmp_path):
     process = run(f"{paper.name}.sh", DRY_RUN="1", TMPDIR=str(tmp_path))

@@ -29,7 +29,6 @@ from megatron.early_exit.model.layer_specs import (  # noqa: E402
 from megatron.early_exit.model.norm import TorchNorm  # noqa: E402
 from tests.helpers.single_process import model_parallel  # noqa: E402
 
-
 EXPERTS: dict[str, Any] = {
     "num_moe_experts": 2,
     "moe_layer_freq": [0, 1, 1],

@@ -1,9 +1,9 @@
 """The exits' losses, accuracies and weights in Megatron's log, and a line of progress.
 
 Megatron logs what its last pipeline stage reports, and has no place where another stage could add
-to that. `log_exits` is the one patch of the training loop: it wraps `training_log` and `evaluate`,
-which the loop looks up by name, so that the dictionaries of losses they handle hold the exits'
-too. The console, TensorBoard and W&B then follow.
+to that. `log_exits` is the one patch of the training loop: it wraps `training_log`, `evaluate` and
+`evaluate_and_print_results`, which the loop looks up by name, so that the dictionaries of losses
+they handle hold the exits' too. The console, TensorBoard and W&B then follow.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import training
+from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
 from megatron.training.utils import print_rank_last
 
 from megatron.early_exit.training.exit_loss import ExitObjective
@@ -23,6 +23,10 @@ from megatron.early_exit.training.metrics import ExitMetrics
 _EXPECTED_PARAMETERS = {
     "training_log": ["loss_dict", "total_loss_dict", "learning_rate", "iteration"],
     "evaluate": ["forward_step_func", "data_iterator", "model"],
+    "evaluate_and_print_results": [
+        *("prefix", "forward_step_func", "data_iterator", "model", "iteration"),
+        *("process_non_loss_data_func", "config", "verbose", "write_to_tensorboard"),
+    ],
 }
 
 
@@ -41,7 +45,11 @@ def log_exits(objective: ExitObjective, progress: "Progress") -> None:
                 "of megatron-core is not supported"
             )
     training.training_log = _with_exits(training.training_log, objective, progress)
-    training.evaluate = _evaluate_with_exits(training.evaluate, objective)
+    evaluation = _Evaluation(objective)
+    training.evaluate = evaluation.with_losses(training.evaluate)
+    training.evaluate_and_print_results = evaluation.with_accuracies(
+        training.evaluate_and_print_results
+    )
 
 
 def _device() -> torch.device:
@@ -76,23 +84,66 @@ def _with_exits(
     return log
 
 
-def _evaluate_with_exits(
-    evaluate: Callable[..., Any], objective: ExitObjective
-) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        losses, collected, time_is_up = evaluate(*args, **kwargs)
-        if time_is_up:
-            return losses, collected, time_is_up
-        means = _means(objective.validation_metrics)
-        # Megatron prints a perplexity of everything in this dictionary.
-        accuracies = {name: value for name, value in means.items() if name.endswith("accuracy")}
-        losses.update({name: value for name, value in means.items() if name not in accuracies})
-        if accuracies:
-            texts = (f"{name}: {value.item():.4f}" for name, value in accuracies.items())
-            print_rank_last(" validation " + " | ".join(texts))
-        return losses, collected, time_is_up
+class _Evaluation:
+    """Adds the exits to Megatron's evaluation.
 
-    return run
+    Losses go the way of the final loss. Accuracies do not, because Megatron takes all that it is
+    given for a loss and prints the perplexity of it.
+    """
+
+    def __init__(self, objective: ExitObjective) -> None:
+        self.objective = objective
+        self._accuracies: list[dict[str, float]] = []
+
+    def with_losses(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        """`evaluate`, which returns the means over one data set, with the exits' among them."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            losses, collected, time_is_up = evaluate(*args, **kwargs)
+            means = _means(self.objective.validation_metrics)
+            if not time_is_up:
+                accuracies = {name: value for name, value in means.items() if "accuracy" in name}
+                self._accuracies.append({name: value.item() for name, value in accuracies.items()})
+                losses.update({name: means[name] for name in means if name not in accuracies})
+            return losses, collected, time_is_up
+
+        return run
+
+    def with_accuracies(self, evaluate_and_print: Callable[..., Any]) -> Callable[..., Any]:
+        """`evaluate_and_print_results`, which logs the means over one or several data sets."""
+        signature = inspect.signature(evaluate_and_print)
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            call = signature.bind(*args, **kwargs)
+            call.apply_defaults()
+            self._accuracies.clear()
+            evaluate_and_print(*args, **kwargs)
+            for suffix, accuracies in zip(_validation_suffixes(), self._accuracies, strict=False):
+                self._log(suffix, accuracies, call.arguments)
+
+        return run
+
+    def _log(self, suffix: str, accuracies: dict[str, float], call: dict[str, Any]) -> None:
+        if not accuracies:
+            return
+        texts = (f"{name}: {value:.4f}" for name, value in accuracies.items())
+        print_rank_last(f" validation{suffix} at {call['prefix']} | " + " | ".join(texts))
+        writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
+        if writer is None or not call["write_to_tensorboard"]:
+            return
+        for name, value in accuracies.items():
+            writer.add_scalar(f"{name} validation{suffix}", value, call["iteration"])
+            if wandb_writer:
+                wandb_writer.log({f"{name} validation{suffix}": value}, call["iteration"])
+
+
+def _validation_suffixes() -> list[str]:
+    """What Megatron adds to the names of figures, for each validation set."""
+    args = get_args()
+    if not args.multiple_validation_sets:
+        return [""]
+    names = args.validation_set_names or range(len(args.eval_iters))
+    return [f"-{name}" for name in names]
 
 
 class Progress:
