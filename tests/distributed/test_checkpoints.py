@@ -233,8 +233,9 @@ def test_a_checkpoint_restores_its_model_and_exits(run: Runner, continued: Run):
     assert (
         "exits of the checkpoint restored: exits after layers 1 3 (--use-exit-norm)" in done.stdout
     )
-    lines = [line for line in done.stdout.splitlines() if " iteration        4/" in line]
-    expected = [line for line in continued.output.splitlines() if " iteration        4/" in line]
+    # The first step from the restored weights.
+    lines = [line for line in done.stdout.splitlines() if " iteration        3/" in line]
+    expected = [line for line in continued.output.splitlines() if " iteration        3/" in line]
     assert _figures(lines[0]) == _figures(expected[0])
     assert "exit 3 weight: 5.000000E-01" in lines[0]
 
@@ -257,7 +258,11 @@ def test_a_saved_model_carries_its_tokenizer(run: Runner):
     import sentencepiece
 
     corpus = run.folder / "corpus.txt"
-    corpus.write_text("\n".join(f"the {n} quick brown foxes" for n in range(300)))
+    corpus.write_text(
+        "\n".join(
+            f"the {n} quick brown foxes jump over lazy dogs, my wizards vex" for n in range(300)
+        )
+    )
     model = run.folder / "words"
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus), model_prefix=str(model), vocab_size=VOCAB, minloglevel=2

@@ -87,10 +87,11 @@ def parse_arguments(set_defaults: Callable[[ArgumentParser], None]) -> Namespace
         _mend_help(parser)
         return parser
 
+    # Megatron would open the file while it parses.
+    if any(argument.split("=")[0] == "--yaml-cfg" for argument in sys.argv[1:]):
+        raise ValueError("--yaml-cfg is not supported, give the flags themselves")
     args = parse_args(add_arguments)
     given = _given(parsers[0])
-    if args.yaml_cfg is not None:
-        raise ValueError(f"--yaml-cfg {args.yaml_cfg} is not supported, give the flags themselves")
     stored = _restore_from_checkpoint(args, given) if args.use_checkpoint_args else None
     if stored is None:
         exits = EarlyExitConfig.from_attributes(args)

@@ -15,7 +15,16 @@ _EXTRA_STATE = "_extra_state"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be loaded or saved; said in one sentence."""
+    """A checkpoint cannot be loaded or saved; said in one sentence.
+
+    Args:
+        message: the sentence.
+        found_everywhere: every rank raises this, so one of them may speak for all.
+    """
+
+    def __init__(self, message: str, found_everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.found_everywhere = found_everywhere
 
 
 @contextmanager
@@ -30,13 +39,15 @@ def checkpoint_errors() -> Iterator[None]:
         ) from error
     except CheckpointingException as error:
         raise CheckpointError(f"the checkpoint does not fit: {error}") from error
-    except AssertionError as error:
-        if not str(error).startswith("OptimizerParamScheduler:"):
+    except (AssertionError, ValueError) as error:
+        reason = str(error)
+        if not reason.startswith(("OptimizerParamScheduler:", "Could not find parameter group")):
             raise
         raise CheckpointError(
-            f"the learning rate schedule in the checkpoint is another one ({error}): give "
+            f"the learning rate schedule in the checkpoint is another one ({reason.splitlines()[0]}): give "
             "--override-opt_param-scheduler to follow this run's flags, or "
-            "--use-checkpoint-opt_param-scheduler to follow the checkpoint"
+            "--use-checkpoint-opt_param-scheduler to follow the checkpoint",
+            found_everywhere=True,
         ) from error
 
 
