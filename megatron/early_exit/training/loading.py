@@ -44,7 +44,8 @@ def checkpoint_errors() -> Iterator[None]:
         if not reason.startswith(("OptimizerParamScheduler:", "Could not find parameter group")):
             raise
         raise CheckpointError(
-            f"the learning rate schedule in the checkpoint is another one ({reason.splitlines()[0]}): give "
+            "the learning rate schedule in the checkpoint is another one "
+            f"({reason.splitlines()[0]}): give "
             "--override-opt_param-scheduler to follow this run's flags, or "
             "--use-checkpoint-opt_param-scheduler to follow the checkpoint",
             found_everywhere=True,
