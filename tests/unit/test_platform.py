@@ -135,6 +135,15 @@ def test_defaults_for_flags_that_megatron_dropped_are_an_error() -> None:
         ("--tp-comm-overlap", BARE_GPU),
         ("--cuda-graph-impl local", CPU),
         ("--use-torch-fsdp2", CPU),
+        ("--te-rng-tracker", CPU),
+        ("--attention-backend flash", CPU),
+        ("--attention-backend flash", BARE_GPU),
+        ("--use-flash-attn", BARE_GPU),
+        ("--use-nccl-ub", CPU),
+        ("--optimizer-cpu-offload", CPU),
+        ("--optimizer-cuda-graph", CPU),
+        ("--profile", CPU),
+        ("--record-memory-history", CPU),
         ("--use-megatron-fsdp", CPU),
     ],
 )
@@ -142,6 +151,12 @@ def test_flags_that_the_machine_cannot_serve_are_refused(flags: str, machine: Pl
     with pytest.raises(ValueError, match=f"{flags} needs a GPU.*which this machine lacks"):
         platform.check_arguments(parse(machine, *flags.split()), machine)
     platform.check_arguments(parse(GPU, *flags.split()), GPU)
+
+
+def test_flags_of_transformer_engine_are_refused_for_local_layers() -> None:
+    flags = ["--transformer-impl", "local", "--context-parallel-size", "2"]
+    with pytest.raises(ValueError, match="needs --transformer-impl transformer_engine"):
+        platform.check_arguments(parse(GPU, *flags), GPU)
 
 
 def test_experts_with_biases_are_refused() -> None:

@@ -48,18 +48,20 @@ def check_arguments(args: Namespace, platform: Platform) -> None:
     Raises:
         ValueError: naming the flag, its value and what is possible here.
     """
-    if not platform.transformer_engine:
-        if args.transformer_impl != "local":
-            raise ValueError(
-                f"--transformer-impl {args.transformer_impl} needs a GPU and Transformer Engine, "
-                "which this machine lacks; use --transformer-impl local"
-            )
+    if args.transformer_impl != "local" and not platform.transformer_engine:
+        raise ValueError(
+            f"--transformer-impl {args.transformer_impl} needs a GPU and Transformer Engine, "
+            "which this machine lacks; use --transformer-impl local"
+        )
+    if args.transformer_impl == "local":
+        need = (
+            "needs --transformer-impl transformer_engine"
+            if platform.transformer_engine
+            else "needs a GPU and Transformer Engine, which this machine lacks"
+        )
         for flag, value in _transformer_engine_flags(args).items():
             if value:
-                raise ValueError(
-                    f"{flag} needs a GPU and Transformer Engine, which this machine lacks; "
-                    "leave it out"
-                )
+                raise ValueError(f"{flag} {need}; leave it out")
     if args.transformer_impl == "local" and args.num_experts and args.add_bias_linear:
         # Megatron adds the experts' biases in place, to a tensor that autograd protects.
         raise ValueError(
@@ -85,6 +87,9 @@ def _transformer_engine_flags(args: Namespace) -> dict[str, bool]:
         f"--context-parallel-size {args.context_parallel_size}": args.context_parallel_size > 1,
         "--moe-grouped-gemm": args.moe_grouped_gemm,
         "--tp-comm-overlap": args.tp_comm_overlap,
+        "--te-rng-tracker": args.te_rng_tracker,
+        "--use-flash-attn": args.use_flash_attn,
+        f"--attention-backend {args.attention_backend.name}": args.attention_backend.name != "auto",
     }
 
 
@@ -94,4 +99,9 @@ def _cuda_flags(args: Namespace) -> dict[str, bool]:
         f"--cuda-graph-impl {args.cuda_graph_impl}": args.cuda_graph_impl != "none",
         "--use-torch-fsdp2": args.use_torch_fsdp2,
         "--use-megatron-fsdp": args.use_megatron_fsdp,
+        "--use-nccl-ub": args.nccl_ub,
+        "--optimizer-cpu-offload": args.optimizer_cpu_offload,
+        "--optimizer-cuda-graph": args.optimizer_cuda_graph,
+        "--profile": args.profile and not args.use_pytorch_profiler,
+        "--record-memory-history": args.record_memory_history,
     }

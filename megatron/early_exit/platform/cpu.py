@@ -113,6 +113,14 @@ def _patch_torch_cuda() -> None:
         "memory_reserved": lambda device=None: _memory(),
         "max_memory_allocated": lambda device=None: _peak_memory(),
         "max_memory_reserved": lambda device=None: _peak_memory(),
+        "device_memory_used": lambda device=None: _memory(),
+        "memory_stats": lambda device=None: {
+            "reserved_bytes.all.current": _memory(),
+            "allocated_bytes.all.current": _memory(),
+            "allocated_bytes.all.peak": _peak_memory(),
+            # PyTorch does not count the allocations of the CPU.
+            "allocation.all.current": 0,
+        },
         "reset_peak_memory_stats": _do_nothing(),
     }
     for name, value in replacements.items():
