@@ -28,6 +28,7 @@ from tests.helpers.training_runs import (  # noqa: E402
 )
 from tests.helpers.warm_ranks import ENTRY, WarmRanks  # noqa: E402
 
+TIMEOUT_S = 600
 STOCK = Path(__file__).with_name("stock_gpt.py")
 PP, TP = "--pipeline-model-parallel-size", "--tensor-model-parallel-size"
 VPP = "--num-layers-per-virtual-pipeline-stage"
@@ -48,7 +49,7 @@ class Runner:
     def __call__(self, name: str, flags: str, nproc: int = 1, script: Path = ENTRY) -> Run:
         every = ["--mock-data"] if script == STOCK else self.data
         every = [*every, *flags.format(folder=self.folder).split()]
-        return train(self.ranks, self.folder / "runs" / name, nproc, every, script)
+        return train(self.ranks, self.folder / "runs" / name, nproc, every, script, None, TIMEOUT_S)
 
     def tensors(self, name: str, iteration: int) -> dict[str, torch.Tensor]:
         """Everything in a checkpoint."""
@@ -62,7 +63,7 @@ class Runner:
         base = [*BACKBONE, *TOKENIZER, *SCHEDULE] if base is None else base
         command = [ENTRY, *base, *self.data, *flags.format(folder=self.folder).split()]
         folder = self.folder / "runs" / name
-        done = self.ranks.run(list(map(str, command)), nproc, folder)
+        done = self.ranks.run(list(map(str, command)), nproc, folder, TIMEOUT_S)
         lines = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
         assert done.returncode == 2, done.stdout[-3000:]
         assert "Traceback" not in done.stdout

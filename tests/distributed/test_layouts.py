@@ -127,6 +127,7 @@ class Layout:
 
 
 PP, TP = "--pipeline-model-parallel-size", "--tensor-model-parallel-size"
+EP, ETP = "--expert-model-parallel-size", "--expert-tensor-parallel-size"
 VPP = "--num-layers-per-virtual-pipeline-stage"
 SHARDED = "--use-distributed-optimizer"
 OVERLAP = "--overlap-grad-reduce --ddp-bucket-size 2000"
@@ -155,10 +156,8 @@ LAYOUTS = [
     Layout("blocks", "tp2-sp-pp2", 4, f"{TP} 2 {PP} 2 --sequence-parallel"),
     Layout("blocks", "pp2-dp2-recompute", 4, f"{PP} 2 {RECOMPUTE} {OVERLAP}"),
     Layout("experts", "pp2", 2, f"{PP} 2"),
-    Layout(
-        "experts", "tp2-sp-ep2", 2, f"{TP} 2 --sequence-parallel --expert-model-parallel-size 2"
-    ),
-    Layout("experts", "dp2-ep2-gather", 2, f"--expert-model-parallel-size 2 {GATHER}"),
+    Layout("experts", "tp2-sp-ep2", 2, f"{TP} 2 --sequence-parallel {EP} 2 {ETP} 1"),
+    Layout("experts", "dp2-ep2-gather", 2, f"{EP} 2 {GATHER}"),
 ]
 
 
