@@ -15,7 +15,12 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.datasets.blended_megatron_dataset_builder import (  # noqa: E402
     BlendedMegatronDatasetBuilder,
 )
-from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset  # noqa: E402
+from megatron.core.datasets.gpt_dataset import (  # noqa: E402
+    GPTDataset,
+    GPTDatasetConfig,
+    MockGPTDataset,
+)
+from megatron.core.datasets.utils import get_blend_from_list  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.utils import get_batch_on_this_tp_rank  # noqa: E402
 from megatron.training import get_args, get_tokenizer, pretrain, print_rank_0  # noqa: E402
@@ -85,18 +90,19 @@ def datasets(num_samples, vp_stage=None):
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
-        blend=None,
+        blend=get_blend_from_list(args.data_path),
         split=args.split,
         tokenizer=get_tokenizer(),
         reset_position_ids=False,
         reset_attention_mask=False,
-        eod_mask_loss=False,
+        eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         path_to_cache=args.data_cache_path,
     )
+    kind = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(
-        MockGPTDataset, num_samples, functools.partial(reads_data, vp_stage), config
+        kind, num_samples, functools.partial(reads_data, vp_stage), config
     ).build()
 
 

@@ -25,7 +25,8 @@ def final_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[
         The sum, the number of tokens that count, and both for the log.
     """
     mask = loss_mask.reshape(-1).float()
-    total = torch.dot(losses.reshape(-1).float(), mask)
+    # Megatron's own order of operations: another would round otherwise.
+    total = torch.sum(losses.reshape(-1).float() * mask)
     tokens = mask.sum().to(torch.int)
     report = torch.stack([total.detach(), tokens.float()])
     return total, tokens, {"lm loss": report}
