@@ -87,11 +87,12 @@ def train(
     done = ranks.run(list(map(str, command)), nproc, folder, timeout_s, env)
     assert done.returncode == 0, done.stdout[-6000:]
     run = Run(done.stdout, folder)
-    _read_events(events, run)
+    read_events(events, run)
     return run
 
 
-def _read_events(folder: Path, run: Run) -> None:
+def read_events(folder: Path, run: Run) -> None:
+    """Fill in the figures that TensorBoard's events in `folder` hold."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
