@@ -36,7 +36,7 @@ def main() -> int:
     try:
         session.run()
     except CheckpointError as error:
-        return refuse(error, on_every_rank=not error.found_everywhere)
+        return refuse(error)
     return 0
 
 

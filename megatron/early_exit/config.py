@@ -118,9 +118,25 @@ class EarlyExitConfig:
                 "of the MLP of the layer it follows, so the exit must be after that layer "
                 "(allowed: one of the two flags)"
             )
+        self._refuse_what_has_no_effect()
+
+    def _refuse_what_has_no_effect(self) -> None:
+        if not self.exit_layer_nums:
+            for name in _NEED_EXITS:
+                if getattr(self, name):
+                    raise ValueError(f"{_flag(name)} has no effect without --exit-layer-nums")
+        if self.exit_layer_weight_warmup_iters == 0:
+            for name, default in (("weight_init", 0.0), ("weight_warmup_style", "linear")):
+                value = getattr(self, f"exit_layer_{name}")
+                values = (value,) if isinstance(value, str) else value
+                if any(one != default for one in values):
+                    raise ValueError(
+                        f"{_flag(f'exit_layer_{name}')} {_join(values)} has no effect without "
+                        "--exit-layer-weight-warmup-iters, allowed: 1 or more iterations"
+                    )
 
     def _check_per_exit_values(self, name: str, default: float) -> None:
-        flag = "--" + name.replace("_", "-")
+        flag = _flag(name)
         values = getattr(self, name)
         if not values:
             object.__setattr__(self, name, (default,) * len(self.exit_layer_nums))
@@ -188,6 +204,21 @@ _PER_EXIT_DEFAULTS = {
     "exit_layer_weight_init": 0.0,
     "exit_layer_temperature": 1.0,
 }
+
+
+_NEED_EXITS = (
+    "pre_exit",
+    "use_exit_norm",
+    "use_exit_mlp",
+    "use_exit_block",
+    "untie_exit_output_weights",
+    "use_dynamic_exit_layer_weight",
+    "exit_layer_weight_warmup_iters",
+)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _join(values: Sequence[object]) -> str:

@@ -113,6 +113,36 @@ def test_exit_mlp_before_its_layer():
     assert "--use-exit-mlp with --pre-exit" in message
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("pre_exit", True),
+        ("use_exit_norm", True),
+        ("use_exit_mlp", True),
+        ("use_exit_block", True),
+        ("untie_exit_output_weights", True),
+        ("use_dynamic_exit_layer_weight", True),
+        ("exit_layer_weight_warmup_iters", 9),
+    ],
+)
+def test_what_shapes_exits_needs_exits(flag, value):
+    message = refusal(**{flag: value})
+    assert message == f"--{flag.replace('_', '-')} has no effect without --exit-layer-nums"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "shown"),
+    [
+        ("exit_layer_weight_init", (0.5, 0.0), "0.5 0.0"),
+        ("exit_layer_weight_warmup_style", "cosine", "cosine"),
+    ],
+)
+def test_what_shapes_the_warmup_needs_one(flag, value, shown):
+    message = refusal(exit_layer_nums=(1, 2), **{flag: value})
+    assert f"--{flag.replace('_', '-')} {shown} has no effect without" in message
+    assert "--exit-layer-weight-warmup-iters, allowed: 1 or more" in message
+
+
 # --- meaning ------------------------------------------------------------------------------------
 
 
@@ -127,6 +157,7 @@ def test_values_stay_with_their_layer():
         exit_layer_nums=(6, 2),
         exit_layer_weight=(0.6, 0.2),
         exit_layer_weight_init=(0.06, 0.02),
+        exit_layer_weight_warmup_iters=1,
         exit_layer_temperature=(60.0, 20.0),
     )
     assert config.exits == (Exit(2, 0.2, 0.02, 20.0), Exit(6, 0.6, 0.06, 60.0))
@@ -138,17 +169,20 @@ layers = st.lists(st.integers(1, 40), unique=True, max_size=6)
 @given(layers=layers)
 def test_both_placements_name_the_same_exits(layers):
     after = EarlyExitConfig(exit_layer_nums=tuple(layers))
-    before = EarlyExitConfig(exit_layer_nums=tuple(n + 1 for n in layers), pre_exit=True)
+    before = EarlyExitConfig(exit_layer_nums=tuple(n + 1 for n in layers), pre_exit=bool(layers))
     assert after.exits == before.exits
     assert after.positions == before.positions == tuple(sorted(layers))
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> EarlyExitConfig:
-    pre_exit = draw(st.booleans())
     numbers = draw(st.lists(st.integers(2, 40), unique=True, max_size=5))
+    if not numbers:
+        return EarlyExitConfig()
+    pre_exit = draw(st.booleans())
     size = len(numbers)
     values = st.lists(st.floats(0.125, 8), min_size=size, max_size=size)
+    warmup = draw(st.integers(0, 1000))
     return EarlyExitConfig(
         exit_layer_nums=tuple(numbers),
         pre_exit=pre_exit,
@@ -157,9 +191,9 @@ def configs(draw: st.DrawFn) -> EarlyExitConfig:
         use_exit_block=draw(st.booleans()),
         untie_exit_output_weights=draw(st.booleans()),
         exit_layer_weight=tuple(draw(values)),
-        exit_layer_weight_init=tuple(draw(values)),
-        exit_layer_weight_warmup_iters=draw(st.integers(0, 1000)),
-        exit_layer_weight_warmup_style=draw(st.sampled_from(["linear", "cosine"])),
+        exit_layer_weight_init=tuple(draw(values)) if warmup else (),
+        exit_layer_weight_warmup_iters=warmup,
+        exit_layer_weight_warmup_style=draw(st.sampled_from(["linear", "cosine"][: 1 + warmup])),
         exit_layer_temperature=tuple(draw(values)),
         use_dynamic_exit_layer_weight=draw(st.booleans()),
     )

@@ -21,11 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 from megatron.training.models.gpt import GPTModelConfig  # noqa: E402
 
 from megatron.early_exit.model.attention import TorchAttention  # noqa: E402
-from megatron.early_exit.model.layer_specs import (  # noqa: E402
-    gpt_layer_spec,
-    layer_specs,
-    norm_builder,
-)
+from megatron.early_exit.model.layer_specs import gpt_layer_spec  # noqa: E402
 from megatron.early_exit.model.norm import TorchNorm  # noqa: E402
 from tests.helpers.single_process import model_parallel  # noqa: E402
 
@@ -231,13 +227,3 @@ def test_model_differs_from_megatrons_only_in_its_norms_and_attention(
     positions = torch.arange(16).expand(2, 16)
     mask = torch.ones(1, 1, 16, 16, dtype=torch.bool).triu(1)
     torch.testing.assert_close(ours(tokens, positions, None), theirs(tokens, positions, mask))
-
-
-def test_each_layer_has_its_spec() -> None:
-    specs = layer_specs(make_config(**EXPERTS))
-    assert len(specs) == 3
-    assert specs[0].submodules.mlp != specs[1].submodules.mlp
-    for spec in specs:
-        assert spec.submodules.input_layernorm is TorchNorm
-        assert spec.submodules.self_attention.submodules.core_attention is TorchAttention
-    assert norm_builder(make_config()) is TorchNorm

@@ -18,8 +18,14 @@ from megatron.early_exit.platform.replace import replace
 
 MACHINE = platform.prepare()
 GPU = Platform(
-    device="cuda", backend="nccl", transformer_engine=True, apex=True, compiled_fusions=True
+    device="cuda",
+    backend="nccl",
+    transformer_engine=True,
+    apex=True,
+    num_devices=8,
+    compiled_fusions=True,
 )
+NO_APEX = changed(GPU, apex=False)
 BARE_GPU = changed(GPU, transformer_engine=False, apex=False)
 CPU = changed(BARE_GPU, device="cpu", backend="gloo", compiled_fusions=False)
 
@@ -107,13 +113,15 @@ def test_defaults_on_a_cpu() -> None:
 
 
 def test_defaults_on_a_gpu() -> None:
-    bare, full = parse(BARE_GPU), parse(GPU)
+    bare, full, no_apex = parse(BARE_GPU), parse(GPU), parse(NO_APEX)
     assert bare.distributed_backend == full.distributed_backend == "nccl"
     assert (bare.transformer_impl, full.transformer_impl) == ("local", "transformer_engine")
     assert bare.bias_swiglu_fusion
     assert full.bias_swiglu_fusion
     assert not bare.gradient_accumulation_fusion
     assert full.gradient_accumulation_fusion
+    # Megatron's own output projection insists on Apex where this is on.
+    assert not no_apex.gradient_accumulation_fusion
     platform.check_arguments(bare, BARE_GPU)
     platform.check_arguments(full, GPU)
 
@@ -151,6 +159,13 @@ def test_flags_that_the_machine_cannot_serve_are_refused(flags: str, machine: Pl
     with pytest.raises(ValueError, match=f"{flags} needs a GPU.*which this machine lacks"):
         platform.check_arguments(parse(machine, *flags.split()), machine)
     platform.check_arguments(parse(GPU, *flags.split()), GPU)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")
+    with pytest.raises(ValueError, match="--nproc-per-node 9 of torchrun .* 1 to 8"):
+        platform.check_arguments(parse(GPU), GPU)
+    platform.check_arguments(parse(CPU), changed(CPU, num_devices=1024))
 
 
 def test_flags_of_transformer_engine_are_refused_for_local_layers() -> None:

@@ -46,7 +46,7 @@ class TorchAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        _refuse_unsupported(config)
+        check_attention(config)
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -106,8 +106,12 @@ def _kernel_dtype(query: Tensor) -> torch.dtype:
     return query.dtype
 
 
-def _refuse_unsupported(config: TransformerConfig) -> None:
-    """Raise ValueError for what only Transformer Engine's attention does."""
+def check_attention(config: TransformerConfig) -> None:
+    """Refuse what only Transformer Engine's attention does.
+
+    Raises:
+        ValueError: naming the flag.
+    """
     wanted = {
         f"--context-parallel-size {config.context_parallel_size}": config.context_parallel_size > 1,
         f"--window-size {config.window_size}": config.window_size is not None,

@@ -20,6 +20,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch import Tensor
 
 from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.model.attention import check_attention
 from megatron.early_exit.model.exit_head import ExitHeads
 from megatron.early_exit.model.tied_weights import connect_tied_weights
 
@@ -216,13 +217,15 @@ class EarlyExitGPTModelBuilder(GPTModelBuilder):
 
 
 def check_backbone(config: EarlyExitGPTModelConfig) -> None:
-    """Refuse what exits cannot be combined with.
+    """Refuse what local layers, or exits, cannot be combined with.
 
     Raises:
         ValueError: in one sentence with the flag.
     """
     transformer, exits = config.transformer, config.early_exit
     exits.validate(transformer.num_layers)
+    if transformer.transformer_impl == "local":
+        check_attention(transformer)
     if not exits.positions:
         return
     if transformer.mtp_num_layers:

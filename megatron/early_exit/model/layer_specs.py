@@ -6,15 +6,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, cast
 
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_decoder_block_spec,
-    get_gpt_decoder_layer_specs,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import L2Norm, LayerNormBuilder
+from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
@@ -42,31 +38,6 @@ def gpt_layer_spec(
         layer_specs=[_with_torch_modules(spec) for spec in block.layer_specs or []],
         layer_norm=TorchNorm,
     )
-
-
-def layer_specs(config: TransformerConfig) -> list[ModuleSpec]:
-    """The spec of every backbone layer, in order; dense and mixture-of-experts layers differ."""
-    use_transformer_engine = config.transformer_impl == "transformer_engine"
-    # Megatron declares the type of the block's submodules, but returns the list of its layers.
-    specs = cast(
-        list[ModuleSpec],
-        get_gpt_decoder_layer_specs(
-            config,
-            use_transformer_engine=use_transformer_engine,
-            normalization=config.normalization,
-            qk_l2_norm=config.qk_l2_norm,
-        ),
-    )
-    return specs if use_transformer_engine else [_with_torch_modules(spec) for spec in specs]
-
-
-def norm_builder(config: TransformerConfig) -> LayerNormBuilder:
-    """The class of a norm that stands alone, such as the one before an output projection."""
-    if config.transformer_impl == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        return cast(LayerNormBuilder, TENorm)
-    return TorchNorm
 
 
 def _with_torch_modules(spec: ModuleSpec) -> ModuleSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser, Namespace
 
 from megatron.early_exit.platform.machine import Platform
@@ -19,6 +20,8 @@ def set_argument_defaults(parser: ArgumentParser, platform: Platform) -> None:
     defaults: dict[str, object] = {
         "distributed_backend": platform.backend,
         "transformer_impl": platform.transformer_impl,
+        # The output projections are Megatron's own layers whatever the others are.
+        "gradient_accumulation_fusion": platform.apex,
         # NVIDIA's internal telemetry, which nobody else can install.
         "enable_one_logger": False,
     }
@@ -27,7 +30,6 @@ def set_argument_defaults(parser: ArgumentParser, platform: Platform) -> None:
             "no_persist_layer_norm": True,
             "masked_softmax_fusion": False,
             "apply_rope_fusion": False,
-            "gradient_accumulation_fusion": platform.apex,
         }
     if not platform.compiled_fusions:
         defaults |= {
@@ -48,6 +50,11 @@ def check_arguments(args: Namespace, platform: Platform) -> None:
     Raises:
         ValueError: naming the flag, its value and what is possible here.
     """
+    if platform.num_devices < (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
+        raise ValueError(
+            f"--nproc-per-node {ranks} of torchrun is out of range, allowed: 1 to "
+            f"{platform.num_devices}, one for each GPU (with CUDA_VISIBLE_DEVICES= the CPU is used)"
+        )
     if args.transformer_impl != "local" and not platform.transformer_engine:
         raise ValueError(
             f"--transformer-impl {args.transformer_impl} needs a GPU and Transformer Engine, "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,8 @@ class Platform:
     """Transformer Engine is installed and has a GPU to run on."""
     apex: bool
     """Apex's fused gradient accumulation kernel is installed."""
+    num_devices: int
+    """Most processes that can share this machine."""
     compiled_fusions: bool
     """Megatron's `torch.compile`d element-wise fusions pay off."""
 
@@ -44,7 +47,17 @@ def detect() -> Platform:
     return Platform(
         device="cuda" if cuda else "cpu",
         backend="nccl" if cuda else "gloo",
-        transformer_engine=cuda and importlib.util.find_spec("transformer_engine") is not None,
-        apex=cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        transformer_engine=cuda and _imports("transformer_engine.pytorch"),
+        apex=cuda and _imports("fused_weight_gradient_mlp_cuda"),
+        num_devices=torch.cuda.device_count() if cuda else sys.maxsize,
         compiled_fusions=cuda,
     )
+
+
+def _imports(module: str) -> bool:
+    """Whether a compiled extension is installed and fits this torch."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True

@@ -32,6 +32,7 @@ from megatron.early_exit.training.resume import (
 from megatron.early_exit.training.stored_model import StoredModel, describe_exits
 
 _SHARED_DIRECTORY_TIMEOUT_S = 120.0
+_HEAD_START_S = 5.0
 
 
 def run_as_one_process_without_launcher() -> None:
@@ -47,22 +48,23 @@ def run_as_one_process_without_launcher() -> None:
     os.environ.setdefault("MASTER_PORT", str(port))
 
 
-def refuse(error: BaseException, on_every_rank: bool = False) -> int:
-    """Say what is wrong with the command line or the files it names.
+def refuse(error: BaseException) -> int:
+    """Say what is wrong with the command line or the files it names, once for all ranks.
 
-    Args:
-        on_every_rank: other ranks may not have found it; by default all have, and rank 0 speaks.
+    What every rank has found, rank 0 says, and torchrun then ends the others; so they wait. One
+    that has still not been ended knows what rank 0 does not, and speaks for itself.
 
     Returns:
         The exit status.
     """
-    if on_every_rank or os.environ.get("RANK", "0") == "0":
-        message = " ".join(str(error).split())
-        if not message:
-            # Megatron refuses some flags by an assertion that has no text but its condition.
-            line = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
-            message = f"the arguments do not fit together, required: {line.removeprefix('assert ')}"
-        print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_HEAD_START_S)
+    message = " ".join(str(error).split())
+    if not message:
+        # Megatron refuses some flags by an assertion that has no text but its condition.
+        line = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
+        message = f"the arguments do not fit together, required: {line.removeprefix('assert ')}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -17,14 +17,7 @@ _EXTRA_STATE = "_extra_state"
 class CheckpointError(ValueError):
     """A checkpoint cannot be loaded or saved; said in one sentence.
 
-    Args:
-        message: the sentence.
-        found_everywhere: every rank raises this, so one of them may speak for all.
     """
-
-    def __init__(self, message: str, found_everywhere: bool = False) -> None:
-        super().__init__(message)
-        self.found_everywhere = found_everywhere
 
 
 @contextmanager
@@ -47,8 +40,7 @@ def checkpoint_errors() -> Iterator[None]:
             "the learning rate schedule in the checkpoint is another one "
             f"({reason.splitlines()[0]}): give "
             "--override-opt_param-scheduler to follow this run's flags, or "
-            "--use-checkpoint-opt_param-scheduler to follow the checkpoint",
-            found_everywhere=True,
+            "--use-checkpoint-opt_param-scheduler to follow the checkpoint"
         ) from error
 
 
