@@ -27,8 +27,10 @@ def main() -> int:
 
     run_as_one_process_without_launcher()
     try:
-        args = parse_arguments(lambda parser: platform.set_argument_defaults(parser, machine))
-        platform.check_arguments(args, machine)
+        args = parse_arguments(
+            lambda parser: platform.set_argument_defaults(parser, machine),
+            lambda args: platform.check_arguments(args, machine),
+        )
         session = Session(args, get_tokenizer())
     except (ValueError, AssertionError, OSError, RuntimeError, ImportError) as error:
         return refuse(error)

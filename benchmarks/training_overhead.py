@@ -24,6 +24,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # glibc keeps freed blocks below its threshold, and raises the threshold by itself: what a process
 # holds would be what it once needed. With this, large tensors go back when they are freed.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "2000000"}
+# What exits may cost, the memory with a vocabulary of 32,000 or more.
+TIME_BOUND, MEMORY_BOUND = 1.05, 1.02
 WORKER = REPOSITORY / "benchmarks" / "training_worker.py"
 
 
@@ -128,8 +130,18 @@ def main() -> None:
         f"{max(peaks['standard']) / 2**20:.0f} -> {max(peaks['early_exit']) / 2**20:.0f} MiB; "
         f"by rank {by_rank}"
     )
+    verdicts = {
+        f"time / FLOPs at most {TIME_BOUND}": median(ratios) / flop_ratio <= TIME_BOUND,
+        f"memory at most {MEMORY_BOUND}": memory_ratio <= MEMORY_BOUND,
+    }
+    print(
+        "  "
+        + ", ".join(f"{bound}: {'yes' if holds else 'NO'}" for bound, holds in verdicts.items())
+    )
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if not all(verdicts.values()):
+        raise SystemExit(1)
 
 
 def _quartiles(values: list[float]) -> list[float]:

@@ -102,7 +102,13 @@ def random_batches(args: Namespace) -> Any:
 
 
 def flops(args: Namespace, exits: EarlyExitConfig) -> dict[str, float]:
-    """Floating-point operations of a step: Megatron's count, and the exits' projections on top."""
+    """Floating-point operations of a step: Megatron's count, and the exits' projections on top.
+
+    Raises:
+        SystemExit: an exit has more than a norm and a projection.
+    """
+    if exits.use_exit_mlp or exits.use_exit_block:
+        raise SystemExit("error: --use-exit-mlp and --use-exit-block are not counted here")
     standard = float(num_floating_point_operations(args, args.global_batch_size))
     vocab = calculate_padded_vocab_size(
         args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
@@ -133,7 +139,10 @@ def synchronize() -> None:
 
 def main() -> None:
     """Run the steps and write the figures of this rank."""
-    args = parse_arguments(lambda parser: platform.set_argument_defaults(parser, MACHINE))
+    args = parse_arguments(
+        lambda parser: platform.set_argument_defaults(parser, MACHINE),
+        lambda args: platform.check_arguments(args, MACHINE),
+    )
     session = Session(args, get_tokenizer())
     initialize_megatron()
     args.curr_iteration = 0

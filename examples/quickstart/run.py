@@ -19,13 +19,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.quickstart.pictures import loss_curves, tradeoff_curve
-from examples.quickstart.tradeoff import measure, table
+from examples.quickstart.tradeoff import best, measure, table
 from examples.quickstart.training import NUM_LAYERS, REPOSITORY, TrainingRun, train
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 
 VOCAB_SIZE = 2048
 THRESHOLDS = (0.9, 0.7, 0.5, 0.3, 0.2, 0.15, 0.1, 0.05, 0.0)
 PROMPTS, PROMPT_CHARACTERS, MAX_TOKENS = 8, 80, 88
+LEAST_AGREEMENT = 0.9
 SAMPLE_THRESHOLD = 0.1
 SAMPLE_PROMPT = 'def main():\n    """'
 BACKGROUNDS = ("\x1b[42m\x1b[30m", "\x1b[46m\x1b[30m", "\x1b[43m\x1b[30m", "\x1b[45m\x1b[37m")
@@ -38,7 +39,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work-dir", type=Path, default=Path("demo"), help="default: %(default)s")
-    steps = int(os.environ.get("DEMO_STEPS", "600"))
+    steps = os.environ.get("DEMO_STEPS", "600")
     parser.add_argument("--steps", type=int, default=steps, help="default: %(default)s")
     parser.add_argument("--global-batch-size", type=int, default=16, help="default: %(default)s")
     parser.add_argument(
@@ -130,8 +131,7 @@ def main() -> None:
         iterations=args.steps,
         global_batch_size=args.global_batch_size,
     )
-    finished = run.checkpoint / "latest_checkpointed_iteration.txt"
-    if args.fresh or not finished.exists() or finished.read_text().strip() != str(args.steps):
+    if args.fresh or not run.is_finished:
         stage(
             "Text, tokenizer and data sets from Python's standard library",
             lambda: prepare_data(data),
@@ -150,6 +150,12 @@ def main() -> None:
         )
         loss_curves(run.tensorboard, args.work_dir / "losses.png")
         tradeoff_curve(points, args.work_dir / "tradeoff.png")
+        winner = best(points, LEAST_AGREEMENT)
+        where = "the full model" if winner.threshold is None else f"threshold {winner.threshold}"
+        print(
+            f"\nFastest with {LEAST_AGREEMENT:.0%} of the full model's choices or more: {where}, "
+            f"{winner.speedup:.2f} times the full model's speed, {winner.agreement:.1%} equal"
+        )
 
     stage("Speed and quality by threshold", sweep)
     print(f"\nPictures: {args.work_dir}/losses.png and {args.work_dir}/tradeoff.png")

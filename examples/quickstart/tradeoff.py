@@ -85,6 +85,11 @@ def _agreement(engine: EarlyExitEngine, answer: GenerationResult) -> list[bool]:
     return [a == b for a, b in zip(answer.token_ids, best[first - 1 :], strict=False)]
 
 
+def best(points: Sequence[Point], least_agreement: float) -> Point:
+    """The fastest point with at least that agreement; the full model's agrees with itself."""
+    return max((p for p in points if p.agreement >= least_agreement), key=lambda p: p.speedup)
+
+
 def table(points: Sequence[Point]) -> str:
     """The points as text."""
     head = "threshold   tokens/s   speed-up   mean exit layer   agrees with full   same text"

@@ -2,12 +2,15 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXIT_LAYERS = (2, 4)
@@ -24,7 +27,8 @@ OPTIMIZATION = """
     --bf16 --micro-batch-size 4 --lr 2e-3 --min-lr 1e-4 --lr-decay-style cosine
     --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0
 """
-PARALLELISM = "--pipeline-model-parallel-size 2"
+STAGES = 2
+PARALLELISM = f"--pipeline-model-parallel-size {STAGES}"
 
 _ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) ")
 _VALUE = re.compile(r"(lm loss|exit \d+ loss|exit \d+ accuracy): ([0-9.E+-]+)")
@@ -61,6 +65,19 @@ class TrainingRun:
         """The directory of the event files."""
         return self.directory / "tensorboard"
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether this very run has been made before."""
+        return self._made.exists() and self._made.read_text() == shlex.join(self.command())
+
+    @property
+    def _made(self) -> Path:
+        return self.directory / "command.txt"
+
+    def mark_finished(self) -> None:
+        """Remember the run for `is_finished`."""
+        self._made.write_text(shlex.join(self.command()))
+
     def command(self) -> list[str]:
         """The command line, ready to be run by hand from the repository's root."""
         data = [
@@ -83,7 +100,7 @@ class TrainingRun:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         return [
             *launcher,
-            *("--nproc-per-node", "2", "pretrain_early_exit_gpt.py"),
+            *("--nproc-per-node", str(STAGES), "pretrain_early_exit_gpt.py"),
             *flags,
             *data,
             *schedule,
@@ -101,6 +118,9 @@ def train(run: TrainingRun) -> None:
     run.directory.mkdir(parents=True)
     log = run.directory / "log.txt"
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    if 0 < torch.cuda.device_count() < STAGES:
+        print(f"   this machine has fewer GPUs than the {STAGES} stages: they run on its CPU")
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     lines: list[str] = []
     with (
         log.open("w") as file,
@@ -122,6 +142,7 @@ def train(run: TrainingRun) -> None:
     if process.returncode != 0:
         sys.stderr.writelines(lines[-_LAST_LINES:])
         raise SystemExit(f"error: training failed, its log is {log}")
+    run.mark_finished()
 
 
 class _ProgressPrinter:

@@ -130,7 +130,10 @@ def test_wandb_gets_every_figure(run: Run):
     ("flags", "words"),
     [
         (["--exit-layer-nums", 1, 9], ["--exit-layer-nums 9", f"1 to {LAYERS}"]),
-        (["--exit-layer-nums", 1, "--pre-exit"], ["--exit-layer-nums 1", "2 to the number of layers"]),
+        (
+            ["--exit-layer-nums", 1, "--pre-exit"],
+            ["--exit-layer-nums 1", "2 to the number of layers"],
+        ),
         (["--exit-layer-nums", 2, 2], ["--exit-layer-nums 2 2", "more than once"]),
         (
             ["--exit-layer-nums", 1, 2, "--exit-layer-weight", 0.5],
@@ -150,6 +153,18 @@ def test_wandb_gets_every_figure(run: Run):
             ["--exit-layer-nums", 2, "--num-experts", 2, "--use-exit-block"],
             ["--use-exit-block", "--num-experts 2"],
         ),
+        (
+            ["--lr-warmup-iters", 3, "--lr-decay-iters", 3],
+            ["--lr-warmup-iters 3", "--lr-decay-iters 3"],
+        ),
+        (["--tokenizer-type", "SentencePieceTokenizer"], ["--tokenizer-model is required"]),
+        (
+            ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "/no/such"],
+            ["--tokenizer-model /no/such", "cannot be set up"],
+        ),
+        (["--softmax-type", "off-by-one"], ["--softmax-type off-by-one"]),
+        (["--use-exit-norm"], ["--use-exit-norm has no effect without --exit-layer-nums"]),
+        (["--min-lr", 1], ["args.min_lr <= args.lr"]),
         (["--exit-layer-nums", 2, "--mtp-num-layers", 1], ["--mtp-num-layers"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value[0], str) else None,

@@ -43,11 +43,12 @@ def add_tokenizer_arguments(parser: ArgumentParser) -> None:
     group.description = "Megatron's flags: give the same values to training."
 
 
-def build_text_tokenizer(args: Namespace) -> TextTokenizer:
-    """The tokenizer that training builds from the same flags.
+def check_tokenizer_arguments(args: Namespace) -> None:
+    """Refuse flags from which no tokenizer can be built.
 
-    Raises ValueError where a flag is missing, its file cannot be used, or --vocab-size
-    contradicts the tokenizer."""
+    Raises:
+        ValueError: naming the flag.
+    """
     kind: str | None = args.tokenizer_type
     if kind not in TEXT_TOKENIZERS:
         raise ValueError(
@@ -58,6 +59,17 @@ def build_text_tokenizer(args: Namespace) -> TextTokenizer:
         raise ValueError(f"--tokenizer-model is required with --tokenizer-type {kind}")
     if kind == "NullTokenizer" and not args.vocab_size:
         raise ValueError("--vocab-size is required with --tokenizer-type NullTokenizer")
+
+
+def build_text_tokenizer(args: Namespace) -> TextTokenizer:
+    """The tokenizer that training builds from the same flags.
+
+    Raises:
+        ValueError: a flag is missing, its file cannot be used, or --vocab-size contradicts the
+            tokenizer.
+    """
+    check_tokenizer_arguments(args)
+    kind: str = args.tokenizer_type
     try:
         chosen = Namespace(**vars(args), pad_vocab_size=False, chat_template=None)
         tokenizer = cast(TextTokenizer, build_tokenizer(chosen))

@@ -1,21 +1,24 @@
 """Let Megatron run on whatever machine this is.
 
-Megatron asks for CUDA by name in a few hundred places. On a machine that has it this package only
-tells what was found; elsewhere `prepare` answers those places with CPU equivalents, so that
-`megatron.training.pretrain` runs over gloo. Entry points call `prepare` before they import anything
-of Megatron; no other module knows about devices."""
+Megatron asks for CUDA by name in a few hundred places. Without it `prepare` answers them with CPU
+equivalents, so that `megatron.training.pretrain` runs over gloo; that is `cpu.py`, and on a machine
+with CUDA none of it happens. What `prepare` does everywhere: it skips a build for which the wheel
+has no sources, repairs the distributed optimizer where neither Transformer Engine nor Apex is
+installed, and silences what nobody can act on. Entry points call it before they import anything of
+Megatron."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import os
+import sys
 
 from megatron.early_exit.platform.arguments import check_arguments, set_argument_defaults
 from megatron.early_exit.platform.cpu import emulate_cuda
 from megatron.early_exit.platform.machine import Platform, detect
 from megatron.early_exit.platform.optimizer import repair_distributed_optimizer
-from megatron.early_exit.platform.quiet import silence
+from megatron.early_exit.platform.quiet import silence, silence_prints
 from megatron.early_exit.platform.replace import replace
 
 __all__ = ["Platform", "check_arguments", "detect", "prepare", "set_argument_defaults"]
@@ -33,12 +36,15 @@ def prepare() -> Platform:
     """
     platform = detect()
     silence()
-    # Megatron asserts this with tensor parallelism; it orders communication before computation.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if not any("fsdp" in argument for argument in sys.argv):
+        # Megatron asserts this with tensor parallelism, and the contrary with FSDP; it orders
+        # communication before computation.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if platform.device == "cpu":
         emulate_cuda()
     _skip_dataset_helper_build()
     repair_distributed_optimizer()
+    silence_prints()
     return platform
 
 

@@ -4,9 +4,13 @@ The lists are meant to stay narrow: each entry is one message, known to be harml
 
 from __future__ import annotations
 
+import builtins
+import importlib
 import logging
 import re
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 # How each Python warning starts.
 WARNINGS = (
@@ -37,13 +41,41 @@ LOG_RECORDS = (
     ("torch.utils.cpp_extension", "No CUDA runtime is found"),
 )
 
+# What a module prints, and how it starts.
+PRINTS = (
+    # Said on every run with the ordinary pipeline schedule.
+    ("megatron.training.arguments", "WARNING: Setting args.overlap_p2p_comm and"),
+)
+
 
 def silence() -> None:
-    """Filter out the messages listed above, and nothing else."""
+    """Filter out the warnings and log records listed above, and nothing else."""
     for start in WARNINGS:
         warnings.filterwarnings("ignore", message=re.escape(start))
     for logger, start in LOG_RECORDS:
         logging.getLogger(logger).addFilter(_Unlike(start))
+
+
+def silence_prints() -> None:
+    """Filter out the lines listed above; imports the modules that print them.
+
+    Raises:
+        RuntimeError: a module prints no such line any more.
+    """
+    for name, start in PRINTS:
+        module = importlib.import_module(name)
+        with open(str(module.__file__), encoding="utf-8") as source:
+            if start not in source.read():
+                raise RuntimeError(f"{name} no longer prints {start!r}")
+        module.print = _print_unlike(start)  # type: ignore[attr-defined]
+
+
+def _print_unlike(start: str) -> Callable[..., None]:
+    def print_unlike(*values: object, **options: Any) -> None:
+        if not str(values[0] if values else "").startswith(start):
+            builtins.print(*values, **options)
+
+    return print_unlike
 
 
 class _Unlike(logging.Filter):

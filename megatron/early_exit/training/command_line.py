@@ -22,6 +22,7 @@ from megatron.training.utils import print_rank_0
 
 from megatron.early_exit.checkpoint.location import TOKENIZER_NAME
 from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.data.tokenizer import check_tokenizer_arguments
 from megatron.early_exit.training.arguments import add_early_exit_arguments
 from megatron.early_exit.training.reshardable_optimizer import IS_KNOWN_VERSION
 from megatron.early_exit.training.resume import (
@@ -68,11 +69,14 @@ def refuse(error: BaseException) -> int:
     return 2
 
 
-def parse_arguments(set_defaults: Callable[[ArgumentParser], None]) -> Namespace:
+def parse_arguments(
+    set_defaults: Callable[[ArgumentParser], None], check_machine: Callable[[Namespace], None]
+) -> Namespace:
     """Parse and check the command line, and set Megatron's globals from it.
 
     Args:
         set_defaults: given the parser with all flags, to change defaults.
+        check_machine: given the parsed arguments, to refuse what the machine lacks.
 
     Raises:
         ValueError: a flag is unknown or outside its range.
@@ -102,11 +106,26 @@ def parse_arguments(set_defaults: Callable[[ArgumentParser], None]) -> Namespace
         print_rank_0(f"exits of the checkpoint restored: {describe_exits(exits)}")
     if args.num_layers is not None:
         exits.validate(args.num_layers)
+    check_machine(args)
     validate_args(args)
-    set_global_variables(args)
+    check_tokenizer_arguments(args)
+    _set_up_globals(args)
     for name, value in exits.to_dict().items():
         setattr(args, name, value)
     return args
+
+
+def _set_up_globals(args: Namespace) -> None:
+    """Megatron's: tokenizer, TensorBoard, W&B; each library has its own way of refusing."""
+    try:
+        set_global_variables(args)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"the tokenizer (--tokenizer-type {args.tokenizer_type} --tokenizer-model "
+            f"{args.tokenizer_model}), TensorBoard (--tensorboard-dir {args.tensorboard_dir}) or "
+            f"W&B (--wandb-project {args.wandb_project}) cannot be set up: {reason}"
+        ) from error
 
 
 def _raise(message: str) -> NoReturn:
