@@ -243,8 +243,10 @@ def test_an_index_that_grows_is_left_alone(tmp_path, monkeypatch):
 
 
 def test_index_folders_are_those_of_megatron():
-    paths = {"train_data_path": None, "valid_data_path": None, "test_data_path": None}
-    args = Namespace(data_cache_path=None, data_path=["0.3", "/data/a", "0.7", "/data/b"], **paths)
+    names = ("train_data_path", "valid_data_path", "test_data_path", "data_args_path")
+    paths = dict.fromkeys((*names, "per_split_data_args_path"))
+    data = ["0.3", "/data/a", "0.7", "/data/b"]
+    args = Namespace(data_cache_path=None, mock_data=False, data_path=data, **paths)
     folders = [Path(f"/data/{one}/cache/GPTDataset_indices") for one in "ab"]
     assert index_cache.cache_folders(args) == folders
     args.data_cache_path = "/cache"

@@ -10,23 +10,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.utils import get_blend_from_list
+
+from megatron.early_exit.training.data import data_sources
 
 _STILL_WRITING_S = 2.0
-
-
-def data_prefixes(args: Namespace) -> list[str]:
-    """What the names of a run's indexed data sets begin with."""
-    lists = (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
-    blends = (get_blend_from_list(one) for one in lists if one)
-    return sorted({prefix for blend in blends if blend is not None for prefix in blend[0]})
 
 
 def cache_folders(args: Namespace) -> list[Path]:
     """Folders in which the data sets of a run keep their indices."""
     if args.data_cache_path is not None:
         return [Path(args.data_cache_path)]
-    return [Path(prefix) / "cache" / "GPTDataset_indices" for prefix in data_prefixes(args)]
+    return [Path(prefix) / "cache" / "GPTDataset_indices" for _, prefix in data_sources(args)]
 
 
 def remove_unfinished_indices(folders: Iterable[Path]) -> list[Path]:

@@ -3,12 +3,10 @@
 This is where Megatron's arguments are read, once, into the objects that the rest is given.
 """
 
-import os
 from argparse import Namespace
 from functools import cached_property
 from typing import Any
 
-import torch
 from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,12 +19,12 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.model.gpt_model import EarlyExitGPTModelConfig, check_backbone
 from megatron.early_exit.model.layer_specs import gpt_layer_spec
 from megatron.early_exit.model.tied_weights import finalize_gradients
+from megatron.early_exit.training.checks import check_arguments, check_data
 from megatron.early_exit.training.data import BatchReader, dataset_provider
 from megatron.early_exit.training.event_log import ProgressOnDisk
 from megatron.early_exit.training.exit_loss import ExitObjective, LossNormalization
 from megatron.early_exit.training.index_cache import (
     cache_folders,
-    data_prefixes,
     remove_unfinished_indices,
 )
 from megatron.early_exit.training.loading import (
@@ -37,7 +35,12 @@ from megatron.early_exit.training.loading import (
 from megatron.early_exit.training.logging import log_exits
 from megatron.early_exit.training.reshardable_optimizer import repair_fully_reshardable_format
 from megatron.early_exit.training.resume import Start, clear_way, decide, handles, share
-from megatron.early_exit.training.step import ForwardStep, LossFunction
+from megatron.early_exit.training.step import (
+    ForwardStep,
+    LossChecks,
+    LossFunction,
+    rejected_results,
+)
 
 
 class Session:
@@ -54,7 +57,7 @@ class Session:
     def __init__(self, args: Namespace, tokenizer: Any) -> None:
         self.args = args
         self.exits = EarlyExitConfig.from_attributes(args)
-        _check(args, self.exits)
+        check_arguments(args, self.exits)
         self.objective = ExitObjective(
             self.exits,
             LossNormalization(
@@ -94,7 +97,7 @@ class Session:
     def _prepare_files(self, tokenizer: Any) -> Start:
         """On rank 0: decide what to load, and describe what will be saved."""
         args = self.args
-        _check_data(args)
+        check_data(args)
         start = Start()
         if handles(args):
             start = decide(args, self.exits, tokenizer.vocab_size)
@@ -138,7 +141,7 @@ class Session:
             return self._provide_datasets(num_samples)
 
         datasets.is_distributed = True  # type: ignore[attr-defined]
-        with checkpoint_errors():
+        with checkpoint_errors(), rejected_results():
             pretrain(
                 pretrain_cfg_container_from_args(self.args, self.model_config),
                 datasets,
@@ -159,45 +162,11 @@ class Session:
             eval_micro_batch_size=args.eval_micro_batch_size,
             seq_length=args.seq_length,
         )
-        return ForwardStep(reader, self.objective, lambda: args.curr_iteration)
+        checks = LossChecks(
+            finite=args.check_for_nan_in_loss_and_grad, spikes=args.check_for_spiky_loss
+        )
+        return ForwardStep(reader, self.objective, lambda: args.curr_iteration, checks)
 
     def forward_step(self, data: Any, model: Any) -> tuple[Tensor, LossFunction]:
         """For Megatron's schedules; the process groups exist by the time it is called."""
         return self._step(data, model)
-
-
-def _check(args: Namespace, exits: EarlyExitConfig) -> None:
-    chunk = args.exit_loss_chunk_tokens
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"--exit-loss-chunk-tokens {chunk} is out of range, allowed: 1 or more")
-    if not (args.train_iters or args.train_samples or args.skip_train):
-        raise ValueError("nothing says how long to train: give --train-iters or --train-samples")
-    if args.async_save and not torch.cuda.is_available():
-        raise ValueError("--async-save needs a GPU, which this machine lacks: leave it out")
-    if not exits.positions:
-        return
-    for flag in ("use_torch_fsdp2", "use_megatron_fsdp"):
-        if getattr(args, flag):
-            raise ValueError(
-                f"--{flag.replace('_', '-')} cannot be combined with --exit-layer-nums, allowed: "
-                "Megatron's own data parallelism, with or without --use-distributed-optimizer"
-            )
-    if args.moe_use_upcycling:
-        raise ValueError("--moe-use-upcycling cannot be combined with --exit-layer-nums")
-    if not handles(args):
-        raise ValueError(
-            f"--ckpt-format {args.ckpt_format} cannot be combined with --exit-layer-nums, "
-            "allowed: torch_dist"
-        )
-
-
-def _check_data(args: Namespace) -> None:
-    if args.mock_data:
-        return
-    prefixes = data_prefixes(args)
-    if not prefixes:
-        raise ValueError("there is no data: give --data-path, or --mock-data for random tokens")
-    for prefix in prefixes:
-        for file in (f"{prefix}.idx", f"{prefix}.bin"):
-            if "://" not in prefix and not os.path.isfile(file):
-                raise ValueError(f"--data-path {prefix}: there is no file {file}")
