@@ -128,10 +128,14 @@ def test_damaged_weights_end_the_request():
     broken = make_model(exits=(1,))
     broken.weights["decoder.final_layernorm.weight"].fill_(math.nan)
     engine = EarlyExitEngine(broken.segmented)
-    with pytest.raises(FloatingPointError, match="not finite"):
-        engine.generate([PROMPT])
     leaving_before = SamplingParams(mode="early_exit", early_exit_threshold=0.0)
-    assert engine.generate([PROMPT], leaving_before)[0].finish_reason == "length"
+    damaged, well = engine.generate([PROMPT, PROMPT], [SamplingParams(), leaving_before])
+    assert (damaged.finish_reason, damaged.token_ids) == ("error", [])
+    assert "not finite" in damaged.error
+    assert (well.finish_reason, well.error) == ("length", None)
+    assert engine.generate([PROMPT], leaving_before)[0].token_ids == well.token_ids
+    with pytest.raises(FloatingPointError, match="not finite"):
+        list(engine.stream(PROMPT))
 
 
 def test_statistics_count_tokens_and_time():

@@ -15,8 +15,9 @@ from megatron.early_exit.checkpoint.architecture import Architecture  # noqa: E4
 from megatron.early_exit.checkpoint.reader import CheckpointReader  # noqa: E402
 from megatron.early_exit.checkpoint.weights import load_weights  # noqa: E402
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
+from megatron.early_exit.inference.passes import Span  # noqa: E402
+from megatron.early_exit.inference.runner import SegmentRunner  # noqa: E402
 from megatron.early_exit.inference.segments import SegmentedModel  # noqa: E402
-from megatron.early_exit.inference.sequence import Sequence  # noqa: E402
 from tests.helpers.exit_models import HEADS, HIDDEN, LAYERS, SEQUENCE, VOCAB, build_model  # noqa: E402
 from tests.helpers.single_process import model_parallel  # noqa: E402
 
@@ -119,15 +120,14 @@ def test_logits_of_every_head(tmp_path, backbone, exits):
     weights = load_weights(reader, shape, exits, torch.float32, torch.device("cpu"))
     segmented = SegmentedModel(shape, exits, weights)
     with torch.inference_mode():
-        sequence = Sequence(segmented, SEQUENCE)
+        runner = SegmentRunner(segmented, num_slots=1, capacity=SEQUENCE)
         for index, token in enumerate(tokens.tolist()):
-            sequence.tokens.append(token)
+            spans = [Span(0, index, index + 1)]
             for segment, exit_ in enumerate(segmented.exits):
-                sequence.run_segment(segment)
-                found = sequence.exit_logits(segment)[0]
+                runner.run(segment, spans, [token])
+                found = runner.exit_logits(segment, spans)[0]
                 torch.testing.assert_close(found, expected[exit_.position][index], **CLOSE)
-            sequence.run_segment(len(segmented.exits))
-            found = sequence.final_logits()[0]
+            found = runner.final_logits(runner.run(len(segmented.exits), spans, [token]))[0]
             torch.testing.assert_close(found, expected["final"][index], **CLOSE)
 
 

@@ -5,20 +5,52 @@ import pytest
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers.tiny_models import LLAMA, make_model
 
+HUGE = 10**400
+
 
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("max_tokens", 0, "1 or more"),
+        ("max_tokens", 0, "1 or more, or 0 with echo or prompt_logprobs"),
+        ("max_tokens", -1, "1 or more, or 0 with echo or prompt_logprobs"),
+        ("min_tokens", -1, "0 to 16 (max_tokens)"),
+        ("min_tokens", 17, "0 to 16 (max_tokens)"),
         ("temperature", -0.1, "0 or more"),
         ("temperature", float("nan"), "0 or more"),
+        ("temperature", float("inf"), "0 or more"),
+        ("temperature", HUGE, "0 or more"),
+        ("repetition_penalty", 0, "above 0"),
+        ("repetition_penalty", float("nan"), "above 0"),
+        ("min_p", -0.1, "0 (no limit) to 1"),
+        ("min_p", 1.1, "0 (no limit) to 1"),
         ("top_k", -1, "0 (no limit) or more"),
         ("top_p", 0.0, "above 0, up to 1"),
         ("top_p", 1.1, "above 0, up to 1"),
+        ("top_p_decay", 0.0, "above 0, up to 1 (off)"),
+        ("top_p_decay", 1.5, "above 0, up to 1 (off)"),
+        ("top_p_bound", -0.5, "0 to 1.0 (top_p)"),
+        ("top_p_bound", 1.5, "0 to 1.0 (top_p)"),
         ("seed", -1, "0 to 2**63 - 1"),
-        ("mode", "fast", "full or early_exit"),
+        ("seed", 2**63, "0 to 2**63 - 1"),
+        ("stop", ("end", ""), "texts of 1 character or more"),
+        ("stop", (1,), "texts of 1 character or more"),
+        ("stop", None, "texts of 1 character or more"),
+        ("stop_token_ids", (1, -1), "integers, 0 or more"),
+        ("stop_token_ids", (1.0,), "integers, 0 or more"),
+        ("stop_token_ids", 7, "integers, 0 or more"),
+        ("ignore_eos", 1, "True or False"),
+        ("echo", "yes", "True or False"),
+        ("exit_details", None, "True or False"),
+        ("logprobs", -1, "None, or 0 or more"),
+        ("prompt_logprobs", -1, "None, or 0 or more"),
+        ("mode", "fast", "full or early_exit or self_speculative"),
         ("early_exit_threshold", 1.01, "0 to 1"),
         ("early_exit_threshold", float("nan"), "0 to 1"),
+        ("exit_layers", (-1,), "None, or integers, 0 or more"),
+        ("exit_layers", ("2",), "None, or integers, 0 or more"),
+        ("num_draft_tokens", 0, "1 or more"),
+        ("draft_exit_layer", -2, "None, or 0 or more"),
+        ("draft_confidence", 1.5, "0 (off) to 1"),
     ],
 )
 def test_field_out_of_range(field, value, allowed):
@@ -28,16 +60,74 @@ def test_field_out_of_range(field, value, allowed):
     assert str(error.value) == f"{field} {value!r} is out of range, allowed: {allowed}"
 
 
-@pytest.mark.parametrize("field", [{"early_exit_threshold": 0.5}, {"exit_layers": (1,)}])
-def test_exits_are_not_for_the_full_mode(field):
-    with pytest.raises(ValueError, match="allowed: None with mode='full'"):
-        SamplingParams(**field)
+@pytest.mark.parametrize("value", [1.5, 2.0, "3", True, None, float("nan")])
+@pytest.mark.parametrize(
+    "field", ["max_tokens", "min_tokens", "top_k", "seed", "logprobs", "num_draft_tokens"]
+)
+def test_what_counts_is_an_integer(field, value):
+    if value is None and field in ("seed", "logprobs"):
+        return
+    with pytest.raises(ValueError, match="allowed: ") as error:
+        SamplingParams(**{field: value})
+    assert str(error.value).startswith(f"{field} {value!r} is not an integer, allowed: ")
+
+
+@pytest.mark.parametrize("value", ["0.5", False, (0.5,)])
+@pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "early_exit_threshold"])
+def test_what_is_measured_is_a_number(field, value):
+    with pytest.raises(ValueError, match="allowed: ") as error:
+        SamplingParams(mode="early_exit", **{field: value})
+    assert str(error.value).startswith(f"{field} {value!r} is not a number, allowed: ")
+
+
+@pytest.mark.parametrize(
+    ("mode", "field", "value", "default"),
+    [
+        ("full", "early_exit_threshold", 0.5, None),
+        ("full", "exit_layers", (1,), None),
+        ("full", "num_draft_tokens", 3, 4),
+        ("early_exit", "draft_exit_layer", 2, None),
+        ("early_exit", "draft_confidence", 0.5, 0.0),
+        ("self_speculative", "early_exit_threshold", 0.5, None),
+        ("self_speculative", "exit_layers", (1,), None),
+    ],
+)
+def test_a_field_without_effect_in_the_mode_is_refused(mode, field, value, default):
+    with pytest.raises(ValueError, match=field) as error:
+        SamplingParams(mode=mode, **{field: value})
+    assert str(error.value) == (
+        f"{field} {value!r} is out of range, allowed: {default} with mode={mode!r}"
+    )
+
+
+@pytest.mark.parametrize("mode", ["full", "self_speculative"])
+def test_exits_may_be_chosen_to_look_at(mode):
+    assert SamplingParams(mode=mode, exit_layers=(1,), exit_details=True).exit_layers == (1,)
+
+
+def test_drafting_is_set_up():
+    params = SamplingParams(
+        mode="self_speculative", num_draft_tokens=2, draft_exit_layer=3, draft_confidence=1
+    )
+    assert (params.num_draft_tokens, params.draft_exit_layer, params.draft_confidence) == (2, 3, 1)
+
+
+@pytest.mark.parametrize("scored", [{"echo": True}, {"prompt_logprobs": 0}])
+def test_scoring_needs_no_token(scored):
+    assert SamplingParams(max_tokens=0, **scored).max_tokens == 0
 
 
 def test_lists_are_taken_for_tuples():
-    params = SamplingParams(mode="early_exit", exit_layers=[1, 2], stop_token_ids=[3])
+    params = SamplingParams(
+        mode="early_exit", exit_layers=[1, 2], stop_token_ids=[3], stop=["a", "b"]
+    )
     assert (params.exit_layers, params.stop_token_ids) == ((1, 2), (3,))
+    assert params.stop == ("a", "b")
     assert params.threshold == 0.8
+
+
+def test_one_stop_string_may_stand_alone():
+    assert SamplingParams(stop="end").stop == ("end",)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ import torch
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.inference.passes import Span
+from megatron.early_exit.inference.runner import SegmentRunner
 from megatron.early_exit.inference.segments import SegmentedModel
-from megatron.early_exit.inference.sequence import Sequence
 
 transformers = pytest.importorskip("transformers")
 PROMPT = [5, 17, 3, 44, 8, 8, 1]
@@ -128,10 +129,9 @@ def gpt2():
 def test_logits_and_greedy_tokens(make):
     twin, architecture, weights = make()
     model = SegmentedModel(architecture, EarlyExitConfig(), weights)
-    sequence = Sequence(model, len(PROMPT))
-    sequence.tokens = PROMPT
+    runner = SegmentRunner(model, num_slots=1, capacity=len(PROMPT))
     with torch.inference_mode():
-        hidden = sequence.run_segment(0)
+        hidden = runner.run(0, [Span(0, 0, len(PROMPT))], PROMPT)
         logits = model.final_head.logits(hidden)
         expected = twin(torch.tensor([PROMPT])).logits[0]
     assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-4)

@@ -9,15 +9,18 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """What a head says about the next token.
+    """What a head says about the next token of one sequence.
 
     Attributes:
-        logprobs: [v] logarithms of the softmax of its logits, fp32.
+        logits: [v], fp32.
+        normalizer: logarithm of the sum of their exponentials; not finite where the logits are not:
+            the weights are damaged, or the hidden states overflow the dtype.
         best_token: the most probable token.
         best_logprob: its logarithm of probability.
     """
 
-    logprobs: Tensor
+    logits: Tensor
+    normalizer: float
     best_token: int
     best_logprob: float
 
@@ -26,18 +29,32 @@ class Assessment:
         """The largest softmax probability, which decides about leaving at an exit."""
         return math.exp(self.best_logprob)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the logits are numbers to choose by."""
+        return math.isfinite(self.normalizer)
 
-def assess(logits: Tensor) -> Assessment:
-    """Assess the logits [1, v] of one position, at the cost of one small transfer to the host.
+    def logprob(self, token: int) -> float:
+        """Logarithm of the probability of a token."""
+        if token == self.best_token:
+            return self.best_logprob
+        return float(self.logits[token]) - self.normalizer
 
-    Raises:
-        FloatingPointError: the logits are not finite: the weights are damaged, or the hidden
-            states overflow the dtype.
-    """
-    logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    value, index = logprobs.max(dim=-1)
+    def top_logprobs(self, count: int) -> tuple[tuple[int, float], ...]:
+        """The most probable tokens and the logarithms of their probabilities."""
+        values, indices = self.logits.topk(min(count, len(self.logits)))
+        logprobs = (values - self.normalizer).tolist()
+        return tuple(zip(indices.tolist(), logprobs, strict=True))
+
+
+def assess(logits: Tensor) -> list[Assessment]:
+    """Assess the logits [n, v] of n positions, at the cost of one small transfer to the host."""
+    logits = logits.to(torch.float32)
+    values, indices = logits.max(dim=-1)
+    normalizers = logits.logsumexp(dim=-1)
     # fp32 holds every index up to 2**24 exactly, more than any vocabulary.
-    best_logprob, best_token = torch.cat((value, index.to(torch.float32))).tolist()
-    if not math.isfinite(best_logprob):
-        raise FloatingPointError("the model's logits are not finite numbers")
-    return Assessment(logprobs[0], int(best_token), best_logprob)
+    figures = torch.stack((normalizers, values - normalizers, indices.to(torch.float32))).tolist()
+    return [
+        Assessment(row, normalizer, int(token), logprob)
+        for row, normalizer, logprob, token in zip(logits.unbind(), *figures, strict=True)
+    ]

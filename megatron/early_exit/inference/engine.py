@@ -3,7 +3,6 @@
 from collections import abc
 from collections.abc import Iterator
 from pathlib import Path
-from time import perf_counter
 
 import torch
 
@@ -12,26 +11,21 @@ from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from megatron.early_exit.checkpoint.weights import load_weights
-from megatron.early_exit.inference.modes import (
-    Choice,
-    DecodingMode,
-    EarlyExitMode,
-    FullMode,
-    Sampler,
-)
+from megatron.early_exit.inference.loop import DecodingLoop
+from megatron.early_exit.inference.modes import Chooser, DecodingMode, EarlyExitMode, FullMode
 from megatron.early_exit.inference.params import SamplingParams
-from megatron.early_exit.inference.results import (
-    FinishReason,
-    GeneratedToken,
-    GenerationResult,
-    GenerationStatistics,
-)
+from megatron.early_exit.inference.passes import Span
+from megatron.early_exit.inference.request import Request
+from megatron.early_exit.inference.results import GeneratedToken, GenerationResult
+from megatron.early_exit.inference.runner import SegmentRunner
+from megatron.early_exit.inference.sampling import Sampler
+from megatron.early_exit.inference.scheduler import Scheduler
 from megatron.early_exit.inference.segments import SegmentedModel
-from megatron.early_exit.inference.sequence import Sequence
-from megatron.early_exit.inference.text import TextStream
+from megatron.early_exit.inference.speculative import SelfSpeculativeMode
 
 Prompts = str | abc.Sequence[str] | abc.Sequence[abc.Sequence[int]]
 DEFAULT_MAX_PENDING = 64
+DEFAULT_MAX_BATCH_SIZE = 16
 _ARGMAX_CHUNK = 256
 
 
@@ -43,9 +37,11 @@ class EarlyExitEngine:
         tokenizer: text to tokens and back; None where prompts are token ids only.
         eod_id: the token that ends a document; None is the tokenizer's.
         max_pending: see `EarlyExitMode`.
+        max_batch_size: sequences that run at a time; others wait for their turn.
+        max_sequence_length: most tokens of a sequence; by default as many as the model can.
 
     Raises:
-        ValueError: max_pending is below 1.
+        ValueError: a size is out of range.
     """
 
     def __init__(
@@ -54,13 +50,29 @@ class EarlyExitEngine:
         tokenizer: Tokenizer | None = None,
         eod_id: int | None = None,
         max_pending: int = DEFAULT_MAX_PENDING,
+        max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
+        max_sequence_length: int | None = None,
     ) -> None:
-        if max_pending < 1:
-            raise ValueError(f"max_pending {max_pending} is out of range, allowed: 1 or more")
+        context = model.architecture.max_position_embeddings
+        length = context if max_sequence_length is None else max_sequence_length
+        for name, value, highest in (
+            ("max_pending", max_pending, None),
+            ("max_batch_size", max_batch_size, None),
+            ("max_sequence_length", length, context),
+        ):
+            if value < 1 or (highest is not None and value > highest):
+                allowed = "1 or more" if highest is None else f"1 to {highest}"
+                raise ValueError(f"{name} {value} is out of range, allowed: {allowed}")
         self.model = model
         self.tokenizer = tokenizer
         self.eod_id = tokenizer.eod_id if eod_id is None and tokenizer is not None else eod_id
         self.max_pending = max_pending
+        self.max_sequence_length = length
+        self.loop = DecodingLoop(
+            SegmentRunner(model, max_batch_size, length),
+            Scheduler(len(model.segments), max_batch_size),
+        )
+        self._num_requests = 0
 
     @classmethod
     def from_checkpoint(
@@ -69,6 +81,8 @@ class EarlyExitEngine:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         max_pending: int = DEFAULT_MAX_PENDING,
+        max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
+        max_sequence_length: int | None = None,
     ) -> "EarlyExitEngine":
         """Load a model that Megatron saved in the `torch_dist` format, at whatever layout.
 
@@ -77,7 +91,7 @@ class EarlyExitEngine:
             dtype: torch.float32, torch.bfloat16 or torch.float16; by default what the model was
                 trained in.
             device: where to run; by default the first GPU if there is one, else the CPU.
-            max_pending: see `EarlyExitMode`.
+            max_pending, max_batch_size, max_sequence_length: see the class.
 
         Raises:
             ValueError: the checkpoint is missing, damaged, or of a kind that cannot be computed.
@@ -102,7 +116,7 @@ class EarlyExitEngine:
             tokenizer = load_tokenizer(description.tokenizer, location.tokenizer_dir)
             eod_id = description.tokenizer.eod_id
         model = SegmentedModel(architecture, early_exit, weights)
-        return cls(model, tokenizer, eod_id, max_pending)
+        return cls(model, tokenizer, eod_id, max_pending, max_batch_size, max_sequence_length)
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -110,29 +124,43 @@ class EarlyExitEngine:
         return tuple(exit_.position for exit_ in self.model.exits)
 
     def generate(
-        self, prompts: Prompts, params: SamplingParams | None = None
+        self, prompts: Prompts, params: SamplingParams | abc.Sequence[SamplingParams] | None = None
     ) -> list[GenerationResult]:
-        """Continue prompts, one after the other.
+        """Continue prompts, together.
 
         Args:
             prompts: a text, several texts, or several lists of token ids.
-            params: how; by default greedy with all layers.
+            params: how, for all of them or for each; by default greedy with all layers.
 
         Returns:
-            One result for each prompt, in their order.
+            One result for each prompt, in their order. Each is what it would be alone. One whose
+            logits were not finite (damaged weights, or an overflow) has `finish_reason` "error".
 
         Raises:
             ValueError: a prompt is empty, too long or has unknown tokens, or `params` asks for
-                exits that the model does not have.
-            FloatingPointError: the logits are not finite: damaged weights, or an overflow.
+                exits that the model does not have; nothing is generated then.
         """
-        params = params or SamplingParams()
         items: abc.Sequence[str | abc.Sequence[int]] = (
             [prompts] if isinstance(prompts, str) else prompts
         )
-        encoded = [self.encode_prompt(prompt) for prompt in items]
-        mode = self._mode(params)
-        return [self._generate(prompt, mode, params) for prompt in encoded]
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(items)
+        if len(params) != len(items):
+            raise ValueError(
+                f"params: {len(params)} are given for {len(items)} prompts, allowed: one for all "
+                "or one for each"
+            )
+        requests = [self._request(*pair) for pair in zip(items, params, strict=True)]
+        try:
+            for request in requests:
+                self.loop.submit(request)
+
+            while any(not request.is_finished for request in requests):
+                self.loop.step()
+        finally:
+            for request in requests:
+                self.loop.cancel(request.key)
+        return [request.result() for request in requests]
 
     def stream(
         self, prompt: str | abc.Sequence[int], params: SamplingParams | None = None
@@ -140,11 +168,35 @@ class EarlyExitEngine:
         """Continue one prompt and hand out each token as soon as it is known.
 
         Raises:
-            ValueError, FloatingPointError: as `generate`; a ValueError comes at once, not with the
-                first token.
+            ValueError: as `generate`; it comes at once, not with the first token.
+            FloatingPointError: the logits are not finite: damaged weights, or an overflow.
         """
-        params = params or SamplingParams()
-        return self._tokens(self.encode_prompt(prompt), self._mode(params), params)
+        return self._tokens(self._request(prompt, params or SamplingParams()))
+
+    def submit(self, prompt: str | abc.Sequence[int], params: SamplingParams) -> Request:
+        """Take in a request, which `loop.step` brings forward together with the others.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        request = self._request(prompt, params)
+        self.loop.submit(request)
+        return request
+
+    def _tokens(self, request: Request) -> Iterator[GeneratedToken]:
+        self.loop.submit(request)
+        try:
+            given = 0
+            while given < len(request.tokens) or not request.is_finished:
+                if given == len(request.tokens):
+                    self.loop.step()
+                for token in request.tokens[given:]:
+                    given += 1
+                    yield token
+        finally:
+            self.loop.cancel(request.key)
+        if request.error is not None:
+            raise FloatingPointError(request.error)
 
     def argmax_tokens(self, token_ids: abc.Sequence[int]) -> list[int]:
         """What the full model finds most probable behind every prefix of a sequence, in one pass.
@@ -159,10 +211,10 @@ class EarlyExitEngine:
             list(token_ids), self.model.architecture.max_position_embeddings
         )
         with torch.inference_mode():
-            sequence = Sequence(self.model, len(tokens))
-            sequence.tokens = tokens
+            runner = SegmentRunner(self.model, num_slots=1, capacity=len(tokens))
+            span = [Span(0, 0, len(tokens))]
             for index in range(len(self.model.segments)):
-                hidden = sequence.run_segment(index)
+                hidden = runner.run(index, span, tokens)
             chunks = hidden.split(_ARGMAX_CHUNK)
             best = [self.model.final_head.logits(chunk).argmax(dim=-1) for chunk in chunks]
             return [int(token) for token in torch.cat(best)]
@@ -182,7 +234,7 @@ class EarlyExitEngine:
             tokens = self.tokenizer.encode(prompt)
         else:
             tokens = list(prompt)
-        return self._check_tokens(tokens, self.model.architecture.max_position_embeddings - 1)
+        return self._check_tokens(tokens, self.max_sequence_length - 1)
 
     def _check_tokens(self, tokens: list[int], longest: int) -> list[int]:
         if not tokens:
@@ -197,79 +249,57 @@ class EarlyExitEngine:
                 raise ValueError(f"prompts: token {token!r} is unknown, allowed: 0 to {size - 1}")
         return tokens
 
-    def _mode(self, params: SamplingParams) -> DecodingMode:
+    def _mode(self, params: SamplingParams, chooser: Chooser, room: int) -> DecodingMode:
         for token in params.stop_token_ids:
             if not 0 <= token < self.model.architecture.vocab_size:
                 raise ValueError(
                     f"stop_token_ids {token} is out of range, allowed: 0 to "
                     f"{self.model.architecture.vocab_size - 1}"
                 )
+        known = self.exit_layers
+        wanted = known if params.exit_layers is None else params.exit_layers
+        if unknown := sorted(set(wanted) - set(known)):
+            raise ValueError(f"exit_layers {unknown[0]} is unknown, allowed: {_listed(known)}")
+        exits = frozenset(known.index(layer) for layer in wanted)
         if params.mode == "full":
-            return FullMode()
-        known = frozenset(self.exit_layers)
-        wanted = known if params.exit_layers is None else frozenset(params.exit_layers)
-        if unknown := sorted(wanted - known):
-            listed = ", ".join(map(str, self.exit_layers)) or "none, the model has no exits"
-            raise ValueError(f"exit_layers {unknown[0]} is unknown, allowed: {listed}")
-        return EarlyExitMode(params.threshold, wanted, self.max_pending)
-
-    def _generate(
-        self, prompt: list[int], mode: DecodingMode, params: SamplingParams
-    ) -> GenerationResult:
-        start = first = perf_counter()
-        tokens: list[GeneratedToken] = []
-        for token in self._tokens(prompt, mode, params):
-            if not tokens:
-                first = perf_counter()
-            tokens.append(token)
-        end = perf_counter()
-        reason = tokens[-1].finish_reason
-        assert reason is not None
-        texts = None if self.tokenizer is None else [token.text or "" for token in tokens]
-        return GenerationResult(
-            prompt_token_ids=prompt,
-            token_ids=[token.token_id for token in tokens],
-            text=None if texts is None else "".join(texts),
-            token_texts=texts,
-            exit_layers=[token.exit_layer for token in tokens],
-            confidences=[token.confidence for token in tokens],
-            logprobs=[token.logprob for token in tokens],
-            finish_reason=reason,
-            statistics=GenerationStatistics(len(prompt), len(tokens), first - start, end - first),
+            return FullMode(chooser, exits if params.exit_details else frozenset())
+        if params.mode == "early_exit":
+            return EarlyExitMode(
+                chooser, params.threshold, exits, self.max_pending, params.exit_details
+            )
+        layer = params.draft_exit_layer
+        if layer is None and known:
+            layer = known[0]
+        if layer not in known:
+            raise ValueError(f"draft_exit_layer {layer} is unknown, allowed: {_listed(known)}")
+        return SelfSpeculativeMode(
+            chooser, known.index(layer), params.num_draft_tokens, params.draft_confidence, room
         )
 
-    def _tokens(
-        self, prompt: list[int], mode: DecodingMode, params: SamplingParams
-    ) -> Iterator[GeneratedToken]:
-        room = self.model.architecture.max_position_embeddings - len(prompt)
-        count = min(params.max_tokens, room)
+    def _request(self, prompt: str | abc.Sequence[int], params: SamplingParams) -> Request:
+        tokens = self.encode_prompt(prompt)
+        room = min(params.max_tokens, self.max_sequence_length - len(tokens))
         stops = set(params.stop_token_ids)
         if self.eod_id is not None and not params.ignore_eos:
             stops.add(self.eod_id)
-        sampler = Sampler(params, self.model.device)
-        text = None if self.tokenizer is None else TextStream(self.tokenizer, prompt)
-        with torch.inference_mode():
-            sequence = Sequence(self.model, len(prompt) + count)
-        sequence.tokens = list(prompt)
-        for remaining in reversed(range(count)):
-            with torch.inference_mode():
-                choice = mode.next_token(sequence, sampler)
-            sequence.tokens.append(choice.token_id)
-            reason: FinishReason | None = "length" if remaining == 0 else None
-            if choice.token_id in stops:
-                reason = "stop"
-            yield _generated(choice, text, reason)
-            if reason is not None:
-                return
+        generated: list[int] = []
+        sampler = Sampler(
+            params, tokens, stops, self.model.architecture.vocab_size, self.model.device
+        )
+        layers = (*self.exit_layers, self.model.architecture.num_layers)
+        mode = self._mode(params, Chooser(params, sampler, generated, layers), room)
+        self._num_requests += 1
+        return Request(
+            self._num_requests,
+            tokens,
+            params,
+            room,
+            frozenset(stops),
+            mode,
+            generated,
+            self.tokenizer,
+        )
 
 
-def _generated(
-    choice: Choice, text: TextStream | None, reason: FinishReason | None
-) -> GeneratedToken:
-    piece = None
-    if text is not None:
-        is_last = reason is not None
-        piece = text.flush() if reason == "stop" else text.add(choice.token_id, is_last)
-    return GeneratedToken(
-        choice.token_id, piece, choice.exit_layer, choice.confidence, choice.logprob, reason
-    )
+def _listed(layers: abc.Sequence[int]) -> str:
+    return ", ".join(map(str, layers)) or "none, the model has no exits"

@@ -1,52 +1,50 @@
-"""Keys and values of one sequence for a run of consecutive layers."""
-
-from typing import NamedTuple
+"""Keys and values of many sequences for a run of consecutive attentions."""
 
 import torch
 from torch import Tensor
 
 
-class LayerWindow(NamedTuple):
-    """One layer's view of a cache during one pass.
-
-    ng is the number of key-value heads, hn their size, s the number of positions in the pass and t
-    the number of positions up to its end.
-    """
-
-    rows: Tensor
-    """[s, 2 ng, hn], to be filled with the keys, then the values, of the pass."""
-    keys: Tensor
-    """[1, ng, t, hn]"""
-    values: Tensor
-    """[1, ng, t, hn]"""
-
-
 class KVCache:
-    """A static buffer for up to `capacity` positions.
+    """A static buffer: a slot for each sequence, a place in it for each position.
+
+    Args:
+        num_attentions: attentions that share the buffer, of a segment or of an exit's block.
+        num_slots: sequences at a time.
+        capacity: positions of each.
+        num_groups: key-value heads.
+        head_size: entries of a key or value.
 
     Attributes:
-        length: number of positions, from the first one on, whose keys and values are in place.
+        data: [attentions, slots, positions, 2 ng, hn], keys before values.
     """
 
     def __init__(
         self,
-        num_layers: int,
+        num_attentions: int,
+        num_slots: int,
         capacity: int,
         num_groups: int,
         head_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_layers, capacity, 2 * num_groups, head_size)
-        self.data = torch.empty(shape, dtype=dtype, device=device)
+        shape = (num_attentions, num_slots, capacity, 2 * num_groups, head_size)
+        # Zeros cost nothing until they are written over, and what is masked must be finite.
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.by_attention = self.data.unbind()
         self.num_groups = num_groups
-        self.length = 0
 
-    def extend(self, end: int) -> list[LayerWindow]:
-        """Views for a pass over the positions from `length` up to `end`, which become cached."""
-        start, self.length = self.length, end
-        rows = self.data[:, start:end].unbind()
-        filled = self.data[:, None, :end].transpose(2, 3)
-        keys = filled[:, :, : self.num_groups].unbind()
-        values = filled[:, :, self.num_groups :].unbind()
-        return list(map(LayerWindow, rows, keys, values))
+    def rows(self, slot: int, start: int, end: int) -> tuple[Tensor, ...]:
+        """For each attention [end - start, 2 ng, hn], to be filled with keys and values."""
+        return self.data[:, slot, start:end].unbind()
+
+    def window(self, first: int, last: int, end: int) -> tuple[tuple[Tensor, ...], ...]:
+        """The keys and the values of slots `first` up to `last`, positions up to `end`.
+
+        Returns:
+            Two tuples with [slots, ng, end, hn] for each attention.
+        """
+        filled = self.data[:, first:last, :end].transpose(2, 3)
+        keys = filled.narrow(2, 0, self.num_groups)
+        values = filled.narrow(2, self.num_groups, self.num_groups)
+        return keys.unbind(), values.unbind()

@@ -3,11 +3,10 @@
 No module system and no dispatch beyond torch's own: at batch 1 every operation costs about a
 microsecond before it does anything, and a token passes through hundreds of them.
 
-Shapes: s positions in a pass, h hidden size, np query heads, ng key-value heads, hn head size.
+Shapes: r rows in a pass, h hidden size, np query heads, ng key-value heads, hn head size.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,34 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron.early_exit.checkpoint.architecture import Architecture
-from megatron.early_exit.inference.kv_cache import LayerWindow
 from megatron.early_exit.inference.norms import Function, make_norm
+from megatron.early_exit.inference.passes import Pass
 from megatron.early_exit.inference.rotary import RotaryTable
 
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """What the attentions of one pass over consecutive positions share.
-
-    Attributes:
-        windows: the caches, one entry for each attention of the pass.
-        cos, sin: rows of the rotary table [s, 1, 2, hn / 2]; None without rotary embeddings.
-        causal: the pass starts at the first position.
-        mask: [s * np / ng, t], true where attention is allowed; None where the kernel's own causal
-            mask or none at all will do.
-        last_only: only the last position needs a result.
-    """
-
-    windows: list[LayerWindow]
-    cos: Tensor | None
-    sin: Tensor | None
-    causal: bool
-    mask: Tensor | None
-    last_only: bool = False
-
-
 Step = Callable[[Tensor, Pass], Tensor]
-"""Half a layer: the residual stream [s, h] before it to the one after it."""
+"""Half a layer: the residual stream [r, h] before it to the one after it."""
 
 
 def _squared_relu(x: Tensor) -> Tensor:
@@ -81,7 +58,7 @@ class Mlp:
         self.gated = architecture.gated_linear_unit
 
     def __call__(self, x: Tensor, _: Pass | None = None) -> Tensor:
-        """[s, h] -> [s, h]"""
+        """[r, h] -> [r, h]"""
         inner = functional.linear(self.norm(x), self.fc1_weight, self.fc1_bias)
         if self.gated:
             gate, linear = inner.chunk(2, dim=-1)
@@ -100,7 +77,7 @@ class Attention:
         weights: tensors by name.
         prefix: what their names start with, such as `decoder.layers.0.self_attention.`.
         rotary: the rotary table, if the model has rotary embeddings.
-        window: which of a pass's cache windows belongs to this attention.
+        number: which of the attentions that share a cache this is.
     """
 
     def __init__(
@@ -109,13 +86,13 @@ class Attention:
         weights: Mapping[str, Tensor],
         prefix: str,
         rotary: RotaryTable | None,
-        window: int,
+        number: int,
     ) -> None:
         self.num_heads = architecture.num_attention_heads
         self.num_groups = architecture.num_query_groups
         self.head_size = architecture.kv_channels
         self.scale = architecture.softmax_scale
-        self.window = window
+        self.number = number
         order = None if rotary is None else rotary.order
         self.norm = make_norm(architecture, weights, f"{prefix}linear_qkv.layer_norm_")
         self.qkv_weight = self._ungroup(weights[f"{prefix}linear_qkv.weight"], order)
@@ -141,7 +118,7 @@ class Attention:
         return torch.cat([part.flatten(0, 2) for part in (queries, keys, values)]).contiguous()
 
     def __call__(self, x: Tensor, this: Pass) -> Tensor:
-        """[s, h] -> [s, h], or [1, h] where only the last position counts."""
+        """[r, h] -> [r, h], or only those of the rows that need a result."""
         heads, groups, size = self.num_heads, self.num_groups, self.head_size
         qkv = functional.linear(self.norm(x), self.qkv_weight, self.qkv_bias)
         qkv = qkv.view(-1, heads + 2 * groups, size)
@@ -153,33 +130,10 @@ class Attention:
             pairs = qkv.narrow(1, 0, heads + groups).unflatten(2, (2, -1))
             flipped = pairs.flip(2)
             pairs.mul_(this.cos).addcmul_(flipped, this.sin)
-        rows, keys, values = this.windows[self.window]
-        rows.copy_(qkv.narrow(1, heads, 2 * groups))
+        this.write(self.number, qkv.narrow(1, heads, 2 * groups))
         queries = qkv.narrow(1, 0, heads)
-        if this.last_only:
-            queries, x = queries[-1:], x[-1:]
-        attended = self._attend(queries, keys, values, this)
+        if this.results is not None:
+            queries, x = queries[this.results], x[this.results]
+        attended = this.attend(self.number, queries, self.scale)
         result = torch.addmm(x, attended, self.proj_weight)
         return result if self.proj_bias is None else result.add_(self.proj_bias)
-
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, this: Pass) -> Tensor:
-        """Queries [s, np, hn] over keys and values [1, ng, t, hn] -> [s, np * hn]."""
-        count, heads, groups = queries.shape[0], self.num_heads, self.num_groups
-        attention = functional.scaled_dot_product_attention
-        if count == 1:
-            # The queries of a group stand in for positions: no key is copied for them.
-            grouped = queries.view(1, groups, -1, self.head_size)
-            return attention(grouped, keys, values, scale=self.scale).reshape(1, -1)
-        if this.causal:
-            attended = attention(
-                queries.transpose(0, 1).unsqueeze(0),
-                keys,
-                values,
-                is_causal=True,
-                scale=self.scale,
-                enable_gqa=heads != groups,
-            )
-            return attended[0].transpose(0, 1).reshape(count, -1)
-        grouped = queries.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2).unsqueeze(0)
-        attended = attention(grouped, keys, values, attn_mask=this.mask, scale=self.scale)
-        return attended[0].unflatten(1, (count, -1)).transpose(0, 1).reshape(count, -1)

@@ -1,27 +1,48 @@
 """What a request may ask for."""
 
 import math
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-Mode = Literal["full", "early_exit"]
+Mode = Literal["full", "early_exit", "self_speculative"]
 DEFAULT_THRESHOLD = 0.8
+_MODE_OF_FIELD: dict[str, Mode] = {
+    "early_exit_threshold": "early_exit",
+    "num_draft_tokens": "self_speculative",
+    "draft_exit_layer": "self_speculative",
+    "draft_confidence": "self_speculative",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How to continue a prompt.
+    """How to continue a prompt, and what to say of it.
 
     Raises:
-        ValueError: a field is outside its range; the message names the field, the value and the
-            range. What depends on the model is checked when the request reaches an engine.
+        ValueError: a field is of the wrong type, outside its range or without effect in the mode;
+            the message names the field, the value and the range. What depends on the model is
+            checked when the request reaches an engine.
     """
 
     max_tokens: int = 16
-    """Most tokens to generate; the context of the model may end a sequence earlier."""
+    """Most tokens to generate; the context of the model may end a sequence earlier. 0 scores the
+    prompt alone, with `echo` or `prompt_logprobs`."""
+
+    min_tokens: int = 0
+    """Before this many tokens, those that end the sequence cannot be chosen, and no stop string
+    ends it."""
 
     temperature: float = 0.0
     """Divisor of the logits before sampling; 0 takes the most probable token."""
+
+    repetition_penalty: float = 1.0
+    """Divisor of the positive logits, and factor of the negative ones, of tokens in the prompt or
+    generated before (arXiv 1909.05858); 1 is off."""
+
+    min_p: float = 0.0
+    """Sample among tokens with at least this share of the largest probability; 0 is no limit."""
 
     top_k: int = 0
     """Sample among this many most probable tokens; 0 is no limit."""
@@ -29,8 +50,17 @@ class SamplingParams:
     top_p: float = 1.0
     """Sample among the most probable tokens that together reach this probability."""
 
+    top_p_decay: float = 1.0
+    """Factor of `top_p` after each generated token; 1 is off."""
+
+    top_p_bound: float = 0.0
+    """Where `top_p` stops to decay."""
+
     seed: int | None = None
     """Seed of the sampling; None draws one."""
+
+    stop: tuple[str, ...] = ()
+    """Texts that end the sequence; the text is cut before the one that is complete first."""
 
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the sequence, besides the tokenizer's end of document."""
@@ -38,42 +68,141 @@ class SamplingParams:
     ignore_eos: bool = False
     """Do not stop at the tokenizer's end of document."""
 
+    logprobs: int | None = None
+    """Give the log-probabilities of this many best tokens at each generated one; None and 0 give
+    the generated token's alone."""
+
+    prompt_logprobs: int | None = None
+    """Give the log-probability of each prompt token behind those before it, and of this many best
+    tokens in its place; None does not score the prompt."""
+
+    echo: bool = False
+    """Put the prompt in front of the text."""
+
+    exit_details: bool = False
+    """Give the best token of every enabled exit, and the exit's confidence in it, for each
+    token."""
+
     mode: Mode = "full"
     """`full` runs all layers for every token; `early_exit` takes a token from the first exit that
-    is confident enough."""
+    is confident enough; `self_speculative` drafts tokens at one exit and lets the full model
+    correct them, which changes nothing in the text (arXiv 2404.16710)."""
 
     early_exit_threshold: float | None = None
     """Least confidence (the largest softmax probability) to leave at an exit, 0 to 1; None is 0.8
     in mode `early_exit`."""
 
     exit_layers: tuple[int, ...] | None = None
-    """The exits to use, each named by the number of backbone layers before it; None is all."""
+    """The exits to use, each named by the number of backbone layers before it; None is all. In
+    other modes than `early_exit`, those that `exit_details` tells of."""
+
+    num_draft_tokens: int = 4
+    """Most tokens to draft before the full model looks at them."""
+
+    draft_exit_layer: int | None = None
+    """The exit that drafts, named like `exit_layers`; None is the first one."""
+
+    draft_confidence: float = 0.0
+    """Stop drafting behind a token in which the exit's confidence is below this; 0 is off."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        if self.exit_layers is not None:
-            object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
-        self._check("max_tokens", self.max_tokens >= 1, "1 or more")
-        in_range = math.isfinite(self.temperature) and self.temperature >= 0
-        self._check("temperature", in_range, "0 or more")
-        self._check("top_k", self.top_k >= 0, "0 (no limit) or more")
-        self._check("top_p", 0 < self.top_p <= 1, "above 0, up to 1")
-        in_range = self.seed is None or 0 <= self.seed < 2**63
-        self._check("seed", in_range, "0 to 2**63 - 1")
+        for name in ("stop", "stop_token_ids", "exit_layers"):
+            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+        self._check_integer("max_tokens", 0, "1 or more, or 0 with echo or prompt_logprobs")
+        self._check_integer(
+            "min_tokens", 0, f"0 to {self.max_tokens} (max_tokens)", self.max_tokens
+        )
+        self._check_number("temperature", 0, "0 or more")
+        self._check_number("repetition_penalty", 0, "above 0", above=True)
+        self._check_number("min_p", 0, "0 (no limit) to 1", 1)
+        self._check_integer("top_k", 0, "0 (no limit) or more")
+        self._check_number("top_p", 0, "above 0, up to 1", 1, above=True)
+        self._check_number("top_p_decay", 0, "above 0, up to 1 (off)", 1, above=True)
+        self._check_number("top_p_bound", 0, f"0 to {self.top_p} (top_p)", self.top_p)
+        self._check_items("stop", _is_text, "texts of 1 character or more")
+        self._check_items("stop_token_ids", _is_index, "integers, 0 or more")
+        for name in ("ignore_eos", "echo", "exit_details"):
+            self._check(name, isinstance(getattr(self, name), bool), "True or False")
         self._check("mode", self.mode in get_args(Mode), " or ".join(get_args(Mode)))
-        threshold = self.early_exit_threshold
-        in_range = threshold is None or 0 <= threshold <= 1
-        self._check("early_exit_threshold", in_range, "0 to 1")
-        if self.mode == "full":
-            for name in ("early_exit_threshold", "exit_layers"):
-                self._check(name, getattr(self, name) is None, "None with mode='full'")
+        self._check_integer("num_draft_tokens", 1, "1 or more")
+        self._check_number("draft_confidence", 0, "0 (off) to 1", 1)
+        self._check_optional()
+        self._check_effects()
+
+    @property
+    def threshold(self) -> float:
+        """The threshold that applies in mode `early_exit`."""
+        return DEFAULT_THRESHOLD if self.early_exit_threshold is None else self.early_exit_threshold
+
+    def _check_optional(self) -> None:
+        if self.seed is not None:
+            self._check_integer("seed", 0, "0 to 2**63 - 1", 2**63 - 1)
+        for name in ("logprobs", "prompt_logprobs", "draft_exit_layer"):
+            if getattr(self, name) is not None:
+                self._check_integer(name, 0, "None, or 0 or more")
+        if self.early_exit_threshold is not None:
+            self._check_number("early_exit_threshold", 0, "0 to 1", 1)
+        if self.exit_layers is not None:
+            self._check_items("exit_layers", _is_index, "None, or integers, 0 or more")
+
+    def _check_effects(self) -> None:
+        scores = self.echo or self.prompt_logprobs is not None
+        self._check(
+            "max_tokens",
+            self.max_tokens > 0 or scores,
+            "1 or more, or 0 with echo or prompt_logprobs",
+        )
+        defaults = {field.name: field.default for field in fields(self)}
+        unused = [name for name, mode in _MODE_OF_FIELD.items() if mode != self.mode]
+        if self.mode != "early_exit" and not self.exit_details:
+            unused.append("exit_layers")
+        for name in unused:
+            default = defaults[name]
+            self._check(name, getattr(self, name) == default, f"{default} with mode={self.mode!r}")
+
+    def _check_integer(self, name: str, least: int, allowed: str, most: float = math.inf) -> None:
+        value = getattr(self, name)
+        if not _is_integer(value):
+            raise ValueError(f"{name} {value!r} is not an integer, allowed: {allowed}")
+        self._check(name, least <= value <= most, allowed)
+
+    def _check_number(
+        self,
+        name: str,
+        least: float,
+        allowed: str,
+        most: float = sys.float_info.max,
+        above: bool = False,
+    ) -> None:
+        value = getattr(self, name)
+        if not (_is_integer(value) or isinstance(value, float)):
+            raise ValueError(f"{name} {value!r} is not a number, allowed: {allowed}")
+        self._check(name, least <= value <= most and not (above and value == least), allowed)
+
+    def _check_items(self, name: str, valid: Callable[[object], bool], allowed: str) -> None:
+        items = getattr(self, name)
+        self._check(name, isinstance(items, tuple) and all(map(valid, items)), allowed)
 
     def _check(self, name: str, in_range: bool, allowed: str) -> None:
         if not in_range:
             value = getattr(self, name)
             raise ValueError(f"{name} {value!r} is out of range, allowed: {allowed}")
 
-    @property
-    def threshold(self) -> float:
-        """The threshold that applies in mode `early_exit`."""
-        return DEFAULT_THRESHOLD if self.early_exit_threshold is None else self.early_exit_threshold
+
+def _as_tuple(value: object) -> object:
+    """A tuple of what is one text or many items; what is neither is left as it is."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, Iterable) else value
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""

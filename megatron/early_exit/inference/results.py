@@ -1,9 +1,19 @@
 """What an engine answers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadReport:
+    """The best token of one head on the way to a token."""
+
+    layer: int
+    """Number of backbone layers before the head."""
+    token_id: int
+    confidence: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +32,10 @@ class GeneratedToken:
     """Logarithm of the token's own probability there, before temperature and filters."""
     finish_reason: FinishReason | None = None
     """Why this is the last token; None if it is not."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """The most probable tokens and their log-probabilities, as many as were asked for."""
+    heads: tuple[HeadReport, ...] = ()
+    """With `exit_details`, what each head on the way found best."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +74,9 @@ class GenerationResult:
     """Logarithm of each token's own probability there, before temperature and filters."""
     finish_reason: FinishReason
     statistics: GenerationStatistics
+    error: str | None = None
+    """What went wrong, where `finish_reason` is `error`."""
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    """For each token, the most probable ones in its place, as many as were asked for."""
+    heads: list[tuple[HeadReport, ...]] = field(default_factory=list)
+    """With `exit_details`, what each head on the way to each token found best."""

@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.inference.layers import Attention, Mlp, Pass, Step
+from megatron.early_exit.inference.layers import Attention, Mlp, Step
 from megatron.early_exit.inference.norms import Function, make_norm
+from megatron.early_exit.inference.passes import Pass
 from megatron.early_exit.inference.rotary import RotaryTable
 
 
@@ -39,10 +40,10 @@ class Head:
     """[v, h], without padding of the vocabulary."""
 
     def logits(self, hidden: Tensor, block_pass: Pass | None = None) -> Tensor:
-        """Logits [n, v] from the residual stream [n, h].
+        """Logits [n, v] from the residual stream [r, h].
 
         With a block `hidden` holds every position that the block has not seen yet, `block_pass`
-        describes them, and n in the result is 1: the last position.
+        describes them, and n is the number of results that it asks for; else n is r.
         """
         if self.mlp is not None:
             hidden = self.mlp(hidden)
@@ -71,7 +72,7 @@ class Segment:
     num_attentions: int
 
     def __call__(self, hidden: Tensor, this: Pass) -> Tensor:
-        """Residual stream [s, h] at the start of the segment -> at its end."""
+        """Residual stream [r, h] at the start of the segment -> at its end."""
         for step in self.steps:
             hidden = step(hidden, this)
         return hidden
@@ -139,9 +140,9 @@ class SegmentedModel:
                 num_attentions += 1
         return Segment(tuple(steps), num_attentions)
 
-    def _attention(self, weights: Mapping[str, Tensor], prefix: str, window: int) -> Attention:
+    def _attention(self, weights: Mapping[str, Tensor], prefix: str, number: int) -> Attention:
         prefix = f"{prefix}self_attention."
-        return Attention(self.architecture, weights, prefix, self.rotary, window)
+        return Attention(self.architecture, weights, prefix, self.rotary, number)
 
     def _exit_head(
         self, position: int, early_exit: EarlyExitConfig, weights: Mapping[str, Tensor]

@@ -15,9 +15,7 @@ _EXTRA_STATE = "_extra_state"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be loaded or saved; said in one sentence.
-
-    """
+    """A checkpoint cannot be loaded or saved; said in one sentence."""
 
 
 @contextmanager

@@ -1,0 +1,121 @@
+"""Runs segments and heads over the caches of many sequences.
+
+Each sequence has a slot. The residual stream is kept at every cut, so a segment can be run whenever
+its result is needed, over all positions that wait in front of it, as one batch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron.early_exit.inference.kv_cache import KVCache
+from megatron.early_exit.inference.passes import Pass, Span, in_pass_order
+from megatron.early_exit.inference.segments import SegmentedModel
+
+
+class SegmentRunner:
+    """The model with room for `num_slots` sequences of up to `capacity` positions.
+
+    Args:
+        model: what runs.
+        num_slots: sequences at a time.
+        capacity: positions of each.
+    """
+
+    def __init__(self, model: SegmentedModel, num_slots: int, capacity: int) -> None:
+        self.model = model
+        self.num_slots, self.capacity = num_slots, capacity
+        self._caches = [self._cache(segment.num_attentions) for segment in model.segments]
+        self._block_caches = [
+            None if exit_.head.block is None else self._cache(1) for exit_ in model.exits
+        ]
+        self._block_lengths = [[0] * num_slots for _ in model.exits]
+        shape = (len(model.exits), num_slots, capacity, model.architecture.hidden_size)
+        self._kept = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        """The residual stream at the cut behind each segment but the last."""
+
+    def _cache(self, num_attentions: int) -> KVCache:
+        shape = self.model.architecture
+        return KVCache(
+            num_attentions,
+            self.num_slots,
+            self.capacity,
+            shape.num_query_groups,
+            shape.kv_channels,
+            self.model.dtype,
+            self.model.device,
+        )
+
+    def run(self, index: int, spans: Sequence[Span], tokens: Sequence[int] | None = None) -> Tensor:
+        """Run a segment over positions that have been through the one before it.
+
+        Args:
+            index: of the segment.
+            spans: sorted by `in_pass_order`.
+            tokens: of the positions in the order of the spans, for the first segment.
+
+        Returns:
+            The residual stream [r, h] of those positions behind the segment.
+        """
+        if index == 0:
+            assert tokens is not None
+            hidden = self._embed(spans, tokens)
+        else:
+            hidden = self._gather(index - 1, spans)
+        hidden = self.model.segments[index](hidden, self._pass(self._caches[index], spans))
+        if index < len(self._kept):
+            row = 0
+            for slot, start, end in spans:
+                self._kept[index, slot, start:end] = hidden[row : row + end - start]
+                row += end - start
+        return hidden
+
+    def _embed(self, spans: Sequence[Span], tokens: Sequence[int]) -> Tensor:
+        device = self.model.device
+        hidden = self.model.word_embeddings[torch.tensor(tokens, device=device)]
+        table = self.model.position_embeddings
+        if table is not None:
+            hidden += torch.cat([table[start:end] for _, start, end in spans])
+        return hidden
+
+    def _gather(self, cut: int, spans: Sequence[Span]) -> Tensor:
+        parts = [self._kept[cut, slot, start:end] for slot, start, end in spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _pass(self, cache: KVCache, spans: Sequence[Span], last_only: bool = False) -> Pass:
+        heads = self.model.architecture.num_attention_heads
+        return Pass(cache, spans, self.model.rotary, heads, last_only)
+
+    def exit_logits(self, index: int, spans: Sequence[Span]) -> Tensor:
+        """Logits [n, v] of an exit for the last position of each span, after its segment ran."""
+        head, cache = self.model.exits[index].head, self._block_caches[index]
+        if cache is None:
+            return head.logits(self._gather(index, [Span(s, e - 1, e) for s, _, e in spans]))
+        lengths = self._block_lengths[index]
+        behind = [Span(slot, lengths[slot], end) for slot, _, end in spans]
+        order = sorted(range(len(behind)), key=lambda i: in_pass_order(behind[i]))
+        ordered = [behind[i] for i in order]
+        logits = head.logits(self._gather(index, ordered), self._pass(cache, ordered, True))
+        for slot, _, end in behind:
+            lengths[slot] = end
+        if order == sorted(order):
+            return logits
+        return logits[torch.tensor(order, device=logits.device).argsort()]
+
+    def final_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n, v] of the final head from the residual stream [n, h] behind the last
+        segment."""
+        return self.model.final_head.logits(hidden)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget what blocks have cached from position `length` on; a new sequence starts at 0."""
+        for lengths in self._block_lengths:
+            lengths[slot] = min(lengths[slot], length)
+
+    def clear(self, slot: int) -> None:
+        """Make everything in the slot finite again, after a sequence that was not."""
+        self.truncate(slot, 0)
+        for cache in (*self._caches, *filter(None, self._block_caches)):
+            cache.data[:, slot].zero_()
+        self._kept[:, slot].zero_()

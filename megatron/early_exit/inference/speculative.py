@@ -1,0 +1,94 @@
+"""Self-speculative decoding: drafts of an exit, verified by the layers behind it in one pass.
+
+What comes out is what the full model gives: greedily the same tokens, sampled the same
+distribution (rejection sampling of Leviathan et al., arXiv 2211.17192; drafting with the model's
+own first layers as in LayerSkip, arXiv 2404.16710). The verification is the catch-up of the drafted
+positions through the deeper segments, so nothing is computed twice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from megatron.early_exit.inference.confidence import Assessment
+from megatron.early_exit.inference.modes import Choice, Chooser, Next
+
+
+@dataclass(slots=True)
+class SelfSpeculativeMode:
+    """Drafts at one exit, and verifies when there are enough of them or the exit grows unsure.
+
+    Attributes:
+        exit_index: the exit that drafts.
+        max_drafts: most drafts before a verification. How many there are at a time follows how many
+            of them are accepted.
+        least_confidence: a draft of less ends the drafting, and is not made.
+        room: most tokens that the sequence may get in all.
+    """
+
+    chooser: Chooser
+    exit_index: int
+    max_drafts: int
+    least_confidence: float
+    room: int
+    drafts: list[int] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+    _aim: int = 0
+    _distributions: list[Tensor | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._aim = self.max_drafts
+
+    def start(self, num_pending: int) -> None: ...
+
+    def asks(self, exit_index: int) -> bool:
+        return exit_index == self.exit_index
+
+    def at_exit(self, exit_index: int, assessment: Assessment) -> Next:
+        left = self.room - len(self.chooser.generated)
+        if len(self.drafts) >= min(self._aim, left - 1):
+            return Next.DEEPER
+        if assessment.confidence < self.least_confidence or not assessment.is_finite:
+            return Next.DEEPER
+        chooser = self.chooser
+        if chooser.sampler.is_greedy([*chooser.generated, *self.drafts]):
+            self.drafts.append(assessment.best_token)
+            self._distributions.append(None)
+        else:
+            distribution = chooser.distribution(assessment, self.drafts)
+            self.drafts.append(chooser.sampler.draw(distribution))
+            self._distributions.append(distribution)
+        return Next.DRAFTED
+
+    def at_end(self, assessments: Sequence[Assessment]) -> Next:
+        drafts, self.drafts = self.drafts, []
+        distributions, self._distributions = self._distributions, []
+        self.choices = []
+        accepted: list[int] = []
+        for draft, distribution, assessment in zip(
+            drafts, distributions, assessments, strict=False
+        ):
+            token = self._verify(draft, distribution, assessment, accepted)
+            layer = self.exit_index if token == draft else -1
+            self.choices.append(self.chooser.take(assessment, layer, token))
+            if token != draft:
+                self._aim = max(1, len(accepted) + 1)
+                return Next.CHOSEN
+            accepted.append(token)
+        # The last pass has given a token behind the drafts, too.
+        self.choices.append(self.chooser.choose(assessments[len(drafts)], -1, accepted))
+        self._aim = min(self.max_drafts, len(drafts) + 1)
+        return Next.CHOSEN
+
+    def _verify(
+        self, draft: int, distribution: Tensor | None, assessment: Assessment, accepted: list[int]
+    ) -> int:
+        """The token that the full model gives in the place of a draft."""
+        if distribution is None:
+            return assessment.best_token
+        sampler = self.chooser.sampler
+        target = self.chooser.distribution(assessment, accepted)
+        if sampler.uniform() * float(distribution[draft]) < float(target[draft]):
+            return draft
+        return sampler.draw(sampler.residual(target, distribution))
