@@ -178,15 +178,6 @@ def limit_to_top_p(logits: Tensor, p: float) -> Tensor:
     return torch.full_like(logits, -torch.inf).scatter_(0, order, values)
 
 
-def sample(
-    logprobs: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
-) -> int:
-    """Draw a token from log-probabilities [v] at a temperature above 0."""
-    scaled = logprobs / temperature
-    limited = limit_to_top_p(limit_to_top_k(scaled, top_k), top_p)
-    return int(limited.softmax(dim=-1).multinomial(1, generator=generator))
-
-
 def _fp32(factor: float) -> float:
     """A positive factor for logits, within what fp32 can multiply and divide them by."""
     return min(max(factor, 1e-30), 1e30)
