@@ -81,21 +81,21 @@ def run(token_ids, room=100, **fields):
     return stopping, "".join(pieces)
 
 
-LETTERS = Letters().encode("abcabd")
+LETTERS = Letters().encode("abcabf")
 
 
 @pytest.mark.parametrize(
     ("tokens", "fields", "reason", "stop_reason", "text", "num_tokens"),
     [
         (LETTERS, {"room": 4}, "length", None, "abca", 4),
-        (LETTERS, {}, None, None, "abcabd", 6),
+        (LETTERS, {}, None, None, "abcabf", 6),
         ([1, EOD, 2], {}, "stop", None, "a", 2),
         ([1, EOD, 2], {"ignore_eos": True, "room": 3}, "length", None, "ab", 3),
         (LETTERS, {"stop_token_ids": (3,)}, "stop", 3, "ab", 3),
         ([1, EOD, 2], {"stop_token_ids": (EOD,), "ignore_eos": True}, "stop", EOD, "a", 2),
         ([1, 2, EOD], {"min_tokens": 2}, "stop", None, "ab", 3),
         (LETTERS, {"stop": "cab"}, "stop", "cab", "ab", 5),
-        (LETTERS, {"stop": ("x", "bd", "abd")}, "stop", "abd", "abc", 6),
+        (LETTERS, {"stop": ("x", "bf", "abf")}, "stop", "abf", "abc", 6),
         (LETTERS, {"stop": "ab", "min_tokens": 1}, "stop", "ab", "", 2),
         (LETTERS, {"stop": "ab", "min_tokens": 2}, "stop", "ab", "abc", 5),
         (LETTERS, {"stop": "ca", "room": 4}, "stop", "ca", "ab", 4),

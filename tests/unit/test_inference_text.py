@@ -73,3 +73,9 @@ def test_an_unfinished_character_waits(tokenizer):
     half = TextStream(tokenizer, tokenizer.encode("x"))
     assert [half.add(token) for token in ids[:2]] == ["", ""]
     assert set(half.flush()) == {"\ufffd"}
+
+
+@pytest.mark.parametrize("text", ["print(value)", " x  y", "naïve 😀 日本語"])
+def test_a_text_from_its_first_token_on(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert join(tokenizer, [], ids) == tokenizer.decode(ids)
