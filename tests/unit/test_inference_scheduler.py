@@ -1,0 +1,162 @@
+"""The scheduler alone, driven by decisions that Hypothesis makes: no tensors, no model."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.early_exit.inference.scheduler import Scheduler, Step
+
+SEGMENTS = 3
+
+
+class Simulation:
+    """Sequences that leave where they are told to; checks what must hold at every step."""
+
+    def __init__(self, scheduler: Scheduler, prompts: list[int], depths: list[list[int]]) -> None:
+        self.scheduler = scheduler
+        self.prompts, self.depths = prompts, depths
+        self.generated = [0] * len(prompts)
+        self.ran: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self.steps: list[Step] = []
+        self.order: list[int] = []
+
+    def run(self) -> None:
+        for key, prompt in enumerate(self.prompts):
+            self.scheduler.add(key, prompt)
+        while True:
+            self.order += [progress.key for progress in self.scheduler.admit()]
+            step = self.scheduler.next()
+            if step is None:
+                return
+            self.steps.append(step)
+            assert len(self.steps) < 10_000, "does not come to an end"
+            self._check(step)
+            for index in self.scheduler.ran(step):
+                self._decide(step, index)
+
+    def _check(self, step: Step) -> None:
+        scheduler = self.scheduler
+        assert step.spans
+        assert len({span.slot for span in step.spans}) == len(step.spans)
+        lengths = [span.end - span.start for span in step.spans]
+        assert lengths == [1] * lengths.count(1) + [n for n in lengths if n > 1]
+        assert sum(lengths) <= scheduler.max_rows + 1 or len(lengths) == 1
+        for progress, span in zip(step.sequences, step.spans, strict=True):
+            assert progress.slot == span.slot
+            assert span.start == progress.cached[step.segment] < span.end <= progress.limit
+            before = step.segment - 1
+            assert before < 0 or span.end <= progress.cached[before]
+            self.ran.setdefault((progress.key, step.segment), []).append((span.start, span.end))
+        slots = [progress.slot for progress in scheduler.running.values()]
+        assert len(slots) == len(set(slots)) <= scheduler.num_slots
+
+    def _decide(self, step: Step, index: int) -> None:
+        progress = step.sequences[index]
+        key = progress.key
+        depth = self.depths[key][self.generated[key]]
+        if step.segment < depth:
+            self.scheduler.go_deeper(progress)
+            return
+        self.generated[key] += 1
+        if self.generated[key] == len(self.depths[key]):
+            self.scheduler.remove(key)
+        else:
+            self.scheduler.go_on(progress, self.prompts[key] + self.generated[key])
+
+
+sequences = st.lists(
+    st.tuples(st.integers(1, 30), st.lists(st.integers(0, SEGMENTS - 1), min_size=1, max_size=12)),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=200)
+@given(
+    batch=sequences,
+    num_slots=st.integers(1, 5),
+    max_rows=st.integers(1, 16),
+    saturation=st.integers(1, 8),
+    patience=st.integers(1, 8),
+)
+def test_everything_needed_runs_once_and_nothing_else(
+    batch, num_slots, max_rows, saturation, patience
+):
+    prompts, depths = map(list, zip(*batch, strict=True))
+    scheduler = Scheduler(SEGMENTS, num_slots, max_rows, saturation, patience)
+    simulation = Simulation(scheduler, prompts, depths)
+    simulation.run()
+    assert simulation.generated == [len(own) for own in depths]
+    assert simulation.order == sorted(simulation.order), "first come, first served"
+    for key, (prompt, own) in enumerate(batch):
+        for segment in range(SEGMENTS):
+            spans = simulation.ran.get((key, segment), [])
+            assert [start for start, _ in spans] == [0, *(end for _, end in spans)][: len(spans)]
+            deep = [i for i, depth in enumerate(own) if depth >= segment]
+            assert (spans[-1][1] if spans else 0) == (prompt + deep[-1] if deep else 0)
+    assert not scheduler.running
+
+
+@given(prompt=st.integers(2, 60), others=st.integers(1, 4), max_rows=st.integers(1, 16))
+def test_a_long_prompt_does_not_starve_those_that_decode(prompt, others, max_rows):
+    scheduler = Scheduler(1, others + 1, max_rows)
+    simulation = Simulation(scheduler, [1] * others + [prompt], [[0] * 100] * others + [[0]])
+    simulation.run()
+    with_prompt = [step for step in simulation.steps if others in keys(step)]
+    # It comes forward with every batch; its last position is a single one among the others'.
+    *all_but_last, last = with_prompt
+    assert all_but_last == simulation.steps[: len(all_but_last)]
+    for step in all_but_last:
+        assert len(keys(step)) == min(others, max_rows) + 1
+    assert simulation.steps.index(last) <= len(all_but_last) + others
+
+
+def keys(step: Step) -> set[int]:
+    return {progress.key for progress in step.sequences}
+
+
+def test_nobody_waits_longer_than_the_patience():
+    scheduler = Scheduler(2, 4, patience=3, saturation=8)
+    # Three leave at once, again and again; one waits for the second segment.
+    simulation = Simulation(scheduler, [1] * 4, [[0] * 30, [0] * 30, [0] * 30, [1, 1, 1]])
+    simulation.run()
+    waits, since = [], None
+    for number, step in enumerate(simulation.steps):
+        if 3 in keys(step) and step.segment == 0:
+            since = number
+        elif 3 in keys(step):
+            waits.append(number - since)
+    assert len(waits) == 3
+    assert max(waits) <= 4
+
+
+def test_a_cancelled_sequence_leaves_its_slot_to_the_next():
+    scheduler = Scheduler(1, 1)
+    for key in range(3):
+        scheduler.add(key, 5)
+    assert [progress.key for progress in scheduler.admit()] == [0]
+    scheduler.remove(1)
+    scheduler.remove(0)
+    assert [progress.key for progress in scheduler.admit()] == [2]
+
+
+def test_positions_that_are_asked_together_run_together():
+    scheduler = Scheduler(1, 1, max_rows=4)
+    scheduler.add(0, 10)
+    (progress,) = scheduler.admit()
+    progress.tail = 3
+    lengths = []
+    while (step := scheduler.next()) and progress.waiting:
+        lengths.append(step.spans[0].end - step.spans[0].start)
+        scheduler.ran(step)
+    assert sum(lengths) == 10
+    assert lengths[-1] >= 3
+
+
+@pytest.mark.parametrize("name", ["num_slots", "max_rows", "saturation", "patience"])
+def test_sizes_out_of_range(name):
+    sizes = {"num_slots": 2, name: 0}
+    with pytest.raises(ValueError, match=f"{name} 0 is out of range, allowed: 1 or more"):
+        Scheduler(1, **sizes)

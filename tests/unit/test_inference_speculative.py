@@ -1,0 +1,124 @@
+"""Self-speculative decoding changes nothing: sampled tokens have the full model's distribution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.inference.confidence import assess
+from megatron.early_exit.inference.modes import Chooser, Next
+from megatron.early_exit.inference.sampling import Sampler
+from megatron.early_exit.inference.speculative import SelfSpeculativeMode
+from tests.helpers.tiny_models import make_model
+
+MODEL = make_model(exits=(1, 3), use_exit_norm=True)
+VOCAB, DRAWS = 5, 3000
+DRAFT = torch.tensor([2.0, 0.5, -1.0, 0.0, 1.0])
+TARGET = torch.tensor([0.0, 1.0, 1.5, -2.0, 0.5])
+BEHIND = torch.tensor([[1.0, 0, 0, 0, 0], [0, 2.0, 0, 0, 0], [0, 0, 0.5, 0, 1]])
+# Of a chi-square with 4 degrees of freedom, one in 100,000.
+BOUND = 28.5
+
+
+def chi_square(tokens: list[int], expected: torch.Tensor) -> float:
+    counts = torch.bincount(torch.tensor(tokens), minlength=VOCAB).double()
+    wanted = expected.double() * len(tokens)
+    possible = wanted > 0
+    assert not counts[~possible].any()
+    return float(((counts - wanted).square() / wanted.clamp(min=1e-12))[possible].sum())
+
+
+def speculate(params: SamplingParams) -> list[list[int]]:
+    """The tokens of many rounds with two drafts each, of one request's random numbers."""
+    sampler = Sampler(params, [], (), VOCAB, torch.device("cpu"))
+    chooser = Chooser(params, sampler, [], (1, 2))
+    draft = assess(DRAFT[None])[0]
+    rounds = []
+    for _ in range(DRAWS):
+        mode = SelfSpeculativeMode(chooser, 0, 2, 0.0, room=100)
+        assert mode.at_exit(0, draft) is Next.DRAFTED
+        assert mode.at_exit(0, draft) is Next.DRAFTED
+        assert mode.at_exit(0, draft) is Next.DEEPER
+        first, second = mode.drafts
+        targets = [TARGET, BEHIND[first % 3], BEHIND[second % 3]]
+        assert mode.at_end(assess(torch.stack(targets))) is Next.CHOSEN
+        rounds.append([choice.token_id for choice in mode.choices])
+    return rounds
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.6}, {"top_k": 3}, {"top_p": 0.95}, {"min_p": 0.2}]
+)
+def test_sampled_tokens_have_the_full_models_distribution(options):
+    params = SamplingParams(
+        **{"mode": "self_speculative", "temperature": 1.0, "seed": 3, "max_tokens": 100, **options}
+    )
+    full = Sampler(params, [], (), VOCAB, torch.device("cpu"))
+    rounds = speculate(params)
+    first = [tokens[0] for tokens in rounds]
+    assert chi_square(first, full.distribution(TARGET, [])) < BOUND
+    for token in range(VOCAB):
+        # Behind an accepted draft comes what the full model gives behind that very token.
+        second = [tokens[1] for tokens in rounds if tokens[0] == token and len(tokens) > 1]
+        if len(second) > 200:
+            assert chi_square(second, full.distribution(BEHIND[token % 3], [token])) < BOUND
+    assert {len(tokens) for tokens in rounds} == {1, 2, 3}
+
+
+def test_the_bound_would_notice():
+    params = SamplingParams(mode="self_speculative", temperature=1.0, seed=3, max_tokens=100)
+    first = [tokens[0] for tokens in speculate(params)]
+    assert chi_square(first, DRAFT.softmax(0)) > 10 * BOUND
+
+
+def sampled(mode: str, seed: int, **options: object) -> SamplingParams:
+    return SamplingParams(mode=mode, max_tokens=8, temperature=1.0, seed=seed, **options)
+
+
+@settings(max_examples=25)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=6), min_size=2, max_size=5),
+    mode=st.sampled_from(["full", "early_exit", "self_speculative"]),
+    slots=st.integers(1, 4),
+)
+def test_a_seed_gives_the_same_text_in_any_batch(prompts, mode, slots):
+    params = [sampled(mode, seed) for seed in range(len(prompts))]
+    engine = EarlyExitEngine(MODEL.segmented, max_batch_size=slots)
+    together = [result.token_ids for result in engine.generate(prompts, params)]
+    alone = [engine.generate([p], own)[0].token_ids for p, own in zip(prompts, params, strict=True)]
+    assert together == alone
+
+
+def test_drafts_follow_what_is_accepted():
+    chooser = Chooser(
+        SamplingParams(mode="self_speculative", max_tokens=100),
+        Sampler(SamplingParams(), [], (), VOCAB, torch.device("cpu")),
+        [],
+        (1, 2),
+    )
+    mode = SelfSpeculativeMode(chooser, 0, 4, 0.0, room=100)
+    agreeing, other = assess(torch.stack((DRAFT, TARGET)))
+
+    def drafts_of_a_round(ends: list[bool]) -> int:
+        while mode.at_exit(0, agreeing) is Next.DRAFTED:
+            pass
+        count = len(mode.drafts)
+        mode.at_end([agreeing if ends[i] else other for i in range(count + 1)])
+        return count
+
+    assert drafts_of_a_round([False] * 9) == 4
+    assert drafts_of_a_round([True] * 9) == 1
+    assert drafts_of_a_round([True] * 9) == 2
+    assert drafts_of_a_round([True, False] * 9) == 3
+    assert drafts_of_a_round([True] * 9) == 2
+
+
+def test_an_unsure_exit_does_not_draft():
+    params = SamplingParams(mode="self_speculative", draft_confidence=0.99, max_tokens=100)
+    sampler = Sampler(params, [], (), VOCAB, torch.device("cpu"))
+    mode = SelfSpeculativeMode(Chooser(params, sampler, [], (1, 2)), 0, 4, 0.99, room=100)
+    assert mode.at_exit(0, assess(DRAFT[None])[0]) is Next.DEEPER
+    assert mode.drafts == []
