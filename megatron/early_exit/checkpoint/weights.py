@@ -8,7 +8,7 @@ hn head size, v vocabulary size.
 - `linear_fc1.weight` of a gated MLP is [2 f, h]: gate rows, then the rows they gate.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -96,25 +96,33 @@ def load_weights(
     early_exit: EarlyExitConfig,
     dtype: torch.dtype,
     device: torch.device,
+    part: Callable[[str, Tensor], Tensor | None] | None = None,
 ) -> Weights:
     """Read the tensors of `weight_shapes`, one at a time, leaving padding of the vocabulary behind.
+
+    Args:
+        part: gives what is wanted of a tensor, by its name, or None; by default all is.
 
     Raises:
         ValueError: a tensor is missing, has another shape, or cannot be read.
     """
     weights: Weights = {}
+    seen = set()
     for name, shape in weight_shapes(architecture, early_exit).items():
-        if name in weights:
+        if name in seen:
             continue
         for found, tensor in _read(reader, name, architecture.num_layers):
-            weights[found] = tensor.to(device=device, dtype=dtype)
-        if name.endswith(_VOCABULARY_ENDINGS) and weights[name].shape[0] >= shape[0]:
-            weights[name] = weights[name][: shape[0]]
-        if tuple(weights[name].shape) != shape:
-            raise ValueError(
-                f"checkpoint {reader.path}: {name} has the shape {tuple(weights[name].shape)}, "
-                f"the model's description wants {shape}"
-            )
+            seen.add(found)
+            if name.endswith(_VOCABULARY_ENDINGS) and tensor.shape[0] >= shape[0]:
+                tensor = tensor[: shape[0]]
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"checkpoint {reader.path}: {found} has the shape {tuple(tensor.shape)}, "
+                    f"the model's description wants {shape}"
+                )
+            wanted = tensor if part is None else part(found, tensor)
+            if wanted is not None:
+                weights[found] = wanted.to(device=device, dtype=dtype)
     return weights
 
 

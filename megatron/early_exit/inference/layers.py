@@ -39,6 +39,13 @@ _ACTIVATIONS: Mapping[str, Function] = {
 }
 
 
+def _add_product(x: Tensor, inner: Tensor, weight: Tensor, reduce: Function | None) -> Tensor:
+    """x + inner @ weight; `reduce` adds up the products of ranks that share the layer."""
+    if reduce is None:
+        return torch.addmm(x, inner, weight)
+    return reduce(inner @ weight).add_(x)
+
+
 class Mlp:
     """x + fc2(activation(fc1(norm(x)))).
 
@@ -46,9 +53,17 @@ class Mlp:
         architecture: shape of the model.
         weights: tensors by name.
         prefix: what their names start with, such as `decoder.layers.0.mlp.`.
+        reduce: see `TensorParallel`; None where the layer is whole.
     """
 
-    def __init__(self, architecture: Architecture, weights: Mapping[str, Tensor], prefix: str):
+    def __init__(
+        self,
+        architecture: Architecture,
+        weights: Mapping[str, Tensor],
+        prefix: str,
+        reduce: Function | None = None,
+    ) -> None:
+        self.reduce = reduce
         self.norm = make_norm(architecture, weights, f"{prefix}linear_fc1.layer_norm_")
         self.fc1_weight = weights[f"{prefix}linear_fc1.weight"]
         self.fc1_bias = weights.get(f"{prefix}linear_fc1.bias")
@@ -65,7 +80,7 @@ class Mlp:
             inner = self.activation(gate).mul_(linear)
         else:
             inner = self.activation(inner)
-        result = torch.addmm(x, inner, self.fc2_weight)
+        result = _add_product(x, inner, self.fc2_weight, self.reduce)
         return result if self.fc2_bias is None else result.add_(self.fc2_bias)
 
 
@@ -78,6 +93,7 @@ class Attention:
         prefix: what their names start with, such as `decoder.layers.0.self_attention.`.
         rotary: the rotary table, if the model has rotary embeddings.
         number: which of the attentions that share a cache this is.
+        reduce: see `TensorParallel`; None where the layer is whole.
     """
 
     def __init__(
@@ -87,7 +103,9 @@ class Attention:
         prefix: str,
         rotary: RotaryTable | None,
         number: int,
+        reduce: Function | None = None,
     ) -> None:
+        self.reduce = reduce
         self.num_heads = architecture.num_attention_heads
         self.num_groups = architecture.num_query_groups
         self.head_size = architecture.kv_channels
@@ -135,5 +153,5 @@ class Attention:
         if this.results is not None:
             queries, x = queries[this.results], x[this.results]
         attended = this.attend(self.number, queries, self.scale)
-        result = torch.addmm(x, attended, self.proj_weight)
+        result = _add_product(x, attended, self.proj_weight, self.reduce)
         return result if self.proj_bias is None else result.add_(self.proj_bias)

@@ -8,6 +8,7 @@ segments in order, but not in one go: the deeper ones may lag behind.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from torch import Tensor, device, dtype
@@ -19,6 +20,7 @@ from megatron.early_exit.inference.layers import Attention, Mlp, Step
 from megatron.early_exit.inference.norms import Function, make_norm
 from megatron.early_exit.inference.passes import Pass
 from megatron.early_exit.inference.rotary import RotaryTable
+from megatron.early_exit.inference.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,9 @@ class Head:
     block: Block | None
     norm: Function | None
     projection: Tensor
-    """[v, h], without padding of the vocabulary."""
+    """[v, h], without padding of the vocabulary; or this rank's rows of it."""
+    gather: Function | None = None
+    """Brings together the logits of ranks that divide the projection."""
 
     def logits(self, hidden: Tensor, block_pass: Pass | None = None) -> Tensor:
         """Logits [n, v] from the residual stream [r, h].
@@ -52,7 +56,8 @@ class Head:
             hidden = self.block.mlp(self.block.attention(hidden, block_pass))
         if self.norm is not None:
             hidden = self.norm(hidden)
-        return functional.linear(hidden, self.projection)
+        logits = functional.linear(hidden, self.projection)
+        return logits if self.gather is None else self.gather(logits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +87,10 @@ class SegmentedModel:
     """Weights and structure of a model; holds no state of any sequence.
 
     Args:
-        architecture: shape of the backbone.
+        architecture: shape of the backbone, or of this rank's part.
         early_exit: its exits.
         weights: tensors by name, see `megatron.early_exit.checkpoint.weights`.
+        tensor_parallel: the ranks that share the model; None where it is whole.
 
     Attributes:
         segments: n + 1 segments of a model with n exits; the last ends at the final head.
@@ -92,9 +98,15 @@ class SegmentedModel:
     """
 
     def __init__(
-        self, architecture: Architecture, early_exit: EarlyExitConfig, weights: Mapping[str, Tensor]
+        self,
+        architecture: Architecture,
+        early_exit: EarlyExitConfig,
+        weights: Mapping[str, Tensor],
+        tensor_parallel: TensorParallel | None = None,
     ) -> None:
         self.architecture = architecture
+        self._tensor_parallel = tensor_parallel
+        self._reduce = None if tensor_parallel is None else tensor_parallel.reduce
         self.word_embeddings = weights["embedding.word_embeddings.weight"]
         self.position_embeddings = weights.get("embedding.position_embeddings.weight")
         self.rotary: RotaryTable | None = None
@@ -107,7 +119,7 @@ class SegmentedModel:
         )
         output = weights.get("output_layer.weight", self.word_embeddings)
         final_norm = make_norm(architecture, weights, "decoder.final_layernorm.")
-        self.final_head = Head(None, None, final_norm, output)
+        self.final_head = self._head(None, None, final_norm, output)
 
     @property
     def dtype(self) -> dtype:
@@ -134,7 +146,7 @@ class SegmentedModel:
             layer, is_mlp = divmod(step, 2)
             prefix = f"decoder.layers.{layer}."
             if is_mlp:
-                steps.append(Mlp(self.architecture, weights, f"{prefix}mlp."))
+                steps.append(self._mlp(weights, f"{prefix}mlp."))
             else:
                 steps.append(self._attention(weights, prefix, num_attentions))
                 num_attentions += 1
@@ -142,7 +154,19 @@ class SegmentedModel:
 
     def _attention(self, weights: Mapping[str, Tensor], prefix: str, number: int) -> Attention:
         prefix = f"{prefix}self_attention."
-        return Attention(self.architecture, weights, prefix, self.rotary, number)
+        return Attention(self.architecture, weights, prefix, self.rotary, number, self._reduce)
+
+    def _mlp(self, weights: Mapping[str, Tensor], prefix: str) -> Mlp:
+        return Mlp(self.architecture, weights, prefix, self._reduce)
+
+    def _head(
+        self, mlp: Mlp | None, block: Block | None, norm: Function | None, projection: Tensor
+    ) -> Head:
+        shared = self._tensor_parallel
+        if shared is None:
+            return Head(mlp, block, norm, projection)
+        gather = partial(shared.gather, vocab_size=len(projection))
+        return Head(mlp, block, norm, shared.rows(projection), gather)
 
     def _exit_head(
         self, position: int, early_exit: EarlyExitConfig, weights: Mapping[str, Tensor]
@@ -150,11 +174,11 @@ class SegmentedModel:
         prefix = f"exits.{position}."
         mlp = block = norm = None
         if early_exit.use_exit_mlp:
-            mlp = Mlp(self.architecture, weights, f"{prefix}mlp.")
+            mlp = self._mlp(weights, f"{prefix}mlp.")
         if early_exit.use_exit_block:
             attention = self._attention(weights, f"{prefix}block.", 0)
-            block = Block(attention, Mlp(self.architecture, weights, f"{prefix}block.mlp."))
+            block = Block(attention, self._mlp(weights, f"{prefix}block.mlp."))
         if early_exit.use_exit_norm:
             norm = make_norm(self.architecture, weights, f"{prefix}norm.")
         projection = weights.get(f"{prefix}projection.weight", self.word_embeddings)
-        return Head(mlp, block, norm, projection)
+        return self._head(mlp, block, norm, projection)

@@ -1,0 +1,91 @@
+"""A model divided over the ranks of one tensor-parallel group.
+
+Each rank has a part of the attention heads and of the MLPs' inner entries, and adds its part of
+what they give to the residual stream, which all ranks have whole. A projection to the vocabulary
+is computed by rows, and the logits are gathered; its matrix is in every rank's memory whole, as
+the embedding that it may be. All ranks see the same bits, so they decide alike without a word.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, distributed
+
+from megatron.early_exit.checkpoint.architecture import Architecture
+
+_DIVIDED_BY_ROWS = ("linear_qkv.weight", "linear_qkv.bias")
+_DIVIDED_BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
+_GATED = ("linear_fc1.weight", "linear_fc1.bias")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorParallel:
+    """The group, and this rank's place in it.
+
+    Attributes:
+        group: the ranks that hold one model, or one stage of it, together.
+        rank: of this process in the group.
+        size: ranks of the group, 2 or more.
+    """
+
+    group: distributed.ProcessGroup
+    rank: int
+    size: int
+
+    def architecture(self, whole: Architecture) -> Architecture:
+        """The shape of this rank's part.
+
+        Raises:
+            ValueError: the model cannot be divided by that many ranks.
+        """
+        for name in ("num_query_groups", "ffn_hidden_size"):
+            if getattr(whole, name) % self.size:
+                raise ValueError(
+                    f"tensor_parallel {self.size} is not possible, allowed: divisors of the "
+                    f"model's {name} {getattr(whole, name)}"
+                )
+        return replace(
+            whole,
+            num_attention_heads=whole.num_attention_heads // self.size,
+            num_query_groups=whole.num_query_groups // self.size,
+            ffn_hidden_size=whole.ffn_hidden_size // self.size,
+        )
+
+    def weight(self, name: str, whole: Tensor, gated: bool) -> Tensor:
+        """This rank's part of a layer's tensor; others are whole on every rank.
+
+        Args:
+            name: of the tensor, see `megatron.early_exit.checkpoint.weights`.
+            whole: the tensor.
+            gated: MLPs are gated.
+        """
+        if name.endswith(_DIVIDED_BY_ROWS):
+            return self._part(whole, dim=0)
+        if name.endswith(_DIVIDED_BY_COLUMNS):
+            return self._part(whole, dim=1)
+        if name.endswith(_GATED):
+            halves = whole.chunk(2) if gated else (whole,)
+            return torch.cat([self._part(half, dim=0) for half in halves])
+        return whole
+
+    def _part(self, whole: Tensor, dim: int) -> Tensor:
+        return whole.chunk(self.size, dim)[self.rank].clone()
+
+    def rows(self, projection: Tensor) -> Tensor:
+        """This rank's rows of a projection [v, h]; each rank has as many, the last ones zeros."""
+        count = -(-len(projection) // self.size)
+        rows = projection[self.rank * count : (self.rank + 1) * count]
+        if len(rows) == count:
+            return rows
+        return torch.cat((rows, rows.new_zeros(count - len(rows), rows.shape[1])))
+
+    def reduce(self, part: Tensor) -> Tensor:
+        """The sum of what the ranks have; `part` is written over."""
+        distributed.all_reduce(part, group=self.group)
+        return part
+
+    def gather(self, part: Tensor, vocab_size: int) -> Tensor:
+        """Logits [n, v] from those of each rank's rows."""
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        distributed.all_gather(parts, part.contiguous(), group=self.group)
+        return torch.cat(parts, dim=1)[:, :vocab_size]
