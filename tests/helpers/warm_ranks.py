@@ -10,6 +10,7 @@ import os
 import queue
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,7 +27,6 @@ class WarmRanks:
     """The process that the ranks are forked from; a context manager."""
 
     def __init__(self) -> None:
-        self._next_port = 20_000 + os.getpid() % 10_000
         self._server = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -70,11 +70,13 @@ class WarmRanks:
         Args:
             folder: gets the output of rank N in `rankN.log`.
         """
-        self._next_port += 1
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
         folder.mkdir(parents=True, exist_ok=True)
         common = {
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self._next_port),
+            "MASTER_PORT": str(port),
             "WORLD_SIZE": str(nproc),
             "LOCAL_WORLD_SIZE": str(nproc),
             **(env or {}),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from tests.helpers.reference_decoder import all_logits
 from tests.helpers.tiny_models import LLAMA, make_model
 
 MODEL = make_model(exits=(1, 3), use_exit_norm=True)
@@ -147,3 +148,93 @@ def test_statistics_count_tokens_and_time():
     assert statistics.decode_tokens_per_second == pytest.approx(speed)
     single = engine.generate([PROMPT], SamplingParams(max_tokens=1))[0].statistics
     assert single.decode_tokens_per_second == 0
+
+
+def test_a_stop_string_ends_the_text_before_it():
+    engine = EarlyExitEngine(MODEL.segmented, Letters())
+    free = engine.generate("AB", SamplingParams(max_tokens=12, ignore_eos=True))[0]
+    stop = free.text[4:6]
+    params = SamplingParams(max_tokens=12, ignore_eos=True, stop=(stop,))
+    result = engine.generate("AB", params)[0]
+    assert result.text == free.text[: free.text.index(stop)]
+    assert (result.finish_reason, result.stop_reason) == ("stop", stop)
+
+
+def test_echo_puts_the_prompt_in_front():
+    engine = EarlyExitEngine(MODEL.segmented, Letters())
+    plain = engine.generate("AB", SamplingParams(max_tokens=4))[0]
+    echoed = engine.generate("AB", SamplingParams(max_tokens=4, echo=True))[0]
+    assert echoed.text == "AB" + plain.text == "".join(echoed.token_texts)
+    alone = engine.generate("AB", SamplingParams(max_tokens=0, echo=True))[0]
+    assert (alone.text, alone.token_ids, alone.finish_reason) == ("AB", [], "length")
+
+
+def test_scores_of_a_prompt_are_the_full_models():
+    tokens = [5, 17, 3, 44, 8]
+    params = SamplingParams(max_tokens=0, prompt_logprobs=2)
+    result = EarlyExitEngine(MODEL.segmented).generate([tokens], params)[0]
+    expected = all_logits(MODEL, tokens)["final"].log_softmax(-1)
+    assert [one.token_id for one in result.prompt_tokens] == tokens
+    assert result.prompt_tokens[0].logprob is None
+    for index, one in enumerate(result.prompt_tokens[1:]):
+        assert one.logprob == pytest.approx(float(expected[index][one.token_id]), abs=1e-4)
+        best = expected[index].topk(2)
+        assert [token for token, _ in one.top_logprobs] == best.indices.tolist()
+        assert [value for _, value in one.top_logprobs] == pytest.approx(
+            best.values.tolist(), abs=1e-4
+        )
+
+
+@pytest.mark.parametrize("mode", ["full", "early_exit", "self_speculative"])
+def test_top_logprobs_hold_the_greedy_token(mode):
+    params = SamplingParams(max_tokens=6, logprobs=3, mode=mode)
+    result = EarlyExitEngine(MODEL.segmented).generate([PROMPT], params)[0]
+    for token, logprob, top in zip(
+        result.token_ids, result.logprobs, result.top_logprobs, strict=True
+    ):
+        assert top[0] == (token, pytest.approx(logprob, abs=1e-5))
+        assert len(top) == 3
+
+
+@pytest.mark.parametrize("mode", ["full", "early_exit"])
+def test_details_tell_of_every_enabled_exit(mode):
+    params = SamplingParams(max_tokens=6, mode=mode, exit_details=True)
+    result = EarlyExitEngine(MODEL.segmented).generate([PROMPT], params)[0]
+    tokens = list(PROMPT)
+    for token, layer, heads in zip(result.token_ids, result.exit_layers, result.heads, strict=True):
+        logits = all_logits(MODEL, tokens)
+        assert [head.layer for head in heads] == [n for n in (1, 3, 4) if n <= layer]
+        for head in heads:
+            expected = logits["final" if head.layer == 4 else head.layer][-1].softmax(-1)
+            assert head.token_id == int(expected.argmax())
+            assert head.confidence == pytest.approx(float(expected.max()), rel=1e-3)
+        tokens.append(token)
+
+
+def test_a_cancelled_request_keeps_what_it_has():
+    engine = EarlyExitEngine(MODEL.segmented, max_batch_size=1)
+    free = engine.generate([PROMPT], SamplingParams(max_tokens=20))[0]
+    request = engine.submit(PROMPT, SamplingParams(max_tokens=20))
+    waiting = engine.submit(PROMPT, SamplingParams(max_tokens=2))
+    while len(request.tokens) < 3:
+        engine.loop.step()
+    engine.cancel(request)
+    result = request.result()
+    assert (result.token_ids, result.finish_reason) == (free.token_ids[:3], "cancelled")
+    while not waiting.is_finished:
+        engine.loop.step()
+    assert waiting.result().token_ids == free.token_ids[:2]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[]], "prompts: a prompt is empty"),
+        ([1, 2, 3], "prompts: 1 is not a prompt"),
+        ([[1, 10_000]], "prompts: token 10000 is unknown"),
+        ([[1] * 1000], "prompts: a prompt of 1000 tokens is too long"),
+    ],
+)
+def test_prompts_out_of_range(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        EarlyExitEngine(MODEL.segmented).generate(prompts)

@@ -12,21 +12,18 @@ from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from megatron.early_exit.checkpoint.weights import load_weights
 from megatron.early_exit.inference.loop import DecodingLoop
-from megatron.early_exit.inference.modes import Chooser, DecodingMode, EarlyExitMode, FullMode
 from megatron.early_exit.inference.params import SamplingParams
-from megatron.early_exit.inference.passes import Span
 from megatron.early_exit.inference.request import Request
+from megatron.early_exit.inference.request_factory import RequestFactory
 from megatron.early_exit.inference.results import GeneratedToken, GenerationResult
 from megatron.early_exit.inference.runner import SegmentRunner
-from megatron.early_exit.inference.sampling import Sampler
 from megatron.early_exit.inference.scheduler import Scheduler
+from megatron.early_exit.inference.scoring import assess_prompt, score_prompt
 from megatron.early_exit.inference.segments import SegmentedModel
-from megatron.early_exit.inference.speculative import SelfSpeculativeMode
 
 Prompts = str | abc.Sequence[str] | abc.Sequence[abc.Sequence[int]]
 DEFAULT_MAX_PENDING = 64
 DEFAULT_MAX_BATCH_SIZE = 16
-_ARGMAX_CHUNK = 256
 
 
 class EarlyExitEngine:
@@ -72,7 +69,16 @@ class EarlyExitEngine:
             SegmentRunner(model, max_batch_size, length),
             Scheduler(len(model.segments), max_batch_size),
         )
-        self._num_requests = 0
+        self._requests = RequestFactory(
+            vocab_size=model.architecture.vocab_size,
+            num_layers=model.architecture.num_layers,
+            exit_layers=self.exit_layers,
+            max_sequence_length=length,
+            max_pending=max_pending,
+            tokenizer=tokenizer,
+            eod_id=self.eod_id,
+            device=model.device,
+        )
 
     @classmethod
     def from_checkpoint(
@@ -154,7 +160,6 @@ class EarlyExitEngine:
         try:
             for request in requests:
                 self.loop.submit(request)
-
             while any(not request.is_finished for request in requests):
                 self.loop.step()
         finally:
@@ -198,6 +203,10 @@ class EarlyExitEngine:
         if request.error is not None:
             raise FloatingPointError(request.error)
 
+    def cancel(self, request: Request) -> None:
+        """End a request; its result has what it got so far."""
+        self.loop.cancel(request.key)
+
     def argmax_tokens(self, token_ids: abc.Sequence[int]) -> list[int]:
         """What the full model finds most probable behind every prefix of a sequence, in one pass.
 
@@ -207,99 +216,16 @@ class EarlyExitEngine:
         Raises:
             ValueError: `token_ids` is empty, too long or has unknown tokens.
         """
-        tokens = self._check_tokens(
-            list(token_ids), self.model.architecture.max_position_embeddings
-        )
-        with torch.inference_mode():
-            runner = SegmentRunner(self.model, num_slots=1, capacity=len(tokens))
-            span = [Span(0, 0, len(tokens))]
-            for index in range(len(self.model.segments)):
-                hidden = runner.run(index, span, tokens)
-            chunks = hidden.split(_ARGMAX_CHUNK)
-            best = [self.model.final_head.logits(chunk).argmax(dim=-1) for chunk in chunks]
-            return [int(token) for token in torch.cat(best)]
-
-    def encode_prompt(self, prompt: str | abc.Sequence[int]) -> list[int]:
-        """The token ids of a prompt, checked.
-
-        Raises:
-            ValueError: the prompt is empty, leaves no room for a token, or has unknown tokens.
-        """
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(
-                    "prompts: a text needs a tokenizer that inference supports, and this model "
-                    "has none; allowed: lists of token ids"
-                )
-            tokens = self.tokenizer.encode(prompt)
-        else:
-            tokens = list(prompt)
-        return self._check_tokens(tokens, self.max_sequence_length - 1)
-
-    def _check_tokens(self, tokens: list[int], longest: int) -> list[int]:
-        if not tokens:
-            raise ValueError("prompts: a prompt is empty, allowed: 1 token or more")
-        if len(tokens) > longest:
-            raise ValueError(
-                f"prompts: a prompt of {len(tokens)} tokens is too long, allowed: up to {longest}"
-            )
-        size = self.model.architecture.vocab_size
-        for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size:
-                raise ValueError(f"prompts: token {token!r} is unknown, allowed: 0 to {size - 1}")
-        return tokens
-
-    def _mode(self, params: SamplingParams, chooser: Chooser, room: int) -> DecodingMode:
-        for token in params.stop_token_ids:
-            if not 0 <= token < self.model.architecture.vocab_size:
-                raise ValueError(
-                    f"stop_token_ids {token} is out of range, allowed: 0 to "
-                    f"{self.model.architecture.vocab_size - 1}"
-                )
-        known = self.exit_layers
-        wanted = known if params.exit_layers is None else params.exit_layers
-        if unknown := sorted(set(wanted) - set(known)):
-            raise ValueError(f"exit_layers {unknown[0]} is unknown, allowed: {_listed(known)}")
-        exits = frozenset(known.index(layer) for layer in wanted)
-        if params.mode == "full":
-            return FullMode(chooser, exits if params.exit_details else frozenset())
-        if params.mode == "early_exit":
-            return EarlyExitMode(
-                chooser, params.threshold, exits, self.max_pending, params.exit_details
-            )
-        layer = params.draft_exit_layer
-        if layer is None and known:
-            layer = known[0]
-        if layer not in known:
-            raise ValueError(f"draft_exit_layer {layer} is unknown, allowed: {_listed(known)}")
-        return SelfSpeculativeMode(
-            chooser, known.index(layer), params.num_draft_tokens, params.draft_confidence, room
-        )
+        tokens = self._requests.encode(token_ids)
+        return [assessment.best_token for assessment in assess_prompt(self.model, tokens)]
 
     def _request(self, prompt: str | abc.Sequence[int], params: SamplingParams) -> Request:
-        tokens = self.encode_prompt(prompt)
-        room = min(params.max_tokens, self.max_sequence_length - len(tokens))
-        stops = set(params.stop_token_ids)
-        if self.eod_id is not None and not params.ignore_eos:
-            stops.add(self.eod_id)
-        generated: list[int] = []
-        sampler = Sampler(
-            params, tokens, stops, self.model.architecture.vocab_size, self.model.device
-        )
-        layers = (*self.exit_layers, self.model.architecture.num_layers)
-        mode = self._mode(params, Chooser(params, sampler, generated, layers), room)
-        self._num_requests += 1
-        return Request(
-            self._num_requests,
-            tokens,
-            params,
-            room,
-            frozenset(stops),
-            mode,
-            generated,
-            self.tokenizer,
-        )
-
-
-def _listed(layers: abc.Sequence[int]) -> str:
-    return ", ".join(map(str, layers)) or "none, the model has no exits"
+        request = self._requests.build(prompt, params)
+        if params.prompt_logprobs is not None:
+            try:
+                request.prompt_tokens = score_prompt(
+                    self.model, request.prompt, params.prompt_logprobs
+                )
+            except FloatingPointError as error:
+                request.fail(str(error))
+        return request

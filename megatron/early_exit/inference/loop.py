@@ -32,13 +32,17 @@ class DecodingLoop:
         self.requests: dict[int, Request] = {}
 
     def submit(self, request: Request) -> None:
-        """Take in a request; it starts when a slot is free."""
+        """Take in a request; it starts when a slot is free, and needs none where it is finished."""
+        if request.is_finished:
+            return
         self.requests[request.key] = request
         self.scheduler.add(request.key, request.length)
 
     def cancel(self, key: int) -> None:
-        """Forget a request that is under way; nothing happens where there is none."""
-        if self.requests.pop(key, None) is not None:
+        """End a request that is under way; nothing happens where there is none."""
+        request = self.requests.pop(key, None)
+        if request is not None:
+            request.cancel()
             self.scheduler.remove(key)
 
     def step(self) -> list[tuple[Request, GeneratedToken]]:

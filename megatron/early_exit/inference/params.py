@@ -152,6 +152,10 @@ class SamplingParams:
             self.max_tokens > 0 or scores,
             "1 or more, or 0 with echo or prompt_logprobs",
         )
+        drafts = self.mode == "self_speculative"
+        self._check(
+            "exit_details", not (self.exit_details and drafts), f"False with mode={self.mode!r}"
+        )
         defaults = {field.name: field.default for field in fields(self)}
         unused = [name for name, mode in _MODE_OF_FIELD.items() if mode != self.mode]
         if self.mode != "early_exit" and not self.exit_details:

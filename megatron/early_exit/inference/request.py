@@ -2,7 +2,6 @@
 
 from time import perf_counter
 
-from megatron.early_exit.checkpoint.tokenizer import Tokenizer
 from megatron.early_exit.inference.modes import Choice, DecodingMode
 from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.inference.results import (
@@ -10,8 +9,9 @@ from megatron.early_exit.inference.results import (
     GeneratedToken,
     GenerationResult,
     GenerationStatistics,
+    PromptToken,
 )
-from megatron.early_exit.inference.text import TextStream
+from megatron.early_exit.inference.stopping import Stopping
 
 
 class Request:
@@ -21,11 +21,15 @@ class Request:
         key: names it in the engine.
         prompt: its token ids.
         params: how to continue.
-        room: most tokens that it may get.
-        stops: tokens that end it.
         mode: how it gets its tokens.
         generated: list that its tokens go into; the mode reads it.
-        tokenizer: None where the model has none.
+        stopping: tells when it ends, and what its text is.
+        echo: the text of the prompt, where it goes in front of the text.
+
+    Attributes:
+        tokens: what it has got so far.
+        prompt_tokens: scores of the prompt, where they were asked for.
+        error: why it failed; None where it did not.
     """
 
     def __init__(
@@ -33,18 +37,18 @@ class Request:
         key: int,
         prompt: list[int],
         params: SamplingParams,
-        room: int,
-        stops: frozenset[int],
         mode: DecodingMode,
         generated: list[int],
-        tokenizer: Tokenizer | None,
+        stopping: Stopping,
+        echo: str = "",
     ) -> None:
         self.key, self.prompt, self.params = key, prompt, params
-        self.room, self.mode, self.generated = room, mode, generated
+        self.mode, self.generated = mode, generated
         self.tokens: list[GeneratedToken] = []
+        self.prompt_tokens: list[PromptToken] | None = None
         self.error: str | None = None
-        self._stops = stops
-        self._text = None if tokenizer is None else TextStream(tokenizer, prompt)
+        self._stopping, self._echo = stopping, echo
+        self._is_cancelled = False
         self._times = [perf_counter()] * 3
 
     @property
@@ -53,9 +57,16 @@ class Request:
         return len(self.prompt) + len(self.generated) + len(self.mode.drafts)
 
     @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why nothing more will come; None while something may."""
+        if self.error is not None:
+            return "error"
+        return "cancelled" if self._is_cancelled else self._stopping.finish_reason
+
+    @property
     def is_finished(self) -> bool:
         """Whether nothing more will come."""
-        return self.error is not None or bool(self.tokens and self.tokens[-1].finish_reason)
+        return self.finish_reason is not None
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """The tokens at some positions."""
@@ -71,23 +82,16 @@ class Request:
         """Add a token."""
         self._times[1 if not self.tokens else 2] = perf_counter()
         self.generated.append(choice.token_id)
-        reason: FinishReason | None = None
-        if choice.token_id in self._stops:
-            reason = "stop"
-        elif len(self.generated) == self.room:
-            reason = "length"
-        piece = None
-        if self._text is not None:
-            at_end = reason is not None
-            stopped = reason == "stop"
-            piece = self._text.flush() if stopped else self._text.add(choice.token_id, at_end)
+        piece = self._stopping.add(choice.token_id)
+        if not self.tokens and piece is not None:
+            piece = self._echo + piece
         token = GeneratedToken(
             choice.token_id,
             piece,
             choice.exit_layer,
             choice.confidence,
             choice.logprob,
-            reason,
+            self._stopping.finish_reason,
             choice.top_logprobs,
             choice.heads,
         )
@@ -98,20 +102,22 @@ class Request:
         """End it with an error; what it has got so far stays."""
         self.error = error
 
+    def cancel(self) -> None:
+        """End it because nobody wants it any more; what it has got so far stays."""
+        self._is_cancelled = not self.is_finished
+
     def result(self) -> GenerationResult:
         """The answer; the request has ended."""
-        tokens = self.tokens
-        texts = None if self._text is None else [token.text or "" for token in tokens]
+        tokens, reason = self.tokens, self.finish_reason
+        assert reason is not None
+        texts = None if not self._stopping.has_text else [token.text or "" for token in tokens]
         start, first, end = self._times
         count = len(tokens)
-        reason: FinishReason = "error"
-        if self.error is None:
-            assert tokens[-1].finish_reason is not None
-            reason = tokens[-1].finish_reason
+        text = None if texts is None else "".join(texts) if texts else self._echo
         return GenerationResult(
             prompt_token_ids=self.prompt,
             token_ids=[token.token_id for token in tokens],
-            text=None if texts is None else "".join(texts),
+            text=text,
             token_texts=texts,
             exit_layers=[token.exit_layer for token in tokens],
             confidences=[token.confidence for token in tokens],
@@ -120,7 +126,9 @@ class Request:
             statistics=GenerationStatistics(
                 len(self.prompt), count, first - start, end - first if count > 1 else 0.0
             ),
+            stop_reason=self._stopping.stop_reason,
             error=self.error,
             top_logprobs=[token.top_logprobs for token in tokens],
             heads=[token.heads for token in tokens],
+            prompt_tokens=self.prompt_tokens,
         )

@@ -17,6 +17,17 @@ class HeadReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptToken:
+    """The score of one token of a prompt."""
+
+    token_id: int
+    logprob: float | None
+    """Logarithm of its probability behind those before it; None for the first."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """The most probable tokens in its place, as many as were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
 class GeneratedToken:
     """One token, as it leaves the engine."""
 
@@ -74,9 +85,13 @@ class GenerationResult:
     """Logarithm of each token's own probability there, before temperature and filters."""
     finish_reason: FinishReason
     statistics: GenerationStatistics
+    stop_reason: str | int | None = None
+    """The stop string, or the one of the request's stop tokens, that ended it."""
     error: str | None = None
     """What went wrong, where `finish_reason` is `error`."""
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     """For each token, the most probable ones in its place, as many as were asked for."""
     heads: list[tuple[HeadReport, ...]] = field(default_factory=list)
     """With `exit_details`, what each head on the way to each token found best."""
+    prompt_tokens: list[PromptToken] | None = None
+    """The full model's scores of the prompt, where they were asked for."""

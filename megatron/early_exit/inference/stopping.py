@@ -124,6 +124,11 @@ class Stopping:
         self._text = text
         self._strings = StopStrings(params.stop)
 
+    @property
+    def has_text(self) -> bool:
+        """Whether tokens have a text."""
+        return self._text is not None
+
     def add(self, token_id: int) -> str | None:
         """Take the next token; gives the text that is certain now and was not before it.
 

@@ -1,0 +1,147 @@
+"""From a prompt and its parameters to a request that an engine can run, or a refusal."""
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import count
+
+import torch
+
+from megatron.early_exit.checkpoint.tokenizer import Tokenizer
+from megatron.early_exit.inference.modes import Chooser, DecodingMode, EarlyExitMode, FullMode
+from megatron.early_exit.inference.params import SamplingParams
+from megatron.early_exit.inference.request import Request
+from megatron.early_exit.inference.sampling import Sampler
+from megatron.early_exit.inference.speculative import SelfSpeculativeMode
+from megatron.early_exit.inference.stopping import Stopping, stop_token_ids
+from megatron.early_exit.inference.text import TextStream
+
+
+class RequestFactory:
+    """Checks what depends on the model.
+
+    Args:
+        vocab_size: tokens that the model knows.
+        num_layers: of its backbone.
+        exit_layers: its exits, each named by the number of backbone layers before it.
+        max_sequence_length: most tokens of a sequence.
+        max_pending: see `EarlyExitMode`.
+        tokenizer: None where prompts are token ids only.
+        eod_id: the token that ends a document, if there is one.
+        device: where logits are.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        num_layers: int,
+        exit_layers: tuple[int, ...],
+        max_sequence_length: int,
+        max_pending: int,
+        tokenizer: Tokenizer | None,
+        eod_id: int | None,
+        device: torch.device,
+    ) -> None:
+        self.vocab_size, self.num_layers = vocab_size, num_layers
+        self.exit_layers = exit_layers
+        self.max_sequence_length, self.max_pending = max_sequence_length, max_pending
+        self.tokenizer, self.eod_id, self.device = tokenizer, eod_id, device
+        self._keys = count(1)
+
+    def build(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+        """The request.
+
+        Raises:
+            ValueError: the prompt is empty, too long or has unknown tokens, or `params` asks for
+                what the model does not have.
+        """
+        if params.seed is None and params.temperature > 0:
+            params = replace(params, seed=secrets.randbits(63))
+        tokens = self.encode(prompt, room=min(params.max_tokens, 1))
+        room = min(params.max_tokens, self.max_sequence_length - len(tokens))
+        self._check_tokens("stop_token_ids", params.stop_token_ids)
+        stops = stop_token_ids(params, self.eod_id)
+        sampler = Sampler(params, tokens, stops, self.vocab_size, self.device)
+        chooser = Chooser(params, sampler, [], (*self.exit_layers, self.num_layers))
+        text = None if self.tokenizer is None else TextStream(self.tokenizer, tokens)
+        echo = ""
+        if params.echo and self.tokenizer is not None:
+            echo = prompt if isinstance(prompt, str) else self.tokenizer.decode(tokens)
+        return Request(
+            next(self._keys),
+            tokens,
+            params,
+            self._mode(params, chooser, room),
+            chooser.generated,
+            Stopping(params, stops, room, text),
+            echo,
+        )
+
+    def encode(self, prompt: str | Sequence[int], room: int = 0) -> list[int]:
+        """The token ids of a prompt, checked.
+
+        Args:
+            room: tokens that must have room behind it.
+
+        Raises:
+            ValueError: the prompt is empty, too long, or has unknown tokens.
+        """
+        if not isinstance(prompt, str):
+            tokens = list(_checked_iterable(prompt))
+        elif self.tokenizer is None:
+            raise ValueError(
+                "prompts: a text needs a tokenizer that inference supports, and this model has "
+                "none; allowed: lists of token ids"
+            )
+        else:
+            tokens = self.tokenizer.encode(prompt)
+        if not tokens:
+            raise ValueError("prompts: a prompt is empty, allowed: 1 token or more")
+        longest = self.max_sequence_length - room
+        if len(tokens) > longest:
+            raise ValueError(
+                f"prompts: a prompt of {len(tokens)} tokens is too long, allowed: up to {longest}"
+            )
+        self._check_tokens("prompts: token", tokens)
+        return tokens
+
+    def _check_tokens(self, name: str, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            is_integer = isinstance(token, int) and not isinstance(token, bool)
+            if not is_integer or not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"{name} {token!r} is unknown, allowed: 0 to {self.vocab_size - 1}"
+                )
+
+    def _mode(self, params: SamplingParams, chooser: Chooser, room: int) -> DecodingMode:
+        known = self.exit_layers
+        wanted = known if params.exit_layers is None else params.exit_layers
+        exits = frozenset(self._exit_index("exit_layers", layer) for layer in wanted)
+        if params.mode == "full":
+            return FullMode(chooser, exits if params.exit_details else frozenset())
+        if params.mode == "early_exit":
+            return EarlyExitMode(
+                chooser, params.threshold, exits, self.max_pending, params.exit_details
+            )
+        layer = params.draft_exit_layer
+        if layer is None:
+            layer = known[0] if known else 0
+        draft_exit = self._exit_index("draft_exit_layer", layer)
+        return SelfSpeculativeMode(
+            chooser, draft_exit, params.num_draft_tokens, params.draft_confidence, room
+        )
+
+    def _exit_index(self, name: str, layer: int) -> int:
+        if layer not in self.exit_layers:
+            known = ", ".join(map(str, self.exit_layers)) or "none, the model has no exits"
+            raise ValueError(f"{name} {layer} is unknown, allowed: {known}")
+        return self.exit_layers.index(layer)
+
+
+def _checked_iterable(prompt: object) -> Iterable[int]:
+    if not isinstance(prompt, Iterable):
+        raise ValueError(
+            f"prompts: {prompt!r} is not a prompt, allowed: a text or a list of token ids"
+        )
+    return prompt

@@ -1,0 +1,204 @@
+"""Generate text with a checkpoint, with or without its exits:
+
+    python tools/generate.py --load checkpoint --prompt "def main():" \\
+        --mode early_exit --early-exit-threshold 0.5 --max-tokens 100
+
+prints the text, on a terminal coloured by the exit that gave each token. With --prompts-file the
+prompts are JSON lines, {"prompt": "..."} each; with --output the results are JSON lines with every
+field of a result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+
+from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COLOURS = ("\x1b[42m\x1b[30m", "\x1b[46m\x1b[30m", "\x1b[43m\x1b[30m", "\x1b[45m\x1b[37m")
+RESET = "\x1b[0m"
+_LISTS = {"stop": str, "stop_token_ids": int, "exit_layers": int}
+_SWITCHES = ("ignore_eos", "echo", "exit_details")
+_INTEGERS = (
+    *("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"),
+    *("num_draft_tokens", "draft_exit_layer"),
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The result for one prompt, or why there is none."""
+
+    prompt: str
+    result: GenerationResult | None
+    error: str | None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--load", type=Path, required=True, help="save directory, or one iteration")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", help="one prompt")
+    prompts.add_argument("--prompts-file", type=Path, help='JSON lines, {"prompt": "..."} each')
+    parser.add_argument("--output", type=Path, help="write results as JSON lines to this file")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: what the model was trained in")
+    parser.add_argument("--device", help="default: the first GPU if there is one, else cpu")
+    parser.add_argument("--max-batch-size", type=int, default=16, help="default: %(default)s")
+    request = parser.add_argument_group("request", "see SamplingParams for what each means")
+    for field in fields(SamplingParams):
+        flag, name = "--" + field.name.replace("_", "-"), field.name
+        default = f"default: {field.default}"
+        if name in _SWITCHES:
+            request.add_argument(flag, action="store_true")
+        elif name in _LISTS:
+            request.add_argument(flag, nargs="+", type=_LISTS[name], help="default: none")
+        elif name == "mode":
+            choices = ("full", "early_exit", "self_speculative")
+            request.add_argument(flag, choices=choices, default="full", help="default: %(default)s")
+        else:
+            kind = int if name in _INTEGERS else float
+            request.add_argument(flag, type=kind, default=field.default, help=default)
+    return parser
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """The request that the command line makes.
+
+    Raises:
+        ValueError: a value is out of range; named by its flag.
+    """
+    given = {field.name: getattr(args, field.name) for field in fields(SamplingParams)}
+    try:
+        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise ValueError(f"--{name.replace('_', '-')} {rest}") from error
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file of JSON lines.
+
+    Raises:
+        ValueError: the file cannot be read, or a line is not what it should be.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts-file {path} cannot be read: {error}") from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise ValueError(f'--prompts-file {path}, line {number}: expected {{"prompt": "..."}}')
+        prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"--prompts-file {path} has no prompts")
+    return prompts
+
+
+def answers(
+    engine: EarlyExitEngine, prompts: Sequence[str], params: SamplingParams, bar: tqdm[Any]
+) -> Iterator[Answer]:
+    """The answers in the order of the prompts, each as soon as it and those before it are there."""
+    requests = []
+    for prompt in prompts:
+        try:
+            requests.append(engine.submit(prompt, params))
+        except ValueError as error:
+            requests.append(str(error))
+    for prompt, request in zip(prompts, requests, strict=True):
+        if isinstance(request, str):
+            yield Answer(prompt, None, request)
+        else:
+            while not request.is_finished:
+                bar.update(len(engine.loop.step()))
+            yield Answer(prompt, request.result(), request.error)
+
+
+def show_stream(engine: EarlyExitEngine, prompt: str, params: SamplingParams, out: TextIO) -> None:
+    """Print one text as it grows, each token on the colour of its exit where `out` is a
+    terminal."""
+    layers = (*engine.exit_layers, engine.model.architecture.num_layers)
+    colour = out.isatty() and "NO_COLOR" not in os.environ
+    marks = {layer: COLOURS[i % len(COLOURS)] if colour else "" for i, layer in enumerate(layers)}
+    reset = RESET if colour else ""
+    counts = dict.fromkeys(layers, 0)
+    for token in engine.stream(prompt, params):
+        counts[token.exit_layer] += 1
+        # A background must not run over the end of a line.
+        pieces = (token.text or "").split("\n")
+        mark = marks[token.exit_layer]
+        out.write("\n".join(f"{mark}{piece}{reset}" if piece else "" for piece in pieces))
+        out.flush()
+    out.write("\n")
+    if len(layers) > 1:
+        legend = (f"{marks[n]}layer {n}{reset}: {count} tokens" for n, count in counts.items())
+        print(", ".join(legend), file=sys.stderr)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer all prompts.
+
+    Raises:
+        ValueError: a flag or what it names cannot be used.
+    """
+    params = sampling_params(args)
+    prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts_file)
+    engine = EarlyExitEngine.from_checkpoint(
+        args.load,
+        dtype=None if args.dtype is None else DTYPES[args.dtype],
+        device=args.device,
+        max_batch_size=args.max_batch_size,
+    )
+    if args.prompt is not None and args.output is None and params.max_tokens > 0:
+        show_stream(engine, args.prompt, params, sys.stdout)
+        return 0
+    failed = 0
+    out = sys.stdout if args.output is None else args.output.open("w", encoding="utf-8")
+    with out, tqdm(unit=" tokens", disable=None) as bar:
+        for answer in answers(engine, prompts, params, bar):
+            failed += answer.error is not None
+            out.write(_as_line(answer) if args.output else _as_text(answer))
+    return 1 if failed else 0
+
+
+def _as_line(answer: Answer) -> str:
+    result = {} if answer.result is None else asdict(answer.result)
+    return json.dumps({"prompt": answer.prompt, **result, "error": answer.error}) + "\n"
+
+
+def _as_text(answer: Answer) -> str:
+    if answer.result is None or answer.error is not None:
+        return f"error: {answer.error}\n"
+    return f"{answer.result.text}\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        return run(args)
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
