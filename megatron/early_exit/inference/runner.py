@@ -47,22 +47,29 @@ class SegmentRunner:
             self.model.device,
         )
 
-    def run(self, index: int, spans: Sequence[Span], tokens: Sequence[int] | None = None) -> Tensor:
+    def run(
+        self,
+        index: int,
+        spans: Sequence[Span],
+        tokens: Sequence[int] | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
         """Run a segment over positions that have been through the one before it.
 
         Args:
             index: of the segment.
             spans: sorted by `in_pass_order`.
             tokens: of the positions in the order of the spans, for the first segment.
+            hidden: [r, h], what another process has in front of the first segment, instead.
 
         Returns:
             The residual stream [r, h] of those positions behind the segment.
         """
-        if index == 0:
+        if index > 0:
+            hidden = self._gather(index - 1, spans)
+        elif hidden is None:
             assert tokens is not None
             hidden = self._embed(spans, tokens)
-        else:
-            hidden = self._gather(index - 1, spans)
         hidden = self.model.segments[index](hidden, self._pass(self._caches[index], spans))
         if index < len(self._kept):
             row = 0
