@@ -33,7 +33,7 @@ from megatron.early_exit.training.resume import (
 from megatron.early_exit.training.stored_model import StoredModel, describe_exits
 
 _SHARED_DIRECTORY_TIMEOUT_S = 120.0
-_HEAD_START_S = 5.0
+_HEAD_START_S = 15.0
 
 
 def run_as_one_process_without_launcher() -> None:
