@@ -143,10 +143,14 @@ def main() -> None:
     stage(f"A sample, at threshold {SAMPLE_THRESHOLD}", lambda: show_sample(engine))
 
     def sweep() -> None:
-        points = list(measure(engine, prompts(data / "validation.jsonl"), THRESHOLDS, MAX_TOKENS))
+        used = prompts(data / "validation.jsonl")
+        points = list(measure(engine, used, THRESHOLDS, MAX_TOKENS))
         print(table(points))
         (args.work_dir / "tradeoff.json").write_text(
             json.dumps([asdict(point) for point in points], indent=1) + "\n"
+        )
+        (args.work_dir / "prompts.jsonl").write_text(
+            "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in used)
         )
         loss_curves(run.tensorboard, args.work_dir / "losses.png")
         tradeoff_curve(points, args.work_dir / "tradeoff.png")
