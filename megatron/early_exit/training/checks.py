@@ -63,6 +63,8 @@ def check_arguments(args: Namespace, exits: EarlyExitConfig) -> None:
     chunk = args.exit_loss_chunk_tokens
     if chunk is not None and chunk < 1:
         raise ValueError(f"--exit-loss-chunk-tokens {chunk} is out of range, allowed: 1 or more")
+    if chunk is not None and not exits.positions:
+        raise ValueError("--exit-loss-chunk-tokens has no effect without --exit-layer-nums")
     if not (args.train_iters or args.train_samples or args.skip_train):
         raise ValueError("nothing says how long to train: give --train-iters or --train-samples")
     if not args.skip_train:

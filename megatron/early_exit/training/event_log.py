@@ -7,7 +7,7 @@ again, with the same values.
 
 from typing import Any
 
-from megatron.early_exit.training.logging import Progress
+from megatron.early_exit.training.progress import Progress
 
 
 class ProgressOnDisk(Progress):

@@ -1,4 +1,4 @@
-"""The exits' losses, accuracies and weights in Megatron's log, and a line of progress.
+"""The exits' losses, accuracies and weights in Megatron's log.
 
 Megatron logs what its last pipeline stage reports, and has no place where another stage could add
 to that. `log_exits` is the one patch of the training loop: it wraps `training_log`, `evaluate` and
@@ -7,18 +7,17 @@ they handle hold the exits' too. The console, TensorBoard and W&B then follow.
 """
 
 import inspect
-import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
+from megatron.training import get_tensorboard_writer, get_wandb_writer, training
 from megatron.training.utils import print_rank_last
 
 from megatron.early_exit.training.exit_loss import ExitObjective
 from megatron.early_exit.training.metrics import ExitMetrics
+from megatron.early_exit.training.progress import Progress
 
 _EXPECTED_PARAMETERS = {
     "training_log": ["loss_dict", "total_loss_dict", "learning_rate", "iteration"],
@@ -30,7 +29,7 @@ _EXPECTED_PARAMETERS = {
 }
 
 
-def log_exits(objective: ExitObjective, progress: "Progress") -> None:
+def log_exits(objective: ExitObjective, progress: Progress) -> None:
     """Add the exits' measurements to what `megatron.training` logs from now on.
 
     Raises:
@@ -64,7 +63,7 @@ def _means(metrics: ExitMetrics) -> dict[str, torch.Tensor]:
 
 
 def _with_exits(
-    training_log: Callable[..., Any], objective: ExitObjective, progress: "Progress"
+    training_log: Callable[..., Any], objective: ExitObjective, progress: Progress
 ) -> Callable[..., Any]:
     def log(
         loss_dict: dict[str, Any],
@@ -93,7 +92,7 @@ class _Evaluation:
 
     def __init__(self, objective: ExitObjective) -> None:
         self.objective = objective
-        self._accuracies: list[dict[str, float]] = []
+        self._accuracies: dict[str, float] = {}
 
     def with_losses(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
         """`evaluate`, which returns the means over one data set, with the exits' among them."""
@@ -102,84 +101,37 @@ class _Evaluation:
             losses, collected, time_is_up = evaluate(*args, **kwargs)
             means = _means(self.objective.validation_metrics)
             if not time_is_up:
-                accuracies = {name: value for name, value in means.items() if "accuracy" in name}
-                self._accuracies.append({name: value.item() for name, value in accuracies.items()})
+                accuracies = {name for name in means if "accuracy" in name}
+                self._accuracies = {
+                    name: means[name].item() for name in means if name in accuracies
+                }
                 losses.update({name: means[name] for name in means if name not in accuracies})
             return losses, collected, time_is_up
 
         return run
 
     def with_accuracies(self, evaluate_and_print: Callable[..., Any]) -> Callable[..., Any]:
-        """`evaluate_and_print_results`, which logs the means over one or several data sets."""
+        """`evaluate_and_print_results`, which logs the means over one data set."""
         signature = inspect.signature(evaluate_and_print)
 
         def run(*args: Any, **kwargs: Any) -> None:
             call = signature.bind(*args, **kwargs)
             call.apply_defaults()
-            self._accuracies.clear()
+            self._accuracies = {}
             evaluate_and_print(*args, **kwargs)
-            for suffix, accuracies in zip(_validation_suffixes(), self._accuracies, strict=False):
-                self._log(suffix, accuracies, call.arguments)
+            self._log(call.arguments)
 
         return run
 
-    def _log(self, suffix: str, accuracies: dict[str, float], call: dict[str, Any]) -> None:
-        if not accuracies:
+    def _log(self, call: dict[str, Any]) -> None:
+        if not self._accuracies:
             return
-        texts = (f"{name}: {value:.4f}" for name, value in accuracies.items())
-        print_rank_last(f" validation{suffix} at {call['prefix']} | " + " | ".join(texts))
+        texts = (f"{name}: {value:.4f}" for name, value in self._accuracies.items())
+        print_rank_last(f" validation at {call['prefix']} | " + " | ".join(texts))
         writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
         if writer is None or not call["write_to_tensorboard"]:
             return
-        for name, value in accuracies.items():
-            writer.add_scalar(f"{name} validation{suffix}", value, call["iteration"])
+        for name, value in self._accuracies.items():
+            writer.add_scalar(f"{name} validation", value, call["iteration"])
             if wandb_writer:
-                wandb_writer.log({f"{name} validation{suffix}": value}, call["iteration"])
-
-
-def _validation_suffixes() -> list[str]:
-    """What Megatron adds to the names of figures, for each validation set."""
-    args = get_args()
-    if not args.multiple_validation_sets:
-        return [""]
-    names = args.validation_set_names or range(len(args.eval_iters))
-    return [f"-{name}" for name in names]
-
-
-class Progress:
-    """Prints how far the run is, how fast it goes, and when it will be done.
-
-    Args:
-        iterations: iterations of the whole run.
-        interval: iterations between lines.
-        tokens_per_iteration: current number of tokens in a global batch.
-    """
-
-    def __init__(
-        self, iterations: int, interval: int, tokens_per_iteration: Callable[[], int]
-    ) -> None:
-        self.iterations = iterations
-        self.interval = interval
-        self.tokens_per_iteration = tokens_per_iteration
-        self._last: tuple[int, float] | None = None
-
-    def report(self, iteration: int) -> None:
-        """Called after each iteration; prints every `interval` of them, on the last rank."""
-        now = time.monotonic()
-        if self._last is None:
-            # The first iteration pays for allocations and compilation: measure from its end.
-            self._last = (iteration, now)
-            return
-        if iteration % self.interval != 0:
-            return
-        steps, seconds = iteration - self._last[0], now - self._last[1]
-        self._last = (iteration, now)
-        if steps <= 0:
-            return
-        left = timedelta(seconds=round((self.iterations - iteration) * seconds / steps))
-        tokens = steps * self.tokens_per_iteration() / seconds
-        share = iteration / self.iterations
-        print_rank_last(
-            f" progress: {share:4.0%} ({iteration}/{self.iterations}) | "
-            f"{tokens:,.0f} tokens/s | time left {left}"
-        )
+                wandb_writer.log({f"{name} validation": value}, call["iteration"])
