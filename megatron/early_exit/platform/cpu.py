@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import os
 import resource
 import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 
 from megatron.early_exit.platform.replace import replace
@@ -73,13 +73,13 @@ class _Stream:
 
 def _peak_memory() -> int:
     """Bytes: the largest resident size that this process had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _memory() -> int:
     """Bytes: the resident size of this process."""
-    with open("/proc/self/statm", encoding="ascii") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.Process().memory_info().rss)
 
 
 def _do_nothing() -> Callable[..., None]:
