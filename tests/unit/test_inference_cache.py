@@ -35,12 +35,11 @@ def test_attention_of_any_batch_is_that_of_each_sequence_alone(spans, groups, pe
         cache.data[1, slot, :start] = full[slot][:start]
     ordered = sorted((Span(*span) for span in spans), key=in_pass_order)
     this = Pass(cache, ordered, None, heads, last_only=last)
-    this.write(1, torch.cat([full[slot][start:end] for slot, start, end in ordered]))
+    new = torch.cat([full[slot][start:end] for slot, start, end in ordered])
     queries = [
         torch.randn(end - start, heads, SIZE, generator=generator) for _, start, end in ordered
     ]
-    rows = torch.cat(queries)
-    found = this.attend(1, rows if this.results is None else rows[this.results], 0.5)
+    found = this.attend(1, torch.cat((torch.cat(queries), new), dim=1).flatten(1), 0.5)
     expected = []
     for (slot, start, end), own in zip(ordered, queries, strict=True):
         keys, values = full[slot].transpose(0, 1).split(groups)

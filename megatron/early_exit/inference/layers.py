@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron.early_exit.checkpoint.architecture import Architecture
-from megatron.early_exit.inference.norms import Function, make_norm
+from megatron.early_exit.inference.linear import Function, make_addition, make_linear
+from megatron.early_exit.inference.norms import make_norm
 from megatron.early_exit.inference.passes import Pass
 from megatron.early_exit.inference.rotary import RotaryTable
 
@@ -39,13 +40,6 @@ _ACTIVATIONS: Mapping[str, Function] = {
 }
 
 
-def _add_product(x: Tensor, inner: Tensor, weight: Tensor, reduce: Function | None) -> Tensor:
-    """x + inner @ weight; `reduce` adds up the products of ranks that share the layer."""
-    if reduce is None:
-        return torch.addmm(x, inner, weight)
-    return reduce(inner @ weight).add_(x)
-
-
 class Mlp:
     """x + fc2(activation(fc1(norm(x)))).
 
@@ -63,25 +57,22 @@ class Mlp:
         prefix: str,
         reduce: Function | None = None,
     ) -> None:
-        self.reduce = reduce
         self.norm = make_norm(architecture, weights, f"{prefix}linear_fc1.layer_norm_")
-        self.fc1_weight = weights[f"{prefix}linear_fc1.weight"]
-        self.fc1_bias = weights.get(f"{prefix}linear_fc1.bias")
-        self.fc2_weight = weights[f"{prefix}linear_fc2.weight"].t()
-        self.fc2_bias = weights.get(f"{prefix}linear_fc2.bias")
+        fc1, fc2 = f"{prefix}linear_fc1.", f"{prefix}linear_fc2."
+        self.fc1 = make_linear(weights[f"{fc1}weight"], weights.get(f"{fc1}bias"))
+        self.fc2 = make_addition(weights[f"{fc2}weight"], weights.get(f"{fc2}bias"), reduce)
         self.activation = _ACTIVATIONS[architecture.activation]
         self.gated = architecture.gated_linear_unit
 
     def __call__(self, x: Tensor, _: Pass | None = None) -> Tensor:
         """[r, h] -> [r, h]"""
-        inner = functional.linear(self.norm(x), self.fc1_weight, self.fc1_bias)
+        inner = self.fc1(self.norm(x))
         if self.gated:
             gate, linear = inner.chunk(2, dim=-1)
             inner = self.activation(gate).mul_(linear)
         else:
             inner = self.activation(inner)
-        result = _add_product(x, inner, self.fc2_weight, self.reduce)
-        return result if self.fc2_bias is None else result.add_(self.fc2_bias)
+        return self.fc2(x, inner)
 
 
 class Attention:
@@ -105,7 +96,6 @@ class Attention:
         number: int,
         reduce: Function | None = None,
     ) -> None:
-        self.reduce = reduce
         self.num_heads = architecture.num_attention_heads
         self.num_groups = architecture.num_query_groups
         self.head_size = architecture.kv_channels
@@ -113,11 +103,13 @@ class Attention:
         self.number = number
         order = None if rotary is None else rotary.order
         self.norm = make_norm(architecture, weights, f"{prefix}linear_qkv.layer_norm_")
-        self.qkv_weight = self._ungroup(weights[f"{prefix}linear_qkv.weight"], order)
         bias = weights.get(f"{prefix}linear_qkv.bias")
-        self.qkv_bias = None if bias is None else self._ungroup(bias, order)
-        self.proj_weight = weights[f"{prefix}linear_proj.weight"].t()
-        self.proj_bias = weights.get(f"{prefix}linear_proj.bias")
+        self.qkv = make_linear(
+            self._ungroup(weights[f"{prefix}linear_qkv.weight"], order),
+            None if bias is None else self._ungroup(bias, order),
+        )
+        proj = f"{prefix}linear_proj."
+        self.proj = make_addition(weights[f"{proj}weight"], weights.get(f"{proj}bias"), reduce)
         self.query_norm: Function | None = None
         self.key_norm: Function | None = None
         if architecture.qk_layernorm:
@@ -137,21 +129,12 @@ class Attention:
 
     def __call__(self, x: Tensor, this: Pass) -> Tensor:
         """[r, h] -> [r, h], or only those of the rows that need a result."""
-        heads, groups, size = self.num_heads, self.num_groups, self.head_size
-        qkv = functional.linear(self.norm(x), self.qkv_weight, self.qkv_bias)
-        qkv = qkv.view(-1, heads + 2 * groups, size)
+        qkv = self.qkv(self.norm(x))
         if self.query_norm is not None and self.key_norm is not None:
-            queries, keys = qkv.narrow(1, 0, heads), qkv.narrow(1, heads, groups)
+            heads = qkv.view(-1, self.num_heads + 2 * self.num_groups, self.head_size)
+            queries = heads.narrow(1, 0, self.num_heads)
+            keys = heads.narrow(1, self.num_heads, self.num_groups)
             queries.copy_(self.query_norm(queries))
             keys.copy_(self.key_norm(keys))
-        if this.cos is not None and this.sin is not None:
-            pairs = qkv.narrow(1, 0, heads + groups).unflatten(2, (2, -1))
-            flipped = pairs.flip(2)
-            pairs.mul_(this.cos).addcmul_(flipped, this.sin)
-        this.write(self.number, qkv.narrow(1, heads, 2 * groups))
-        queries = qkv.narrow(1, 0, heads)
-        if this.results is not None:
-            queries, x = queries[this.results], x[this.results]
-        attended = this.attend(self.number, queries, self.scale)
-        result = _add_product(x, attended, self.proj_weight, self.reduce)
-        return result if self.proj_bias is None else result.add_(self.proj_bias)
+        attended = this.attend(self.number, qkv, self.scale)
+        return self.proj(x if this.results is None else x[this.results], attended)

@@ -1,6 +1,6 @@
 """Norms as plain functions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron.early_exit.checkpoint.architecture import Architecture
-
-Function = Callable[[Tensor], Tensor]
+from megatron.early_exit.inference.linear import Function
 
 
 def make_norm(architecture: Architecture, weights: Mapping[str, Tensor], prefix: str) -> Function:

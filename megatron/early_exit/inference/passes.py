@@ -6,6 +6,7 @@ key-value heads, hn head size, t positions up to the end of the longest sequence
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from torch.nn import functional
 from megatron.early_exit.inference.kv_cache import KVCache
 from megatron.early_exit.inference.rotary import RotaryTable
 
+_ROWS_OF_A_CALL = 8
+"""Rows of attention that take as long as a call of its own."""
+
 
 class Span(NamedTuple):
     """Consecutive positions of one sequence."""
@@ -23,35 +27,48 @@ class Span(NamedTuple):
     start: int
     end: int
 
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+        return self.end - self.start
 
-def in_pass_order(span: Span) -> tuple[bool, int]:
-    """Sort key of the spans of a pass: single positions first, each kind by its slots."""
-    return span.end - span.start > 1, span.slot
+
+def in_pass_order(span: Span) -> tuple[int, int]:
+    """Sort key of the spans of a pass: the shortest first, those of a length by their slots."""
+    return span.end - span.start, span.slot
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _Call:
     """Rows that attend in one call of the kernel, over the slots that they are in."""
 
-    rows: slice
-    """Of the queries."""
+    queries: slice
+    """Rows of the queries."""
+    num_slots: int
+    num_rows: int
+    """For each slot; fewer may be in use."""
     keys: tuple[Tensor, ...]
     """[slots, ng, t, hn] for each attention."""
     values: tuple[Tensor, ...]
     mask: Tensor | None
-    """[slots, 1, 1, t] or [s * np / ng, t], added to the scores; None where none is needed."""
+    """[slots, 1, 1 or rows * np / ng, t], added to the scores; None where none is needed."""
     causal: bool = False
     """The rows are all positions of a sequence from the first on."""
-    places: Tensor | None = None
-    """Which of the slots each row is in, where slots in between have no row."""
+    places: tuple[Tensor, Tensor] | None = None
+    """Slot and row of each query, where they are not simply in order."""
+    spread: Tensor | None = None
+    """[slots, rows, ng, np / ng, hn], where the queries go then; what is not in use is zero."""
 
 
 class Pass:
     """What the attentions of one pass share.
 
-    Rows are in the order of the spans. Those that are alone in their sequence attend in one call
-    over the slots from the first to the last of them: slots in between that have no row cost a
-    little arithmetic, which is less than gathering the keys and values of the others would.
+    They run one after the other, so they also share the space in which queries and keys are turned,
+    and views of it are made once instead of in every layer.
+
+    Rows are in the order of the spans. Short spans attend in one call over the slots from the first
+    to the last of them: rows and slots of that rectangle that are not in use cost some arithmetic,
+    which is less than a call for each span would.
 
     Args:
         cache: of the segment, or of an exit's block.
@@ -61,7 +78,7 @@ class Pass:
         last_only: only the last position of each span needs a result.
 
     Attributes:
-        cos, sin: rows of the rotary table [r, 1, 2, hn / 2]; None without rotary embeddings.
+        index: slot and position of each row; None where the rows are a single span.
         results: the rows that need a result; None is all of them.
     """
 
@@ -74,120 +91,121 @@ class Pass:
         last_only: bool = False,
     ) -> None:
         self.cache = cache
-        self._per_group = num_heads // cache.num_groups
-        self._singles = sum(span.end - span.start == 1 for span in spans)
-        self._spans = spans
-        self._index: tuple[Tensor, Tensor] | None = None
-        device = cache.data.device
-        if len(spans) > 1 and self._singles:
-            alone = spans[: self._singles]
-            slots = torch.tensor([span.slot for span in alone], device=device)
-            self._index = (slots, torch.tensor([span.start for span in alone], device=device))
-        self._targets = self._slices()
-        self.cos: Tensor | None = None
-        self.sin: Tensor | None = None
+        groups, data = cache.num_groups, cache.data
+        self._per_group = num_heads // groups
+        self.index = index_of(spans, data.device)
+        count = sum(end - start for _, start, end in spans)
+        heads, size = num_heads + 2 * groups, data.shape[-1]
+        # Turned in fp32, whatever the dtype: there are no complex numbers in others.
+        dtype = data.dtype if rotary is None else torch.float32
+        self._space = torch.empty(count, heads * size, dtype=dtype, device=data.device)
+        rows = self._space.view(count, heads, size)
+        self._turned: Tensor | None = None
         if rotary is not None:
-            rows = self._positions(device)
-            self.cos, self.sin = rotary.cos[rows], rotary.sin[rows]
+            pairs = rows.narrow(1, 0, num_heads + groups).unflatten(2, (-1, 2))
+            self._turned = torch.view_as_complex(pairs)
+            positions = slice(*spans[0][1:]) if self.index is None else self.index[1]
+            self._turns = rotary.turns[positions]
+        self._converted: Tensor | None = None
+        if dtype != data.dtype:
+            self._converted = torch.empty_like(rows, dtype=data.dtype)
+            rows = self._converted
+        self._turned_rows = self._space.view(count, heads, size)
+        self._new = rows.narrow(1, num_heads, 2 * groups)
+        self._queries = rows.narrow(1, 0, num_heads).unflatten(1, (groups, -1))
+        self._targets = cache.rows(*spans[0]) if self.index is None else cache.by_attention
         self.results: Tensor | None = None
-        if last_only and self._singles < len(spans):
-            ends = torch.tensor([span.end - span.start for span in spans], device=device)
-            self.results = ends.cumsum(0) - 1
-            self._groups = [self._one_call(spans)]
-        else:
-            self._groups = self._calls()
+        if last_only and count > len(spans):
+            ends = list(accumulate(end - start for _, start, end in spans))
+            self.results = torch.tensor(ends, device=data.device) - 1
+            spans = [Span(slot, end - 1, end) for slot, _, end in spans]
+        self._calls = self._plan(spans)
 
-    def _positions(self, device: torch.device) -> slice | Tensor:
-        if len(self._spans) == 1:
-            return slice(self._spans[0].start, self._spans[0].end)
-        if self._index is not None and self._singles == len(self._spans):
-            return self._index[1]
-        ranges = [torch.arange(span.start, span.end, device=device) for span in self._spans]
-        return torch.cat(ranges)
+    def _plan(self, spans: Sequence[Span]) -> list[_Call]:
+        together = _best_together(spans)
+        calls = [self._one_call(0, spans[:together])] if together else []
+        row = sum(span.length for span in spans[:together])
+        for span in spans[together:]:
+            calls.append(self._one_call(row, [span]))
+            row += span.length
+        return calls
 
-    def _slices(self) -> list[tuple[slice, tuple[Tensor, ...]]]:
-        """Rows, and where the keys and values of each attention go, of spans written by slices."""
-        by_index = self._singles if self._index is not None else 0
-        targets, row = [], by_index
-        for span in self._spans[by_index:]:
-            rows = slice(row, row + span.end - span.start)
-            targets.append((rows, self.cache.rows(*span)))
-            row = rows.stop
-        return targets
-
-    def _calls(self) -> list[_Group]:
-        groups = []
-        if self._singles:
-            groups.append(self._one_call(self._spans[: self._singles]))
-        row = self._singles
-        for span in self._spans[self._singles :]:
-            rows = slice(row, row + span.end - span.start)
-            keys, values = self.cache.window(span.slot, span.slot + 1, span.end)
-            causal = span.start == 0
-            mask = None if causal else self._mask_of_span(span)
-            groups.append(_Group(rows, keys, values, mask, causal))
-            row = rows.stop
-        return groups
-
-    def _one_call(self, spans: Sequence[Span]) -> _Group:
-        """The last positions of `spans`."""
-        slots, ends = [span.slot for span in spans], [span.end for span in spans]
-        first, last, end = min(slots), max(slots) + 1, max(ends)
+    def _one_call(self, row: int, spans: Sequence[Span]) -> _Call:
+        """The rows of `spans`, from `row` on."""
+        slots = [span.slot for span in spans]
+        first, last, end = min(slots), max(slots) + 1, max(span.end for span in spans)
+        num_slots, num_rows = last - first, spans[-1].length
         keys, values = self.cache.window(first, last, end)
-        rows = slice(0, len(spans))
-        # A slot that has no row attends to its first position, and the result is not used.
-        seen = [1] * (last - first)
-        for slot, own in zip(slots, ends, strict=True):
-            seen[slot - first] = own
+        count = sum(span.length for span in spans)
+        queries = slice(row, row + count)
+        if num_slots == 1 and spans[0].start == 0:
+            return _Call(queries, 1, num_rows, keys, values, None, causal=num_rows > 1)
+        # Rows that are not in use attend to the first position.
+        seen = [[1] * num_rows for _ in range(num_slots)]
+        places = []
+        for slot, start, stop in spans:
+            for i in range(stop - start):
+                seen[slot - first][i] = start + i + 1
+                places.append((slot - first, i))
+        mask = None
+        if min(map(min, seen)) < end:
+            mask = self._mask(seen, end)
+        if count == num_slots * num_rows and slots == sorted(slots):
+            return _Call(queries, num_slots, num_rows, keys, values, mask)
         device = self.cache.data.device
-        mask = places = None
-        if min(seen) < end:
-            hidden = torch.arange(end, device=device) >= torch.tensor(seen, device=device)[:, None]
-            mask = self.cache.data.new_zeros(last - first, 1, 1, end)
-            mask.masked_fill_(hidden[:, None, None], -torch.inf)
-        if last - first > len(spans) or slots != sorted(slots):
-            places = torch.tensor(slots, device=device) - first
-        return _Group(rows, keys, values, mask, places=places)
+        where = torch.tensor(places, device=device).unbind(1)
+        shape = (num_slots, num_rows, self.cache.num_groups, self._per_group)
+        spread = self.cache.data.new_zeros(*shape, self.cache.data.shape[-1])
+        return _Call(
+            queries, num_slots, num_rows, keys, values, mask, False, (where[0], where[1]), spread
+        )
 
-    def _mask_of_span(self, span: Span) -> Tensor:
-        """[s * np / ng, t], added to the scores of a span behind the first position."""
-        count, data = span.end - span.start, self.cache.data
-        mask = data.new_full((count, span.end), -torch.inf).triu_(span.start + 1)
-        return mask.repeat_interleave(self._per_group, dim=0)
+    def _mask(self, seen: list[list[int]], end: int) -> Tensor:
+        data = self.cache.data
+        limits = torch.tensor(seen, device=data.device)[:, :, None]
+        unseen = torch.arange(end, device=data.device) >= limits
+        mask = torch.zeros(unseen.shape, dtype=data.dtype, device=data.device)
+        mask.masked_fill_(unseen, -torch.inf)
+        if mask.shape[1] > 1:
+            mask = mask.repeat_interleave(self._per_group, dim=1)
+        return mask.unsqueeze(1)
 
-    def write(self, attention: int, new: Tensor) -> None:
-        """Put keys and values [r, 2 ng, hn] into the cache."""
-        if self._index is not None:
-            self.cache.by_attention[attention][self._index] = new.narrow(0, 0, self._singles)
-        for rows, targets in self._targets:
-            targets[attention].copy_(new[rows])
-
-    def attend(self, attention: int, queries: Tensor, scale: float | None) -> Tensor:
-        """Attention of `queries` over the cache.
+    def attend(self, attention: int, qkv: Tensor, scale: float | None) -> Tensor:
+        """Put keys and values into the cache, and attend to it.
 
         Args:
-            queries: [rows that need a result, np, hn]
+            attention: which of those that share the cache.
+            qkv: [r, (np + 2 ng) hn], what it projects its input to.
 
         Returns:
-            [rows that need a result, np * hn]
+            [rows that need a result, np hn]
         """
-        if len(self._groups) == 1:
-            return self._attend(self._groups[0], attention, queries, scale)
-        parts = [
-            self._attend(group, attention, queries[group.rows], scale) for group in self._groups
-        ]
+        self._space.copy_(qkv)
+        if self._turned is not None:
+            self._turned.mul_(self._turns)
+        if self._converted is not None:
+            self._converted.copy_(self._turned_rows)
+        if self.index is None:
+            self._targets[attention].copy_(self._new)
+        else:
+            self._targets[attention].index_put_(self.index, self._new)
+        queries = self._queries if self.results is None else self._queries[self.results]
+        if len(self._calls) == 1:
+            return self._run(self._calls[0], attention, queries, scale)
+        parts = [self._run(call, attention, queries[call.queries], scale) for call in self._calls]
         return torch.cat(parts)
 
-    def _attend(
-        self, group: _Group, attention: int, queries: Tensor, scale: float | None
-    ) -> Tensor:
-        keys, values = group.keys[attention], group.values[attention]
+    def _run(self, call: _Call, attention: int, queries: Tensor, scale: float | None) -> Tensor:
+        """[rows, ng, np / ng, hn] -> [rows, np hn]"""
+        keys, values = call.keys[attention], call.values[attention]
         kernel = functional.scaled_dot_product_attention
-        count, size = queries.shape[0], queries.shape[2]
-        groups = self.cache.num_groups
-        if group.causal:
+        if call.num_rows == 1 and call.places is None:
+            attended = kernel(queries, keys, values, attn_mask=call.mask, scale=scale)
+            return attended.reshape(call.num_slots, -1)
+        count = queries.shape[0]
+        if call.causal:
             attended = kernel(
-                queries.transpose(0, 1).unsqueeze(0),
+                queries.flatten(1, 2).transpose(0, 1).unsqueeze(0),
                 keys,
                 values,
                 is_causal=True,
@@ -196,15 +214,36 @@ class Pass:
             )
             return attended[0].transpose(0, 1).reshape(count, -1)
         # The queries of a group stand in for positions: no key is copied for them.
-        if keys.shape[0] == 1 and count > 1:
-            grouped = queries.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2).unsqueeze(0)
-            attended = kernel(grouped, keys, values, attn_mask=group.mask, scale=scale)
-            return attended[0].unflatten(1, (count, -1)).transpose(0, 1).reshape(count, -1)
-        grouped = queries.view(count, groups, self._per_group, size)
-        if group.places is None:
-            attended = kernel(grouped, keys, values, attn_mask=group.mask, scale=scale)
-            return attended.reshape(count, -1)
-        spread = grouped.new_zeros(keys.shape[0], *grouped.shape[1:])
-        spread[group.places] = grouped
-        attended = kernel(spread, keys, values, attn_mask=group.mask, scale=scale)
-        return attended[group.places].reshape(count, -1)
+        if call.places is None:
+            spread = queries.unflatten(0, (call.num_slots, call.num_rows))
+        else:
+            assert call.spread is not None
+            spread = call.spread.index_put_(call.places, queries)
+        grouped = spread.transpose(1, 2).flatten(2, 3)
+        attended = kernel(grouped, keys, values, attn_mask=call.mask, scale=scale)
+        by_row = attended.unflatten(2, (call.num_rows, -1)).transpose(1, 2)
+        if call.places is None:
+            return by_row.reshape(count, -1)
+        return by_row[call.places].reshape(count, -1)
+
+
+def index_of(spans: Sequence[Span], device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Slot and position of each row of a pass; None where it is a single span."""
+    if len(spans) == 1:
+        return None
+    rows = [(slot, position) for slot, start, end in spans for position in range(start, end)]
+    slots, positions = torch.tensor(rows, device=device).unbind(1)
+    return slots, positions
+
+
+def _best_together(spans: Sequence[Span]) -> int:
+    """How many of the spans attend in one call, the rest each in one of its own."""
+    best, least = 0, len(spans) * _ROWS_OF_A_CALL
+    first, last = spans[0].slot, spans[0].slot
+    for index, span in enumerate(spans):
+        first, last = min(first, span.slot), max(last, span.slot)
+        alone = len(spans) - index - 1
+        cost = (last - first + 1) * span.length + alone * _ROWS_OF_A_CALL
+        if cost < least:
+            best, least = index + 1, cost
+    return best

@@ -3,8 +3,9 @@
 Which entries of a head turn together differs: neighbours (interleaved), or entry i of the first
 half of the rotated part with entry i of the second; and only a part may turn. Attention depends
 only on products of queries and keys, so both may be permuted alike. Here the rows of the query
-and key projections are permuted once, such that entry i always turns with entry i + hn / 2, and
-entries that stay turn by an angle of zero.
+and key projections are permuted once, such that the entries that turn together are neighbours, and
+entries that stay turn by an angle of zero: a head is a row of complex numbers, and turning it is
+one product.
 """
 
 import math
@@ -20,16 +21,14 @@ _LLAMA3_HIGH_FREQUENCY_FACTOR = 4.0
 
 
 class RotaryTable:
-    """Cosines and signed sines for every position.
+    """How far the entries turn at every position.
 
     Attributes:
         order: [hn], which entry of a stored head comes where.
-        cos: [positions, 1, 2, hn / 2]
-        sin: [positions, 1, 2, hn / 2], negative in the first half, so that a turned pair is
-            `pair * cos + pair.flip(-2) * sin`.
+        turns: [positions, 1, hn / 2], complex numbers of length 1.
     """
 
-    def __init__(self, architecture: Architecture, dtype: torch.dtype, device: torch.device):
+    def __init__(self, architecture: Architecture, device: torch.device):
         head_size = architecture.kv_channels
         turned = int(head_size * architecture.rotary_percent)
         if turned % 2 or head_size % 2:
@@ -38,17 +37,12 @@ class RotaryTable:
                 f"{head_size}, allowed: even numbers"
             )
         entries = torch.arange(turned)
-        if architecture.rotary_interleaved:
-            first, second = entries[0::2], entries[1::2]
-        else:
-            first, second = entries.chunk(2)
-        stay_first, stay_second = torch.arange(turned, head_size).chunk(2)
-        self.order = torch.cat((first, stay_first, second, stay_second)).to(device)
-        angles = torch.zeros(architecture.max_position_embeddings, 1, 1, head_size // 2)
-        angles[:, 0, 0, : turned // 2] = _angles(architecture, turned)
-        cos, sin = angles.cos(), angles.sin()
-        self.cos = torch.cat((cos, cos), dim=2).to(device=device, dtype=dtype)
-        self.sin = torch.cat((-sin, sin), dim=2).to(device=device, dtype=dtype)
+        if not architecture.rotary_interleaved:
+            entries = entries.unflatten(0, (2, -1)).t().flatten()
+        self.order = torch.cat((entries, torch.arange(turned, head_size))).to(device)
+        angles = torch.zeros(architecture.max_position_embeddings, 1, head_size // 2)
+        angles[:, 0, : turned // 2] = _angles(architecture, turned)
+        self.turns = torch.polar(torch.ones_like(angles), angles).to(device)
 
 
 def _angles(architecture: Architecture, turned: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.inference.kv_cache import KVCache
-from megatron.early_exit.inference.passes import Pass, Span, in_pass_order
+from megatron.early_exit.inference.passes import Pass, Span, in_pass_order, index_of
 from megatron.early_exit.inference.segments import SegmentedModel
 
 
@@ -65,17 +65,19 @@ class SegmentRunner:
         Returns:
             The residual stream [r, h] of those positions behind the segment.
         """
+        this = self._pass(self._caches[index], spans)
         if index > 0:
-            hidden = self._gather(index - 1, spans)
+            hidden = self._gather(index - 1, spans, this.index)
         elif hidden is None:
             assert tokens is not None
             hidden = self._embed(spans, tokens)
-        hidden = self.model.segments[index](hidden, self._pass(self._caches[index], spans))
+        hidden = self.model.segments[index](hidden, this)
         if index < len(self._kept):
-            row = 0
-            for slot, start, end in spans:
-                self._kept[index, slot, start:end] = hidden[row : row + end - start]
-                row += end - start
+            if this.index is None:
+                slot, start, end = spans[0]
+                self._kept[index, slot, start:end] = hidden
+            else:
+                self._kept[index].index_put_(this.index, hidden)
         return hidden
 
     def _embed(self, spans: Sequence[Span], tokens: Sequence[int]) -> Tensor:
@@ -86,9 +88,13 @@ class SegmentRunner:
             hidden += torch.cat([table[start:end] for _, start, end in spans])
         return hidden
 
-    def _gather(self, cut: int, spans: Sequence[Span]) -> Tensor:
-        parts = [self._kept[cut, slot, start:end] for slot, start, end in spans]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def _gather(
+        self, cut: int, spans: Sequence[Span], index: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        if index is not None:
+            return self._kept[cut][index]
+        slot, start, end = spans[0]
+        return self._kept[cut, slot, start:end]
 
     def _pass(self, cache: KVCache, spans: Sequence[Span], last_only: bool = False) -> Pass:
         heads = self.model.architecture.num_attention_heads
@@ -98,12 +104,14 @@ class SegmentRunner:
         """Logits [n, v] of an exit for the last position of each span, after its segment ran."""
         head, cache = self.model.exits[index].head, self._block_caches[index]
         if cache is None:
-            return head.logits(self._gather(index, [Span(s, e - 1, e) for s, _, e in spans]))
+            last = [Span(slot, end - 1, end) for slot, _, end in spans]
+            return head.logits(self._gather(index, last, index_of(last, self.model.device)))
         lengths = self._block_lengths[index]
         behind = [Span(slot, lengths[slot], end) for slot, _, end in spans]
         order = sorted(range(len(behind)), key=lambda i: in_pass_order(behind[i]))
         ordered = [behind[i] for i in order]
-        logits = head.logits(self._gather(index, ordered), self._pass(cache, ordered, True))
+        this = self._pass(cache, ordered, True)
+        logits = head.logits(self._gather(index, ordered, this.index), this)
         for slot, _, end in behind:
             lengths[slot] = end
         if order == sorted(order):

@@ -12,12 +12,12 @@ from functools import partial
 from itertools import pairwise
 
 from torch import Tensor, device, dtype
-from torch.nn import functional
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference.layers import Attention, Mlp, Step
-from megatron.early_exit.inference.norms import Function, make_norm
+from megatron.early_exit.inference.linear import Function, make_linear
+from megatron.early_exit.inference.norms import make_norm
 from megatron.early_exit.inference.passes import Pass
 from megatron.early_exit.inference.rotary import RotaryTable
 from megatron.early_exit.inference.tensor_parallel import TensorParallel
@@ -38,8 +38,8 @@ class Head:
     mlp: Mlp | None
     block: Block | None
     norm: Function | None
-    projection: Tensor
-    """[v, h], without padding of the vocabulary; or this rank's rows of it."""
+    projection: Function
+    """[n, h] -> [n, v], without padding of the vocabulary; or this rank's part of it."""
     gather: Function | None = None
     """Brings together the logits of ranks that divide the projection."""
 
@@ -56,7 +56,7 @@ class Head:
             hidden = self.block.mlp(self.block.attention(hidden, block_pass))
         if self.norm is not None:
             hidden = self.norm(hidden)
-        logits = functional.linear(hidden, self.projection)
+        logits = self.projection(hidden)
         return logits if self.gather is None else self.gather(logits)
 
 
@@ -111,8 +111,10 @@ class SegmentedModel:
         self.position_embeddings = weights.get("embedding.position_embeddings.weight")
         self.rotary: RotaryTable | None = None
         if architecture.position_embedding_type == "rope":
-            self.rotary = RotaryTable(architecture, self.dtype, self.device)
+            self.rotary = RotaryTable(architecture, self.device)
         self.segments = self._cut(early_exit, weights)
+        # By the weights: heads that are tied share one product, which on a CPU has its own copy.
+        self._projections: dict[int, Function] = {}
         self.exits = tuple(
             ModelExit(position, self._exit_head(position, early_exit, weights))
             for position in early_exit.positions
@@ -163,10 +165,14 @@ class SegmentedModel:
         self, mlp: Mlp | None, block: Block | None, norm: Function | None, projection: Tensor
     ) -> Head:
         shared = self._tensor_parallel
-        if shared is None:
-            return Head(mlp, block, norm, projection)
-        gather = partial(shared.gather, vocab_size=len(projection))
-        return Head(mlp, block, norm, shared.rows(projection), gather)
+        gather = None
+        if shared is not None:
+            gather = partial(shared.gather, vocab_size=len(projection))
+        product = self._projections.get(id(projection))
+        if product is None:
+            product = make_linear(projection if shared is None else shared.rows(projection))
+            self._projections[id(projection)] = product
+        return Head(mlp, block, norm, product, gather)
 
     def _exit_head(
         self, position: int, early_exit: EarlyExitConfig, weights: Mapping[str, Tensor]

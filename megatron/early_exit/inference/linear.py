@@ -1,0 +1,61 @@
+"""Products with weight matrices, the bulk of all work."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Function = Callable[[Tensor], Tensor]
+Addition = Callable[[Tensor, Tensor], Tensor]
+
+_TYPICAL_ROWS = 8
+
+
+def make_linear(weight: Tensor, bias: Tensor | None = None) -> Function:
+    """x [r, k] -> x weight^T + bias [r, n], for a weight [n, k].
+
+    On a CPU the weight is copied into the blocked layout that oneDNN prefers for a few rows, as
+    torch's own compiler does when it freezes a model. One row is multiplied as fast as the memory
+    gives the weights; eight take little more than the time of one, where plain products take
+    several times as long: that is what makes batches, and a catch-up of pending positions, cheap.
+    """
+    if weight.device.type == "cpu" and _packs(weight.dtype):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
+        multiply = torch.ops.mkldnn._linear_pointwise.default
+        return lambda x: multiply(x, packed, bias, "none", [], "")
+    return partial(functional.linear, weight=weight, bias=bias)
+
+
+def make_addition(weight: Tensor, bias: Tensor | None, reduce: Function | None) -> Addition:
+    """x [r, n], y [r, k] -> x + y weight^T + bias, for a weight [n, k].
+
+    Args:
+        weight, bias: of the product.
+        reduce: adds up the products of ranks that share it; None where it is whole.
+    """
+    if reduce is None and not (weight.device.type == "cpu" and _packs(weight.dtype)):
+        transposed = weight.t()
+        if bias is None:
+            return lambda x, y: torch.addmm(x, y, transposed)
+        return lambda x, y: torch.addmm(x, y, transposed).add_(bias)
+    if reduce is None:
+        whole = make_linear(weight, bias)
+        return lambda x, y: whole(y).add_(x)
+    part = make_linear(weight)
+    if bias is None:
+        return lambda x, y: reduce(part(y)).add_(x)
+    return lambda x, y: reduce(part(y)).add_(x).add_(bias)
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether this build of torch and this CPU have the blocked products."""
+    operations = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and hasattr(operations, "_linear_pointwise")):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(operations._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(operations._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
