@@ -1,7 +1,8 @@
-"""The engine: a model in one process that continues prompts."""
+"""The engine: a model, in one process or divided over several, that continues prompts."""
 
 from collections import abc
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from megatron.early_exit.checkpoint.weights import load_weights
 from megatron.early_exit.inference.loop import DecodingLoop
+from megatron.early_exit.inference.parallel import Division, Loop, divided_model
 from megatron.early_exit.inference.params import SamplingParams
+from megatron.early_exit.inference.process_groups import join, own_part
 from megatron.early_exit.inference.request import Request
 from megatron.early_exit.inference.request_factory import RequestFactory
 from megatron.early_exit.inference.results import GeneratedToken, GenerationResult
@@ -36,6 +39,7 @@ class EarlyExitEngine:
         max_pending: see `EarlyExitMode`.
         max_batch_size: sequences that run at a time; others wait for their turn.
         max_sequence_length: most tokens of a sequence; by default as many as the model can.
+        division: how a model is divided of which `model` is a part; None where it is whole.
 
     Raises:
         ValueError: a size is out of range.
@@ -49,6 +53,7 @@ class EarlyExitEngine:
         max_pending: int = DEFAULT_MAX_PENDING,
         max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
         max_sequence_length: int | None = None,
+        division: Division | None = None,
     ) -> None:
         context = model.architecture.max_position_embeddings
         length = context if max_sequence_length is None else max_sequence_length
@@ -65,19 +70,24 @@ class EarlyExitEngine:
         self.eod_id = tokenizer.eod_id if eod_id is None and tokenizer is not None else eod_id
         self.max_pending = max_pending
         self.max_sequence_length = length
-        self.loop = DecodingLoop(
-            SegmentRunner(model, max_batch_size, length),
-            Scheduler(len(model.segments), max_batch_size),
-        )
+        self._division = division
+        runner = SegmentRunner(model, max_batch_size, length)
+        self.loop: Loop
+        if division is None:
+            self.loop = DecodingLoop(runner, Scheduler(len(model.segments), max_batch_size))
+        else:
+            self.loop = division.loop(runner)
+        whole = model.architecture if division is None else division.architecture
         self._requests = RequestFactory(
-            vocab_size=model.architecture.vocab_size,
-            num_layers=model.architecture.num_layers,
+            vocab_size=whole.vocab_size,
+            num_layers=whole.num_layers,
             exit_layers=self.exit_layers,
             max_sequence_length=length,
             max_pending=max_pending,
             tokenizer=tokenizer,
             eod_id=self.eod_id,
             device=model.device,
+            draw_seed=None if division is None else division.draw_seed,
         )
 
     @classmethod
@@ -89,19 +99,32 @@ class EarlyExitEngine:
         max_pending: int = DEFAULT_MAX_PENDING,
         max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
         max_sequence_length: int | None = None,
+        tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
     ) -> "EarlyExitEngine":
         """Load a model that Megatron saved in the `torch_dist` format, at whatever layout.
+
+        With more than one process (`torchrun`), each makes the same calls in the same order, and
+        gets the same results.
 
         Args:
             path: a save directory, or one iteration in it.
             dtype: torch.float32, torch.bfloat16 or torch.float16; by default what the model was
                 trained in.
-            device: where to run; by default the first GPU if there is one, else the CPU.
+            device: where to run; by default the first GPU if there is one (of several processes,
+                each its own), else the CPU.
             max_pending, max_batch_size, max_sequence_length: see the class.
+            tensor_parallel: processes that share each layer.
+            pipeline_parallel: stages that share the layers; there are `tensor_parallel` times as
+                many processes.
 
         Raises:
-            ValueError: the checkpoint is missing, damaged, or of a kind that cannot be computed.
+            ValueError: the checkpoint is missing, damaged, or of a kind that cannot be computed, or
+                the model or the number of processes does not fit the layout.
         """
+        place = None
+        if (tensor_parallel, pipeline_parallel) != (1, 1):
+            place, device = join(tensor_parallel, pipeline_parallel, device)
         location = locate(path)
         description = describe(location)
         architecture, early_exit = description.architecture, description.early_exit
@@ -116,17 +139,29 @@ class EarlyExitEngine:
             early_exit,
             dtype,
             torch.device(device),
+            None if place is None else partial(own_part, place, architecture),
         )
         tokenizer, eod_id = None, None
         if description.tokenizer is not None:
             tokenizer = load_tokenizer(description.tokenizer, location.tokenizer_dir)
             eod_id = description.tokenizer.eod_id
-        model = SegmentedModel(architecture, early_exit, weights)
-        return cls(model, tokenizer, eod_id, max_pending, max_batch_size, max_sequence_length)
+        sizes = (max_pending, max_batch_size, max_sequence_length)
+        if place is None:
+            model = SegmentedModel(architecture, early_exit, weights)
+            return cls(model, tokenizer, eod_id, *sizes)
+        model, division = divided_model(place, architecture, early_exit, weights)
+        return cls(model, tokenizer, eod_id, *sizes, division)
+
+    def close(self) -> None:
+        """Part from the other processes, if there are any; all have to do so."""
+        if self._division is not None:
+            self._division.close()
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
         """The model's exits, each named by the number of backbone layers before it."""
+        if self._division is not None:
+            return self._division.exit_layers
         return tuple(exit_.position for exit_ in self.model.exits)
 
     def generate(
@@ -216,10 +251,16 @@ class EarlyExitEngine:
         Raises:
             ValueError: `token_ids` is empty, too long or has unknown tokens.
         """
+        self._check(SamplingParams(prompt_logprobs=0))
         tokens = self._requests.encode(token_ids)
         return [assessment.best_token for assessment in assess_prompt(self.model, tokens)]
 
+    def _check(self, params: SamplingParams) -> None:
+        if self._division is not None:
+            self._division.check(params)
+
     def _request(self, prompt: str | abc.Sequence[int], params: SamplingParams) -> Request:
+        self._check(params)
         request = self._requests.build(prompt, params)
         if params.prompt_logprobs is not None:
             try:

@@ -1,7 +1,7 @@
 """From a prompt and its parameters to a request that an engine can run, or a refusal."""
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import count
 
@@ -29,6 +29,7 @@ class RequestFactory:
         tokenizer: None where prompts are token ids only.
         eod_id: the token that ends a document, if there is one.
         device: where logits are.
+        draw_seed: gives seeds to requests that sample and have none; by default random ones.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class RequestFactory:
         tokenizer: Tokenizer | None,
         eod_id: int | None,
         device: torch.device,
+        draw_seed: Callable[[], int] | None = None,
     ) -> None:
+        self.draw_seed = draw_seed or _random_seed
         self.vocab_size, self.num_layers = vocab_size, num_layers
         self.exit_layers = exit_layers
         self.max_sequence_length, self.max_pending = max_sequence_length, max_pending
@@ -57,7 +60,7 @@ class RequestFactory:
                 what the model does not have.
         """
         if params.seed is None and params.temperature > 0:
-            params = replace(params, seed=secrets.randbits(63))
+            params = replace(params, seed=self.draw_seed())
         tokens = self.encode(prompt, room=min(params.max_tokens, 1))
         room = min(params.max_tokens, self.max_sequence_length - len(tokens))
         self._check_tokens("stop_token_ids", params.stop_token_ids)
@@ -137,6 +140,10 @@ class RequestFactory:
             known = ", ".join(map(str, self.exit_layers)) or "none, the model has no exits"
             raise ValueError(f"{name} {layer} is unknown, allowed: {known}")
         return self.exit_layers.index(layer)
+
+
+def _random_seed() -> int:
+    return secrets.randbits(63)
 
 
 def _checked_iterable(prompt: object) -> Iterable[int]:

@@ -1,0 +1,155 @@
+"""An engine whose model is divided over processes: what differs from one in a single process."""
+
+import atexit
+import secrets
+import sys
+from collections.abc import Mapping
+from random import Random
+from typing import Protocol
+
+from torch import Tensor, distributed
+
+from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.inference.control import ControlPlane
+from megatron.early_exit.inference.heartbeat import Heartbeat
+from megatron.early_exit.inference.loop import DecodingLoop
+from megatron.early_exit.inference.params import SamplingParams
+from megatron.early_exit.inference.pipeline_driver import PipelineDriver
+from megatron.early_exit.inference.pipeline_follower import PipelineFollower
+from megatron.early_exit.inference.pipeline_stage import PipelineStage
+from megatron.early_exit.inference.process_groups import Place, stage_as_model
+from megatron.early_exit.inference.request import Request
+from megatron.early_exit.inference.results import GeneratedToken
+from megatron.early_exit.inference.runner import SegmentRunner
+from megatron.early_exit.inference.scheduler import Scheduler
+from megatron.early_exit.inference.segments import SegmentedModel
+
+
+class Loop(Protocol):
+    """What takes requests to their ends, see `DecodingLoop`."""
+
+    def submit(self, request: Request) -> None: ...
+
+    def cancel(self, key: int) -> None: ...
+
+    def step(self) -> list[tuple[Request, GeneratedToken]]: ...
+
+
+class Division:
+    """A model divided over processes, which all run the same script.
+
+    Every process makes the same requests in the same order, and gets the same tokens. Ranks of one
+    tensor-parallel group see the same logits and each decide for themselves; over a pipeline the
+    first rank decides, and tells the others.
+
+    Args:
+        place: of this process.
+        architecture: the whole model.
+        early_exit: its exits.
+    """
+
+    def __init__(self, place: Place, architecture: Architecture, early_exit: EarlyExitConfig):
+        self.place, self.architecture = place, architecture
+        self.exit_layers = early_exit.positions
+        self._first_exit = place.first_exit(architecture, early_exit)
+        self._heartbeat = Heartbeat(place.group)
+        self._control: ControlPlane | None = None
+        self._pipeline: PipelineDriver | PipelineFollower | None = None
+        if place.num_stages > 1:
+            self._control = ControlPlane(place.group)
+        seed = [secrets.randbits(63)]
+        distributed.broadcast_object_list(seed, src=0, group=place.group)
+        self._seeds = Random(seed[0])
+        atexit.register(self._close_at_exit)
+
+    def draw_seed(self) -> int:
+        """A seed that is the same on all ranks."""
+        return self._seeds.getrandbits(63)
+
+    def check(self, params: SamplingParams) -> None:
+        """Refuse what only a process that has all layers can do.
+
+        Raises:
+            ValueError: `params` asks for it.
+        """
+        if self.place.num_stages > 1 and params.prompt_logprobs is not None:
+            raise ValueError(
+                f"prompt_logprobs {params.prompt_logprobs} is not possible with pipeline_parallel "
+                f"{self.place.num_stages}, allowed: None"
+            )
+
+    def loop(self, runner: SegmentRunner) -> "WatchedLoop":
+        """The loop over this process's part of the model."""
+        if self._control is None:
+            scheduler = Scheduler(len(runner.model.segments), runner.num_slots)
+            return WatchedLoop(DecodingLoop(runner, scheduler), self._heartbeat)
+        stage = PipelineStage(runner, self.place, self._first_exit)
+        if self.place.rank == 0:
+            num_exits = len(self.exit_layers)
+            self._pipeline = PipelineDriver(stage, self._control, runner.num_slots, num_exits)
+        else:
+            self._pipeline = PipelineFollower(stage, self._control)
+        return WatchedLoop(self._pipeline, self._heartbeat)
+
+    def close(self) -> None:
+        """Leave the other processes in good order; all have to do so."""
+        atexit.unregister(self._close_at_exit)
+        if self._pipeline is not None:
+            with self._heartbeat.working():
+                self._pipeline.close()
+        self._heartbeat.close()
+        if self._control is not None:
+            self._control.close()
+
+    def _close_at_exit(self) -> None:
+        # After an error nothing is said, and the others take this process for dead.
+        if getattr(sys, "last_exc", None) is None and distributed.is_initialized():
+            self.close()
+
+
+class WatchedLoop:
+    """A loop that needs all processes to be alive while it runs.
+
+    Args:
+        loop: what does the work.
+        heartbeat: knows who is alive.
+    """
+
+    def __init__(self, loop: Loop, heartbeat: Heartbeat) -> None:
+        self.loop, self._heartbeat = loop, heartbeat
+
+    def submit(self, request: Request) -> None:
+        """See `DecodingLoop`."""
+        self.loop.submit(request)
+
+    def cancel(self, key: int) -> None:
+        """See `DecodingLoop`."""
+        self.loop.cancel(key)
+
+    def step(self) -> list[tuple[Request, GeneratedToken]]:
+        """See `DecodingLoop`."""
+        with self._heartbeat.working():
+            return self.loop.step()
+
+
+def divided_model(
+    place: Place,
+    architecture: Architecture,
+    early_exit: EarlyExitConfig,
+    weights: Mapping[str, Tensor],
+) -> tuple[SegmentedModel, Division]:
+    """This process's part of a model.
+
+    Args:
+        place: of the process.
+        architecture: the whole model.
+        early_exit: its exits.
+        weights: this process's parts of the tensors, see `own_part`.
+
+    Raises:
+        ValueError: the model cannot be divided like that.
+    """
+    shape, exits, renamed = stage_as_model(place, architecture, early_exit, weights)
+    model = SegmentedModel(shape, exits, renamed, place.tensor)
+    return model, Division(place, architecture, early_exit)

@@ -1,0 +1,201 @@
+"""The first rank of a pipeline: admits requests, starts their tokens, and makes all choices."""
+
+from collections import deque
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from megatron.early_exit.inference.confidence import Assessment
+from megatron.early_exit.inference.control import ControlPlane, Message
+from megatron.early_exit.inference.loop import NOT_FINITE
+from megatron.early_exit.inference.modes import Next
+from megatron.early_exit.inference.params import SamplingParams
+from megatron.early_exit.inference.passes import Span
+from megatron.early_exit.inference.pipeline_stage import PipelineStage
+from megatron.early_exit.inference.request import Request
+from megatron.early_exit.inference.results import GeneratedToken
+from megatron.early_exit.inference.scheduler import Progress, Scheduler
+from megatron.early_exit.inference.work import FINAL, Work
+
+_NO_LOGITS = torch.empty(0)
+
+
+class PipelineDriver:
+    """Has the interface of `DecodingLoop`, over all stages.
+
+    A token starts at the first stage as soon as the one before it is known, wherever that was:
+    what earlier tokens still have to go through is in front of it at every stage.
+
+    Args:
+        stage: the first one.
+        control: messages to and from the other processes.
+        num_slots: sequences that run at a time.
+        num_exits: of the whole model.
+    """
+
+    def __init__(
+        self, stage: PipelineStage, control: ControlPlane, num_slots: int, num_exits: int
+    ) -> None:
+        self.stage, self.control, self.num_exits = stage, control, num_exits
+        self.scheduler = Scheduler(1, num_slots)
+        self.requests: dict[int, Request] = {}
+        self._ready: deque[Progress] = deque()
+        self._tokens: list[tuple[Request, GeneratedToken]] = []
+        self._damaged: set[int] = set()
+        self._drafting: set[int] = set()
+        self._verified: dict[int, list[Assessment]] = {}
+
+    def submit(self, request: Request) -> None:
+        """Take in a request; it starts when a slot is free, and needs none where it is finished."""
+        if not request.is_finished:
+            self.requests[request.key] = request
+            self.scheduler.add(request.key, request.length)
+
+    def cancel(self, key: int) -> None:
+        """End a request that is under way; nothing happens where there is none."""
+        request = self.requests.pop(key, None)
+        if request is not None:
+            request.cancel()
+            self.scheduler.remove(key)
+            self._ready = deque(one for one in self._ready if one.key != key)
+            self._drafting.discard(key)
+            self._verified.pop(key, None)
+
+    def step(self) -> list[tuple[Request, GeneratedToken]]:
+        """Run one batch through the first stage, or wait for what the others report.
+
+        Returns:
+            The tokens that are known since. A request that failed has none, and an `error`.
+        """
+        for progress in self.scheduler.admit():
+            self._start(progress)
+        self._tokens = []
+        self._listen(wait=bool(self.requests) and not self._ready)
+        if self._ready:
+            self._run()
+        return self._tokens
+
+    def close(self) -> None:
+        """Let the stages come to the end of what they have."""
+        place = self.stage.place
+        for rank in (*range(1, place.stage_size), place.stage_size):
+            self.control.send(rank, {"kind": "close"})
+        self.stage.finish()
+
+    def _run(self) -> None:
+        # As many batches on their way as there are stages keep all of them busy.
+        share = -(-len(self.scheduler.running) // self.stage.place.num_stages)
+        chosen = [self._ready.popleft() for _ in range(min(share, len(self._ready)))]
+        step = self.scheduler.batch(0, chosen)
+        works = [self._work(*pair) for pair in zip(step.sequences, step.spans, strict=True)]
+        self.scheduler.ran(step)
+        self._ready.extend(progress for progress in chosen if progress.waiting)
+        for rank in range(1, self.stage.place.stage_size):
+            batch = [[work.message() for work in works]]
+            self.control.send(rank, {"kind": "batch", "works": batch})
+        rest = self.stage.run([works], self._conclude)
+        rows = [work.message() for work in rest]
+        self.control.send(self.stage.place.stage_size, {"kind": "rows", "works": rows})
+
+    def _work(self, progress: Progress, span: Span) -> Work:
+        request = self.requests[progress.key]
+        tokens = tuple(request.token_ids(span.start, span.end))
+        clear = span.slot in self._damaged
+        self._damaged.discard(span.slot)
+        if span.end < progress.length:
+            return Work(progress.key, *span, tokens, clear=clear)
+        params = request.params
+        speculative = params.mode == "self_speculative"
+        return Work(
+            progress.key,
+            *span,
+            tokens,
+            asks=tuple(i for i in range(self.num_exits) if request.mode.asks(i)),
+            threshold={"full": torch.inf, "early_exit": params.threshold}.get(params.mode, 0.0),
+            final=True,
+            verify=speculative,
+            logits=_needs_logits(params),
+            clear=clear,
+        )
+
+    def _listen(self, wait: bool) -> None:
+        heard = self.control.receive(wait)
+        while heard is not None:
+            message, attached = heard
+            logits = _NO_LOGITS
+            if attached is not None:
+                logits = torch.frombuffer(bytearray(attached), dtype=torch.float32)
+                logits = logits.to(self.stage.runner.model.device)
+            self._conclude(Work.from_message(message["work"]), logits)
+            heard = self.control.receive(wait=False)
+
+    def _conclude(self, work: Work, logits: Tensor) -> None:
+        """A stage has found out about a token."""
+        request = self.requests.get(work.key)
+        if request is None:
+            return
+        *earlier, last = work.findings
+        assessment = last.assessment(logits)
+        if not assessment.is_finite:
+            self._fail(request)
+        elif work.verify:
+            self._speculate(request, last.head, assessment)
+        else:
+            for finding in earlier:
+                request.mode.at_exit(finding.head, finding.assessment(_NO_LOGITS))
+            if last.head == FINAL:
+                request.mode.at_end([assessment])
+            else:
+                request.mode.at_exit(last.head, assessment)
+            self._choose(request)
+
+    def _speculate(self, request: Request, head: int, assessment: Assessment) -> None:
+        """A draft goes on its way at once, and is verified when the last stage has seen it."""
+        key, mode = request.key, request.mode
+        if head == FINAL:
+            self._verified.setdefault(key, []).append(assessment)
+        elif mode.at_exit(head, assessment) is Next.DRAFTED:
+            self._go_on(self.scheduler.running[key], request)
+        else:
+            self._drafting.discard(key)
+        if key not in self._drafting and len(self._verified.get(key, ())) == len(mode.drafts) + 1:
+            mode.at_end(self._verified.pop(key))
+            self._choose(request)
+
+    def _choose(self, request: Request) -> None:
+        """The request's mode has chosen tokens: tell everyone, and start on the next one."""
+        for choice in request.mode.choices:
+            self._tokens.append((request, request.take(choice)))
+            self._tell({"kind": "chosen", "key": request.key, "choice": asdict(choice)})
+            if request.is_finished:
+                self.cancel(request.key)
+                return
+        self._start(self.scheduler.running[request.key])
+
+    def _start(self, progress: Progress) -> None:
+        request = self.requests[progress.key]
+        progress.truncate(request.length - 1)
+        request.mode.start(0)
+        self._drafting.add(progress.key)
+        self._go_on(progress, request)
+
+    def _go_on(self, progress: Progress, request: Request) -> None:
+        self.scheduler.go_on(progress, request.length)
+        self._ready.append(progress)
+
+    def _fail(self, request: Request) -> None:
+        self._damaged.add(self.scheduler.running[request.key].slot)
+        request.fail(NOT_FINITE)
+        self._tell({"kind": "failed", "key": request.key, "error": NOT_FINITE})
+        self.cancel(request.key)
+
+    def _tell(self, message: Message) -> None:
+        for rank in range(1, self.stage.place.num_ranks):
+            self.control.send(rank, message)
+
+
+def _needs_logits(params: SamplingParams) -> bool:
+    """Whether the token or what is said of it depends on more than the largest logit."""
+    is_greedy = params.temperature == 0 and params.repetition_penalty == 1
+    return not is_greedy or params.min_tokens > 0 or bool(params.logprobs)

@@ -1,0 +1,136 @@
+"""All ranks of a pipeline but the first: they compute what comes, and hear what was chosen."""
+
+from collections import deque
+from typing import Any
+
+from torch import Tensor
+
+from megatron.early_exit.inference.control import ControlPlane, Message
+from megatron.early_exit.inference.modes import Choice
+from megatron.early_exit.inference.pipeline_stage import PipelineStage
+from megatron.early_exit.inference.request import Request
+from megatron.early_exit.inference.results import GeneratedToken, HeadReport
+from megatron.early_exit.inference.work import Batch, Work
+
+_MAX_ROWS = 256
+
+
+class PipelineFollower:
+    """Has the interface of `DecodingLoop`: every rank runs the same script, so that the requests
+    here are those of the driver under the same keys, and get the same tokens.
+
+    Args:
+        stage: of this process.
+        control: messages to and from the other processes.
+    """
+
+    def __init__(self, stage: PipelineStage, control: ControlPlane) -> None:
+        self.stage, self.control = stage, control
+        self.requests: dict[int, Request] = {}
+        self._rows: deque[list[Work]] = deque()
+        self._last_key = 0
+        self._early: dict[int, list[Message]] = {}
+        """What was chosen for requests that the script has yet to make."""
+        self._closes = self._is_closed = False
+
+    def submit(self, request: Request) -> None:
+        """Take in a request."""
+        self._last_key = request.key
+        if not request.is_finished:
+            self.requests[request.key] = request
+            for message in self._early.pop(request.key, []):
+                self._decide(message)
+
+    def cancel(self, key: int) -> None:
+        """End a request that is under way; nothing happens where there is none."""
+        request = self.requests.pop(key, None)
+        if request is not None:
+            request.cancel()
+
+    def step(self) -> list[tuple[Request, GeneratedToken]]:
+        """Wait for something, and do it.
+
+        Returns:
+            The tokens that have become known.
+        """
+        tokens: list[tuple[Request, GeneratedToken]] = []
+        heard = self.control.receive(wait=not self._rows)
+        while heard is not None:
+            tokens += self._hear(heard[0])
+            heard = self.control.receive(wait=False)
+        if self._rows:
+            self._run()
+        if self._closes and not self._rows:
+            self._is_closed = True
+            self._pass_on({"kind": "close"})
+        return tokens
+
+    def close(self) -> None:
+        """Compute what is on its way, until the driver closes."""
+        while not self._is_closed:
+            self.step()
+        self.stage.finish()
+
+    def _hear(self, message: Message) -> list[tuple[Request, GeneratedToken]]:
+        kind = message["kind"]
+        if kind == "rows":
+            self._rows.append([Work.from_message(work) for work in message["works"]])
+        elif kind == "batch":
+            batch = [[Work.from_message(work) for work in works] for works in message["works"]]
+            self.stage.run(batch, lambda work, logits: None)
+        elif kind == "close":
+            self._closes = True
+        elif message["key"] > self._last_key:
+            self._early.setdefault(message["key"], []).append(message)
+        else:
+            return self._decide(message)
+        return []
+
+    def _decide(self, message: Message) -> list[tuple[Request, GeneratedToken]]:
+        request = self.requests.get(message["key"])
+        if request is None:
+            return []
+        if message["kind"] == "failed":
+            request.fail(message["error"])
+            self.cancel(request.key)
+            return []
+        token = request.take(_choice(message["choice"]))
+        if request.is_finished:
+            self.cancel(request.key)
+        return [(request, token)]
+
+    def _run(self) -> None:
+        """Run everything that waits, as far as it fits together."""
+        batch = Batch()
+        messages: list[list[Work]] = []
+        while self._rows and batch.takes(self._rows[0]):
+            if messages and batch.num_rows + sum(w.num_rows for w in self._rows[0]) > _MAX_ROWS:
+                break
+            messages.append(self._rows.popleft())
+            batch.add(messages[-1])
+        place = self.stage.place
+        works = [[work.message() for work in message] for message in messages]
+        for rank in range(place.leader + 1, place.leader + place.stage_size):
+            self.control.send(rank, {"kind": "batch", "works": works})
+        rest = self.stage.run(messages, self._report)
+        if not place.is_last_stage:
+            message = {"kind": "rows", "works": [work.message() for work in rest]}
+            self.control.send(place.leader + place.stage_size, message)
+
+    def _report(self, work: Work, logits: Tensor) -> None:
+        attached = logits.cpu().numpy().tobytes() if work.logits else None
+        self.control.send(0, {"kind": "found", "work": work.message()}, attached)
+
+    def _pass_on(self, message: Message) -> None:
+        place = self.stage.place
+        if place.rank == place.leader:
+            for rank in range(place.leader + 1, place.leader + place.stage_size):
+                self.control.send(rank, message)
+            if not place.is_last_stage:
+                self.control.send(place.leader + place.stage_size, message)
+
+
+def _choice(values: dict[str, Any]) -> Choice:
+    top = tuple((token, logprob) for token, logprob in values["top_logprobs"])
+    heads = tuple(HeadReport(**head) for head in values["heads"])
+    return Choice(**{**values, "top_logprobs": top, "heads": heads})
