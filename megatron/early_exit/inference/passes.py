@@ -38,18 +38,58 @@ def in_pass_order(span: Span) -> tuple[int, int]:
     return span.end - span.start, span.slot
 
 
-@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Where attentions turn the queries, keys and values of r rows, one after the other.
+
+    Views are made once instead of in every layer.
+
+    Args:
+        count: rows, r.
+        num_heads: query heads.
+        cache: of the keys and values.
+        turns: there are rotary embeddings.
+
+    Attributes:
+        space: [r, (np + 2 ng) hn], what is projected goes here.
+        turned: [r, np + ng, hn / 2], queries and keys in there as complex numbers.
+        unconverted: [r, np + 2 ng, hn], the same space.
+        converted: the same in the dtype of the cache, where it has another one.
+        queries: [r, ng, np / ng, hn]
+        new: [r, 2 ng, hn], the keys and values.
+    """
+
+    def __init__(self, count: int, num_heads: int, cache: KVCache, turns: bool) -> None:
+        groups, data = cache.num_groups, cache.data
+        self.count = count
+        heads, size = num_heads + 2 * groups, data.shape[-1]
+        # Turned in fp32, whatever the dtype: there are no complex numbers in others.
+        dtype = torch.float32 if turns else data.dtype
+        self.space = torch.empty(count, heads * size, dtype=dtype, device=data.device)
+        self.unconverted = rows = self.space.view(count, heads, size)
+        self.turned: Tensor | None = None
+        if turns:
+            pairs = rows.narrow(1, 0, num_heads + groups).unflatten(2, (-1, 2))
+            self.turned = torch.view_as_complex(pairs)
+        self.converted: Tensor | None = None
+        if dtype != data.dtype:
+            self.converted = rows = torch.empty_like(rows, dtype=data.dtype)
+        self.new = rows.narrow(1, num_heads, 2 * groups)
+        self.queries = rows.narrow(1, 0, num_heads).unflatten(1, (groups, -1))
+
+
+@dataclass(slots=True)
 class _Call:
     """Rows that attend in one call of the kernel, over the slots that they are in."""
 
     queries: slice
     """Rows of the queries."""
+    first: int
+    """The first slot."""
     num_slots: int
     num_rows: int
     """For each slot; fewer may be in use."""
-    keys: tuple[Tensor, ...]
-    """[slots, ng, t, hn] for each attention."""
-    values: tuple[Tensor, ...]
+    end: int
+    """Positions, t."""
     mask: Tensor | None
     """[slots, 1, 1 or rows * np / ng, t], added to the scores; None where none is needed."""
     causal: bool = False
@@ -58,13 +98,13 @@ class _Call:
     """Slot and row of each query, where they are not simply in order."""
     spread: Tensor | None = None
     """[slots, rows, ng, np / ng, hn], where the queries go then; what is not in use is zero."""
+    keys: tuple[Tensor, ...] = ()
+    """[slots, ng, t, hn] for each attention."""
+    values: tuple[Tensor, ...] = ()
 
 
 class Pass:
     """What the attentions of one pass share.
-
-    They run one after the other, so they also share the space in which queries and keys are turned,
-    and views of it are made once instead of in every layer.
 
     Rows are in the order of the spans. Short spans attend in one call over the slots from the first
     to the last of them: rows and slots of that rectangle that are not in use cost some arithmetic,
@@ -76,6 +116,7 @@ class Pass:
         rotary: the rotary table, if the model has rotary embeddings.
         num_heads: query heads.
         last_only: only the last position of each span needs a result.
+        workspace: of an earlier pass; of use where it has as many rows.
 
     Attributes:
         index: slot and position of each row; None where the rows are a single span.
@@ -89,37 +130,35 @@ class Pass:
         rotary: RotaryTable | None,
         num_heads: int,
         last_only: bool = False,
+        workspace: Workspace | None = None,
     ) -> None:
         self.cache = cache
-        groups, data = cache.num_groups, cache.data
-        self._per_group = num_heads // groups
-        self.index = index_of(spans, data.device)
-        count = sum(end - start for _, start, end in spans)
-        heads, size = num_heads + 2 * groups, data.shape[-1]
-        # Turned in fp32, whatever the dtype: there are no complex numbers in others.
-        dtype = data.dtype if rotary is None else torch.float32
-        self._space = torch.empty(count, heads * size, dtype=dtype, device=data.device)
-        rows = self._space.view(count, heads, size)
-        self._turned: Tensor | None = None
+        self._per_group = num_heads // cache.num_groups
+        self._spans = spans
+        device = cache.data.device
+        self.index = index_of(spans, device)
+        count = sum([end - start for _, start, end in spans])
+        if workspace is None or workspace.count != count:
+            workspace = Workspace(count, num_heads, cache, rotary is not None)
+        self.workspace = workspace
+        self._turns: Tensor | None = None
         if rotary is not None:
-            pairs = rows.narrow(1, 0, num_heads + groups).unflatten(2, (-1, 2))
-            self._turned = torch.view_as_complex(pairs)
             positions = slice(*spans[0][1:]) if self.index is None else self.index[1]
             self._turns = rotary.turns[positions]
-        self._converted: Tensor | None = None
-        if dtype != data.dtype:
-            self._converted = torch.empty_like(rows, dtype=data.dtype)
-            rows = self._converted
-        self._turned_rows = self._space.view(count, heads, size)
-        self._new = rows.narrow(1, num_heads, 2 * groups)
-        self._queries = rows.narrow(1, 0, num_heads).unflatten(1, (groups, -1))
-        self._targets = cache.rows(*spans[0]) if self.index is None else cache.by_attention
         self.results: Tensor | None = None
         if last_only and count > len(spans):
-            ends = list(accumulate(end - start for _, start, end in spans))
-            self.results = torch.tensor(ends, device=data.device) - 1
+            self.results = torch.tensor(row_ends(spans), device=device) - 1
             spans = [Span(slot, end - 1, end) for slot, _, end in spans]
         self._calls = self._plan(spans)
+        self.move_to(cache)
+
+    def move_to(self, cache: KVCache) -> None:
+        """Go on with the same positions in the cache of another segment."""
+        self.cache = cache
+        self._targets = cache.rows(*self._spans[0]) if self.index is None else cache.by_attention
+        for call in self._calls:
+            last = call.first + call.num_slots
+            call.keys, call.values = cache.window(call.first, last, call.end)
 
     def _plan(self, spans: Sequence[Span]) -> list[_Call]:
         together = _best_together(spans)
@@ -135,11 +174,10 @@ class Pass:
         slots = [span.slot for span in spans]
         first, last, end = min(slots), max(slots) + 1, max(span.end for span in spans)
         num_slots, num_rows = last - first, spans[-1].length
-        keys, values = self.cache.window(first, last, end)
         count = sum(span.length for span in spans)
         queries = slice(row, row + count)
         if num_slots == 1 and spans[0].start == 0:
-            return _Call(queries, 1, num_rows, keys, values, None, causal=num_rows > 1)
+            return _Call(queries, first, 1, num_rows, end, None, causal=num_rows > 1)
         # Rows that are not in use attend to the first position.
         seen = [[1] * num_rows for _ in range(num_slots)]
         places = []
@@ -151,14 +189,13 @@ class Pass:
         if min(map(min, seen)) < end:
             mask = self._mask(seen, end)
         if count == num_slots * num_rows and slots == sorted(slots):
-            return _Call(queries, num_slots, num_rows, keys, values, mask)
+            return _Call(queries, first, num_slots, num_rows, end, mask)
         device = self.cache.data.device
         where = torch.tensor(places, device=device).unbind(1)
         shape = (num_slots, num_rows, self.cache.num_groups, self._per_group)
         spread = self.cache.data.new_zeros(*shape, self.cache.data.shape[-1])
-        return _Call(
-            queries, num_slots, num_rows, keys, values, mask, False, (where[0], where[1]), spread
-        )
+        in_use = (where[0], where[1])
+        return _Call(queries, first, num_slots, num_rows, end, mask, False, in_use, spread)
 
     def _mask(self, seen: list[list[int]], end: int) -> Tensor:
         data = self.cache.data
@@ -180,16 +217,17 @@ class Pass:
         Returns:
             [rows that need a result, np hn]
         """
-        self._space.copy_(qkv)
-        if self._turned is not None:
-            self._turned.mul_(self._turns)
-        if self._converted is not None:
-            self._converted.copy_(self._turned_rows)
+        work = self.workspace
+        work.space.copy_(qkv)
+        if work.turned is not None and self._turns is not None:
+            work.turned.mul_(self._turns)
+        if work.converted is not None:
+            work.converted.copy_(work.unconverted)
         if self.index is None:
-            self._targets[attention].copy_(self._new)
+            self._targets[attention].copy_(work.new)
         else:
-            self._targets[attention].index_put_(self.index, self._new)
-        queries = self._queries if self.results is None else self._queries[self.results]
+            self._targets[attention].index_put_(self.index, work.new)
+        queries = work.queries if self.results is None else work.queries[self.results]
         if len(self._calls) == 1:
             return self._run(self._calls[0], attention, queries, scale)
         parts = [self._run(call, attention, queries[call.queries], scale) for call in self._calls]
@@ -225,6 +263,11 @@ class Pass:
         if call.places is None:
             return by_row.reshape(count, -1)
         return by_row[call.places].reshape(count, -1)
+
+
+def row_ends(spans: Sequence[Span]) -> list[int]:
+    """The row behind the last one of each span."""
+    return list(accumulate([end - start for _, start, end in spans]))
 
 
 def index_of(spans: Sequence[Span], device: torch.device) -> tuple[Tensor, Tensor] | None:

@@ -5,13 +5,31 @@ its result is needed, over all positions that wait in front of it, as one batch.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron.early_exit.inference.kv_cache import KVCache
-from megatron.early_exit.inference.passes import Pass, Span, in_pass_order, index_of
+from megatron.early_exit.inference.passes import (
+    Pass,
+    Span,
+    Workspace,
+    in_pass_order,
+    index_of,
+    row_ends,
+)
 from megatron.early_exit.inference.segments import SegmentedModel
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What has been run last: often the next segment is run over the same positions."""
+
+    index: int
+    spans: tuple[Span, ...]
+    this: Pass
+    hidden: Tensor
 
 
 class SegmentRunner:
@@ -34,6 +52,8 @@ class SegmentRunner:
         shape = (len(model.exits), num_slots, capacity, model.architecture.hidden_size)
         self._kept = torch.zeros(shape, dtype=model.dtype, device=model.device)
         """The residual stream at the cut behind each segment but the last."""
+        self._workspace: Workspace | None = None
+        self._last: _Run | None = None
 
     def _cache(self, num_attentions: int) -> KVCache:
         shape = self.model.architecture
@@ -65,13 +85,20 @@ class SegmentRunner:
         Returns:
             The residual stream [r, h] of those positions behind the segment.
         """
-        this = self._pass(self._caches[index], spans)
+        spans = tuple(spans)
+        last, cache = self._last, self._caches[index]
+        if last is not None and last.spans == spans:
+            this = last.this
+            this.move_to(cache)
+        else:
+            this = self._pass(cache, spans)
         if index > 0:
             hidden = self._gather(index - 1, spans, this.index)
         elif hidden is None:
             assert tokens is not None
             hidden = self._embed(spans, tokens)
         hidden = self.model.segments[index](hidden, this)
+        self._last = _Run(index, spans, this, hidden)
         if index < len(self._kept):
             if this.index is None:
                 slot, start, end = spans[0]
@@ -89,27 +116,44 @@ class SegmentRunner:
         return hidden
 
     def _gather(
-        self, cut: int, spans: Sequence[Span], index: tuple[Tensor, Tensor] | None
+        self, cut: int, spans: tuple[Span, ...], index: tuple[Tensor, Tensor] | None
     ) -> Tensor:
+        last = self._last
+        if last is not None and last.index == cut and last.spans == spans:
+            return last.hidden
         if index is not None:
             return self._kept[cut][index]
         slot, start, end = spans[0]
         return self._kept[cut, slot, start:end]
 
+    def _last_positions(self, cut: int, spans: tuple[Span, ...]) -> Tensor:
+        """[n, h], the residual stream of the last position of each span."""
+        last = self._last
+        if last is not None and last.index == cut and last.spans == spans:
+            if len(last.hidden) == len(spans):
+                return last.hidden
+            if len(spans) == 1:
+                return last.hidden[-1:]
+            return last.hidden[torch.tensor(row_ends(spans), device=self.model.device) - 1]
+        ends = tuple(Span(slot, end - 1, end) for slot, _, end in spans)
+        return self._gather(cut, ends, index_of(ends, self.model.device))
+
     def _pass(self, cache: KVCache, spans: Sequence[Span], last_only: bool = False) -> Pass:
         heads = self.model.architecture.num_attention_heads
-        return Pass(cache, spans, self.model.rotary, heads, last_only)
+        this = Pass(cache, spans, self.model.rotary, heads, last_only, self._workspace)
+        self._workspace = this.workspace
+        return this
 
     def exit_logits(self, index: int, spans: Sequence[Span]) -> Tensor:
         """Logits [n, v] of an exit for the last position of each span, after its segment ran."""
         head, cache = self.model.exits[index].head, self._block_caches[index]
+        spans = tuple(spans)
         if cache is None:
-            last = [Span(slot, end - 1, end) for slot, _, end in spans]
-            return head.logits(self._gather(index, last, index_of(last, self.model.device)))
+            return head.logits(self._last_positions(index, spans))
         lengths = self._block_lengths[index]
-        behind = [Span(slot, lengths[slot], end) for slot, _, end in spans]
+        behind = tuple(Span(slot, lengths[slot], end) for slot, _, end in spans)
         order = sorted(range(len(behind)), key=lambda i: in_pass_order(behind[i]))
-        ordered = [behind[i] for i in order]
+        ordered = tuple(behind[i] for i in order)
         this = self._pass(cache, ordered, True)
         logits = head.logits(self._gather(index, ordered, this.index), this)
         for slot, _, end in behind:
@@ -131,6 +175,7 @@ class SegmentRunner:
     def clear(self, slot: int) -> None:
         """Make everything in the slot finite again, after a sequence that was not."""
         self.truncate(slot, 0)
+        self._last = None
         for cache in (*self._caches, *filter(None, self._block_caches)):
             cache.data[:, slot].zero_()
         self._kept[:, slot].zero_()

@@ -1,0 +1,199 @@
+"""The models of `decode.py`: weights, the bare products over them, and others that run them."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.checkpoint.description import describe
+from megatron.early_exit.checkpoint.location import locate
+from megatron.early_exit.checkpoint.reader import CheckpointReader
+from megatron.early_exit.checkpoint.weights import load_weights, weight_shapes
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.inference.linear import make_linear
+
+SMOLLM2_135M = Architecture(
+    num_layers=30,
+    hidden_size=576,
+    ffn_hidden_size=1536,
+    num_attention_heads=9,
+    num_query_groups=3,
+    kv_channels=64,
+    vocab_size=49152,
+    max_position_embeddings=2048,
+    normalization="RMSNorm",
+    layernorm_epsilon=1e-5,
+    activation="silu",
+    gated_linear_unit=True,
+    add_bias_linear=False,
+    position_embedding_type="rope",
+    rotary_base=100000,
+    share_embeddings_and_output_weights=True,
+    params_dtype="float32",
+)
+
+
+class Weights(NamedTuple):
+    """A model's description and tensors."""
+
+    architecture: Architecture
+    early_exit: EarlyExitConfig
+    tensors: dict[str, Tensor]
+
+    @property
+    def head(self) -> Tensor:
+        """The final projection to the vocabulary."""
+        tied = self.tensors["embedding.word_embeddings.weight"]
+        return self.tensors.get("output_layer.weight", tied)
+
+    def layers(self, start: int, end: int) -> list[Tensor]:
+        """The weight matrices of some layers, in the order in which they are used."""
+        names = ("self_attention.linear_qkv", "self_attention.linear_proj")
+        names += ("mlp.linear_fc1", "mlp.linear_fc2")
+        return [
+            self.tensors[f"decoder.layers.{layer}.{name}.weight"]
+            for layer in range(start, end)
+            for name in names
+        ]
+
+    def segment_bytes(self) -> tuple[list[int], int]:
+        """Bytes of the matrices of each segment, and of one head."""
+        positions = self.early_exit.positions
+        cuts = [0, *positions, self.architecture.num_layers]
+        segments = [sum(w.nbytes for w in self.layers(*cut)) for cut in pairwise(cuts)]
+        return segments, self.head.nbytes
+
+
+def random_weights(dtype: torch.dtype) -> Weights:
+    """A model of SmolLM2-135M's shape with exits after layers 10 and 20."""
+    early_exit = EarlyExitConfig(exit_layer_nums=(10, 20), use_exit_norm=True)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in weight_shapes(SMOLLM2_135M, early_exit).items():
+        if len(shape) == 1:
+            tensors[name] = torch.ones(shape, dtype=dtype)
+        else:
+            tensors[name] = (torch.randn(shape, generator=generator) * 0.04).to(dtype)
+    return Weights(SMOLLM2_135M, early_exit, tensors)
+
+
+def saved_weights(path: Path, dtype: torch.dtype) -> Weights:
+    """A model from a checkpoint."""
+    location = locate(path)
+    description = describe(location)
+    architecture, early_exit = description.architecture, description.early_exit
+    assert architecture is not None
+    reader = CheckpointReader(location.iteration_dir)
+    tensors = load_weights(reader, architecture, early_exit, dtype, torch.device("cpu"))
+    return Weights(architecture, early_exit, tensors)
+
+
+def products(matrices: list[Tensor], rows: int, packed: bool) -> Callable[[], None]:
+    """The bare products of some matrices with as many rows of input, and nothing else."""
+    inputs = {size: torch.randn(rows, size).to(matrices[0].dtype) for size in _inputs(matrices)}
+    if packed:
+        functions = [(make_linear(matrix), inputs[matrix.shape[1]]) for matrix in matrices]
+    else:
+        functions = [
+            (lambda x, matrix=matrix: functional.linear(x, matrix), inputs[matrix.shape[1]])
+            for matrix in matrices
+        ]
+
+    def multiply() -> None:
+        for function, x in functions:
+            function(x)
+
+    return multiply
+
+
+def _inputs(matrices: list[Tensor]) -> set[int]:
+    return {matrix.shape[1] for matrix in matrices}
+
+
+class HuggingFace:
+    """`generate` of Hugging Face's transformers on the backbone's weights.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        import transformers
+
+        a = weights.architecture
+        config = transformers.LlamaConfig(
+            vocab_size=a.vocab_size,
+            hidden_size=a.hidden_size,
+            intermediate_size=a.ffn_hidden_size,
+            num_hidden_layers=a.num_layers,
+            num_attention_heads=a.num_attention_heads,
+            num_key_value_heads=a.num_query_groups,
+            max_position_embeddings=a.max_position_embeddings,
+            rms_norm_eps=a.layernorm_epsilon,
+            rope_theta=a.rotary_base,
+            tie_word_embeddings=a.share_embeddings_and_output_weights,
+            dtype=weights.head.dtype,
+        )
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(config)
+        model.to_empty(device="cpu").to(weights.head.dtype)
+        model.load_state_dict(_as_llama(weights), assign=True)
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        self.model = model.eval()
+
+    def seconds_per_token(self, prompt: list[int], count: int) -> float:
+        """Greedy decoding behind the first token."""
+        times: list[float] = []
+
+        class Clock:
+            def put(self, value: Any) -> None:
+                times.append(perf_counter())
+
+            def end(self) -> None: ...
+
+        tokens = torch.tensor([prompt])
+        with torch.inference_mode():
+            self.model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                do_sample=False,
+                max_new_tokens=count,
+                min_new_tokens=count,
+                pad_token_id=0,
+                streamer=Clock(),
+            )
+        # The first is the prompt's.
+        return (times[-1] - times[1]) / (len(times) - 2)
+
+
+def _as_llama(weights: Weights) -> dict[str, Tensor]:
+    a, tensors = weights.architecture, weights.tensors
+    per_group = a.num_attention_heads // a.num_query_groups
+    state = {
+        "model.embed_tokens.weight": tensors["embedding.word_embeddings.weight"],
+        "model.norm.weight": tensors["decoder.final_layernorm.weight"],
+        "lm_head.weight": weights.head,
+    }
+    for layer in range(a.num_layers):
+        old, new = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        attention, mlp = f"{old}self_attention.", f"{old}mlp."
+        qkv = tensors[f"{attention}linear_qkv.weight"]
+        grouped = qkv.unflatten(0, (a.num_query_groups, per_group + 2, a.kv_channels))
+        for name, part in zip("qkv", grouped.split((per_group, 1, 1), dim=1), strict=True):
+            state[f"{new}self_attn.{name}_proj.weight"] = part.flatten(0, 2).contiguous()
+        gate, up = tensors[f"{mlp}linear_fc1.weight"].chunk(2)
+        state |= {
+            f"{new}self_attn.o_proj.weight": tensors[f"{attention}linear_proj.weight"],
+            f"{new}mlp.gate_proj.weight": gate.contiguous(),
+            f"{new}mlp.up_proj.weight": up.contiguous(),
+            f"{new}mlp.down_proj.weight": tensors[f"{mlp}linear_fc2.weight"],
+            f"{new}input_layernorm.weight": tensors[f"{attention}linear_qkv.layer_norm_weight"],
+            f"{new}post_attention_layernorm.weight": tensors[f"{mlp}linear_fc1.layer_norm_weight"],
+        }
+    return state
