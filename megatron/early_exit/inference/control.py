@@ -29,7 +29,8 @@ class ControlPlane:
         self.context = zmq.Context()
         self._inbox = self.context.socket(zmq.PULL)
         self._inbox.set_hwm(0)
-        endpoint = bind(self._inbox)
+        self._inbox.bind(f"tcp://{own_address()}:*")
+        endpoint = self._inbox.getsockopt_string(zmq.LAST_ENDPOINT)
         self._lines = []
         for address in exchange(endpoint, group):
             line = self.context.socket(zmq.PUSH)
@@ -60,14 +61,12 @@ class ControlPlane:
         self.context.term()
 
 
-def bind(inbox: "zmq.Socket[bytes]") -> str:
-    """Bind a socket to a free port of the address under which the other processes see this one."""
+def own_address() -> str:
+    """The address under which the other processes see this one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         # Nothing is sent: this asks for the way to the first rank.
         probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))
-        host = probe.getsockname()[0]
-    inbox.bind(f"tcp://{host}:*")
-    return inbox.getsockopt_string(zmq.LAST_ENDPOINT)
+        return str(probe.getsockname()[0])
 
 
 def exchange(endpoint: str, group: distributed.ProcessGroup) -> list[str]:

@@ -129,6 +129,8 @@ class EarlyExitEngine:
         description = describe(location)
         architecture, early_exit = description.architecture, description.early_exit
         assert architecture is not None
+        if place is not None:
+            place.check(architecture)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype is None:

@@ -1,34 +1,32 @@
 """Notices that another process of the engine has died or hangs, and ends this one, too."""
 
 import os
+import selectors
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import zmq
 from torch import distributed
-from zmq.utils.monitor import recv_monitor_message
 
-from megatron.early_exit.inference.control import bind, exchange
+from megatron.early_exit.inference.control import exchange, own_address
 
 INTERVAL_S = 0.2
 SILENCE_S = 8.0
-"""How long a process may be silent. Starved of its core it may be for seconds."""
-GRACE_S = 1.0
-"""How long it may be silent after its connection broke."""
+"""How long a process may be silent whose connection is open. Starved of its core it may be for
+seconds."""
 LEAVING_S = 5.0
 """How long a process that leaves waits for the others, and one that works for one that has left."""
-_LINGER_MS = 200
-_ALIVE, _LEAVING = b"alive", b"leaving"
+_ALIVE, _LEAVING = b"a", b"l"
 
 
 class Heartbeat:
     """A thread that tells the others that this process lives, and listens to them.
 
-    Where one falls silent, nothing that waits for it would ever end. So the process is ended at
-    once, with a sentence and the status 1, whatever it waits for.
+    Where one falls silent or its connection closes, nothing that waits for it would ever end. So
+    this process is ended at once, with a sentence and the status 1, whatever it waits for.
 
     Args:
         group: all processes of the engine; they must create it together.
@@ -36,22 +34,12 @@ class Heartbeat:
 
     def __init__(self, group: distributed.ProcessGroup) -> None:
         self._rank = distributed.get_rank(group)
-        self._context = zmq.Context()
-        self._mouth = self._context.socket(zmq.PUB)
-        self._ear = self._context.socket(zmq.SUB)
-        self._ear.subscribe(b"")
-        self._monitor = self._ear.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._endpoints = exchange(bind(self._mouth), group)
+        self._peers = _connect(self._rank, group)
         now = time.monotonic()
-        self._deadlines: dict[int, float] = {}
+        self._deadlines = dict.fromkeys(self._peers.values(), now + SILENCE_S)
         self._left: dict[int, float] = {}
         self._work_began: float | None = None
-        for rank, endpoint in enumerate(self._endpoints):
-            if rank != self._rank:
-                self._ear.connect(endpoint)
-                self._deadlines[rank] = now + SILENCE_S
         self._leaves = threading.Event()
-        self._all_left = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
@@ -61,68 +49,67 @@ class Heartbeat:
         self._work_began = time.monotonic()
         try:
             yield
-        except (RuntimeError, zmq.ZMQError):
+        except RuntimeError:
             # When the thread finds that a death explains it, it ends the process with a sentence.
-            time.sleep(GRACE_S + 4 * INTERVAL_S)
+            time.sleep(4 * INTERVAL_S)
             raise
         finally:
             self._work_began = None
 
     def close(self) -> None:
         """Leave in good order: once all others leave, too, or have been given time to."""
-        if not self._leaves.is_set():
-            self._leaves.set()
-            self._all_left.wait(LEAVING_S)
-            self._all_left.set()
-            self._thread.join()
-            self._context.term()
+        self._leaves.set()
+        self._thread.join(LEAVING_S)
 
     def _run(self) -> None:
-        own = str(self._rank).encode()
-        began = time.monotonic()
-        while not self._all_left.is_set():
-            self._mouth.send_multipart([own, _LEAVING if self._leaves.is_set() else _ALIVE])
-            if len(self._left) == len(self._endpoints) - 1 and self._leaves.is_set():
-                break
-            self._listen()
-            now = time.monotonic()
-            # One that was starved itself must not judge the others.
-            if now - began < 5 * INTERVAL_S:
-                self._judge(now)
-            began = now
-        self._all_left.set()
-        self._ear.disable_monitor()
-        self._monitor.close(linger=0)
-        self._ear.close(linger=0)
-        self._mouth.close(linger=_LINGER_MS)
+        with selectors.DefaultSelector() as selector:
+            for peer in self._peers:
+                selector.register(peer, selectors.EVENT_READ)
+            began = time.monotonic()
+            while len(self._left) < len(self._peers) or not self._leaves.is_set():
+                self._say(_LEAVING if self._leaves.is_set() else _ALIVE)
+                self._listen(selector)
+                now = time.monotonic()
+                # One that was starved itself must not judge the others.
+                if now - began < 5 * INTERVAL_S and not self._leaves.is_set():
+                    self._judge(now)
+                began = now
+        self._say(_LEAVING)
+        for peer in self._peers:
+            peer.close()
 
-    def _listen(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._ear, zmq.POLLIN)
-        poller.register(self._monitor, zmq.POLLIN)
+    def _say(self, word: bytes) -> None:
+        for peer, rank in self._peers.items():
+            try:
+                peer.send(word)
+            except OSError:
+                # Closed, which `_listen` finds out as well, or full of what it does not read.
+                self._deadlines[rank] = min(self._deadlines[rank], time.monotonic() + SILENCE_S)
+
+    def _listen(self, selector: selectors.BaseSelector) -> None:
         until = time.monotonic() + INTERVAL_S
-        while ready := dict(poller.poll(max(0, int(1000 * (until - time.monotonic()))))):
-            now = time.monotonic()
-            if self._ear in ready:
-                sender, word = self._ear.recv_multipart()
-                self._heard(int(sender), word, now)
-            if self._monitor in ready:
-                endpoint = recv_monitor_message(self._monitor)["endpoint"].decode()
-                rank = self._endpoints.index(endpoint)
-                if rank in self._deadlines:
-                    self._deadlines[rank] = min(self._deadlines[rank], now + GRACE_S)
-
-    def _heard(self, rank: int, word: bytes, now: float) -> None:
-        if word == _LEAVING:
-            self._deadlines.pop(rank, None)
-            self._left.setdefault(rank, now)
-        elif rank in self._deadlines:
-            self._deadlines[rank] = now + SILENCE_S
+        while ready := selector.select(max(0.0, until - time.monotonic())):
+            for key, _ in ready:
+                peer = key.fileobj
+                assert isinstance(peer, socket.socket)
+                rank = self._peers[peer]
+                try:
+                    words = peer.recv(4096)
+                except OSError:
+                    words = b""
+                if words and _LEAVING not in words:
+                    self._deadlines[rank] = time.monotonic() + SILENCE_S
+                elif words or rank in self._left or self._leaves.is_set():
+                    self._left.setdefault(rank, time.monotonic())
+                else:
+                    self._end(f"rank {rank} of the inference engine has died")
+                if not words:
+                    selector.unregister(peer)
 
     def _judge(self, now: float) -> None:
         for rank, deadline in self._deadlines.items():
-            if now > deadline:
-                self._end(f"rank {rank} of the inference engine has died or hangs")
+            if now > deadline and rank not in self._left:
+                self._end(f"rank {rank} of the inference engine hangs")
         began = self._work_began
         for rank, left in self._left.items():
             if began is not None and now > max(began, left) + LEAVING_S:
@@ -133,3 +120,22 @@ class Heartbeat:
         sys.stderr.write(f"error: {reason}, so rank {self._rank} ends, too\n")
         sys.stderr.flush()
         os._exit(1)
+
+
+def _connect(rank: int, group: distributed.ProcessGroup) -> dict[socket.socket, int]:
+    """A connection to every other rank of the group."""
+    with socket.create_server((own_address(), 0), backlog=1024) as server:
+        host, port = server.getsockname()
+        endpoints = exchange(f"{host}:{port}", group)
+        peers = {}
+        for other, endpoint in enumerate(endpoints[:rank]):
+            host, _, number = endpoint.rpartition(":")
+            peer = socket.create_connection((host, int(number)))
+            peer.sendall(rank.to_bytes(4))
+            peers[peer] = other
+        while len(peers) < len(endpoints) - 1:
+            peer = server.accept()[0]
+            peers[peer] = int.from_bytes(peer.recv(4, socket.MSG_WAITALL))
+    for peer in peers:
+        peer.setblocking(False)
+    return peers

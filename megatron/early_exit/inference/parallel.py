@@ -146,9 +146,6 @@ def divided_model(
         architecture: the whole model.
         early_exit: its exits.
         weights: this process's parts of the tensors, see `own_part`.
-
-    Raises:
-        ValueError: the model cannot be divided like that.
     """
     shape, exits, renamed = stage_as_model(place, architecture, early_exit, weights)
     model = SegmentedModel(shape, exits, renamed, place.tensor)

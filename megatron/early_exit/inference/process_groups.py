@@ -55,17 +55,22 @@ class Place:
         """The final head is here."""
         return self.stage == self.num_stages - 1
 
-    def layers(self, num_layers: int) -> range:
-        """The stage's layers, counted from 0.
+    def check(self, architecture: Architecture) -> None:
+        """See whether a model can be divided like this.
 
         Raises:
-            ValueError: the model has fewer layers than there are stages.
+            ValueError: it cannot.
         """
-        if num_layers < self.num_stages:
+        if architecture.num_layers < self.num_stages:
             raise ValueError(
                 f"pipeline_parallel {self.num_stages} is not possible, allowed: up to the model's "
-                f"num_layers {num_layers}"
+                f"num_layers {architecture.num_layers}"
             )
+        if self.tensor is not None:
+            self.tensor.architecture(architecture)
+
+    def layers(self, num_layers: int) -> range:
+        """The stage's layers, counted from 0."""
         first, end = (
             num_layers * stage // self.num_stages for stage in (self.stage, self.stage + 1)
         )

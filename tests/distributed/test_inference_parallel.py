@@ -1,0 +1,252 @@
+"""Engines over several processes: the oracle's tokens on every rank, and no orphans."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.early_exit.checkpoint.description import ModelDescription, write_description
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams, heartbeat
+from tests.helpers.reference_decoder import generate
+from tests.helpers.spawn import spawn
+from tests.helpers.tiny_models import GPT2, HEADS, LLAMA, TinyModel, make_model, save_checkpoint
+
+THRESHOLDS = (0.0, 0.3, 0.6, 0.9, 1.0)
+MODELS = [("llama", head) for head in HEADS] + [("gpt2", "all")]
+LAYOUTS = {2: ((2, 1), (1, 2)), 4: ((1, 4), (2, 2))}
+"""Number of processes -> tensor and pipeline parallel sizes."""
+SAMPLED = SamplingParams(mode="early_exit", max_tokens=12, temperature=1.2, top_p=0.9, logprobs=2)
+
+
+@cache
+def model_of(kind: str, head: str) -> TinyModel:
+    return make_model({"llama": LLAMA, "gpt2": GPT2}[kind], exits=(1, 3), **HEADS[head])
+
+
+def greedy_requests(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Every mode and threshold, with prompts of many lengths."""
+    choose = random.Random(seed)
+    fields: list[dict[str, Any]] = [{"mode": "full"}]
+    fields += [{"mode": "early_exit", "early_exit_threshold": t} for t in THRESHOLDS]
+    fields += [{"mode": "early_exit", "early_exit_threshold": 0.3, "exit_layers": (3,)}]
+    fields += [{"mode": "self_speculative", "draft_exit_layer": layer} for layer in (1, 3)]
+    prompts = [[choose.randrange(61) for _ in range(choose.randint(1, 14))] for _ in fields]
+    params = [SamplingParams(max_tokens=choose.randint(1, 12), **each) for each in fields]
+    return prompts, params
+
+
+def divided_engine(folder: str, kind: str, head: str, layout: tuple[int, int]) -> EarlyExitEngine:
+    """A few slots only, so that sequences follow each other in them."""
+    tensor, pipeline = layout
+    return EarlyExitEngine.from_checkpoint(
+        Path(folder, f"{kind}-{head}"),
+        device="cpu",
+        max_batch_size=4,
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+    )
+
+
+def generate_everything(folder: str) -> dict[Any, Any]:
+    """All models in all layouts of this number of processes."""
+    found: dict[Any, Any] = {}
+    world_size = torch.distributed.get_world_size()
+    for layout in LAYOUTS[world_size]:
+        for number, (kind, head) in enumerate(MODELS):
+            if layout == (2, 2) and head != "all":
+                continue
+            engine = divided_engine(folder, kind, head, layout)
+            found[layout, kind, head] = engine.generate(*greedy_requests(number))
+            if (kind, head) == ("llama", "block"):
+                found[layout, "more"] = more_of_one(engine)
+            engine.close()
+    if world_size == 2:
+        found["faults"] = faults(folder)
+    return found
+
+
+def more_of_one(engine: EarlyExitEngine) -> dict[str, Any]:
+    """What is not in the tokens of `generate`."""
+    stream = engine.stream([1, 2, 3], SAMPLED)
+    abandoned = [next(stream), next(stream)]
+    stream.close()
+    details = SamplingParams(mode="early_exit", early_exit_threshold=0.6, exit_details=True)
+    return {
+        "seeded": engine.generate([[5], [6, 7]], [SamplingParams(seed=3, temperature=1.0)] * 2),
+        "unseeded": engine.generate([[5], [6, 7]], SAMPLED),
+        "abandoned": [token.token_id for token in abandoned],
+        "streamed": list(engine.stream([1, 2, 3], SamplingParams(max_tokens=5))),
+        "details": engine.generate([[9, 8, 7]], details),
+        "after": engine.generate([[4, 4]], SamplingParams(max_tokens=5)),
+    }
+
+
+def faults(folder: str) -> dict[str, Any]:
+    """Refusals, and a request that fails among others."""
+    told = {}
+    for name, layout in (("heads", (2, 1)), ("processes", (4, 1))):
+        with pytest.raises(ValueError, match="tensor_parallel") as refusal:
+            divided_engine(folder, "single", "group", layout)
+        told[name] = str(refusal.value)
+    for name, layout in (("tensor", (2, 1)), ("pipeline", (1, 2))):
+        engine = divided_engine(folder, "damaged", "end", layout)
+        leaving = SamplingParams(mode="early_exit", early_exit_threshold=0.0)
+        results = [engine.generate([[5, 6], [7]], [SamplingParams(), leaving]) for _ in range(3)]
+        told[name] = [[(r.finish_reason, r.token_ids) for r in result] for result in results]
+        for prompt, params in (
+            ([], SamplingParams()),
+            ([1] * 64, SamplingParams()),
+            ([99], SamplingParams()),
+            ([1], SamplingParams(mode="early_exit", exit_layers=(2,))),
+        ):
+            with pytest.raises(ValueError, match="allowed"):
+                engine.generate([[1], prompt], [SamplingParams(), params])
+        if name == "pipeline":
+            with pytest.raises(ValueError, match="pipeline_parallel") as refusal:
+                engine.generate([[1]], SamplingParams(prompt_logprobs=0))
+            told["scores"] = str(refusal.value)
+        engine.close()
+    return told
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("models")
+    models = {f"{kind}-{head}": model_of(kind, head) for kind, head in MODELS}
+    models["damaged-end"] = make_model(exits=(1,))
+    models["damaged-end"].weights["decoder.layers.3.mlp.linear_fc2.weight"].fill_(math.nan)
+    models["single-group"] = make_model(replace(LLAMA, num_query_groups=1))
+    for name, model in models.items():
+        save_checkpoint(model, path / name)
+        description = ModelDescription(model.architecture, model.early_exit, None)
+        write_description(path / name, description)
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=sorted(LAYOUTS))
+def found(request, folder) -> list[dict[Any, Any]]:
+    """What every rank has got."""
+    return spawn(generate_everything, request.param, folder)
+
+
+def test_every_rank_gets_the_oracles_tokens(found):
+    for number, (kind, head) in enumerate(MODELS):
+        layouts = [key[0] for key in found[0] if key[1:] == (kind, head)]
+        assert layouts
+        for prompt, params, index in zip(*greedy_requests(number), itertools.count(), strict=False):
+            threshold = params.threshold if params.mode == "early_exit" else None
+            model = model_of(kind, head)
+            expected = generate(model, prompt, params.max_tokens, threshold, params.exit_layers)
+            for layout, results in itertools.product(layouts, found):
+                result = results[layout, kind, head][index]
+                where = (layout, kind, head, params)
+                assert result.token_ids == [token.token_id for token in expected], where
+                if params.mode != "self_speculative":
+                    assert result.exit_layers == [token.exit_layer for token in expected], where
+                assert result.logprobs == pytest.approx([t.logprob for t in expected], abs=3e-4)
+                assert result.finish_reason == "length"
+
+
+def test_samples_streams_and_reports_are_those_of_one_process(found):
+    engine = EarlyExitEngine(model_of("llama", "block").segmented)
+    expected = more_of_one(engine)
+    ranks = [results[key] for results in found for key in results if key[1:] == ("more",)]
+    assert len(ranks) >= 2
+    for one in ranks:
+        for name in ("seeded", "details", "after"):
+            for result, alone in zip(one[name], expected[name], strict=True):
+                assert result.token_ids == alone.token_ids
+                assert result.exit_layers == alone.exit_layers
+        heads, alone = one["details"][0].heads, expected["details"][0].heads
+        assert [[head.layer for head in token] for token in heads] == [
+            [head.layer for head in token] for token in alone
+        ]
+        assert [t.token_id for t in one["streamed"]] == [t.token_id for t in expected["streamed"]]
+        assert len(one["abandoned"]) == 2
+    for layout in {key[0] for key in found[0] if key[1:] == ("more",)}:
+        samples = [
+            [(r.token_ids, r.top_logprobs) for r in results[layout, "more"]["unseeded"]]
+            for results in found
+        ]
+        assert all(sample == samples[0] for sample in samples)
+
+
+@pytest.mark.parametrize("found", [2], indirect=True)
+def test_faults_end_one_request_alone(found):
+    engine = EarlyExitEngine(make_model(exits=(1,)).segmented)
+    leaving = SamplingParams(mode="early_exit", early_exit_threshold=0.0)
+    (well,) = engine.generate([[7]], leaving)
+    for told in (results["faults"] for results in found):
+        assert told["heads"] == (
+            "tensor_parallel 2 is not possible, allowed: divisors of the model's num_query_groups 1"
+        )
+        assert told["processes"].startswith("tensor_parallel 4 x pipeline_parallel 1 needs 4 ")
+        assert "prompt_logprobs 0 is not possible with pipeline_parallel 2" in told["scores"]
+        for name in ("tensor", "pipeline"):
+            assert told[name] == [[("error", []), ("length", well.token_ids)]] * 3
+
+
+def decode_for_long(
+    rank: int, layout: tuple[int, int], folder: str, sentences: str, pause_s: float
+) -> None:
+    sys.stderr = open(f"{sentences}/{rank}", "w")
+    heartbeat.SILENCE_S = 2.0
+    store = f"file://{sentences}/store"
+    torch.distributed.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=math.prod(layout)
+    )
+    engine = divided_engine(folder, "llama", "norm", layout)
+    Path(sentences, f"ready{rank}").touch()
+    while True:
+        engine.generate([[1, 2], [3]], SamplingParams(max_tokens=40))
+        time.sleep(pause_s)
+
+
+@pytest.mark.parametrize(
+    ("layout", "pause_s", "way", "said"),
+    [
+        ((2, 1), 0, signal.SIGKILL, "has died"),
+        ((1, 3), 0, signal.SIGKILL, "has died"),
+        ((1, 3), 600, signal.SIGKILL, "has died"),
+        ((1, 3), 0, signal.SIGSTOP, "hangs"),
+    ],
+    ids=["tensor", "pipeline", "idle", "hanging"],
+)
+def test_no_rank_outlives_another(layout, pause_s, way, said, folder, tmp_path):
+    context = torch.multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=decode_for_long, args=(rank, layout, folder, str(tmp_path), pause_s))
+        for rank in range(math.prod(layout))
+    ]
+    try:
+        for rank in ranks:
+            rank.start()
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("ready*"))) < len(ranks):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(ranks[1].pid, way)
+        deadline = time.monotonic() + 8
+        for number, rank in enumerate(ranks):
+            if number != 1:
+                rank.join(max(0.0, deadline - time.monotonic()))
+                assert rank.exitcode == 1
+                lines = (tmp_path / str(number)).read_text().splitlines()
+                who = "rank 1 of the inference engine"
+                assert lines[-1] == f"error: {who} {said}, so rank {number} ends, too"
+    finally:
+        for rank in ranks:
+            rank.kill()
