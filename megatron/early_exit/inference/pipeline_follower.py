@@ -13,6 +13,8 @@ from megatron.early_exit.inference.results import GeneratedToken, HeadReport
 from megatron.early_exit.inference.work import Batch, Work
 
 _MAX_ROWS = 256
+_WORTHWHILE_ROWS = 8
+"""Rows that take hardly longer than one, because reading the weights is what takes the time."""
 
 
 class PipelineFollower:
@@ -54,11 +56,11 @@ class PipelineFollower:
             The tokens that have become known.
         """
         tokens: list[tuple[Request, GeneratedToken]] = []
-        heard = self.control.receive(wait=not self._rows)
+        heard = self.control.receive(wait=not self._is_due())
         while heard is not None:
             tokens += self._hear(heard[0])
             heard = self.control.receive(wait=False)
-        if self._rows:
+        if self._is_due():
             self._run()
         if self._closes and not self._rows:
             self._is_closed = True
@@ -98,6 +100,14 @@ class PipelineFollower:
         if request.is_finished:
             self.cancel(request.key)
         return [(request, token)]
+
+    def _is_due(self) -> bool:
+        """Whether to run what waits: rows that only fill caches wait for company, or for a row
+        with a token to find."""
+        works = [work for message in self._rows for work in message]
+        if any(work.final or work.asks for work in works) or (works and self._closes):
+            return True
+        return sum(work.num_rows for work in works) >= _WORTHWHILE_ROWS
 
     def _run(self) -> None:
         """Run everything that waits, as far as it fits together."""
