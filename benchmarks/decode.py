@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -272,7 +273,7 @@ def measure_batch(
     cuts = [0, *weights.early_exit.positions, layers]
     for p in PROBABILITIES:
         reached, ideal = 1.0, 0.0
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             # Every position goes through every segment in the end, but in larger batches.
             share = (end - start) / layers
             ideal += share * max(reached * backbone, least) + reached * head

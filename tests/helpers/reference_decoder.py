@@ -44,7 +44,8 @@ def generate(
         chosen = None
         for key, layer in [*(heads if threshold is not None else []), ("final", final)]:
             probabilities = logits[key][-1].double().softmax(-1)
-            confidence, token = (float(v) for v in probabilities.max(-1))
+            # A confidence is an fp32 number: close to 1 it is 1.
+            confidence, token = (float(v.float()) for v in probabilities.max(-1))
             if key == "final" or confidence >= threshold:
                 chosen = ReferenceToken(int(token), layer, confidence, math.log(confidence))
                 break

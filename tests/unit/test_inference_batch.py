@@ -46,17 +46,17 @@ def requests(draw: st.DrawFn) -> tuple[list[int], SamplingParams]:
     num_slots=st.integers(1, 4),
     max_rows=st.integers(1, 20),
     max_pending=st.integers(1, 8),
-    saturation=st.integers(1, 6),
+    quorum=st.floats(0, 1),
 )
 def test_every_request_gets_the_oracles_tokens(
-    name, batch, arrivals, num_slots, max_rows, max_pending, saturation
+    name, batch, arrivals, num_slots, max_rows, max_pending, quorum
 ):
     model = MODELS[name]
     engine = EarlyExitEngine(
         model.segmented, max_pending=max_pending, max_batch_size=num_slots, max_sequence_length=24
     )
     engine.loop.scheduler.max_rows = max_rows
-    engine.loop.scheduler.saturation = saturation
+    engine.loop.scheduler.quorum = quorum
     requests_ = []
     for (prompt, params), steps in zip(batch, arrivals, strict=False):
         requests_.append(engine.submit(prompt, params))

@@ -78,14 +78,12 @@ sequences = st.lists(
     batch=sequences,
     num_slots=st.integers(1, 5),
     max_rows=st.integers(1, 16),
-    saturation=st.integers(1, 8),
+    quorum=st.floats(0, 1),
     patience=st.integers(1, 8),
 )
-def test_everything_needed_runs_once_and_nothing_else(
-    batch, num_slots, max_rows, saturation, patience
-):
+def test_everything_needed_runs_once_and_nothing_else(batch, num_slots, max_rows, quorum, patience):
     prompts, depths = map(list, zip(*batch, strict=True))
-    scheduler = Scheduler(SEGMENTS, num_slots, max_rows, saturation, patience)
+    scheduler = Scheduler(SEGMENTS, num_slots, max_rows, quorum, patience)
     simulation = Simulation(scheduler, prompts, depths)
     simulation.run()
     assert simulation.generated == [len(own) for own in depths]
@@ -118,7 +116,7 @@ def keys(step: Step) -> set[int]:
 
 
 def test_nobody_waits_longer_than_the_patience():
-    scheduler = Scheduler(2, 4, patience=3, saturation=8)
+    scheduler = Scheduler(2, 4, patience=3, quorum=0.5)
     # Three leave at once, again and again; one waits for the second segment.
     simulation = Simulation(scheduler, [1] * 4, [[0] * 30, [0] * 30, [0] * 30, [1, 1, 1]])
     simulation.run()
@@ -155,7 +153,22 @@ def test_positions_that_are_asked_together_run_together():
     assert lengths[-1] >= 3
 
 
-@pytest.mark.parametrize("name", ["num_slots", "max_rows", "saturation", "patience"])
+def test_a_deeper_segment_waits_for_company():
+    scheduler = Scheduler(2, 4, quorum=0.5)
+    # One goes deep at its first token, a second one two tokens later.
+    simulation = Simulation(scheduler, [1] * 4, [[1, 0], [0, 0, 1, 0], [0] * 8, [0] * 8])
+    simulation.run()
+    first_deep = next(i for i, step in enumerate(simulation.steps) if step.segment == 1)
+    assert [step.segment for step in simulation.steps[: first_deep + 1]] == [0, 0, 0, 1]
+    assert keys(simulation.steps[first_deep]) == {0, 1}
+
+
+def test_quorum_out_of_range():
+    with pytest.raises(ValueError, match=r"quorum 1.5 is out of range, allowed: 0 to 1"):
+        Scheduler(1, 1, quorum=1.5)
+
+
+@pytest.mark.parametrize("name", ["num_slots", "max_rows", "patience"])
 def test_sizes_out_of_range(name):
     sizes = {"num_slots": 2, name: 0}
     with pytest.raises(ValueError, match=f"{name} 0 is out of range, allowed: 1 or more"):

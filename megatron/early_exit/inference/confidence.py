@@ -51,9 +51,10 @@ def assess(logits: Tensor) -> list[Assessment]:
     """Assess the logits [n, v] of n positions, at the cost of one small transfer to the host."""
     logits = logits.to(torch.float32)
     values, indices = logits.max(dim=-1)
-    normalizers = logits.logsumexp(dim=-1)
+    # Less the maximum, so that a confidence close to 1 keeps its digits.
+    rest = (logits - values[:, None]).exp_().sum(dim=-1).log_()
     # fp32 holds every index up to 2**24 exactly, more than any vocabulary.
-    figures = torch.stack((normalizers, values - normalizers, indices.to(torch.float32))).tolist()
+    figures = torch.stack((values + rest, -rest, indices.to(torch.float32))).tolist()
     return [
         Assessment(row, normalizer, int(token), logprob)
         for row, normalizer, logprob, token in zip(logits.unbind(), *figures, strict=True)
