@@ -52,3 +52,22 @@ def test_attention_of_any_batch_is_that_of_each_sequence_alone(spans, groups, pe
     torch.testing.assert_close(found, torch.cat(expected))
     for slot, _, end in spans:
         torch.testing.assert_close(cache.data[1, slot, :end], full[slot])
+
+
+def test_a_pass_goes_on_in_the_cache_of_the_next_segment():
+    generator = torch.Generator().manual_seed(0)
+    caches = [
+        KVCache(count, 3, CAPACITY, 1, SIZE, torch.float32, torch.device("cpu")) for count in (1, 2)
+    ]
+    spans = (Span(0, 4, 5), Span(2, 0, 3))
+    qkv = torch.randn(4, 4 * SIZE, generator=generator)
+    this = Pass(caches[0], spans, None, 2)
+    first = this.attend(0, qkv, None)
+    this.move_to(caches[1])
+    assert torch.equal(this.attend(1, qkv, None), first)
+    assert torch.equal(caches[1].data[1], caches[0].data[0])
+    # Another pass may use the space again, where it has as many rows.
+    again = Pass(caches[0], spans, None, 2, workspace=this.workspace)
+    assert again.workspace is this.workspace
+    assert torch.equal(again.attend(0, qkv, None), first)
+    assert Pass(caches[0], spans[:1], None, 2, workspace=this.workspace).workspace.count == 1
