@@ -43,7 +43,7 @@ def greedy_requests(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
     fields += [{"mode": "early_exit", "early_exit_threshold": 0.3, "exit_layers": (3,)}]
     fields += [{"mode": "self_speculative", "draft_exit_layer": layer} for layer in (1, 3)]
     prompts = [[choose.randrange(61) for _ in range(choose.randint(1, 14))] for _ in fields]
-    params = [SamplingParams(max_tokens=choose.randint(1, 12), **each) for each in fields]
+    params = [SamplingParams(max_tokens=choose.randint(1, 8), **each) for each in fields]
     return prompts, params
 
 

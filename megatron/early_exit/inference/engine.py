@@ -155,7 +155,11 @@ class EarlyExitEngine:
         return cls(model, tokenizer, eod_id, *sizes, division)
 
     def close(self) -> None:
-        """Part from the other processes, if there are any; all have to do so."""
+        """Part from the other processes, if there are any; all have to do so.
+
+        The other processes of a pipeline may do so early: they compute for the first one's requests
+        until it closes.
+        """
         if self._division is not None:
             self._division.close()
 

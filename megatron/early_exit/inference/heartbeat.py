@@ -87,7 +87,7 @@ class Heartbeat:
                 self._deadlines[rank] = min(self._deadlines[rank], time.monotonic() + SILENCE_S)
 
     def _listen(self, selector: selectors.BaseSelector) -> None:
-        until = time.monotonic() + INTERVAL_S
+        until = time.monotonic() + (INTERVAL_S / 10 if self._leaves.is_set() else INTERVAL_S)
         while ready := selector.select(max(0.0, until - time.monotonic())):
             for key, _ in ready:
                 peer = key.fileobj

@@ -33,7 +33,7 @@ class PipelineFollower:
         self._last_key = 0
         self._early: dict[int, list[Message]] = {}
         """What was chosen for requests that the script has yet to make."""
-        self._closes = self._is_closed = False
+        self._closes = self._is_closed = self._is_leaving = False
 
     def submit(self, request: Request) -> None:
         """Take in a request."""
@@ -68,7 +68,8 @@ class PipelineFollower:
         return tokens
 
     def close(self) -> None:
-        """Compute what is on its way, until the driver closes."""
+        """Compute what comes until the driver closes, whatever requests it is for."""
+        self._is_leaving = True
         while not self._is_closed:
             self.step()
         self.stage.finish()
@@ -82,7 +83,7 @@ class PipelineFollower:
             self.stage.run(batch, lambda work, logits: None)
         elif kind == "close":
             self._closes = True
-        elif message["key"] > self._last_key:
+        elif message["key"] > self._last_key and not self._is_leaving:
             self._early.setdefault(message["key"], []).append(message)
         else:
             return self._decide(message)
