@@ -44,6 +44,7 @@ class PipelineDriver:
         self._tokens: list[tuple[Request, GeneratedToken]] = []
         self._damaged: set[int] = set()
         self._drafting: set[int] = set()
+        self._leaving: set[int] = set()
         self._verified: dict[int, list[Assessment]] = {}
 
     def submit(self, request: Request) -> None:
@@ -60,6 +61,7 @@ class PipelineDriver:
             self.scheduler.remove(key)
             self._ready = deque(one for one in self._ready if one.key != key)
             self._drafting.discard(key)
+            self._leaving.discard(key)
             self._verified.pop(key, None)
 
     def step(self) -> list[tuple[Request, GeneratedToken]]:
@@ -84,9 +86,13 @@ class PipelineDriver:
         self.stage.finish()
 
     def _run(self) -> None:
-        # As many batches on their way as there are stages keep all of them busy.
+        # As many batches on their way as there are stages keep all of them busy. Sequences that
+        # leave at this stage only make its own batch smaller if they are kept back.
         share = -(-len(self.scheduler.running) // self.stage.place.num_stages)
-        chosen = [self._ready.popleft() for _ in range(min(share, len(self._ready)))]
+        deep = [one for one in self._ready if one.key not in self._leaving][share:]
+        chosen = [one for one in self._ready if one not in deep]
+        self._ready = deque(deep)
+        self._leaving.difference_update(one.key for one in chosen)
         step = self.scheduler.batch(0, chosen)
         works = [self._work(*pair) for pair in zip(step.sequences, step.spans, strict=True)]
         self.scheduler.ran(step)
@@ -94,7 +100,7 @@ class PipelineDriver:
         for rank in range(1, self.stage.place.stage_size):
             batch = [[work.message() for work in works]]
             self.control.send(rank, {"kind": "batch", "works": batch})
-        rest = self.stage.run([works], self._conclude)
+        rest = self.stage.run([works], self._conclude_here)
         rows = [work.message() for work in rest]
         self.control.send(self.stage.place.stage_size, {"kind": "rows", "works": rows})
 
@@ -129,6 +135,12 @@ class PipelineDriver:
                 logits = logits.to(self.stage.runner.model.device)
             self._conclude(Work.from_message(message["work"]), logits)
             heard = self.control.receive(wait=False)
+
+    def _conclude_here(self, work: Work, logits: Tensor) -> None:
+        self._leaving.add(work.key)
+        self._conclude(work, logits)
+        if work.key not in self.requests:
+            self._leaving.discard(work.key)
 
     def _conclude(self, work: Work, logits: Tensor) -> None:
         """A stage has found out about a token."""
