@@ -23,7 +23,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = folder / "corpus.txt"
     corpus.write_text(
         "\n".join(
-            f"the {n} quick brown foxes jump over lazy dogs, pack my box with five dozen liquor jugs"
+            f"the {n} quick brown foxes jump over lazy dogs, pack my box with five jugs"
             for n in range(99)
         )
     )
