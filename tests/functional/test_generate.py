@@ -21,8 +21,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved model with exits after layers 1 and 3 and a tokenizer of its 61 tokens."""
     folder = tmp_path_factory.mktemp("generate")
     corpus = folder / "corpus.txt"
-    words = "quick brown foxes jump over lazy dogs", "pack my box with five dozen liquor jugs"
-    corpus.write_text("".join(f"the {n} {line}\n" for n in range(99) for line in words))
+    words = "quick brown foxes jump over lazy dogs, pack my box with five dozen liquor jugs"
+    corpus.write_text("\n".join(f"the {n} {words}" for n in range(99)))
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus), model_prefix=f"{folder}/words", vocab_size=61, minloglevel=2
     )
