@@ -97,7 +97,8 @@ def at_once(_: Training) -> bool:
 
 def after_a_step(training: Training) -> bool:
     logs = max(training.folder.glob("life-*"), key=lambda path: path.stat().st_mtime_ns)
-    return "] iteration " in (logs / f"rank{NPROC - 1}.log").read_text(errors="replace")
+    log = logs / f"rank{NPROC - 1}.log"
+    return log.exists() and "] iteration " in log.read_text(errors="replace")
 
 
 def during_a_save(*parts: str) -> Moment:
