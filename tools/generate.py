@@ -128,7 +128,7 @@ def answers(
             yield Answer(prompt, None, request)
         else:
             while not request.is_finished:
-                bar.update(len(engine.loop.step()))
+                bar.update(len(engine.step()))
             yield Answer(prompt, request.result(), request.error)
 
 

@@ -61,9 +61,9 @@ def test_every_request_gets_the_oracles_tokens(
     for (prompt, params), steps in zip(batch, arrivals, strict=False):
         requests_.append(engine.submit(prompt, params))
         for _ in range(steps):
-            engine.loop.step()
+            engine.step()
     while not all(request.is_finished for request in requests_):
-        engine.loop.step()
+        engine.step()
     assert not engine.loop.requests
     for (prompt, params), request in zip(batch, requests_, strict=True):
         threshold = params.threshold if params.mode == "early_exit" else None

@@ -217,12 +217,12 @@ def test_a_cancelled_request_keeps_what_it_has():
     request = engine.submit(PROMPT, SamplingParams(max_tokens=20))
     waiting = engine.submit(PROMPT, SamplingParams(max_tokens=2))
     while len(request.tokens) < 3:
-        engine.loop.step()
+        engine.step()
     engine.cancel(request)
     result = request.result()
     assert (result.token_ids, result.finish_reason) == (free.token_ids[:3], "cancelled")
     while not waiting.is_finished:
-        engine.loop.step()
+        engine.step()
     assert waiting.result().token_ids == free.token_ids[:2]
 
 

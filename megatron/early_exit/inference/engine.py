@@ -220,7 +220,7 @@ class EarlyExitEngine:
         return self._tokens(self._request(prompt, params or SamplingParams()))
 
     def submit(self, prompt: str | abc.Sequence[int], params: SamplingParams) -> Request:
-        """Take in a request, which `loop.step` brings forward together with the others.
+        """Take in a request, which `step` brings forward together with the others.
 
         Raises:
             ValueError: as `generate`.
@@ -243,6 +243,10 @@ class EarlyExitEngine:
             self.loop.cancel(request.key)
         if request.error is not None:
             raise FloatingPointError(request.error)
+
+    def step(self) -> list[tuple[Request, GeneratedToken]]:
+        """Bring the submitted requests forward by one batch; returns the tokens that came of it."""
+        return self.loop.step()
 
     def cancel(self, request: Request) -> None:
         """End a request; its result has what it got so far."""

@@ -103,7 +103,8 @@ class SamplingParams:
     """The exit that drafts, named like `exit_layers`; None is the first one."""
 
     draft_confidence: float = 0.0
-    """Stop drafting behind a token in which the exit's confidence is below this; 0 is off."""
+    """Where the exit's confidence is below this it drafts no token, and the drafts so far are
+    verified; 0 is off."""
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "exit_layers"):
