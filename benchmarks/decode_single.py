@@ -1,0 +1,108 @@
+"""Decoding one sequence at a time, beside the bytes of weights that have to be read for it."""
+
+import argparse
+from statistics import median
+from time import perf_counter
+
+import torch
+from decode_models import HuggingFace, Weights, products
+from decode_turns import PROMPT_LENGTH, Decoder, Report, Turn, ratio, take_turns, timed
+
+from megatron.early_exit.inference.confidence import assess
+from megatron.early_exit.inference.passes import Span
+from megatron.early_exit.inference.runner import SegmentRunner
+from megatron.early_exit.inference.segments import SegmentedModel
+
+LONG_RUN = 16
+"""Tokens that leave in a row before one goes through all layers."""
+TARGETS = {"fp32": 0.90, "bf16": 0.85}
+
+
+class EveryNth:
+    """Stands in for a threshold that all confidences reach but each n-th."""
+
+    def __init__(self, n: int) -> None:
+        self._n, self._asked = n, 0
+
+    def __le__(self, confidence: float) -> bool:
+        self._asked += 1
+        return self._asked % self._n > 0
+
+
+def recomputing(model: SegmentedModel, tokens: int) -> Turn:
+    """The original's way: each step takes all tokens since the last full pass from layer 1 on."""
+    runner = SegmentRunner(model, 1, PROMPT_LENGTH + tokens + 1)
+    last = len(model.segments) - 1
+
+    def turn() -> float:
+        text = [1] * PROMPT_LENGTH
+        seen = 0
+        start = perf_counter()
+        for number in range(1, tokens + 1):
+            spans = [Span(0, seen, len(text))]
+            with torch.inference_mode():
+                hidden = runner.run(0, spans, text[seen:])
+                (found,) = assess(runner.exit_logits(0, spans))
+                if number % (LONG_RUN + 1) == 0:
+                    for index in range(1, last + 1):
+                        hidden = runner.run(index, spans)
+                    (found,) = assess(runner.final_logits(hidden[-1:]))
+                    seen = len(text)
+            if number == 1:
+                start = perf_counter()
+            text.append(found.best_token)
+        return (perf_counter() - start) / (tokens - 1)
+
+    return turn
+
+
+def measure_single(
+    weights: Weights, model: SegmentedModel, args: argparse.Namespace, report: Report
+) -> None:
+    """One sequence at a time."""
+    dtype = report.context["dtype"]
+    tokens = args.tokens
+    decoder = Decoder(model, 1, tokens)
+    longer = Decoder(model, 1, max(3 * (LONG_RUN + 1), tokens))
+    matrices = [*weights.layers(0, weights.architecture.num_layers), weights.head]
+    first = model.exits[0].position
+    settings: dict[str, Turn] = {
+        "plain": timed(products(matrices, 1, packed=False), tokens // 2),
+        "packed": timed(products(matrices, 1, packed=True), tokens // 2),
+        "full": decoder.full,
+        "leaving": lambda: decoder.leaving(0.0, (first,)),
+        "runs": lambda: longer.leaving(lambda _: EveryNth(LONG_RUN + 1), (first,)),
+        "recomputing": recomputing(model, longer.tokens),
+    }
+    try:
+        other = HuggingFace(weights)
+        settings["transformers"] = lambda: other.seconds_per_token(decoder.prompts[0], tokens)
+    except ImportError:
+        print("  transformers is not installed: not compared")
+    times = take_turns(settings, args.rounds)
+    limit = "packed" if median(times["packed"]) <= median(times["plain"]) else "plain"
+    full = median(times["full"])
+    print(
+        f"  tokens/s at batch 1: {1 / full:.1f}; bare products ({limit}): "
+        f"{1 / median(times[limit]):.1f}"
+    )
+    report.add("full over bare products", ratio(times, limit, "full"), TARGETS[dtype], 1.0)
+    if "transformers" in times:
+        gain = ratio(times, "transformers", "full")
+        of_limit = ratio(times, limit, "transformers")
+        report.add(
+            "full over transformers",
+            gain,
+            1.0,
+            gain / ratio(times, limit, "full"),
+            f"transformers over bare products {of_limit:.2f}",
+        )
+    segments, head = weights.segment_bytes()
+    ideal = (sum(segments) + head) / (segments[0] + head)
+    gain = ratio(times, "full", "leaving")
+    report.add(f"leaving always after layer {first}", gain, 0.9 * ideal, ideal)
+    share = 1 / (LONG_RUN + 1)
+    ideal = (sum(segments) + head) / (segments[0] + head + share * (sum(segments[1:]) + head))
+    gain = ratio(times, "full", "runs")
+    report.add(f"runs of {LONG_RUN} exits, then all layers", gain, None, ideal)
+    report.add("  over recomputing from layer 1", ratio(times, "recomputing", "runs"), 1.0, ideal)

@@ -1,0 +1,116 @@
+"""What the decoding benchmarks share: settings that take turns, and a report of the figures."""
+
+import random
+from collections.abc import Callable, Sequence
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.inference.segments import SegmentedModel
+
+PROMPT_LENGTH = 8
+Turn = Callable[[], float]
+"""Runs a setting once; returns seconds per token."""
+
+
+class Decoder:
+    """An engine of the project, with a fixed number of sequences at a time."""
+
+    def __init__(self, model: SegmentedModel, batch: int, tokens: int) -> None:
+        self.batch, self.tokens = batch, tokens
+        length = PROMPT_LENGTH + tokens + 1
+        self.engine = EarlyExitEngine(
+            model, max_pending=length, max_batch_size=batch, max_sequence_length=length
+        )
+        generator = random.Random(0)
+        size = model.architecture.vocab_size
+        self.prompts = [
+            [generator.randrange(size) for _ in range(PROMPT_LENGTH)] for _ in range(batch)
+        ]
+
+    def seconds_per_token(
+        self, params: SamplingParams, thresholds: Sequence[object] | None = None
+    ) -> float:
+        """From when all sequences have begun until the first one ends, over all tokens of that."""
+        engine = self.engine
+        requests = [engine.submit(prompt, params) for prompt in self.prompts]
+        for request, threshold in zip(requests, thresholds or [], strict=False):
+            request.mode.threshold = threshold  # type: ignore[attr-defined]
+        while not all(request.generated for request in requests):
+            engine.loop.step()
+        before, start = sum(len(request.generated) for request in requests), perf_counter()
+        while not any(request.is_finished for request in requests):
+            engine.loop.step()
+        seconds = perf_counter() - start
+        count = sum(len(request.generated) for request in requests) - before
+        for request in requests:
+            engine.loop.cancel(request.key)
+        return seconds / count
+
+    def full(self) -> float:
+        """All layers."""
+        return self.seconds_per_token(SamplingParams(max_tokens=self.tokens, ignore_eos=True))
+
+    def leaving(self, threshold: object, exits: Sequence[int] | None = None) -> float:
+        """With a threshold or what stands in for it, made for each sequence."""
+        params = SamplingParams(
+            max_tokens=self.tokens,
+            ignore_eos=True,
+            mode="early_exit",
+            early_exit_threshold=0.0,
+            exit_layers=None if exits is None else tuple(exits),
+        )
+        thresholds = [threshold(i) if callable(threshold) else threshold for i in range(self.batch)]
+        return self.seconds_per_token(params, thresholds)
+
+
+def timed(function: Callable[[], None], repeats: int) -> Turn:
+    """Seconds of one call."""
+
+    def turn() -> float:
+        with torch.inference_mode():
+            function()
+            start = perf_counter()
+            for _ in range(repeats):
+                function()
+        return (perf_counter() - start) / repeats
+
+    return turn
+
+
+def take_turns(settings: dict[str, Turn], rounds: int) -> dict[str, list[float]]:
+    """Each setting once in each round, after one round that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in settings}
+    for number in range(rounds + 1):
+        for name, turn in settings.items():
+            seconds = turn()
+            if number:
+                times[name].append(seconds)
+    return times
+
+
+def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
+    """Median over the rounds."""
+    return median(a / b for a, b in zip(times[above], times[below], strict=True))
+
+
+class Report:
+    """Prints figures, each with its limit and whether it holds."""
+
+    def __init__(self) -> None:
+        self.figures: list[dict[str, Any]] = []
+        self.context: dict[str, Any] = {}
+
+    def add(
+        self, name: str, value: float, bound: float | None, limit: float, note: str = ""
+    ) -> None:
+        """A figure whose theoretical limit is `limit`, and that is to be `bound` or more."""
+        holds = None if bound is None else value >= bound
+        self.figures.append(
+            {**self.context, "name": name, "value": value, "bound": bound, "limit": limit}
+        )
+        verdict = "" if bound is None else f"at least {bound:.2f}: {'yes' if holds else 'NO'}"
+        print(f"  {name:<46}{value:7.2f}  limit {limit:6.2f}  {verdict}  {note}", flush=True)
