@@ -9,6 +9,7 @@ from megatron.early_exit.inference.confidence import Assessment, assess
 from megatron.early_exit.inference.modes import DecodingMode, Next
 from megatron.early_exit.inference.passes import Span
 from megatron.early_exit.inference.request import Request
+from megatron.early_exit.inference.request_loop import RequestLoop
 from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.inference.runner import SegmentRunner
 from megatron.early_exit.inference.scheduler import Progress, Scheduler, Step
@@ -16,7 +17,7 @@ from megatron.early_exit.inference.scheduler import Progress, Scheduler, Step
 NOT_FINITE = "the model's logits are not finite numbers"
 
 
-class DecodingLoop:
+class DecodingLoop(RequestLoop):
     """Continuous batching: requests come and go between any two batches.
 
     What one request decides never depends on the others that happen to be in its batch.
@@ -27,23 +28,8 @@ class DecodingLoop:
     """
 
     def __init__(self, runner: SegmentRunner, scheduler: Scheduler) -> None:
+        super().__init__(scheduler)
         self.runner = runner
-        self.scheduler = scheduler
-        self.requests: dict[int, Request] = {}
-
-    def submit(self, request: Request) -> None:
-        """Take in a request; it starts when a slot is free, and needs none where it is finished."""
-        if request.is_finished:
-            return
-        self.requests[request.key] = request
-        self.scheduler.add(request.key, request.length)
-
-    def cancel(self, key: int) -> None:
-        """End a request that is under way; nothing happens where there is none."""
-        request = self.requests.pop(key, None)
-        if request is not None:
-            request.cancel()
-            self.scheduler.remove(key)
 
     def step(self) -> list[tuple[Request, GeneratedToken]]:
         """Run one batch; where all of it goes deeper and nobody else waits, to the end of it.

@@ -14,6 +14,7 @@ from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.inference.passes import Span
 from megatron.early_exit.inference.pipeline_stage import PipelineStage
 from megatron.early_exit.inference.request import Request
+from megatron.early_exit.inference.request_loop import RequestLoop
 from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.inference.scheduler import Progress, Scheduler
 from megatron.early_exit.inference.work import FINAL, Work
@@ -21,8 +22,8 @@ from megatron.early_exit.inference.work import FINAL, Work
 _NO_LOGITS = torch.empty(0)
 
 
-class PipelineDriver:
-    """Has the interface of `DecodingLoop`, over all stages.
+class PipelineDriver(RequestLoop):
+    """Does what `DecodingLoop` does, over all stages.
 
     A token starts at the first stage as soon as the one before it is known, wherever that was:
     what earlier tokens still have to go through is in front of it at every stage.
@@ -37,9 +38,8 @@ class PipelineDriver:
     def __init__(
         self, stage: PipelineStage, control: ControlPlane, num_slots: int, num_exits: int
     ) -> None:
+        super().__init__(Scheduler(1, num_slots))
         self.stage, self.control, self.num_exits = stage, control, num_exits
-        self.scheduler = Scheduler(1, num_slots)
-        self.requests: dict[int, Request] = {}
         self._ready: deque[Progress] = deque()
         self._tokens: list[tuple[Request, GeneratedToken]] = []
         self._damaged: set[int] = set()
@@ -47,22 +47,13 @@ class PipelineDriver:
         self._leaving: set[int] = set()
         self._verified: dict[int, list[Assessment]] = {}
 
-    def submit(self, request: Request) -> None:
-        """Take in a request; it starts when a slot is free, and needs none where it is finished."""
-        if not request.is_finished:
-            self.requests[request.key] = request
-            self.scheduler.add(request.key, request.length)
-
     def cancel(self, key: int) -> None:
         """End a request that is under way; nothing happens where there is none."""
-        request = self.requests.pop(key, None)
-        if request is not None:
-            request.cancel()
-            self.scheduler.remove(key)
-            self._ready = deque(one for one in self._ready if one.key != key)
-            self._drafting.discard(key)
-            self._leaving.discard(key)
-            self._verified.pop(key, None)
+        super().cancel(key)
+        self._ready = deque(one for one in self._ready if one.key != key)
+        self._drafting.discard(key)
+        self._leaving.discard(key)
+        self._verified.pop(key, None)
 
     def step(self) -> list[tuple[Request, GeneratedToken]]:
         """Run one batch through the first stage, or wait for what the others report.
