@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
-from megatron.early_exit.inference import EarlyExitEngine, SamplingParams, heartbeat
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams, heartbeat, scoring
+from megatron.early_exit.inference.confidence import NOT_FINITE
+from megatron.early_exit.inference.results import PromptToken
 from tests.helpers.reference_decoder import generate
 from tests.helpers.spawn import spawn
 from tests.helpers.tiny_models import GPT2, HEADS, LLAMA, TinyModel, make_model, save_checkpoint
@@ -27,6 +29,7 @@ THRESHOLDS = (0.0, 0.3, 0.6, 0.9, 1.0)
 MODELS = [("llama", head) for head in HEADS] + [("gpt2", "all")]
 LAYOUTS = {2: ((2, 1), (1, 2)), 4: ((1, 4), (2, 2))}
 """Number of processes -> tensor and pipeline parallel sizes."""
+TEXT = [position * 7 % 61 for position in range(23)]
 SAMPLED = SamplingParams(mode="early_exit", max_tokens=12, temperature=1.2, top_p=0.9, logprobs=2)
 
 
@@ -61,6 +64,7 @@ def divided_engine(folder: str, kind: str, head: str, layout: tuple[int, int]) -
 
 def generate_everything(folder: str) -> dict[Any, Any]:
     """All models in all layouts of this number of processes."""
+    scoring.CHUNK = 9
     found: dict[Any, Any] = {}
     world_size = torch.distributed.get_world_size()
     for layout in LAYOUTS[world_size]:
@@ -83,7 +87,18 @@ def more_of_one(engine: EarlyExitEngine) -> dict[str, Any]:
     abandoned = [next(stream), next(stream)]
     stream.close()
     details = SamplingParams(mode="early_exit", early_exit_threshold=0.6, exit_details=True)
+    interrupted = engine.submit([4, 4], SamplingParams(max_tokens=5))
+    engine.step()
+    scores = [
+        engine.generate([TEXT, [3]], SamplingParams(max_tokens=1, prompt_logprobs=2)),
+        engine.generate([TEXT], SamplingParams(max_tokens=0, prompt_logprobs=0)),
+    ]
+    while not interrupted.is_finished:
+        engine.step()
     return {
+        "scores": [[result.prompt_tokens for result in results] for results in scores],
+        "best": engine.argmax_tokens(TEXT),
+        "interrupted": interrupted.result().token_ids,
         "seeded": engine.generate([[5], [6, 7]], [SamplingParams(seed=3, temperature=1.0)] * 2),
         "unseeded": engine.generate([[5], [6, 7]], SAMPLED),
         "abandoned": [token.token_id for token in abandoned],
@@ -113,10 +128,11 @@ def faults(folder: str) -> dict[str, Any]:
         ):
             with pytest.raises(ValueError, match="allowed"):
                 engine.generate([[1], prompt], [SamplingParams(), params])
-        if name == "pipeline":
-            with pytest.raises(ValueError, match="pipeline_parallel") as refusal:
-                engine.generate([[1]], SamplingParams(prompt_logprobs=0))
-            told["scores"] = str(refusal.value)
+        scored = SamplingParams(max_tokens=1, prompt_logprobs=0)
+        (result,) = engine.generate([[5, 6]], scored)
+        told[f"{name}, scored"] = (result.error, result.prompt_tokens)
+        with pytest.raises(FloatingPointError):
+            engine.argmax_tokens([5, 6])
         engine.close()
     return told
 
@@ -159,6 +175,11 @@ def test_every_rank_gets_the_oracles_tokens(found):
                 assert result.finish_reason == "length"
 
 
+def flat(scores: list[list[list[PromptToken]]]) -> list[PromptToken]:
+    """Those of all prompts of all calls."""
+    return [token for call in scores for prompt in call for token in prompt]
+
+
 def test_samples_streams_and_reports_are_those_of_one_process(found):
     engine = EarlyExitEngine(model_of("llama", "block").segmented)
     expected = more_of_one(engine)
@@ -175,6 +196,12 @@ def test_samples_streams_and_reports_are_those_of_one_process(found):
         ]
         assert [t.token_id for t in one["streamed"]] == [t.token_id for t in expected["streamed"]]
         assert len(one["abandoned"]) == 2
+        assert one["best"] == expected["best"]
+        assert one["interrupted"] == expected["after"][0].token_ids
+        for scored, alone in zip(flat(one["scores"]), flat(expected["scores"]), strict=True):
+            assert scored.token_id == alone.token_id
+            assert scored.logprob == pytest.approx(alone.logprob, abs=3e-4)
+            assert [token for token, _ in scored.top_logprobs] == [t for t, _ in alone.top_logprobs]
     for layout in {key[0] for key in found[0] if key[1:] == ("more",)}:
         samples = [
             [(r.token_ids, r.top_logprobs) for r in results[layout, "more"]["unseeded"]]
@@ -193,9 +220,9 @@ def test_faults_end_one_request_alone(found):
             "tensor_parallel 2 is not possible, allowed: divisors of the model's num_query_groups 1"
         )
         assert told["processes"].startswith("tensor_parallel 4 x pipeline_parallel 1 needs 4 ")
-        assert "prompt_logprobs 0 is not possible with pipeline_parallel 2" in told["scores"]
         for name in ("tensor", "pipeline"):
             assert told[name] == [[("error", []), ("length", well.token_ids)]] * 3
+            assert told[f"{name}, scored"] == (NOT_FINITE, None)
 
 
 def decode_for_long(

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams, scoring
 from tests.helpers.reference_decoder import all_logits
 from tests.helpers.tiny_models import LLAMA, make_model
 
@@ -169,7 +169,9 @@ def test_echo_puts_the_prompt_in_front():
     assert (alone.text, alone.token_ids, alone.finish_reason) == ("AB", [], "length")
 
 
-def test_scores_of_a_prompt_are_the_full_models():
+@pytest.mark.parametrize("chunk", [2, 256])
+def test_scores_of_a_prompt_are_the_full_models(chunk, monkeypatch):
+    monkeypatch.setattr(scoring, "CHUNK", chunk)
     tokens = [5, 17, 3, 44, 8]
     params = SamplingParams(max_tokens=0, prompt_logprobs=2)
     result = EarlyExitEngine(MODEL.segmented).generate([tokens], params)[0]

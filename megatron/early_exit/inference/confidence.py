@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NOT_FINITE = "the model's logits are not finite numbers"
+
 
 @dataclass(frozen=True, slots=True)
 class Assessment:

@@ -12,6 +12,7 @@ from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from megatron.early_exit.checkpoint.weights import load_weights
+from megatron.early_exit.inference.confidence import NOT_FINITE
 from megatron.early_exit.inference.loop import DecodingLoop
 from megatron.early_exit.inference.parallel import Division, Loop, divided_model
 from megatron.early_exit.inference.params import SamplingParams
@@ -21,7 +22,7 @@ from megatron.early_exit.inference.request_factory import RequestFactory
 from megatron.early_exit.inference.results import GeneratedToken, GenerationResult
 from megatron.early_exit.inference.runner import SegmentRunner
 from megatron.early_exit.inference.scheduler import Scheduler
-from megatron.early_exit.inference.scoring import assess_prompt, score_prompt
+from megatron.early_exit.inference.scoring import prompt_tokens
 from megatron.early_exit.inference.segments import SegmentedModel
 
 Prompts = str | abc.Sequence[str] | abc.Sequence[abc.Sequence[int]]
@@ -260,23 +261,20 @@ class EarlyExitEngine:
 
         Raises:
             ValueError: `token_ids` is empty, too long or has unknown tokens.
+            FloatingPointError: the logits are not finite: damaged weights, or an overflow.
         """
-        self._check(SamplingParams(prompt_logprobs=0))
         tokens = self._requests.encode(token_ids)
-        return [assessment.best_token for assessment in assess_prompt(self.model, tokens)]
-
-    def _check(self, params: SamplingParams) -> None:
-        if self._division is not None:
-            self._division.check(params)
+        scores = self.loop.score(tokens, 0)
+        if not all(score.is_finite for score in scores):
+            raise FloatingPointError(NOT_FINITE)
+        return [score.best_token for score in scores]
 
     def _request(self, prompt: str | abc.Sequence[int], params: SamplingParams) -> Request:
-        self._check(params)
         request = self._requests.build(prompt, params)
         if params.prompt_logprobs is not None:
-            try:
-                request.prompt_tokens = score_prompt(
-                    self.model, request.prompt, params.prompt_logprobs
-                )
-            except FloatingPointError as error:
-                request.fail(str(error))
+            scores = self.loop.score(request.prompt, params.prompt_logprobs)
+            if all(score.is_finite for score in scores):
+                request.prompt_tokens = prompt_tokens(request.prompt, scores)
+            else:
+                request.fail(NOT_FINITE)
         return request

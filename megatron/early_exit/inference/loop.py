@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.confidence import Assessment, assess
+from megatron.early_exit.inference.confidence import NOT_FINITE, Assessment, assess
 from megatron.early_exit.inference.modes import DecodingMode, Next
 from megatron.early_exit.inference.passes import Span
 from megatron.early_exit.inference.request import Request
@@ -13,8 +13,7 @@ from megatron.early_exit.inference.request_loop import RequestLoop
 from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.inference.runner import SegmentRunner
 from megatron.early_exit.inference.scheduler import Progress, Scheduler, Step
-
-NOT_FINITE = "the model's logits are not finite numbers"
+from megatron.early_exit.inference.scoring import PrefixScore, score_text
 
 
 class DecodingLoop(RequestLoop):
@@ -46,6 +45,10 @@ class DecodingLoop(RequestLoop):
             with torch.inference_mode():
                 step = self._run(step, tokens)
         return tokens
+
+    def score(self, tokens: Sequence[int], num_best: int) -> list[PrefixScore]:
+        """Score every prefix of a text, see `score_text`; no request comes forward meanwhile."""
+        return score_text(self.runner.model, tokens, num_best)
 
     def _run(self, step: Step, tokens: list[tuple[Request, GeneratedToken]]) -> Step | None:
         inputs = None

@@ -3,7 +3,7 @@
 import atexit
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Protocol
 
@@ -14,7 +14,6 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference.control import ControlPlane
 from megatron.early_exit.inference.heartbeat import Heartbeat
 from megatron.early_exit.inference.loop import DecodingLoop
-from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.inference.pipeline_driver import PipelineDriver
 from megatron.early_exit.inference.pipeline_follower import PipelineFollower
 from megatron.early_exit.inference.pipeline_stage import PipelineStage
@@ -23,6 +22,7 @@ from megatron.early_exit.inference.request import Request
 from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.inference.runner import SegmentRunner
 from megatron.early_exit.inference.scheduler import Scheduler
+from megatron.early_exit.inference.scoring import PrefixScore
 from megatron.early_exit.inference.segments import SegmentedModel
 
 
@@ -34,6 +34,8 @@ class Loop(Protocol):
     def cancel(self, key: int) -> None: ...
 
     def step(self) -> list[tuple[Request, GeneratedToken]]: ...
+
+    def score(self, tokens: Sequence[int], num_best: int) -> list[PrefixScore]: ...
 
 
 class Division:
@@ -66,18 +68,6 @@ class Division:
     def draw_seed(self) -> int:
         """A seed that is the same on all ranks."""
         return self._seeds.getrandbits(63)
-
-    def check(self, params: SamplingParams) -> None:
-        """Refuse what only a process that has all layers can do.
-
-        Raises:
-            ValueError: `params` asks for it.
-        """
-        if self.place.num_stages > 1 and params.prompt_logprobs is not None:
-            raise ValueError(
-                f"prompt_logprobs {params.prompt_logprobs} is not possible with pipeline_parallel "
-                f"{self.place.num_stages}, allowed: None"
-            )
 
     def loop(self, runner: SegmentRunner) -> "WatchedLoop":
         """The loop over this process's part of the model."""
@@ -131,6 +121,11 @@ class WatchedLoop:
         """See `DecodingLoop`."""
         with self._heartbeat.working():
             return self.loop.step()
+
+    def score(self, tokens: Sequence[int], num_best: int) -> list[PrefixScore]:
+        """See `DecodingLoop`."""
+        with self._heartbeat.working():
+            return self.loop.score(tokens, num_best)
 
 
 def divided_model(

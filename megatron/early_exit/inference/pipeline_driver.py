@@ -1,22 +1,24 @@
 """The first rank of a pipeline: admits requests, starts their tokens, and makes all choices."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.confidence import Assessment
+from megatron.early_exit.inference.confidence import NOT_FINITE, Assessment
 from megatron.early_exit.inference.control import ControlPlane, Message
-from megatron.early_exit.inference.loop import NOT_FINITE
 from megatron.early_exit.inference.modes import Next
 from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.inference.passes import Span
+from megatron.early_exit.inference.pipeline_scores import ExpectedScores
 from megatron.early_exit.inference.pipeline_stage import PipelineStage
 from megatron.early_exit.inference.request import Request
 from megatron.early_exit.inference.request_loop import RequestLoop
 from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.inference.scheduler import Progress, Scheduler
+from megatron.early_exit.inference.scoring import PrefixScore
 from megatron.early_exit.inference.work import FINAL, Work
 
 _NO_LOGITS = torch.empty(0)
@@ -42,6 +44,7 @@ class PipelineDriver(RequestLoop):
         self.stage, self.control, self.num_exits = stage, control, num_exits
         self._ready: deque[Progress] = deque()
         self._tokens: list[tuple[Request, GeneratedToken]] = []
+        self._scores = ExpectedScores()
         self._damaged: set[int] = set()
         self._drafting: set[int] = set()
         self._leaving: set[int] = set()
@@ -63,17 +66,25 @@ class PipelineDriver(RequestLoop):
         """
         for progress in self.scheduler.admit():
             self._start(progress)
-        self._tokens = []
         self._listen(wait=bool(self.requests) and not self._ready)
         if self._ready:
             self._run()
-        return self._tokens
+        tokens, self._tokens = self._tokens, []
+        return tokens
+
+    def score(self, tokens: Sequence[int], num_best: int) -> list[PrefixScore]:
+        """Score every prefix of a text, see `score_text`; no token starts meanwhile."""
+        number = self._scores.expect()
+        order = {"kind": "score", "number": number, "tokens": [*tokens], "num_best": num_best}
+        self._tell_stages(order)
+        self.stage.score(tokens, num_best)
+        while (scores := self._scores.take(number)) is None:
+            self._listen(wait=True)
+        return scores
 
     def close(self) -> None:
         """Let the stages come to the end of what they have."""
-        place = self.stage.place
-        for rank in (*range(1, place.stage_size), place.stage_size):
-            self.control.send(rank, {"kind": "close"})
+        self._tell_stages({"kind": "close"})
         self.stage.finish()
 
     def _run(self) -> None:
@@ -119,13 +130,18 @@ class PipelineDriver(RequestLoop):
     def _listen(self, wait: bool) -> None:
         heard = self.control.receive(wait)
         while heard is not None:
-            message, attached = heard
-            logits = _NO_LOGITS
-            if attached is not None:
-                logits = torch.frombuffer(bytearray(attached), dtype=torch.float32)
-                logits = logits.to(self.stage.runner.model.device)
-            self._conclude(Work.from_message(message["work"]), logits)
+            self._hear(*heard)
             heard = self.control.receive(wait=False)
+
+    def _hear(self, message: Message, attached: bytes | None) -> None:
+        if message["kind"] == "scored":
+            self._scores.hear(message)
+            return
+        logits = _NO_LOGITS
+        if attached is not None:
+            logits = torch.frombuffer(bytearray(attached), dtype=torch.float32)
+            logits = logits.to(self.stage.runner.model.device)
+        self._conclude(Work.from_message(message["work"]), logits)
 
     def _conclude_here(self, work: Work, logits: Tensor) -> None:
         self._leaving.add(work.key)
@@ -192,6 +208,11 @@ class PipelineDriver(RequestLoop):
         request.fail(NOT_FINITE)
         self._tell({"kind": "failed", "key": request.key, "error": NOT_FINITE})
         self.cancel(request.key)
+
+    def _tell_stages(self, message: Message) -> None:
+        """Tell the ranks of this stage and the next one, which passes it on."""
+        for rank in range(1, self.stage.place.stage_size + 1):
+            self.control.send(rank, message)
 
     def _tell(self, message: Message) -> None:
         for rank in range(1, self.stage.place.num_ranks):

@@ -1,15 +1,18 @@
 """All ranks of a pipeline but the first: they compute what comes, and hear what was chosen."""
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from megatron.early_exit.inference.control import ControlPlane, Message
 from megatron.early_exit.inference.modes import Choice
+from megatron.early_exit.inference.pipeline_scores import ExpectedScores, scores_message
 from megatron.early_exit.inference.pipeline_stage import PipelineStage
 from megatron.early_exit.inference.request import Request
 from megatron.early_exit.inference.results import GeneratedToken, HeadReport
+from megatron.early_exit.inference.scoring import PrefixScore
 from megatron.early_exit.inference.work import Batch, Work
 
 _MAX_ROWS = 256
@@ -29,6 +32,8 @@ class PipelineFollower:
     def __init__(self, stage: PipelineStage, control: ControlPlane) -> None:
         self.stage, self.control = stage, control
         self.requests: dict[int, Request] = {}
+        self._tokens: list[tuple[Request, GeneratedToken]] = []
+        self._scores = ExpectedScores()
         self._rows: deque[list[Work]] = deque()
         self._last_key = 0
         self._early: dict[int, list[Message]] = {}
@@ -53,54 +58,80 @@ class PipelineFollower:
         """Wait for something, and do it.
 
         Returns:
-            The tokens that have become known.
+            The tokens that have become known since.
         """
-        tokens: list[tuple[Request, GeneratedToken]] = []
+        self._turn()
+        tokens, self._tokens = self._tokens, []
+        return tokens
+
+    def score(self, tokens: Sequence[int], num_best: int) -> list[PrefixScore]:
+        """The scores of every prefix of a text, which the first rank has ordered."""
+        number = self._scores.expect()
+        while (scores := self._scores.take(number)) is None:
+            self._turn()
+        return scores
+
+    def close(self) -> None:
+        """Compute what comes until the driver closes, whatever requests it is for."""
+        self._is_leaving = True
+        while not self._is_closed:
+            self._turn()
+        self.stage.finish()
+
+    def _turn(self) -> None:
+        """Wait for something, and do it."""
         heard = self.control.receive(wait=not self._is_due())
         while heard is not None:
-            tokens += self._hear(heard[0])
+            self._hear(heard[0])
             heard = self.control.receive(wait=False)
         if self._is_due():
             self._run()
         if self._closes and not self._rows:
             self._is_closed = True
             self._pass_on({"kind": "close"})
-        return tokens
 
-    def close(self) -> None:
-        """Compute what comes until the driver closes, whatever requests it is for."""
-        self._is_leaving = True
-        while not self._is_closed:
-            self.step()
-        self.stage.finish()
-
-    def _hear(self, message: Message) -> list[tuple[Request, GeneratedToken]]:
+    def _hear(self, message: Message) -> None:
         kind = message["kind"]
         if kind == "rows":
             self._rows.append([Work.from_message(work) for work in message["works"]])
         elif kind == "batch":
             batch = [[Work.from_message(work) for work in works] for works in message["works"]]
             self.stage.run(batch, lambda work, logits: None)
+        elif kind == "score":
+            self._score(message)
+        elif kind == "scored":
+            if not self._is_leaving:
+                self._scores.hear(message)
         elif kind == "close":
             self._closes = True
         elif message["key"] > self._last_key and not self._is_leaving:
             self._early.setdefault(message["key"], []).append(message)
         else:
-            return self._decide(message)
-        return []
+            self._decide(message)
 
-    def _decide(self, message: Message) -> list[tuple[Request, GeneratedToken]]:
+    def _decide(self, message: Message) -> None:
         request = self.requests.get(message["key"])
         if request is None:
-            return []
+            return
         if message["kind"] == "failed":
             request.fail(message["error"])
             self.cancel(request.key)
-            return []
-        token = request.take(_choice(message["choice"]))
+            return
+        self._tokens.append((request, request.take(_choice(message["choice"]))))
         if request.is_finished:
             self.cancel(request.key)
-        return [(request, token)]
+
+    def _score(self, message: Message) -> None:
+        # Hidden states come in the order of the messages.
+        while self._rows:
+            self._run()
+        self._pass_on(message)
+        scores = self.stage.score(message["tokens"], message["num_best"])
+        place = self.stage.place
+        if place.is_last_stage and place.rank == place.leader:
+            told = scores_message(message["number"], scores)
+            for rank in range(place.num_ranks):
+                self.control.send(rank, told)
 
     def _is_due(self) -> bool:
         """Whether to run what waits: rows that only fill caches wait for company, or for a row

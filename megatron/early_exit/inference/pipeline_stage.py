@@ -10,6 +10,7 @@ from megatron.early_exit.inference.confidence import assess
 from megatron.early_exit.inference.passes import Span
 from megatron.early_exit.inference.process_groups import Place
 from megatron.early_exit.inference.runner import SegmentRunner
+from megatron.early_exit.inference.scoring import PrefixScore, score_text
 from megatron.early_exit.inference.work import FINAL, Batch, Finding, Work
 
 Report = Callable[[Work, Tensor], None]
@@ -51,8 +52,10 @@ class PipelineStage:
         with torch.inference_mode():
             hidden = None
             if not self.place.is_first_stage:
-                received = [self._receive(message) for message in messages]
-                rows = torch.cat(received).split([work.num_rows for work in batch.works])
+                counts = [sum(work.num_rows for work in message) for message in messages]
+                rows = torch.cat([self._receive(count) for count in counts]).split(
+                    [work.num_rows for work in batch.works]
+                )
                 hidden = torch.cat([rows[i] for i in order])
             for work in works:
                 if work.clear:
@@ -69,8 +72,18 @@ class PipelineStage:
             if self.place.is_last_stage:
                 self._ask_final(hidden, works, report)
                 return []
-            self._send(hidden.clone())
+            self._send(hidden)
         return [replace(work, tokens=()) for work in works]
+
+    def score(self, tokens: Sequence[int], num_best: int) -> list[PrefixScore]:
+        """Run a text through, with caches of its own; see `score_text`."""
+        return score_text(
+            self.runner.model,
+            tokens,
+            num_best,
+            None if self.place.is_first_stage else self._receive,
+            None if self.place.is_last_stage else self._send,
+        )
 
     def finish(self) -> None:
         """Wait until the next stage has got everything."""
@@ -110,10 +123,10 @@ class PipelineStage:
                 report(replace(work, findings=told), assessment.logits)
             works[i] = work
 
-    def _receive(self, works: Sequence[Work]) -> Tensor:
-        model, rows = self.runner.model, sum(work.num_rows for work in works)
+    def _receive(self, num_rows: int) -> Tensor:
+        model = self.runner.model
         hidden = torch.empty(
-            rows, model.architecture.hidden_size, dtype=model.dtype, device=model.device
+            num_rows, model.architecture.hidden_size, dtype=model.dtype, device=model.device
         )
         source = self.place.rank - self.place.stage_size
         distributed.recv(hidden, source, group=self.place.group)
@@ -121,6 +134,7 @@ class PipelineStage:
 
     def _send(self, hidden: Tensor) -> None:
         self._sends = [(sent, kept) for sent, kept in self._sends if not sent.is_completed()]
+        hidden = hidden.clone()  # The runner may write over it before it is gone.
         target = self.place.rank + self.place.stage_size
         sent = distributed.isend(hidden, target, group=self.place.group)
         assert sent is not None
