@@ -86,7 +86,11 @@ def more_of_one(engine: EarlyExitEngine) -> dict[str, Any]:
     stream = engine.stream([1, 2, 3], SAMPLED)
     abandoned = [next(stream), next(stream)]
     stream.close()
-    details = SamplingParams(mode="early_exit", early_exit_threshold=0.6, exit_details=True)
+    details = [
+        SamplingParams(mode="full", exit_details=True),
+        SamplingParams(mode="early_exit", early_exit_threshold=0.6, exit_details=True),
+        SamplingParams(mode="self_speculative", draft_exit_layer=3, exit_details=True),
+    ]
     interrupted = engine.submit([4, 4], SamplingParams(max_tokens=5))
     engine.step()
     scores = [
@@ -103,7 +107,7 @@ def more_of_one(engine: EarlyExitEngine) -> dict[str, Any]:
         "unseeded": engine.generate([[5], [6, 7]], SAMPLED),
         "abandoned": [token.token_id for token in abandoned],
         "streamed": list(engine.stream([1, 2, 3], SamplingParams(max_tokens=5))),
-        "details": engine.generate([[9, 8, 7]], details),
+        "details": engine.generate([[9, 8, 7]] * len(details), details),
         "after": engine.generate([[4, 4]], SamplingParams(max_tokens=5)),
     }
 
@@ -190,10 +194,11 @@ def test_samples_streams_and_reports_are_those_of_one_process(found):
             for result, alone in zip(one[name], expected[name], strict=True):
                 assert result.token_ids == alone.token_ids
                 assert result.exit_layers == alone.exit_layers
-        heads, alone = one["details"][0].heads, expected["details"][0].heads
-        assert [[head.layer for head in token] for token in heads] == [
-            [head.layer for head in token] for token in alone
-        ]
+        for result, alone in zip(one["details"], expected["details"], strict=True):
+            reports = [[(head.layer, head.token_id) for head in heads] for heads in result.heads]
+            assert reports == [
+                [(head.layer, head.token_id) for head in heads] for heads in alone.heads
+            ]
         assert [t.token_id for t in one["streamed"]] == [t.token_id for t in expected["streamed"]]
         assert len(one["abandoned"]) == 2
         assert one["best"] == expected["best"]

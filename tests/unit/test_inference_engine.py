@@ -198,14 +198,27 @@ def test_top_logprobs_hold_the_greedy_token(mode):
         assert len(top) == 3
 
 
-@pytest.mark.parametrize("mode", ["full", "early_exit"])
-def test_details_tell_of_every_enabled_exit(mode):
-    params = SamplingParams(max_tokens=6, mode=mode, exit_details=True)
+@pytest.mark.parametrize(
+    ("mode", "fields"),
+    [
+        ("full", {}),
+        ("early_exit", {}),
+        ("self_speculative", {"draft_exit_layer": 1}),
+        ("self_speculative", {"draft_exit_layer": 3, "num_draft_tokens": 3}),
+        ("self_speculative", {"draft_exit_layer": 3, "draft_confidence": 0.6}),
+        ("self_speculative", {"draft_exit_layer": 3, "temperature": 1.0, "seed": 1}),
+    ],
+)
+def test_details_tell_of_the_heads_on_the_way(mode, fields):
+    params = SamplingParams(max_tokens=12, mode=mode, exit_details=True, **fields)
     result = EarlyExitEngine(MODEL.segmented).generate([PROMPT], params)[0]
     tokens = list(PROMPT)
     for token, layer, heads in zip(result.token_ids, result.exit_layers, result.heads, strict=True):
         logits = all_logits(MODEL, tokens)
-        assert [head.layer for head in heads] == [n for n in (1, 3, 4) if n <= layer]
+        expected_layers = [n for n in (1, 3, 4) if n <= layer]
+        if mode == "self_speculative":
+            expected_layers = [params.draft_exit_layer, 4]
+        assert [head.layer for head in heads] == expected_layers
         for head in heads:
             expected = logits["final" if head.layer == 4 else head.layer][-1].softmax(-1)
             assert head.token_id == int(expected.argmax())

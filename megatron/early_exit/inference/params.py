@@ -80,8 +80,11 @@ class SamplingParams:
     """Put the prompt in front of the text."""
 
     exit_details: bool = False
-    """Give the best token of every enabled exit, and the exit's confidence in it, for each
-    token."""
+    """Give for each token what each head on its way found best, and how sure that head was: the
+    enabled exits that it passed, and the final head if it got there. Mode `full` asks the exits for
+    this alone. Mode `self_speculative` tells of the two heads that it asks for every token in any
+    case: the exit that drafts, whether its token was drafted, accepted or neither, and the final
+    head."""
 
     mode: Mode = "full"
     """`full` runs all layers for every token; `early_exit` takes a token from the first exit that
@@ -94,7 +97,7 @@ class SamplingParams:
 
     exit_layers: tuple[int, ...] | None = None
     """The exits to use, each named by the number of backbone layers before it; None is all. In
-    other modes than `early_exit`, those that `exit_details` tells of."""
+    mode `full`, those that `exit_details` tells of."""
 
     num_draft_tokens: int = 4
     """Most tokens to draft before the full model looks at them."""
@@ -153,13 +156,10 @@ class SamplingParams:
             self.max_tokens > 0 or scores,
             "1 or more, or 0 with echo or prompt_logprobs",
         )
-        drafts = self.mode == "self_speculative"
-        self._check(
-            "exit_details", not (self.exit_details and drafts), f"False with mode={self.mode!r}"
-        )
         defaults = {field.name: field.default for field in fields(self)}
         unused = [name for name, mode in _MODE_OF_FIELD.items() if mode != self.mode]
-        if self.mode != "early_exit" and not self.exit_details:
+        asks_exits = self.mode == "full" and self.exit_details
+        if self.mode != "early_exit" and not asks_exits:
             unused.append("exit_layers")
         for name in unused:
             default = defaults[name]

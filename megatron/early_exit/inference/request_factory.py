@@ -132,7 +132,12 @@ class RequestFactory:
             layer = known[0] if known else 0
         draft_exit = self._exit_index("draft_exit_layer", layer)
         return SelfSpeculativeMode(
-            chooser, draft_exit, params.num_draft_tokens, params.draft_confidence, room
+            chooser,
+            draft_exit,
+            params.num_draft_tokens,
+            params.draft_confidence,
+            room,
+            params.exit_details,
         )
 
     def _exit_index(self, name: str, layer: int) -> int:

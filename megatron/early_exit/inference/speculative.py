@@ -7,12 +7,13 @@ positions through the deeper segments, so nothing is computed twice.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from megatron.early_exit.inference.confidence import Assessment
 from megatron.early_exit.inference.modes import Choice, Chooser, Next
+from megatron.early_exit.inference.results import HeadReport
 
 
 @dataclass(slots=True)
@@ -25,6 +26,7 @@ class SelfSpeculativeMode:
             of them are accepted.
         least_confidence: a draft of less ends the drafting, and is not made.
         room: most tokens that the sequence may get in all.
+        details: what the exit and the final head say in the place of each token is put on record.
     """
 
     chooser: Chooser
@@ -32,10 +34,13 @@ class SelfSpeculativeMode:
     max_drafts: int
     least_confidence: float
     room: int
+    details: bool = False
     drafts: list[int] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     _aim: int = 0
     _distributions: list[Tensor | None] = field(default_factory=list)
+    _reports: list[HeadReport] = field(default_factory=list)
+    """Of the exit, in the places of the drafts and behind them."""
 
     def __post_init__(self) -> None:
         self._aim = self.max_drafts
@@ -46,6 +51,8 @@ class SelfSpeculativeMode:
         return exit_index == self.exit_index
 
     def at_exit(self, exit_index: int, assessment: Assessment) -> Next:
+        if self.details:
+            self._reports.append(self.chooser.report(assessment, exit_index))
         left = self.room - len(self.chooser.generated)
         if len(self.drafts) >= min(self._aim, left - 1):
             return Next.DEEPER
@@ -64,6 +71,24 @@ class SelfSpeculativeMode:
     def at_end(self, assessments: Sequence[Assessment]) -> Next:
         drafts, self.drafts = self.drafts, []
         distributions, self._distributions = self._distributions, []
+        reports, self._reports = self._reports, []
+        self._choose(drafts, distributions, assessments)
+        if self.details:
+            self.choices = [
+                replace(choice, heads=(report, self.chooser.report(assessment, -1)))
+                for choice, report, assessment in zip(
+                    self.choices, reports, assessments, strict=False
+                )
+            ]
+        return Next.CHOSEN
+
+    def _choose(
+        self,
+        drafts: Sequence[int],
+        distributions: Sequence[Tensor | None],
+        assessments: Sequence[Assessment],
+    ) -> None:
+        """Take the drafts up to the first that is refused, and one token of the final head."""
         self.choices = []
         accepted: list[int] = []
         for draft, distribution, assessment in zip(
@@ -74,12 +99,11 @@ class SelfSpeculativeMode:
             self.choices.append(self.chooser.take(assessment, layer, token))
             if token != draft:
                 self._aim = max(1, len(accepted) + 1)
-                return Next.CHOSEN
+                return
             accepted.append(token)
         # The last pass has given a token behind the drafts, too.
         self.choices.append(self.chooser.choose(assessments[len(drafts)], -1, accepted))
         self._aim = min(self.max_drafts, len(drafts) + 1)
-        return Next.CHOSEN
 
     def _verify(
         self, draft: int, distribution: Tensor | None, assessment: Assessment, accepted: list[int]
