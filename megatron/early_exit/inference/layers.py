@@ -6,8 +6,9 @@ microsecond before it does anything, and a token passes through hundreds of them
 Shapes: r rows in a pass, h hidden size, np query heads, ng key-value heads, hn head size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +17,34 @@ from torch.nn import functional
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.inference.linear import Function, make_addition, make_linear
 from megatron.early_exit.inference.norms import make_norm
-from megatron.early_exit.inference.passes import Pass
-from megatron.early_exit.inference.rotary import RotaryTable
 
-Step = Callable[[Tensor, Pass], Tensor]
-"""Half a layer: the residual stream [r, h] before it to the one after it."""
+
+def arrange(
+    architecture: Architecture, weights: Mapping[str, Tensor], prefix: str, order: Tensor | None
+) -> dict[str, Tensor]:
+    """The tensors of an attention as it is computed: all queries, then all keys, then all values.
+
+    Args:
+        architecture: shape of the model.
+        weights: tensors by name, queries, keys and values group by group: rows
+            [ng, np / ng + 2, hn].
+        prefix: what the names start with, such as `decoder.layers.0.self_attention.`.
+        order: of the entries of a head, see `RotaryTable`.
+    """
+    per_group = architecture.num_attention_heads // architecture.num_query_groups
+    groups = (architecture.num_query_groups, per_group + 2, architecture.kv_channels)
+    own = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    for name, tensor in own.items():
+        kind = name.removeprefix(prefix)
+        if kind in ("linear_qkv.weight", "linear_qkv.bias"):
+            queries, keys, values = tensor.unflatten(0, groups).split((per_group, 1, 1), dim=1)
+            if order is not None:
+                queries, keys = queries[:, :, order], keys[:, :, order]
+            parts = [part.flatten(0, 2) for part in (queries, keys, values)]
+            own[name] = torch.cat(parts).contiguous()
+        elif kind.startswith(("q_layernorm.", "k_layernorm.")) and order is not None:
+            own[name] = tensor[order]
+    return own
 
 
 def _squared_relu(x: Tensor) -> Tensor:
@@ -38,6 +62,15 @@ _ACTIVATIONS: Mapping[str, Function] = {
     "squared_relu": _squared_relu,
     "quick_gelu": _quick_gelu,
 }
+
+
+class Attending(Protocol):
+    """What an attention needs of the pass that it is part of; see `Pass`."""
+
+    results: Tensor | None
+
+    def attend(self, attention: int, qkv: Tensor, scale: float | None) -> Tensor:
+        """[r, (np + 2 ng) hn] -> [rows that need a result, np hn]"""
 
 
 class Mlp:
@@ -64,7 +97,7 @@ class Mlp:
         self.activation = _ACTIVATIONS[architecture.activation]
         self.gated = architecture.gated_linear_unit
 
-    def __call__(self, x: Tensor, _: Pass | None = None) -> Tensor:
+    def __call__(self, x: Tensor, _: Attending | None = None) -> Tensor:
         """[r, h] -> [r, h]"""
         inner = self.fc1(self.norm(x))
         if self.gated:
@@ -80,9 +113,8 @@ class Attention:
 
     Args:
         architecture: shape of the model.
-        weights: tensors by name.
+        weights: tensors by name, see `arrange`.
         prefix: what their names start with, such as `decoder.layers.0.self_attention.`.
-        rotary: the rotary table, if the model has rotary embeddings.
         number: which of the attentions that share a cache this is.
         reduce: see `TensorParallel`; None where the layer is whole.
     """
@@ -92,7 +124,6 @@ class Attention:
         architecture: Architecture,
         weights: Mapping[str, Tensor],
         prefix: str,
-        rotary: RotaryTable | None,
         number: int,
         reduce: Function | None = None,
     ) -> None:
@@ -101,33 +132,17 @@ class Attention:
         self.head_size = architecture.kv_channels
         self.scale = architecture.softmax_scale
         self.number = number
-        order = None if rotary is None else rotary.order
         self.norm = make_norm(architecture, weights, f"{prefix}linear_qkv.layer_norm_")
-        bias = weights.get(f"{prefix}linear_qkv.bias")
-        self.qkv = make_linear(
-            self._ungroup(weights[f"{prefix}linear_qkv.weight"], order),
-            None if bias is None else self._ungroup(bias, order),
-        )
-        proj = f"{prefix}linear_proj."
+        qkv, proj = f"{prefix}linear_qkv.", f"{prefix}linear_proj."
+        self.qkv = make_linear(weights[f"{qkv}weight"], weights.get(f"{qkv}bias"))
         self.proj = make_addition(weights[f"{proj}weight"], weights.get(f"{proj}bias"), reduce)
         self.query_norm: Function | None = None
         self.key_norm: Function | None = None
         if architecture.qk_layernorm:
-            names = [n for n in weights if n.startswith((f"{prefix}q_layer", f"{prefix}k_layer"))]
-            ordered = {n: weights[n] if order is None else weights[n][order] for n in names}
-            self.query_norm = make_norm(architecture, ordered, f"{prefix}q_layernorm.")
-            self.key_norm = make_norm(architecture, ordered, f"{prefix}k_layernorm.")
+            self.query_norm = make_norm(architecture, weights, f"{prefix}q_layernorm.")
+            self.key_norm = make_norm(architecture, weights, f"{prefix}k_layernorm.")
 
-    def _ungroup(self, stored: Tensor, order: Tensor | None) -> Tensor:
-        """Rows in the order of groups [ng, np / ng + 2, hn, ...] -> all queries, keys, values."""
-        per_group = self.num_heads // self.num_groups
-        rows = stored.unflatten(0, (self.num_groups, per_group + 2, self.head_size))
-        queries, keys, values = rows.split((per_group, 1, 1), dim=1)
-        if order is not None:
-            queries, keys = queries[:, :, order], keys[:, :, order]
-        return torch.cat([part.flatten(0, 2) for part in (queries, keys, values)]).contiguous()
-
-    def __call__(self, x: Tensor, this: Pass) -> Tensor:
+    def __call__(self, x: Tensor, this: Attending) -> Tensor:
         """[r, h] -> [r, h], or only those of the rows that need a result."""
         qkv = self.qkv(self.norm(x))
         if self.query_norm is not None and self.key_norm is not None:
@@ -138,3 +153,7 @@ class Attention:
             keys.copy_(self.key_norm(keys))
         attended = this.attend(self.number, qkv, self.scale)
         return self.proj(x if this.results is None else x[this.results], attended)
+
+
+Step = Attention | Mlp
+"""Half a layer: the residual stream [r, h] before it to the one after it."""

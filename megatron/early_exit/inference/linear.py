@@ -20,7 +20,10 @@ def make_linear(weight: Tensor, bias: Tensor | None = None) -> Function:
     torch's own compiler does when it freezes a model. One row is multiplied as fast as the memory
     gives the weights; eight take little more than the time of one, where plain products take
     several times as long: that is what makes batches, and a catch-up of pending positions, cheap.
+    Where a compiler is at work, x is a single row, and the product a sum that it makes one loop of.
     """
+    if torch.compiler.is_compiling():
+        return partial(_row_product, weight=weight, bias=bias)
     if weight.device.type == "cpu" and _packs(weight.dtype):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
         multiply = torch.ops.mkldnn._linear_pointwise.default
@@ -35,6 +38,8 @@ def make_addition(weight: Tensor, bias: Tensor | None, reduce: Function | None) 
         weight, bias: of the product.
         reduce: adds up the products of ranks that share it; None where it is whole.
     """
+    if torch.compiler.is_compiling():
+        return lambda x, y: x + _row_product(y, weight, bias)
     if reduce is None and not (weight.device.type == "cpu" and _packs(weight.dtype)):
         transposed = weight.t()
         if bias is None:
@@ -47,6 +52,14 @@ def make_addition(weight: Tensor, bias: Tensor | None, reduce: Function | None) 
     if bias is None:
         return lambda x, y: reduce(part(y)).add_(x)
     return lambda x, y: reduce(part(y)).add_(x).add_(bias)
+
+
+def _row_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [1, k] -> [1, n]"""
+    product = (weight.float() * x.float()).sum(dim=-1)
+    if bias is not None:
+        product += bias.float()
+    return product.to(x.dtype).unsqueeze(0)
 
 
 def _packs(dtype: torch.dtype) -> bool:

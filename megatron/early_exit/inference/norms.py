@@ -22,7 +22,7 @@ def make_norm(architecture: Architecture, weights: Mapping[str, Tensor], prefix:
         return partial(
             functional.layer_norm, normalized_shape=shape, weight=gain, bias=bias, eps=eps
         )
-    if gain.device.type == "cpu":
+    if gain.device.type == "cpu" and not torch.compiler.is_compiling():
         return _CpuRmsNorm(gain, eps)
     return partial(functional.rms_norm, normalized_shape=shape, weight=gain, eps=eps)
 

@@ -119,6 +119,8 @@ class Pass:
         workspace: of an earlier pass; of use where it has as many rows.
 
     Attributes:
+        cache: where it is now, see `move_to`.
+        spans: what is computed.
         index: slot and position of each row; None where the rows are a single span.
         results: the rows that need a result; None is all of them.
     """
@@ -134,7 +136,7 @@ class Pass:
     ) -> None:
         self.cache = cache
         self._per_group = num_heads // cache.num_groups
-        self._spans = spans
+        self.spans = spans
         device = cache.data.device
         self.index = index_of(spans, device)
         count = sum([end - start for _, start, end in spans])
@@ -149,13 +151,20 @@ class Pass:
         if last_only and count > len(spans):
             self.results = torch.tensor(row_ends(spans), device=device) - 1
             spans = [Span(slot, end - 1, end) for slot, _, end in spans]
-        self._calls = self._plan(spans)
-        self.move_to(cache)
+        self._asking = spans
+        self._calls: list[_Call] = []
+        self._targets: tuple[Tensor, ...] = ()
 
     def move_to(self, cache: KVCache) -> None:
         """Go on with the same positions in the cache of another segment."""
         self.cache = cache
-        self._targets = cache.rows(*self._spans[0]) if self.index is None else cache.by_attention
+        self._targets = ()
+
+    def _prepare(self) -> None:
+        """See what the attentions need: not all passes have any that ask."""
+        cache = self.cache
+        self._targets = cache.rows(*self.spans[0]) if self.index is None else cache.by_attention
+        self._calls = self._calls or self._plan(self._asking)
         for call in self._calls:
             last = call.first + call.num_slots
             call.keys, call.values = cache.window(call.first, last, call.end)
@@ -217,6 +226,8 @@ class Pass:
         Returns:
             [rows that need a result, np hn]
         """
+        if not self._targets:
+            self._prepare()
         work = self.workspace
         work.space.copy_(qkv)
         if work.turned is not None and self._turns is not None:

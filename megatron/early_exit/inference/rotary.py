@@ -26,6 +26,7 @@ class RotaryTable:
     Attributes:
         order: [hn], which entry of a stored head comes where.
         turns: [positions, 1, hn / 2], complex numbers of length 1.
+        real_turns: [positions, 1, hn / 2, 2], the same numbers' real and imaginary parts.
     """
 
     def __init__(self, architecture: Architecture, device: torch.device):
@@ -43,6 +44,7 @@ class RotaryTable:
         angles = torch.zeros(architecture.max_position_embeddings, 1, head_size // 2)
         angles[:, 0, : turned // 2] = _angles(architecture, turned)
         self.turns = torch.polar(torch.ones_like(angles), angles).to(device)
+        self.real_turns = torch.view_as_real(self.turns)
 
 
 def _angles(architecture: Architecture, turned: int) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, device, dtype
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.inference.layers import Attention, Mlp, Step
+from megatron.early_exit.inference.compiled import CompiledLayers, LayerCompiler
+from megatron.early_exit.inference.layers import Attention, Mlp, Step, arrange
 from megatron.early_exit.inference.linear import Function, make_linear
 from megatron.early_exit.inference.norms import make_norm
 from megatron.early_exit.inference.passes import Pass
@@ -75,10 +76,13 @@ class Segment:
 
     steps: tuple[Step, ...]
     num_attentions: int
+    row_steps: tuple[Step | CompiledLayers, ...] = ()
+    """The same for a single row, where the layers are compiled."""
 
     def __call__(self, hidden: Tensor, this: Pass) -> Tensor:
         """Residual stream [r, h] at the start of the segment -> at its end."""
-        for step in self.steps:
+        compiled = self.row_steps and CompiledLayers.serve(this)
+        for step in self.row_steps if compiled else self.steps:
             hidden = step(hidden, this)
         return hidden
 
@@ -91,6 +95,7 @@ class SegmentedModel:
         early_exit: its exits.
         weights: tensors by name, see `megatron.early_exit.checkpoint.weights`.
         tensor_parallel: the ranks that share the model; None where it is whole.
+        compile_rows: compile the layers for single rows; takes the memory of the weights again.
 
     Attributes:
         segments: n + 1 segments of a model with n exits; the last ends at the final head.
@@ -103,6 +108,7 @@ class SegmentedModel:
         early_exit: EarlyExitConfig,
         weights: Mapping[str, Tensor],
         tensor_parallel: TensorParallel | None = None,
+        compile_rows: bool = False,
     ) -> None:
         self.architecture = architecture
         self._tensor_parallel = tensor_parallel
@@ -112,6 +118,7 @@ class SegmentedModel:
         self.rotary: RotaryTable | None = None
         if architecture.position_embedding_type == "rope":
             self.rotary = RotaryTable(architecture, self.device)
+        self._compiler = LayerCompiler(architecture, self.rotary) if compile_rows else None
         self.segments = self._cut(early_exit, weights)
         # By the weights: heads that are tied share one product, which on a CPU has its own copy.
         self._projections: dict[int, Function] = {}
@@ -143,20 +150,32 @@ class SegmentedModel:
 
     def _segment(self, start: int, end: int, weights: Mapping[str, Tensor]) -> Segment:
         steps: list[Step] = []
+        layers: list[dict[str, Tensor]] = []
         num_attentions = 0
         for step in range(start, end):
             layer, is_mlp = divmod(step, 2)
             prefix = f"decoder.layers.{layer}."
+            own = {n: t for n, t in weights.items() if n.startswith(prefix)}
             if is_mlp:
-                steps.append(self._mlp(weights, f"{prefix}mlp."))
-            else:
-                steps.append(self._attention(weights, prefix, num_attentions))
-                num_attentions += 1
-        return Segment(tuple(steps), num_attentions)
+                steps.append(self._mlp(own, f"{prefix}mlp."))
+                continue
+            own |= self._arrange(own, f"{prefix}self_attention.")
+            steps.append(self._attention(own, f"{prefix}self_attention.", num_attentions))
+            num_attentions += 1
+            if step + 1 < end:
+                layers.append({name.removeprefix(prefix): own[name] for name in own})
+        rows: tuple[Step | CompiledLayers, ...] = ()
+        if self._compiler is not None and layers:
+            whole = CompiledLayers(self._compiler, layers)
+            rows = (*steps[: start % 2], whole, *steps[len(steps) - end % 2 :])
+        return Segment(tuple(steps), num_attentions, rows)
+
+    def _arrange(self, weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        order = None if self.rotary is None else self.rotary.order
+        return arrange(self.architecture, weights, prefix, order)
 
     def _attention(self, weights: Mapping[str, Tensor], prefix: str, number: int) -> Attention:
-        prefix = f"{prefix}self_attention."
-        return Attention(self.architecture, weights, prefix, self.rotary, number, self._reduce)
+        return Attention(self.architecture, weights, prefix, number, self._reduce)
 
     def _mlp(self, weights: Mapping[str, Tensor], prefix: str) -> Mlp:
         return Mlp(self.architecture, weights, prefix, self._reduce)
@@ -182,7 +201,8 @@ class SegmentedModel:
         if early_exit.use_exit_mlp:
             mlp = self._mlp(weights, f"{prefix}mlp.")
         if early_exit.use_exit_block:
-            attention = self._attention(weights, f"{prefix}block.", 0)
+            name = f"{prefix}block.self_attention."
+            attention = self._attention(self._arrange(weights, name), name, 0)
             block = Block(attention, self._mlp(weights, f"{prefix}block.mlp."))
         if early_exit.use_exit_norm:
             norm = make_norm(self.architecture, weights, f"{prefix}norm.")

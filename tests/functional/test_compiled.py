@@ -1,0 +1,78 @@
+"""Layers compiled for single rows give what the plain ones give."""
+
+import shutil
+
+import pytest
+import torch
+
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.inference.segments import SegmentedModel
+from tests.helpers.reference_decoder import generate
+from tests.helpers.tiny_models import ARCHITECTURES, HEADS, LLAMA, make_model
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+PROMPT = [5, 17, 3, 44, 8]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """One process compiles so many models only here."""
+    torch._dynamo.reset()
+
+
+def compiled(model):
+    return SegmentedModel(model.architecture, model.early_exit, model.weights, compile_rows=True)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "heads"),
+    [("llama", "all"), ("gpt2", "norm"), ("nemotron", "block"), ("qwen", "mlp")],
+)
+def test_same_as_the_oracle(architecture, heads):
+    model = make_model(ARCHITECTURES[architecture], exits=(1, 3), **HEADS[heads])
+    engine = EarlyExitEngine(compiled(model))
+    for threshold in (0.6, None):
+        params = SamplingParams(max_tokens=24)
+        if threshold is not None:
+            params = SamplingParams(
+                max_tokens=24, mode="early_exit", early_exit_threshold=threshold
+            )
+        (result,) = engine.generate([PROMPT], params)
+        expected = generate(model, PROMPT, 24, threshold)
+        assert result.token_ids == [token.token_id for token in expected]
+        assert result.exit_layers == [token.exit_layer for token in expected]
+        assert result.logprobs == pytest.approx([t.logprob for t in expected], abs=2e-4)
+
+
+def test_alone_and_in_a_batch():
+    """Only passes over a single row are compiled: sequences change between both ways."""
+    model = make_model(LLAMA, exits=(1, 3), use_exit_norm=True)
+    engine = EarlyExitEngine(compiled(model))
+    prompts = [PROMPT, [7], [9, 9, 2], [1, 2, 3, 4, 5, 6, 7]]
+    params = [
+        SamplingParams(max_tokens=n, mode="early_exit", early_exit_threshold=0.5)
+        for n in (30, 3, 12, 20)
+    ]
+    together = engine.generate(prompts, params)
+    for prompt, one, result in zip(prompts, params, together, strict=True):
+        assert engine.generate([prompt], one)[0].token_ids == result.token_ids
+
+
+def test_one_layer_is_compiled_for_all():
+    model = make_model(LLAMA, exits=(1, 3), use_exit_norm=True)
+    engine = EarlyExitEngine(compiled(model))
+    torch._dynamo.utils.counters.clear()
+    for length in (1, 2, 9, 30):
+        engine.generate([PROMPT * 6][:1], SamplingParams(max_tokens=length))
+        engine.generate([PROMPT[:1]], SamplingParams(max_tokens=length))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model = make_model(LLAMA, exits=(1, 3), use_exit_norm=True, dtype=dtype)
+    params = SamplingParams(max_tokens=12)
+    (plain,) = EarlyExitEngine(model.segmented).generate([PROMPT], params)
+    (result,) = EarlyExitEngine(compiled(model)).generate([PROMPT], params)
+    assert result.logprobs[:2] == pytest.approx(plain.logprobs[:2], abs=0.1)
+    assert result.token_ids[0] == plain.token_ids[0]
