@@ -55,6 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="write results as JSON lines to this file")
     parser.add_argument("--dtype", choices=DTYPES, help="default: what the model was trained in")
     parser.add_argument("--device", help="default: the first GPU if there is one, else cpu")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the layers: some seconds at the start, then faster for one text at a time",
+    )
     parser.add_argument("--max-batch-size", type=int, default=16, help="default: %(default)s")
     request = parser.add_argument_group("request", "see SamplingParams for what each means")
     for field in fields(SamplingParams):
@@ -166,6 +171,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=None if args.dtype is None else DTYPES[args.dtype],
         device=args.device,
         max_batch_size=args.max_batch_size,
+        compile=args.compile,
     )
     if args.prompt is not None and args.output is None and params.max_tokens > 0:
         show_stream(engine, args.prompt, params, sys.stdout)

@@ -1,6 +1,9 @@
 """Layers compiled for single rows give what the plain ones give."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ PROMPT = [5, 17, 3, 44, 8]
 def fresh_compiler():
     """One process compiles so many models only here."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 def compiled(model):
@@ -58,10 +62,48 @@ def test_alone_and_in_a_batch():
         assert engine.generate([prompt], one)[0].token_ids == result.token_ids
 
 
+def test_no_request_waits_for_the_compiler():
+    model = make_model(LLAMA, exits=(1, 3))
+    engine = EarlyExitEngine(compiled(model))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    engine.generate([PROMPT], SamplingParams(max_tokens=5))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_machine_without_a_compiler_is_told_so():
+    code = """
+from megatron.early_exit.inference import EarlyExitEngine
+from megatron.early_exit.inference.segments import SegmentedModel
+from tests.helpers.tiny_models import make_model
+model = make_model()
+model = SegmentedModel(model.architecture, model.early_exit, model.weights, compile_rows=True)
+try:
+    EarlyExitEngine(model)
+except ValueError as error:
+    print(error)
+"""
+    environment = {
+        **os.environ,
+        "CXX": "no-such-compiler",
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+        "PYTHONPATH": ".",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("compile is not possible here: ")
+    assert "no-such-compiler" in run.stdout
+
+
+def test_refused_where_ranks_share_a_layer(tmp_path):
+    with pytest.raises(ValueError, match="compile is not possible with tensor_parallel 2"):
+        EarlyExitEngine.from_checkpoint(tmp_path, tensor_parallel=2, compile=True)
+
+
 def test_one_layer_is_compiled_for_all():
     model = make_model(LLAMA, exits=(1, 3), use_exit_norm=True)
     engine = EarlyExitEngine(compiled(model))
-    torch._dynamo.utils.counters.clear()
     for length in (1, 2, 9, 30):
         engine.generate([PROMPT * 6][:1], SamplingParams(max_tokens=length))
         engine.generate([PROMPT[:1]], SamplingParams(max_tokens=length))

@@ -133,6 +133,7 @@ def divided_model(
     architecture: Architecture,
     early_exit: EarlyExitConfig,
     weights: Mapping[str, Tensor],
+    compile_rows: bool = False,
 ) -> tuple[SegmentedModel, Division]:
     """This process's part of a model.
 
@@ -141,7 +142,8 @@ def divided_model(
         architecture: the whole model.
         early_exit: its exits.
         weights: this process's parts of the tensors, see `own_part`.
+        compile_rows: see `SegmentedModel`.
     """
     shape, exits, renamed = stage_as_model(place, architecture, early_exit, weights)
-    model = SegmentedModel(shape, exits, renamed, place.tensor)
+    model = SegmentedModel(shape, exits, renamed, place.tensor, compile_rows)
     return model, Division(place, architecture, early_exit)

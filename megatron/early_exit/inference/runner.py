@@ -67,6 +67,26 @@ class SegmentRunner:
             self.model.device,
         )
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile what is to be compiled, so that no request waits for it.
+
+        Raises:
+            ValueError: the compiler does not work here.
+        """
+        if self.capacity < 2:
+            return
+        spans = (Span(0, 1, 2),)
+        hidden = self._kept.new_zeros(1, self.model.architecture.hidden_size)
+        for segment, cache in zip(self.model.segments, self._caches, strict=True):
+            if segment.row_steps:
+                try:
+                    segment(hidden, self._pass(cache, spans))
+                except Exception as error:
+                    # Whatever goes wrong in there is of the machine, and many things can.
+                    reason = str(error).strip().splitlines()[0]
+                    raise ValueError(f"compile is not possible here: {reason}") from error
+
     def run(
         self,
         index: int,
