@@ -1,8 +1,11 @@
-"""Layers compiled for a single row, the case in which a token costs most.
+"""Layers compiled for steps in which every sequence has a single position.
 
-With one row, half of what PyTorch does around the products of a small model is calling kernels. Its
-compiler makes a layer a few loops instead, each over a whole weight matrix in the plain layout,
-with all that lies between the products inside them. One layer is compiled, and serves all.
+Half of what PyTorch does around the products of a small model is calling kernels. Its compiler
+makes a layer a few loops instead: with one row each is over a whole weight matrix in the plain
+layout, with all that lies between the products inside them. One layer is compiled, and serves all.
+
+Shapes: r rows, each the position of a sequence of its own; h hidden size, np query heads, ng
+key-value heads, hn head size, t positions that are looked at.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,46 +28,59 @@ class LayerCompiler:
     Args:
         architecture: shape of the model.
         rotary: the rotary table, if the model has rotary embeddings.
+        device: of the weights.
+
+    Attributes:
+        positions: [most positions], 0, 1, 2, ...
     """
 
-    def __init__(self, architecture: Architecture, rotary: RotaryTable | None) -> None:
+    def __init__(
+        self, architecture: Architecture, rotary: RotaryTable | None, device: torch.device
+    ) -> None:
         self._turns = None if rotary is None else rotary.real_turns
+        self.positions = torch.arange(architecture.max_position_embeddings, device=device)
 
         def layer(
-            weights: Mapping[str, Tensor],
-            cache: Tensor,
-            hidden: Tensor,
-            seen: Tensor,
-            turns: Tensor | None,
+            weights: Mapping[str, Tensor], cache: Tensor, hidden: Tensor, rows: Rows
         ) -> Tensor:
-            this = _RowPass(cache, architecture, seen, turns)
+            this = _RowsPass(cache, architecture, *rows)
             attention = Attention(architecture, weights, "self_attention.", 0)
             return Mlp(architecture, weights, "mlp.")(attention(hidden, this))
 
         # Weights are arguments, so it does not matter of which layer.
         self._layer = torch.compile(layer, fullgraph=True)
-        self._positions = torch.arange(architecture.max_position_embeddings)
 
     def run(
         self,
         layers: Sequence[Mapping[str, Tensor]],
-        hidden: Tensor,
         caches: Sequence[Tensor],
+        hidden: Tensor,
+        slots: Tensor,
+        positions: Tensor,
         end: int,
     ) -> Tensor:
-        """Take a row through layers.
+        """Take rows through layers.
 
         Args:
             layers: the tensors of each, see `CompiledLayers`.
-            hidden: [1, h], its residual stream.
-            caches: of each layer [positions, 2 ng, hn], for the row's sequence.
-            end: the position behind the row's.
+            caches: of each layer [slots, positions, 2 ng, hn].
+            hidden: [r, h], the residual stream.
+            slots, positions: [r], of the rows.
+            end: a position behind that of every row.
         """
-        seen = self._positions[:end]
+        seen = self.positions[:end]
         torch._dynamo.mark_dynamic(seen, 0)
+        if len(hidden) > 1:
+            for tensor in (hidden, slots, positions):
+                torch._dynamo.mark_dynamic(tensor, 0)
+        rows = (slots, positions, seen, self._turns)
         for weights, cache in zip(layers, caches, strict=True):
-            hidden = self._layer(weights, cache, hidden, seen, self._turns)
+            hidden = self._layer(weights, cache, hidden, rows)
         return hidden
+
+
+Rows = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""Slots [r], positions [r], all positions [t] that are looked at, and the rotary turns."""
 
 
 class CompiledLayers:
@@ -78,64 +94,75 @@ class CompiledLayers:
 
     def __init__(self, compiler: LayerCompiler, layers: Sequence[Mapping[str, Tensor]]) -> None:
         self._compiler, self._layers = compiler, layers
+        self._first = compiler.positions[:1]
 
-    @staticmethod
-    def serve(this: Pass) -> bool:
+    def serves(self, this: Pass) -> bool:
         """Whether a pass is over a single position, and not the first."""
         (_, start, end), *others = this.spans
         return not others and end == start + 1 and end >= _SHORTEST
 
     def __call__(self, hidden: Tensor, this: Pass) -> Tensor:
         """Residual stream [1, h] in front of the layers -> behind them."""
-        slot, _, end = this.spans[0]
-        # The attention of a layer that another segment began comes last.
+        slot, start, end = this.spans[0]
+        # The attention of a layer that another segment ends comes last.
         caches = this.cache.by_slot[slot][: len(self._layers)]
-        return self._compiler.run(self._layers, hidden, caches, end)
+        position = self._compiler.positions[start:end]
+        return self._compiler.run(self._layers, caches, hidden, self._first, position, end)
 
 
-class _RowPass:
-    """What `Pass` is, for one row and in operations that a compiler sees through.
+class _RowsPass:
+    """What `Pass` is, in operations that a compiler sees through.
 
     Args:
-        cache: [positions, 2 ng, hn], of the attention and the row's sequence.
+        cache: [slots, positions, 2 ng, hn], of the attention.
         architecture: shape of the model.
-        seen: [t], the positions up to the row's own.
+        slots, positions: [r], of the rows.
+        seen: [t], the positions that are looked at, up to the last row's or further.
         turns: see `RotaryTable.real_turns`.
     """
 
     results: Tensor | None = None
 
     def __init__(
-        self, cache: Tensor, architecture: Architecture, seen: Tensor, turns: Tensor | None
+        self,
+        cache: Tensor,
+        architecture: Architecture,
+        slots: Tensor,
+        positions: Tensor,
+        seen: Tensor,
+        turns: Tensor | None,
     ) -> None:
         self._cache, self._seen = cache, seen
-        self._turns = None if turns is None else turns[seen[-1:]]
+        self._slots, self._positions = slots, positions
+        self._turns = None if turns is None else turns[positions]
         self._num_heads = architecture.num_attention_heads
         self._num_groups = architecture.num_query_groups
 
     def attend(self, attention: int, qkv: Tensor, scale: float | None) -> Tensor:
         """See `Pass`."""
-        size = self._cache.shape[-1]
-        rows = qkv.view(1, -1, size)
-        turned, values = rows.split((self._num_heads + self._num_groups, self._num_groups), dim=1)
+        size, groups = self._cache.shape[-1], self._num_groups
+        heads = qkv.view(qkv.shape[0], -1, size)
+        turned, values = heads.split((self._num_heads + groups, groups), dim=1)
         if self._turns is not None:
-            turned = self._turn(turned)
-        queries, keys = turned.split((self._num_heads, self._num_groups), dim=1)
-        self._cache[self._seen[-1:]] = torch.cat((keys, values), dim=1)
-        window = self._cache[: self._seen.shape[0]].transpose(0, 1).float()
-        all_keys, all_values = window.split(self._num_groups)
-        # [ng, np / ng, 1, hn] and [ng, 1, t, hn]: a sum over entries, then one over positions.
-        grouped = queries.float().unflatten(1, (self._num_groups, -1))[0].unsqueeze(2)
+            turned = self._turn(turned, self._turns)
+        queries, keys = turned.split((self._num_heads, groups), dim=1)
+        self._cache[self._slots, self._positions] = torch.cat((keys, values), dim=1)
+        window = self._cache[:, : self._seen.shape[0]][self._slots].transpose(1, 2).float()
+        all_keys, all_values = window.split(groups, dim=1)
+        # [r, ng, np / ng, 1, hn] and [r, ng, 1, t, hn]: a sum over entries, one over positions.
+        grouped = queries.float().unflatten(1, (groups, -1)).unsqueeze(3)
         scale = size**-0.5 if scale is None else scale
-        scores = (grouped * all_keys.unsqueeze(1)).sum(dim=-1) * scale
+        scores = (grouped * all_keys.unsqueeze(2)).sum(dim=-1) * scale
+        unseen = self._seen > self._positions[:, None]
+        scores = scores.masked_fill(unseen[:, None, None], -torch.inf)
         weights = torch.softmax(scores, dim=-1).unsqueeze(-1)
-        attended = (weights * all_values.unsqueeze(1)).sum(dim=2)
-        return attended.reshape(1, -1).to(qkv.dtype)
+        attended = (weights * all_values.unsqueeze(2)).sum(dim=3)
+        return attended.flatten(1).to(qkv.dtype)
 
-    def _turn(self, heads: Tensor) -> Tensor:
-        """[1, heads, hn], pairs of neighbours turned like complex numbers."""
-        assert self._turns is not None
+    @staticmethod
+    def _turn(heads: Tensor, turns: Tensor) -> Tensor:
+        """[r, heads, hn], pairs of neighbours turned like complex numbers."""
         even, odd = heads.float().unflatten(2, (-1, 2)).unbind(-1)
-        real, imaginary = self._turns.unbind(-1)
+        real, imaginary = turns.unbind(-1)
         turned = torch.stack((even * real - odd * imaginary, even * imaginary + odd * real), dim=-1)
         return turned.flatten(2).to(heads.dtype)

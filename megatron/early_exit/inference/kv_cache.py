@@ -16,7 +16,7 @@ class KVCache:
 
     Attributes:
         data: [attentions, slots, positions, 2 ng, hn], keys before values.
-        by_slot: for each slot, and in it for each attention, [positions, 2 ng, hn].
+        by_slot: for each slot, and in it for each attention, [1, positions, 2 ng, hn].
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class KVCache:
         # Zeros cost nothing until they are written over, and what is masked must be finite.
         self.data = torch.zeros(shape, dtype=dtype, device=device)
         self.by_attention = self.data.unbind()
-        self.by_slot = [slot.unbind() for slot in self.data.unbind(dim=1)]
+        self.by_slot = [slot.unbind() for slot in self.data.split(1, dim=1)]
         self.num_groups = num_groups
 
     def rows(self, slot: int, start: int, end: int) -> tuple[Tensor, ...]:

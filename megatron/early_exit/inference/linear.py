@@ -20,10 +20,10 @@ def make_linear(weight: Tensor, bias: Tensor | None = None) -> Function:
     torch's own compiler does when it freezes a model. One row is multiplied as fast as the memory
     gives the weights; eight take little more than the time of one, where plain products take
     several times as long: that is what makes batches, and a catch-up of pending positions, cheap.
-    Where a compiler is at work, x is a single row, and the product a sum that it makes one loop of.
+    Where a compiler is at work, the product of a single row is a sum that it makes one loop of.
     """
     if torch.compiler.is_compiling():
-        return partial(_row_product, weight=weight, bias=bias)
+        return partial(_compiled_product, weight=weight, bias=bias)
     if weight.device.type == "cpu" and _packs(weight.dtype):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
         multiply = torch.ops.mkldnn._linear_pointwise.default
@@ -39,7 +39,7 @@ def make_addition(weight: Tensor, bias: Tensor | None, reduce: Function | None) 
         reduce: adds up the products of ranks that share it; None where it is whole.
     """
     if torch.compiler.is_compiling():
-        return lambda x, y: x + _row_product(y, weight, bias)
+        return lambda x, y: x + _compiled_product(y, weight, bias)
     if reduce is None and not (weight.device.type == "cpu" and _packs(weight.dtype)):
         transposed = weight.t()
         if bias is None:
@@ -54,8 +54,10 @@ def make_addition(weight: Tensor, bias: Tensor | None, reduce: Function | None) 
     return lambda x, y: reduce(part(y)).add_(x).add_(bias)
 
 
-def _row_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [1, k] -> [1, n]"""
+def _compiled_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [r, k] -> [r, n]"""
+    if x.shape[0] > 1:
+        return functional.linear(x, weight, bias)
     product = (weight.float() * x.float()).sum(dim=-1)
     if bias is not None:
         product += bias.float()

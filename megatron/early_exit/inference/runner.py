@@ -79,7 +79,7 @@ class SegmentRunner:
         spans = (Span(0, 1, 2),)
         hidden = self._kept.new_zeros(1, self.model.architecture.hidden_size)
         for segment, cache in zip(self.model.segments, self._caches, strict=True):
-            if segment.row_steps:
+            if segment.compiled is not None:
                 try:
                     segment(hidden, self._pass(cache, spans))
                 except Exception as error:

@@ -76,13 +76,24 @@ class Segment:
 
     steps: tuple[Step, ...]
     num_attentions: int
-    row_steps: tuple[Step | CompiledLayers, ...] = ()
-    """The same for a single row, where the layers are compiled."""
+    compiled: CompiledLayers | None = None
+    """Its whole layers, for the passes that they serve."""
+
+    @property
+    def compiled_steps(self) -> tuple[Step | CompiledLayers, ...]:
+        """The same with those, and the half layers that there may be at the ends."""
+        assert self.compiled is not None
+        leading, trailing = isinstance(self.steps[0], Mlp), isinstance(self.steps[-1], Attention)
+        return (
+            *self.steps[:leading],
+            self.compiled,
+            *self.steps[len(self.steps) - trailing :],
+        )
 
     def __call__(self, hidden: Tensor, this: Pass) -> Tensor:
         """Residual stream [r, h] at the start of the segment -> at its end."""
-        compiled = self.row_steps and CompiledLayers.serve(this)
-        for step in self.row_steps if compiled else self.steps:
+        is_compiled = self.compiled is not None and self.compiled.serves(this)
+        for step in self.compiled_steps if is_compiled else self.steps:
             hidden = step(hidden, this)
         return hidden
 
@@ -118,7 +129,9 @@ class SegmentedModel:
         self.rotary: RotaryTable | None = None
         if architecture.position_embedding_type == "rope":
             self.rotary = RotaryTable(architecture, self.device)
-        self._compiler = LayerCompiler(architecture, self.rotary) if compile_rows else None
+        self._compiler = (
+            LayerCompiler(architecture, self.rotary, self.device) if compile_rows else None
+        )
         self.segments = self._cut(early_exit, weights)
         # By the weights: heads that are tied share one product, which on a CPU has its own copy.
         self._projections: dict[int, Function] = {}
@@ -164,11 +177,10 @@ class SegmentedModel:
             num_attentions += 1
             if step + 1 < end:
                 layers.append({name.removeprefix(prefix): own[name] for name in own})
-        rows: tuple[Step | CompiledLayers, ...] = ()
+        compiled = None
         if self._compiler is not None and layers:
-            whole = CompiledLayers(self._compiler, layers)
-            rows = (*steps[: start % 2], whole, *steps[len(steps) - end % 2 :])
-        return Segment(tuple(steps), num_attentions, rows)
+            compiled = CompiledLayers(self._compiler, layers)
+        return Segment(tuple(steps), num_attentions, compiled)
 
     def _arrange(self, weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
         order = None if self.rotary is None else self.rotary.order
