@@ -5,7 +5,7 @@ rotary embeddings and layout of weights as they are stored, one token decided pe
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +28,14 @@ def generate(
     max_tokens: int,
     threshold: float | None,
     exit_layers: Sequence[int] | None = None,
+    forbidden: Collection[int] = (),
+    num_forbidden: int = 0,
 ) -> list[ReferenceToken]:
     """Greedy tokens; a threshold of None means that no exit is ever taken.
 
     The rule: a token is the choice of the first enabled exit whose largest softmax probability on
-    the last position reaches the threshold, else of the final head.
+    the last position reaches the threshold, else of the final head. Of the first `num_forbidden`
+    tokens none is `forbidden`; that changes the choice, not the confidence.
     """
     tokens, generated = list(prompt), []
     for _ in range(max_tokens):
@@ -47,7 +50,12 @@ def generate(
             # A confidence is an fp32 number: close to 1 it is 1.
             confidence, token = (float(v.float()) for v in probabilities.max(-1))
             if key == "final" or confidence >= threshold:
-                chosen = ReferenceToken(int(token), layer, confidence, math.log(confidence))
+                logprob = math.log(confidence)
+                if token in forbidden and len(generated) < num_forbidden:
+                    probabilities[list(forbidden)] = 0
+                    allowed, token = (float(v) for v in probabilities.max(-1))
+                    logprob = math.log(allowed)
+                chosen = ReferenceToken(int(token), layer, confidence, logprob)
                 break
         generated.append(chosen)
         tokens.append(chosen.token_id)

@@ -1,0 +1,187 @@
+"""Requests of every kind that come, stop and are given up: drawn by Hypothesis, judged by the
+oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import count
+from typing import Any
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
+from tests.helpers.reference_decoder import ReferenceToken, all_logits, generate
+from tests.helpers.tiny_models import LLAMA, TinyModel
+
+CONTEXT = 24
+"""Most tokens of a sequence."""
+THRESHOLDS = (0.0, 0.3, 0.6, 0.9, 1.0)
+
+
+class Syllables:
+    """A tokenizer of so few letters that stop strings are met; token 0 ends a document."""
+
+    vocab_size = LLAMA.vocab_size
+    eod_id = 0
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(("a", "b", "c", "ab", "ca")[token % 5] for token in token_ids if token)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request, and when it comes and goes in steps of the engine."""
+
+    prompt: list[int]
+    params: SamplingParams
+    time: int
+    given_up: int | None
+    """When it is cancelled, if it has not ended by then."""
+
+
+stop_strings = st.text("abc", min_size=1, max_size=3)
+
+
+@st.composite
+def sampling_params(draw: st.DrawFn) -> SamplingParams:
+    """Greedy, in every mode, with every kind of stop."""
+    mode = draw(st.sampled_from(["full", "early_exit", "self_speculative"]))
+    fields: dict[str, Any] = {}
+    if mode == "early_exit":
+        fields = {
+            "early_exit_threshold": draw(st.sampled_from(THRESHOLDS)),
+            "exit_layers": draw(st.sampled_from([None, (1,), (3,), (1, 3)])),
+        }
+    if mode == "self_speculative":
+        fields = {
+            "draft_exit_layer": draw(st.sampled_from([None, 1, 3])),
+            "num_draft_tokens": draw(st.integers(1, 6)),
+            "draft_confidence": draw(st.sampled_from([0.0, 0.3, 0.8])),
+        }
+    most = draw(st.integers(1, 14))
+    stops = draw(st.sampled_from([(), (), tuple(range(5, 61, 7)), tuple(range(2, 61, 5))]))
+    return SamplingParams(
+        mode=mode,
+        max_tokens=most,
+        min_tokens=draw(st.just(0) | st.integers(0, most)),
+        stop=draw(st.just([]) | st.lists(stop_strings, min_size=1, max_size=2)),
+        stop_token_ids=stops,
+        ignore_eos=draw(st.booleans()),
+        prompt_logprobs=draw(st.sampled_from([None, None, 0])),
+        **fields,
+    )
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> list[Arrival]:
+    """Some requests in the order of their arrival."""
+    drawn, time = [], 0
+    for _ in range(draw(st.integers(1, 6))):
+        prompt = draw(st.lists(st.integers(0, LLAMA.vocab_size - 1), min_size=1, max_size=12))
+        given_up = draw(st.none() | st.none() | st.integers(0, 12))
+        end = None if given_up is None else time + given_up
+        drawn.append(Arrival(prompt, draw(sampling_params()), time, end))
+        time += draw(st.integers(0, 3))
+    return drawn
+
+
+def play(engine: EarlyExitEngine, drawn: list[Arrival]) -> list[GenerationResult]:
+    """Let the requests come and go, and step until all have ended."""
+    requests = []
+    for now in count():
+        for arrival in drawn[len(requests) :]:
+            if arrival.time == now:
+                requests.append(engine.submit(arrival.prompt, arrival.params))
+        for arrival, request in zip(drawn, requests, strict=False):
+            if arrival.given_up == now:
+                engine.cancel(request)
+        if len(requests) == len(drawn) and all(request.is_finished for request in requests):
+            break
+        engine.step()
+    return [request.result() for request in requests]
+
+
+def assert_oracles(model: TinyModel, arrival: Arrival, *results: GenerationResult) -> None:
+    """Each has the oracle's tokens up to the oracle's end, or to where it was given up."""
+    params = arrival.params
+    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else {Syllables.eod_id})
+    tokens = generate(
+        model,
+        arrival.prompt,
+        min(params.max_tokens, CONTEXT - len(arrival.prompt)),
+        params.threshold if params.mode == "early_exit" else None,
+        params.exit_layers,
+        forbidden=stops,
+        num_forbidden=params.min_tokens,
+    )
+    tokens, text, end = until_the_end(tokens, params, stops)
+    scores = None
+    if params.prompt_logprobs is not None:
+        logprobs = all_logits(model, arrival.prompt)["final"].log_softmax(-1)
+        scores = [float(row[t]) for row, t in zip(logprobs, arrival.prompt[1:], strict=False)]
+    for result in results:
+        assert_agrees(arrival, result, tokens, text, end)
+        found = result.prompt_tokens
+        assert (found is None) == (scores is None)
+        if found is not None:
+            assert [token.token_id for token in found] == arrival.prompt
+            assert [token.logprob for token in found[1:]] == pytest.approx(scores, abs=3e-4)
+
+
+def assert_agrees(
+    arrival: Arrival,
+    result: GenerationResult,
+    tokens: list[ReferenceToken],
+    text: str,
+    end: tuple[str, str | int | None],
+) -> None:
+    """The result is what it should be, or the beginning of that if it was given up."""
+    if result.finish_reason == "cancelled":
+        assert arrival.given_up is not None
+        assert len(result.token_ids) < len(tokens)
+        assert text.startswith(result.text)
+        tokens = tokens[: len(result.token_ids)]
+    else:
+        assert (result.text, result.finish_reason, result.stop_reason) == (text, *end)
+    assert result.token_ids == [token.token_id for token in tokens]
+    if arrival.params.mode != "self_speculative":
+        assert result.exit_layers == [token.exit_layer for token in tokens]
+    assert result.logprobs == pytest.approx([token.logprob for token in tokens], abs=3e-4)
+    assert result.confidences == pytest.approx([token.confidence for token in tokens], rel=3e-4)
+
+
+def until_the_end(
+    tokens: list[ReferenceToken], params: SamplingParams, stops: set[int]
+) -> tuple[list[ReferenceToken], str, tuple[str, str | int | None]]:
+    """The tokens up to the one that ends the sequence, their text, and the reasons; letter by
+    letter."""
+    text = ""
+    for number, token in enumerate(tokens, start=1):
+        may_stop, token_id = number > params.min_tokens, token.token_id
+        if may_stop and token_id in stops:
+            why = token_id if token_id in params.stop_token_ids else None
+            return tokens[:number], text, ("stop", why)
+        for letter in Syllables().decode([token_id]):
+            text += letter
+            ending = [stop for stop in params.stop if text.endswith(stop)]
+            if may_stop and ending:
+                longest = max(ending, key=len)
+                return tokens[:number], text.removesuffix(longest), ("stop", longest)
+    return tokens, text, ("length", None)
+
+
+@cache
+def examples(number: int) -> list[list[Arrival]]:
+    """For what cannot be run by Hypothesis itself: the same ones in every run of the tests."""
+    collected = []
+
+    @settings(max_examples=number, phases=[Phase.generate])
+    @given(arrivals())
+    def collect(drawn: list[Arrival]) -> None:
+        collected.append(drawn)
+
+    collect()
+    return collected
