@@ -20,7 +20,10 @@ import torch
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams, heartbeat, scoring
 from megatron.early_exit.inference.confidence import NOT_FINITE
+from megatron.early_exit.inference.parallel import divided_model
+from megatron.early_exit.inference.process_groups import join, own_part
 from megatron.early_exit.inference.results import PromptToken
+from tests.helpers.arrivals import CONTEXT, Arrival, Syllables, assert_oracles, examples, play
 from tests.helpers.reference_decoder import generate
 from tests.helpers.spawn import spawn
 from tests.helpers.tiny_models import GPT2, HEADS, LLAMA, TinyModel, make_model, save_checkpoint
@@ -29,6 +32,7 @@ THRESHOLDS = (0.0, 0.3, 0.6, 0.9, 1.0)
 MODELS = [("llama", head) for head in HEADS] + [("gpt2", "all")]
 LAYOUTS = {2: ((2, 1), (1, 2)), 4: ((1, 4), (2, 2))}
 """Number of processes -> tensor and pipeline parallel sizes."""
+ARRIVING, SLOTS, NUM_ARRIVALS = ("llama", "all"), (1, 3), 20
 TEXT = [position * 7 % 61 for position in range(23)]
 SAMPLED = SamplingParams(mode="early_exit", max_tokens=12, temperature=1.2, top_p=0.9, logprobs=2)
 
@@ -62,7 +66,7 @@ def divided_engine(folder: str, kind: str, head: str, layout: tuple[int, int]) -
     )
 
 
-def generate_everything(folder: str) -> dict[Any, Any]:
+def generate_everything(folder: str, arriving: list[list[Arrival]]) -> dict[Any, Any]:
     """All models in all layouts of this number of processes."""
     scoring.CHUNK = 9
     found: dict[Any, Any] = {}
@@ -78,7 +82,23 @@ def generate_everything(folder: str) -> dict[Any, Any]:
             engine.close()
     if world_size == 2:
         found["faults"] = faults(folder)
+        for num_slots in SLOTS:
+            engine = pipeline_engine(model_of(*ARRIVING), num_slots)
+            found["arrivals", num_slots] = [play(engine, drawn) for drawn in arriving]
+            engine.close()
     return found
+
+
+def pipeline_engine(model: TinyModel, num_slots: int) -> EarlyExitEngine:
+    """With a tokenizer."""
+    place, _ = join(1, 2, "cpu")
+    parts = {
+        name: own_part(place, model.architecture, name, w) for name, w in model.weights.items()
+    }
+    own = {name: part for name, part in parts.items() if part is not None}
+    segmented, division = divided_model(place, model.architecture, model.early_exit, own)
+    sizes = {"max_batch_size": num_slots, "max_sequence_length": CONTEXT}
+    return EarlyExitEngine(segmented, Syllables(), division=division, **sizes)
 
 
 def more_of_one(engine: EarlyExitEngine) -> dict[str, Any]:
@@ -99,9 +119,11 @@ def more_of_one(engine: EarlyExitEngine) -> dict[str, Any]:
     ]
     while not interrupted.is_finished:
         engine.step()
+    idle = [engine.step() for _ in range(3)]
     return {
         "scores": [[result.prompt_tokens for result in results] for results in scores],
         "best": engine.argmax_tokens(TEXT),
+        "idle": idle,
         "interrupted": interrupted.result().token_ids,
         "seeded": engine.generate([[5], [6, 7]], [SamplingParams(seed=3, temperature=1.0)] * 2),
         "unseeded": engine.generate([[5], [6, 7]], SAMPLED),
@@ -158,7 +180,7 @@ def folder(tmp_path_factory) -> str:
 @pytest.fixture(scope="module", params=sorted(LAYOUTS))
 def found(request, folder) -> list[dict[Any, Any]]:
     """What every rank has got."""
-    return spawn(generate_everything, request.param, folder)
+    return spawn(generate_everything, request.param, folder, examples(NUM_ARRIVALS))
 
 
 def test_every_rank_gets_the_oracles_tokens(found):
@@ -201,6 +223,7 @@ def test_samples_streams_and_reports_are_those_of_one_process(found):
             ]
         assert [t.token_id for t in one["streamed"]] == [t.token_id for t in expected["streamed"]]
         assert len(one["abandoned"]) == 2
+        assert one["idle"][1:] == [[], []]
         assert one["best"] == expected["best"]
         assert one["interrupted"] == expected["after"][0].token_ids
         for scored, alone in zip(flat(one["scores"]), flat(expected["scores"]), strict=True):
@@ -228,6 +251,14 @@ def test_faults_end_one_request_alone(found):
         for name in ("tensor", "pipeline"):
             assert told[name] == [[("error", []), ("length", well.token_ids)]] * 3
             assert told[f"{name}, scored"] == (NOT_FINITE, None)
+
+
+@pytest.mark.parametrize("found", [2], indirect=True)
+def test_requests_that_come_and_go_get_the_oracles_tokens(found):
+    plays = [results["arrivals", num_slots] for num_slots in SLOTS for results in found]
+    for drawn, *ended in zip(examples(NUM_ARRIVALS), *plays, strict=True):
+        for arrival, *results in zip(drawn, *ended, strict=True):
+            assert_oracles(model_of(*ARRIVING), arrival, *results)
 
 
 def decode_for_long(

@@ -259,7 +259,10 @@ class EarlyExitEngine:
         return self.loop.step()
 
     def cancel(self, request: Request) -> None:
-        """End a request; its result has what it got so far."""
+        """End a request; its result has what it got so far.
+
+        That may be more or less on the ranks of a pipeline, which do not wait for each other here.
+        """
         self.loop.cancel(request.key)
 
     def argmax_tokens(self, token_ids: abc.Sequence[int]) -> list[int]:

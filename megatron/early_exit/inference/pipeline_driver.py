@@ -52,6 +52,9 @@ class PipelineDriver(RequestLoop):
 
     def cancel(self, key: int) -> None:
         """End a request that is under way; nothing happens where there is none."""
+        request = self.requests.get(key)
+        if request is not None and not request.is_finished:
+            self._tell({"kind": "cancelled", "key": key})
         super().cancel(key)
         self._ready = deque(one for one in self._ready if one.key != key)
         self._drafting.discard(key)

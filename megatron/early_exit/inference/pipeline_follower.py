@@ -55,12 +55,12 @@ class PipelineFollower:
             request.cancel()
 
     def step(self) -> list[tuple[Request, GeneratedToken]]:
-        """Wait for something, and do it.
+        """Do what comes; where requests are under way, wait for it.
 
         Returns:
             The tokens that have become known since.
         """
-        self._turn()
+        self._turn(wait=bool(self.requests))
         tokens, self._tokens = self._tokens, []
         return tokens
 
@@ -78,9 +78,9 @@ class PipelineFollower:
             self._turn()
         self.stage.finish()
 
-    def _turn(self) -> None:
-        """Wait for something, and do it."""
-        heard = self.control.receive(wait=not self._is_due())
+    def _turn(self, wait: bool = True) -> None:
+        """Do what comes, and what there is to do."""
+        heard = self.control.receive(wait and not self._is_due())
         while heard is not None:
             self._hear(heard[0])
             heard = self.control.receive(wait=False)
@@ -115,11 +115,11 @@ class PipelineFollower:
             return
         if message["kind"] == "failed":
             request.fail(message["error"])
-            self.cancel(request.key)
-            return
-        self._tokens.append((request, request.take(_choice(message["choice"]))))
-        if request.is_finished:
-            self.cancel(request.key)
+        elif message["kind"] == "chosen":
+            self._tokens.append((request, request.take(_choice(message["choice"]))))
+            if not request.is_finished:
+                return
+        self.cancel(request.key)
 
     def _score(self, message: Message) -> None:
         # Hidden states come in the order of the messages.
