@@ -2,21 +2,16 @@
 
 from collections import abc
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from megatron.early_exit.checkpoint.description import describe
-from megatron.early_exit.checkpoint.location import locate
-from megatron.early_exit.checkpoint.reader import CheckpointReader
-from megatron.early_exit.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from megatron.early_exit.checkpoint.weights import load_weights
+from megatron.early_exit.checkpoint.tokenizer import Tokenizer
 from megatron.early_exit.inference.confidence import NOT_FINITE
+from megatron.early_exit.inference.loading import load_model
 from megatron.early_exit.inference.loop import DecodingLoop
-from megatron.early_exit.inference.parallel import Division, Loop, divided_model
+from megatron.early_exit.inference.parallel import Division, Loop
 from megatron.early_exit.inference.params import SamplingParams
-from megatron.early_exit.inference.process_groups import join, own_part
 from megatron.early_exit.inference.request import Request
 from megatron.early_exit.inference.request_factory import RequestFactory
 from megatron.early_exit.inference.results import GeneratedToken, GenerationResult
@@ -128,41 +123,16 @@ class EarlyExitEngine:
             ValueError: the checkpoint is missing, damaged, or of a kind that cannot be computed, or
                 the model or the number of processes does not fit the layout.
         """
-        if compile and tensor_parallel > 1:
-            raise ValueError(
-                f"compile is not possible with tensor_parallel {tensor_parallel}, allowed: 1"
-            )
-        place = None
-        if (tensor_parallel, pipeline_parallel) != (1, 1):
-            place, device = join(tensor_parallel, pipeline_parallel, device)
-        location = locate(path)
-        description = describe(location)
-        architecture, early_exit = description.architecture, description.early_exit
-        assert architecture is not None
-        if place is not None:
-            place.check(architecture)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if dtype is None:
-            dtype = getattr(torch, architecture.params_dtype)
-        weights = load_weights(
-            CheckpointReader(location.iteration_dir),
-            architecture,
-            early_exit,
-            dtype,
-            torch.device(device),
-            None if place is None else partial(own_part, place, architecture),
+        loaded = load_model(path, dtype, device, tensor_parallel, pipeline_parallel, compile)
+        return cls(
+            loaded.model,
+            loaded.tokenizer,
+            loaded.eod_id,
+            max_pending,
+            max_batch_size,
+            max_sequence_length,
+            loaded.division,
         )
-        tokenizer, eod_id = None, None
-        if description.tokenizer is not None:
-            tokenizer = load_tokenizer(description.tokenizer, location.tokenizer_dir)
-            eod_id = description.tokenizer.eod_id
-        sizes = (max_pending, max_batch_size, max_sequence_length)
-        if place is None:
-            model = SegmentedModel(architecture, early_exit, weights, compile_rows=compile)
-            return cls(model, tokenizer, eod_id, *sizes)
-        model, division = divided_model(place, architecture, early_exit, weights, compile)
-        return cls(model, tokenizer, eod_id, *sizes, division)
 
     def close(self) -> None:
         """Part from the other processes, if there are any; all have to do so.

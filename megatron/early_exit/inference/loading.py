@@ -1,0 +1,83 @@
+"""From a checkpoint to a model that an engine can run, or to this process's part of one."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron.early_exit.checkpoint.description import describe
+from megatron.early_exit.checkpoint.location import locate
+from megatron.early_exit.checkpoint.reader import CheckpointReader
+from megatron.early_exit.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from megatron.early_exit.checkpoint.weights import load_weights
+from megatron.early_exit.inference.parallel import Division, divided_model
+from megatron.early_exit.inference.process_groups import join, own_part
+from megatron.early_exit.inference.segments import SegmentedModel
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What a checkpoint holds for this process.
+
+    Attributes:
+        model: the model, or a part of it.
+        tokenizer: None where the checkpoint has none that inference supports.
+        eod_id: the token that ends a document; None where it is unknown.
+        division: how the model is divided of which `model` is a part; None where it is whole.
+    """
+
+    model: SegmentedModel
+    tokenizer: Tokenizer | None
+    eod_id: int | None
+    division: Division | None
+
+
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    compile_rows: bool,
+) -> LoadedModel:
+    """Load a model; see `EarlyExitEngine.from_checkpoint`.
+
+    Raises:
+        ValueError: the checkpoint is missing, damaged, or of a kind that cannot be computed, or the
+            model or the number of processes does not fit the layout.
+    """
+    if compile_rows and tensor_parallel > 1:
+        raise ValueError(
+            f"compile is not possible with tensor_parallel {tensor_parallel}, allowed: 1"
+        )
+    place = None
+    if (tensor_parallel, pipeline_parallel) != (1, 1):
+        place, device = join(tensor_parallel, pipeline_parallel, device)
+    location = locate(path)
+    description = describe(location)
+    architecture, early_exit = description.architecture, description.early_exit
+    assert architecture is not None
+    if place is not None:
+        place.check(architecture)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = getattr(torch, architecture.params_dtype)
+    weights = load_weights(
+        CheckpointReader(location.iteration_dir),
+        architecture,
+        early_exit,
+        dtype,
+        torch.device(device),
+        None if place is None else partial(own_part, place, architecture),
+    )
+    tokenizer, eod_id, division = None, None, None
+    if description.tokenizer is not None:
+        tokenizer = load_tokenizer(description.tokenizer, location.tokenizer_dir)
+        eod_id = description.tokenizer.eod_id
+    if place is None:
+        model = SegmentedModel(architecture, early_exit, weights, compile_rows=compile_rows)
+    else:
+        model, division = divided_model(place, architecture, early_exit, weights, compile_rows)
+    return LoadedModel(model, tokenizer, eod_id, division)
