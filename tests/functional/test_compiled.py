@@ -1,5 +1,6 @@
 """Layers compiled for single rows give what the plain ones give."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.inference.graphs import GraphedLayers
 from megatron.early_exit.inference.segments import SegmentedModel
 from tests.helpers.reference_decoder import generate
 from tests.helpers.tiny_models import ARCHITECTURES, HEADS, LLAMA, make_model
@@ -60,6 +62,59 @@ def test_alone_and_in_a_batch():
     together = engine.generate(prompts, params)
     for prompt, one, result in zip(prompts, params, together, strict=True):
         assert engine.generate([prompt], one)[0].token_ids == result.token_ids
+
+
+def replayed(model):
+    """A model whose layers are "captured" such that a CPU can replay them."""
+
+    def capture(work):
+        result = work()
+        return lambda: result.copy_(work()), result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "megatron.early_exit.inference.segments.CompiledLayers",
+            functools.partial(GraphedLayers, capture=capture),
+        )
+        return compiled(model)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "heads"), [("llama", "all"), ("gpt2", "norm"), ("qwen", "projection")]
+)
+def test_captured_layers_serve_batches(architecture, heads):
+    """Rows and lengths are rounded up: what stands in for missing rows changes nothing."""
+    model = make_model(ARCHITECTURES[architecture], exits=(1, 3), **HEADS[heads])
+    segmented = replayed(model)
+    prompts = [PROMPT, [7], [9, 9, 2], [1, 2, 3, 4, 5, 6, 7], [4, 4]]
+    for threshold in (0.5, None):
+        params = [
+            SamplingParams(max_tokens=n)
+            if threshold is None
+            else SamplingParams(max_tokens=n, mode="early_exit", early_exit_threshold=threshold)
+            for n in (24, 3, 12, 20, 7)
+        ]
+        together = EarlyExitEngine(segmented).generate(prompts, params)
+        for prompt, one, result in zip(prompts, params, together, strict=True):
+            expected = generate(model, prompt, one.max_tokens, threshold)
+            assert result.token_ids == [token.token_id for token in expected]
+            assert result.exit_layers == [token.exit_layer for token in expected]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("heads", ["norm", "all"])
+def test_cuda_graphs(heads):
+    model = make_model(LLAMA, exits=(1, 3), **HEADS[heads])
+    weights = {name: tensor.cuda() for name, tensor in model.weights.items()}
+    segmented = SegmentedModel(model.architecture, model.early_exit, weights, compile_rows=True)
+    params = SamplingParams(max_tokens=24, mode="early_exit", early_exit_threshold=0.6)
+    prompts = [PROMPT, [7], [9, 9, 2]]
+    together = EarlyExitEngine(segmented).generate(prompts, params)
+    for prompt, result in zip(prompts, together, strict=True):
+        expected = generate(model, prompt, 24, 0.6)
+        assert result.token_ids == [token.token_id for token in expected]
+        assert result.exit_layers == [token.exit_layer for token in expected]
 
 
 def test_no_request_waits_for_the_compiler():

@@ -147,7 +147,7 @@ class _RowsPass:
             turned = self._turn(turned, self._turns)
         queries, keys = turned.split((self._num_heads, groups), dim=1)
         self._cache[self._slots, self._positions] = torch.cat((keys, values), dim=1)
-        window = self._cache[:, : self._seen.shape[0]][self._slots].transpose(1, 2).float()
+        window = self._cache[self._slots[:, None], self._seen].transpose(1, 2).float()
         all_keys, all_values = window.split(groups, dim=1)
         # [r, ng, np / ng, 1, hn] and [r, ng, 1, t, hn]: a sum over entries, one over positions.
         grouped = queries.float().unflatten(1, (groups, -1)).unsqueeze(3)

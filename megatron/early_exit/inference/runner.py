@@ -76,12 +76,15 @@ class SegmentRunner:
         """
         if self.capacity < 2:
             return
-        spans = (Span(0, 1, 2),)
-        hidden = self._kept.new_zeros(1, self.model.architecture.hidden_size)
-        for segment, cache in zip(self.model.segments, self._caches, strict=True):
-            if segment.compiled is not None:
+        for count in (1, 2)[: self.num_slots]:
+            spans = [Span(slot, 1, 2) for slot in range(count)]
+            hidden = self._kept.new_zeros(count, self.model.architecture.hidden_size)
+            for segment, cache in zip(self.model.segments, self._caches, strict=True):
+                this = self._pass(cache, spans)
+                if segment.compiled is None or not segment.compiled.serves(this):
+                    continue
                 try:
-                    segment(hidden, self._pass(cache, spans))
+                    segment(hidden, this)
                 except Exception as error:
                     # Whatever goes wrong in there is of the machine, and many things can.
                     reason = str(error).strip().splitlines()[0]

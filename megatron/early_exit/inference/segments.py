@@ -16,6 +16,7 @@ from torch import Tensor, device, dtype
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference.compiled import CompiledLayers, LayerCompiler
+from megatron.early_exit.inference.graphs import GraphedLayers
 from megatron.early_exit.inference.layers import Attention, Mlp, Step, arrange
 from megatron.early_exit.inference.linear import Function, make_linear
 from megatron.early_exit.inference.norms import make_norm
@@ -76,11 +77,11 @@ class Segment:
 
     steps: tuple[Step, ...]
     num_attentions: int
-    compiled: CompiledLayers | None = None
+    compiled: CompiledLayers | GraphedLayers | None = None
     """Its whole layers, for the passes that they serve."""
 
     @property
-    def compiled_steps(self) -> tuple[Step | CompiledLayers, ...]:
+    def compiled_steps(self) -> tuple[Step | CompiledLayers | GraphedLayers, ...]:
         """The same with those, and the half layers that there may be at the ends."""
         assert self.compiled is not None
         leading, trailing = isinstance(self.steps[0], Mlp), isinstance(self.steps[-1], Attention)
@@ -106,7 +107,8 @@ class SegmentedModel:
         early_exit: its exits.
         weights: tensors by name, see `megatron.early_exit.checkpoint.weights`.
         tensor_parallel: the ranks that share the model; None where it is whole.
-        compile_rows: compile the layers for single rows; takes the memory of the weights again.
+        compile_rows: compile the layers for steps of decoding, on a CPU for those of one sequence,
+            which takes the memory of the weights again.
 
     Attributes:
         segments: n + 1 segments of a model with n exits; the last ends at the final head.
@@ -177,9 +179,10 @@ class SegmentedModel:
             num_attentions += 1
             if step + 1 < end:
                 layers.append({name.removeprefix(prefix): own[name] for name in own})
-        compiled = None
+        compiled: CompiledLayers | GraphedLayers | None = None
         if self._compiler is not None and layers:
-            compiled = CompiledLayers(self._compiler, layers)
+            kind = GraphedLayers if self.device.type == "cuda" else CompiledLayers
+            compiled = kind(self._compiler, layers)
         return Segment(tuple(steps), num_attentions, compiled)
 
     def _arrange(self, weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
