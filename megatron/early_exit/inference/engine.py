@@ -9,14 +9,12 @@ import torch
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
 from megatron.early_exit.inference.confidence import NOT_FINITE
 from megatron.early_exit.inference.loading import load_model
-from megatron.early_exit.inference.loop import DecodingLoop
-from megatron.early_exit.inference.parallel import Division, Loop
+from megatron.early_exit.inference.parallel import Division, Undivided
 from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.inference.request import Request
 from megatron.early_exit.inference.request_factory import RequestFactory
 from megatron.early_exit.inference.results import GeneratedToken, GenerationResult
 from megatron.early_exit.inference.runner import SegmentRunner
-from megatron.early_exit.inference.scheduler import Scheduler
 from megatron.early_exit.inference.scoring import prompt_tokens
 from megatron.early_exit.inference.segments import SegmentedModel
 
@@ -66,15 +64,11 @@ class EarlyExitEngine:
         self.eod_id = tokenizer.eod_id if eod_id is None and tokenizer is not None else eod_id
         self.max_pending = max_pending
         self.max_sequence_length = length
-        self._division = division
+        self._division = Undivided(model) if division is None else division
         runner = SegmentRunner(model, max_batch_size, length)
         runner.warm_up()
-        self.loop: Loop
-        if division is None:
-            self.loop = DecodingLoop(runner, Scheduler(len(model.segments), max_batch_size))
-        else:
-            self.loop = division.loop(runner)
-        whole = model.architecture if division is None else division.architecture
+        self.loop = self._division.loop(runner)
+        whole = self._division.architecture
         self._requests = RequestFactory(
             vocab_size=whole.vocab_size,
             num_layers=whole.num_layers,
@@ -84,7 +78,7 @@ class EarlyExitEngine:
             tokenizer=tokenizer,
             eod_id=self.eod_id,
             device=model.device,
-            draw_seed=None if division is None else division.draw_seed,
+            draw_seed=self._division.draw_seed,
         )
 
     @classmethod
@@ -124,15 +118,8 @@ class EarlyExitEngine:
                 the model or the number of processes does not fit the layout.
         """
         loaded = load_model(path, dtype, device, tensor_parallel, pipeline_parallel, compile)
-        return cls(
-            loaded.model,
-            loaded.tokenizer,
-            loaded.eod_id,
-            max_pending,
-            max_batch_size,
-            max_sequence_length,
-            loaded.division,
-        )
+        sizes = (max_pending, max_batch_size, max_sequence_length)
+        return cls(loaded.model, loaded.tokenizer, loaded.eod_id, *sizes, loaded.division)
 
     def close(self) -> None:
         """Part from the other processes, if there are any; all have to do so.
@@ -140,15 +127,12 @@ class EarlyExitEngine:
         The other processes of a pipeline may do so early: they compute for the first one's requests
         until it closes.
         """
-        if self._division is not None:
-            self._division.close()
+        self._division.close()
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
         """The model's exits, each named by the number of backbone layers before it."""
-        if self._division is not None:
-            return self._division.exit_layers
-        return tuple(exit_.position for exit_ in self.model.exits)
+        return self._division.exit_layers
 
     def generate(
         self, prompts: Prompts, params: SamplingParams | abc.Sequence[SamplingParams] | None = None

@@ -1,4 +1,4 @@
-"""An engine whose model is divided over processes: what differs from one in a single process."""
+"""What differs between an engine in a single process and one divided over several."""
 
 import atexit
 import secrets
@@ -38,6 +38,29 @@ class Loop(Protocol):
     def score(self, tokens: Sequence[int], num_best: int) -> list[PrefixScore]: ...
 
 
+class Undivided:
+    """A model in a single process: the counterpart of `Division`.
+
+    Args:
+        model: the whole model.
+    """
+
+    def __init__(self, model: SegmentedModel) -> None:
+        self.architecture = model.architecture
+        self.exit_layers = tuple(exit_.position for exit_ in model.exits)
+
+    def draw_seed(self) -> int:
+        """A random seed."""
+        return secrets.randbits(63)
+
+    def loop(self, runner: SegmentRunner) -> Loop:
+        """The loop over the model."""
+        return DecodingLoop(runner, Scheduler(len(runner.model.segments), runner.num_slots))
+
+    def close(self) -> None:
+        """Nobody has to be parted from."""
+
+
 class Division:
     """A model divided over processes, which all run the same script.
 
@@ -69,7 +92,7 @@ class Division:
         """A seed that is the same on all ranks."""
         return self._seeds.getrandbits(63)
 
-    def loop(self, runner: SegmentRunner) -> "WatchedLoop":
+    def loop(self, runner: SegmentRunner) -> Loop:
         """The loop over this process's part of the model."""
         if self._control is None:
             scheduler = Scheduler(len(runner.model.segments), runner.num_slots)

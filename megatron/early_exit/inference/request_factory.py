@@ -1,6 +1,5 @@
 """From a prompt and its parameters to a request that an engine can run, or a refusal."""
 
-import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import count
@@ -29,7 +28,7 @@ class RequestFactory:
         tokenizer: None where prompts are token ids only.
         eod_id: the token that ends a document, if there is one.
         device: where logits are.
-        draw_seed: gives seeds to requests that sample and have none; by default random ones.
+        draw_seed: gives seeds to requests that sample and have none.
     """
 
     def __init__(
@@ -43,9 +42,9 @@ class RequestFactory:
         tokenizer: Tokenizer | None,
         eod_id: int | None,
         device: torch.device,
-        draw_seed: Callable[[], int] | None = None,
+        draw_seed: Callable[[], int],
     ) -> None:
-        self.draw_seed = draw_seed or _random_seed
+        self.draw_seed = draw_seed
         self.vocab_size, self.num_layers = vocab_size, num_layers
         self.exit_layers = exit_layers
         self.max_sequence_length, self.max_pending = max_sequence_length, max_pending
@@ -145,10 +144,6 @@ class RequestFactory:
             known = ", ".join(map(str, self.exit_layers)) or "none, the model has no exits"
             raise ValueError(f"{name} {layer} is unknown, allowed: {known}")
         return self.exit_layers.index(layer)
-
-
-def _random_seed() -> int:
-    return secrets.randbits(63)
 
 
 def _checked_iterable(prompt: object) -> Iterable[int]:
