@@ -63,7 +63,7 @@ def main() -> None:
             print(f"{name}, {dtype}, {args.threads} threads")
             kind = DTYPES[dtype]
             weights = random_weights(kind) if name == "shape" else saved_weights(DEMO, kind)
-            model = SegmentedModel(*weights)
+            model = SegmentedModel(*weights, compile_rows=True)
             for batch in args.batch:
                 if batch == 1:
                     measure_single(weights, model, args, report)

@@ -70,6 +70,7 @@ def measure_single(
         "plain": timed(products(matrices, 1, packed=False), tokens // 2),
         "packed": timed(products(matrices, 1, packed=True), tokens // 2),
         "full": decoder.full,
+        "uncompiled": Decoder(SegmentedModel(*weights), 1, tokens).full,
         "leaving": lambda: decoder.leaving(0.0, (first,)),
         "runs": lambda: longer.leaving(lambda _: EveryNth(LONG_RUN + 1), (first,)),
         "recomputing": recomputing(model, longer.tokens),
@@ -87,6 +88,7 @@ def measure_single(
         f"{1 / median(times[limit]):.1f}"
     )
     report.add("full over bare products", ratio(times, limit, "full"), TARGETS[dtype], 1.0)
+    report.add("  without compiled layers", ratio(times, limit, "uncompiled"), None, 1.0)
     if "transformers" in times:
         gain = ratio(times, "transformers", "full")
         of_limit = ratio(times, limit, "transformers")

@@ -20,9 +20,7 @@ PROMPT = [5, 17, 3, 44, 8]
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler():
-    """One process compiles so many models only here."""
-    torch._dynamo.reset()
+def fresh_counters():
     torch._dynamo.utils.counters.clear()
 
 

@@ -9,6 +9,7 @@ key-value heads, hn head size, t positions that are looked at.
 """
 
 from collections.abc import Mapping, Sequence
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -47,8 +48,11 @@ class LayerCompiler:
             attention = Attention(architecture, weights, "self_attention.", 0)
             return Mlp(architecture, weights, "mlp.")(attention(hidden, this))
 
-        # Weights are arguments, so it does not matter of which layer.
-        self._layer = torch.compile(layer, fullgraph=True)
+        # Weights are arguments, so it does not matter of which layer. PyTorch refuses to compile a
+        # function ever again; with a code object of its own, no model counts for another.
+        code = layer.__code__.replace(co_name=f"layer_of_{id(self)}")
+        own = FunctionType(code, globals(), "layer", None, layer.__closure__)
+        self._layer = torch.compile(own, fullgraph=True)
 
     def run(
         self,
