@@ -1,14 +1,10 @@
-"""Engines over several processes: the oracle's tokens on every rank, and no orphans."""
+"""Engines over several processes: the oracle's tokens on every rank."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
 import random
-import signal
-import sys
-import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,7 +14,7 @@ import pytest
 import torch
 
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
-from megatron.early_exit.inference import EarlyExitEngine, SamplingParams, heartbeat, scoring
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams, scoring
 from megatron.early_exit.inference.confidence import NOT_FINITE
 from megatron.early_exit.inference.parallel import divided_model
 from megatron.early_exit.inference.process_groups import join, own_part
@@ -261,57 +257,3 @@ def test_requests_that_come_and_go_get_the_oracles_tokens(found):
     for drawn, *ended in zip(examples(NUM_ARRIVALS), *plays, strict=True):
         for arrival, *results in zip(drawn, *ended, strict=True):
             assert_oracles(model_of(*ONE), arrival, *results)
-
-
-def decode_for_long(
-    rank: int, layout: tuple[int, int], folder: str, sentences: str, pause_s: float
-) -> None:
-    sys.stderr = open(f"{sentences}/{rank}", "w")
-    heartbeat.SILENCE_S = 2.0
-    store = f"file://{sentences}/store"
-    torch.distributed.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=math.prod(layout)
-    )
-    engine = divided_engine(folder, "llama", "norm", layout)
-    Path(sentences, f"ready{rank}").touch()
-    while True:
-        engine.generate([[1, 2], [3]], SamplingParams(max_tokens=40))
-        time.sleep(pause_s)
-
-
-@pytest.mark.parametrize(
-    ("layout", "pause_s", "way", "said"),
-    [
-        ((2, 1), 0, signal.SIGKILL, "has died"),
-        ((1, 3), 0, signal.SIGKILL, "has died"),
-        ((1, 3), 600, signal.SIGKILL, "has died"),
-        ((1, 3), 0, signal.SIGSTOP, "hangs"),
-    ],
-    ids=["tensor", "pipeline", "idle", "hanging"],
-)
-def test_no_rank_outlives_another(layout, pause_s, way, said, folder, tmp_path):
-    context = torch.multiprocessing.get_context("fork")
-    ranks = [
-        context.Process(target=decode_for_long, args=(rank, layout, folder, str(tmp_path), pause_s))
-        for rank in range(math.prod(layout))
-    ]
-    try:
-        for rank in ranks:
-            rank.start()
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob("ready*"))) < len(ranks):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(0.5)
-        os.kill(ranks[1].pid, way)
-        deadline = time.monotonic() + 8
-        for number, rank in enumerate(ranks):
-            if number != 1:
-                rank.join(max(0.0, deadline - time.monotonic()))
-                assert rank.exitcode == 1
-                lines = (tmp_path / str(number)).read_text().splitlines()
-                who = "rank 1 of the inference engine"
-                assert lines[-1] == f"error: {who} {said}, so rank {number} ends, too"
-    finally:
-        for rank in ranks:
-            rank.kill()
