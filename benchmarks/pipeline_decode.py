@@ -49,7 +49,7 @@ def make_engine(dtype: torch.dtype, architecture: Architecture) -> EarlyExitEngi
         part = own_part(place, architecture, name, whole.to(dtype))
         if part is not None:
             parts[name] = part
-    model, division = divided_model(place, architecture, EXITS, parts)
+    model, division = divided_model(place, architecture, EXITS, parts, compile_rows=True)
     return EarlyExitEngine(model, max_batch_size=SEQUENCES, division=division)
 
 
