@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
+from megatron.early_exit.inference.policy import Costs
 from megatron.early_exit.inference.runner import SegmentRunner
+from megatron.early_exit.inference.scheduler import Scheduler
 from tests.helpers.tiny_models import LLAMA, make_model
 
 MODEL = make_model(exits=(1, 3), use_exit_norm=True)
@@ -32,9 +34,11 @@ class CountingRunner(SegmentRunner):
 
 
 def decode(prompt, max_pending, params) -> tuple[CountingRunner, GenerationResult]:
+    """Where questions cost nothing, so that no exit waits for others to be asked."""
     engine = EarlyExitEngine(MODEL.segmented, max_pending=max_pending, max_batch_size=1)
     runner = CountingRunner(MODEL.segmented, 1, engine.max_sequence_length)
     engine.loop.runner = runner
+    engine.loop.scheduler = Scheduler(len(SEGMENTS), 1, costs=Costs((1.0,) * 3, step=0.0))
     (result,) = engine.generate([prompt], params)
     return runner, result
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from megatron.early_exit.inference.confidence import NOT_FINITE, Assessment, assess
+from megatron.early_exit.inference.confidence import NOT_FINITE, Assessment
 from megatron.early_exit.inference.modes import DecodingMode, Next
-from megatron.early_exit.inference.passes import Span
+from megatron.early_exit.inference.policy import Costs
+from megatron.early_exit.inference.questions import Answers, Questions
 from megatron.early_exit.inference.request import Request
 from megatron.early_exit.inference.request_loop import RequestLoop
 from megatron.early_exit.inference.results import GeneratedToken
@@ -23,98 +23,131 @@ class DecodingLoop(RequestLoop):
 
     Args:
         runner: the model and its caches.
-        scheduler: has as many slots as the runner.
     """
 
-    def __init__(self, runner: SegmentRunner, scheduler: Scheduler) -> None:
-        super().__init__(scheduler)
+    def __init__(self, runner: SegmentRunner) -> None:
+        model = runner.model
+        heads = [*(exit_.head for exit_ in model.exits), model.final_head]
+        costs = Costs.of(
+            model.architecture,
+            [exit_.position for exit_ in model.exits],
+            len({id(head.projection) for head in heads}) == 1,
+            model.device.type,
+        )
+        super().__init__(Scheduler(len(model.segments), runner.num_slots, costs=costs))
         self.runner = runner
 
     def step(self) -> list[tuple[Request, GeneratedToken]]:
-        """Run one batch; where all of it goes deeper and nobody else waits, to the end of it.
+        """Run a batch through one segment or several, and ask the heads that it has passed.
 
         Returns:
             The tokens that came of it. A request that failed has none, and an `error`.
         """
         for progress in self.scheduler.admit():
             self.runner.truncate(progress.slot, 0)
-            self.requests[progress.key].mode.start(0)
+            mode = self._mode(progress)
+            mode.start(0)
+            exits = [i for i in range(self.scheduler.num_segments - 1) if mode.asks(i)]
+            self.scheduler.expect(progress, exits, mode.asks_late)
         tokens: list[tuple[Request, GeneratedToken]] = []
         step = self.scheduler.next()
-        while step is not None:
+        if step is not None:
             with torch.inference_mode():
-                step = self._run(step, tokens)
+                passed, likely, unlikely = self._run(step)
+                undecided = self._decide(passed, likely.answers(), tokens)
+                if undecided:
+                    self._decide(undecided, unlikely.answers(), tokens)
         return tokens
 
     def score(self, tokens: Sequence[int], num_best: int) -> list[PrefixScore]:
         """Score every prefix of a text, see `score_text`; no request comes forward meanwhile."""
         return score_text(self.runner.model, tokens, num_best)
 
-    def _run(self, step: Step, tokens: list[tuple[Request, GeneratedToken]]) -> Step | None:
-        inputs = None
-        if step.segment == 0:
-            inputs = [
-                token
-                for progress, (_, start, end) in zip(step.sequences, step.spans, strict=True)
-                for token in self.requests[progress.key].token_ids(start, end)
-            ]
-        hidden = self.runner.run(step.segment, step.spans, inputs)
-        complete = self.scheduler.ran(step)
-        if step.segment == self.scheduler.num_segments - 1:
-            self._at_end(step, complete, hidden, tokens)
+    def _run(self, step: Step | None) -> tuple[dict[int, list[int]], Questions, Questions]:
+        """Run a batch as far as the scheduler wants.
+
+        Returns:
+            The segments that sequences have passed, by key; the questions to the heads there; and
+            those which sequences hardly get to.
+        """
+        likely, unlikely = Questions(self.runner), Questions(self.runner)
+        passed: dict[int, list[int]] = {}
+        while step is not None:
+            hidden = self.runner.run(step.segment, step.spans, self._inputs(step))
+            complete = self.scheduler.ran(step)
+            first, later = [0] * len(step.spans), [0] * len(step.spans)
+            for index in complete:
+                progress = step.sequences[index]
+                own = passed.setdefault(progress.key, [])
+                counts = first if self.scheduler.is_likely(progress, own) else later
+                counts[index] = self._num_asked(progress, step.segment)
+                own.append(step.segment)
+            likely.ask(step.segment, step.spans, first, hidden)
+            unlikely.ask(step.segment, step.spans, later, hidden)
+            step = self.scheduler.onward(step, complete)
+        return passed, likely, unlikely
+
+    def _inputs(self, step: Step) -> list[int] | None:
+        if step.segment > 0:
             return None
-        deeper = self._at_exit(step, complete, tokens)
-        if len(deeper) == len(self.scheduler.running) and deeper:
-            return self.scheduler.batch(step.segment + 1, deeper)
-        return None
+        return [
+            token
+            for progress, (_, start, end) in zip(step.sequences, step.spans, strict=True)
+            for token in self.requests[progress.key].token_ids(start, end)
+        ]
 
-    def _at_exit(
-        self, step: Step, complete: list[int], tokens: list[tuple[Request, GeneratedToken]]
-    ) -> list[Progress]:
-        """Ask the exit behind a segment where that is wanted; returns who goes deeper."""
-        index = step.segment
-        asking = [i for i in complete if self._mode(step.sequences[i]).asks(index)]
-        found: dict[int, Assessment] = {}
-        if asking:
-            logits = self.runner.exit_logits(index, [step.spans[i] for i in asking])
-            found = dict(zip(asking, assess(logits), strict=True))
-        deeper = []
-        for i in complete:
-            progress = step.sequences[i]
-            if i not in found:
-                verdict = Next.DEEPER
-            elif found[i].is_finite:
-                verdict = self._mode(progress).at_exit(index, found[i])
-            else:
-                self._fail(progress)
-                continue
-            if verdict is Next.DEEPER:
-                self.scheduler.go_deeper(progress)
-                deeper.append(progress)
-            else:
-                self._go_on(progress, verdict, tokens)
-        return deeper
+    def _num_asked(self, progress: Progress, segment: int) -> int:
+        """Positions that the head behind a segment is asked about."""
+        if segment == self.scheduler.num_segments - 1:
+            return progress.tail
+        return int(self._mode(progress).asks(segment))
 
-    def _at_end(
+    def _decide(
         self,
-        step: Step,
-        complete: list[int],
-        hidden: Tensor,
+        passed: dict[int, list[int]],
+        answers: Answers,
         tokens: list[tuple[Request, GeneratedToken]],
-    ) -> None:
-        ends = _row_ends(step.spans)
-        asked = [step.sequences[i] for i in complete]
-        rows = [hidden[ends[i] - step.sequences[i].tail : ends[i]] for i in complete]
-        if not rows:
-            return
-        found = assess(self.runner.final_logits(rows[0] if len(rows) == 1 else torch.cat(rows)))
-        for progress in asked:
-            own, found = found[: progress.tail], found[progress.tail :]
-            if all(one.is_finite for one in own):
-                verdict = self._mode(progress).at_end(own)
-                self._go_on(progress, verdict, tokens)
-            else:
-                self._fail(progress)
+    ) -> dict[int, list[int]]:
+        """Tell the modes what the heads say, in the order of the segments. What one decides makes
+        those behind it idle, even if they have been asked.
+
+        Returns:
+            The segments that are left over, by key, from the first one that has not been asked.
+        """
+        undecided = {}
+        for key, segments in passed.items():
+            progress = self.scheduler.running[key]
+            for place, segment in enumerate(segments):
+                if not self._num_asked(progress, segment):
+                    continue
+                found = answers.get((segment, progress.slot))
+                if found is None:
+                    undecided[key] = segments[place:]
+                    break
+                if self._hear(progress, segment, found, tokens):
+                    break
+        return undecided
+
+    def _hear(
+        self,
+        progress: Progress,
+        segment: int,
+        found: list[Assessment],
+        tokens: list[tuple[Request, GeneratedToken]],
+    ) -> bool:
+        """Whether the sequence does not go on behind a segment, by what the head there says."""
+        mode = self._mode(progress)
+        if not all(one.is_finite for one in found):
+            self._fail(progress)
+            return True
+        if segment == self.scheduler.num_segments - 1:
+            verdict = mode.at_end(found)
+        else:
+            verdict = mode.at_exit(segment, found[0])
+            self.scheduler.learn(progress, segment, verdict is not Next.DEEPER)
+        if verdict is not Next.DEEPER:
+            self._go_on(progress, verdict, tokens)
+        return verdict is not Next.DEEPER
 
     def _mode(self, progress: Progress) -> DecodingMode:
         return self.requests[progress.key].mode
@@ -140,12 +173,3 @@ class DecodingLoop(RequestLoop):
         request.fail(NOT_FINITE)
         self.runner.clear(progress.slot)
         self.cancel(progress.key)
-
-
-def _row_ends(spans: Sequence[Span]) -> list[int]:
-    """The row behind the last one of each span."""
-    ends, row = [], 0
-    for _, start, end in spans:
-        row += end - start
-        ends.append(row)
-    return ends

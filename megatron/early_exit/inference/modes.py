@@ -8,7 +8,7 @@ nothing of batches, caches or layouts.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -86,10 +86,13 @@ class DecodingMode(Protocol):
     Attributes:
         drafts: tokens behind the sequence's own that may yet be taken back.
         choices: the tokens that it gets, after `Next.CHOSEN`.
+        asks_late: whether it makes no difference when positions have been through further segments
+            before `at_exit` is told of an exit.
     """
 
     drafts: list[int]
     choices: list[Choice]
+    asks_late: ClassVar[bool]
 
     def start(self, num_pending: int) -> None:
         """The last token goes into the first segment while `num_pending` positions wait behind."""
@@ -121,6 +124,7 @@ class FullMode:
         reported: exits, by their index, that are put on record on the way.
     """
 
+    asks_late: ClassVar[bool] = True
     chooser: Chooser
     reported: frozenset[int] = frozenset()
     drafts: list[int] = field(default_factory=list)
@@ -162,6 +166,7 @@ class EarlyExitMode:
         details: every exit on the way is put on record, also behind the one that gave the token.
     """
 
+    asks_late: ClassVar[bool] = True
     chooser: Chooser
     threshold: float
     exits: frozenset[int]

@@ -21,7 +21,6 @@ from megatron.early_exit.inference.process_groups import Place, stage_as_model
 from megatron.early_exit.inference.request import Request
 from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.inference.runner import SegmentRunner
-from megatron.early_exit.inference.scheduler import Scheduler
 from megatron.early_exit.inference.scoring import PrefixScore
 from megatron.early_exit.inference.segments import SegmentedModel
 
@@ -55,7 +54,7 @@ class Undivided:
 
     def loop(self, runner: SegmentRunner) -> Loop:
         """The loop over the model."""
-        return DecodingLoop(runner, Scheduler(len(runner.model.segments), runner.num_slots))
+        return DecodingLoop(runner)
 
     def close(self) -> None:
         """Nobody has to be parted from."""
@@ -95,8 +94,7 @@ class Division:
     def loop(self, runner: SegmentRunner) -> Loop:
         """The loop over this process's part of the model."""
         if self._control is None:
-            scheduler = Scheduler(len(runner.model.segments), runner.num_slots)
-            return WatchedLoop(DecodingLoop(runner, scheduler), self._heartbeat)
+            return WatchedLoop(DecodingLoop(runner), self._heartbeat)
         stage = PipelineStage(runner, self.place, self._first_exit)
         if self.place.rank == 0:
             num_exits = len(self.exit_layers)

@@ -3,7 +3,8 @@
 The unit of work is (sequence, positions, segment). A sequence waits in front of one segment at a
 time; those in front of the same segment are run as one batch, and regroup at every exit: the ones
 that leave go back to the first segment with their next token, the others gather in front of the
-next one (dynamic rebatching, arXiv 2512.15705).
+next one (dynamic rebatching, arXiv 2512.15705). Where an exit is not worth a question of its own,
+the batch runs on, takes along those that wait on its way, and all its heads are asked at its end.
 """
 
 from collections import deque
@@ -11,6 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from megatron.early_exit.inference.passes import Span, in_pass_order
+from megatron.early_exit.inference.policy import UNLIKELY, Costs, Front, Policy
+
+_MEMORY = 0.95
+"""How much of what is known of an exit is kept when it is asked again."""
 
 
 @dataclass(slots=True)
@@ -25,6 +30,9 @@ class Progress:
         front: the segment that it waits for.
         tail: positions at the end that have to be run together, because a head is asked for each.
         since: the step at which it began to wait there.
+        chances: for each segment, how likely the head behind it gives the next token; 0 where that
+            head is not asked.
+        runs_on: whether it may go through further segments before a head that it asks is asked.
     """
 
     key: int
@@ -34,6 +42,8 @@ class Progress:
     front: int = 0
     since: int = 0
     tail: int = 1
+    chances: list[float] = field(default_factory=list)
+    runs_on: bool = True
 
     @property
     def limit(self) -> int:
@@ -74,20 +84,19 @@ class _Arrival:
 class Scheduler:
     """Admits sequences in the order of their arrival, and picks the next batch.
 
-    Reading the weights takes most of the time of a small batch, so a segment is worth running when
-    many sequences wait for it; but those that wait get no tokens meanwhile. So the deepest segment
-    runs for which a share of all sequences waits, `quorum`, and else the first one. In simulations
-    with the measured times of segments and heads, a quarter was best or within some percent of it
-    from 4 to 32 sequences, whether few or most leave. A sequence that has waited for `patience`
-    steps goes first whatever its company.
+    What runs next is what promises the most tokens for its time, see `Policy`. It includes a deeper
+    segment when `quorum`, a share of all sequences, waits for that: who waits gets no tokens. In
+    simulations with measured times a quarter was best. And it includes the segment for which a
+    sequence has waited for `patience` steps, whatever its company.
 
     Attributes:
         num_segments: of the model.
         num_slots: sequences that run at a time.
         max_rows: most positions in a batch; longer prompts and catch-ups are cut, and what is cut
             off leaves room for the others' tokens.
-        quorum: share of the running sequences that is company enough for a deeper segment.
+        quorum: share of the running sequences that does not wait for a deeper segment any longer.
         patience: steps that a sequence waits at most while others are preferred.
+        costs: what running takes; None takes all segments for alike, and heads for nothing.
     """
 
     num_segments: int
@@ -95,10 +104,12 @@ class Scheduler:
     max_rows: int = 256
     quorum: float = 0.25
     patience: int = 16
+    costs: Costs | None = None
     running: dict[int, Progress] = field(default_factory=dict)
     _arrivals: deque[_Arrival] = field(default_factory=deque)
     _free: list[int] = field(default_factory=list)
     _step: int = 0
+    _end: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "max_rows", "patience"):
@@ -108,6 +119,9 @@ class Scheduler:
         if not 0 <= self.quorum <= 1:
             raise ValueError(f"quorum {self.quorum} is out of range, allowed: 0 to 1")
         self._free = list(reversed(range(self.num_slots)))
+        self._policy = Policy(self.costs or Costs((1.0,) * self.num_segments))
+        self._usual = [0.5] * (self.num_segments - 1)
+        """How likely an exit that is asked gives the token."""
 
     def add(self, key: int, length: int) -> None:
         """A sequence of `length` tokens has arrived."""
@@ -130,33 +144,82 @@ class Scheduler:
             arrival = self._arrivals.popleft()
             cached = [0] * self.num_segments
             progress = Progress(
-                arrival.key, self._free.pop(), arrival.length, cached, 0, self._step
+                arrival.key, self._free.pop(), arrival.length, cached, since=self._step
             )
+            self.expect(progress, range(self.num_segments - 1))
             self.running[arrival.key] = progress
             admitted.append(progress)
         return admitted
 
+    def expect(self, progress: Progress, exits: Iterable[int], runs_on: bool = True) -> None:
+        """Which exits a sequence asks.
+
+        Args:
+            exits: their indices.
+            runs_on: see `Progress`.
+        """
+        progress.chances = [0.0] * len(self._usual) + [1.0]
+        for index in exits:
+            progress.chances[index] = self._usual[index]
+        progress.runs_on = runs_on
+
+    def is_likely(self, progress: Progress, passed: Iterable[int]) -> bool:
+        """Whether a head is worth a question before those behind segments passed have spoken."""
+        stays = 1.0
+        for segment in passed:
+            stays *= 1 - progress.chances[segment]
+        return stays > UNLIKELY
+
+    def learn(self, progress: Progress, exit_index: int, left: bool) -> None:
+        """An exit has been asked, and it has given the token or not."""
+        for chances in (progress.chances, self._usual):
+            chances[exit_index] += (1 - _MEMORY) * (left - chances[exit_index])
+
     def next(self) -> Step | None:
         """The next batch; None where nothing waits."""
-        fronts: list[list[Progress]] = [[] for _ in range(self.num_segments)]
+        groups: list[list[Progress]] = [[] for _ in range(self.num_segments)]
         for progress in self.running.values():
-            fronts[progress.front].append(progress)
-        chosen = self._choose(fronts)
-        if chosen is None:
+            groups[progress.front].append(progress)
+        if not self.running:
             return None
+        fronts = [
+            Front(index, self.num_segments, [one.chances for one in group])
+            for index, group in enumerate(groups)
+        ]
+        segments = self._policy.choose(fronts, self._must(groups))
         self._step += 1
-        return self.batch(chosen, fronts[chosen])
+        self._end = segments[-1]
+        return self.batch(segments[0], groups[segments[0]])
 
-    def _choose(self, fronts: list[list[Progress]]) -> int | None:
-        occupied = [index for index, group in enumerate(fronts) if group]
-        if len(occupied) < 2:
-            return occupied[0] if occupied else None
-        waited = {i: self._step - min(one.since for one in fronts[i]) for i in occupied}
-        longest = max(occupied, key=lambda i: waited[i])
+    def _must(self, groups: list[list[Progress]]) -> int | None:
+        """The segment that has to be among those that run next, if there is one."""
+        waited = {
+            index: self._step - min(one.since for one in group)
+            for index, group in enumerate(groups)
+            if group
+        }
+        longest = max(waited, key=lambda index: waited[index])
         if waited[longest] >= self.patience:
             return longest
-        enough = self.quorum * len(self.running)
-        return next((i for i in reversed(occupied) if len(fronts[i]) >= enough), occupied[0])
+        enough = max(self.quorum * len(self.running), 1)
+        deeper = range(self.num_segments - 1, 0, -1)
+        return next((index for index in deeper if len(groups[index]) >= enough), None)
+
+    def onward(self, step: Step, complete: Iterable[int]) -> Step | None:
+        """The batch that runs before any head that `step` has passed is asked; None where there is
+        none.
+
+        Args:
+            complete: what `ran` has returned for it.
+        """
+        if step.segment >= self._end:
+            return None
+        behind = step.segment + 1
+        passed = [step.sequences[index] for index in complete]
+        asking = {one.key for one in passed if one.chances[step.segment] and not one.runs_on}
+        group = [one for one in self.running.values() if one.front == behind]
+        group = [one for one in group if one.key not in asking]
+        return self.batch(behind, group) if group else None
 
     def batch(self, segment: int, group: Iterable[Progress]) -> Step:
         """Spans of the sequences of `group`, all in front of `segment`, as many as there is room
@@ -179,22 +242,20 @@ class Scheduler:
         return Step(segment, tuple(one for _, one in spans), tuple(span for span, _ in spans))
 
     def ran(self, step: Step) -> list[int]:
-        """Take note that a batch has been run.
+        """Take note that a batch has been run. Sequences of which nothing waits for its segment any
+        more wait for the next one, if there is one; `go_on` calls them back.
 
         Returns:
-            Indices of its sequences of which nothing waits for this segment any more.
+            Their indices.
         """
         complete = []
         for index, (progress, span) in enumerate(zip(step.sequences, step.spans, strict=True)):
             progress.cached[step.segment] = span.end
             if span.end == progress.limit:
                 complete.append(index)
+                progress.front = min(step.segment + 1, self.num_segments - 1)
+                progress.since = self._step
         return complete
-
-    def go_deeper(self, progress: Progress) -> None:
-        """The sequence's last token needs the next segment."""
-        progress.front += 1
-        progress.since = self._step
 
     def go_on(self, progress: Progress, length: int, tail: int = 1) -> None:
         """The sequence has `length` tokens now, and starts on the last of them.

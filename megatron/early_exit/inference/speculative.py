@@ -8,6 +8,7 @@ positions through the deeper segments, so nothing is computed twice.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -29,6 +30,7 @@ class SelfSpeculativeMode:
         details: what the exit and the final head say in the place of each token is put on record.
     """
 
+    asks_late: ClassVar[bool] = False
     chooser: Chooser
     exit_index: int
     max_drafts: int
