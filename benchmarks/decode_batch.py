@@ -2,17 +2,24 @@
 
 import argparse
 import random
-from collections.abc import Sequence
+from bisect import bisect_left
 from itertools import pairwise
 from statistics import median
 
+from best_schedule import Seconds, tokens_per_second
 from decode_models import Weights, products
 from decode_turns import Decoder, Report, Turn, ratio, take_turns, timed
 
+from megatron.early_exit.inference.engine import DEFAULT_MAX_PENDING
 from megatron.early_exit.inference.segments import SegmentedModel
 
 PROBABILITIES = (0.5, 0.8)
 """Of leaving, at each exit that is asked."""
+BOUND = 0.98
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Of the bare products."""
+LONG = 112
+"""Tokens of sequences that catch up now and then."""
 
 
 class Coin:
@@ -25,9 +32,34 @@ class Coin:
         return self._random.random() < self._probability
 
 
-def least_seconds(times: dict[str, list[float]], rows: Sequence[int], batch: int) -> float:
-    """Of the products of a layer for `batch` rows, if batches may be as large as one likes."""
-    return min(median(times[f"layer {n}"]) / n * batch for n in rows if n >= batch)
+def by_rows(times: dict[str, list[float]], name: str) -> Seconds:
+    """Seconds of products by rows, between and beyond the numbers that were measured."""
+    known = [median(times[f"{name} {rows}"]) for rows in ROWS]
+
+    def seconds(rows: float) -> float:
+        if rows <= ROWS[0]:
+            return known[0] if rows else 0.0
+        high = min(bisect_left(ROWS, rows), len(ROWS) - 1)
+        slope = (known[high] - known[high - 1]) / (ROWS[high] - ROWS[high - 1])
+        return known[high] + slope * (rows - ROWS[high])
+
+    return seconds
+
+
+def best_depths(batch: int, shares: list[float], layers: Seconds, head: Seconds) -> float:
+    """Seconds of a token of each sequence, of which as many stop behind each segment.
+
+    At best all run in lock step and are asked together. What they leave undone is caught up with in
+    large batches; or they take it along, which for few rows costs nothing.
+    """
+    kinds = len(shares)
+    running = [sum(i % kinds >= k for i in range(batch)) for k in range(kinds)]
+    rate = layers(ROWS[-1]) / ROWS[-1]
+    leaving = sum(
+        share * (layers(rows) + (batch - rows) * rate)
+        for share, rows in zip(shares, running, strict=True)
+    )
+    return min(leaving, layers(batch)) + head(batch)
 
 
 def measure_batch(
@@ -35,39 +67,41 @@ def measure_batch(
 ) -> None:
     """Several sequences at a time."""
     tokens = args.tokens
+    positions, depth = weights.early_exit.positions, weights.architecture.num_layers
     single, decoder = Decoder(model, 1, tokens), Decoder(model, batch, tokens)
-    layers = weights.architecture.num_layers
-    some = weights.layers(0, layers)
-    rows = [batch, 2 * batch, 4 * batch, 256]
+    # Long enough for what waits to reach the engine's bound.
+    longer = Decoder(model, batch, LONG, DEFAULT_MAX_PENDING)
+    matrices = weights.layers(0, depth)
     settings: dict[str, Turn] = {"full 1": single.full, "full": decoder.full}
     for p in PROBABILITIES:
         settings[f"mixed {p}"] = lambda p=p: decoder.leaving(lambda i: Coin(p, i))
-    settings["head"] = timed(products([weights.head], batch, packed=True), 3)
-    settings["bare 1"] = timed(products([*some, weights.head], 1, packed=True), 3)
-    for count in rows:
-        settings[f"layer {count}"] = timed(products(some, count, packed=True), 2)
+    settings |= {"long full": longer.full, "depths": lambda: longer.depths(positions)}
+    settings["bare 1"] = timed(products([*matrices, weights.head], 1, packed=True), 3)
+    for rows in ROWS:
+        settings[f"layers {rows}"] = timed(products(matrices, rows, packed=True), 2)
+        settings[f"head {rows}"] = timed(products([weights.head], rows, packed=True), 2)
     times = take_turns(settings, args.rounds)
-    head, backbone = median(times["head"]), median(times[f"layer {batch}"])
+    layers, head = by_rows(times, "layers"), by_rows(times, "head")
+    full = layers(batch) + head(batch)
     print(f"  tokens/s at batch {batch}: {1 / median(times['full']):.1f}")
     report.add(
         f"batch {batch} over batch 1",
         ratio(times, "full 1", "full"),
         4.0 if batch == 8 else None,
-        batch * median(times["bare 1"]) / (head + backbone),
+        batch * median(times["bare 1"]) / full,
     )
-    least = least_seconds(times, rows, batch)
-    cuts = [0, *weights.early_exit.positions, layers]
+    shares = [(end - start) / depth for start, end in pairwise([0, *positions, depth])]
+    report.add(
+        f"thirds of fixed depths over full, batch {batch}",
+        ratio(times, "long full", "depths"),
+        BOUND,
+        full / best_depths(batch, shares, layers, head),
+    )
     for p in PROBABILITIES:
-        reached, ideal = 1.0, 0.0
-        for start, end in pairwise(cuts):
-            # Every position goes through every segment in the end, but in larger batches.
-            share = (end - start) / layers
-            ideal += share * max(reached * backbone, least) + reached * head
-            reached *= 1 - p
-        gain = ratio(times, "full", f"mixed {p}")
+        best = tokens_per_second(batch, p, shares, layers, head, layers(ROWS[-1]) / ROWS[-1])
         report.add(
             f"exits with probability {p} over full, batch {batch}",
-            gain,
-            0.98,
-            (head + backbone) / ideal,
+            ratio(times, "full", f"mixed {p}"),
+            BOUND,
+            best * full / batch,
         )

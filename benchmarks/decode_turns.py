@@ -17,13 +17,26 @@ Turn = Callable[[], float]
 
 
 class Decoder:
-    """An engine of the project, with a fixed number of sequences at a time."""
+    """An engine of the project, with a fixed number of sequences at a time.
 
-    def __init__(self, model: SegmentedModel, batch: int, tokens: int) -> None:
+    Args:
+        model: the model.
+        batch: sequences.
+        tokens: of each.
+        max_pending: see `EarlyExitEngine`; by default what waits is never caught up with for its
+            number alone.
+    """
+
+    def __init__(
+        self, model: SegmentedModel, batch: int, tokens: int, max_pending: int | None = None
+    ) -> None:
         self.batch, self.tokens = batch, tokens
         length = PROMPT_LENGTH + tokens + 1
         self.engine = EarlyExitEngine(
-            model, max_pending=length, max_batch_size=batch, max_sequence_length=length
+            model,
+            max_pending=max_pending or length,
+            max_batch_size=batch,
+            max_sequence_length=length,
         )
         generator = random.Random(0)
         size = model.architecture.vocab_size
@@ -32,11 +45,11 @@ class Decoder:
         ]
 
     def seconds_per_token(
-        self, params: SamplingParams, thresholds: Sequence[object] | None = None
+        self, params: Sequence[SamplingParams], thresholds: Sequence[object] | None = None
     ) -> float:
         """From when all sequences have begun until the first one ends, over all tokens of that."""
         engine = self.engine
-        requests = [engine.submit(prompt, params) for prompt in self.prompts]
+        requests = [engine.submit(*pair) for pair in zip(self.prompts, params, strict=True)]
         for request, threshold in zip(requests, thresholds or [], strict=False):
             request.mode.threshold = threshold  # type: ignore[attr-defined]
         while not all(request.generated for request in requests):
@@ -52,19 +65,24 @@ class Decoder:
 
     def full(self) -> float:
         """All layers."""
-        return self.seconds_per_token(SamplingParams(max_tokens=self.tokens, ignore_eos=True))
+        return self.seconds_per_token([self._params()] * self.batch)
 
     def leaving(self, threshold: object, exits: Sequence[int] | None = None) -> float:
         """With a threshold or what stands in for it, made for each sequence."""
-        params = SamplingParams(
-            max_tokens=self.tokens,
-            ignore_eos=True,
-            mode="early_exit",
-            early_exit_threshold=0.0,
-            exit_layers=None if exits is None else tuple(exits),
-        )
         thresholds = [threshold(i) if callable(threshold) else threshold for i in range(self.batch)]
-        return self.seconds_per_token(params, thresholds)
+        return self.seconds_per_token([self._leaving(exits)] * self.batch, thresholds)
+
+    def depths(self, exits: Sequence[int]) -> float:
+        """In turns of sequences that always leave at each of some exits, and one in full mode."""
+        kinds = [*(self._leaving((layer,)) for layer in exits), self._params()]
+        return self.seconds_per_token([kinds[i % len(kinds)] for i in range(self.batch)])
+
+    def _params(self, **fields: Any) -> SamplingParams:
+        return SamplingParams(max_tokens=self.tokens, ignore_eos=True, **fields)
+
+    def _leaving(self, exits: Sequence[int] | None) -> SamplingParams:
+        layers = None if exits is None else tuple(exits)
+        return self._params(mode="early_exit", early_exit_threshold=0.0, exit_layers=layers)
 
 
 def timed(function: Callable[[], None], repeats: int) -> Turn:

@@ -1,0 +1,89 @@
+"""The best schedule for sequences that leave at exits by chance, if only products took time.
+
+A state is how many sequences wait in front of each segment; a step runs some consecutive segments
+with all that wait in front of them, and then asks all their heads in one product. What a position
+leaves undone is charged when it leaves, at the rate of large batches. Howard's policy iteration
+finds the steps with the most tokens per second (Puterman, Markov Decision Processes, 11.4).
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from math import comb
+
+import torch
+from torch import Tensor
+
+Seconds = Callable[[float], float]
+"""By rows."""
+
+
+def tokens_per_second(
+    batch: int, chance: float, shares: Sequence[float], layers: Seconds, head: Seconds, rate: float
+) -> float:
+    """What the best schedule reaches.
+
+    Args:
+        batch: sequences.
+        chance: of leaving at an exit that is asked.
+        shares: of each segment in the layers.
+        layers: time of all layers.
+        head: time of a head.
+        rate: time of all layers for a row of a large batch.
+    """
+    last = len(shares) - 1
+    states = [s for s in product(range(batch + 1), repeat=last + 1) if sum(s) == batch]
+    number = {state: index for index, state in enumerate(states)}
+    ranges = [range(a, b + 1) for a in range(last + 1) for b in range(a, last + 1)]
+    shape = (len(ranges), len(states))
+    tokens, seconds = torch.full(shape, -1e9).double(), torch.ones(shape).double()
+    moves = torch.zeros(*shape, len(states)).double()
+    for (a, steps), (s, state) in product(enumerate(ranges), enumerate(states)):
+        end, rows, asked, got, time = steps[-1], 0, 0, 0.0, 0.0
+        ways = {tuple(0 if i in steps else n for i, n in enumerate(state)): 1.0}
+        for front in steps:
+            count = state[front]
+            rows, asked = rows + count, asked + count * (end - front + 1)
+            time += shares[front] * layers(rows)
+            leave = 1.0 if end == last else 1 - (1 - chance) ** (end - front + 1)
+            got += count * leave
+            ways = _spread(ways, count, leave, min(end + 1, last))
+        if not rows:
+            continue
+        tokens[a, s] = got
+        seconds[a, s] = time + head(asked) + got * rate * sum(shares[end + 1 :])
+        for way, weight in ways.items():
+            moves[a, s, number[way]] += weight
+    return _best_rate(tokens, seconds, moves)
+
+
+def _spread(
+    ways: dict[tuple[int, ...], float], count: int, leave: float, behind: int
+) -> dict[tuple[int, ...], float]:
+    """Of `count` sequences each leaves with some chance, else it waits in front of `behind`."""
+    spread: dict[tuple[int, ...], float] = {}
+    for (way, weight), gone in product(ways.items(), range(count + 1)):
+        chance = comb(count, gone) * leave**gone * (1 - leave) ** (count - gone)
+        new = list(way)
+        new[0] += gone
+        new[behind] += count - gone
+        if chance:
+            spread[tuple(new)] = spread.get(tuple(new), 0.0) + weight * chance
+    return spread
+
+
+def _best_rate(tokens: Tensor, seconds: Tensor, moves: Tensor) -> float:
+    each = torch.arange(tokens.shape[1])
+    choice, rate = (tokens / seconds).argmax(dim=0), torch.tensor(0.0)
+    for _ in range(50):
+        # Values v and the rate r with v = tokens - r seconds + moves v, where v of one state is 0.
+        system = torch.eye(len(each)).double() - moves[choice, each]
+        system[:, -1] = seconds[choice, each]
+        *values, rate = torch.linalg.lstsq(system, tokens[choice, each, None]).solution[:, 0]
+        value = torch.stack([*values, torch.zeros_like(rate)])
+        better = tokens - rate * seconds + moves @ value
+        new = better.argmax(dim=0)
+        stay = better[choice, each] >= better[new, each] - 1e-9
+        if bool(stay.all()):
+            break
+        choice = torch.where(stay, choice, new)
+    return float(rate)
