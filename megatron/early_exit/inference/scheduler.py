@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from megatron.early_exit.inference.passes import Span, in_pass_order
 from megatron.early_exit.inference.policy import UNLIKELY, Costs, Front, Policy
 
-_MEMORY = 0.95
-"""How much of what is known of an exit is kept when it is asked again."""
+_MEMORY = 20
+"""Answers that count, about, for what is expected of an exit."""
+_PRIOR = 4
+"""Answers for which a sequence takes what is usual at an exit."""
 
 
 @dataclass(slots=True)
@@ -32,6 +34,7 @@ class Progress:
         since: the step at which it began to wait there.
         chances: for each segment, how likely the head behind it gives the next token; 0 where that
             head is not asked.
+        answers: how many exits have given, or not given, a token.
         runs_on: whether it may go through further segments before a head that it asks is asked.
     """
 
@@ -44,6 +47,7 @@ class Progress:
     tail: int = 1
     chances: list[float] = field(default_factory=list)
     runs_on: bool = True
+    answers: int = 0
 
     @property
     def limit(self) -> int:
@@ -172,8 +176,10 @@ class Scheduler:
 
     def learn(self, progress: Progress, exit_index: int, left: bool) -> None:
         """An exit has been asked, and it has given the token or not."""
-        for chances in (progress.chances, self._usual):
-            chances[exit_index] += (1 - _MEMORY) * (left - chances[exit_index])
+        progress.answers += 1
+        self._usual[exit_index] += (left - self._usual[exit_index]) / _MEMORY
+        count = min(progress.answers + _PRIOR, _MEMORY)
+        progress.chances[exit_index] += (left - progress.chances[exit_index]) / count
 
     def next(self) -> Step | None:
         """The next batch; None where nothing waits."""
