@@ -59,7 +59,7 @@ class LayerCompiler:
         layers: Sequence[Mapping[str, Tensor]],
         caches: Sequence[Tensor],
         hidden: Tensor,
-        slots: Tensor,
+        slots: Tensor | None,
         positions: Tensor,
         end: int,
     ) -> Tensor:
@@ -69,12 +69,13 @@ class LayerCompiler:
             layers: the tensors of each, see `CompiledLayers`.
             caches: of each layer [slots, positions, 2 ng, hn].
             hidden: [r, h], the residual stream.
-            slots, positions: [r], of the rows.
+            slots: [r], of the rows; None where the caches are of the only row's sequence alone.
+            positions: [r], of the rows.
             end: a position behind that of every row.
         """
         seen = self.positions[:end]
         torch._dynamo.mark_dynamic(seen, 0)
-        if len(hidden) > 1:
+        if slots is not None and len(hidden) > 1:
             for tensor in (hidden, slots, positions):
                 torch._dynamo.mark_dynamic(tensor, 0)
         rows = (slots, positions, seen, self._turns)
@@ -83,8 +84,8 @@ class LayerCompiler:
         return hidden
 
 
-Rows = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""Slots [r], positions [r], all positions [t] that are looked at, and the rotary turns."""
+Rows = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
+"""Slots [r] or None, positions [r], all positions [t] that are looked at, and the rotary turns."""
 
 
 class CompiledLayers:
@@ -98,7 +99,6 @@ class CompiledLayers:
 
     def __init__(self, compiler: LayerCompiler, layers: Sequence[Mapping[str, Tensor]]) -> None:
         self._compiler, self._layers = compiler, layers
-        self._first = compiler.positions[:1]
 
     def serves(self, this: Pass) -> bool:
         """Whether a pass is over a single position, and not the first."""
@@ -111,7 +111,7 @@ class CompiledLayers:
         # The attention of a layer that another segment ends comes last.
         caches = this.cache.by_slot[slot][: len(self._layers)]
         position = self._compiler.positions[start:end]
-        return self._compiler.run(self._layers, caches, hidden, self._first, position, end)
+        return self._compiler.run(self._layers, caches, hidden, None, position, end)
 
 
 class _RowsPass:
@@ -120,7 +120,8 @@ class _RowsPass:
     Args:
         cache: [slots, positions, 2 ng, hn], of the attention.
         architecture: shape of the model.
-        slots, positions: [r], of the rows.
+        slots: [r], of the rows; None where there is one row and one slot.
+        positions: [r], of the rows.
         seen: [t], the positions that are looked at, up to the last row's or further.
         turns: see `RotaryTable.real_turns`.
     """
@@ -131,7 +132,7 @@ class _RowsPass:
         self,
         cache: Tensor,
         architecture: Architecture,
-        slots: Tensor,
+        slots: Tensor | None,
         positions: Tensor,
         seen: Tensor,
         turns: Tensor | None,
@@ -150,9 +151,8 @@ class _RowsPass:
         if self._turns is not None:
             turned = self._turn(turned, self._turns)
         queries, keys = turned.split((self._num_heads, groups), dim=1)
-        self._cache[self._slots, self._positions] = torch.cat((keys, values), dim=1)
-        window = self._cache[self._slots[:, None], self._seen].transpose(1, 2).float()
-        all_keys, all_values = window.split(groups, dim=1)
+        window = self._keep(torch.cat((keys, values), dim=1))
+        all_keys, all_values = window.transpose(1, 2).float().split(groups, dim=1)
         # [r, ng, np / ng, 1, hn] and [r, ng, 1, t, hn]: a sum over entries, one over positions.
         grouped = queries.float().unflatten(1, (groups, -1)).unsqueeze(3)
         scale = size**-0.5 if scale is None else scale
@@ -162,6 +162,15 @@ class _RowsPass:
         weights = torch.softmax(scores, dim=-1).unsqueeze(-1)
         attended = (weights * all_values.unsqueeze(2)).sum(dim=3)
         return attended.flatten(1).to(qkv.dtype)
+
+    def _keep(self, new: Tensor) -> Tensor:
+        """Put keys and values [r, 2 ng, hn] into the cache; returns what they attend to,
+        [r, t, 2 ng, hn]."""
+        if self._slots is None:
+            self._cache[0][self._positions] = new
+            return self._cache[:, : self._seen.shape[0]]
+        self._cache[self._slots, self._positions] = new
+        return self._cache[self._slots[:, None], self._seen]
 
     @staticmethod
     def _turn(heads: Tensor, turns: Tensor) -> Tensor:

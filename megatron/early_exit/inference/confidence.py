@@ -9,7 +9,7 @@ from torch.nn import functional
 
 NOT_FINITE = "the model's logits are not finite numbers"
 _BLOCK = 1024
-"""Logits whose place is searched for together, see `_best`."""
+"""Logits whose place is searched for together, see `_largest`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +55,29 @@ class Assessment:
 def assess(logits: Tensor) -> list[Assessment]:
     """Assess the logits [n, v] of n positions, at the cost of one small transfer to the host."""
     logits = logits.to(torch.float32)
-    values = logits.amax(dim=-1)
+    values, best = _largest(logits)
     # The maximum's own, not a difference, so that a confidence close to 1 keeps its digits.
     logprobs = logits.log_softmax(dim=-1).amax(dim=-1)
     # fp32 holds every index up to 2**24 exactly, more than any vocabulary.
-    best = _best(logits).to(torch.float32)
-    figures = torch.stack((values - logprobs, logprobs, best)).tolist()
+    figures = torch.stack((values - logprobs, logprobs, best.to(torch.float32))).tolist()
     return [
         Assessment(row, normalizer, int(token), logprob)
         for row, normalizer, logprob, token in zip(logits.unbind(), *figures, strict=True)
     ]
 
 
-def _best(logits: Tensor) -> Tensor:
-    """[n], where the largest of [n, v] is: its block first, for torch finds places slowly."""
-    padded = functional.pad(logits, (0, -logits.shape[-1] % _BLOCK), value=-math.inf)
-    blocks = padded.unflatten(-1, (-1, _BLOCK))
-    block = blocks.amax(dim=-1).argmax(dim=-1)
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest [n] of [n, v], and where it is.
+
+    PyTorch finds places in long rows slowly: of several rows, the block of the place comes first.
+    """
+    if len(logits) == 1:
+        values, places = logits.max(dim=-1)
+        return values, places
+    excess = logits.shape[-1] % _BLOCK
+    if excess:
+        logits = functional.pad(logits, (0, _BLOCK - excess), value=-math.inf)
+    blocks = logits.unflatten(-1, (-1, _BLOCK))
+    values, block = blocks.amax(dim=-1).max(dim=-1)
     rows = torch.arange(len(logits), device=logits.device)
-    return block * _BLOCK + blocks[rows, block].argmax(dim=-1)
+    return values, block * _BLOCK + blocks[rows, block].argmax(dim=-1)

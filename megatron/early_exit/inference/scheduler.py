@@ -188,14 +188,20 @@ class Scheduler:
             groups[progress.front].append(progress)
         if not self.running:
             return None
+        segments = self._segments(groups)
+        self._step += 1
+        self._end = segments[-1]
+        return self.batch(segments[0], groups[segments[0]])
+
+    def _segments(self, groups: list[list[Progress]]) -> range:
+        if not any(any(one.chances[:-1]) for one in self.running.values()):
+            # Nobody leaves early.
+            return range(next(i for i, group in enumerate(groups) if group), self.num_segments)
         fronts = [
             Front(index, self.num_segments, [one.chances for one in group])
             for index, group in enumerate(groups)
         ]
-        segments = self._policy.choose(fronts, self._must(groups))
-        self._step += 1
-        self._end = segments[-1]
-        return self.batch(segments[0], groups[segments[0]])
+        return self._policy.choose(fronts, self._must(groups))
 
     def _must(self, groups: list[list[Progress]]) -> int | None:
         """The segment that has to be among those that run next, if there is one."""
