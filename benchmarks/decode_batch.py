@@ -10,8 +10,8 @@ from best_schedule import Seconds, tokens_per_second
 from decode_models import Weights, products
 from decode_turns import Decoder, Report, Turn, ratio, take_turns, timed
 
+from megatron.early_exit.inference.compute.segments import SegmentedModel
 from megatron.early_exit.inference.engine import DEFAULT_MAX_PENDING
-from megatron.early_exit.inference.segments import SegmentedModel
 
 PROBABILITIES = (0.5, 0.8)
 """Of leaving, at each exit that is asked."""

@@ -8,10 +8,10 @@ import torch
 from decode_models import HuggingFace, Weights, products
 from decode_turns import PROMPT_LENGTH, Decoder, Report, Turn, ratio, take_turns, timed
 
-from megatron.early_exit.inference.confidence import assess
-from megatron.early_exit.inference.passes import Span
-from megatron.early_exit.inference.runner import SegmentRunner
-from megatron.early_exit.inference.segments import SegmentedModel
+from megatron.early_exit.inference.compute.passes import Span
+from megatron.early_exit.inference.compute.runner import SegmentRunner
+from megatron.early_exit.inference.compute.segments import SegmentedModel
+from megatron.early_exit.inference.decoding.confidence import assess
 
 LONG_RUN = 16
 """Tokens that leave in a row before one goes through all layers."""

@@ -26,8 +26,8 @@ from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.weights import weight_shapes
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
-from megatron.early_exit.inference.parallel import divided_model
-from megatron.early_exit.inference.process_groups import join, own_part
+from megatron.early_exit.inference.parallel.division import divided_model
+from megatron.early_exit.inference.parallel.process_groups import join, own_part
 
 STAGES = 2
 SEQUENCES = 4

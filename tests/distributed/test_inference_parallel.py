@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
-from megatron.early_exit.inference import EarlyExitEngine, SamplingParams, scoring
-from megatron.early_exit.inference.confidence import NOT_FINITE
-from megatron.early_exit.inference.parallel import divided_model
-from megatron.early_exit.inference.process_groups import join, own_part
-from megatron.early_exit.inference.results import PromptToken
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.inference.decoding import scoring
+from megatron.early_exit.inference.decoding.confidence import NOT_FINITE
+from megatron.early_exit.inference.decoding.results import PromptToken
+from megatron.early_exit.inference.parallel.division import divided_model
+from megatron.early_exit.inference.parallel.process_groups import join, own_part
 from tests.helpers.arrivals import CONTEXT, Arrival, Syllables, assert_oracles, examples, play
 from tests.helpers.reference_decoder import generate
 from tests.helpers.spawn import spawn

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from megatron.early_exit.inference.kv_cache import KVCache
-from megatron.early_exit.inference.passes import Pass, Span, in_pass_order
+from megatron.early_exit.inference.compute.kv_cache import KVCache
+from megatron.early_exit.inference.compute.passes import Pass, Span, in_pass_order
 
 SLOTS, CAPACITY, SIZE = 5, 12, 4
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.early_exit.inference.confidence import assess
+from megatron.early_exit.inference.decoding.confidence import assess
 
 
 @given(

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from megatron.early_exit.inference import EarlyExitEngine, SamplingParams, scoring
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.inference.decoding import scoring
 from tests.helpers.reference_decoder import all_logits
 from tests.helpers.tiny_models import LLAMA, make_model
 

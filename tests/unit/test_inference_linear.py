@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.linear import make_addition, make_linear
+from megatron.early_exit.inference.compute.linear import make_addition, make_linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

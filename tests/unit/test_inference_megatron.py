@@ -15,9 +15,9 @@ from megatron.early_exit.checkpoint.architecture import Architecture  # noqa: E4
 from megatron.early_exit.checkpoint.reader import CheckpointReader  # noqa: E402
 from megatron.early_exit.checkpoint.weights import load_weights  # noqa: E402
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
-from megatron.early_exit.inference.passes import Span  # noqa: E402
-from megatron.early_exit.inference.runner import SegmentRunner  # noqa: E402
-from megatron.early_exit.inference.segments import SegmentedModel  # noqa: E402
+from megatron.early_exit.inference.compute.passes import Span  # noqa: E402
+from megatron.early_exit.inference.compute.runner import SegmentRunner  # noqa: E402
+from megatron.early_exit.inference.compute.segments import SegmentedModel  # noqa: E402
 from tests.helpers.exit_models import HEADS, HIDDEN, LAYERS, SEQUENCE, VOCAB, build_model  # noqa: E402
 from tests.helpers.single_process import model_parallel  # noqa: E402
 

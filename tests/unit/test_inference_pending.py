@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
-from megatron.early_exit.inference.policy import Costs
-from megatron.early_exit.inference.runner import SegmentRunner
-from megatron.early_exit.inference.scheduler import Scheduler
+from megatron.early_exit.inference.compute.runner import SegmentRunner
+from megatron.early_exit.inference.decoding.policy import Costs
+from megatron.early_exit.inference.decoding.scheduler import Scheduler
 from tests.helpers.tiny_models import LLAMA, make_model
 
 MODEL = make_model(exits=(1, 3), use_exit_norm=True)

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from megatron.early_exit.inference import SamplingParams
-from megatron.early_exit.inference.sampling import (
+from megatron.early_exit.inference.decoding.sampling import (
     Sampler,
     limit_to_min_p,
     limit_to_top_k,

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.early_exit.inference.policy import Costs
-from megatron.early_exit.inference.scheduler import Scheduler, Step
+from megatron.early_exit.inference.decoding.policy import Costs
+from megatron.early_exit.inference.decoding.scheduler import Scheduler, Step
 
 SEGMENTS = 3
 

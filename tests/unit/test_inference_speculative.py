@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
-from megatron.early_exit.inference.confidence import assess
-from megatron.early_exit.inference.modes import Chooser, Next
-from megatron.early_exit.inference.sampling import Sampler
-from megatron.early_exit.inference.speculative import SelfSpeculativeMode
+from megatron.early_exit.inference.decoding.confidence import assess
+from megatron.early_exit.inference.decoding.modes import Chooser, Next
+from megatron.early_exit.inference.decoding.sampling import Sampler
+from megatron.early_exit.inference.decoding.speculative import SelfSpeculativeMode
 from tests.helpers.tiny_models import make_model
 
 MODEL = make_model(exits=(1, 3), use_exit_norm=True)

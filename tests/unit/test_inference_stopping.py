@@ -5,8 +5,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron.early_exit.inference import SamplingParams
-from megatron.early_exit.inference.stopping import Stopping, StopStrings, stop_token_ids
-from megatron.early_exit.inference.text import TextStream
+from megatron.early_exit.inference.decoding.stopping import Stopping, StopStrings, stop_token_ids
+from megatron.early_exit.inference.decoding.text import TextStream
 
 EOD = 0
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.early_exit.checkpoint.tokenizer import TokenizerDescription, load_tokenizer
-from megatron.early_exit.inference.text import TextStream
+from megatron.early_exit.inference.decoding.text import TextStream
 
 CORPUS = ["def main():", "    return the answer", "a list  of  spaces", "print(value)"] * 40
 

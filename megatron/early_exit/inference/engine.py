@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
-from megatron.early_exit.inference.confidence import NOT_FINITE
+from megatron.early_exit.inference.compute.runner import SegmentRunner
+from megatron.early_exit.inference.compute.segments import SegmentedModel
+from megatron.early_exit.inference.decoding.confidence import NOT_FINITE
+from megatron.early_exit.inference.decoding.params import SamplingParams
+from megatron.early_exit.inference.decoding.request import Request
+from megatron.early_exit.inference.decoding.request_factory import RequestFactory
+from megatron.early_exit.inference.decoding.results import GeneratedToken, GenerationResult
+from megatron.early_exit.inference.decoding.scoring import prompt_tokens
 from megatron.early_exit.inference.loading import load_model
-from megatron.early_exit.inference.parallel import Division, Undivided
-from megatron.early_exit.inference.params import SamplingParams
-from megatron.early_exit.inference.request import Request
-from megatron.early_exit.inference.request_factory import RequestFactory
-from megatron.early_exit.inference.results import GeneratedToken, GenerationResult
-from megatron.early_exit.inference.runner import SegmentRunner
-from megatron.early_exit.inference.scoring import prompt_tokens
-from megatron.early_exit.inference.segments import SegmentedModel
+from megatron.early_exit.inference.parallel.division import Division, Undivided
 
 Prompts = str | abc.Sequence[str] | abc.Sequence[abc.Sequence[int]]
 DEFAULT_MAX_PENDING = 64

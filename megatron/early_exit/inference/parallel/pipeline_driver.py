@@ -7,19 +7,19 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.confidence import NOT_FINITE, Assessment
-from megatron.early_exit.inference.control import ControlPlane, Message
-from megatron.early_exit.inference.modes import Next
-from megatron.early_exit.inference.params import SamplingParams
-from megatron.early_exit.inference.passes import Span
-from megatron.early_exit.inference.pipeline_scores import ExpectedScores
-from megatron.early_exit.inference.pipeline_stage import PipelineStage
-from megatron.early_exit.inference.request import Request
-from megatron.early_exit.inference.request_loop import RequestLoop
-from megatron.early_exit.inference.results import GeneratedToken
-from megatron.early_exit.inference.scheduler import Progress, Scheduler
-from megatron.early_exit.inference.scoring import PrefixScore
-from megatron.early_exit.inference.work import FINAL, Work
+from megatron.early_exit.inference.compute.passes import Span
+from megatron.early_exit.inference.decoding.confidence import NOT_FINITE, Assessment
+from megatron.early_exit.inference.decoding.modes import Next
+from megatron.early_exit.inference.decoding.params import SamplingParams
+from megatron.early_exit.inference.decoding.request import Request
+from megatron.early_exit.inference.decoding.request_loop import RequestLoop
+from megatron.early_exit.inference.decoding.results import GeneratedToken
+from megatron.early_exit.inference.decoding.scheduler import Progress, Scheduler
+from megatron.early_exit.inference.decoding.scoring import PrefixScore
+from megatron.early_exit.inference.parallel.control import ControlPlane, Message
+from megatron.early_exit.inference.parallel.pipeline_scores import ExpectedScores
+from megatron.early_exit.inference.parallel.pipeline_stage import PipelineStage
+from megatron.early_exit.inference.parallel.work import FINAL, Work
 
 _NO_LOGITS = torch.empty(0)
 

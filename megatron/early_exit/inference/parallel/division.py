@@ -11,18 +11,18 @@ from torch import Tensor, distributed
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.inference.control import ControlPlane
-from megatron.early_exit.inference.heartbeat import Heartbeat
-from megatron.early_exit.inference.loop import DecodingLoop
-from megatron.early_exit.inference.pipeline_driver import PipelineDriver
-from megatron.early_exit.inference.pipeline_follower import PipelineFollower
-from megatron.early_exit.inference.pipeline_stage import PipelineStage
-from megatron.early_exit.inference.process_groups import Place, stage_as_model
-from megatron.early_exit.inference.request import Request
-from megatron.early_exit.inference.results import GeneratedToken
-from megatron.early_exit.inference.runner import SegmentRunner
-from megatron.early_exit.inference.scoring import PrefixScore
-from megatron.early_exit.inference.segments import SegmentedModel
+from megatron.early_exit.inference.compute.runner import SegmentRunner
+from megatron.early_exit.inference.compute.segments import SegmentedModel
+from megatron.early_exit.inference.decoding.loop import DecodingLoop
+from megatron.early_exit.inference.decoding.request import Request
+from megatron.early_exit.inference.decoding.results import GeneratedToken
+from megatron.early_exit.inference.decoding.scoring import PrefixScore
+from megatron.early_exit.inference.parallel.control import ControlPlane
+from megatron.early_exit.inference.parallel.heartbeat import Heartbeat
+from megatron.early_exit.inference.parallel.pipeline_driver import PipelineDriver
+from megatron.early_exit.inference.parallel.pipeline_follower import PipelineFollower
+from megatron.early_exit.inference.parallel.pipeline_stage import PipelineStage
+from megatron.early_exit.inference.parallel.process_groups import Place, stage_as_model
 
 
 class Loop(Protocol):

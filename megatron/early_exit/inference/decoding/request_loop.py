@@ -2,9 +2,9 @@
 
 from abc import ABC, abstractmethod
 
-from megatron.early_exit.inference.request import Request
-from megatron.early_exit.inference.results import GeneratedToken
-from megatron.early_exit.inference.scheduler import Scheduler
+from megatron.early_exit.inference.decoding.request import Request
+from megatron.early_exit.inference.decoding.results import GeneratedToken
+from megatron.early_exit.inference.decoding.scheduler import Scheduler
 
 
 class RequestLoop(ABC):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.compiled import LayerCompiler
-from megatron.early_exit.inference.kv_cache import KVCache
-from megatron.early_exit.inference.passes import Pass
+from megatron.early_exit.inference.compute.compiled import LayerCompiler
+from megatron.early_exit.inference.compute.kv_cache import KVCache
+from megatron.early_exit.inference.compute.passes import Pass
 
 _FEWEST_POSITIONS = 128
 

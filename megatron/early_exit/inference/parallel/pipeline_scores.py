@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from megatron.early_exit.inference.control import Message
-from megatron.early_exit.inference.scoring import PrefixScore
+from megatron.early_exit.inference.decoding.scoring import PrefixScore
+from megatron.early_exit.inference.parallel.control import Message
 
 
 def scores_message(number: int, scores: Sequence[PrefixScore]) -> Message:

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from megatron.early_exit.inference.confidence import Assessment
-from megatron.early_exit.inference.control import Message
-from megatron.early_exit.inference.passes import Span, in_pass_order
+from megatron.early_exit.inference.compute.passes import Span, in_pass_order
+from megatron.early_exit.inference.decoding.confidence import Assessment
+from megatron.early_exit.inference.parallel.control import Message
 
 FINAL = -1
 """Stands for the final head where exits are numbered."""

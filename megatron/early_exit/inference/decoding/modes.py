@@ -12,10 +12,10 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from megatron.early_exit.inference.confidence import Assessment
-from megatron.early_exit.inference.params import SamplingParams
-from megatron.early_exit.inference.results import HeadReport
-from megatron.early_exit.inference.sampling import Sampler
+from megatron.early_exit.inference.decoding.confidence import Assessment
+from megatron.early_exit.inference.decoding.params import SamplingParams
+from megatron.early_exit.inference.decoding.results import HeadReport
+from megatron.early_exit.inference.decoding.sampling import Sampler
 
 
 @dataclass(frozen=True, slots=True)

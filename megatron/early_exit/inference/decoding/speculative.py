@@ -12,9 +12,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from megatron.early_exit.inference.confidence import Assessment
-from megatron.early_exit.inference.modes import Choice, Chooser, Next
-from megatron.early_exit.inference.results import HeadReport
+from megatron.early_exit.inference.decoding.confidence import Assessment
+from megatron.early_exit.inference.decoding.modes import Choice, Chooser, Next
+from megatron.early_exit.inference.decoding.results import HeadReport
 
 
 @dataclass(slots=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron.early_exit.checkpoint.architecture import Architecture
-from megatron.early_exit.inference.linear import Function, make_addition, make_linear
-from megatron.early_exit.inference.norms import make_norm
+from megatron.early_exit.inference.compute.linear import Function, make_addition, make_linear
+from megatron.early_exit.inference.compute.norms import make_norm
 
 
 def arrange(

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron.early_exit.checkpoint.architecture import Architecture
-from megatron.early_exit.inference.linear import Function
+from megatron.early_exit.inference.compute.linear import Function
 
 
 def make_norm(architecture: Architecture, weights: Mapping[str, Tensor], prefix: str) -> Function:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.confidence import Assessment, assess
-from megatron.early_exit.inference.passes import Span, row_ends
-from megatron.early_exit.inference.runner import SegmentRunner
-from megatron.early_exit.inference.segments import Head
+from megatron.early_exit.inference.compute.passes import Span, row_ends
+from megatron.early_exit.inference.compute.runner import SegmentRunner
+from megatron.early_exit.inference.compute.segments import Head
+from megatron.early_exit.inference.decoding.confidence import Assessment, assess
 
 Answers = dict[tuple[int, int], list[Assessment]]
 """What heads say about the positions that they were asked about, by segment and slot."""

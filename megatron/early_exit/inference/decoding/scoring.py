@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.confidence import Assessment, assess
-from megatron.early_exit.inference.passes import Span
-from megatron.early_exit.inference.results import PromptToken
-from megatron.early_exit.inference.runner import SegmentRunner
-from megatron.early_exit.inference.segments import SegmentedModel
+from megatron.early_exit.inference.compute.passes import Span
+from megatron.early_exit.inference.compute.runner import SegmentRunner
+from megatron.early_exit.inference.compute.segments import SegmentedModel
+from megatron.early_exit.inference.decoding.confidence import Assessment, assess
+from megatron.early_exit.inference.decoding.results import PromptToken
 
 CHUNK = 256
 """Positions at a time: logits of a whole context would fill the memory."""

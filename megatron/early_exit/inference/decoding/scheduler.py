@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from megatron.early_exit.inference.passes import Span, in_pass_order
-from megatron.early_exit.inference.policy import UNLIKELY, Costs, Front, Policy
+from megatron.early_exit.inference.compute.passes import Span, in_pass_order
+from megatron.early_exit.inference.decoding.policy import UNLIKELY, Costs, Front, Policy
 
 _MEMORY = 20
 """Answers that count, about, for what is expected of an exit."""

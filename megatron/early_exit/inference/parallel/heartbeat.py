@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from torch import distributed
 
-from megatron.early_exit.inference.control import exchange, own_address
+from megatron.early_exit.inference.parallel.control import exchange, own_address
 
 INTERVAL_S = 0.2
 SILENCE_S = 8.0

@@ -7,13 +7,18 @@ from itertools import count
 import torch
 
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
-from megatron.early_exit.inference.modes import Chooser, DecodingMode, EarlyExitMode, FullMode
-from megatron.early_exit.inference.params import SamplingParams
-from megatron.early_exit.inference.request import Request
-from megatron.early_exit.inference.sampling import Sampler
-from megatron.early_exit.inference.speculative import SelfSpeculativeMode
-from megatron.early_exit.inference.stopping import Stopping, stop_token_ids
-from megatron.early_exit.inference.text import TextStream
+from megatron.early_exit.inference.decoding.modes import (
+    Chooser,
+    DecodingMode,
+    EarlyExitMode,
+    FullMode,
+)
+from megatron.early_exit.inference.decoding.params import SamplingParams
+from megatron.early_exit.inference.decoding.request import Request
+from megatron.early_exit.inference.decoding.sampling import Sampler
+from megatron.early_exit.inference.decoding.speculative import SelfSpeculativeMode
+from megatron.early_exit.inference.decoding.stopping import Stopping, stop_token_ids
+from megatron.early_exit.inference.decoding.text import TextStream
 
 
 class RequestFactory:

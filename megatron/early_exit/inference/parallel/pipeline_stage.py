@@ -6,12 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, distributed
 
-from megatron.early_exit.inference.confidence import assess
-from megatron.early_exit.inference.passes import Span
-from megatron.early_exit.inference.process_groups import Place
-from megatron.early_exit.inference.runner import SegmentRunner
-from megatron.early_exit.inference.scoring import PrefixScore, score_text
-from megatron.early_exit.inference.work import FINAL, Batch, Finding, Work
+from megatron.early_exit.inference.compute.passes import Span
+from megatron.early_exit.inference.compute.runner import SegmentRunner
+from megatron.early_exit.inference.decoding.confidence import assess
+from megatron.early_exit.inference.decoding.scoring import PrefixScore, score_text
+from megatron.early_exit.inference.parallel.process_groups import Place
+from megatron.early_exit.inference.parallel.work import FINAL, Batch, Finding, Work
 
 Report = Callable[[Work, Tensor], None]
 """Gets a work whose heads have said what the driver has to know, and the logits [v]."""

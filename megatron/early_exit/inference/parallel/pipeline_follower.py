@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron.early_exit.inference.control import ControlPlane, Message
-from megatron.early_exit.inference.modes import Choice
-from megatron.early_exit.inference.pipeline_scores import ExpectedScores, scores_message
-from megatron.early_exit.inference.pipeline_stage import PipelineStage
-from megatron.early_exit.inference.request import Request
-from megatron.early_exit.inference.results import GeneratedToken, HeadReport
-from megatron.early_exit.inference.scoring import PrefixScore
-from megatron.early_exit.inference.work import Batch, Work
+from megatron.early_exit.inference.decoding.modes import Choice
+from megatron.early_exit.inference.decoding.request import Request
+from megatron.early_exit.inference.decoding.results import GeneratedToken, HeadReport
+from megatron.early_exit.inference.decoding.scoring import PrefixScore
+from megatron.early_exit.inference.parallel.control import ControlPlane, Message
+from megatron.early_exit.inference.parallel.pipeline_scores import ExpectedScores, scores_message
+from megatron.early_exit.inference.parallel.pipeline_stage import PipelineStage
+from megatron.early_exit.inference.parallel.work import Batch, Work
 
 _MAX_ROWS = 256
 _WORTHWHILE_ROWS = 8

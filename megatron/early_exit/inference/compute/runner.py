@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.kv_cache import KVCache
-from megatron.early_exit.inference.passes import (
+from megatron.early_exit.inference.compute.kv_cache import KVCache
+from megatron.early_exit.inference.compute.passes import (
     Pass,
     Span,
     Workspace,
@@ -19,7 +19,7 @@ from megatron.early_exit.inference.passes import (
     index_of,
     row_ends,
 )
-from megatron.early_exit.inference.segments import SegmentedModel
+from megatron.early_exit.inference.compute.segments import SegmentedModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.checkpoint.architecture import Architecture
-from megatron.early_exit.inference.layers import Attention, Mlp
-from megatron.early_exit.inference.passes import Pass
-from megatron.early_exit.inference.rotary import RotaryTable
+from megatron.early_exit.inference.compute.layers import Attention, Mlp
+from megatron.early_exit.inference.compute.passes import Pass
+from megatron.early_exit.inference.compute.rotary import RotaryTable
 
 _SHORTEST = 2
 """A length of 1 would make the compiler take lengths for constants."""

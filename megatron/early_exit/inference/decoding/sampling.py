@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.params import SamplingParams
+from megatron.early_exit.inference.decoding.params import SamplingParams
 
 _NUCLEI = (512, 16384)
 """How many tokens to order before the whole vocabulary is. Most nuclei are smaller than the first,

@@ -2,16 +2,16 @@
 
 from time import perf_counter
 
-from megatron.early_exit.inference.modes import Choice, DecodingMode
-from megatron.early_exit.inference.params import SamplingParams
-from megatron.early_exit.inference.results import (
+from megatron.early_exit.inference.decoding.modes import Choice, DecodingMode
+from megatron.early_exit.inference.decoding.params import SamplingParams
+from megatron.early_exit.inference.decoding.results import (
     FinishReason,
     GeneratedToken,
     GenerationResult,
     GenerationStatistics,
     PromptToken,
 )
-from megatron.early_exit.inference.stopping import Stopping
+from megatron.early_exit.inference.decoding.stopping import Stopping
 
 
 class Request:

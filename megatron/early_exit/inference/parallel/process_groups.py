@@ -10,7 +10,7 @@ from torch import Tensor, distributed
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.weights import Weights
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.inference.tensor_parallel import TensorParallel
+from megatron.early_exit.inference.compute.tensor_parallel import TensorParallel
 
 _LAYERS, _EXITS = "decoder.layers.", "exits."
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron.early_exit.inference.kv_cache import KVCache
-from megatron.early_exit.inference.rotary import RotaryTable
+from megatron.early_exit.inference.compute.kv_cache import KVCache
+from megatron.early_exit.inference.compute.rotary import RotaryTable
 
 _ROWS_OF_A_CALL = 8
 """Rows of attention that take as long as a call of its own."""

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from megatron.early_exit.inference.params import SamplingParams
-from megatron.early_exit.inference.results import FinishReason
-from megatron.early_exit.inference.text import TextStream
+from megatron.early_exit.inference.decoding.params import SamplingParams
+from megatron.early_exit.inference.decoding.results import FinishReason
+from megatron.early_exit.inference.decoding.text import TextStream
 
 
 def stop_token_ids(params: SamplingParams, eod_id: int | None) -> frozenset[int]:

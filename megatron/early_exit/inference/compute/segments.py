@@ -15,14 +15,14 @@ from torch import Tensor, device, dtype
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.inference.compiled import CompiledLayers, LayerCompiler
-from megatron.early_exit.inference.graphs import GraphedLayers
-from megatron.early_exit.inference.layers import Attention, Mlp, Step, arrange
-from megatron.early_exit.inference.linear import Function, make_linear
-from megatron.early_exit.inference.norms import make_norm
-from megatron.early_exit.inference.passes import Pass
-from megatron.early_exit.inference.rotary import RotaryTable
-from megatron.early_exit.inference.tensor_parallel import TensorParallel
+from megatron.early_exit.inference.compute.compiled import CompiledLayers, LayerCompiler
+from megatron.early_exit.inference.compute.graphs import GraphedLayers
+from megatron.early_exit.inference.compute.layers import Attention, Mlp, Step, arrange
+from megatron.early_exit.inference.compute.linear import Function, make_linear
+from megatron.early_exit.inference.compute.norms import make_norm
+from megatron.early_exit.inference.compute.passes import Pass
+from megatron.early_exit.inference.compute.rotary import RotaryTable
+from megatron.early_exit.inference.compute.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True, slots=True)

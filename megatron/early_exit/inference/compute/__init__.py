@@ -1,0 +1,1 @@
+"""A model's segments over caches of keys and values: tensors in, tensors out."""

@@ -1,0 +1,1 @@
+"""Requests, how their tokens are chosen, and which of them run through what segment when."""

@@ -1,0 +1,1 @@
+"""A model divided over processes, by tensor parallelism and over pipeline stages."""
