@@ -2,7 +2,8 @@
 
 Half of what PyTorch does around the products of a small model is calling kernels. Its compiler
 makes a layer a few loops instead: with one row each is over a whole weight matrix in the plain
-layout, with all that lies between the products inside them. One layer is compiled, and serves all.
+layout, with all that lies between the products inside them. A few layers are compiled as one
+function of their weights, which serves all.
 
 Shapes: r rows, each the position of a sequence of its own; h hidden size, np query heads, ng
 key-value heads, hn head size, t positions that are looked at.
@@ -22,9 +23,12 @@ from megatron.early_exit.inference.compute.rotary import RotaryTable
 _SHORTEST = 2
 """A length of 1 would make the compiler take lengths for constants."""
 
+_MOST_TOGETHER = 4
+"""Layers that are compiled as one: each call takes some microseconds, each layer a second."""
+
 
 class LayerCompiler:
-    """Compiles a layer of a model, when it is first run.
+    """Compiles layers of a model, when they are first run.
 
     Args:
         architecture: shape of the model.
@@ -41,18 +45,23 @@ class LayerCompiler:
         self._turns = None if rotary is None else rotary.real_turns
         self.positions = torch.arange(architecture.max_position_embeddings, device=device)
 
-        def layer(
-            weights: Mapping[str, Tensor], cache: Tensor, hidden: Tensor, rows: Rows
+        def group(
+            layers: Sequence[Mapping[str, Tensor]],
+            caches: Sequence[Tensor],
+            hidden: Tensor,
+            rows: Rows,
         ) -> Tensor:
-            this = _RowsPass(cache, architecture, *rows)
-            attention = Attention(architecture, weights, "self_attention.", 0)
-            return Mlp(architecture, weights, "mlp.")(attention(hidden, this))
+            for weights, cache in zip(layers, caches, strict=True):
+                this = _RowsPass(cache, architecture, *rows)
+                attention = Attention(architecture, weights, "self_attention.", 0)
+                hidden = Mlp(architecture, weights, "mlp.")(attention(hidden, this))
+            return hidden
 
-        # Weights are arguments, so it does not matter of which layer. PyTorch refuses to compile a
+        # Weights are arguments, so it does not matter of which layers. PyTorch refuses to compile a
         # function ever again; with a code object of its own, no model counts for another.
-        code = layer.__code__.replace(co_name=f"layer_of_{id(self)}")
-        own = FunctionType(code, globals(), "layer", None, layer.__closure__)
-        self._layer = torch.compile(own, fullgraph=True)
+        code = group.__code__.replace(co_name=f"group_of_{id(self)}")
+        own = FunctionType(code, globals(), "group", None, group.__closure__)
+        self._group = torch.compile(own, fullgraph=True)
 
     def run(
         self,
@@ -79,8 +88,10 @@ class LayerCompiler:
             for tensor in (hidden, slots, positions):
                 torch._dynamo.mark_dynamic(tensor, 0)
         rows = (slots, positions, seen, self._turns)
-        for weights, cache in zip(layers, caches, strict=True):
-            hidden = self._layer(weights, cache, hidden, rows)
+        size = next(n for n in range(_MOST_TOGETHER, 0, -1) if len(layers) % n == 0)
+        for first in range(0, len(layers), size):
+            group = slice(first, first + size)
+            hidden = self._group(layers[group], caches[group], hidden, rows)
         return hidden
 
 

@@ -46,7 +46,11 @@ class Head:
     """Brings together the logits of ranks that divide the projection."""
 
     def logits(self, hidden: Tensor, block_pass: Pass | None = None) -> Tensor:
-        """Logits [n, v] from the residual stream [r, h].
+        """Logits [n, v] from the residual stream [r, h], see `features`."""
+        return self.project(self.features(hidden, block_pass))
+
+    def features(self, hidden: Tensor, block_pass: Pass | None = None) -> Tensor:
+        """What is projected, [n, h], from the residual stream [r, h].
 
         With a block `hidden` holds every position that the block has not seen yet, `block_pass`
         describes them, and n is the number of results that it asks for; else n is r.
@@ -56,9 +60,11 @@ class Head:
         if self.block is not None:
             assert block_pass is not None
             hidden = self.block.mlp(self.block.attention(hidden, block_pass))
-        if self.norm is not None:
-            hidden = self.norm(hidden)
-        logits = self.projection(hidden)
+        return hidden if self.norm is None else self.norm(hidden)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Logits [n, v]."""
+        logits = self.projection(features)
         return logits if self.gather is None else self.gather(logits)
 
 

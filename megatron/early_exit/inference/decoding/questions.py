@@ -5,7 +5,7 @@ one product, however deep in the model they are.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -103,18 +103,13 @@ class Questions:
 
     def _together(self, questions: list[_Question]) -> Tensor:
         heads = [self._head(question) for question in questions]
-        inputs = [
-            replace(head, projection=_unchanged, gather=None).logits(question.asked())
-            for head, question in zip(heads, questions, strict=True)
+        features = [
+            head.features(question.asked()) for head, question in zip(heads, questions, strict=True)
         ]
-        return replace(heads[0], mlp=None, norm=None).logits(torch.cat(inputs))
+        return heads[0].project(torch.cat(features))
 
     def _head(self, question: _Question) -> Head:
         model = self._runner.model
         if question.segment < len(model.exits):
             return model.exits[question.segment].head
         return model.final_head
-
-
-def _unchanged(hidden: Tensor) -> Tensor:
-    return hidden
