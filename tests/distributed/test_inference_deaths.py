@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
-from megatron.early_exit.inference import EarlyExitEngine, SamplingParams, heartbeat
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.inference.parallel import heartbeat
 from tests.helpers.tiny_models import make_model, save_checkpoint
 
 
