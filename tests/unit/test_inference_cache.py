@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from megatron.early_exit.inference.compute.kv_cache import KVCache
-from megatron.early_exit.inference.compute.passes import Pass, Span, in_pass_order
+from megatron.early_exit.inference.compute.passes import Pass
+from megatron.early_exit.inference.compute.spans import Span, in_pass_order
 
 SLOTS, CAPACITY, SIZE = 5, 12, 4
 

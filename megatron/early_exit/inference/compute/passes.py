@@ -6,8 +6,6 @@ key-value heads, hn head size, t positions up to the end of the longest sequence
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,66 +13,11 @@ from torch.nn import functional
 
 from megatron.early_exit.inference.compute.kv_cache import KVCache
 from megatron.early_exit.inference.compute.rotary import RotaryTable
+from megatron.early_exit.inference.compute.spans import Span, row_ends
+from megatron.early_exit.inference.compute.workspace import Workspace
 
 _ROWS_OF_A_CALL = 8
 """Rows of attention that take as long as a call of its own."""
-
-
-class Span(NamedTuple):
-    """Consecutive positions of one sequence."""
-
-    slot: int
-    start: int
-    end: int
-
-    @property
-    def length(self) -> int:
-        """Number of positions."""
-        return self.end - self.start
-
-
-def in_pass_order(span: Span) -> tuple[int, int]:
-    """Sort key of the spans of a pass: the shortest first, those of a length by their slots."""
-    return span.end - span.start, span.slot
-
-
-class Workspace:
-    """Where attentions turn the queries, keys and values of r rows, one after the other.
-
-    Views are made once instead of in every layer.
-
-    Args:
-        count: rows, r.
-        num_heads: query heads.
-        cache: of the keys and values.
-        turns: there are rotary embeddings.
-
-    Attributes:
-        space: [r, (np + 2 ng) hn], what is projected goes here.
-        turned: [r, np + ng, hn / 2], queries and keys in there as complex numbers.
-        unconverted: [r, np + 2 ng, hn], the same space.
-        converted: the same in the dtype of the cache, where it has another one.
-        queries: [r, ng, np / ng, hn]
-        new: [r, 2 ng, hn], the keys and values.
-    """
-
-    def __init__(self, count: int, num_heads: int, cache: KVCache, turns: bool) -> None:
-        groups, data = cache.num_groups, cache.data
-        self.count = count
-        heads, size = num_heads + 2 * groups, data.shape[-1]
-        # Turned in fp32, whatever the dtype: there are no complex numbers in others.
-        dtype = torch.float32 if turns else data.dtype
-        self.space = torch.empty(count, heads * size, dtype=dtype, device=data.device)
-        self.unconverted = rows = self.space.view(count, heads, size)
-        self.turned: Tensor | None = None
-        if turns:
-            pairs = rows.narrow(1, 0, num_heads + groups).unflatten(2, (-1, 2))
-            self.turned = torch.view_as_complex(pairs)
-        self.converted: Tensor | None = None
-        if dtype != data.dtype:
-            self.converted = rows = torch.empty_like(rows, dtype=data.dtype)
-        self.new = rows.narrow(1, num_heads, 2 * groups)
-        self.queries = rows.narrow(1, 0, num_heads).unflatten(1, (groups, -1))
 
 
 @dataclass(slots=True)
@@ -274,11 +217,6 @@ class Pass:
         if call.places is None:
             return by_row.reshape(count, -1)
         return by_row[call.places].reshape(count, -1)
-
-
-def row_ends(spans: Sequence[Span]) -> list[int]:
-    """The row behind the last one of each span."""
-    return list(accumulate([end - start for _, start, end in spans]))
 
 
 def index_of(spans: Sequence[Span], device: torch.device) -> tuple[Tensor, Tensor] | None:

@@ -11,15 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.inference.compute.kv_cache import KVCache
-from megatron.early_exit.inference.compute.passes import (
-    Pass,
-    Span,
-    Workspace,
-    in_pass_order,
-    index_of,
-    row_ends,
-)
+from megatron.early_exit.inference.compute.passes import Pass, index_of
 from megatron.early_exit.inference.compute.segments import SegmentedModel
+from megatron.early_exit.inference.compute.spans import Span, in_pass_order, row_ends
+from megatron.early_exit.inference.compute.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,12 @@ from megatron.early_exit.inference.compute.runner import SegmentRunner
 from megatron.early_exit.inference.decoding.confidence import NOT_FINITE, Assessment
 from megatron.early_exit.inference.decoding.modes import DecodingMode, Next
 from megatron.early_exit.inference.decoding.policy import Costs
+from megatron.early_exit.inference.decoding.progress import Progress
 from megatron.early_exit.inference.decoding.questions import Answers, Questions
 from megatron.early_exit.inference.decoding.request import Request
 from megatron.early_exit.inference.decoding.request_loop import RequestLoop
 from megatron.early_exit.inference.decoding.results import GeneratedToken
-from megatron.early_exit.inference.decoding.scheduler import Progress, Scheduler, Step
+from megatron.early_exit.inference.decoding.scheduler import Scheduler, Step
 from megatron.early_exit.inference.decoding.scoring import PrefixScore, score_text
 
 

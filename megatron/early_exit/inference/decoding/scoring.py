@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.compute.passes import Span
 from megatron.early_exit.inference.compute.runner import SegmentRunner
 from megatron.early_exit.inference.compute.segments import SegmentedModel
+from megatron.early_exit.inference.compute.spans import Span
 from megatron.early_exit.inference.decoding.confidence import Assessment, assess
 from megatron.early_exit.inference.decoding.results import PromptToken
 

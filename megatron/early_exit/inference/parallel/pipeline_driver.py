@@ -7,14 +7,15 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.compute.passes import Span
+from megatron.early_exit.inference.compute.spans import Span
 from megatron.early_exit.inference.decoding.confidence import NOT_FINITE, Assessment
 from megatron.early_exit.inference.decoding.modes import Next
 from megatron.early_exit.inference.decoding.params import SamplingParams
+from megatron.early_exit.inference.decoding.progress import Progress
 from megatron.early_exit.inference.decoding.request import Request
 from megatron.early_exit.inference.decoding.request_loop import RequestLoop
 from megatron.early_exit.inference.decoding.results import GeneratedToken
-from megatron.early_exit.inference.decoding.scheduler import Progress, Scheduler
+from megatron.early_exit.inference.decoding.scheduler import Scheduler
 from megatron.early_exit.inference.decoding.scoring import PrefixScore
 from megatron.early_exit.inference.parallel.control import ControlPlane, Message
 from megatron.early_exit.inference.parallel.pipeline_scores import ExpectedScores

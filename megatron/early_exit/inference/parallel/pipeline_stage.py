@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, distributed
 
-from megatron.early_exit.inference.compute.passes import Span
 from megatron.early_exit.inference.compute.runner import SegmentRunner
+from megatron.early_exit.inference.compute.spans import Span
 from megatron.early_exit.inference.decoding.confidence import assess
 from megatron.early_exit.inference.decoding.scoring import PrefixScore, score_text
 from megatron.early_exit.inference.parallel.process_groups import Place

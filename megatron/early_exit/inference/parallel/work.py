@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from megatron.early_exit.inference.compute.passes import Span, in_pass_order
+from megatron.early_exit.inference.compute.spans import Span, in_pass_order
 from megatron.early_exit.inference.decoding.confidence import Assessment
 from megatron.early_exit.inference.parallel.control import Message
 
