@@ -53,14 +53,14 @@ class Decoder:
         for request, threshold in zip(requests, thresholds or [], strict=False):
             request.mode.threshold = threshold  # type: ignore[attr-defined]
         while not all(request.generated for request in requests):
-            engine.loop.step()
+            engine.step()
         before, start = sum(len(request.generated) for request in requests), perf_counter()
         while not any(request.is_finished for request in requests):
-            engine.loop.step()
+            engine.step()
         seconds = perf_counter() - start
         count = sum(len(request.generated) for request in requests) - before
         for request in requests:
-            engine.loop.cancel(request.key)
+            engine.cancel(request)
         return seconds / count
 
     def full(self) -> float:

@@ -21,6 +21,7 @@ from megatron.early_exit.inference.decoding.results import PromptToken
 from megatron.early_exit.inference.parallel.division import divided_model
 from megatron.early_exit.inference.parallel.process_groups import join, own_part
 from tests.helpers.arrivals import CONTEXT, Arrival, Syllables, assert_oracles, examples, play
+from tests.helpers.compiler import HAS_COMPILER, needs_compiler
 from tests.helpers.reference_decoder import generate
 from tests.helpers.spawn import spawn
 from tests.helpers.tiny_models import GPT2, HEADS, LLAMA, TinyModel, make_model, save_checkpoint
@@ -53,7 +54,9 @@ def greedy_requests(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
     return prompts, params
 
 
-def divided_engine(folder: str, kind: str, head: str, layout: tuple[int, int]) -> EarlyExitEngine:
+def divided_engine(
+    folder: str, kind: str, head: str, layout: tuple[int, int], compile: bool = False
+) -> EarlyExitEngine:
     """A few slots only, so that sequences follow each other in them."""
     tensor, pipeline = layout
     return EarlyExitEngine.from_checkpoint(
@@ -62,6 +65,7 @@ def divided_engine(folder: str, kind: str, head: str, layout: tuple[int, int]) -
         max_batch_size=4,
         tensor_parallel=tensor,
         pipeline_parallel=pipeline,
+        compile=compile,
     )
 
 
@@ -78,6 +82,11 @@ def generate_everything(folder: str, arriving: list[list[Arrival]]) -> dict[Any,
             found[layout, kind, head] = engine.generate(*greedy_requests(number))
             if (kind, head) == ONE:
                 found[layout, "more"] = more_of_one(engine)
+            engine.close()
+        if layout[0] == 1 and HAS_COMPILER:
+            engine = divided_engine(folder, *ONE, layout, compile=True)
+            pairs = zip(*greedy_requests(0), strict=True)
+            found[layout, "compiled"] = [engine.generate([prompt], one)[0] for prompt, one in pairs]
             engine.close()
     if world_size == 2:
         found["faults"] = faults(folder)
@@ -198,6 +207,19 @@ def test_every_rank_gets_the_oracles_tokens(found):
                     assert result.exit_layers == [token.exit_layer for token in expected], where
                 assert result.logprobs == pytest.approx([t.logprob for t in expected], abs=3e-4)
                 assert result.finish_reason == "length"
+
+
+@needs_compiler
+def test_compiled_stages_give_the_oracles_tokens(found):
+    for results in found:
+        for prompt, params, result in zip(
+            *greedy_requests(0), results[(1, len(found)), "compiled"], strict=True
+        ):
+            threshold = params.threshold if params.mode == "early_exit" else None
+            expected = generate(
+                model_of(*ONE), prompt, params.max_tokens, threshold, params.exit_layers
+            )
+            assert result.token_ids == [token.token_id for token in expected], params
 
 
 def flat(scores: list[list[list[PromptToken]]]) -> list[PromptToken]:

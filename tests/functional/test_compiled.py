@@ -2,7 +2,6 @@
 
 import functools
 import os
-import shutil
 import subprocess
 import sys
 
@@ -12,10 +11,10 @@ import torch
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.compute.graphs import GraphedLayers
 from megatron.early_exit.inference.compute.segments import SegmentedModel
+from tests.helpers.compiler import needs_compiler
 from tests.helpers.reference_decoder import generate
 from tests.helpers.tiny_models import ARCHITECTURES, HEADS, LLAMA, make_model
 
-pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 PROMPT = [5, 17, 3, 44, 8]
 
 
@@ -28,6 +27,7 @@ def compiled(model):
     return SegmentedModel(model.architecture, model.early_exit, model.weights, compile_rows=True)
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("architecture", "heads"),
     [("llama", "all"), ("gpt2", "norm"), ("nemotron", "block"), ("qwen", "mlp")],
@@ -48,6 +48,7 @@ def test_same_as_the_oracle(architecture, heads):
         assert result.logprobs == pytest.approx([t.logprob for t in expected], abs=2e-4)
 
 
+@needs_compiler
 def test_alone_and_in_a_batch():
     """Only passes over a single row are compiled: sequences change between both ways."""
     model = make_model(LLAMA, exits=(1, 3), use_exit_norm=True)
@@ -77,6 +78,7 @@ def replayed(model):
         return compiled(model)
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("architecture", "heads"), [("llama", "all"), ("gpt2", "norm"), ("qwen", "projection")]
 )
@@ -100,7 +102,6 @@ def test_captured_layers_serve_batches(architecture, heads):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("heads", ["norm", "all"])
 def test_cuda_graphs(heads):
     model = make_model(LLAMA, exits=(1, 3), **HEADS[heads])
@@ -115,6 +116,7 @@ def test_cuda_graphs(heads):
         assert result.exit_layers == [token.exit_layer for token in expected]
 
 
+@needs_compiler
 def test_no_request_waits_for_the_compiler():
     model = make_model(LLAMA, exits=(2,))
     engine = EarlyExitEngine(compiled(model))
@@ -154,6 +156,7 @@ def test_refused_where_ranks_share_a_layer(tmp_path):
         EarlyExitEngine.from_checkpoint(tmp_path, tensor_parallel=2, compile=True)
 
 
+@needs_compiler
 def test_two_layers_are_compiled_for_all():
     model = make_model(LLAMA, exits=(2,), use_exit_norm=True)
     engine = EarlyExitEngine(compiled(model))
@@ -163,6 +166,7 @@ def test_two_layers_are_compiled_for_all():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     model = make_model(LLAMA, exits=(1, 3), use_exit_norm=True, dtype=dtype)

@@ -12,6 +12,7 @@ import sentencepiece
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
 from megatron.early_exit.checkpoint.tokenizer import TokenizerDescription
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from tests.helpers.compiler import needs_compiler
 from tests.helpers.tiny_models import LLAMA, make_model, save_checkpoint
 from tools.generate import main
 
@@ -46,6 +47,15 @@ def test_one_prompt_gives_its_text(checkpoint, capsys):
     assert out == result.text + "\n"
     assert f"layer 1: {result.exit_layers.count(1)} tokens" in err
     assert "\x1b" not in out
+
+
+@needs_compiler
+def test_compiled_layers_give_the_same_text(checkpoint, capsys):
+    flags = ["--load", str(checkpoint), "--prompt", "the quick", "--max-tokens", "9"]
+    assert main(flags) == 0
+    expected = capsys.readouterr().out
+    assert main([*flags, "--compile"]) == 0
+    assert capsys.readouterr().out == expected
 
 
 def test_a_file_of_prompts_gives_a_file_of_results(checkpoint, tmp_path):

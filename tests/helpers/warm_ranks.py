@@ -10,7 +10,6 @@ import os
 import queue
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[2]
 ENTRY = ROOT / "pretrain_early_exit_gpt.py"
@@ -70,13 +71,15 @@ class WarmRanks:
         Args:
             folder: gets the output of rank N in `rankN.log`.
         """
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # As torchrun does it. A port that is only looked up here could be taken by another process
+        # before rank 0 listens on it.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         folder.mkdir(parents=True, exist_ok=True)
         common = {
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
             "WORLD_SIZE": str(nproc),
             "LOCAL_WORLD_SIZE": str(nproc),
             **(env or {}),
@@ -89,7 +92,7 @@ class WarmRanks:
             }
             for rank in range(nproc)
         ]
-        return Job(self, self.ask({"start": ranks}), folder)
+        return Job(self, self.ask({"start": ranks}), folder, store)
 
     def run(
         self,
@@ -108,8 +111,9 @@ class WarmRanks:
 class Job:
     """The ranks of one command."""
 
-    def __init__(self, server: WarmRanks, pids: list[int], folder: Path) -> None:
+    def __init__(self, server: WarmRanks, pids: list[int], folder: Path, store: TCPStore) -> None:
         self._server = server
+        self._store = store
         self._pids = pids
         self._folder = folder
         self._statuses: dict[int, int] = {}

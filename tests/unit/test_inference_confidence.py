@@ -28,6 +28,24 @@ def test_confidence_is_the_largest_softmax_probability(rows):
         assert float(expected[assessment.best_token]) == pytest.approx(largest, rel=1e-4)
 
 
+@pytest.mark.parametrize("size", [1024, 2500, 4096])
+def test_the_best_token_of_long_rows(size):
+    """Whatever block of the row it is in, alone or beside other rows."""
+    places = [0, 1, 1023, size // 2, size - 2, size - 1]
+    logits = torch.randn(len(places), size, generator=torch.Generator().manual_seed(size))
+    logits[range(len(places)), places] = 9.0
+    together = assess(logits)
+    assert [one.best_token for one in together] == places
+    for row, one in zip(logits, together, strict=True):
+        (alone,) = assess(row[None])
+        assert alone.best_token == one.best_token
+        expected = row.double().log_softmax(-1)
+        for assessment in (one, alone):
+            largest = float(expected[one.best_token])
+            assert assessment.best_logprob == pytest.approx(largest, abs=1e-5)
+            assert assessment.logprob(2) == pytest.approx(float(expected[2]), abs=1e-5)
+
+
 def test_low_precision_logits_are_assessed_in_fp32():
     (assessment,) = assess(torch.zeros(1, 4096, dtype=torch.bfloat16))
     assert assessment.confidence == pytest.approx(1 / 4096, rel=1e-5)

@@ -36,7 +36,7 @@ class EarlyExitEngine:
         division: how a model is divided of which `model` is a part; None where it is whole.
 
     Raises:
-        ValueError: a size is out of range.
+        ValueError: a size is out of range, or the model is to be compiled and that is not possible.
     """
 
     def __init__(
@@ -109,13 +109,15 @@ class EarlyExitEngine:
             tensor_parallel: processes that share each layer.
             pipeline_parallel: stages that share the layers; there are `tensor_parallel` times as
                 many processes.
-            compile: compile the layers for steps of a single sequence, which is then a fifth to a
-                half faster on a CPU; takes some seconds at the start, a C++ compiler, and the
-                memory of the layers' weights again.
+            compile: compile the layers. On a CPU for steps of a single sequence, which is then a
+                fifth to a half faster; that takes some seconds at the start, a C++ compiler, and
+                the memory of the layers' weights again. On a GPU as CUDA graphs, which nobody has
+                run yet.
 
         Raises:
-            ValueError: the checkpoint is missing, damaged, or of a kind that cannot be computed, or
-                the model or the number of processes does not fit the layout.
+            ValueError: the checkpoint is missing, damaged, or of a kind that cannot be computed,
+                the model or the number of processes does not fit the layout, or `compile` is not
+                possible here or with `tensor_parallel`.
         """
         loaded = load_model(path, dtype, device, tensor_parallel, pipeline_parallel, compile)
         sizes = (max_pending, max_batch_size, max_sequence_length)

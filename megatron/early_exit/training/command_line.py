@@ -5,7 +5,6 @@ stored in a checkpoint belong between two of them.
 """
 
 import os
-import socket
 import sys
 import time
 import traceback
@@ -40,13 +39,11 @@ def run_as_one_process_without_launcher() -> None:
     """Set what torchrun sets, for a run that was started without it."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     os.environ.update(one)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(port))
+    # Whichever is free: nobody else has to find it.
+    os.environ.setdefault("MASTER_PORT", "0")
 
 
 def refuse(error: BaseException) -> int:

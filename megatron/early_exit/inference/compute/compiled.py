@@ -20,7 +20,7 @@ from megatron.early_exit.inference.compute.layers import Attention, Mlp
 from megatron.early_exit.inference.compute.passes import Pass
 from megatron.early_exit.inference.compute.rotary import RotaryTable
 
-_SHORTEST = 2
+SHORTEST = 2
 """A length of 1 would make the compiler take lengths for constants."""
 
 _MOST_TOGETHER = 4
@@ -114,7 +114,7 @@ class CompiledLayers:
     def serves(self, this: Pass) -> bool:
         """Whether a pass is over a single position, and not the first."""
         (_, start, end), *others = this.spans
-        return not others and end == start + 1 and end >= _SHORTEST
+        return not others and end == start + 1 and end >= SHORTEST
 
     def __call__(self, hidden: Tensor, this: Pass) -> Tensor:
         """Residual stream [1, h] in front of the layers -> behind them."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.compute.compiled import LayerCompiler
+from megatron.early_exit.inference.compute.compiled import SHORTEST, LayerCompiler
 from megatron.early_exit.inference.compute.kv_cache import KVCache
 from megatron.early_exit.inference.compute.passes import Pass
 
@@ -60,7 +60,8 @@ class GraphedLayers:
 
     def serves(self, this: Pass) -> bool:
         """Whether a pass has a single position of each of its sequences."""
-        return all(end == start + 1 for _, start, end in this.spans)
+        fits = this.cache.data.shape[2] >= SHORTEST
+        return fits and all(end == start + 1 for _, start, end in this.spans)
 
     def __call__(self, hidden: Tensor, this: Pass) -> Tensor:
         """Residual stream [r, h] in front of the layers -> behind them."""

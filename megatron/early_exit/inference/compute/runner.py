@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron.early_exit.inference.compute.compiled import SHORTEST
 from megatron.early_exit.inference.compute.kv_cache import KVCache
 from megatron.early_exit.inference.compute.passes import Pass, index_of
 from megatron.early_exit.inference.compute.segments import SegmentedModel
@@ -69,7 +70,7 @@ class SegmentRunner:
         Raises:
             ValueError: the compiler does not work here.
         """
-        if self.capacity < 2:
+        if self.capacity < SHORTEST:
             return
         for count in (1, 2)[: self.num_slots]:
             spans = [Span(slot, 1, 2) for slot in range(count)]
@@ -82,7 +83,7 @@ class SegmentRunner:
                     segment(hidden, this)
                 except Exception as error:
                     # Whatever goes wrong in there is of the machine, and many things can.
-                    reason = str(error).strip().splitlines()[0]
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                     raise ValueError(f"compile is not possible here: {reason}") from error
 
     def run(

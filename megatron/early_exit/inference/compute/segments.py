@@ -85,17 +85,8 @@ class Segment:
     num_attentions: int
     compiled: CompiledLayers | GraphedLayers | None = None
     """Its whole layers, for the passes that they serve."""
-
-    @property
-    def compiled_steps(self) -> tuple[Step | CompiledLayers | GraphedLayers, ...]:
-        """The same with those, and the half layers that there may be at the ends."""
-        assert self.compiled is not None
-        leading, trailing = isinstance(self.steps[0], Mlp), isinstance(self.steps[-1], Attention)
-        return (
-            *self.steps[:leading],
-            self.compiled,
-            *self.steps[len(self.steps) - trailing :],
-        )
+    compiled_steps: tuple[Step | CompiledLayers | GraphedLayers, ...] = ()
+    """The same with those, and the half layers that there may be at the ends."""
 
     def __call__(self, hidden: Tensor, this: Pass) -> Tensor:
         """Residual stream [r, h] at the start of the segment -> at its end."""
@@ -185,11 +176,12 @@ class SegmentedModel:
             num_attentions += 1
             if step + 1 < end:
                 layers.append({name.removeprefix(prefix): own[name] for name in own})
-        compiled: CompiledLayers | GraphedLayers | None = None
-        if self._compiler is not None and layers:
-            kind = GraphedLayers if self.device.type == "cuda" else CompiledLayers
-            compiled = kind(self._compiler, layers)
-        return Segment(tuple(steps), num_attentions, compiled)
+        if self._compiler is None or not layers:
+            return Segment(tuple(steps), num_attentions)
+        kind = GraphedLayers if self.device.type == "cuda" else CompiledLayers
+        compiled = kind(self._compiler, layers)
+        around = (*steps[: start % 2], compiled, *steps[len(steps) - end % 2 :])
+        return Segment(tuple(steps), num_attentions, compiled, around)
 
     def _arrange(self, weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
         order = None if self.rotary is None else self.rotary.order
