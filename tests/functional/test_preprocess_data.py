@@ -37,6 +37,8 @@ class Start(Protocol):
 @pytest.fixture
 def start(model_file: Path) -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
+    # Where a shell has started this in the background, SIGINT is ignored, and that is inherited.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def start_one(*flags: object) -> subprocess.Popen[str]:
         tokenizer = ("--tokenizer-type=SentencePieceTokenizer", f"--tokenizer-model={model_file}")
@@ -56,6 +58,7 @@ def start(model_file: Path) -> Iterator[Start]:
     for process in started:
         process.kill()
         process.communicate()
+    signal.signal(signal.SIGINT, before)
 
 
 def finish(process: subprocess.Popen[str], stdin: str = "") -> tuple[int, str, str]:
