@@ -10,7 +10,7 @@ import torch
 
 from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.reader import CheckpointReader
-from megatron.early_exit.checkpoint.weights import load_weights, weight_shapes
+from megatron.early_exit.checkpoint.weights import load_weights, stored_weights, weight_shapes
 from tests.helpers.tiny_models import ARCHITECTURES, HEADS, make_model, save_checkpoint
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def load(model, directory, dtype=torch.float32):
     reader = CheckpointReader(directory)
-    return load_weights(reader, model.architecture, model.early_exit, dtype, CPU)
+    return load_weights(stored_weights(reader, model.architecture, model.early_exit), dtype, CPU)
 
 
 def assert_same(left, right):

@@ -13,7 +13,7 @@ from torch.nn import functional  # noqa: E402
 
 from megatron.early_exit.checkpoint.architecture import Architecture  # noqa: E402
 from megatron.early_exit.checkpoint.reader import CheckpointReader  # noqa: E402
-from megatron.early_exit.checkpoint.weights import load_weights  # noqa: E402
+from megatron.early_exit.checkpoint.weights import load_weights, stored_weights  # noqa: E402
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
 from megatron.early_exit.inference.compute.passes import Span  # noqa: E402
 from megatron.early_exit.inference.compute.runner import SegmentRunner  # noqa: E402
@@ -117,7 +117,8 @@ def test_logits_of_every_head(tmp_path, backbone, exits):
 
     shape = architecture(backbone)
     reader = CheckpointReader(tmp_path / "iter_0000001")
-    weights = load_weights(reader, shape, exits, torch.float32, torch.device("cpu"))
+    stored = stored_weights(reader, shape, exits)
+    weights = load_weights(stored, torch.float32, torch.device("cpu"))
     segmented = SegmentedModel(shape, exits, weights)
     with torch.inference_mode():
         runner = SegmentRunner(segmented, num_slots=1, capacity=SEQUENCE)

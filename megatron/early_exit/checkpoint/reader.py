@@ -15,10 +15,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
+    ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     StorageMeta,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron.early_exit.checkpoint.location import METADATA_NAME
 from megatron.early_exit.checkpoint.safe_pickle import as_file, load_index, load_state
@@ -36,6 +40,31 @@ class _IndexedReader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.index
+
+
+class _OneTensor(dcp.DefaultLoadPlanner):
+    """Plans to load what a tensor in memory is of a global one.
+
+    Args:
+        name: of the global tensor.
+        offsets: where in it the tensor in memory begins.
+        tensor: in memory.
+        index: of the checkpoint.
+    """
+
+    def __init__(self, name: str, offsets: torch.Size, tensor: Tensor, index: Metadata) -> None:
+        super().__init__()
+        self.name, self._tensor = name, tensor
+        entry = index.state_dict_metadata[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        self._entry = entry
+        self._chunk = ChunkStorageMetadata(offsets, tensor.size())
+
+    def create_local_plan(self) -> LoadPlan:
+        return LoadPlan(create_read_items_for_chunk_list(self.name, self._entry, [self._chunk]))
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._tensor
 
 
 class CheckpointReader:
@@ -64,16 +93,24 @@ class CheckpointReader:
         """The global shape of a tensor."""
         return self.tensors[name].size
 
-    def read(self, name: str) -> Tensor:
-        """Load one tensor whole, in the dtype it was stored in.
+    def read(self, name: str, place: int | None = None) -> Tensor:
+        """Load one tensor, in the dtype it was stored in.
+
+        Args:
+            name: its global name.
+            place: the entry of its first dimension that is wanted, as of a tensor that stacks all
+                layers; None is all of it.
 
         Raises:
             ValueError: its files are missing or damaged.
         """
         entry = self.tensors[name]
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        self._load({name: tensor})
-        return tensor
+        offsets, size = [0] * len(entry.size), list(entry.size)
+        if place is not None:
+            offsets[0], size[0] = place, 1
+        tensor = torch.empty(size, dtype=entry.properties.dtype)
+        self._load(_OneTensor(name, torch.Size(offsets), tensor, self._index))
+        return tensor if place is None else tensor[0]
 
     def common_state(self) -> dict[str, Any]:
         """What all ranks share: `args` (attributes by Megatron's argument names), iteration, ...
@@ -96,15 +133,15 @@ class CheckpointReader:
             raise ValueError(f"{label} is a {type(state).__name__}, not a dictionary")
         return state
 
-    def _load(self, state: dict[str, Any]) -> None:
+    def _load(self, one: "_OneTensor") -> None:
         try:
             with warnings.catch_warnings():
                 # It says that torch.distributed is not initialised, which is the point.
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load(state, storage_reader=_IndexedReader(self.path, self._index), no_dist=True)
+                reader = _IndexedReader(self.path, self._index)
+                dcp.load({}, storage_reader=reader, planner=one, no_dist=True)
         except (Exception, CheckpointException) as error:  # the latter is not an Exception
-            names = ", ".join(state)
-            raise ValueError(f"checkpoint {self.path}: {names} is missing or damaged") from error
+            raise ValueError(f"checkpoint {self.path}: {one.name} is missing or damaged") from error
 
     def _read_bytes(self, name: str) -> bytes:
         entries = self._index.storage_data.items()

@@ -8,19 +8,20 @@ hn head size, v vocabulary size.
 - `linear_fc1.weight` of a gated MLP is [2 f, h]: gate rows, then the rows they gate.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.config import EarlyExitConfig
 
 Shapes = dict[str, tuple[int, ...]]
 Weights = dict[str, Tensor]
 
-_LAYERS = "decoder.layers."
+LAYERS = "decoder.layers."
 _VOCABULARY_ENDINGS = ("word_embeddings.weight", "output_layer.weight", "projection.weight")
 
 
@@ -36,7 +37,7 @@ def weight_shapes(architecture: Architecture, early_exit: EarlyExitConfig) -> Sh
         positions = (a.max_position_embeddings, a.hidden_size)
         shapes["embedding.position_embeddings.weight"] = positions
     for layer in range(a.num_layers):
-        shapes |= _layer(a, f"{_LAYERS}{layer}.")
+        shapes |= _layer(a, f"{LAYERS}{layer}.")
     shapes |= _norm(a, "decoder.final_layernorm.", a.hidden_size)
     if not a.share_embeddings_and_output_weights:
         shapes["output_layer.weight"] = vocabulary
@@ -91,60 +92,75 @@ def _mlp(a: Architecture, prefix: str) -> Shapes:
 
 
 def load_weights(
-    reader: CheckpointReader,
-    architecture: Architecture,
-    early_exit: EarlyExitConfig,
+    tensors: LazyWeights,
     dtype: torch.dtype,
     device: torch.device,
     part: Callable[[str, Tensor], Tensor | None] | None = None,
 ) -> Weights:
-    """Read the tensors of `weight_shapes`, one at a time, leaving padding of the vocabulary behind.
+    """Read tensors, one at a time.
 
     Args:
         part: gives what is wanted of a tensor, by its name, or None; by default all is.
 
     Raises:
-        ValueError: a tensor is missing, has another shape, or cannot be read.
+        ValueError: one cannot be read.
     """
     weights: Weights = {}
-    seen = set()
-    for name, shape in weight_shapes(architecture, early_exit).items():
-        if name in seen:
-            continue
-        for found, tensor in _read(reader, name, architecture.num_layers):
-            seen.add(found)
-            if name.endswith(_VOCABULARY_ENDINGS) and tensor.shape[0] >= shape[0]:
-                tensor = tensor[: shape[0]]
-            if tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"checkpoint {reader.path}: {found} has the shape {tuple(tensor.shape)}, "
-                    f"the model's description wants {shape}"
-                )
-            wanted = tensor if part is None else part(found, tensor)
-            if wanted is not None:
-                weights[found] = wanted.to(device=device, dtype=dtype)
+    for name, lazy in tensors.items():
+        tensor = lazy.read()
+        wanted = tensor if part is None else part(name, tensor)
+        if wanted is not None:
+            weights[name] = wanted.to(device=device, dtype=dtype)
     return weights
 
 
-def _read(reader: CheckpointReader, name: str, num_layers: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensor `name`, or that of every layer where the checkpoint stacks them."""
-    if name in reader.tensors:
-        yield name, reader.read(name)
-        return
+def stored_weights(
+    reader: CheckpointReader, architecture: Architecture, early_exit: EarlyExitConfig
+) -> LazyWeights:
+    """The tensors of `weight_shapes` in a distributed checkpoint, without padding of the
+    vocabulary.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape.
+    """
+    shapes = weight_shapes(architecture, early_exit)
+    return {
+        name: _find(reader, name, shape, architecture.num_layers) for name, shape in shapes.items()
+    }
+
+
+def _find(
+    reader: CheckpointReader, name: str, shape: tuple[int, ...], num_layers: int
+) -> LazyTensor:
+    """The tensor `name`, also where the checkpoint stacks those of all layers, or keeps the halves
+    of a gated MLP apart."""
     halves = (f"{name}_w", f"{name}_v")
-    if all(half in reader.tensors for half in halves):
-        yield name, torch.cat([reader.read(half) for half in halves])
-        return
-    rest = name.removeprefix(_LAYERS).partition(".")[2]
-    stacked = f"{_LAYERS}{rest}"
-    if name.startswith(_LAYERS) and stacked in reader.tensors:
-        tensor = reader.read(stacked)
-        if len(tensor) != num_layers:
+    if name not in reader.tensors and all(half in reader.tensors for half in halves):
+        half_shape = (shape[0] // 2, *shape[1:])
+        parts = [_find(reader, half, half_shape, num_layers) for half in halves]
+        return LazyTensor(shape, parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))
+    layer, _, rest = name.removeprefix(LAYERS).partition(".")
+    entry, place = name, None
+    if name not in reader.tensors and name.startswith(LAYERS):
+        entry, place = f"{LAYERS}{rest}", int(layer)
+    if entry not in reader.tensors:
+        raise ValueError(f"checkpoint {reader.path}: has no tensor {name}")
+    found = tuple(reader.shape(entry))
+    if place is not None:
+        depth, *own = found
+        found = tuple(own)
+        if depth != num_layers:
             raise ValueError(
-                f"checkpoint {reader.path}: has {len(tensor)} layers, the model's description "
-                f"wants {num_layers}"
+                f"checkpoint {reader.path}: has {depth} layers, the model's description wants "
+                f"{num_layers}"
             )
-        for layer in range(num_layers):
-            yield f"{_LAYERS}{layer}.{rest}", tensor[layer]
-        return
-    raise ValueError(f"checkpoint {reader.path}: has no tensor {name}")
+    rows = None
+    if name.endswith(_VOCABULARY_ENDINGS) and found[0] > shape[0]:
+        rows, found = shape[0], (shape[0], *found[1:])
+    if found != shape:
+        raise ValueError(
+            f"checkpoint {reader.path}: {name} has the shape {found}, "
+            f"the model's description wants {shape}"
+        )
+    dtype = reader.tensors[entry].properties.dtype
+    return LazyTensor(shape, dtype, lambda: reader.read(entry, place)[:rows])

@@ -1,0 +1,43 @@
+"""Tensors that stay where they are until they are asked for.
+
+Converting a checkpoint holds one tensor at a time: a source offers its tensors by name, functions
+may change what they will give, and the writer reads one after the other.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor that is read when it is needed.
+
+    Attributes:
+        shape: its size.
+        dtype: of its entries.
+        read: gives it, on the CPU, anew each time; raises ValueError where that is not possible.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in memory."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+LazyWeights = Mapping[str, LazyTensor]
+"""The tensors of a model by the names of `weight_shapes`, without padding of the vocabulary."""
+
+
+def content_hash(tensor: Tensor) -> str:
+    """SHA-256 of dtype, shape and bytes: the same whatever file or layout a tensor is stored in."""
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,95 @@
+"""The arguments that Megatron would have stored with a model.
+
+Megatron compares them when it loads a checkpoint, and `--use-checkpoint-args` builds a model from
+them.
+"""
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.checkpoint.description import ModelDescription
+
+_PLAIN = (int, float, str, bool, type(None), torch.dtype)
+
+
+def plain_args(args: object) -> Namespace:
+    """What can be stored again of the arguments in a checkpoint: numbers, texts, lists of them.
+
+    Values of Megatron's own types are left out, and Megatron takes its defaults for them.
+    """
+    kept = {name: value for name, value in vars(args).items() if _is_plain(value)}
+    return Namespace(**kept)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(one) for one in value)
+    return type(value) in _PLAIN
+
+
+def described_args(description: ModelDescription) -> Namespace:
+    """Megatron's arguments for a model that Megatron has not trained."""
+    architecture, tokenizer = description.architecture, description.tokenizer
+    assert architecture is not None
+    args = {**_backbone_args(architecture), **description.early_exit.to_dict()}
+    args |= {
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "use_distributed_optimizer": False,
+        "ckpt_format": "torch_dist",
+    }
+    if tokenizer is not None:
+        args |= {
+            "tokenizer_type": tokenizer.type,
+            "tokenizer_model": tokenizer.model,
+            "tokenizer_sentencepiece_ignore_extra_whitespaces": not tokenizer.keeps_extra_spaces,
+            "tokenizer_sentencepiece_legacy": tokenizer.legacy,
+            "tokenizer_hf_no_include_special_tokens": not tokenizer.adds_special_tokens,
+        }
+    return Namespace(**args)
+
+
+def _backbone_args(a: Architecture) -> dict[str, Any]:
+    dtype = getattr(torch, a.params_dtype)
+    return {
+        "num_layers": a.num_layers,
+        "encoder_num_layers": a.num_layers,
+        "hidden_size": a.hidden_size,
+        "ffn_hidden_size": a.ffn_hidden_size,
+        "num_attention_heads": a.num_attention_heads,
+        "group_query_attention": a.num_query_groups != a.num_attention_heads,
+        "num_query_groups": a.num_query_groups,
+        "kv_channels": a.kv_channels,
+        "vocab_size": a.vocab_size,
+        "padded_vocab_size": a.vocab_size,
+        "make_vocab_size_divisible_by": 1,
+        "seq_length": a.max_position_embeddings,
+        "max_position_embeddings": a.max_position_embeddings,
+        "normalization": a.normalization,
+        "norm_epsilon": a.layernorm_epsilon,
+        "layernorm_epsilon": a.layernorm_epsilon,
+        "layernorm_zero_centered_gamma": a.layernorm_zero_centered_gamma,
+        "swiglu": a.activation == "silu" and a.gated_linear_unit,
+        "squared_relu": a.activation == "squared_relu",
+        "quick_geglu": a.activation == "quick_gelu",
+        "bias_gelu_fusion": a.activation == "gelu_tanh",
+        "add_bias_linear": a.add_bias_linear,
+        "add_qkv_bias": a.add_qkv_bias,
+        "qk_layernorm": a.qk_layernorm,
+        "softmax_scale": a.softmax_scale,
+        "add_position_embedding": a.position_embedding_type == "learned_absolute",
+        "position_embedding_type": a.position_embedding_type,
+        "rotary_base": a.rotary_base,
+        "rotary_percent": a.rotary_percent,
+        "rotary_interleaved": a.rotary_interleaved,
+        "rotary_seq_len_interpolation_factor": a.rotary_seq_len_interpolation_factor,
+        "use_rope_scaling": a.rope_scaling_factor is not None,
+        "rope_scaling_factor": a.rope_scaling_factor or 8.0,
+        "untie_embeddings_and_output_weights": not a.share_embeddings_and_output_weights,
+        "params_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+    }

@@ -1,0 +1,163 @@
+"""Writing a model as one of Megatron's distributed checkpoints, in one process and one tensor at a
+time.
+
+What comes out is a save directory as training leaves one, except that it holds weights only: its
+checkpoint is called `release`, as Megatron calls converted ones, and training that loads it begins
+with iteration 0.
+"""
+
+import io
+import json
+import os
+import shutil
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+
+from megatron.early_exit.checkpoint.description import ModelDescription, write_description
+from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights
+from megatron.early_exit.checkpoint.location import TRACKER_NAME
+from megatron.early_exit.checkpoint.weights import LAYERS
+
+_COMMON_KEY = "common_state/shard_0_1"
+_RELEASE = "release"
+
+Report = Callable[[str, int], None]
+"""Told the name of each tensor and its bytes when it is written."""
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `target` when all has gone well, and else leaves nothing.
+
+    Raises:
+        ValueError: there is something at `target` already, or it cannot be made.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists already, and nothing is written over it")
+    partial = target.with_name(f".{target.name}.partial.{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        raise ValueError(f"{target} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_checkpoint(
+    save_dir: Path,
+    weights: LazyWeights,
+    description: ModelDescription,
+    args: Namespace,
+    report: Report = lambda name, num_bytes: None,
+) -> None:
+    """Write a model, see `new_directory` for where.
+
+    Args:
+        save_dir: empty or new.
+        weights: every tensor that is to be stored.
+        description: of the model; its tokenizer's files are copied.
+        args: Megatron's arguments of the model, see `megatron_args`.
+        report: follows the progress.
+
+    Raises:
+        ValueError: a tensor cannot be read, or a file cannot be written.
+    """
+    write_description(save_dir, description)
+    directory = save_dir / _RELEASE
+    common = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}
+    try:
+        with warnings.catch_warnings():
+            # It says that torch.distributed is not initialised, which is the point.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(
+                {},
+                # One file, written in the order of the plan, with nothing read ahead.
+                storage_writer=dcp.FileSystemWriter(directory, per_thread_copy_ahead=0),
+                planner=_StreamPlanner(weights, common, report),
+                no_dist=True,
+            )
+    except dcp.api.CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise ValueError(str(reason)) from error
+    backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (directory / "metadata.json").write_text(json.dumps(backend), encoding="utf-8")
+    (save_dir / TRACKER_NAME).write_text(_RELEASE, encoding="utf-8")
+
+
+class _StreamPlanner(dcp.DefaultSavePlanner):
+    """Plans to write tensors that are read when their turn comes.
+
+    Args:
+        weights: the tensors.
+        common: what all ranks share.
+        report: told of each.
+    """
+
+    def __init__(self, weights: LazyWeights, common: dict[str, Any], report: Report) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._weights, self._report = weights, report
+        layers = {name.split(".")[2] for name in weights if name.startswith(LAYERS)}
+        self._num_layers = len(layers)
+        self._common = io.BytesIO()
+        torch.save([common], self._common)
+
+    def create_local_plan(self) -> SavePlan:
+        common = WriteItem(MetadataIndex(_COMMON_KEY), WriteItemType.BYTE_IO)
+        self.plan = SavePlan([common, *(self._item(*entry) for entry in self._weights.items())])
+        return self.plan
+
+    def _item(self, name: str, tensor: LazyTensor) -> WriteItem:
+        """One tensor; of a layer its place in the one that stacks those of all layers, as Megatron
+        stores equal layers."""
+        size, offsets, chunk = tensor.shape, (0,) * len(tensor.shape), tensor.shape
+        if name.startswith(LAYERS):
+            layer, _, rest = name.removeprefix(LAYERS).partition(".")
+            name = f"{LAYERS}{rest}"
+            size, chunk = (self._num_layers, *size), (1, *chunk)
+            offsets = (int(layer), *offsets)
+        index = MetadataIndex(name, torch.Size(offsets), 0)
+        return WriteItem(
+            index,
+            WriteItemType.SHARD,
+            tensor_data=TensorWriteData(
+                ChunkStorageMetadata(torch.Size(offsets), torch.Size(chunk)),
+                TensorProperties(dtype=tensor.dtype),
+                torch.Size(size),
+            ),
+        )
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        index = write_item.index
+        if index.fqn == _COMMON_KEY:
+            return self._common
+        assert write_item.tensor_data is not None
+        name = index.fqn
+        if name.startswith(LAYERS) and index.offset is not None:
+            name = f"{LAYERS}{index.offset[0]}.{name.removeprefix(LAYERS)}"
+        lazy = self._weights[name]
+        tensor = lazy.read()
+        self._report(name, lazy.num_bytes)
+        return tensor.reshape(write_item.tensor_data.chunk.sizes).contiguous()
