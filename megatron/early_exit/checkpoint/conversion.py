@@ -1,0 +1,102 @@
+"""A model on its way from one format to another, and the checkpoint that it becomes."""
+
+import re
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron.early_exit.checkpoint.description import ModelDescription
+from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights, content_hash
+from megatron.early_exit.checkpoint.location import locate
+from megatron.early_exit.checkpoint.megatron_args import described_args
+from megatron.early_exit.checkpoint.reader import CheckpointReader
+from megatron.early_exit.checkpoint.weights import stored_weights
+from megatron.early_exit.checkpoint.writer import Report, new_directory, write_checkpoint
+
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a source holds, under this package's names.
+
+    Attributes:
+        description: of the model; its tokenizer's path is where the files are now.
+        weights: its tensors, those of `weight_shapes`.
+        sources: for each of them, what it is made of, by the source's names.
+        args: Megatron's arguments, where the source has them.
+    """
+
+    description: ModelDescription
+    weights: LazyWeights
+    sources: Mapping[str, tuple[str, ...]]
+    args: Namespace | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(tensor.num_bytes for tensor in self.weights.values())
+
+    def write(self, target: Path, report: Report = lambda name, num_bytes: None) -> None:
+        """Write the checkpoint and read it again.
+
+        Args:
+            target: a directory that is empty or does not exist.
+            report: told of each tensor twice, when it is written and when it is found there.
+
+        Raises:
+            ValueError: something cannot be read or written, or is not found as it was written;
+                nothing is left at `target`.
+        """
+        hashes: dict[str, str] = {}
+
+        def noted(name: str, tensor: LazyTensor) -> LazyTensor:
+            def read() -> Tensor:
+                found = tensor.read()
+                hashes[name] = content_hash(found)
+                return found
+
+            return replace(tensor, read=read)
+
+        watched = {name: noted(name, tensor) for name, tensor in self.weights.items()}
+        args = self.args or described_args(self.description)
+        with new_directory(target) as partial:
+            write_checkpoint(partial, watched, self.description, args, report)
+            _check(partial, self.description, hashes, report)
+
+
+def _check(
+    directory: Path, description: ModelDescription, hashes: Mapping[str, str], report: Report
+) -> None:
+    assert description.architecture is not None
+    reader = CheckpointReader(locate(directory).iteration_dir)
+    stored = stored_weights(reader, description.architecture, description.early_exit)
+    for name, tensor in stored.items():
+        if content_hash(tensor.read()) != hashes[name]:
+            raise ValueError(f"{name} is not on the disk as it was written: is the disk sound?")
+        report(name, tensor.num_bytes)
+
+
+def match_table(sources: Mapping[str, tuple[str, ...]], weights: LazyWeights) -> list[str]:
+    """One line for each kind of tensor: how many there are, what they are made of, and their shape.
+
+    Tensors that differ in the number of their layer only are one kind.
+    """
+    rows = [
+        (_pattern(name), " + ".join(map(_pattern, sources[name])), str(list(weights[name].shape)))
+        for name in weights
+    ]
+    kinds = [(row, len(list(same))) for row, same in groupby(sorted(rows))]
+    widths = [max(len(row[column]) for row, _ in kinds) for column in (0, 1)]
+    return [
+        f"{count:5} x  {target:{widths[0]}}  <-  {source:{widths[1]}}  {shape}"
+        for (target, source, shape), count in kinds
+    ]
+
+
+def _pattern(name: str) -> str:
+    return _NUMBER.sub("N", name, count=1) if "layers." in name else name
