@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.early_exit.checkpoint.architecture import Architecture, UnsupportedArchitecture
+from megatron.early_exit.checkpoint.base import BaseReference
 from megatron.early_exit.checkpoint.location import (
     DESCRIPTION_NAME,
     TOKENIZER_NAME,
@@ -37,6 +38,8 @@ class ModelDescription:
     """None for a model that inference cannot compute (yet)."""
     early_exit: EarlyExitConfig
     tokenizer: TokenizerDescription | None
+    base: BaseReference | None = None
+    """The model that has the backbone, where only the exits are saved."""
 
     @classmethod
     def from_args(
@@ -67,6 +70,7 @@ class ModelDescription:
             "architecture": None if self.architecture is None else self.architecture.to_dict(),
             "early_exit": self.early_exit.to_dict(),
             "tokenizer": None if self.tokenizer is None else asdict(self.tokenizer),
+            "base": None if self.base is None else asdict(self.base),
         }
 
     @classmethod
@@ -80,10 +84,12 @@ class ModelDescription:
             raise ValueError(f"format {values.get('format')!r} is unknown, allowed: {_FORMAT}")
         try:
             architecture, tokenizer = values["architecture"], values["tokenizer"]
+            base = values.get("base")
             return cls(
                 None if architecture is None else Architecture(**architecture),
                 EarlyExitConfig(**values["early_exit"]),
                 None if tokenizer is None else TokenizerDescription(**tokenizer),
+                None if base is None else BaseReference(**base),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"does not fit this version: {error}") from error

@@ -115,17 +115,25 @@ def load_weights(
 
 
 def stored_weights(
-    reader: CheckpointReader, architecture: Architecture, early_exit: EarlyExitConfig
+    reader: CheckpointReader,
+    architecture: Architecture,
+    early_exit: EarlyExitConfig,
+    is_wanted: Callable[[str], bool] = lambda name: True,
 ) -> LazyWeights:
     """The tensors of `weight_shapes` in a distributed checkpoint, without padding of the
     vocabulary.
+
+    Args:
+        is_wanted: by name, what is looked for.
 
     Raises:
         ValueError: a tensor is missing or has another shape.
     """
     shapes = weight_shapes(architecture, early_exit)
     return {
-        name: _find(reader, name, shape, architecture.num_layers) for name, shape in shapes.items()
+        name: _find(reader, name, shape, architecture.num_layers)
+        for name, shape in shapes.items()
+        if is_wanted(name)
     }
 
 

@@ -8,9 +8,9 @@ import torch
 
 from megatron.early_exit.checkpoint.description import describe
 from megatron.early_exit.checkpoint.location import locate
-from megatron.early_exit.checkpoint.reader import CheckpointReader
+from megatron.early_exit.checkpoint.model import model_weights
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from megatron.early_exit.checkpoint.weights import load_weights, stored_weights
+from megatron.early_exit.checkpoint.weights import load_weights
 from megatron.early_exit.inference.compute.segments import SegmentedModel
 from megatron.early_exit.inference.parallel.division import Division, divided_model
 from megatron.early_exit.inference.parallel.process_groups import join, own_part
@@ -64,9 +64,8 @@ def load_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
         dtype = getattr(torch, architecture.params_dtype)
-    reader = CheckpointReader(location.iteration_dir)
     weights = load_weights(
-        stored_weights(reader, architecture, early_exit),
+        model_weights(location, description),
         dtype,
         torch.device(device),
         None if place is None else partial(own_part, place, architecture),
