@@ -17,7 +17,8 @@ from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.weights import stored_weights
 from megatron.early_exit.checkpoint.writer import Report, new_directory, write_checkpoint
 
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""Of a layer or an exit: the numbers inside `linear_fc1` stay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ def _check(
 def match_table(sources: Mapping[str, tuple[str, ...]], weights: LazyWeights) -> list[str]:
     """One line for each kind of tensor: how many there are, what they are made of, and their shape.
 
-    Tensors that differ in the number of their layer only are one kind.
+    Tensors that differ in the number of their layer or exit only are one kind.
     """
     rows = [
         (_pattern(name), " + ".join(map(_pattern, sources[name])), str(list(weights[name].shape)))
@@ -99,4 +100,4 @@ def match_table(sources: Mapping[str, tuple[str, ...]], weights: LazyWeights) ->
 
 
 def _pattern(name: str) -> str:
-    return _NUMBER.sub("N", name, count=1) if "layers." in name else name
+    return _NUMBER.sub("N", name)

@@ -40,7 +40,7 @@ from megatron.early_exit.checkpoint.weights import LAYERS
 _COMMON_KEY = "common_state/shard_0_1"
 _RELEASE = "release"
 
-Report = Callable[[str, int], None]
+Report = Callable[[str, int], object]
 """Told the name of each tensor and its bytes when it is written."""
 
 

@@ -1,0 +1,170 @@
+"""Exits added to a model, and taken away.
+
+What a new exit is made of is copied from the model itself, so that before any tuning an exit after
+the last layer gives the model's own answers (EE-Tuning, arXiv 2402.00518); or it is drawn at
+random, as Megatron draws the weights of a model that it is about to train.
+"""
+
+import hashlib
+import math
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.checkpoint.base import is_of_exit
+from megatron.early_exit.checkpoint.conversion import Conversion
+from megatron.early_exit.checkpoint.lazy import LazyTensor
+from megatron.early_exit.checkpoint.weights import LAYERS, weight_shapes
+from megatron.early_exit.config import EarlyExitConfig, Exit
+
+RANDOM = "random"
+"""Stands in `Conversion.sources` for what is drawn."""
+
+_HEAD_FLAGS = ("use_exit_norm", "use_exit_mlp", "use_exit_block", "untie_exit_output_weights")
+_WORD_EMBEDDING = "embedding.word_embeddings.weight"
+_OUTPUT_LAYER = "output_layer.weight"
+_ENDS_OF_BRANCHES = ("linear_proj.weight", "linear_fc2.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class RandomInit:
+    """How the weights of new exits are drawn.
+
+    Attributes:
+        seed: the same seed gives the same weights.
+        std: standard deviation of matrices; `--init-method-std`.
+    """
+
+    seed: int
+    std: float = 0.02
+
+
+def add_exits(
+    source: Conversion, wanted: EarlyExitConfig, random_init: RandomInit | None = None
+) -> Conversion:
+    """The model with more exits.
+
+    Args:
+        source: a model; its exits are kept, but for those at positions that are wanted.
+        wanted: the new exits.
+        random_init: None copies the model's own modules: the final norm, the output layer (or the
+            word embedding, where it is that too), the MLP of the layer that the exit follows, and
+            the layer behind the exit (the last one, where there is none behind it).
+
+    Raises:
+        ValueError: the exits do not fit the model or those that it has.
+    """
+    architecture = source.description.architecture
+    assert architecture is not None
+    wanted.validate(architecture.num_layers)
+    early_exit = _joined(source.description.early_exit, wanted, architecture.num_layers)
+    weights, sources = {}, {}
+    for name, shape in weight_shapes(architecture, early_exit).items():
+        position = int(name.split(".")[1]) if is_of_exit(name) else None
+        if position not in wanted.positions:
+            weights[name], sources[name] = source.weights[name], source.sources[name]
+            continue
+        origin = _origin(name, architecture)
+        model = source.weights[origin]
+        if random_init is None:
+            weights[name], sources[name] = model, (origin,)
+        else:
+            draw = partial(_draw, name, shape, model.dtype, architecture, random_init)
+            weights[name], sources[name] = LazyTensor(shape, model.dtype, draw), (RANDOM,)
+    return _with_exits(source, early_exit, weights, sources)
+
+
+def strip_exits(source: Conversion) -> Conversion:
+    """The model without its exits.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not source.description.early_exit.exits:
+        raise ValueError("the model has no exits")
+    weights = {name: tensor for name, tensor in source.weights.items() if not is_of_exit(name)}
+    sources = {name: source.sources[name] for name in weights}
+    return _with_exits(source, EarlyExitConfig(), weights, sources)
+
+
+def head_flags(early_exit: EarlyExitConfig) -> str:
+    """The flags that say what the heads of exits are made of, for messages."""
+    given = [name for name in _HEAD_FLAGS if getattr(early_exit, name)]
+    return " ".join("--" + name.replace("_", "-") for name in given) or "no flag of heads"
+
+
+def _with_exits(
+    source: Conversion,
+    early_exit: EarlyExitConfig,
+    weights: Mapping[str, LazyTensor],
+    sources: Mapping[str, tuple[str, ...]],
+) -> Conversion:
+    args = source.args
+    if args is not None:
+        args = Namespace(**{**vars(args), **early_exit.to_dict()})
+    description = replace(source.description, early_exit=early_exit)
+    return Conversion(description, weights, sources, args)
+
+
+def _joined(old: EarlyExitConfig, new: EarlyExitConfig, num_layers: int) -> EarlyExitConfig:
+    """The old exits and the new ones under one configuration, placed as the new ones are."""
+    kept = [one for one in old.exits if one.position not in new.positions]
+    if not kept:
+        return new
+    if head_flags(old) != head_flags(new):
+        raise ValueError(
+            f"the model has exits with {head_flags(old)} and the new ones have {head_flags(new)}, "
+            "allowed: the same flags, or new exits in place of all that the model has"
+        )
+    if new.pre_exit and kept[-1].position == num_layers:
+        raise ValueError(
+            f"--pre-exit is not possible: the model has an exit after its last layer {num_layers}"
+        )
+    exits: list[Exit] = sorted((*kept, *new.exits), key=lambda one: one.position)
+    shift = 1 if new.pre_exit else 0
+    per_exit = {
+        "exit_layer_nums": tuple(one.position + shift for one in exits),
+        "exit_layer_weight": tuple(one.weight for one in exits),
+        "exit_layer_weight_init": tuple(one.weight_init for one in exits),
+        "exit_layer_temperature": tuple(one.temperature for one in exits),
+    }
+    common = {f.name: getattr(old, f.name) for f in fields(EarlyExitConfig)}
+    return EarlyExitConfig(**{**common, **per_exit, "pre_exit": new.pre_exit})
+
+
+def _origin(name: str, architecture: Architecture) -> str:
+    """Which tensor of the model an exit's is copied from."""
+    _, number, part, rest = name.split(".", 3)
+    position = int(number)
+    if part == "norm":
+        return f"decoder.final_layernorm.{rest}"
+    if part == "mlp":
+        return f"{LAYERS}{position - 1}.mlp.{rest}"
+    if part == "block":
+        return f"{LAYERS}{min(position, architecture.num_layers - 1)}.{rest}"
+    assert part == "projection"
+    is_tied = architecture.share_embeddings_and_output_weights
+    return _WORD_EMBEDDING if is_tied else _OUTPUT_LAYER
+
+
+def _draw(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    architecture: Architecture,
+    random_init: RandomInit,
+) -> Tensor:
+    if len(shape) == 1:
+        is_one = name.endswith("weight") and not architecture.layernorm_zero_centered_gamma
+        return torch.full(shape, 1.0 if is_one else 0.0, dtype=dtype)
+    std = random_init.std
+    if name.endswith(_ENDS_OF_BRANCHES):
+        std /= math.sqrt(2 * architecture.num_layers)
+    digest = hashlib.sha256(f"{random_init.seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], signed=True))
+    return (torch.randn(shape, generator=generator) * std).to(dtype)

@@ -1,0 +1,189 @@
+"""What is in a checkpoint, to look at.
+
+Parameters are counted as they are stored: rows that pad the vocabulary are among them.
+"""
+
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from megatron.early_exit.checkpoint.architecture import UnsupportedArchitecture
+from megatron.early_exit.checkpoint.base import is_of_exit
+from megatron.early_exit.checkpoint.description import ModelDescription, describe
+from megatron.early_exit.checkpoint.exits import head_flags
+from megatron.early_exit.checkpoint.location import CheckpointLocation, locate
+from megatron.early_exit.checkpoint.reader import CheckpointReader
+from megatron.early_exit.checkpoint.source import is_state
+
+_LAYOUT = {
+    "tensor": "tensor_model_parallel_size",
+    "pipeline": "pipeline_model_parallel_size",
+    "expert": "expert_model_parallel_size",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspection:
+    """One checkpoint. Fields are None where it does not say."""
+
+    path: str
+    iteration: int | None
+    size_bytes: int
+    """On the disk."""
+    dtypes: tuple[str, ...]
+    """Of the model's tensors."""
+    layout: dict[str, int] | None
+    """Sizes of tensor, pipeline and expert parallelism in which it was written."""
+    architecture: dict[str, Any] | None
+    unsupported: str | None
+    """What is in the way where the model is of a kind that inference cannot compute."""
+    exits: dict[int, str]
+    """By position, the flags of its head."""
+    early_exit: dict[str, Any] | None
+    parameters: dict[str, int]
+    """How many each part has."""
+    tokenizer: dict[str, Any] | None
+    base: str | None
+    """Where the backbone is, of a checkpoint that holds exits only."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        facts = {
+            "checkpoint": self.path,
+            "iteration": _or_unknown(self.iteration),
+            "size": f"{self.size_bytes / 1e6:,.1f} MB, {', '.join(self.dtypes)}",
+            "written at": _or_unknown(_joined(self.layout)),
+        }
+        if self.base is not None:
+            facts["exits only"] = f"the backbone is {self.base}"
+        facts["tokenizer"] = _or_unknown(_joined(self.tokenizer))
+        facts["model"] = self.unsupported or _or_unknown(_joined(self.architecture))
+        lines = [_wrapped(name, str(value)) for name, value in facts.items()]
+        lines += [f"{'exit':12}after layer {p}: {flags}" for p, flags in self.exits.items()]
+        widest = max(map(len, self.parameters))
+        lines += [
+            f"{'parameters':12}{name:{widest}}  {count:>17,}"
+            for name, count in self.parameters.items()
+        ]
+        return lines
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Look into a checkpoint.
+
+    Args:
+        path: a save directory or one iteration in it.
+
+    Raises:
+        ValueError: there is no distributed checkpoint, or it is damaged.
+    """
+    location = locate(path)
+    reader = CheckpointReader(location.iteration_dir)
+    description, unsupported = _description(location)
+    state = _common_state(reader)
+    args = state.get("args")
+    layout = {name: getattr(args, flag, None) for name, flag in _LAYOUT.items()}
+    entries = reader.tensors.items()
+    exits = {} if description is None else _heads(description)
+    base = None if description is None else description.base
+    as_dict = {} if description is None else description.to_dict()
+    return Inspection(
+        path=str(location.iteration_dir),
+        iteration=state.get("iteration"),
+        size_bytes=sum(f.stat().st_size for f in location.iteration_dir.rglob("*") if f.is_file()),
+        dtypes=tuple(
+            sorted({_short(e.properties.dtype) for name, e in entries if not is_state(name)})
+        ),
+        layout={k: v for k, v in layout.items() if isinstance(v, int)} or None,
+        architecture=as_dict.get("architecture"),
+        unsupported=unsupported,
+        exits=exits,
+        early_exit=as_dict.get("early_exit"),
+        parameters=count_parameters({name: tuple(entry.size) for name, entry in entries}),
+        tokenizer=as_dict.get("tokenizer"),
+        base=None if base is None else base.path,
+    )
+
+
+def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """How many numbers the parts of a model have, the state of its training among them.
+
+    Args:
+        shapes: of tensors, by the names of `weight_shapes` or of a checkpoint.
+    """
+    counts: dict[str, int] = {}
+    for name, shape in shapes.items():
+        part = _part(name)
+        counts[part] = counts.get(part, 0) + prod(shape)
+    ordered = {part: counts[part] for part in sorted(counts, key=_order)}
+    model = sum(count for part, count in ordered.items() if part != "optimizer")
+    return {**ordered, "sum without optimizer": model}
+
+
+def _part(name: str) -> str:
+    if is_state(name):
+        return "optimizer"
+    if is_of_exit(name):
+        return f"exit after layer {name.split('.')[1]}"
+    if name.startswith("embedding."):
+        return "embedding"
+    return "layers" if name.startswith("decoder.layers.") else "final head"
+
+
+def _order(part: str) -> tuple[int, int]:
+    words = part.split()
+    if words[0] == "exit":
+        return 3, int(words[-1])
+    return ("embedding", "layers", "final head", "exit", "optimizer").index(part), 0
+
+
+def _description(location: CheckpointLocation) -> tuple[ModelDescription | None, str | None]:
+    try:
+        return describe(location), None
+    except UnsupportedArchitecture as error:
+        return None, str(error)
+
+
+def _common_state(reader: CheckpointReader) -> dict[str, Any]:
+    try:
+        return reader.common_state()
+    except ValueError:
+        # The description may say enough; where it does not, `describe` has refused already.
+        return {}
+
+
+def _heads(description: ModelDescription) -> dict[int, str]:
+    early_exit = description.early_exit
+    return dict.fromkeys(early_exit.positions, head_flags(early_exit))
+
+
+def _wrapped(name: str, value: str) -> str:
+    return textwrap.fill(
+        f"{name:12}{value}",
+        width=100,
+        subsequent_indent=" " * 12,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _short(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _joined(values: Mapping[str, Any] | None) -> str | None:
+    if values is None:
+        return None
+    known: Iterable[tuple[str, Any]] = values.items()
+    return ", ".join(f"{name} {value}" for name, value in known if value not in (None, False))
+
+
+def _or_unknown(value: object) -> str:
+    return "not known" if value is None else str(value)

@@ -1,0 +1,133 @@
+"""Megatron's distributed checkpoints as what conversions begin with."""
+
+from argparse import Namespace
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from megatron.early_exit.checkpoint.base import is_of_exit
+from megatron.early_exit.checkpoint.conversion import Conversion
+from megatron.early_exit.checkpoint.description import ModelDescription, describe
+from megatron.early_exit.checkpoint.location import CheckpointLocation, locate
+from megatron.early_exit.checkpoint.megatron_args import plain_args
+from megatron.early_exit.checkpoint.model import model_weights
+from megatron.early_exit.checkpoint.reader import CheckpointReader
+from megatron.early_exit.checkpoint.tokenizer import TokenizerDescription
+from megatron.early_exit.checkpoint.weights import LAYERS
+
+_STATE_PREFIXES = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_")
+_STATE_ENDING = "_extra_state"
+_WRITTEN_ANEW = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "use_distributed_optimizer": False,
+    "ckpt_format": "torch_dist",
+    # Training that starts with the model begins with the first sample.
+    "iteration": 0,
+    "consumed_train_samples": 0,
+    "skipped_train_samples": 0,
+    "consumed_valid_samples": 0,
+}
+"""What no longer holds of the arguments when a conversion has written the checkpoint."""
+
+
+def open_checkpoint(path: str | Path) -> Conversion:
+    """The model in a checkpoint, without the state of its training.
+
+    Args:
+        path: a save directory or one iteration in it, plain, with exits, or with exits only.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is damaged, or it holds more than its model.
+        UnsupportedArchitecture: it is a model of a kind that is not known.
+    """
+    location = locate(path)
+    description = describe(location)
+    weights = model_weights(location, description)
+    reader = CheckpointReader(location.iteration_dir)
+    sources = {name: stored_names(reader, name) for name in weights}
+    _refuse_left_over(reader, {name for names in sources.values() for name in names})
+    whole = replace(description, tokenizer=_located(description, location), base=None)
+    return Conversion(whole, weights, sources, _stored_args(reader))
+
+
+def open_parts(base: str | Path, exits: str | Path) -> Conversion:
+    """The model that an exits-only checkpoint and its base are together.
+
+    Args:
+        base: a checkpoint of the model that the exits were tuned on, wherever it is now. Exits of
+            its own are left out.
+        exits: the exits-only checkpoint.
+
+    Raises:
+        ValueError: one of them cannot be read, or `exits` is not an exits-only checkpoint. Reading
+            a tensor raises it where the base is another model.
+    """
+    location = locate(exits)
+    description = describe(location)
+    reference = description.base
+    if reference is None:
+        raise ValueError(f"checkpoint {exits}: holds a whole model, there is nothing to merge")
+    backbone = open_checkpoint(base)
+    moved = replace(reference, path=str(locate(base).iteration_dir.resolve()))
+    weights = model_weights(location, replace(description, base=moved))
+    reader = CheckpointReader(location.iteration_dir)
+    sources = {
+        name: stored_names(reader, name) if is_of_exit(name) else backbone.sources[name]
+        for name in weights
+    }
+    tokenizer = _located(description, location) or backbone.description.tokenizer
+    whole = replace(description, tokenizer=tokenizer, base=None)
+    args = backbone.args
+    if args is not None:
+        args = Namespace(**{**vars(args), **description.early_exit.to_dict()})
+    return Conversion(whole, weights, sources, args)
+
+
+def stored_names(reader: CheckpointReader, name: str) -> tuple[str, ...]:
+    """Which entries of a checkpoint hold the tensor `name` of `weight_shapes`; none where it is
+    elsewhere."""
+    layer, _, rest = name.removeprefix(LAYERS).partition(".")
+    stacked = f"{LAYERS}{rest}" if name.startswith(LAYERS) and layer.isdigit() else name
+    for entry in (name, stacked):
+        for entries in ((entry,), (f"{entry}_w", f"{entry}_v")):
+            if all(one in reader.tensors for one in entries):
+                return entries
+    return ()
+
+
+def is_state(name: str) -> bool:
+    """Whether a tensor in a checkpoint belongs to training and not to the model."""
+    return name.startswith(_STATE_PREFIXES) or name.endswith(_STATE_ENDING)
+
+
+def _refuse_left_over(reader: CheckpointReader, used: set[str]) -> None:
+    left = sorted(name for name in reader.tensors if name not in used and not is_state(name))
+    if left:
+        others = f" and {len(left) - 1} more tensors" if len(left) > 1 else ""
+        raise ValueError(
+            f"checkpoint {reader.path}: holds {left[0]}{others}, which the model that it "
+            "describes does not have"
+        )
+
+
+def _located(
+    description: ModelDescription, location: CheckpointLocation
+) -> TokenizerDescription | None:
+    tokenizer = description.tokenizer
+    if tokenizer is None or tokenizer.model is None:
+        return tokenizer
+    return replace(tokenizer, model=str(location.tokenizer_dir / tokenizer.model))
+
+
+def _stored_args(reader: CheckpointReader) -> Namespace | None:
+    """None where there are none: the description says as much of the model."""
+    state = {}
+    with suppress(ValueError):
+        state = reader.common_state()
+    if "args" not in state:
+        return None
+    return Namespace(**{**vars(plain_args(state["args"])), **_WRITTEN_ANEW})

@@ -1,0 +1,172 @@
+"""Convert checkpoints, add and take away exits, and look into them:
+
+    python tools/checkpoint.py import-hf SmolLM2-135M base
+    python tools/checkpoint.py add-exits base with_exits --exit-layer-nums 8 16 24 \\
+        --use-exit-norm --use-exit-mlp
+    python tools/checkpoint.py inspect with_exits
+
+Nothing is written over, every tensor that is written is read again and compared, and what goes
+wrong leaves nothing behind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron.early_exit.checkpoint.conversion import Conversion, match_table
+from megatron.early_exit.checkpoint.exits import RandomInit, add_exits, head_flags, strip_exits
+from megatron.early_exit.checkpoint.inspection import count_parameters, inspect
+from megatron.early_exit.checkpoint.source import open_checkpoint, open_parts
+from megatron.early_exit.config import EarlyExitConfig
+
+GENERATE = "python tools/generate.py --load {} --prompt ..."
+TUNE = "torchrun pretrain_early_exit_gpt.py --tune-exit --load {} ..."
+ADD = "python tools/checkpoint.py add-exits {} ... --exit-layer-nums ..."
+_EXIT_SWITCHES = (
+    *("pre_exit", "use_exit_norm", "use_exit_mlp", "use_exit_block"),
+    "untie_exit_output_weights",
+)
+_SWITCH_HELP = {
+    "pre_exit": "the exits are before their layers: layer k + 1 means the exit after layer k",
+    "use_exit_norm": "own norm, a copy of the final one",
+    "use_exit_mlp": "own MLP, a copy of that of the exit's layer, in its place",
+    "use_exit_block": "own transformer layer, a copy of the one behind the exit",
+    "untie_exit_output_weights": "own projection, a copy of the model's output layer; without it "
+    "exits project with the word embedding, which in a model with an output layer of its own is "
+    "another matrix",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, does: Callable[[argparse.Namespace], None], text: str, *paths: str) -> Verb:
+        one = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        for path in paths:
+            one.add_argument(path.lower(), type=Path, metavar=path, help=_PATHS[path])
+        one.set_defaults(run=does)
+        return one
+
+    one = verb("add-exits", _add_exits, "add exits to a model", "SRC", "DST")
+    one.add_argument(
+        "--exit-layer-nums",
+        type=int,
+        nargs="+",
+        required=True,
+        help="layers that get an exit, counted from 1; exits that the model has there are replaced",
+    )
+    for name in _EXIT_SWITCHES:
+        flag = "--" + name.replace("_", "-")
+        one.add_argument(flag, action="store_true", help=_SWITCH_HELP[name])
+    one.add_argument("--random-init", action="store_true", help="draw new weights, copy nothing")
+    one.add_argument("--seed", type=int, help="of --random-init (default: 1234)")
+
+    verb("strip-exits", _strip_exits, "take the exits away", "SRC", "DST")
+    verb("merge-exits", _merge_exits, "join tuned exits and their base", "BASE", "EXITS", "DST")
+    one = verb("inspect", _inspect, "say what is in a checkpoint", "SRC")
+    one.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+Verb = argparse.ArgumentParser
+_PATHS = {
+    "SRC": "what to read: a save directory, or one iteration in it",
+    "DST": "what to write: a directory that is empty or does not exist",
+    "BASE": "the model that the exits were tuned on",
+    "EXITS": "a checkpoint with exits only, as --tune-exit saves",
+}
+
+
+def _add_exits(args: argparse.Namespace) -> None:
+    if args.seed is not None and not args.random_init:
+        raise ValueError(f"--seed {args.seed} has no effect without --random-init")
+    switches = {name: getattr(args, name) for name in _EXIT_SWITCHES}
+    wanted = EarlyExitConfig(exit_layer_nums=tuple(args.exit_layer_nums), **switches)
+    source = open_checkpoint(args.src)
+    random_init = None
+    if args.random_init:
+        seed = 1234 if args.seed is None else args.seed
+        random_init = RandomInit(seed, getattr(source.args, "init_method_std", None) or 0.02)
+    conversion = add_exits(source, wanted, random_init)
+    _note_other_matrix(conversion)
+    _write(conversion, args.dst, TUNE)
+
+
+def _note_other_matrix(conversion: Conversion) -> None:
+    architecture = conversion.description.architecture
+    assert architecture is not None
+    is_tied = architecture.share_embeddings_and_output_weights
+    if not (is_tied or conversion.description.early_exit.untie_exit_output_weights):
+        print(
+            "note: the exits project with the word embedding, and this model's own output layer is "
+            "another matrix: without tuning they say nothing of use "
+            "(--untie-exit-output-weights copies the output layer)"
+        )
+
+
+def _strip_exits(args: argparse.Namespace) -> None:
+    try:
+        conversion = strip_exits(open_checkpoint(args.src))
+    except ValueError as error:
+        raise ValueError(f"strip-exits {args.src}: {error}") from error
+    _write(conversion, args.dst, GENERATE)
+
+
+def _merge_exits(args: argparse.Namespace) -> None:
+    _write(open_parts(args.base, args.exits), args.dst, GENERATE)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    found = inspect(args.src)
+    print(json.dumps(found.to_dict(), indent=2) if args.json else "\n".join(found.lines()))
+
+
+def _write(conversion: Conversion, target: Path, next_command: str) -> None:
+    """Write a checkpoint, with a bar on a terminal, and say what became of what."""
+    for line in match_table(conversion.sources, conversion.weights):
+        print(line)
+    # Each tensor is written, and then read again.
+    total = 2 * conversion.num_bytes
+    with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
+        conversion.write(target, lambda _, num_bytes: bar.update(num_bytes))
+    counts = count_parameters({name: one.shape for name, one in conversion.weights.items()})
+    early_exit = conversion.description.early_exit
+    for part, count in counts.items():
+        flags = f"  {head_flags(early_exit)}" if part.startswith("exit") else ""
+        print(f"{part:24}{count:>17,} parameters{flags}")
+    print(
+        f"wrote {target}: {len(conversion.weights)} tensors, {conversion.num_bytes / 1e6:,.1f} MB, "
+        f"all read again and equal; next: {next_command.format(target)}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    # A polite end cleans up as an error does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
