@@ -17,6 +17,7 @@ _HUGGINGFACE_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "config.json",
+    "generation_config.json",
     "merges.txt",
     "sentencepiece.bpe.model",
     "special_tokens_map.json",

@@ -1,0 +1,9 @@
+"""Models of Hugging Face's Llama family in and out: one table of names, read in both directions.
+
+`import_hf` opens one as a `Conversion`, which writes a checkpoint of ours; `export_hf` writes a
+folder for transformers.
+"""
+
+from megatron.early_exit.checkpoint.huggingface.importing import import_hf
+
+__all__ = ["import_hf"]

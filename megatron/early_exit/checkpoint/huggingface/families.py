@@ -1,0 +1,208 @@
+"""The models of Hugging Face's Llama family: their `config.json` and our `Architecture`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.checkpoint.huggingface.rotary_settings import read_rotary, write_rotary
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Models that one class of transformers computes.
+
+    Attributes:
+        name: of the class, as in `architectures`.
+        model_type: its short name.
+        qkv_bias: the projections to queries, keys and values have a bias.
+        qk_norm: queries and keys are normalised.
+        head_size: size of a head where config.json does not tell; None is h / heads.
+    """
+
+    name: str
+    model_type: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    head_size: int | None = None
+
+
+LLAMA = Family("LlamaForCausalLM", "llama")
+MISTRAL = Family("MistralForCausalLM", "mistral")
+QWEN2 = Family("Qwen2ForCausalLM", "qwen2", qkv_bias=True)
+QWEN3 = Family("Qwen3ForCausalLM", "qwen3", qk_norm=True, head_size=128)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3)
+
+
+def read_architecture(config: Mapping[str, Any], stored: torch.dtype) -> Architecture:
+    """The backbone that a config.json describes.
+
+    Args:
+        config: what it holds.
+        stored: dtype of the weights, for a config.json that tells none.
+
+    Raises:
+        ValueError: it is of another family, something is missing, or asks for what Megatron or
+            inference cannot compute.
+    """
+    family = _family(config)
+    _refuse_unsupported(config, family)
+    hidden_size, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
+    head_size = config.get("head_dim") or family.head_size or hidden_size // heads
+    has_biases = _has_biases(config)
+    dtype = config.get("dtype") or config.get("torch_dtype") or stored
+    return Architecture(
+        num_layers=_count(config, "num_hidden_layers"),
+        hidden_size=hidden_size,
+        ffn_hidden_size=_count(config, "intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=config.get("num_key_value_heads") or heads,
+        kv_channels=head_size,
+        vocab_size=_count(config, "vocab_size"),
+        max_position_embeddings=_count(config, "max_position_embeddings"),
+        normalization="RMSNorm",
+        layernorm_epsilon=config.get("rms_norm_eps", 1e-6),
+        activation="silu",
+        gated_linear_unit=True,
+        add_bias_linear=has_biases,
+        add_qkv_bias=family.qkv_bias,
+        qk_layernorm=family.qk_norm,
+        position_embedding_type="rope",
+        **read_rotary(config),
+        share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings", False)),
+        params_dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
+    )
+
+
+def _family(config: Mapping[str, Any]) -> Family:
+    names = config.get("architectures") or [config.get("model_type")]
+    for family in FAMILIES:
+        if names[0] in (family.name, family.model_type):
+            return family
+    allowed = ", ".join(family.name for family in FAMILIES)
+    raise ValueError(f"architecture {names[0]} is not supported, allowed: {allowed}")
+
+
+def _count(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} {value!r} is out of range, allowed: 1 or more")
+    return value
+
+
+def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ValueError(f"hidden_act {activation!r} is not supported, allowed: silu")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise ValueError(
+            f"quantization_config {method} is not supported, allowed: weights as they are"
+        )
+    window, context = config.get("sliding_window"), _count(config, "max_position_embeddings")
+    kinds = set(config.get("layer_types") or ())
+    # Before there were types of layers, a window in a Mistral was one, and in a Qwen maybe.
+    is_windowed = bool(config.get("use_sliding_window", family is MISTRAL))
+    if kinds:
+        is_windowed = kinds != {"full_attention"}
+    if is_windowed and window is not None and window < context:
+        raise ValueError(
+            f"sliding_window {window} is not supported, allowed: null, or max_position_embeddings "
+            f"{context} or more"
+        )
+
+
+def _has_biases(config: Mapping[str, Any]) -> bool:
+    attention, mlp = (bool(config.get(f"{part}_bias", False)) for part in ("attention", "mlp"))
+    if attention != mlp:
+        raise ValueError(
+            f"attention_bias {attention} with mlp_bias {mlp} is not supported, allowed: both or "
+            "neither"
+        )
+    return attention
+
+
+def write_config(a: Architecture) -> dict[str, Any]:
+    """A config.json for the class that computes a backbone.
+
+    Raises:
+        ValueError: none in the Llama family does; the message says what is in the way.
+    """
+    family = _find_family(a)
+    config: dict[str, Any] = {
+        "architectures": [family.name],
+        "model_type": family.model_type,
+        "vocab_size": a.vocab_size,
+        "hidden_size": a.hidden_size,
+        "intermediate_size": a.ffn_hidden_size,
+        "num_hidden_layers": a.num_layers,
+        "num_attention_heads": a.num_attention_heads,
+        "num_key_value_heads": a.num_query_groups,
+        "head_dim": a.kv_channels,
+        "hidden_act": "silu",
+        "max_position_embeddings": a.max_position_embeddings,
+        "rms_norm_eps": a.layernorm_epsilon,
+        **write_rotary(a),
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": a.share_embeddings_and_output_weights,
+        # Under its older name every version of transformers finds it.
+        "torch_dtype": a.params_dtype,
+        "use_cache": True,
+    }
+    if family in (LLAMA, QWEN3):
+        config["attention_bias"] = a.add_bias_linear
+    if family is LLAMA:
+        config["mlp_bias"] = a.add_bias_linear
+    if family is not LLAMA:
+        config["sliding_window"] = None
+    if family in (QWEN2, QWEN3):
+        config["use_sliding_window"] = False
+    return config
+
+
+def _find_family(a: Architecture) -> Family:
+    refuse_inexpressible(a)
+    if a.add_bias_linear and (a.add_qkv_bias or a.qk_layernorm):
+        raise ValueError(
+            "biases of all linear layers with --add-qkv-bias or --qk-layernorm cannot be expressed "
+            "in Hugging Face's Llama family"
+        )
+    if a.add_qkv_bias and a.qk_layernorm:
+        raise ValueError(
+            "--add-qkv-bias with --qk-layernorm cannot be expressed in Hugging Face's Llama "
+            "family, allowed: one of the two"
+        )
+    if a.qk_layernorm:
+        return QWEN3
+    if a.add_qkv_bias:
+        return QWEN2
+    # transformers insists on whole heads of a Llama, though they have a size of their own.
+    if a.hidden_size % a.num_attention_heads and not a.add_bias_linear:
+        return MISTRAL
+    return LLAMA
+
+
+def refuse_inexpressible(a: Architecture) -> None:
+    """Refuse what no model of the Llama family has.
+
+    Raises:
+        ValueError: as it says.
+    """
+    wanted: tuple[tuple[str, object, object], ...] = (
+        ("normalization", a.normalization, "RMSNorm"),
+        ("layernorm_zero_centered_gamma", a.layernorm_zero_centered_gamma, False),
+        ("activation", a.activation, "silu"),
+        ("gated_linear_unit", a.gated_linear_unit, True),
+        ("softmax_scale", a.softmax_scale, None),
+        ("position_embedding_type", a.position_embedding_type, "rope"),
+        ("rotary_percent", a.rotary_percent, 1.0),
+        ("rotary_interleaved", a.rotary_interleaved, False),
+    )
+    for name, value, allowed in wanted:
+        if value != allowed:
+            raise ValueError(
+                f"{name} {value} cannot be expressed in Hugging Face's Llama family, allowed: "
+                f"{allowed}"
+            )

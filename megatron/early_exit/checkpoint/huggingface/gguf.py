@@ -1,0 +1,108 @@
+"""Models in a GGUF file, llama.cpp's format: read by transformers, which undoes their quantisation.
+
+All of a model is in memory then, as fp32.
+"""
+
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.early_exit.checkpoint.huggingface.families import FAMILIES
+from megatron.early_exit.checkpoint.huggingface.tokenizers import CONFIG_NAME, SPECIAL_TOKENS
+from megatron.early_exit.checkpoint.lazy import LazyTensor
+
+_READ = tuple(family.model_type for family in FAMILIES)
+
+
+class GgufModel:
+    """What a GGUF file holds, and a folder for its tokenizer that is there as long as this is.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        config: the config.json that it would have.
+        tokenizer_dir: the tokenizer in Hugging Face's format.
+
+    Raises:
+        ValueError: it is damaged, of another kind of model, or needs packages that are missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        context = _check(path)
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(path.parent), dtype=torch.float32, **source
+            )
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(path.parent), **source)
+        except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ValueError(f"{path} cannot be read by transformers: {error}") from error
+        self.config: dict[str, Any] = model.config.to_dict()
+        # It says how the file was quantised, which the weights in memory no longer are.
+        self.config.pop("quantization_config", None)
+        self.config["architectures"] = [type(model).__name__]
+        self.config["max_position_embeddings"] = context
+        self._tensors: Mapping[str, Tensor] = model.state_dict()
+        self.tokenizer_dir = Path(tempfile.mkdtemp(prefix="early_exit_gguf_"))
+        weakref.finalize(self, shutil.rmtree, self.tokenizer_dir, ignore_errors=True)
+        tokenizer.save_pretrained(str(self.tokenizer_dir))
+        kept = {name: self.config.get(name) for name in ("model_type", *SPECIAL_TOKENS)}
+        (self.tokenizer_dir / CONFIG_NAME).write_text(json.dumps(kept), encoding="utf-8")
+
+    def tensors(self) -> dict[str, LazyTensor]:
+        """The weights, each of which keeps all of this alive."""
+
+        def lazy(name: str, tensor: Tensor) -> LazyTensor:
+            return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: self._tensors[name])
+
+        return {name: lazy(name, tensor) for name, tensor in self._tensors.items()}
+
+
+def _check(path: Path) -> int:
+    """The longest sequence, of a file whose rotary embeddings transformers will not get wrong."""
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ValueError(f"{path}: reading GGUF needs the gguf package") from error
+    try:
+        reader: Any = GGUFReader(str(path))
+        fields = {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            # Its lists of tokens are long, and of no interest here.
+            if not name.startswith("tokenizer.")
+        }
+        names = [tensor.name for tensor in reader.tensors]
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"{path} is not a whole GGUF file: {error}") from error
+    kind = fields.get("general.architecture")
+    if kind not in _READ:
+        raise ValueError(f"{path}: architecture {kind} is not supported, allowed: {_join(_READ)}")
+    context: int = fields.get(f"{kind}.context_length", 0)
+    # transformers reads neither of these, and would compute another model without a word.
+    if "rope_freqs.weight" in names:
+        raise ValueError(f"{path}: scaled rotary frequencies (rope_freqs.weight) are not supported")
+    scaling = fields.get(f"{kind}.rope.scaling.type", "none")
+    if scaling != "none":
+        raise ValueError(f"{path}: rope.scaling.type {scaling} is not supported, allowed: none")
+    window = fields.get(f"{kind}.attention.sliding_window") or context
+    if window < context:
+        raise ValueError(
+            f"{path}: sliding_window {window} is not supported, allowed: context_length {context} "
+            "or more"
+        )
+    return context
+
+
+def _join(values: tuple[str, ...]) -> str:
+    return ", ".join(values)

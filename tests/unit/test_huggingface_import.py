@@ -1,0 +1,356 @@
+"""Models of Hugging Face's Llama family, imported: the engine computes what transformers does."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.checkpoint.description import read_description
+from megatron.early_exit.checkpoint.huggingface import import_hf
+from megatron.early_exit.checkpoint.location import locate
+from megatron.early_exit.checkpoint.reader import CheckpointReader
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from tests.helpers.huggingface_models import (
+    KINDS,
+    PROMPT,
+    change_config,
+    engine_logits,
+    make_twin,
+    save_tokenizer,
+    save_twin,
+    twin_logits,
+    twin_tokens,
+)
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_logits_and_same_greedy_tokens(tmp_path, kind):
+    twin = make_twin(kind)
+    conversion = import_hf(save_twin(twin, tmp_path / "hf"))
+    conversion.write(tmp_path / "ours")
+    assert conversion.description.tokenizer is None
+    reader = CheckpointReader(locate(tmp_path / "ours").iteration_dir)
+    architecture = read_description(tmp_path / "ours").architecture
+    assert Architecture.from_args(reader.common_state()["args"]) == architecture
+
+    engine = EarlyExitEngine.from_checkpoint(tmp_path / "ours", max_sequence_length=96)
+    # Long enough that the slow frequencies of rotary embeddings tell.
+    length = min(twin.config.max_position_embeddings, 800)
+    tokens = torch.randint(61, (length,), generator=torch.Generator().manual_seed(2)).tolist()
+    difference = engine_logits(engine, tokens) - twin_logits(twin, tokens)
+    assert difference.abs().max() < 2e-4
+    result = engine.generate([PROMPT], SamplingParams(max_tokens=64))[0]
+    assert result.token_ids == twin_tokens(twin, PROMPT, 64)
+
+
+def test_what_became_of_what(tmp_path):
+    conversion = import_hf(save_twin(make_twin("Qwen2"), tmp_path))
+    prefix = "model.layers.2.self_attn."
+    assert conversion.sources["decoder.layers.2.self_attention.linear_qkv.bias"] == tuple(
+        f"{prefix}{name}_proj.bias" for name in "qkv"
+    )
+    assert conversion.sources.keys() == conversion.weights.keys()
+
+
+def test_shards_and_the_older_form_of_a_config(tmp_path):
+    twin = make_twin("Llama 2", dtype="bfloat16", rope_parameters={"rope_theta": 5e5})
+    whole = import_hf(save_twin(twin, tmp_path / "whole"))
+    save_twin(
+        twin,
+        tmp_path / "shards",
+        max_shard_size="10KB",
+        rope_parameters=None,
+        rope_theta=5e5,
+        rope_scaling={"type": "linear", "factor": 4},
+        head_dim=None,
+        num_key_value_heads=None,
+        dtype=None,
+        torch_dtype="bfloat16",
+        tie_word_embeddings=None,
+    )
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    shards = import_hf(tmp_path / "shards")
+    found = shards.description.architecture
+    assert found.rotary_base == 5e5
+    assert found.rotary_seq_len_interpolation_factor == 4
+    assert found.params_dtype == "bfloat16"
+    assert found.kv_channels == 8
+    assert shards.weights.keys() == whole.weights.keys()
+    for name, tensor in shards.weights.items():
+        assert tensor.dtype is torch.bfloat16
+        assert torch.equal(tensor.read(), whole.weights[name].read())
+
+
+def test_a_dtype_that_is_not_told_is_that_of_the_weights(tmp_path):
+    twin = make_twin("Llama 2").to(torch.float16)
+    found = import_hf(save_twin(twin, tmp_path, dtype=None)).description.architecture
+    assert found.params_dtype == "float16"
+
+
+def test_only_the_wanted_tensors_are_read(tmp_path, monkeypatch):
+    import safetensors
+
+    folder = save_twin(make_twin("SmolLM2"), tmp_path)
+    read = []
+
+    class Watched:
+        def __init__(self, file):
+            self._file = file
+
+        def __enter__(self):
+            self._open = self._file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self._file.__exit__(*error)
+
+        def __getattr__(self, name):
+            if name == "get_tensor":
+                return lambda tensor: read.append(tensor) or self._open.get_tensor(tensor)
+            return getattr(self._open, name)
+
+    shards = "megatron.early_exit.checkpoint.huggingface.shards.safe_open"
+    monkeypatch.setattr(shards, lambda *args, **more: Watched(safetensors.safe_open(*args, **more)))
+    conversion = import_hf(folder)
+    assert read == []
+    conversion.weights["decoder.layers.1.mlp.linear_fc1.weight"].read()
+    mlp = "model.layers.1.mlp."
+    assert read == [f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"]
+
+
+def test_tokenizer(tmp_path):
+    folder = save_twin(make_twin("Llama 2"), tmp_path / "hf")
+    save_tokenizer(folder, 61)
+    import_hf(folder).write(tmp_path / "ours")
+    assert read_description(tmp_path / "ours").tokenizer.eod_id == 2
+    engine = EarlyExitEngine.from_checkpoint(tmp_path / "ours")
+    assert engine.eod_id == 2
+    assert engine.generate("w5 w17 w3", SamplingParams(max_tokens=3))[0].prompt_token_ids == [
+        5,
+        17,
+        3,
+    ]
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    # Of several ends the tokenizer's own counts.
+    assert import_hf(folder).description.tokenizer.eod_id is None
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7]}')
+    assert import_hf(folder).description.tokenizer.eod_id == 7
+
+
+def test_a_vocabulary_larger_than_the_tokenizers(tmp_path):
+    folder = save_twin(make_twin("Llama 2"), tmp_path / "hf")
+    save_tokenizer(folder, 50)
+    import_hf(folder).write(tmp_path / "ours")
+    assert read_description(tmp_path / "ours").architecture.vocab_size == 61
+    engine = EarlyExitEngine.from_checkpoint(tmp_path / "ours")
+    assert engine.tokenizer.vocab_size == 50
+    assert len(engine.generate("w5", SamplingParams(max_tokens=40, ignore_eos=True))) == 1
+
+
+def test_what_old_files_hold_besides(tmp_path):
+    twin = make_twin("SmolLM2")
+    folder = save_twin(twin, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    assert "output_layer.weight" not in import_hf(folder).weights
+    tensors["lm_head.weight"][3, 3] += 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+        import_hf(folder)
+
+
+CONFIGS = {
+    "another architecture": (
+        {"architectures": ["GPT2LMHeadModel"]},
+        "architecture GPT2LMHeadModel is not supported, allowed: LlamaForCausalLM, Mistral",
+    ),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, allowed: silu"),
+    "one kind of bias": ({"attention_bias": True}, "attention_bias True with mlp_bias False"),
+    "rope type": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+        "rope type 'yarn' is not supported, allowed: default, linear and llama3",
+    ),
+    "older rope type": (
+        {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "rope type 'dynamic' is not supported",
+    ),
+    "llama3 with other frequencies": (
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 2.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            }
+        },
+        "low_freq_factor 2.0 of the rope type llama3 is not supported, allowed: 1.0",
+    ),
+    "factor": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 0}},
+        "rope factor 0 is out of range, allowed: numbers above 0",
+    ),
+    "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+    "rope by layer": (
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+        "rope_parameters differ from layer to layer",
+    ),
+    "quantised": (
+        {"quantization_config": {"quant_method": "gptq"}},
+        "quantization_config gptq is not supported",
+    ),
+    "size": ({"hidden_size": "32"}, "hidden_size '32' is out of range, allowed: 1 or more"),
+    "no size": ({"num_hidden_layers": None}, "num_hidden_layers None is out of range"),
+    "dtype": ({"dtype": "float8"}, "params_dtype 'float8' is unknown, allowed: float32, bfloat16"),
+    "one layer less": (
+        {"num_hidden_layers": 2},
+        "tensor model.layers.2.input_layernorm.weight is no part of a model like the one in",
+    ),
+    "one layer more": (
+        {"num_hidden_layers": 4},
+        "tensor model.layers.3.input_layernorm.weight is missing",
+    ),
+    "another width": (
+        {"intermediate_size": 40},
+        r"mlp.gate_proj.weight has the shape \(48, 32\), config.json wants \(40, 32\)",
+    ),
+    "tied": ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_that_are_refused(tmp_path, llama_folder, name):
+    changed, message = CONFIGS[name]
+    folder = copy(llama_folder, tmp_path)
+    change_config(folder, **changed)
+    with pytest.raises(ValueError, match=f"^{folder}: .*{message}") as caught:
+        import_hf(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_windows_that_are_refused(tmp_path):
+    save_twin(make_twin("Mistral"), tmp_path, sliding_window=50)
+    with pytest.raises(ValueError, match="sliding_window 50 is not supported, allowed: null, or"):
+        import_hf(tmp_path)
+    save_twin(make_twin("Qwen2"), tmp_path, sliding_window=50, use_sliding_window=True)
+    change_config(tmp_path, layer_types=None)
+    with pytest.raises(ValueError, match="sliding_window 50 is not supported"):
+        import_hf(tmp_path)
+    change_config(tmp_path, use_sliding_window=False)
+    import_hf(tmp_path)
+
+
+def test_files_that_are_refused(tmp_path, llama_folder):
+    folder = copy(llama_folder, tmp_path)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+
+    def refused(message):
+        with pytest.raises(ValueError, match=message) as caught:
+            import_hf(folder)
+        assert "\n" not in str(caught.value)
+
+    weights.write_bytes(whole[:-5])
+    refused(f"^{weights}: is not a whole safetensors file")
+    weights.write_bytes(b"")
+    refused(f"^{weights}: is not a whole safetensors file")
+    tensors = load_file(llama_folder / "model.safetensors")
+    missing = dict(tensors)
+    del missing["model.norm.weight"]
+    save_file(missing, weights)
+    refused("tensor model.norm.weight is missing$")
+    save_file({**tensors, "model.layers.1.mlp.router.weight": torch.ones(2)}, weights)
+    refused("tensor model.layers.1.mlp.router.weight is no part of a model like")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    save_file({**tensors, name: tensors[name].to(torch.bfloat16)}, weights)
+    refused("q_proj.weight, .* differ in dtype, allowed: one for all$")
+    name = "model.layers.1.input_layernorm.weight"
+    save_file({**tensors, name: tensors[name].to(torch.bfloat16)}, weights)
+    refused("layers differ in the dtype of self_attention.linear_qkv.layer_norm_weight")
+    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, weights)
+    refused(f"tensor {name} has a dtype other than F32, BF16, F16")
+    weights.unlink()
+    refused(f"^{folder}: holds neither model.safetensors nor {INDEX}$")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    refused(r"\(it holds pytorch_model.bin, which is not read\)$")
+    (folder / "config.json").write_text("{")
+    refused(f"^{folder / 'config.json'} is not a JSON file")
+    (folder / "config.json").write_text("[]")
+    refused("holds a list, allowed: an object$")
+
+
+def test_shards_that_are_refused(tmp_path):
+    folder = save_twin(make_twin("Llama 2"), tmp_path, max_shard_size="20KB")
+    index = json.loads((folder / INDEX).read_text())
+    shard = index["weight_map"]["model.norm.weight"]
+
+    def refused(changed, message):
+        (folder / INDEX).write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=message):
+            import_hf(folder)
+
+    refused({"metadata": {}}, "has no weight_map$")
+    places = index["weight_map"]
+    refused({"weight_map": {**places, "x": "../x.safetensors"}}, "is not the name of a file")
+    refused({"weight_map": {**places, "x": shard}}, "has no tensor x, which the index wants$")
+    (folder / shard).unlink()
+    refused(index, f"^{folder / shard} is missing, and {INDEX} names it$")
+
+
+def test_sources_that_are_refused(tmp_path):
+    for source, message in (
+        (tmp_path, "holds no config.json and 0 files .*gguf, allowed: one of these$"),
+        (tmp_path / "no" / "such" / "place", "there is no such folder or file, and it is not a"),
+        ("nobody/such-a-model", "no such folder or file, and it cannot be had from the hub: "),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            import_hf(source)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model.bin is a file, allowed: a folder with config"):
+        import_hf(tmp_path / "model.bin")
+
+
+def test_gguf_files_that_are_refused(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+
+    def refused(message, kind="llama", tensors=("output_norm.weight",), **fields):
+        writer = gguf.GGUFWriter(path, kind)
+        writer.add_context_length(64)
+        for key, (add, value) in fields.items():
+            getattr(writer, add)(f"{kind}.{key.replace('_of_', '.')}", value)
+        for name in tensors:
+            writer.add_tensor(name, torch.ones(4).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(ValueError, match=message) as caught:
+            import_hf(tmp_path)
+        assert "\n" not in str(caught.value)
+
+    refused("architecture gpt2 is not supported, allowed: llama, mistral", kind="gpt2")
+    refused(r"scaled rotary frequencies \(rope_freqs.weight\)", tensors=("rope_freqs.weight",))
+    refused("scaling.type yarn is not", rope_of_scaling_of_type=("add_string", "yarn"))
+    refused("sliding_window 32 is not", attention_of_sliding_window=("add_uint32", 32))
+    path.write_bytes(b"GGUF, or not")
+    with pytest.raises(ValueError, match=r"model.gguf is not a whole GGUF file"):
+        import_hf(path)
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory):
+    return save_twin(make_twin("Llama 2"), tmp_path_factory.mktemp("llama"))
+
+
+def copy(folder, target):
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
