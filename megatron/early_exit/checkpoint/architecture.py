@@ -109,7 +109,8 @@ class Architecture:
         grouped = given("group_query_attention", False)
         activation, gated = _activation(args)
         return cls(
-            num_layers=given("num_layers"),
+            # A run that tunes exits builds the first layers only.
+            num_layers=given("full_num_layers", given("num_layers")),
             hidden_size=hidden_size,
             ffn_hidden_size=given("ffn_hidden_size", 4 * hidden_size),
             num_attention_heads=heads,

@@ -59,10 +59,13 @@ class EarlyExitGPTModel(GPTModel):
 
     exits: ExitHeads
     exit_tap: ExitTap | None
+    tunes_exits: bool
+    """Nothing but the exits is trained, or saved."""
 
     def add_exits(self, options: EarlyExitConfig) -> None:
         """Build the heads of the exits that belong to this chunk and attach them to its layers."""
         self.exit_tap = None
+        self.tunes_exits = False
         self.exits = ExitHeads(self.config, self.vocab_size, self.pg_collection)
         backbone: list[Any] = list(self.decoder.layers)
         layers: dict[int, TransformerLayer] = {one.layer_number: one for one in backbone}
@@ -78,6 +81,28 @@ class EarlyExitGPTModel(GPTModel):
             self._attach(options, position, layer)
         if self.exits.heads and not options.untie_exit_output_weights:
             self._tie_exits()
+
+    def tune_exits(self, freeze_projections: bool) -> None:
+        """Freeze everything but the weights that exits have for themselves.
+
+        Args:
+            freeze_projections: their output projections too.
+        """
+        self.tunes_exits = True
+        self.requires_grad_(False)
+        for head in self.exits.heads.values():
+            head.requires_grad_()
+            if freeze_projections:
+                head.projection.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "EarlyExitGPTModel":
+        """`torch.nn.Module.train`; a frozen backbone always computes what it does in inference."""
+        super().train(mode)
+        if self.tunes_exits:
+            for name, module in self.named_children():
+                if name != "exits":
+                    module.eval()
+        return self
 
     def _tie_exits(self) -> None:
         if self.pre_process:
@@ -126,11 +151,14 @@ class EarlyExitGPTModel(GPTModel):
 
         Returns:
             What GPTModel returns: hidden states [s, b, h] before the last stage; on it, logits
-            [b, s, v] without labels, losses of the final head [b, s] with them.
+            [b, s, v] without labels, losses of the final head [b, s] with them. Where exits are
+            tuned, the labels are theirs only: logits, or hidden states without a final head.
         """
         if labels is not None and self.exits.heads:
             targets = {"context": labels, "context_mask": loss_mask}
             extra_block_kwargs = {**(extra_block_kwargs or {}), **targets}
+        if self.tunes_exits:
+            labels = loss_mask = None
         kwargs |= {
             "labels": labels,
             "loss_mask": loss_mask,
@@ -144,8 +172,8 @@ class EarlyExitGPTModel(GPTModel):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """GPTModel's sharded state with `exits.*` beside it; a tied copy is saved as one more
-        replica of the word embedding."""
+        """GPTModel's sharded state with `exits.*` beside it, or, where exits are tuned, only that;
+        a tied copy is saved as one more replica of the word embedding."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         name = f"{prefix}exits.tied_copy"
@@ -155,6 +183,8 @@ class EarlyExitGPTModel(GPTModel):
             state[name] = self.exits.tied_sharded_tensor(
                 prefix + _WORD_EMBEDDING_KEY, copy_number, metadata
             )
+        if self.tunes_exits:
+            return {n: e for n, e in state.items() if e.key.startswith(f"{prefix}exits.")}
         return state
 
 
@@ -182,6 +212,12 @@ class EarlyExitGPTModelConfig(GPTModelConfig):
 
     builder: ClassVar[str] = "megatron.early_exit.model.gpt_model.EarlyExitGPTModelBuilder"
     early_exit: EarlyExitConfig = field(default_factory=EarlyExitConfig)
+    tunes_exits: bool = False
+    """Nothing but the exits is trained, or saved."""
+    freezes_projections: bool = False
+    """Not even their output projections are trained."""
+    has_final_head: bool = True
+    """The last stage ends with the final norm and the output layer."""
 
     def __post_init__(self) -> None:
         if connect_tied_weights not in self.pre_wrap_hooks:
@@ -205,6 +241,8 @@ class EarlyExitGPTModelBuilder(GPTModelBuilder):
         """Build one stage; arguments as in `GPTModelBuilder.build_model`."""
         config = cast(EarlyExitGPTModelConfig, self._model_config)
         check_backbone(config)
+        if not config.has_final_head:
+            post_process = False
         model: MegatronModule = super().build_model(
             pg_collection, pre_process, post_process, vp_stage
         )
@@ -213,6 +251,8 @@ class EarlyExitGPTModelBuilder(GPTModelBuilder):
         model.__class__ = EarlyExitGPTModel
         model = cast(EarlyExitGPTModel, model)
         model.add_exits(config.early_exit)
+        if config.tunes_exits:
+            model.tune_exits(config.freezes_projections)
         return model
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.training.tuning_options import TuningOptions
 
 
 class _GroupFactory(ArgumentGroupFactory):
@@ -26,6 +27,8 @@ def add_early_exit_arguments(parser: ArgumentParser) -> ArgumentParser:
         "Exits of the model. (Megatron's own --exit-interval, --exit-duration-in-mins and "
         "--exit-signal-handler are about ending the process.)"
     )
+    tuning = _GroupFactory(TuningOptions).build_group(parser, title="early exit (tuning)")
+    tuning.description = "EE-Tuning: exits for a model that there is already."
     loss = parser.add_argument_group(title="early exit (loss)")
     loss.add_argument(
         "--exit-loss-chunk-tokens",

@@ -30,6 +30,7 @@ from megatron.early_exit.training.resume import (
     read_saved_description,
 )
 from megatron.early_exit.training.stored_model import StoredModel, describe_exits
+from megatron.early_exit.training.tuning_options import TuningOptions, plan_depth
 
 _SHARED_DIRECTORY_TIMEOUT_S = 120.0
 _HEAD_START_S = 15.0
@@ -103,6 +104,9 @@ def parse_arguments(
         print_rank_0(f"exits of the checkpoint restored: {describe_exits(exits)}")
     if args.num_layers is not None:
         exits.validate(args.num_layers)
+        tuning = TuningOptions.from_attributes(args)
+        if tuning.tune_exit:
+            plan_depth(args, tuning, exits)
     check_machine(args)
     validate_args(args)
     check_tokenizer_arguments(args)
@@ -174,6 +178,7 @@ def _restore_from_checkpoint(args: Namespace, given: frozenset[str]) -> EarlyExi
     load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
     load_args_from_checkpoint(args)
     stored = StoredModel(path)
+    _restore_the_rest(args, stored.args, given)
     description = read_saved_description(path.parent)
     if given & {"tokenizer_type", "tokenizer_model"}:
         args.tokenizer_type, args.tokenizer_model = on_command_line
@@ -186,6 +191,15 @@ def _restore_from_checkpoint(args: Namespace, given: frozenset[str]) -> EarlyExi
     if args.vocab_size is None:
         args.vocab_size = getattr(stored.args, "vocab_size", None)
     return stored.exits
+
+
+def _restore_the_rest(args: Namespace, stored: object, given: frozenset[str]) -> None:
+    """What shapes a model too, and Megatron does not restore."""
+    for name in _NOT_RESTORED - given:
+        if hasattr(stored, name):
+            setattr(args, name, getattr(stored, name))
+    if getattr(stored, "full_num_layers", None) is not None:
+        args.num_layers = stored.full_num_layers  # type: ignore[attr-defined]
 
 
 def _find_on_every_rank(args: Namespace) -> Path | None:
@@ -228,3 +242,15 @@ def restore_exits(args: object, stored: EarlyExitConfig, given: frozenset[str]) 
 
 
 _PER_EXIT_FIELDS = ("exit_layer_weight", "exit_layer_weight_init", "exit_layer_temperature")
+_NOT_RESTORED = frozenset(
+    {
+        "norm_epsilon",
+        "layernorm_zero_centered_gamma",
+        "qk_layernorm",
+        "quick_geglu",
+        "rope_scaling_factor",
+        "rotary_seq_len_interpolation_factor",
+        "softmax_scale",
+        "use_rope_scaling",
+    }
+)

@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.model.exit_head import ExitHeads
 from megatron.early_exit.model.rng import derived_seed, dropout_rng
-from megatron.early_exit.training.head_loss import HeadLossOptions, head_loss
+from megatron.early_exit.training.head_loss import HeadLossOptions, Teacher, head_loss
 from megatron.early_exit.training.loss_weight import exit_loss_weights
 from megatron.early_exit.training.metrics import ExitMetrics
 
@@ -117,7 +117,7 @@ class ExitObjective:
         In evaluation the loss is computed at once and only measured. In a forward pass without
         gradients during training (the first one of activation recomputation) nothing happens.
         """
-        targets = _Targets.of(labels, loss_mask)
+        targets = Targets.of(labels, loss_mask)
         if not exits.training:
             self._run(exits, position, hidden, targets, layer_kwargs, self.validation_metrics)
             return hidden
@@ -127,7 +127,7 @@ class ExitObjective:
         def run(saved: Tensor) -> Tensor:
             leaf = saved.detach().requires_grad_()
             with torch.enable_grad():
-                self._run(exits, position, leaf, targets, layer_kwargs, self.training_metrics)
+                self.train_exit(exits, position, leaf, targets, layer_kwargs)
             assert leaf.grad is not None
             return leaf.grad
 
@@ -136,16 +136,30 @@ class ExitObjective:
         output: Tensor = _Deferred.apply(hidden, run)
         return output
 
+    def train_exit(
+        self,
+        exits: ExitHeads,
+        position: int,
+        hidden: Tensor,
+        targets: "Targets",
+        layer_kwargs: dict[str, Any],
+        teacher: Teacher | None = None,
+    ) -> None:
+        """Compute an exit's loss and backpropagate it, to the leaf `hidden` [s, b, h] where that
+        needs a gradient; see `head_loss` for `teacher`."""
+        self._run(exits, position, hidden, targets, layer_kwargs, self.training_metrics, teacher)
+
     def _run(
         self,
         exits: ExitHeads,
         position: int,
         hidden: Tensor,
-        targets: "_Targets",
+        targets: "Targets",
         layer_kwargs: dict[str, Any],
         metrics: ExitMetrics,
+        teacher: Teacher | None = None,
     ) -> None:
-        """Compute an exit's loss; with gradients enabled, backpropagate it to the leaf `hidden`."""
+        """Compute an exit's loss; with gradients enabled, backpropagate it."""
         options = HeadLossOptions(
             temperature=self.temperatures[position],
             confidence_weighted=self.config.use_dynamic_exit_layer_weight,
@@ -162,9 +176,11 @@ class ExitObjective:
             coefficients = None
             if torch.is_grad_enabled():
                 coefficients = targets.mask * self._coefficient(position, targets)
-            result, gradient = head_loss(flat, weight, targets.labels, options, coefficients)
+            result, gradient = head_loss(
+                flat, weight, targets.labels, options, coefficients, teacher
+            )
             metrics.add(position, result, targets.mask)
-            if gradient is not None:
+            if gradient is not None and flat.requires_grad:
                 torch.autograd.backward(flat, gradient)
 
         with self._random_numbers(exits, position):
@@ -180,7 +196,7 @@ class ExitObjective:
         tp_rank = torch.distributed.get_rank(exits.tp_group)
         return dropout_rng(seed, tp_rank, exits.config.sequence_parallel)
 
-    def _coefficient(self, position: int, targets: "_Targets") -> Tensor | float:
+    def _coefficient(self, position: int, targets: "Targets") -> Tensor | float:
         coefficient = self.weights[position] * self._loss_scale
         if self.normalization.per_token:
             return coefficient
@@ -188,14 +204,19 @@ class ExitObjective:
 
 
 @dataclass(frozen=True)
-class _Targets:
-    """What a microbatch's exits should predict, both [s * b], sequence first as hidden states."""
+class Targets:
+    """What a microbatch's exits should predict, both [s * b], sequence first as hidden states.
+
+    Attributes:
+        labels: the tokens.
+        mask: which of them count.
+    """
 
     labels: Tensor
     mask: Tensor
 
     @classmethod
-    def of(cls, labels: Tensor, loss_mask: Tensor | None) -> "_Targets":
+    def of(cls, labels: Tensor, loss_mask: Tensor | None) -> "Targets":
         """From [b, s]."""
         mask = torch.ones_like(labels) if loss_mask is None else loss_mask
         return cls(labels.t().reshape(-1), mask.t().reshape(-1).float())

@@ -63,12 +63,29 @@ class HeadLossOptions:
             yield slice(start, min(start + size, tokens))
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """Another head whose answers a head learns, beside the labels.
+
+    Attributes:
+        logits: [n, v], this rank's part of the vocabulary.
+        weight: part of the loss, 0 to 1, that is temperature^2 * KL(teacher || head), both
+            tempered; the rest is the cross entropy.
+        temperature: divisor of the logits of both.
+    """
+
+    logits: Tensor
+    weight: float
+    temperature: float
+
+
 def head_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     options: HeadLossOptions,
     coefficients: Tensor | None = None,
+    teacher: Teacher | None = None,
 ) -> tuple[HeadLoss, Tensor | None]:
     """Loss of the head `hidden @ weight.T` over a vocabulary divided by tensor parallelism.
 
@@ -81,6 +98,7 @@ def head_loss(
             computed. With them the gradient of `weight`, where it needs one, is accumulated (its
             backward hooks run once), and this rank's part of the gradient of `hidden` is returned
             (to be summed over the tensor-parallel group).
+        teacher: changes the gradients; what is returned stays the cross entropy.
 
     Returns:
         The per-token results, and the gradient [n, h] or None.
@@ -96,12 +114,18 @@ def head_loss(
     with torch.no_grad():
         for rows in slices:
             logits = torch.mm(hidden[rows], frozen_weight.t()).float()
+            divergence = None
+            if teacher is not None and coefficients is not None:
+                divergence = _divergence_gradient(logits, teacher, rows, options)
             part, exponentials, total = _chunk_loss(logits, labels[rows], options)
             parts.append(part)
             if coefficients is None or hidden_gradient is None:
                 continue
             scale = coefficients[rows] * part.weight / options.temperature
             gradient = _logits_gradient(exponentials, total, labels[rows], scale, options)
+            if teacher is not None and divergence is not None:
+                divergence *= (coefficients[rows] * part.weight * teacher.weight).unsqueeze(1)
+                gradient = gradient.mul_(1 - teacher.weight).add_(divergence)
             gradient = gradient.to(hidden.dtype)
             torch.mm(gradient, frozen_weight, out=hidden_gradient[rows])
             if weight_gradient is not None:
@@ -170,6 +194,29 @@ def _logits_gradient(
     exponentials *= (scale / total).unsqueeze(1)
     index, owned = _local_labels(labels, exponentials.shape[1], options)
     return exponentials.scatter_add_(1, index, -(scale * owned).unsqueeze(1))
+
+
+def _divergence_gradient(
+    logits: Tensor, teacher: Teacher, rows: slice, options: HeadLossOptions
+) -> Tensor:
+    """d(temperature^2 * KL) / d(logits) of a chunk, [c, v]."""
+    own = _softmax(logits / teacher.temperature, options)
+    theirs = _softmax(teacher.logits[rows].float() / teacher.temperature, options)
+    return own.sub_(theirs).mul_(teacher.temperature)
+
+
+def _softmax(logits: Tensor, options: HeadLossOptions) -> Tensor:
+    """Probabilities over the whole vocabulary, in the memory of `logits`."""
+    largest = logits.amax(dim=-1, keepdim=True)
+    if _is_parallel(options):
+        torch.distributed.all_reduce(
+            largest, op=torch.distributed.ReduceOp.MAX, group=options.tp_group
+        )
+    exponentials = logits.sub_(largest).exp_()
+    total = exponentials.sum(dim=-1, keepdim=True)
+    if _is_parallel(options):
+        torch.distributed.all_reduce(total, group=options.tp_group)
+    return exponentials.div_(total)
 
 
 class _WeightGradient:

@@ -1,5 +1,6 @@
 """What must hold when Megatron has loaded a checkpoint and before the first step."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from megatron.early_exit.model.exit_head import ExitHead
 from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
 
 _EXTRA_STATE = "_extra_state"
+_OF_EXIT = re.compile(r"exits\.\d+\.")
 
 
 class CheckpointError(ValueError):
@@ -57,7 +59,7 @@ def load_all_but(chunks: list[EarlyExitGPTModel], fresh_exits: tuple[int, ...]) 
         heads = [head for position, head in chunk.exits.heads.items() if position in fresh_exits]
         for head in heads:
             head.__dict__["sharded_state_dict"] = _nothing
-        loaded = _Loaded(heads, fresh_exits)
+        loaded = _Loaded(heads, fresh_exits, exits_only=chunk.tunes_exits)
         chunk.register_load_state_dict_post_hook(loaded)  # type: ignore[no-untyped-call]
 
 
@@ -68,8 +70,11 @@ def _nothing(*_: Any, **__: Any) -> dict[str, Any]:
 class _Loaded:
     """Looks at what was not loaded, and lets the heads be saved again."""
 
-    def __init__(self, heads: list[ExitHead], fresh_exits: tuple[int, ...]) -> None:
+    def __init__(
+        self, heads: list[ExitHead], fresh_exits: tuple[int, ...], exits_only: bool
+    ) -> None:
         self.heads = heads
+        self.exits_only = exits_only
         self.may_lack = tuple(f"exits.{position}." for position in fresh_exits)
 
     def __call__(self, _: torch.nn.Module, keys: Any) -> None:
@@ -77,6 +82,8 @@ class _Loaded:
             head.__dict__.pop("sharded_state_dict", None)
         missing = [name for name in keys.missing_keys if not name.endswith(_EXTRA_STATE)]
         unknown = [name for name in missing if not name.startswith(self.may_lack)]
+        if self.exits_only:
+            unknown = [name for name in unknown if _OF_EXIT.match(name)]
         if unknown:
             raise CheckpointError(
                 f"the checkpoint lacks {unknown[0]} and {len(unknown) - 1} more tensors that the "

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron.early_exit.checkpoint.base import BaseReference
 from megatron.early_exit.checkpoint.description import ModelDescription
 from megatron.early_exit.checkpoint.location import DESCRIPTION_NAME, TRACKER_NAME
 from megatron.early_exit.config import EarlyExitConfig
@@ -41,11 +42,16 @@ class Start:
     """Exits that are not in the checkpoint."""
     ckpt_step: int | None = None
     """Names the checkpoint to Megatron where the text file does not."""
+    base: BaseReference | None = None
+    """The model whose exits are tuned, which is not what Megatron loads."""
     notes: tuple[str, ...] = ()
     """Lines for the user."""
 
     def apply_to(self, args: Any) -> None:
         """Tell Megatron, through its own options."""
+        if self.base is not None:
+            args.pretrained_checkpoint = None
+            args.load = args.load if self.checkpoint is not None else None
         if self.ckpt_step is not None:
             args.ckpt_step = self.ckpt_step
         if self.weights_only:
@@ -161,13 +167,19 @@ def decide(args: Any, exits: EarlyExitConfig, vocab_size: int) -> Start:
     source = find_checkpoint(args)
     start = Start()
     if source is not None:
-        start = _from_checkpoint(source, args, exits, vocab_size)
-    if args.save is not None and not args.skip_train:
-        _check_save_directory(args, exits, start)
+        saved = read_saved_description(source.directory)
+        if saved is not None and saved.base is not None:
+            raise ValueError(
+                f"checkpoint {source.directory}: holds exits only: give --tune-exit to go on "
+                "tuning them, or join them with their base (tools/checkpoint.py merge-exits)"
+            )
+        start = start_from(source, args, exits, vocab_size)
+    check_save_directory(args, exits, start)
     return start
 
 
-def _from_checkpoint(source: Source, args: Any, exits: EarlyExitConfig, vocab_size: int) -> Start:
+def start_from(source: Source, args: Any, exits: EarlyExitConfig, vocab_size: int) -> Start:
+    """The start that a checkpoint gives; see `decide`."""
     found = source.checkpoint
     stored = StoredModel(found.path)
     stored.check_backbone(args, vocab_size)
@@ -224,8 +236,14 @@ def _check_optimizer_layout(stored: StoredModel, args: Any) -> None:
         )
 
 
-def _check_save_directory(args: Any, exits: EarlyExitConfig, start: Start) -> None:
-    """Refuse to write into a directory whose checkpoints this run does not continue."""
+def check_save_directory(args: Any, exits: EarlyExitConfig, start: Start) -> None:
+    """Refuse to write into a directory whose checkpoints this run does not continue.
+
+    Raises:
+        ValueError: it would.
+    """
+    if args.save is None or args.skip_train:
+        return
     save = CheckpointDirectory(args.save, args.verify_integrity)
     if not save.has_progress():
         return

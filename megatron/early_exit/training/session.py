@@ -4,9 +4,11 @@ This is where Megatron's arguments are read, once, into the objects that the res
 """
 
 from argparse import Namespace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -14,11 +16,14 @@ from megatron.training import get_tensorboard_writer, pretrain, print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from torch import Tensor
 
+from megatron.early_exit.checkpoint.base import BaseReference
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
+from megatron.early_exit.checkpoint.exits import RandomInit
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.model.gpt_model import EarlyExitGPTModelConfig, check_backbone
 from megatron.early_exit.model.layer_specs import gpt_layer_spec
 from megatron.early_exit.model.tied_weights import finalize_gradients
+from megatron.early_exit.training.base_model import fill, starting_weights
 from megatron.early_exit.training.checks import check_arguments, check_data
 from megatron.early_exit.training.data import BatchReader, dataset_provider
 from megatron.early_exit.training.event_log import ProgressOnDisk
@@ -28,6 +33,7 @@ from megatron.early_exit.training.index_cache import (
     remove_unfinished_indices,
 )
 from megatron.early_exit.training.loading import (
+    CheckpointError,
     LoadedRandomState,
     checkpoint_errors,
     load_all_but,
@@ -41,6 +47,10 @@ from megatron.early_exit.training.step import (
     LossFunction,
     rejected_results,
 )
+from megatron.early_exit.training.tuning import DistillingObjective, LocalObjective, TuningStep
+from megatron.early_exit.training.tuning_options import TuningOptions, learning_rates
+from megatron.early_exit.training.tuning_schedule import exit_learning_rates, forward_only_training
+from megatron.early_exit.training.tuning_start import decide_tuning
 
 
 class Session:
@@ -57,16 +67,9 @@ class Session:
     def __init__(self, args: Namespace, tokenizer: Any) -> None:
         self.args = args
         self.exits = EarlyExitConfig.from_attributes(args)
+        self.tuning = TuningOptions.from_attributes(args)
         check_arguments(args, self.exits)
-        self.objective = ExitObjective(
-            self.exits,
-            LossNormalization(
-                per_token=args.calculate_per_token_loss,
-                context_parallel_size=args.context_parallel_size,
-            ),
-            args.exit_loss_chunk_tokens,
-            args.seed,
-        )
+        self.objective = self._objective()
         self.model_config = self._model_config()
         intervals = (args.save_interval, args.non_persistent_save_interval)
         self.progress = ProgressOnDisk(
@@ -80,6 +83,17 @@ class Session:
         self._random_state = LoadedRandomState()
         self._start = self._prepare_files(tokenizer) if args.rank == 0 else None
 
+    def _objective(self) -> ExitObjective:
+        args = self.args
+        normalization = LossNormalization(
+            per_token=args.calculate_per_token_loss,
+            context_parallel_size=args.context_parallel_size,
+        )
+        common = (self.exits, normalization, args.exit_loss_chunk_tokens, args.seed)
+        if self.tuning.distills:
+            return DistillingObjective(self.tuning, *common)
+        return LocalObjective(*common) if self.tuning.tune_exit else ExitObjective(*common)
+
     def _model_config(self) -> EarlyExitGPTModelConfig:
         config = gpt_config_from_args(self.args, model_config_cls=EarlyExitGPTModelConfig)
         assert isinstance(config, EarlyExitGPTModelConfig)
@@ -90,6 +104,13 @@ class Session:
             self.objective.set_loss_scale
         )
         config.transformer.finalize_model_grads_func = finalize_gradients
+        if self.tuning.tune_exit:
+            config.tunes_exits = True
+            config.freezes_projections = self.tuning.freeze_exit_output_weights
+            config.has_final_head = self.tuning.distills
+            config.share_embeddings_and_output_weights &= config.has_final_head
+            # What is tied is frozen.
+            config.transformer.finalize_model_grads_func = finalize_model_grads
         config.pre_wrap_hooks = [*config.pre_wrap_hooks, self._before_loading]
         check_backbone(config)
         return config
@@ -99,7 +120,9 @@ class Session:
         args = self.args
         check_data(args)
         start = Start()
-        if handles(args):
+        if self.tuning.tune_exit:
+            start = decide_tuning(args, self.tuning, self.exits, tokenizer.vocab_size)
+        elif handles(args):
             start = decide(args, self.exits, tokenizer.vocab_size)
         for line in start.notes:
             print_rank_0(line)
@@ -109,7 +132,7 @@ class Session:
             args, self.exits, tokenizer.vocab_size, getattr(tokenizer, "eod", None)
         )
         if args.save is not None and not args.skip_train:
-            write_description(args.save, description)
+            write_description(args.save, replace(description, base=start.base))
         return start
 
     def _before_loading(self, chunks: list[Any]) -> list[Any]:
@@ -121,8 +144,22 @@ class Session:
                 print_rank_0(line)
         self._start = share(self._start)
         self._start.apply_to(self.args)
-        load_all_but(chunks, self._start.fresh_exits)
+        if self._start.base is not None:
+            self._fill(chunks, self._start.base)
+        if self._start.base is None or self._start.checkpoint is not None:
+            load_all_but(chunks, self._start.fresh_exits)
         return chunks
+
+    def _fill(self, chunks: list[Any], base: BaseReference) -> None:
+        random_init = None
+        if self.tuning.random_init:
+            random_init = RandomInit(self.args.seed, self.args.init_method_std)
+        try:
+            weights = starting_weights(base, self.exits, random_init)
+            for chunk in chunks:
+                fill(chunk, weights)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
 
     def run(self) -> None:
         """Train.
@@ -131,6 +168,9 @@ class Session:
             CheckpointError: a checkpoint turned out not to be loadable, or cannot be written.
         """
         log_exits(self.objective, self.progress)
+        if self.tuning.tune_exit:
+            forward_only_training(self.objective, self._count_tokens)
+            exit_learning_rates(learning_rates(self.tuning, self.exits))
         if self.args.use_distributed_optimizer and self.args.dist_ckpt_optim_fully_reshardable:
             repair_fully_reshardable_format()
 
@@ -151,7 +191,7 @@ class Session:
         self.progress.flush()
 
     @cached_property
-    def _step(self) -> ForwardStep:
+    def _step(self) -> ForwardStep | TuningStep:
         args = self.args
         self._random_state.restore()
         # Known by now with --train-samples too.
@@ -162,6 +202,8 @@ class Session:
             eval_micro_batch_size=args.eval_micro_batch_size,
             seq_length=args.seq_length,
         )
+        if self.tuning.tune_exit:
+            return TuningStep(reader, self.objective, lambda: args.curr_iteration)
         checks = LossChecks(
             finite=args.check_for_nan_in_loss_and_grad, spikes=args.check_for_spiky_loss
         )
@@ -170,3 +212,7 @@ class Session:
     def forward_step(self, data: Any, model: Any) -> tuple[Tensor, LossFunction]:
         """For Megatron's schedules; the process groups exist by the time it is called."""
         return self._step(data, model)
+
+    def _count_tokens(self) -> Tensor:
+        assert isinstance(self._step, TuningStep)
+        return self._step.count_tokens()

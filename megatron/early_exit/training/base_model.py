@@ -1,0 +1,125 @@
+"""The model that exits are tuned on: read from its checkpoint into this rank's part of it.
+
+Megatron loads checkpoints of the model that it saves. In EE-Tuning those are two: what is saved are
+the exits, and what is built of the base ends with the last of them.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.early_exit.checkpoint.base import BaseReference, is_of_exit
+from megatron.early_exit.checkpoint.exits import RandomInit, add_exits, strip_exits
+from megatron.early_exit.checkpoint.lazy import LazyWeights
+from megatron.early_exit.checkpoint.location import locate
+from megatron.early_exit.checkpoint.source import open_checkpoint
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
+
+_LAYERS = "decoder.layers."
+_EXITS = "exits."
+_BLOCK = "block."
+_TIED_COPY = "exits.tied_copy"
+_WORD_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def describe_base(path: Path) -> BaseReference:
+    """Name a checkpoint as the base of exits; reads all of its backbone.
+
+    Raises:
+        ValueError: it cannot be read, or is of a kind that is not known.
+    """
+    location = locate(path)
+    return BaseReference.of(location, open_checkpoint(path).weights)
+
+
+def starting_weights(
+    base: BaseReference, exits: EarlyExitConfig, random_init: RandomInit | None
+) -> LazyWeights:
+    """What tuning starts from: the base, its exits where it has them, and new ones where not.
+
+    Args:
+        base: the checkpoint; what is read of its backbone is compared with the hashes.
+        exits: those of the run; where the base has one of them, it has the same head.
+        random_init: see `add_exits`.
+
+    Raises:
+        ValueError: the base cannot be read.
+    """
+    source = open_checkpoint(base.path)
+    plain = strip_exits(source) if source.description.early_exit.exits else source
+    started = add_exits(plain, exits, random_init).weights
+    own = {n: t for n, t in source.weights.items() if is_of_exit(n) and n in started}
+    return base.checked({**started, **own})
+
+
+def fill(chunk: EarlyExitGPTModel, weights: LazyWeights) -> None:
+    """Read every weight of a part of a model.
+
+    Args:
+        chunk: the part; of weights that tensor parallelism divides it takes this rank's.
+        weights: of the whole model.
+
+    Raises:
+        ValueError: one is missing, cannot be read, or has another shape.
+    """
+    tp_group = chunk.pg_collection.tp
+    rank, size = torch.distributed.get_rank(tp_group), torch.distributed.get_world_size(tp_group)
+    for name, parameter in _named_weights(chunk):
+        if name not in weights:
+            raise ValueError(f"the base has no tensor {name}, which the flags of this run ask for")
+        whole = weights[name].read()
+        part = _part(whole, parameter, rank, size)
+        if part.shape != parameter.shape:
+            raise ValueError(
+                f"{name} has the shape {tuple(whole.shape)} in the base, and the flags of this "
+                f"run want {tuple(parameter.shape)} of it on each of {size} ranks"
+            )
+        with torch.no_grad():
+            parameter.copy_(part)
+
+
+def _part(whole: Tensor, parameter: Any, rank: int, size: int) -> Tensor:
+    """This rank's part; a vocabulary may have rows of padding behind it, which are zero."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return whole
+    dim, stride = parameter.partition_dim, parameter.partition_stride
+    length = parameter.shape[dim] * size
+    if getattr(parameter, "is_embedding_or_output_parameter", False) or stride == 1:
+        missing = length - whole.shape[dim]
+        if dim == 0 and missing > 0 and whole.dim() == 2:
+            whole = torch.cat((whole, whole.new_zeros(missing, whole.shape[1])))
+    if whole.shape[dim] != length:
+        return whole
+    blocks = whole.unflatten(dim, (stride, size, -1))
+    return blocks.select(dim + 1, rank).flatten(dim, dim + 1)
+
+
+def _named_weights(chunk: EarlyExitGPTModel) -> Iterator[tuple[str, Tensor]]:
+    """The chunk's parameters by the names of `weight_shapes`."""
+    for name, parameter in chunk.named_parameters():
+        if name == _TIED_COPY:
+            yield _WORD_EMBEDDING, parameter
+        elif name.startswith(_LAYERS):
+            number, _, rest = name.removeprefix(_LAYERS).partition(".")
+            layer: Any = chunk.decoder.layers[int(number)]
+            keys = layer.submodules_config.sharded_state_dict_keys_map
+            yield f"{_LAYERS}{layer.layer_number - 1}.{_renamed(rest, keys)}", parameter
+        elif name.startswith(_EXITS):
+            position, _, rest = name.removeprefix(_EXITS).partition(".")
+            keys = chunk.exits.heads[int(position)].key_map
+            block = _BLOCK if rest.startswith(_BLOCK) else ""
+            own = _renamed(rest.removeprefix(block), keys)
+            yield f"{_EXITS}{position}.{block}{own}", parameter
+        else:
+            yield name, parameter
+
+
+def _renamed(name: str, keys: dict[str, str]) -> str:
+    for old, new in keys.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name

@@ -1,0 +1,191 @@
+"""EE-Tuning's flags (arXiv 2402.00518), and how deep a model they need."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+from megatron.early_exit.config import EarlyExitConfig
+
+_NEED_TUNING = (
+    "tune_exit_pipeline_parallel_size",
+    "freeze_exit_output_weights",
+    "random_init",
+    "exit_layer_lr",
+    "exit_distillation_weight",
+)
+
+_REFUSED: dict[str, tuple[object, str]] = {
+    "num_layers_per_virtual_pipeline_stage": (None, "a forward pass has no use for chunks"),
+    "num_virtual_stages_per_pipeline_rank": (None, "a forward pass has no use for chunks"),
+    "pipeline_model_parallel_layout": (None, "layers are divided evenly"),
+    "decoder_first_pipeline_num_layers": (None, "layers are divided evenly"),
+    "decoder_last_pipeline_num_layers": (None, "layers are divided evenly"),
+    "num_experts": (None, "only dense models are tuned"),
+    "mtp_num_layers": (None, "a frozen backbone predicts nothing"),
+    "overlap_grad_reduce": (False, "exits have few gradients"),
+    "overlap_param_gather": (False, "exits have few weights"),
+    "recompute_granularity": (None, "nothing of the backbone is kept for a backward pass"),
+}
+"""Megatron's flags that have no place in EE-Tuning: the one value that has, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningOptions:
+    """What is tuned, and towards what.
+
+    Raises:
+        ValueError: a field is outside its range; the message names the flag, the value and the
+            range.
+    """
+
+    tune_exit: bool = False
+    """Train the exits and nothing else, on the frozen model of --load or --pretrained-checkpoint
+    (EE-Tuning, arXiv 2402.00518). What is saved are the exits; layers behind the last exit are
+    neither built nor run."""
+
+    tune_exit_pipeline_parallel_size: int | None = None
+    """Build and run only this many of the first pipeline stages that
+    --pipeline-model-parallel-size divides the model into (default: all, of the layers up to the
+    last exit)."""
+
+    freeze_exit_output_weights: bool = False
+    """Leave output projections of exits as they are loaded, with --untie-exit-output-weights."""
+
+    random_init: bool = False
+    """Start exits that the model does not have with random weights; the default is copies of its
+    own modules."""
+
+    exit_layer_lr: tuple[float, ...] = field(
+        default=(), metadata={"argparse_meta": {"type": float, "nargs": "+", "default": []}}
+    )
+    """Largest learning rate of each exit, in the order of --exit-layer-nums (default: --lr);
+    --min-lr is scaled alike."""
+
+    exit_distillation_weight: float = 0.0
+    """Part of each exit's loss that is the divergence from the model's own final head,
+    KL(final || exit); the rest is the plain loss. The whole model is run then."""
+
+    exit_distillation_temperature: float = 1.0
+    """Divisor of the logits of both heads in that divergence, which is multiplied by its square."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exit_layer_lr", tuple(self.exit_layer_lr or ()))
+        if not self.tune_exit:
+            for name in _NEED_TUNING:
+                if getattr(self, name):
+                    raise ValueError(f"{_flag(name)} has no effect without --tune-exit")
+        weight, temperature = self.exit_distillation_weight, self.exit_distillation_temperature
+        if not 0 <= weight <= 1:
+            raise ValueError(
+                f"--exit-distillation-weight {weight} is out of range, allowed: 0 to 1"
+            )
+        if not 0 < temperature < float("inf"):
+            raise ValueError(
+                f"--exit-distillation-temperature {temperature} is out of range, allowed: above 0"
+            )
+        if temperature != 1 and not weight:
+            raise ValueError(
+                f"--exit-distillation-temperature {temperature} has no effect without "
+                "--exit-distillation-weight"
+            )
+
+    @classmethod
+    def from_attributes(cls, source: object) -> "TuningOptions":
+        """Read the fields from the attributes of parsed arguments; absent ones keep defaults."""
+        names = (f.name for f in fields(cls))
+        return cls(**{n: getattr(source, n) for n in names if getattr(source, n, None) is not None})
+
+    @property
+    def distills(self) -> bool:
+        """Whether exits learn from the final head."""
+        return self.exit_distillation_weight > 0
+
+
+def plan_depth(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) -> None:
+    """Set the arguments that Megatron builds a model from to the part that tuning needs.
+
+    Layers, `num_layers`, up to the last exit, as a multiple of the stages; what the model has in
+    all is kept in `full_num_layers`.
+
+    Raises:
+        ValueError: the flags do not go together.
+    """
+    full, stages = args.num_layers, args.pipeline_model_parallel_size
+    _check(args, options, exits)
+    args.full_num_layers = full
+    wanted = options.tune_exit_pipeline_parallel_size
+    if wanted is not None:
+        if not 1 <= wanted <= stages or full % stages:
+            raise ValueError(
+                f"--tune-exit-pipeline-parallel-size {wanted} is out of range, allowed: 1 to "
+                f"--pipeline-model-parallel-size {stages}, which has to divide --num-layers {full}"
+            )
+        depth = full // stages * wanted
+        if exits.positions[-1] > depth:
+            raise ValueError(
+                f"--tune-exit-pipeline-parallel-size {wanted} is out of range: the first {wanted} "
+                f"of {stages} stages have {depth} layers, and there is an exit after layer "
+                f"{exits.positions[-1]}"
+            )
+        args.pipeline_model_parallel_size = stages = wanted
+    elif options.distills:
+        depth = full
+    else:
+        depth = min(-(-exits.positions[-1] // stages) * stages, full)
+    if options.distills and (depth < full or stages > 1):
+        raise ValueError(
+            f"--exit-distillation-weight {options.exit_distillation_weight} needs the whole model "
+            "in each process, allowed: --pipeline-model-parallel-size 1 without "
+            "--tune-exit-pipeline-parallel-size (--tensor-model-parallel-size may be any)"
+        )
+    args.num_layers = depth
+
+
+def _check(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) -> None:
+    if not exits.positions:
+        raise ValueError("--tune-exit needs exits: give --exit-layer-nums")
+    if exits.pre_exit:
+        raise ValueError(
+            "--pre-exit cannot be combined with --tune-exit: each exit is run where its layer ends"
+        )
+    has_modules = exits.use_exit_norm or exits.use_exit_mlp or exits.use_exit_block
+    projections = exits.untie_exit_output_weights and not options.freeze_exit_output_weights
+    if options.freeze_exit_output_weights and not exits.untie_exit_output_weights:
+        raise ValueError(
+            "--freeze-exit-output-weights has no effect without --untie-exit-output-weights: tied "
+            "projections are the model's own and never tuned"
+        )
+    if not has_modules and not projections:
+        raise ValueError(
+            "--tune-exit has nothing to tune: give exits weights of their own with "
+            "--use-exit-norm, --use-exit-mlp, --use-exit-block or --untie-exit-output-weights"
+        )
+    rates = options.exit_layer_lr
+    if rates and len(rates) != len(exits.exit_layer_nums):
+        raise ValueError(
+            f"--exit-layer-lr {_join(rates)} has {len(rates)} values, allowed: one for each of "
+            f"the {len(exits.exit_layer_nums)} layers of --exit-layer-nums"
+        )
+    for rate in rates:
+        if not 0 < rate < float("inf"):
+            raise ValueError(f"--exit-layer-lr {rate} is out of range, allowed: above 0")
+    for name, (served, reason) in _REFUSED.items():
+        value = getattr(args, name, served)
+        if value != served:
+            shown = "" if value is True else f" {value}"
+            raise ValueError(f"{_flag(name)}{shown} cannot be combined with --tune-exit: {reason}")
+
+
+def learning_rates(options: TuningOptions, exits: EarlyExitConfig) -> dict[int, float]:
+    """The largest learning rate of each exit that has one of its own, by position."""
+    if not options.exit_layer_lr:
+        return {}
+    return dict(zip(exits.exit_layer_nums, options.exit_layer_lr, strict=True))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _join(values: Sequence[object]) -> str:
+    return " ".join(map(str, values))
