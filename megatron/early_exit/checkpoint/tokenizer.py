@@ -110,7 +110,9 @@ class _SentencePieceTokenizer:
         return list(self._processor.encode(text))
 
     def decode(self, token_ids: list[int]) -> str:
-        return str(self._processor.decode(token_ids))
+        # Megatron may have given a model more tokens than its SentencePiece file has pieces.
+        pieces = [token for token in token_ids if token < self.vocab_size]
+        return str(self._processor.decode(pieces))
 
 
 class _HuggingFaceTokenizer:

@@ -1,0 +1,144 @@
+"""EE-LLM's arguments, as what this package knows of a model."""
+
+from argparse import Namespace
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from megatron.early_exit.checkpoint.architecture import Architecture, UnsupportedArchitecture
+from megatron.early_exit.checkpoint.tokenizer import (
+    SENTENCEPIECE_TYPES,
+    TokenizerDescription,
+    load_tokenizer,
+)
+from megatron.early_exit.config import EarlyExitConfig
+
+_NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size", "params_dtype")
+_REFUSED = {
+    "use_mcore_models": "--use-mcore-models",
+    "retro_add_retriever": "--retro-add-retriever",
+    "num_experts": "--num-experts",
+    "virtual_pipeline_model_parallel_size": "--num-layers-per-virtual-pipeline-stage",
+    "pipeline_model_parallel_split_rank": "--pipeline-model-parallel-split-rank",
+}
+"""Arguments under which EE-LLM saves other tensors, and their flags."""
+
+
+def architecture_of(args: Namespace, vocab_size: int) -> Architecture:
+    """The backbone.
+
+    Args:
+        args: EE-LLM's.
+        vocab_size: tokens that exist.
+
+    Raises:
+        ValueError: an argument is missing, or asks for a kind of model that cannot be imported.
+    """
+    missing = next((name for name in _NEEDED if getattr(args, name, None) is None), None)
+    if missing is not None:
+        raise ValueError(f"the checkpoint's args do not say {missing}")
+    for name, flag in _REFUSED.items():
+        if getattr(args, name, None):
+            raise UnsupportedArchitecture(f"{flag}: such a checkpoint cannot be imported")
+    if getattr(args, "transformer_impl", "local") != "local":
+        raise UnsupportedArchitecture(
+            f"--transformer-impl {args.transformer_impl}: such a checkpoint cannot be imported, "
+            "allowed: local"
+        )
+    known: dict[str, Any] = {"normalization": "LayerNorm", "add_bias_linear": True, **vars(args)}
+    known["layernorm_zero_centered_gamma"] = getattr(args, "apply_layernorm_1p", False)
+    if getattr(args, "onnx_safe", False):
+        known["bias_gelu_fusion"] = False
+    architecture = Architecture.from_args(Namespace(**known), vocab_size)
+    if getattr(args, "openai_gelu", False):
+        return replace(architecture, activation="gelu_tanh", gated_linear_unit=False)
+    return architecture
+
+
+def exits_of(args: Namespace) -> EarlyExitConfig:
+    """The exits.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    numbers = tuple(getattr(args, "exit_layer_nums", None) or ())
+    if not numbers:
+        return EarlyExitConfig()
+    names = [f.name for f in fields(EarlyExitConfig)]
+    given = {n: getattr(args, n) for n in names if getattr(args, n, None) is not None}
+    if not given.get("exit_layer_weight_warmup_iters"):
+        # EE-LLM takes values that have no effect, and saves them.
+        given.pop("exit_layer_weight_init", None)
+        given.pop("exit_layer_weight_warmup_style", None)
+    for name in ("exit_layer_weight", "exit_layer_weight_init", "exit_layer_temperature"):
+        # Its own tool adds exits without values for their losses.
+        if len(given.get(name, ())) != len(numbers):
+            given.pop(name, None)
+    return EarlyExitConfig(**given)
+
+
+def tokenizer_of(
+    args: Namespace, model: str | Path | None, kind: str | None
+) -> tuple[TokenizerDescription, int]:
+    """The tokenizer, and how many tokens the model was trained with.
+
+    Args:
+        args: EE-LLM's.
+        model: the tokenizer's file or folder, `--tokenizer-model`; None is the one in `args`.
+        kind: `--tokenizer-type`; None is the one in `args`.
+
+    Raises:
+        ValueError: it cannot be loaded, or is not the one that the model was trained with.
+    """
+    kind = kind or getattr(args, "tokenizer_type", None)
+    model = model or getattr(args, "tokenizer_model", None)
+    if kind is None:
+        raise ValueError("the checkpoint's args name no tokenizer: give --tokenizer-type")
+    if model is None or not Path(model).exists():
+        raise ValueError(
+            f"the checkpoint's tokenizer {model} is not there: give its file with --tokenizer-model"
+        )
+    path = str(Path(model).resolve())
+    tokenizer = load_tokenizer(TokenizerDescription(kind, path), Path())
+    if tokenizer is None:
+        raise ValueError(
+            f"--tokenizer-type {kind} is not supported, allowed: HuggingFaceTokenizer, "
+            f"{', '.join(SENTENCEPIECE_TYPES)}"
+        )
+    vocab_size, eod_id = tokenizer.vocab_size, tokenizer.eod_id
+    if kind == "SentencePieceTokenizer":
+        vocab_size, eod_id = _with_special_tokens(path, getattr(args, "vocab_extra_ids", 0) or 0)
+    _check_padding(args, vocab_size, model)
+    return TokenizerDescription(kind, path, eod_id), vocab_size
+
+
+def _with_special_tokens(path: str, extra: int) -> tuple[int, int]:
+    """The size of the vocabulary and the end of a document, with the tokens that the Megatron of
+    2023 adds behind a SentencePiece model's own where the model lacks them."""
+    import sentencepiece
+
+    model: Any = sentencepiece.SentencePieceProcessor(model_file=path)
+    pieces = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
+    added = ["<CLS>", "<SEP>", "<EOD>", "<MASK>"]
+    for name, token_id in (
+        ("<PAD>", model.pad_id()),
+        ("<BOS>", model.bos_id()),
+        ("<EOS>", model.eos_id()),
+    ):
+        added += [name] if token_id < 0 else []
+    added += [f"<extra_id_{i}>" for i in range(extra)]
+    for token in added:
+        pieces.setdefault(token, len(pieces))
+    return len(pieces), pieces["<EOD>"]
+
+
+def _check_padding(args: Namespace, vocab_size: int, model: str | Path) -> None:
+    divisor = getattr(args, "make_vocab_size_divisible_by", 128)
+    multiple = divisor * getattr(args, "tensor_model_parallel_size", 1)
+    padded = -(-vocab_size // multiple) * multiple
+    if padded != args.padded_vocab_size:
+        raise ValueError(
+            f"--tokenizer-model {model}: has {vocab_size} tokens, which makes {padded} rows with "
+            f"padding, and the checkpoint has {args.padded_vocab_size}: give the tokenizer that "
+            "it was trained with"
+        )
