@@ -23,7 +23,7 @@ def build_model(exits: EarlyExitConfig, **backbone: Any) -> Any:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
 
-    from megatron.early_exit.model.gpt_model import EarlyExitGPTModelConfig
+    from megatron.early_exit.model.gpt_builder import EarlyExitGPTModelConfig
     from megatron.early_exit.model.layer_specs import gpt_layer_spec
 
     fields = {

@@ -7,22 +7,21 @@ and also carries them, microbatch by microbatch, through activation recomputatio
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, Protocol
 
+import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
-from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.model.attention import check_attention
 from megatron.early_exit.model.exit_head import ExitHeads
-from megatron.early_exit.model.tied_weights import connect_tied_weights
+
+TUNING_ANCHOR = "tuning_anchor"
+"""A parameter of models whose exits are tuned that means nothing."""
 
 _WORD_EMBEDDING_KEY = "embedding.word_embeddings.weight"
 _BRANCH_KWARGS = (
@@ -90,6 +89,11 @@ class EarlyExitGPTModel(GPTModel):
         """
         self.tunes_exits = True
         self.requires_grad_(False)
+        # Megatron's optimizers and checkpoints want something of every pipeline stage, also of one
+        # that has no exits. It never gets a gradient and stays zero.
+        device = "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
+        zero = torch.zeros(1, dtype=self.config.params_dtype, device=device)
+        self.tuning_anchor = Parameter(zero)
         for head in self.exits.heads.values():
             head.requires_grad_()
             if freeze_projections:
@@ -183,9 +187,13 @@ class EarlyExitGPTModel(GPTModel):
             state[name] = self.exits.tied_sharded_tensor(
                 prefix + _WORD_EMBEDDING_KEY, copy_number, metadata
             )
-        if self.tunes_exits:
-            return {n: e for n, e in state.items() if e.key.startswith(f"{prefix}exits.")}
-        return state
+        if not self.tunes_exits:
+            return state
+        anchor = state[f"{prefix}{TUNING_ANCHOR}"]
+        stage = torch.distributed.get_rank(self.pg_collection.pp)
+        anchor.replica_id = (stage, *anchor.replica_id[1:])
+        kept = (f"{prefix}exits.", f"{prefix}{TUNING_ANCHOR}")
+        return {name: entry for name, entry in state.items() if entry.key.startswith(kept)}
 
 
 def _tap_before_mlp(
@@ -204,98 +212,3 @@ def _tap_before_mlp(
         return tap(output, kwargs)
 
     layer.cross_attention.register_forward_hook(at_cross_attention)
-
-
-@dataclass(kw_only=True)
-class EarlyExitGPTModelConfig(GPTModelConfig):
-    """Megatron's GPT configuration plus the exits."""
-
-    builder: ClassVar[str] = "megatron.early_exit.model.gpt_model.EarlyExitGPTModelBuilder"
-    early_exit: EarlyExitConfig = field(default_factory=EarlyExitConfig)
-    tunes_exits: bool = False
-    """Nothing but the exits is trained, or saved."""
-    freezes_projections: bool = False
-    """Not even their output projections are trained."""
-    has_final_head: bool = True
-    """The last stage ends with the final norm and the output layer."""
-
-    def __post_init__(self) -> None:
-        if connect_tied_weights not in self.pre_wrap_hooks:
-            self.pre_wrap_hooks = [*self.pre_wrap_hooks, connect_tied_weights]
-
-
-class EarlyExitGPTModelBuilder(GPTModelBuilder):
-    """Builds `EarlyExitGPTModel` stages.
-
-    Raises:
-        ValueError: a feature of the backbone does not go together with exits.
-    """
-
-    def build_model(
-        self,
-        pg_collection: ProcessGroupCollection,
-        pre_process: bool | None = None,
-        post_process: bool | None = None,
-        vp_stage: int | None = None,
-    ) -> EarlyExitGPTModel:
-        """Build one stage; arguments as in `GPTModelBuilder.build_model`."""
-        config = cast(EarlyExitGPTModelConfig, self._model_config)
-        check_backbone(config)
-        if not config.has_final_head:
-            post_process = False
-        model: MegatronModule = super().build_model(
-            pg_collection, pre_process, post_process, vp_stage
-        )
-        # The stock builder names its class, and exits are added after construction, so the class
-        # can change here; overriding it would mean copying its list of arguments.
-        model.__class__ = EarlyExitGPTModel
-        model = cast(EarlyExitGPTModel, model)
-        model.add_exits(config.early_exit)
-        if config.tunes_exits:
-            model.tune_exits(config.freezes_projections)
-        return model
-
-
-def check_backbone(config: EarlyExitGPTModelConfig) -> None:
-    """Refuse what local layers, or exits, cannot be combined with.
-
-    Raises:
-        ValueError: in one sentence with the flag.
-    """
-    transformer, exits = config.transformer, config.early_exit
-    exits.validate(transformer.num_layers)
-    if transformer.transformer_impl == "local":
-        check_attention(transformer)
-    if not exits.positions:
-        return
-    if transformer.mtp_num_layers:
-        raise ValueError("--mtp-num-layers cannot be combined with --exit-layer-nums")
-    if transformer.cuda_graph_impl != "none":
-        raise ValueError(
-            f"--cuda-graph-impl {transformer.cuda_graph_impl} cannot be combined with "
-            "--exit-layer-nums, allowed: none"
-        )
-    if transformer.overlap_moe_expert_parallel_comm:
-        raise ValueError(
-            "--overlap-moe-expert-parallel-comm cannot be combined with --exit-layer-nums: it "
-            "takes the layers apart, and an exit needs whole ones"
-        )
-    if transformer.experimental_attention_variant == "dsa":
-        raise ValueError(
-            "--experimental-attention-variant dsa cannot be combined with --exit-layer-nums: "
-            "Megatron has one place for the scale of an auxiliary loss, and both need it"
-        )
-    if exits.use_exit_block and transformer.fine_grained_activation_offloading:
-        raise ValueError(
-            "--fine-grained-activation-offloading cannot be combined with --use-exit-block: "
-            "it counts the layers that run in the forward pass"
-        )
-    for flag, used in (
-        ("--use-exit-mlp", exits.use_exit_mlp),
-        ("--use-exit-block", exits.use_exit_block),
-    ):
-        if used and transformer.num_moe_experts is not None:
-            raise ValueError(
-                f"{flag} cannot be combined with --num-experts {transformer.num_moe_experts}: "
-                "the heads of a mixture-of-experts model are made of a norm and a projection"
-            )

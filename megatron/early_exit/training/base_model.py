@@ -17,7 +17,7 @@ from megatron.early_exit.checkpoint.lazy import LazyWeights
 from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.source import open_checkpoint
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
+from megatron.early_exit.model.gpt_model import TUNING_ANCHOR, EarlyExitGPTModel
 
 _LAYERS = "decoder.layers."
 _EXITS = "exits."
@@ -101,6 +101,8 @@ def _part(whole: Tensor, parameter: Any, rank: int, size: int) -> Tensor:
 def _named_weights(chunk: EarlyExitGPTModel) -> Iterator[tuple[str, Tensor]]:
     """The chunk's parameters by the names of `weight_shapes`."""
     for name, parameter in chunk.named_parameters():
+        if name == TUNING_ANCHOR:
+            continue
         if name == _TIED_COPY:
             yield _WORD_EMBEDDING, parameter
         elif name.startswith(_LAYERS):

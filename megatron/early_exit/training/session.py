@@ -20,7 +20,7 @@ from megatron.early_exit.checkpoint.base import BaseReference
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
 from megatron.early_exit.checkpoint.exits import RandomInit
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.model.gpt_model import EarlyExitGPTModelConfig, check_backbone
+from megatron.early_exit.model.gpt_builder import EarlyExitGPTModelConfig, check_backbone
 from megatron.early_exit.model.layer_specs import gpt_layer_spec
 from megatron.early_exit.model.tied_weights import finalize_gradients
 from megatron.early_exit.training.base_model import fill, starting_weights

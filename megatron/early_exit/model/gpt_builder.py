@@ -1,0 +1,108 @@
+"""Megatron's configuration of a GPT with exits beside it, and what builds the model from it."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.model.attention import check_attention
+from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
+from megatron.early_exit.model.tied_weights import connect_tied_weights
+
+
+@dataclass(kw_only=True)
+class EarlyExitGPTModelConfig(GPTModelConfig):
+    """Megatron's GPT configuration plus the exits."""
+
+    builder: ClassVar[str] = "megatron.early_exit.model.gpt_builder.EarlyExitGPTModelBuilder"
+    early_exit: EarlyExitConfig = field(default_factory=EarlyExitConfig)
+    tunes_exits: bool = False
+    """Nothing but the exits is trained, or saved."""
+    freezes_projections: bool = False
+    """Not even their output projections are trained."""
+    has_final_head: bool = True
+    """The last stage ends with the final norm and the output layer."""
+
+    def __post_init__(self) -> None:
+        if connect_tied_weights not in self.pre_wrap_hooks:
+            self.pre_wrap_hooks = [*self.pre_wrap_hooks, connect_tied_weights]
+
+
+class EarlyExitGPTModelBuilder(GPTModelBuilder):
+    """Builds `EarlyExitGPTModel` stages.
+
+    Raises:
+        ValueError: a feature of the backbone does not go together with exits.
+    """
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> EarlyExitGPTModel:
+        """Build one stage; arguments as in `GPTModelBuilder.build_model`."""
+        config = cast(EarlyExitGPTModelConfig, self._model_config)
+        check_backbone(config)
+        if not config.has_final_head:
+            post_process = False
+        model: MegatronModule = super().build_model(
+            pg_collection, pre_process, post_process, vp_stage
+        )
+        # The stock builder names its class, and exits are added after construction, so the class
+        # can change here; overriding it would mean copying its list of arguments.
+        model.__class__ = EarlyExitGPTModel
+        model = cast(EarlyExitGPTModel, model)
+        model.add_exits(config.early_exit)
+        if config.tunes_exits:
+            model.tune_exits(config.freezes_projections)
+        return model
+
+
+def check_backbone(config: EarlyExitGPTModelConfig) -> None:
+    """Refuse what local layers, or exits, cannot be combined with.
+
+    Raises:
+        ValueError: in one sentence with the flag.
+    """
+    transformer, exits = config.transformer, config.early_exit
+    exits.validate(transformer.num_layers)
+    if transformer.transformer_impl == "local":
+        check_attention(transformer)
+    if not exits.positions:
+        return
+    if transformer.mtp_num_layers:
+        raise ValueError("--mtp-num-layers cannot be combined with --exit-layer-nums")
+    if transformer.cuda_graph_impl != "none":
+        raise ValueError(
+            f"--cuda-graph-impl {transformer.cuda_graph_impl} cannot be combined with "
+            "--exit-layer-nums, allowed: none"
+        )
+    if transformer.overlap_moe_expert_parallel_comm:
+        raise ValueError(
+            "--overlap-moe-expert-parallel-comm cannot be combined with --exit-layer-nums: it "
+            "takes the layers apart, and an exit needs whole ones"
+        )
+    if transformer.experimental_attention_variant == "dsa":
+        raise ValueError(
+            "--experimental-attention-variant dsa cannot be combined with --exit-layer-nums: "
+            "Megatron has one place for the scale of an auxiliary loss, and both need it"
+        )
+    if exits.use_exit_block and transformer.fine_grained_activation_offloading:
+        raise ValueError(
+            "--fine-grained-activation-offloading cannot be combined with --use-exit-block: "
+            "it counts the layers that run in the forward pass"
+        )
+    for flag, used in (
+        ("--use-exit-mlp", exits.use_exit_mlp),
+        ("--use-exit-block", exits.use_exit_block),
+    ):
+        if used and transformer.num_moe_experts is not None:
+            raise ValueError(
+                f"{flag} cannot be combined with --num-experts {transformer.num_moe_experts}: "
+                "the heads of a mixture-of-experts model are made of a norm and a projection"
+            )
