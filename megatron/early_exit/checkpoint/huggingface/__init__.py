@@ -4,6 +4,7 @@
 folder for transformers.
 """
 
+from megatron.early_exit.checkpoint.huggingface.exporting import Export, export_hf, open_export
 from megatron.early_exit.checkpoint.huggingface.importing import import_hf
 
-__all__ = ["import_hf"]
+__all__ = ["Export", "export_hf", "import_hf", "open_export"]

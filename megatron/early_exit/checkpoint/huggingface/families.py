@@ -125,7 +125,7 @@ def _has_biases(config: Mapping[str, Any]) -> bool:
 
 
 def write_config(a: Architecture) -> dict[str, Any]:
-    """A config.json for the class that computes a backbone.
+    """A config.json for the class of transformers' own that computes a backbone.
 
     Raises:
         ValueError: none in the Llama family does; the message says what is in the way.
@@ -134,22 +134,10 @@ def write_config(a: Architecture) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": [family.name],
         "model_type": family.model_type,
-        "vocab_size": a.vocab_size,
-        "hidden_size": a.hidden_size,
-        "intermediate_size": a.ffn_hidden_size,
-        "num_hidden_layers": a.num_layers,
-        "num_attention_heads": a.num_attention_heads,
-        "num_key_value_heads": a.num_query_groups,
-        "head_dim": a.kv_channels,
-        "hidden_act": "silu",
-        "max_position_embeddings": a.max_position_embeddings,
-        "rms_norm_eps": a.layernorm_epsilon,
+        **write_sizes(a),
         **write_rotary(a),
+        "hidden_act": "silu",
         "attention_dropout": 0.0,
-        "tie_word_embeddings": a.share_embeddings_and_output_weights,
-        # Under its older name every version of transformers finds it.
-        "torch_dtype": a.params_dtype,
-        "use_cache": True,
     }
     if family in (LLAMA, QWEN3):
         config["attention_bias"] = a.add_bias_linear
@@ -160,6 +148,25 @@ def write_config(a: Architecture) -> dict[str, Any]:
     if family in (QWEN2, QWEN3):
         config["use_sliding_window"] = False
     return config
+
+
+def write_sizes(a: Architecture) -> dict[str, Any]:
+    """The entries of a config.json that all of the family have."""
+    return {
+        "vocab_size": a.vocab_size,
+        "hidden_size": a.hidden_size,
+        "intermediate_size": a.ffn_hidden_size,
+        "num_hidden_layers": a.num_layers,
+        "num_attention_heads": a.num_attention_heads,
+        "num_key_value_heads": a.num_query_groups,
+        "head_dim": a.kv_channels,
+        "max_position_embeddings": a.max_position_embeddings,
+        "rms_norm_eps": a.layernorm_epsilon,
+        "tie_word_embeddings": a.share_embeddings_and_output_weights,
+        # Under its older name every version of transformers finds it.
+        "torch_dtype": a.params_dtype,
+        "use_cache": True,
+    }
 
 
 def _find_family(a: Architecture) -> Family:

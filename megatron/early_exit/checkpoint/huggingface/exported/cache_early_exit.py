@@ -1,0 +1,46 @@
+"""What early exit remembers of a sequence."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+
+class EarlyExitCache(DynamicCache):
+    """Keys and values of one sequence, and what its deeper layers have still to run.
+
+    Args:
+        threshold: least confidence to leave at an exit.
+        enabled: the exits that may be left at, by their layers; None is all.
+
+    Attributes:
+        exit_layers: for each token, how many layers were run to choose it.
+        confidences: of these choices.
+    """
+
+    def __init__(self, threshold: float, enabled: Iterable[int] | None = None) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.enabled = None if enabled is None else frozenset(enabled)
+        self.exit_layers: list[int] = []
+        self.confidences: list[float] = []
+        self._waiting: dict[int, Tensor] = {}
+
+    def put(self, segment: int, hidden: Tensor) -> None:
+        """Let positions [1, s, h] wait in front of a segment, behind those that do already."""
+        self._waiting[segment] = self.take(segment, hidden)
+
+    def take(self, segment: int, hidden: Tensor) -> Tensor:
+        """All positions that wait in front of a segment, and these behind them."""
+        earlier = self._waiting.pop(segment, None)
+        return hidden if earlier is None else torch.cat((earlier, hidden), dim=1)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Not possible: some layers do not have the positions yet.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("early exit cannot take tokens back, as assisted generation wants")

@@ -1,0 +1,186 @@
+"""From one of our checkpoints to a folder that transformers loads."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.checkpoint.base import is_of_exit
+from megatron.early_exit.checkpoint.conversion import Conversion
+from megatron.early_exit.checkpoint.huggingface.exit_config import (
+    copy_modelling,
+    write_exit_config,
+)
+from megatron.early_exit.checkpoint.huggingface.families import write_config
+from megatron.early_exit.checkpoint.huggingface.layouts import Layout
+from megatron.early_exit.checkpoint.huggingface.shard_writer import write_shards
+from megatron.early_exit.checkpoint.huggingface.shards import open_shards
+from megatron.early_exit.checkpoint.huggingface.tokenizers import (
+    CONFIG_NAME,
+    GENERATION_NAME,
+    copy_tokenizer,
+    special_tokens,
+)
+from megatron.early_exit.checkpoint.huggingface.weight_map import origin
+from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights, content_hash
+from megatron.early_exit.checkpoint.source import open_checkpoint
+from megatron.early_exit.checkpoint.tokenizer import HUGGINGFACE_TYPE
+from megatron.early_exit.checkpoint.writer import Report, new_directory
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A model of ours under Hugging Face's names, not written yet.
+
+    Attributes:
+        config: of its config.json.
+        weights: its tensors.
+        sources: for each of them, which of ours it is or is a part of.
+        tokenizer_dir: with a tokenizer of Hugging Face's; None where there is none.
+    """
+
+    config: Mapping[str, Any]
+    weights: LazyWeights
+    sources: Mapping[str, tuple[str, ...]]
+    tokenizer_dir: Path | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(tensor.num_bytes for tensor in self.weights.values())
+
+    @property
+    def needs_remote_code(self) -> bool:
+        """The folder is loaded with `trust_remote_code=True`: it brings its own class."""
+        return "auto_map" in self.config
+
+    def write(
+        self,
+        target: Path,
+        report: Report = lambda name, num_bytes: None,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> None:
+        """Write the folder and read its tensors again.
+
+        Args:
+            target: a folder that is empty or does not exist.
+            report: told of each tensor twice, when it is written and when it is found there.
+            max_shard_bytes: of tensors in one file.
+
+        Raises:
+            ValueError: something cannot be read or written, or is not found as it was written;
+                nothing is left at `target`.
+        """
+        with new_directory(target) as partial:
+            if self.tokenizer_dir is not None:
+                copy_tokenizer(self.tokenizer_dir, partial)
+            if not (partial / GENERATION_NAME).exists():
+                ends = {name: self.config[name] for name in ("bos_token_id", "eos_token_id")}
+                _write_json(partial / GENERATION_NAME, ends)
+            _write_json(partial / CONFIG_NAME, self.config)
+            if self.needs_remote_code:
+                copy_modelling(partial)
+            hashes = write_shards(partial, self.weights, max_shard_bytes, report)
+            for name, tensor in open_shards(partial).items():
+                if content_hash(tensor.read()) != hashes[name]:
+                    raise ValueError(f"{name} is not on the disk as it was written: is it sound?")
+                report(name, tensor.num_bytes)
+
+
+def export_hf(
+    source: str | Path,
+    target: Path,
+    report: Report = lambda name, num_bytes: None,
+    plain: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Export:
+    """Write a checkpoint as a folder for transformers; see `open_export` and `Export.write`.
+
+    Returns:
+        What has been written.
+    """
+    export = open_export(source, plain)
+    export.write(target, report, max_shard_bytes)
+    return export
+
+
+def open_export(source: str | Path, plain: bool = False) -> Export:
+    """Open a checkpoint for its export.
+
+    A model without exits becomes one of transformers' own (Llama, Mistral, Qwen2 or Qwen3). One
+    with exits comes with a class of its own, which transformers runs with
+    `trust_remote_code=True`: its `generate(..., early_exit_threshold=0.8)` takes a token from the
+    first exit that is sure enough.
+
+    Args:
+        source: a save directory or one iteration in it; with exits only, its base is found.
+        plain: leave the exits out. transformers' own `generate(assistant_early_exit=k)` drafts
+            tokens with the first k layers, the final norm and the output layer: it fits models
+            whose exits were trained as just that, a norm and the projection of the output layer.
+
+    Raises:
+        ValueError: it cannot be read, or Hugging Face's Llama family has nothing like it.
+    """
+    conversion = open_checkpoint(source)
+    architecture = conversion.description.architecture
+    early_exit = conversion.description.early_exit
+    assert architecture is not None
+    try:
+        if early_exit.positions and not plain:
+            config = write_exit_config(architecture, early_exit)
+        else:
+            config = write_config(architecture)
+        kept = {
+            name: tensor
+            for name, tensor in conversion.weights.items()
+            if not (plain and is_of_exit(name))
+        }
+        weights, sources = _split(architecture, kept)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {source}: {error}") from error
+    tokenizer_dir, eod_id = _tokenizer(conversion)
+    config |= special_tokens(tokenizer_dir, eod_id)
+    return Export(config, weights, sources, tokenizer_dir)
+
+
+def _split(
+    architecture: Architecture, weights: LazyWeights
+) -> tuple[dict[str, LazyTensor], dict[str, tuple[str, ...]]]:
+    """The tensors under Hugging Face's names, and which of ours each is from."""
+    split: dict[str, LazyTensor] = {}
+    sources: dict[str, tuple[str, ...]] = {}
+    for ours, whole in weights.items():
+        made_of = origin(ours)
+        shapes = made_of.layout.shapes(architecture, whole.shape)
+        for place, (name, shape) in enumerate(zip(made_of.names, shapes, strict=True)):
+            read = _reading(architecture, whole, made_of.layout, place)
+            split[name] = LazyTensor(shape, whole.dtype, read)
+            sources[name] = (ours,)
+    return split, sources
+
+
+def _reading(architecture: Architecture, whole: LazyTensor, layout: Layout, place: int) -> Any:
+    def read() -> Tensor:
+        return layout.split(architecture, whole.read())[place]
+
+    return read
+
+
+def _tokenizer(conversion: Conversion) -> tuple[Path | None, int | None]:
+    """The folder of a tokenizer that transformers reads, and the token that ends a document."""
+    tokenizer = conversion.description.tokenizer
+    if tokenizer is None:
+        return None, None
+    if tokenizer.type != HUGGINGFACE_TYPE or tokenizer.model is None:
+        return None, tokenizer.eod_id
+    return Path(tokenizer.model), tokenizer.eod_id
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
