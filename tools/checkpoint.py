@@ -14,20 +14,34 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from tqdm import tqdm
 
 from megatron.early_exit.checkpoint.conversion import Conversion, match_table
+from megatron.early_exit.checkpoint.ee_llm import import_ee_llm
 from megatron.early_exit.checkpoint.exits import RandomInit, add_exits, head_flags, strip_exits
+from megatron.early_exit.checkpoint.huggingface import import_hf, open_export
 from megatron.early_exit.checkpoint.inspection import count_parameters, inspect
+from megatron.early_exit.checkpoint.lazy import LazyWeights
 from megatron.early_exit.checkpoint.source import open_checkpoint, open_parts
+from megatron.early_exit.checkpoint.writer import Report
 from megatron.early_exit.config import EarlyExitConfig
 
 GENERATE = "python tools/generate.py --load {} --prompt ..."
 TUNE = "torchrun pretrain_early_exit_gpt.py --tune-exit --load {} ..."
-ADD = "python tools/checkpoint.py add-exits {} ... --exit-layer-nums ..."
+ADD_EXITS = "python tools/checkpoint.py add-exits {} DST --exit-layer-nums ..."
+LOAD = "transformers.AutoModelForCausalLM.from_pretrained({!r}{})"
+_PATHS = {
+    "SRC": "what to read: a save directory, or one iteration in it",
+    "DST": "what to write: a directory that is empty or does not exist",
+    "MODEL": "a folder with config.json and safetensors files, a GGUF file, or a name on the hub",
+    "FOLDER": "what to write: a folder that is empty or does not exist",
+    "BASE": "the model that the exits were tuned on",
+    "EXITS": "a checkpoint with exits only, as --tune-exit saves",
+}
 _EXIT_SWITCHES = (
     *("pre_exit", "use_exit_norm", "use_exit_mlp", "use_exit_block"),
     "untie_exit_output_weights",
@@ -52,13 +66,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    def verb(name: str, does: Callable[[argparse.Namespace], None], text: str, *paths: str) -> Verb:
+    def verb(
+        name: str, does: Callable[[argparse.Namespace], None], text: str, *paths: str
+    ) -> argparse.ArgumentParser:
         one = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
         for path in paths:
             one.add_argument(path.lower(), type=Path, metavar=path, help=_PATHS[path])
         one.set_defaults(run=does)
         return one
 
+    verb("import-hf", _import_hf, "make a checkpoint of Hugging Face's", "MODEL", "DST")
+    one = verb("export-hf", _export_hf, "make a folder for transformers", "SRC", "FOLDER")
+    one.add_argument(
+        "--plain",
+        action="store_true",
+        help="leave the exits out, for transformers' own generate(assistant_early_exit=k)",
+    )
     one = verb("add-exits", _add_exits, "add exits to a model", "SRC", "DST")
     one.add_argument(
         "--exit-layer-nums",
@@ -75,18 +98,47 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb("strip-exits", _strip_exits, "take the exits away", "SRC", "DST")
     verb("merge-exits", _merge_exits, "join tuned exits and their base", "BASE", "EXITS", "DST")
+    one = verb("import-ee-llm", _import_ee_llm, "make one of the original EE-LLM's", "SRC", "DST")
+    one.add_argument(
+        "--tokenizer-model",
+        type=Path,
+        help="the tokenizer's file or folder (default: where it was in training)",
+    )
+    one.add_argument("--tokenizer-type", help="default: the one of training")
     one = verb("inspect", _inspect, "say what is in a checkpoint", "SRC")
     one.add_argument("--json", action="store_true", help="as JSON")
     return parser
 
 
-Verb = argparse.ArgumentParser
-_PATHS = {
-    "SRC": "what to read: a save directory, or one iteration in it",
-    "DST": "what to write: a directory that is empty or does not exist",
-    "BASE": "the model that the exits were tuned on",
-    "EXITS": "a checkpoint with exits only, as --tune-exit saves",
-}
+class Made(Protocol):
+    """What a verb has made, and not written yet."""
+
+    @property
+    def weights(self) -> LazyWeights: ...
+
+    @property
+    def sources(self) -> Mapping[str, tuple[str, ...]]: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def write(self, target: Path, report: Report) -> None: ...
+
+
+def _import_hf(args: argparse.Namespace) -> None:
+    _write_checkpoint(import_hf(args.model), args.dst, ADD_EXITS)
+
+
+def _export_hf(args: argparse.Namespace) -> None:
+    export = open_export(args.src, args.plain)
+    _write(export, args.folder)
+    trust = ", trust_remote_code=True" if export.needs_remote_code else ""
+    _say_what_was_written(export, args.folder, LOAD.format(str(args.folder), trust))
+
+
+def _import_ee_llm(args: argparse.Namespace) -> None:
+    conversion = import_ee_llm(args.src, args.tokenizer_model, args.tokenizer_type)
+    _write_checkpoint(conversion, args.dst, GENERATE)
 
 
 def _add_exits(args: argparse.Namespace) -> None:
@@ -101,7 +153,7 @@ def _add_exits(args: argparse.Namespace) -> None:
         random_init = RandomInit(seed, getattr(source.args, "init_method_std", None) or 0.02)
     conversion = add_exits(source, wanted, random_init)
     _note_other_matrix(conversion)
-    _write(conversion, args.dst, TUNE)
+    _write_checkpoint(conversion, args.dst, TUNE)
 
 
 def _note_other_matrix(conversion: Conversion) -> None:
@@ -121,11 +173,11 @@ def _strip_exits(args: argparse.Namespace) -> None:
         conversion = strip_exits(open_checkpoint(args.src))
     except ValueError as error:
         raise ValueError(f"strip-exits {args.src}: {error}") from error
-    _write(conversion, args.dst, GENERATE)
+    _write_checkpoint(conversion, args.dst, GENERATE)
 
 
 def _merge_exits(args: argparse.Namespace) -> None:
-    _write(open_parts(args.base, args.exits), args.dst, GENERATE)
+    _write_checkpoint(open_parts(args.base, args.exits), args.dst, GENERATE)
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -133,22 +185,30 @@ def _inspect(args: argparse.Namespace) -> None:
     print(json.dumps(found.to_dict(), indent=2) if args.json else "\n".join(found.lines()))
 
 
-def _write(conversion: Conversion, target: Path, next_command: str) -> None:
-    """Write a checkpoint, with a bar on a terminal, and say what became of what."""
-    for line in match_table(conversion.sources, conversion.weights):
-        print(line)
-    # Each tensor is written, and then read again.
-    total = 2 * conversion.num_bytes
-    with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
-        conversion.write(target, lambda _, num_bytes: bar.update(num_bytes))
+def _write_checkpoint(conversion: Conversion, target: Path, next_command: str) -> None:
+    _write(conversion, target)
     counts = count_parameters({name: one.shape for name, one in conversion.weights.items()})
     early_exit = conversion.description.early_exit
     for part, count in counts.items():
         flags = f"  {head_flags(early_exit)}" if part.startswith("exit") else ""
         print(f"{part:24}{count:>17,} parameters{flags}")
+    _say_what_was_written(conversion, target, next_command.format(target))
+
+
+def _write(made: Made, target: Path) -> None:
+    """Write it, with a bar on a terminal, and say what became of what."""
+    for line in match_table(made.sources, made.weights):
+        print(line)
+    # Each tensor is written, and then read again.
+    total = 2 * made.num_bytes
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
+        made.write(target, lambda _, num_bytes: bar.update(num_bytes))
+
+
+def _say_what_was_written(made: Made, target: Path, next_command: str) -> None:
     print(
-        f"wrote {target}: {len(conversion.weights)} tensors, {conversion.num_bytes / 1e6:,.1f} MB, "
-        f"all read again and equal; next: {next_command.format(target)}"
+        f"wrote {target}: {len(made.weights)} tensors, {made.num_bytes / 1e6:,.1f} MB, all read "
+        f"again and equal; next: {next_command}"
     )
 
 

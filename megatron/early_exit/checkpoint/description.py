@@ -28,6 +28,7 @@ from megatron.early_exit.checkpoint.tokenizer import (
 from megatron.early_exit.config import EarlyExitConfig
 
 _FORMAT = 1
+_BRIDGE_CONFIG = "run_config.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,15 @@ def describe(location: CheckpointLocation) -> ModelDescription:
 def _describe_from_args(location: CheckpointLocation) -> ModelDescription:
     state = CheckpointReader(location.iteration_dir).common_state()
     if "args" not in state:
-        raise ValueError(f"checkpoint {location.iteration_dir}: has no arguments of its training")
+        bridge = ""
+        if (location.iteration_dir / _BRIDGE_CONFIG).is_file():
+            bridge = (
+                f", only Megatron Bridge's {_BRIDGE_CONFIG}: export it to Hugging Face's format "
+                "there, and use tools/checkpoint.py import-hf here"
+            )
+        raise ValueError(
+            f"checkpoint {location.iteration_dir}: has no arguments of its training{bridge}"
+        )
     args = state["args"]
     kind = TokenizerDescription.from_args(args)
     if kind is not None and kind.model is not None:

@@ -122,9 +122,9 @@ def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     for name, shape in shapes.items():
         part = _part(name)
         counts[part] = counts.get(part, 0) + prod(shape)
-    ordered = {part: counts[part] for part in sorted(counts, key=_order)}
-    model = sum(count for part, count in ordered.items() if part != "optimizer")
-    return {**ordered, "sum without optimizer": model}
+    model = sum(count for part, count in counts.items() if part != "optimizer")
+    counts["model"] = model
+    return {part: counts[part] for part in sorted(counts, key=_order)}
 
 
 def _part(name: str) -> str:
@@ -141,7 +141,7 @@ def _order(part: str) -> tuple[int, int]:
     words = part.split()
     if words[0] == "exit":
         return 3, int(words[-1])
-    return ("embedding", "layers", "final head", "exit", "optimizer").index(part), 0
+    return ("embedding", "layers", "final head", "exit", "model", "optimizer").index(part), 0
 
 
 def _description(location: CheckpointLocation) -> tuple[ModelDescription | None, str | None]:

@@ -50,7 +50,7 @@ def locate(path: str | Path) -> CheckpointLocation:
     if not tracker.is_file():
         raise ValueError(
             f"checkpoint {path}: holds neither {TRACKER_NAME} (a save directory) nor "
-            f"{METADATA_NAME} (one iteration of the torch_dist format)"
+            f"{METADATA_NAME} (one iteration of the torch_dist format){_hint(path)}"
         )
     name = tracker.read_text(encoding="utf-8").strip()
     if name != "release" and not name.isdigit():
@@ -60,5 +60,16 @@ def locate(path: str | Path) -> CheckpointLocation:
         raise ValueError(
             f"checkpoint {path}: {TRACKER_NAME} names iteration {name}, but "
             f"{iteration_dir.name} is not a checkpoint of the torch_dist format"
+            f"{_hint(iteration_dir)}"
         )
     return CheckpointLocation(path, iteration_dir)
+
+
+def _hint(path: Path) -> str:
+    """What to do with a folder of another format."""
+    verb = None
+    if (path / "config.json").is_file():
+        verb = "import-hf"
+    elif any(path.glob("mp_rank_00*/model_optim_rng.pt")):
+        verb = "import-ee-llm"
+    return "" if verb is None else f": convert it with tools/checkpoint.py {verb}"

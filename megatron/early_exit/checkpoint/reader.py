@@ -141,6 +141,8 @@ class CheckpointReader:
                 reader = _IndexedReader(self.path, self._index)
                 dcp.load({}, storage_reader=reader, planner=one, no_dist=True)
         except (Exception, CheckpointException) as error:  # the latter is not an Exception
+            if isinstance(error, CheckpointException):
+                _raise_signals(error)
             raise ValueError(f"checkpoint {self.path}: {one.name} is missing or damaged") from error
 
     def _read_bytes(self, name: str) -> bytes:
@@ -154,3 +156,10 @@ class CheckpointReader:
                 return file.read(storage.length)
         except OSError as error:
             raise ValueError(f"checkpoint {self.path}: {name} cannot be read: {error}") from error
+
+
+def _raise_signals(error: CheckpointException) -> None:
+    """torch wraps the exceptions of signals like any other."""
+    for failure, _ in error.failures.values():
+        if not isinstance(failure, Exception):
+            raise failure from error

@@ -101,6 +101,9 @@ def write_checkpoint(
             )
     except dcp.api.CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
+        if not isinstance(reason, Exception):
+            # A signal: torch wraps that too.
+            raise reason from error
         raise ValueError(str(reason)) from error
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (directory / "metadata.json").write_text(json.dumps(backend), encoding="utf-8")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.early_exit.checkpoint.location import TRACKER_NAME
+from megatron.early_exit.checkpoint.location import METADATA_NAME, TRACKER_NAME
 
 _FILE = "model_optim_rng.pt"
 _LAYOUT_OF_WEIGHTS = 3.0
@@ -87,10 +87,7 @@ def find_iteration(path: Path) -> Path:
     """
     if not path.is_dir():
         raise ValueError(f"checkpoint {path}: there is no such directory")
-    if (path / ".metadata").is_file():
-        raise ValueError(
-            f"checkpoint {path}: is one of the torch_dist format, not EE-LLM's, and needs no import"
-        )
+    _refuse_torch_dist(path, path)
     tracker = path / TRACKER_NAME
     if not tracker.is_file():
         if _first_file(path) is None:
@@ -106,6 +103,7 @@ def find_iteration(path: Path) -> Path:
     if name != "release" and not name.isdigit():
         raise ValueError(f"checkpoint {path}: {TRACKER_NAME} says {name!r}, not an iteration")
     iteration_dir = path / (name if name == "release" else f"iter_{int(name):07d}")
+    _refuse_torch_dist(path, iteration_dir)
     if _first_file(iteration_dir) is None:
         raise ValueError(
             f"checkpoint {path}: {TRACKER_NAME} names iteration {name}, but "
@@ -146,6 +144,13 @@ def load_ranks(iteration_dir: Path) -> list[list[RankFile]]:
         )
     loaded = {place: first if file == path else RankFile(file) for place, file in files.items()}
     return [[loaded[rank, stage] for rank in range(tensor_ranks)] for stage in range(stages)]
+
+
+def _refuse_torch_dist(path: Path, iteration_dir: Path) -> None:
+    if (iteration_dir / METADATA_NAME).is_file():
+        raise ValueError(
+            f"checkpoint {path}: is one of the torch_dist format, not EE-LLM's, and needs no import"
+        )
 
 
 def _first_file(iteration_dir: Path) -> Path | None:
