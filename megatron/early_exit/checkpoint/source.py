@@ -15,7 +15,14 @@ from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.tokenizer import TokenizerDescription
 from megatron.early_exit.checkpoint.weights import LAYERS
 
-_STATE_PREFIXES = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_")
+_STATE_PREFIXES = (
+    "optimizer.",
+    "chained_",
+    "rng_state",
+    "rerun_state_machine",
+    "opt_param_",
+    "tuning_",
+)
 _STATE_ENDING = "_extra_state"
 _WRITTEN_ANEW = {
     "tensor_model_parallel_size": 1,

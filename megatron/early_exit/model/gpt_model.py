@@ -23,6 +23,7 @@ from megatron.early_exit.model.exit_head import ExitHeads
 TUNING_ANCHOR = "tuning_anchor"
 """A parameter of models whose exits are tuned that means nothing."""
 
+_ANCHOR_SIZE = 4096
 _WORD_EMBEDDING_KEY = "embedding.word_embeddings.weight"
 _BRANCH_KWARGS = (
     "attention_mask",
@@ -90,9 +91,10 @@ class EarlyExitGPTModel(GPTModel):
         self.tunes_exits = True
         self.requires_grad_(False)
         # Megatron's optimizers and checkpoints want something of every pipeline stage, also of one
-        # that has no exits. It never gets a gradient and stays zero.
+        # that has no exits, and the distributed optimizer something for each data-parallel rank. It
+        # never gets a gradient and stays zero.
         device = "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
-        zero = torch.zeros(1, dtype=self.config.params_dtype, device=device)
+        zero = torch.zeros(_ANCHOR_SIZE, dtype=self.config.params_dtype, device=device)
         self.tuning_anchor = Parameter(zero)
         for head in self.exits.heads.values():
             head.requires_grad_()

@@ -90,6 +90,9 @@ def exit_learning_rates(rates: dict[int, float]) -> None:
     def with_rates(args: Any) -> tuple[OptimizerConfig, dict[ParamKey, ParamGroupOverride]]:
         config, overrides = original(args)
         for position, rate in rates.items():
+            if rate == args.lr:
+                # Megatron tells groups of parameters apart by their rates when it loads.
+                continue
             own = ParamGroupOverride(max_lr=rate, min_lr=(args.min_lr or 0.0) * rate / args.lr)
             overrides[ParamKey(name=f"*exits.{position}.*")] = own
         return config, overrides

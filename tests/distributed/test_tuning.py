@@ -1,0 +1,232 @@
+"""EE-Tuning: every layout tunes the same exits, the backbone stays as it is, stopped runs go on.
+
+One model is trained by one process; all runs tune exits on it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.early_exit import platform
+
+platform.prepare()
+
+from megatron.early_exit.checkpoint.base import is_of_exit  # noqa: E402
+from megatron.early_exit.checkpoint.description import read_description  # noqa: E402
+from megatron.early_exit.checkpoint.location import locate  # noqa: E402
+from megatron.early_exit.checkpoint.reader import CheckpointReader  # noqa: E402
+from megatron.early_exit.checkpoint.source import open_checkpoint  # noqa: E402
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams  # noqa: E402
+from tests.helpers.training_runs import (  # noqa: E402
+    BACKBONE,
+    SCHEDULE,
+    TOKENIZER,
+    VOCAB,
+    Run,
+    train,
+    write_documents,
+)
+from tests.helpers.warm_ranks import ENTRY, WarmRanks  # noqa: E402
+
+STEPS = 20
+BOUND = 1e-3
+EXITS = {
+    "tied": "--exit-layer-nums 3 4 --use-exit-norm",
+    "untied": (
+        "--exit-layer-nums 1 2 --use-exit-norm --use-exit-mlp --untie-exit-output-weights "
+        "--exit-layer-weight 0.5 1.5 --exit-layer-lr 5e-3 1e-3 --use-dynamic-exit-layer-weight"
+    ),
+    "blocks": (
+        "--exit-layer-nums 1 4 --use-exit-block --use-exit-norm --untie-exit-output-weights "
+        "--freeze-exit-output-weights --calculate-per-token-loss"
+    ),
+    "taught": (
+        "--exit-layer-nums 1 2 --use-exit-mlp --use-exit-norm --exit-distillation-weight 0.7 "
+        "--exit-distillation-temperature 2"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    exits: str
+    name: str
+    nproc: int
+    flags: str
+
+
+LAYOUTS = [
+    Layout("tied", "pp2", 2, "--pipeline-model-parallel-size 2"),
+    Layout(
+        *("tied", "pp2-dp2", 4),
+        "--pipeline-model-parallel-size 2 --use-distributed-optimizer",
+    ),
+    Layout("untied", "tp2", 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    Layout("untied", "dp2", 2, "--use-distributed-optimizer"),
+    Layout(
+        *("untied", "pp4of2", 2),
+        "--pipeline-model-parallel-size 4 --tune-exit-pipeline-parallel-size 2",
+    ),
+    Layout(
+        *("blocks", "tp2-pp2", 4),
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
+    ),
+    Layout("taught", "tp2", 2, "--tensor-model-parallel-size 2"),
+]
+
+
+class Tuner:
+    """Tunes exits of one model, and remembers what one process does."""
+
+    def __init__(self, ranks: WarmRanks, folder: Path) -> None:
+        self.ranks, self.folder = ranks, folder
+        # All tokens of the data are of the vocabulary: what is beyond it is not loaded.
+        self.data = [*write_documents(folder), "--vocab-size", VOCAB]
+        self.base = folder / "base"
+        flags = [*self.data, "--train-iters", 60, "--save", self.base, "--save-interval", 60]
+        train(ranks, folder / "base-run", 1, flags)
+        self._references: dict[str, Run] = {}
+
+    def tune(self, name: str, nproc: int, exits: str, *flags: object) -> Run:
+        """Its checkpoints are in `checkpoints` of the run's folder."""
+        folder = self.folder / name
+        save = ["--save", folder / "checkpoints", "--save-interval", STEPS // 2]
+        every = [*self.data, "--tune-exit", *EXITS[exits].split(), "--train-iters", STEPS, *save]
+        return train(self.ranks, folder, nproc, [*every, *flags])
+
+    def reference(self, exits: str) -> Run:
+        if exits not in self._references:
+            run = self.tune(f"{exits}-one", 1, exits, "--load", self.base)
+            self._references[exits] = run
+        return self._references[exits]
+
+    def refuse(self, nproc: int, *flags: object) -> str:
+        """The error of a run that has to end with one."""
+        command = [ENTRY, *BACKBONE, *TOKENIZER, *SCHEDULE, *self.data, "--train-iters", 1, *flags]
+        done = self.ranks.run([str(one) for one in command], nproc, self.folder / "refused")
+        assert done.returncode == 2, done.stdout[-3000:]
+        assert "Traceback" not in done.stdout
+        errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+        assert len(set(errors)) == 1
+        return errors[0]
+
+
+@pytest.fixture(scope="module")
+def tuner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuner]:
+    with WarmRanks() as ranks:
+        yield Tuner(ranks, tmp_path_factory.mktemp("tuning"))
+
+
+def exit_figures(run: Run) -> dict[str, list[float]]:
+    return {
+        name: values
+        for name, values in run.scalars.items()
+        if name == "grad-norm" or name.endswith((" loss", " accuracy"))
+    }
+
+
+def assert_same(found: Run, expected: Run) -> None:
+    figures = exit_figures(expected)
+    assert len(figures) == 5, figures.keys()
+    for name, values in figures.items():
+        assert found.scalars[name] == pytest.approx(values, rel=BOUND), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda one: f"{one.exits}-{one.name}")
+def test_layout_tunes_as_one_process(tuner: Tuner, layout: Layout):
+    expected = tuner.reference(layout.exits)
+    name = f"{layout.exits}-{layout.name}"
+    found = tuner.tune(
+        name, layout.nproc, layout.exits, "--load", tuner.base, *layout.flags.split()
+    )
+    assert_same(found, expected)
+    for figure, values in exit_figures(found).items():
+        if figure.endswith(" loss"):
+            assert values[-1] < values[0], figure
+
+
+def test_what_is_saved_are_the_exits(tuner: Tuner):
+    """And together with the base, untouched, they are a model."""
+    tuner.reference("untied")
+    path = tuner.folder / "untied-one" / "checkpoints"
+    reader = CheckpointReader(locate(path).iteration_dir)
+    own = {name for name in reader.tensors if not name.startswith("optimizer.")}
+    assert {name for name in own if not is_of_exit(name)} == {"tuning_anchor"}
+    of_optimizer = {name.split(".", 3)[-1] for name in reader.tensors.keys() - own}
+    assert of_optimizer == own
+    description = read_description(path)
+    assert description.architecture is not None
+    assert description.architecture.num_layers == 4
+    base, tuned = open_checkpoint(tuner.base), open_checkpoint(path)
+    for name, tensor in base.weights.items():
+        assert torch.equal(tuned.weights[name].read(), tensor.read()), name
+    engine = EarlyExitEngine.from_checkpoint(path)
+    full = SamplingParams(mode="full", max_tokens=8)
+    plain = EarlyExitEngine.from_checkpoint(tuner.base)
+    prompt = [[3, 4, 5, 6]]
+    assert engine.generate(prompt, full)[0].token_ids == plain.generate(prompt, full)[0].token_ids
+    early = SamplingParams(mode="early_exit", early_exit_threshold=0.0, max_tokens=8)
+    assert set(engine.generate(prompt, early)[0].exit_layers) == {1}
+
+
+def test_fresh_exits_are_copies(tuner: Tuner):
+    """An exit that follows the last layer, with copies of its MLP and of the final norm, starts
+    with the model's own loss."""
+    flags = ["--exit-layer-nums", 4, "--use-exit-mlp", "--use-exit-norm"]
+    flags += ["--train-iters", 1, "--lr", 1e-9]
+    run = train(
+        tuner.ranks,
+        tuner.folder / "copied",
+        1,
+        [*tuner.data, "--tune-exit", *flags, "--load", tuner.base],
+    )
+    plain = [*tuner.data, "--train-iters", 1, "--lr", 1e-9, "--load", tuner.base, "--finetune"]
+    model = train(tuner.ranks, tuner.folder / "copied-from", 1, plain)
+    assert run.scalars["exit 4 loss"] == pytest.approx(model.scalars["lm loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("exits", ["tied", "untied"])
+def test_a_run_that_was_stopped_goes_on(tuner: Tuner, exits: str):
+    """In another layout, and with the model somewhere else."""
+    expected = tuner.reference(exits)
+    name = f"{exits}-stopped"
+    moved = tuner.folder / f"{name}-base"
+    shutil.copytree(tuner.base, moved)
+    load = ["--pretrained-checkpoint", moved, "--load", tuner.folder / name / "checkpoints"]
+    tuner.tune(name, 1, exits, *load, "--exit-interval", STEPS // 2)
+    moved = moved.rename(f"{moved}-2")
+    load[1] = moved
+    parallel = ["--pipeline-model-parallel-size", 2, "--tensorboard-dir", tuner.folder / "again"]
+    found = tuner.tune(name, 2, exits, *load, *parallel)
+    assert "iteration       20/" in found.output
+    assert "iteration       10/" not in found.output
+    last = exit_figures(expected)
+    line = [line for line in found.output.splitlines() if "iteration       20/" in line][-1]
+    for position in EXITS[exits].split()[1:3]:
+        value = float(line.split(f"exit {position} loss: ")[1].split()[0])
+        assert value == pytest.approx(last[f"exit {position} loss"][-1], rel=BOUND)
+
+
+def test_another_model_is_refused(tuner: Tuner):
+    tuner.reference("tied")
+    exits = tuner.folder / "tied-one" / "checkpoints"
+    other = tuner.folder / "other"
+    flags = [*tuner.data, "--train-iters", 1, "--save", other, "--save-interval", 1]
+    train(tuner.ranks, tuner.folder / "other-run", 1, flags)
+    load = ["--load", exits, "--pretrained-checkpoint", other]
+    error = tuner.refuse(1, "--tune-exit", *EXITS["tied"].split(), *load)
+    assert "is not the one that the exits were tuned on" in error
+    error = tuner.refuse(1, *EXITS["tied"].split(), "--load", exits)
+    assert "holds exits only: give --tune-exit to go on tuning them" in error
+    error = tuner.refuse(1, "--tune-exit", *EXITS["tied"].split(), "--pretrained-checkpoint", exits)
+    assert "holds exits only, allowed: the model that they were tuned on" in error
+    error = tuner.refuse(
+        *(1, "--tune-exit", *EXITS["tied"].split(), "--load", tuner.base),
+        *("--save", tuner.base, "--save-interval", 1),
+    )
+    assert "holds checkpoints, and this run does not continue them" in error
