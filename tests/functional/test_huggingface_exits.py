@@ -1,0 +1,172 @@
+"""Exits in transformers: the folder's own class chooses the tokens that our engine chooses."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from megatron.early_exit.checkpoint.description import ModelDescription
+from megatron.early_exit.checkpoint.huggingface import export_hf
+from megatron.early_exit.checkpoint.megatron_args import described_args
+from megatron.early_exit.checkpoint.writer import write_checkpoint
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from tests.helpers.tiny_models import ARCHITECTURES, HEADS, LLAMA, make_model
+from tests.unit.test_checkpoint_writer import lazy
+
+PROMPT = [5, 17, 3, 44, 8, 8, 1]
+COUNT = 40
+BACKBONES = {
+    "llama": LLAMA,
+    "tied, stretched": replace(
+        LLAMA, share_embeddings_and_output_weights=True, rotary_seq_len_interpolation_factor=2.0
+    ),
+    "llama3": ARCHITECTURES["llama3"],
+    "qwen": ARCHITECTURES["qwen"],
+    "biases": replace(LLAMA, add_bias_linear=True, kv_channels=12, num_query_groups=4),
+}
+
+
+def export(tmp_path, architecture, exits=(1, 3), **heads):
+    """The same model as our engine and as one of transformers."""
+    model = make_model(architecture, exits, **heads)
+    description = ModelDescription(model.architecture, model.early_exit, None)
+    ours = tmp_path / "ours"
+    write_checkpoint(ours, lazy(model.weights), description, described_args(description))
+    exported = export_hf(ours, tmp_path / "hf")
+    assert exported.needs_remote_code
+    return EarlyExitEngine.from_checkpoint(ours), load(tmp_path / "hf")
+
+
+def load(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    return model.eval()
+
+
+def generate(model, prompts=(PROMPT,), **options):
+    defaults = {"max_new_tokens": COUNT, "do_sample": False, "eos_token_id": None}
+    return model.generate(
+        torch.tensor(prompts), return_dict_in_generate=True, **{**defaults, **options}
+    )
+
+
+def compare(engine, model, threshold, exit_layers=None):
+    """Returns how many tokens left at each layer."""
+    params = SamplingParams(
+        max_tokens=COUNT,
+        mode="early_exit",
+        early_exit_threshold=threshold,
+        exit_layers=exit_layers,
+    )
+    expected = engine.generate([PROMPT], params)[0]
+    found = generate(model, early_exit_threshold=threshold, exit_layers=exit_layers)
+    assert found.sequences[0, len(PROMPT) :].tolist() == expected.token_ids
+    cache = found.past_key_values
+    assert cache.exit_layers == expected.exit_layers
+    difference = torch.tensor(cache.confidences) - torch.tensor(expected.confidences)
+    assert difference.abs().max() < 1e-4
+    return {layer: cache.exit_layers.count(layer) for layer in set(cache.exit_layers)}
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_every_kind_of_head(tmp_path, heads):
+    engine, model = export(tmp_path, LLAMA, **HEADS[heads])
+    left = {}
+    for threshold in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        for layer, count in compare(engine, model, threshold).items():
+            left[layer] = left.get(layer, 0) + count
+    assert left.keys() == {1, 3, 4}
+    compare(engine, model, 0.4, exit_layers=(3,))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_backbone(tmp_path, backbone):
+    engine, model = export(tmp_path, BACKBONES[backbone], **HEADS["all"])
+    for threshold in (0.3, 0.6):
+        compare(engine, model, threshold)
+    full = engine.generate([PROMPT], SamplingParams(max_tokens=COUNT))[0]
+    assert generate(model).sequences[0, len(PROMPT) :].tolist() == full.token_ids
+
+
+def test_an_exit_after_the_last_layer_and_one_before_its_layer(tmp_path):
+    engine, model = export(tmp_path / "last", LLAMA, exits=(2, 4), use_exit_norm=True)
+    compare(engine, model, 0.4)
+    engine, model = export(tmp_path / "pre", LLAMA, exits=(2, 4), pre_exit=True)
+    assert model.config.exit_layers == [1, 3]
+    compare(engine, model, 0.4)
+
+
+def test_layers_behind_an_exit_wait_until_they_are_needed(tmp_path):
+    _, model = export(tmp_path, LLAMA, **HEADS["untied"])
+    rows = [0] * len(model.model.layers)
+
+    def count(number):
+        def hook(module, given, result):
+            rows[number] += result.shape[1]
+
+        return hook
+
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(count(number))
+    total = len(PROMPT) + COUNT - 1
+    generate(model, early_exit_threshold=0.0)
+    assert rows == [total, 0, 0, 0]
+    rows[:] = [0] * 4
+    exit_layers = generate(model, early_exit_threshold=0.8).past_key_values.exit_layers
+    assert set(exit_layers) == {1, 3, 4}
+    assert exit_layers[-1] < 4
+
+    def positions_until(layer):
+        """All, once, up to the last one that got there; later ones wait."""
+        return len(PROMPT) + max(i for i, left_at in enumerate(exit_layers) if left_at >= layer)
+
+    assert rows == [total, positions_until(3), positions_until(3), positions_until(4)]
+
+
+def test_padding_sampling_and_other_ways_through_generate(tmp_path):
+    engine, model = export(tmp_path, LLAMA)
+    padded = torch.tensor([[0, 0, *PROMPT], [9, 9, *PROMPT]])
+    mask = (torch.arange(9) >= torch.tensor([[2], [0]])).long()
+    full = engine.generate([PROMPT, [9, 9, *PROMPT]], SamplingParams(max_tokens=COUNT))
+    found = generate(model, padded.tolist(), attention_mask=mask, pad_token_id=0)
+    assert found.sequences[:, 9:].tolist() == [one.token_ids for one in full]
+    without = model(padded[1:], use_cache=False, labels=padded[1:])
+    assert without.past_key_values is None
+    logits = without.logits[0].log_softmax(-1)
+    expected = -logits[:-1].gather(1, padded[1, 1:, None]).mean()
+    assert torch.allclose(without.loss, expected)
+    drafted = generate(model, prompt_lookup_num_tokens=3)
+    assert drafted.sequences[0, len(PROMPT) :].tolist() == full[0].token_ids
+
+    # One token is all that top_k 1 can draw, whatever the confidence.
+    expected = generate(model, early_exit_threshold=0.4).sequences
+    sampled = generate(model, early_exit_threshold=0.4, do_sample=True, top_k=1).sequences
+    assert torch.equal(sampled, expected)
+    model.config.early_exit_threshold = 0.4
+    assert torch.equal(generate(model).sequences, expected)
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert torch.equal(generate(again).sequences, expected)
+
+
+def test_what_early_exit_refuses(tmp_path):
+    _, model = export(tmp_path, LLAMA)
+    on = {"early_exit_threshold": 0.5}
+    two = [PROMPT, PROMPT]
+    for message, prompts, options in (
+        ("one sequence at a time, 2 are given", two, on),
+        ("one sequence at a time, 3 are given", [PROMPT], {**on, "num_beams": 3}),
+        ("without padding only", [PROMPT], {**on, "attention_mask": torch.tensor([[0] + [1] * 6])}),
+        ("threshold 1.5 is out of range, allowed: 0 to 1", [PROMPT], {"early_exit_threshold": 1.5}),
+        (r"exit_layers 2 is no exit, allowed: \[1, 3\]", [PROMPT], {**on, "exit_layers": [2]}),
+        ("has no effect without early_exit_threshold", [PROMPT], {"exit_layers": [1]}),
+        ("take tokens back", [PROMPT], {**on, "prompt_lookup_num_tokens": 3}),
+        (
+            "allowed is one of the two",
+            [PROMPT],
+            {**on, "past_key_values": transformers.DynamicCache()},
+        ),
+        ("output_attentions True is not supported", [PROMPT], {"output_attentions": True}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(model, prompts, **options)

@@ -1,0 +1,103 @@
+"""SmolLM2-135M, imported, exported and with exits: a real model with a real tokenizer."""
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+from megatron.early_exit.checkpoint.exits import add_exits
+from megatron.early_exit.checkpoint.huggingface import export_hf, import_hf
+from megatron.early_exit.checkpoint.source import open_checkpoint
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from tests.helpers.huggingface_models import engine_logits, twin_logits, twin_tokens
+from tests.helpers.smollm2 import PACKAGE, find_gguf
+
+GGUF = find_gguf()
+PROMPT = "The three largest cities of France are"
+COUNT = 64
+
+pytestmark = pytest.mark.skipif(GGUF is None, reason=f"{PACKAGE} is not installed: make setup")
+
+
+@pytest.fixture(scope="session")
+def twin():
+    """The model as transformers itself reads it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        GGUF.parent, gguf_file=GGUF.name, dtype=torch.float32
+    )
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def imported(tmp_path_factory):
+    target = tmp_path_factory.mktemp("smollm2") / "imported"
+    import_hf(GGUF).write(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def engine(imported):
+    return EarlyExitEngine.from_checkpoint(imported, max_sequence_length=256)
+
+
+def test_same_logits_and_same_text(twin, engine):
+    text = "Liberté, égalité, fraternité: 1789 was the year\n\n  of the French Revolution. 🥐"
+    tokens = engine.tokenizer.encode(text)
+    original = transformers.AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name)
+    assert tokens == original(text).input_ids
+    assert engine.tokenizer.decode(tokens) == text
+    difference = engine_logits(engine, tokens) - twin_logits(twin, tokens)
+    assert difference.abs().max() < 2e-4
+    prompt = engine.tokenizer.encode(PROMPT)
+    result = engine.generate(PROMPT, SamplingParams(max_tokens=COUNT, ignore_eos=True))[0]
+    assert result.token_ids == twin_tokens(twin, prompt, COUNT)
+    assert "Paris" in result.text
+
+
+def test_the_export_is_the_model(twin, imported, tmp_path):
+    export_hf(imported, tmp_path / "back", max_shard_bytes=200 * 10**6)
+    expected = twin.state_dict()
+    files = list((tmp_path / "back").glob("*.safetensors"))
+    assert len(files) == 3
+    found = set()
+    for file in files:
+        with safe_open(file, "pt") as shard:
+            for name in shard.keys():  # noqa: SIM118, it is no dictionary
+                assert torch.equal(shard.get_tensor(name), expected[name]), name
+                found.add(name)
+    assert found == expected.keys() - {"lm_head.weight"}
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert (tokenizer.eos_token_id, back.generation_config.eos_token_id) == (2, 2)
+    assert tokenizer.chat_template is not None
+    prompt = tokenizer(PROMPT).input_ids
+    assert torch.equal(twin_logits(back, prompt), twin_logits(twin, prompt))
+    drafted = twin_tokens(back, prompt, 16, assistant_early_exit=24)
+    assert drafted == twin_tokens(back, prompt, 16)
+
+
+def test_exits_choose_the_same_tokens_in_transformers(imported, tmp_path):
+    wanted = EarlyExitConfig(exit_layer_nums=(24, 29), use_exit_norm=True, use_exit_mlp=True)
+    add_exits(open_checkpoint(imported), wanted).write(tmp_path / "exits")
+    export_hf(tmp_path / "exits", tmp_path / "hf")
+    engine = EarlyExitEngine.from_checkpoint(tmp_path / "exits", max_sequence_length=256)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", trust_remote_code=True
+    ).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    params = SamplingParams(
+        max_tokens=COUNT, mode="early_exit", early_exit_threshold=0.7, ignore_eos=True
+    )
+    expected = engine.generate(PROMPT, params)[0]
+    found = model.generate(
+        **tokenizer(PROMPT, return_tensors="pt"),
+        max_new_tokens=COUNT,
+        do_sample=False,
+        eos_token_id=None,
+        early_exit_threshold=0.7,
+        return_dict_in_generate=True,
+    )
+    assert found.sequences[0, -COUNT:].tolist() == expected.token_ids
+    assert found.past_key_values.exit_layers == expected.exit_layers
+    assert set(expected.exit_layers) == {24, 29, 30}

@@ -1,0 +1,195 @@
+"""Models exported to Hugging Face's format: what was imported comes back bit for bit."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from megatron.early_exit.checkpoint.description import ModelDescription
+from megatron.early_exit.checkpoint.exits import add_exits
+from megatron.early_exit.checkpoint.huggingface import export_hf, import_hf, open_export
+from megatron.early_exit.checkpoint.megatron_args import described_args
+from megatron.early_exit.checkpoint.source import open_checkpoint
+from megatron.early_exit.checkpoint.writer import write_checkpoint
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from tests.helpers.huggingface_models import (
+    KINDS,
+    PROMPT,
+    make_twin,
+    save_tokenizer,
+    save_twin,
+    twin_logits,
+    twin_tokens,
+)
+from tests.helpers.tiny_models import ARCHITECTURES, make_model
+from tests.unit.test_checkpoint_writer import lazy
+
+INDEX = "model.safetensors.index.json"
+# What decides about the outputs; the class of a Mistral may change to the Llama that it is.
+FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
+    *("rope_parameters", "tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act"),
+    *("dtype", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
+
+
+def load_shards(folder):
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def import_to(folder, target):
+    import_hf(folder).write(target)
+    return target
+
+
+def save_model(path, architecture, **exits):
+    model = make_model(architecture, **exits)
+    description = ModelDescription(model.architecture, model.early_exit, None)
+    write_checkpoint(path, lazy(model.weights), description, described_args(description))
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_imported_comes_back(tmp_path, kind):
+    twin = make_twin(kind, dtype="bfloat16")
+    folder = save_twin(twin, tmp_path / "hf")
+    save_tokenizer(folder, 61)
+    ours = import_to(folder, tmp_path / "ours")
+    told = []
+    export = export_hf(ours, tmp_path / "back", lambda *one: told.append(one))
+    assert not export.needs_remote_code
+
+    original, found = load_shards(folder), load_shards(tmp_path / "back")
+    assert found.keys() == original.keys()
+    for name, tensor in original.items():
+        assert found[name].dtype is tensor.dtype
+        assert torch.equal(found[name].view(torch.int16), tensor.view(torch.int16)), name
+    sizes = [(name, tensor.nbytes) for name, tensor in original.items()]
+    assert sorted(told) == sorted(2 * sizes)
+    assert sum(size for _, size in told) == 2 * export.num_bytes
+
+    before = transformers.AutoConfig.from_pretrained(folder)
+    after = transformers.AutoConfig.from_pretrained(tmp_path / "back")
+    for name in FIELDS:
+        expected = getattr(before, name, None)
+        assert expected is None or getattr(after, name) == expected, name
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert torch.equal(twin_logits(back, PROMPT), twin_logits(again, PROMPT))
+    tokenizers = map(transformers.AutoTokenizer.from_pretrained, (folder, tmp_path / "back"))
+    encoded, encoded_before = (one("w5 w7").input_ids for one in tokenizers)
+    assert encoded == encoded_before
+    assert (tmp_path / "back" / "generation_config.json").read_bytes() == (
+        folder / "generation_config.json"
+    ).read_bytes()
+    assert import_hf(tmp_path / "back").description.architecture == (
+        open_checkpoint(ours).description.architecture
+    )
+
+
+@pytest.mark.parametrize("kind", ["Llama 2", "Qwen2", "Qwen3", "Mistral, odd heads"])
+def test_the_class_that_is_chosen(tmp_path, kind):
+    twin = make_twin(kind)
+    ours = import_to(save_twin(twin, tmp_path / "hf"), tmp_path / "ours")
+    assert open_export(ours).config["architectures"] == [type(twin).__name__]
+
+
+def test_shards(tmp_path):
+    folder = save_twin(make_twin("SmolLM2"), tmp_path / "hf")
+    ours = import_to(folder, tmp_path / "ours")
+    export = export_hf(ours, tmp_path / "back", max_shard_bytes=10_000)
+    files = sorted(tmp_path.glob("back/*.safetensors"))
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert len(files) > 3
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            names = opened.keys()
+            assert len(names) == 1 or sum(export.weights[n].num_bytes for n in names) <= 10_000
+    index = json.loads((tmp_path / "back" / INDEX).read_text())
+    assert index["metadata"]["total_size"] == export.num_bytes
+    assert index["weight_map"].keys() == export.weights.keys()
+    original = load_shards(folder)
+    for name, tensor in load_shards(tmp_path / "back").items():
+        assert torch.equal(tensor, original[name])
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert torch.equal(twin_logits(back, PROMPT), twin_logits(make_twin("SmolLM2"), PROMPT))
+
+
+def test_one_tensor_is_read_at_a_time(tmp_path):
+    folder = save_twin(make_twin("SmolLM2"), tmp_path / "hf")
+    export = open_export(import_to(folder, tmp_path / "ours"))
+    order = []
+    for name, tensor in export.weights.items():
+        read = tensor.read
+        object.__setattr__(
+            tensor, "read", lambda name=name, read=read: order.append(name) or read()
+        )
+    export.write(tmp_path / "back", lambda name, _: order.append(name))
+    written = order[: 2 * len(export.weights)]
+    assert written[::2] == written[1::2] == list(export.weights)
+
+
+def test_without_a_tokenizer_the_end_of_a_document_is_unknown(tmp_path):
+    ours = save_model(tmp_path / "ours", ARCHITECTURES["llama"])
+    export = export_hf(ours, tmp_path / "back")
+    assert export.tokenizer_dir is None
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "back")
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
+    engine = EarlyExitEngine.from_checkpoint(ours)
+    result = engine.generate([PROMPT], SamplingParams(max_tokens=40))[0]
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert result.token_ids == twin_tokens(back, PROMPT, 40)
+
+
+def test_plain_leaves_exits_out_and_drafts_with_them_in_transformers(tmp_path):
+    """transformers' own early exit: a draft by the first layers, the final norm and the output
+    layer, which the whole model verifies."""
+    folder = save_twin(make_twin("SmolLM2"), tmp_path / "hf")
+    wanted = EarlyExitConfig(exit_layer_nums=(1, 2), use_exit_norm=True)
+    ours = import_to(folder, tmp_path / "ours")
+    add_exits(open_checkpoint(ours), wanted).write(tmp_path / "exits")
+    assert open_export(tmp_path / "exits").needs_remote_code
+    export = export_hf(tmp_path / "exits", tmp_path / "plain", plain=True)
+    assert not export.needs_remote_code
+    assert load_shards(tmp_path / "plain").keys() == load_shards(folder).keys()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    for exit_layer in (1, 2):
+        tokens = twin_tokens(plain, PROMPT, 40, assistant_early_exit=exit_layer)
+        assert tokens == twin_tokens(plain, PROMPT, 40)
+
+
+REFUSED = {
+    "gpt2": "normalization LayerNorm cannot be expressed in Hugging Face's Llama family, allowed:",
+    "interleaved partial rope": "rotary_percent 0.5 cannot be expressed",
+    "qwen": "--add-qkv-bias with --qk-layernorm cannot be expressed",
+    "nemotron": "normalization LayerNorm cannot",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_expressed(tmp_path, name):
+    ours = save_model(tmp_path / "ours", ARCHITECTURES[name])
+    with pytest.raises(ValueError, match=f"^checkpoint {ours}: {REFUSED[name]}") as caught:
+        export_hf(ours, tmp_path / "back")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "back").exists()
+
+
+def test_what_is_there_stays(tmp_path):
+    ours = save_model(tmp_path / "ours", ARCHITECTURES["llama"])
+    (tmp_path / "back").mkdir()
+    (tmp_path / "back" / "mine").write_text("x")
+    with pytest.raises(ValueError, match="exists already"):
+        export_hf(ours, tmp_path / "back")
+    with pytest.raises(ValueError, match="no such directory"):
+        export_hf(tmp_path / "nothing", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
