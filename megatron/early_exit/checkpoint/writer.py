@@ -38,6 +38,7 @@ from megatron.early_exit.checkpoint.location import TRACKER_NAME
 from megatron.early_exit.checkpoint.weights import LAYERS
 
 _COMMON_KEY = "common_state/shard_0_1"
+_MODULES_WITH_STATE = ("decoder.", "exits.")
 _RELEASE = "release"
 
 Report = Callable[[str, int], object]
@@ -124,13 +125,29 @@ class _StreamPlanner(dcp.DefaultSavePlanner):
         self._weights, self._report = weights, report
         layers = {name.split(".")[2] for name in weights if name.startswith(LAYERS)}
         self._num_layers = len(layers)
-        self._common = io.BytesIO()
-        torch.save([common], self._common)
+        self._objects = {_COMMON_KEY: common, **dict.fromkeys(self._state_keys())}
 
     def create_local_plan(self) -> SavePlan:
-        common = WriteItem(MetadataIndex(_COMMON_KEY), WriteItemType.BYTE_IO)
-        self.plan = SavePlan([common, *(self._item(*entry) for entry in self._weights.items())])
+        objects = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects]
+        self.plan = SavePlan([*objects, *(self._item(*entry) for entry in self._weights.items())])
         return self.plan
+
+    def _state_keys(self) -> Iterator[str]:
+        """Where modules keep what is no tensor. Megatron loads no model where they have not stored
+        it, although it is nothing, as it is without Transformer Engine's FP8."""
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in self._weights)
+        for module in modules:
+            if not module.startswith(_MODULES_WITH_STATE) or module.endswith(".projection"):
+                continue
+            names = [module]
+            if module.endswith("linear_qkv"):
+                names.append(module.replace("linear_qkv", "core_attention"))
+            for name in names:
+                layer, count = "0", 1
+                if name.startswith(LAYERS):
+                    layer, _, rest = name.removeprefix(LAYERS).partition(".")
+                    name, count = f"{LAYERS}{rest}", self._num_layers
+                yield f"{name}._extra_state/shard_{layer}_{count}"
 
     def _item(self, name: str, tensor: LazyTensor) -> WriteItem:
         """One tensor; of a layer its place in the one that stacks those of all layers, as Megatron
@@ -154,8 +171,10 @@ class _StreamPlanner(dcp.DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         index = write_item.index
-        if index.fqn == _COMMON_KEY:
-            return self._common
+        if index.fqn in self._objects:
+            file = io.BytesIO()
+            torch.save([self._objects[index.fqn]], file)
+            return file
         assert write_item.tensor_data is not None
         name = index.fqn
         if name.startswith(LAYERS) and index.offset is not None:
