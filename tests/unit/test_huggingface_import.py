@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.description import read_description
 from megatron.early_exit.checkpoint.huggingface import import_hf
+from megatron.early_exit.checkpoint.huggingface.families import read_architecture
 from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
@@ -165,6 +166,117 @@ def test_what_old_files_hold_besides(tmp_path):
         import_hf(folder)
 
 
+def test_the_configs_of_well_known_models():
+    """As their makers wrote them, with earlier versions of transformers."""
+    llama2 = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 4096,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "vocab_size": 32000,
+    }
+    found = read_architecture(llama2, torch.float32)
+    assert (found.kv_channels, found.rotary_base, found.params_dtype) == (128, 1e4, "float16")
+    assert found.rope_scaling_factor is None
+    llama3 = {
+        **llama2,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 128256,
+    }
+    found = read_architecture(llama3, torch.float32)
+    assert (found.rope_scaling_factor, found.rotary_base, found.num_query_groups) == (8, 5e5, 8)
+    mistral = {
+        **llama2,
+        "architectures": ["MistralForCausalLM"],
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+    }
+    assert read_architecture(mistral, torch.float32).rotary_base == 1e6
+    with pytest.raises(ValueError, match="sliding_window 4096 is not supported, allowed: null, or"):
+        read_architecture({**mistral, "sliding_window": 4096}, torch.float32)
+    qwen2 = {
+        **llama2,
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 896,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 131072,
+        "max_window_layers": 24,
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "use_mrope": False,
+        "tie_word_embeddings": True,
+    }
+    found = read_architecture(qwen2, torch.float32)
+    assert (found.add_qkv_bias, found.add_bias_linear, found.kv_channels) == (True, False, 64)
+    assert found.share_embeddings_and_output_weights
+    qwen3 = {
+        **llama2,
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 128,
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+    }
+    found = read_architecture(qwen3, torch.float32)
+    assert (found.qk_layernorm, found.add_qkv_bias, found.kv_channels) == (True, False, 128)
+
+
+def test_a_name_on_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    folder = save_twin(make_twin("SmolLM2"), tmp_path)
+    asked = []
+
+    def download(name, allow_patterns, ignore_patterns):
+        asked.append(name)
+        wanted = huggingface_hub.utils.filter_repo_objects(
+            (
+                *("model-00001-of-00002.safetensors", "consolidated.safetensors", "README.md"),
+                *("tokenizer.model", "tokenizer.json", "original/params.json", "model.bin"),
+            ),
+            allow_patterns=allow_patterns,
+            ignore_patterns=ignore_patterns,
+        )
+        assert list(wanted) == [
+            "model-00001-of-00002.safetensors",
+            "tokenizer.model",
+            "tokenizer.json",
+        ]
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert import_hf("maker/model").weights.keys() == import_hf(folder).weights.keys()
+    assert asked == ["maker/model"]
+
+
 CONFIGS = {
     "another architecture": (
         {"architectures": ["GPT2LMHeadModel"]},
@@ -206,6 +318,10 @@ CONFIGS = {
         "quantization_config gptq is not supported",
     ),
     "size": ({"hidden_size": "32"}, "hidden_size '32' is out of range, allowed: 1 or more"),
+    "window": ({"sliding_window": "1", "use_sliding_window": True}, "sliding_window '1' is out"),
+    "groups": ({"num_key_value_heads": "1"}, "num_key_value_heads '1' is out of range, allowed: 1"),
+    "eps": ({"rms_norm_eps": "tiny"}, "rms_norm_eps 'tiny' is out of range, allowed: numbers"),
+    "quantised oddly": ({"quantization_config": "gptq"}, "quantization_config gptq is not"),
     "no size": ({"num_hidden_layers": None}, "num_hidden_layers None is out of range"),
     "dtype": ({"dtype": "float8"}, "params_dtype 'float8' is unknown, allowed: float32, bfloat16"),
     "one layer less": (

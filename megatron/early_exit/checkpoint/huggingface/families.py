@@ -7,7 +7,11 @@ from typing import Any
 import torch
 
 from megatron.early_exit.checkpoint.architecture import Architecture
-from megatron.early_exit.checkpoint.huggingface.rotary_settings import read_rotary, write_rotary
+from megatron.early_exit.checkpoint.huggingface.rotary_settings import (
+    positive_number,
+    read_rotary,
+    write_rotary,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,7 @@ def read_architecture(config: Mapping[str, Any], stored: torch.dtype) -> Archite
     family = _family(config)
     _refuse_unsupported(config, family)
     hidden_size, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
-    head_size = config.get("head_dim") or family.head_size or hidden_size // heads
+    head_size = _count(config, "head_dim", family.head_size or hidden_size // heads)
     has_biases = _has_biases(config)
     dtype = config.get("dtype") or config.get("torch_dtype") or stored
     return Architecture(
@@ -58,12 +62,12 @@ def read_architecture(config: Mapping[str, Any], stored: torch.dtype) -> Archite
         hidden_size=hidden_size,
         ffn_hidden_size=_count(config, "intermediate_size"),
         num_attention_heads=heads,
-        num_query_groups=config.get("num_key_value_heads") or heads,
+        num_query_groups=_count(config, "num_key_value_heads", heads),
         kv_channels=head_size,
         vocab_size=_count(config, "vocab_size"),
         max_position_embeddings=_count(config, "max_position_embeddings"),
         normalization="RMSNorm",
-        layernorm_epsilon=config.get("rms_norm_eps", 1e-6),
+        layernorm_epsilon=positive_number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
         activation="silu",
         gated_linear_unit=True,
         add_bias_linear=has_biases,
@@ -85,8 +89,10 @@ def _family(config: Mapping[str, Any]) -> Family:
     raise ValueError(f"architecture {names[0]} is not supported, allowed: {allowed}")
 
 
-def _count(config: Mapping[str, Any], name: str) -> int:
+def _count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = config.get(name)
+    if value is None:
+        value = default
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} {value!r} is out of range, allowed: 1 or more")
     return value
@@ -97,17 +103,22 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
     if activation not in ("silu", "swish"):
         raise ValueError(f"hidden_act {activation!r} is not supported, allowed: silu")
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
+        method = config["quantization_config"]
+        if isinstance(method, Mapping):
+            method = method.get("quant_method")
         raise ValueError(
             f"quantization_config {method} is not supported, allowed: weights as they are"
         )
-    window, context = config.get("sliding_window"), _count(config, "max_position_embeddings")
     kinds = set(config.get("layer_types") or ())
     # Before there were types of layers, a window in a Mistral was one, and in a Qwen maybe.
     is_windowed = bool(config.get("use_sliding_window", family is MISTRAL))
     if kinds:
         is_windowed = kinds != {"full_attention"}
-    if is_windowed and window is not None and window < context:
+    if not is_windowed:
+        return
+    context = _count(config, "max_position_embeddings")
+    window = _count(config, "sliding_window", context)
+    if window < context:
         raise ValueError(
             f"sliding_window {window} is not supported, allowed: null, or max_position_embeddings "
             f"{context} or more"

@@ -31,10 +31,10 @@ def read_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     if share not in (None, 1):
         raise ValueError(f"partial_rotary_factor {share} is not supported, allowed: 1.0")
     base = settings.get("rope_theta") or config.get("rope_theta") or _DEFAULT_BASE
-    fields = {"rotary_base": _number("rope_theta", base)}
+    fields = {"rotary_base": positive_number("rope_theta", base)}
     kind = settings.get("rope_type") or settings.get("type") or "default"
     if kind == "linear":
-        factor = _number("rope factor", settings.get("factor"))
+        factor = positive_number("rope factor", settings.get("factor"))
         fields["rotary_seq_len_interpolation_factor"] = factor
     elif kind == "llama3":
         for name, built_in in _LLAMA3.items():
@@ -43,7 +43,7 @@ def read_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
                     f"{name} {settings.get(name)} of the rope type llama3 is not supported, "
                     f"allowed: {built_in}"
                 )
-        fields["rope_scaling_factor"] = _number("rope factor", settings.get("factor"))
+        fields["rope_scaling_factor"] = positive_number("rope factor", settings.get("factor"))
     elif kind != "default":
         raise ValueError(
             f"rope type {kind!r} is not supported, allowed: default, linear and llama3"
@@ -71,7 +71,12 @@ def write_rotary(a: Architecture) -> dict[str, Any]:
     return {"rope_theta": float(a.rotary_base), "rope_scaling": scaling}
 
 
-def _number(name: str, value: object) -> float:
+def positive_number(name: str, value: object) -> float:
+    """A value of a config.json, if it is such a number.
+
+    Raises:
+        ValueError: it is none.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
         raise ValueError(f"{name} {value!r} is out of range, allowed: numbers above 0")
     return float(value)

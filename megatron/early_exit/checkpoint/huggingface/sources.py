@@ -6,6 +6,8 @@ from megatron.early_exit.checkpoint.huggingface.tokenizers import CONFIG_NAME
 
 _GGUF = ".gguf"
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "vocab.txt", "merges.txt")
+_OTHER_FILES = ("consolidated*", "original/*")
+"""The same weights once more, in the format of the model's makers."""
 
 
 def locate_source(source: str | Path) -> Path:
@@ -43,7 +45,9 @@ def _download(name: str) -> Path:
     except ImportError as error:
         raise ValueError(f"{missing}, and the hub needs the huggingface_hub package") from error
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
+        return Path(
+            snapshot_download(name, allow_patterns=list(_FILES), ignore_patterns=list(_OTHER_FILES))
+        )
     except HFValidationError as error:
         raise ValueError(f"{missing}, and it is not a name on the hub") from error
     # Errors of the hub and of its connection share nothing but this.

@@ -132,11 +132,11 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: early exit of several sequences, or of padded ones, or other arguments.
         """
-        unknown = [
-            name for name, value in others.items() if value is not None and value is not False
-        ]
-        if unknown:
-            raise ValueError(f"{unknown[0]} {others[unknown[0]]!r} is not supported by this model")
+        # transformers 4 gives `cache_position`, and the cache says the same.
+        others.pop("cache_position", None)
+        for name, value in others.items():
+            if value is not None and value is not False:
+                raise ValueError(f"{name} {value!r} is not supported by this model")
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
         if isinstance(cache, EarlyExitCache):
