@@ -184,6 +184,15 @@ def test_weights_for_losses_may_be_those_of_its_own_tool(tmp_path, tokenizer):
     check(model, tmp_path, tokenizer)
 
 
+def test_mlps_that_no_exit_uses_are_left_out(tmp_path, tokenizer):
+    mlps = make(LLAMA, exits=(2, 3), use_exit_mlp=True)
+    # To EE-LLM these are exits after layers 1 and 2, and their MLPs take no part.
+    save_ee_llm(mlps, tmp_path, tensor=2, pre_exit=True)
+    bare = make_model(LLAMA, exits=(2, 3), pre_exit=True)
+    weights = {name: tensor for name, tensor in mlps.weights.items() if name in bare.weights}
+    check(replace(bare, weights=weights), tmp_path, tokenizer)
+
+
 def test_norms_may_have_their_old_name(tmp_path, tokenizer):
     model = make(LLAMA)
     folder = save_ee_llm(model, tmp_path)

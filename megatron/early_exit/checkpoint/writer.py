@@ -50,7 +50,7 @@ def new_directory(target: Path) -> Iterator[Path]:
     """A folder to fill that becomes `target` when all has gone well, and else leaves nothing.
 
     Raises:
-        ValueError: there is something at `target` already, or it cannot be made.
+        ValueError: there is something at `target` already, or it cannot be written.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists already, and nothing is written over it")
@@ -84,7 +84,8 @@ def write_checkpoint(
         report: follows the progress.
 
     Raises:
-        ValueError: a tensor cannot be read, or a file cannot be written.
+        ValueError: a tensor cannot be read.
+        OSError: a file cannot be written.
     """
     write_description(save_dir, description)
     directory = save_dir / _RELEASE
@@ -102,10 +103,13 @@ def write_checkpoint(
             )
     except dcp.api.CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
-        if not isinstance(reason, Exception):
-            # A signal: torch wraps that too.
-            raise reason from error
-        raise ValueError(str(reason)) from error
+        if isinstance(reason, ValueError):
+            raise ValueError(str(reason)) from error
+        if isinstance(reason, RuntimeError):
+            # What torch says of a full disk.
+            raise OSError(f"is the disk full? ({reason})") from error
+        # The disk again; or a signal, which torch wraps too.
+        raise reason from error
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (directory / "metadata.json").write_text(json.dumps(backend), encoding="utf-8")
     (save_dir / TRACKER_NAME).write_text(_RELEASE, encoding="utf-8")

@@ -66,6 +66,8 @@ def exits_of(args: Namespace) -> EarlyExitConfig:
         return EarlyExitConfig()
     names = [f.name for f in fields(EarlyExitConfig)]
     given = {n: getattr(args, n) for n in names if getattr(args, n, None) is not None}
+    if has_idle_branches(args):
+        given["use_exit_mlp"] = False
     if not given.get("exit_layer_weight_warmup_iters"):
         # EE-LLM takes values that have no effect, and saves them.
         given.pop("exit_layer_weight_init", None)
@@ -75,6 +77,12 @@ def exits_of(args: Namespace) -> EarlyExitConfig:
         if len(given.get(name, ())) != len(numbers):
             given.pop(name, None)
     return EarlyExitConfig(**given)
+
+
+def has_idle_branches(args: Namespace) -> bool:
+    """Whether layers have MLPs for exits that no exit uses: EE-LLM lets exits be before layers that
+    have them."""
+    return bool(getattr(args, "pre_exit", False) and getattr(args, "use_exit_mlp", False))
 
 
 def tokenizer_of(

@@ -75,6 +75,14 @@ class RankFile:
         self.tensors: dict[str, Tensor] = dict(_flat(language_model, ""))
         """By their keys joined with dots, as in `encoder.layers.0.input_norm.weight`."""
 
+    def drop_branches(self) -> None:
+        """Leave one MLP to layers that have one for the backbone and one for an exit."""
+        self.tensors = {
+            name.replace(".mlp.trunk.", ".mlp."): tensor
+            for name, tensor in self.tensors.items()
+            if ".mlp.branch." not in name
+        }
+
 
 def find_iteration(path: Path) -> Path:
     """The folder with the ranks' folders.

@@ -13,6 +13,7 @@ from megatron.early_exit.checkpoint.description import ModelDescription
 from megatron.early_exit.checkpoint.ee_llm.arguments import (
     architecture_of,
     exits_of,
+    has_idle_branches,
     tokenizer_of,
 )
 from megatron.early_exit.checkpoint.ee_llm.files import RankFile, find_iteration, load_ranks
@@ -59,6 +60,9 @@ def import_ee_llm(
     architecture = architecture_of(args, vocab_size)
     early_exit.validate(architecture.num_layers)
     label = f"checkpoint {iteration_dir}"
+    if has_idle_branches(args):
+        for rank in (rank for ranks in stages for rank in ranks):
+            rank.drop_branches()
     found = _whole_names(stages, list(args.exit_layer_nums or ()) if early_exit.exits else [])
     weights, sources = {}, {}
     for name, shape in weight_shapes(architecture, early_exit).items():
