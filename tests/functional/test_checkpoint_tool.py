@@ -74,6 +74,10 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.save(state, bridge / "common.pt")
     (bridge / "run_config.yaml").write_text("model:\n  num_layers: 4\n")
     saved_checkpoint.save(folder / "moe", 5, num_experts=8)
+    (pieces,) = (save_base(folder / "damaged") / "release").glob("*.distcp")
+    pieces.write_bytes(pieces.read_bytes()[:50_000])
+    save_base(folder / "unlabelled")
+    (folder / "unlabelled" / "early_exit_model.json").write_text('{"format": 2}')
     return {
         "base": base,
         "exits": save(folder / "exits", MODEL, reference),
@@ -82,6 +86,9 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "tokenizer": folder / "words.model",
         "bridge": folder / "bridge",
         "moe": folder / "moe",
+        "damaged": folder / "damaged",
+        "unlabelled": folder / "unlabelled",
+        "FILE/x": folder / "words.model" / "x",
         "none": folder / "none",
     }
 
@@ -226,6 +233,9 @@ REFUSALS = [
         ["add-exits", "ee_llm", "OUT", NUMS, "2"],
         "convert it with tools/checkpoint.py import-ee-llm",
     ),
+    (["add-exits", "damaged", "OUT", NUMS, "2"], "is missing or damaged"),
+    (["add-exits", "unlabelled", "OUT", NUMS, "2"], "format 2 is unknown, allowed: 1"),
+    (["add-exits", "base", "FILE/x", NUMS, "2"], "words.model/x cannot be written"),
     (["strip-exits", "base", "OUT"], "base: the model has no exits"),
     (
         ["merge-exits", "base", "whole", "OUT"],
