@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import sentencepiece
 import torch
 import transformers
 from safetensors import safe_open
@@ -13,6 +14,7 @@ from megatron.early_exit.checkpoint.exits import add_exits
 from megatron.early_exit.checkpoint.huggingface import export_hf, import_hf, open_export
 from megatron.early_exit.checkpoint.megatron_args import described_args
 from megatron.early_exit.checkpoint.source import open_checkpoint
+from megatron.early_exit.checkpoint.tokenizer import TokenizerDescription
 from megatron.early_exit.checkpoint.writer import write_checkpoint
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
@@ -50,9 +52,9 @@ def import_to(folder, target):
     return target
 
 
-def save_model(path, architecture, **exits):
-    model = make_model(architecture, **exits)
-    description = ModelDescription(model.architecture, model.early_exit, None)
+def save_model(path, architecture, tokenizer=None):
+    model = make_model(architecture)
+    description = ModelDescription(model.architecture, model.early_exit, tokenizer)
     write_checkpoint(path, lazy(model.weights), description, described_args(description))
     return path
 
@@ -141,7 +143,7 @@ def test_one_tensor_is_read_at_a_time(tmp_path):
 def test_without_a_tokenizer_the_end_of_a_document_is_unknown(tmp_path):
     ours = save_model(tmp_path / "ours", ARCHITECTURES["llama"])
     export = export_hf(ours, tmp_path / "back")
-    assert export.tokenizer_dir is None
+    assert export.tokenizer is None
     config = transformers.AutoConfig.from_pretrained(tmp_path / "back")
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
     engine = EarlyExitEngine.from_checkpoint(ours)
@@ -165,6 +167,67 @@ def test_plain_leaves_exits_out_and_drafts_with_them_in_transformers(tmp_path):
     for exit_layer in (1, 2):
         tokens = twin_tokens(plain, PROMPT, 40, assistant_early_exit=exit_layer)
         assert tokens == twin_tokens(plain, PROMPT, 40)
+
+
+TEXT = "def f(x):\n    return  x  # déjà-vu 🥐\n\n\n" * 3 + "\tthe end"
+EXACT = {
+    "model_type": "bpe",
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"add_dummy_prefix": False, "user_defined_symbols": ["\n", "▁▁", "▁▁▁▁"]},
+        {"byte_fallback": True, "split_digits": True, "pad_id": 3},
+    ],
+)
+def test_a_sentencepiece_tokenizer_gives_the_same_tokens(tmp_path, options):
+    processor = train_sentencepiece(tmp_path, **EXACT, **options)
+    ours = save_model(tmp_path / "ours", ARCHITECTURES["llama"], sentencepiece_model(tmp_path, 9))
+    export_hf(ours, tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in (TEXT, " lead", "a\r\n \u200bß", ""):
+        assert tokenizer(text).input_ids == processor.encode(text)
+        if "byte_fallback" in options:
+            assert tokenizer.decode(processor.encode(text)) == processor.decode(
+                processor.encode(text)
+            )
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    pad = options.get("pad_id")
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 9, pad)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 9)
+
+
+@pytest.mark.parametrize(
+    "options", [{"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"}]
+)
+def test_a_sentencepiece_tokenizer_that_has_no_equal(tmp_path, options):
+    train_sentencepiece(tmp_path, **{**EXACT, **options})
+    ours = save_model(tmp_path / "ours", ARCHITECTURES["llama"], sentencepiece_model(tmp_path, 9))
+    export = export_hf(ours, tmp_path / "hf")
+    assert export.tokenizer is None
+    assert export.config["eos_token_id"] == 9
+    assert not list((tmp_path / "hf").glob("tokenizer*"))
+
+
+def train_sentencepiece(folder, **options):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT, "the cat and the dog"] * 9),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=300 if options.get("byte_fallback") else 40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+def sentencepiece_model(folder, eod_id):
+    path = str(folder / "tokenizer.model")
+    return TokenizerDescription(type="SentencePieceTokenizer", model=path, eod_id=eod_id)
 
 
 REFUSED = {

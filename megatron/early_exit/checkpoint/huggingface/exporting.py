@@ -1,7 +1,7 @@
 """From one of our checkpoints to a folder that transformers loads."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.base import is_of_exit
-from megatron.early_exit.checkpoint.conversion import Conversion
 from megatron.early_exit.checkpoint.huggingface.exit_config import (
     copy_modelling,
     write_exit_config,
@@ -22,13 +21,11 @@ from megatron.early_exit.checkpoint.huggingface.shards import open_shards
 from megatron.early_exit.checkpoint.huggingface.tokenizers import (
     CONFIG_NAME,
     GENERATION_NAME,
-    copy_tokenizer,
-    special_tokens,
+    export_tokenizer,
 )
 from megatron.early_exit.checkpoint.huggingface.weight_map import origin
 from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights, content_hash
 from megatron.early_exit.checkpoint.source import open_checkpoint
-from megatron.early_exit.checkpoint.tokenizer import HUGGINGFACE_TYPE
 from megatron.early_exit.checkpoint.writer import Report, new_directory
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -42,13 +39,14 @@ class Export:
         config: of its config.json.
         weights: its tensors.
         sources: for each of them, which of ours it is or is a part of.
-        tokenizer_dir: with a tokenizer of Hugging Face's; None where there is none.
+        tokenizer: puts its files into a folder; None where transformers has none that gives the
+            tokens of the model's own.
     """
 
     config: Mapping[str, Any]
     weights: LazyWeights
     sources: Mapping[str, tuple[str, ...]]
-    tokenizer_dir: Path | None
+    tokenizer: Callable[[Path], object] | None
 
     @property
     def num_bytes(self) -> int:
@@ -78,8 +76,8 @@ class Export:
                 nothing is left at `target`.
         """
         with new_directory(target) as partial:
-            if self.tokenizer_dir is not None:
-                copy_tokenizer(self.tokenizer_dir, partial)
+            if self.tokenizer is not None:
+                self.tokenizer(partial)
             if not (partial / GENERATION_NAME).exists():
                 ends = {name: self.config[name] for name in ("bos_token_id", "eos_token_id")}
                 _write_json(partial / GENERATION_NAME, ends)
@@ -144,9 +142,9 @@ def open_export(source: str | Path, plain: bool = False) -> Export:
         weights, sources = _split(architecture, kept)
     except ValueError as error:
         raise ValueError(f"checkpoint {source}: {error}") from error
-    tokenizer_dir, eod_id = _tokenizer(conversion)
-    config |= special_tokens(tokenizer_dir, eod_id)
-    return Export(config, weights, sources, tokenizer_dir)
+    tokenizer = export_tokenizer(conversion.description.tokenizer)
+    config |= tokenizer.special_tokens
+    return Export(config, weights, sources, tokenizer.install)
 
 
 def _split(
@@ -170,16 +168,6 @@ def _reading(architecture: Architecture, whole: LazyTensor, layout: Layout, plac
         return layout.split(architecture, whole.read())[place]
 
     return read
-
-
-def _tokenizer(conversion: Conversion) -> tuple[Path | None, int | None]:
-    """The folder of a tokenizer that transformers reads, and the token that ends a document."""
-    tokenizer = conversion.description.tokenizer
-    if tokenizer is None:
-        return None, None
-    if tokenizer.type != HUGGINGFACE_TYPE or tokenizer.model is None:
-        return None, tokenizer.eod_id
-    return Path(tokenizer.model), tokenizer.eod_id
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -1,12 +1,21 @@
 """The tokenizer beside a model's weights, and the special tokens that its configuration names."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron.early_exit.checkpoint.huggingface.sentencepiece_tokenizer import (
+    convert_sentencepiece,
+)
 from megatron.early_exit.checkpoint.huggingface.shards import read_json
-from megatron.early_exit.checkpoint.tokenizer import HUGGINGFACE_TYPE, TokenizerDescription
+from megatron.early_exit.checkpoint.tokenizer import (
+    HUGGINGFACE_TYPE,
+    SENTENCEPIECE_TYPES,
+    TokenizerDescription,
+)
 
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
@@ -43,31 +52,54 @@ def find_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerDescript
     return TokenizerDescription(type=HUGGINGFACE_TYPE, model=str(folder.resolve()), eod_id=ends)
 
 
-def special_tokens(folder: Path | None, eod_id: int | None) -> dict[str, Any]:
-    """The ids of special tokens for a config.json: as in the one beside the tokenizer, which an
-    imported model has kept, else the end of a document alone.
+@dataclass(frozen=True, slots=True)
+class TokenizerExport:
+    """A tokenizer on its way into a folder.
 
-    Args:
-        folder: with the tokenizer's files, if there is one.
-        eod_id: the token that ends a document.
+    Attributes:
+        special_tokens: their ids, for a config.json.
+        install: puts its files into a folder; None where transformers has none that gives the same
+            tokens.
+    """
+
+    special_tokens: Mapping[str, Any]
+    install: Callable[[Path], object] | None
+
+
+def export_tokenizer(tokenizer: TokenizerDescription | None) -> TokenizerExport:
+    """The tokenizer of a model of ours, for transformers.
 
     Raises:
-        ValueError: the config.json beside the tokenizer is damaged.
+        ValueError: its files are missing or damaged.
     """
-    kept: Mapping[str, Any] = {"eos_token_id": eod_id}
-    if folder is not None and (folder / CONFIG_NAME).is_file():
-        kept = read_json(folder / CONFIG_NAME)
-    return {name: kept.get(name) for name in SPECIAL_TOKENS}
+    ids: dict[str, Any] = dict.fromkeys(SPECIAL_TOKENS)
+    if tokenizer is None:
+        return TokenizerExport(ids, None)
+    ids["eos_token_id"] = tokenizer.eod_id
+    if tokenizer.model is None or tokenizer.legacy:
+        return TokenizerExport(ids, None)
+    path = Path(tokenizer.model)
+    if tokenizer.type == HUGGINGFACE_TYPE:
+        if not path.is_dir():
+            raise ValueError(f"tokenizer {path}: there is no such folder")
+        if (path / CONFIG_NAME).is_file():
+            # Of an imported model: what it said of them then.
+            kept = read_json(path / CONFIG_NAME)
+            ids = {name: kept.get(name) for name in SPECIAL_TOKENS}
+        return TokenizerExport(ids, partial(_copy, path))
+    converted = None
+    if tokenizer.type in SENTENCEPIECE_TYPES:
+        converted = convert_sentencepiece(path)
+    if converted is None:
+        return TokenizerExport(ids, None)
+    if tokenizer.eod_id is not None:
+        converted.eos_token = converted.convert_ids_to_tokens(tokenizer.eod_id)
+    ids = {name: getattr(converted, name) for name in SPECIAL_TOKENS}
+    return TokenizerExport(ids, lambda target: converted.save_pretrained(str(target)))
 
 
-def copy_tokenizer(folder: Path, target: Path) -> None:
-    """Copy a tokenizer's files, and the settings for generation, beside a model.
-
-    Raises:
-        ValueError: there is no such folder.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"tokenizer {folder}: there is no such folder")
+def _copy(folder: Path, target: Path) -> None:
+    """A tokenizer's files, and the settings for generation."""
     for file in folder.iterdir():
         if file.is_file() and file.name != CONFIG_NAME:
             shutil.copyfile(file, target / file.name)
