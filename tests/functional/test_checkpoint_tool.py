@@ -68,11 +68,8 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     reference = BaseReference.of(location, model_weights(location, description))
     old = with_shared_norms(make_model(LLAMA, exits=(1, 3), **HEADS["all"]))
     save_ee_llm(old, folder / "ee_llm", tensor=2, pipeline=2)
-    # What Megatron Bridge leaves: the arguments are in a file of its own.
-    bridge = saved_checkpoint.save(folder / "bridge", 5)
-    state = {"iteration": 5, "content_metadata": {}}
-    torch.save(state, bridge / "common.pt")
-    (bridge / "run_config.yaml").write_text("model:\n  num_layers: 4\n")
+    bare = saved_checkpoint.save(folder / "bare", 5)
+    torch.save({"iteration": 5, "content_metadata": {}}, bare / "common.pt")
     saved_checkpoint.save(folder / "moe", 5, num_experts=8)
     (pieces,) = (save_base(folder / "damaged") / "release").glob("*.distcp")
     pieces.write_bytes(pieces.read_bytes()[:50_000])
@@ -84,7 +81,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "whole": save(folder / "whole", MODEL),
         "ee_llm": folder / "ee_llm",
         "tokenizer": folder / "words.model",
-        "bridge": folder / "bridge",
+        "bare": folder / "bare",
         "moe": folder / "moe",
         "damaged": folder / "damaged",
         "unlabelled": folder / "unlabelled",
@@ -228,7 +225,10 @@ REFUSALS = [
     (["add-exits", "none", "OUT", NUMS, "2"], "none: there is no such directory"),
     (["add-exits", "base", "base", NUMS, "2"], "base exists already, and nothing is written over"),
     (["add-exits", "moe", "OUT", NUMS, "2"], "--num-experts 8 is not supported by inference"),
-    (["add-exits", "bridge", "OUT", NUMS, "2"], "only Megatron Bridge's run_config.yaml: export"),
+    (
+        ["add-exits", "bare", "OUT", NUMS, "2"],
+        "bare/iter_0000005: has no arguments of its training",
+    ),
     (
         ["add-exits", "ee_llm", "OUT", NUMS, "2"],
         "convert it with tools/checkpoint.py import-ee-llm",
@@ -251,7 +251,7 @@ REFUSALS = [
     (["import-hf", "base", "OUT"], "base"),
     (["export-hf", "none", "OUT"], "none: there is no such directory"),
     (["inspect", "none"], "none: there is no such directory"),
-    (["inspect", "bridge"], "has no arguments of its training, only Megatron Bridge's"),
+    (["inspect", "bare"], "bare/iter_0000005: has no arguments of its training"),
 ]
 
 

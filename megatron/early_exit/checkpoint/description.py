@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron.early_exit.checkpoint.architecture import Architecture, UnsupportedArchitecture
 from megatron.early_exit.checkpoint.base import BaseReference
+from megatron.early_exit.checkpoint.bridge import bridge_args
 from megatron.early_exit.checkpoint.location import (
     DESCRIPTION_NAME,
     TOKENIZER_NAME,
@@ -28,7 +29,6 @@ from megatron.early_exit.checkpoint.tokenizer import (
 from megatron.early_exit.config import EarlyExitConfig
 
 _FORMAT = 1
-_BRIDGE_CONFIG = "run_config.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,8 @@ def read_description(path: str | Path) -> ModelDescription:
 
     Args:
         path: a save directory or one iteration in it. Without a description in the save directory
-            (a plain Megatron checkpoint) the arguments stored inside the checkpoint are used.
+            (a plain Megatron checkpoint) the arguments stored inside the checkpoint are used, or
+            Megatron Bridge's file beside its weights.
 
     Raises:
         ValueError: there is no such checkpoint, or it is damaged.
@@ -154,17 +155,9 @@ def describe(location: CheckpointLocation) -> ModelDescription:
 
 def _describe_from_args(location: CheckpointLocation) -> ModelDescription:
     state = CheckpointReader(location.iteration_dir).common_state()
-    if "args" not in state:
-        bridge = ""
-        if (location.iteration_dir / _BRIDGE_CONFIG).is_file():
-            bridge = (
-                f", only Megatron Bridge's {_BRIDGE_CONFIG}: export it to Hugging Face's format "
-                "there, and use tools/checkpoint.py import-hf here"
-            )
-        raise ValueError(
-            f"checkpoint {location.iteration_dir}: has no arguments of its training{bridge}"
-        )
-    args = state["args"]
+    args = state["args"] if "args" in state else bridge_args(location.iteration_dir)
+    if args is None:
+        raise ValueError(f"checkpoint {location.iteration_dir}: has no arguments of its training")
     kind = TokenizerDescription.from_args(args)
     if kind is not None and kind.model is not None:
         # The file may well be on the machine that trained the model only.

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron.early_exit.checkpoint.architecture import UnsupportedArchitecture
 from megatron.early_exit.checkpoint.base import is_of_exit
+from megatron.early_exit.checkpoint.bridge import bridge_args
 from megatron.early_exit.checkpoint.description import ModelDescription, describe
 from megatron.early_exit.checkpoint.exits import head_flags
 from megatron.early_exit.checkpoint.location import CheckpointLocation, locate
@@ -88,7 +89,7 @@ def inspect(path: str | Path) -> Inspection:
     reader = CheckpointReader(location.iteration_dir)
     description, unsupported = _description(location)
     state = _common_state(reader)
-    args = state.get("args")
+    args = state.get("args") or bridge_args(location.iteration_dir)
     layout = {name: getattr(args, flag, None) for name, flag in _LAYOUT.items()}
     entries = reader.tensors.items()
     exits = {} if description is None else _heads(description)
