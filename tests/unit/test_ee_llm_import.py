@@ -13,6 +13,7 @@ import torch
 from megatron.early_exit.checkpoint.ee_llm import import_ee_llm
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers.ee_llm_format import save_ee_llm, with_shared_norms
+from tests.helpers.ee_llm_reference import EeLlmReference
 from tests.helpers.tiny_models import ARCHITECTURES, GPT2, HEADS, LLAMA, make_model
 
 # Kinds that EE-LLM has: no norms of queries and keys, no scaled or interleaved RoPE.
@@ -147,12 +148,47 @@ def test_every_kind_of_backbone(tmp_path, tokenizer, kind):
     check(model, tmp_path, tokenizer)
 
 
+def test_four_tensor_parallel_ranks(tmp_path, tokenizer):
+    model = make(MODELS["all heads of one kind"], exits=(2, 4), **HEADS["all"])
+    save_ee_llm(model, tmp_path, tensor=4)
+    check(model, tmp_path, tokenizer)
+
+
 def test_exits_before_layers_and_in_another_order(tmp_path, tokenizer):
     heads = {"use_exit_norm": True, "use_exit_block": True, "untie_exit_output_weights": True}
     model = make(LLAMA, exits=(4, 2, 3), pre_exit=True, exit_layer_weight=(0.1, 0.2, 0.3), **heads)
     assert model.early_exit.positions == (1, 2, 3)
     save_ee_llm(model, tmp_path, pipeline=2)
     check(model, tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("heads", "pre_exit"),
+    [
+        (heads, pre_exit)
+        for heads in HEADS
+        for pre_exit in (False, True)
+        if not (pre_exit and "use_exit_mlp" in HEADS[heads])
+    ],
+)
+def test_every_head_gives_ee_llms_own_logits(tmp_path, tokenizer, heads, pre_exit):
+    model = make(LLAMA, exits=(2, 3), pre_exit=pre_exit, **HEADS[heads])
+    path = save_ee_llm(model, tmp_path / "old") / "mp_rank_00" / "model_optim_rng.pt"
+    tokens = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
+    expected = EeLlmReference(torch.load(path, weights_only=False)).logits(tokens)
+    import_ee_llm(tmp_path / "old", tokenizer).write(tmp_path / "new")
+    engine = EarlyExitEngine.from_checkpoint(tmp_path / "new")
+    for number, logits in expected.items():
+        mode = {}
+        if number != "final":
+            layer = number - 1 if pre_exit else number
+            mode = {"mode": "early_exit", "early_exit_threshold": 0.0, "exit_layers": [layer]}
+        params = SamplingParams(max_tokens=1, logprobs=0, ignore_eos=True, **mode)
+        for end in (1, 5, 8):
+            (result,) = engine.generate([tokens[:end].tolist()], params)
+            logprobs = torch.log_softmax(logits[end - 1, :61], dim=0)
+            assert result.token_ids == [int(logprobs.argmax())]
+            assert result.logprobs == pytest.approx([float(logprobs.max())], abs=1e-4)
 
 
 def test_what_is_written_gives_the_models_text(tmp_path, tokenizer):
