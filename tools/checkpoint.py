@@ -75,8 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
         one.set_defaults(run=does)
         return one
 
-    verb("import-hf", _import_hf, "make a checkpoint of Hugging Face's", "MODEL", "DST")
-    one = verb("export-hf", _export_hf, "make a folder for transformers", "SRC", "FOLDER")
+    verb("import-hf", _import_hf, "turn a Hugging Face model into a checkpoint", "MODEL", "DST")
+    one = verb(
+        "export-hf", _export_hf, "turn a checkpoint into a folder for transformers", "SRC", "FOLDER"
+    )
     one.add_argument(
         "--plain",
         action="store_true",
@@ -98,7 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb("strip-exits", _strip_exits, "take the exits away", "SRC", "DST")
     verb("merge-exits", _merge_exits, "join tuned exits and their base", "BASE", "EXITS", "DST")
-    one = verb("import-ee-llm", _import_ee_llm, "make one of the original EE-LLM's", "SRC", "DST")
+    one = verb(
+        "import-ee-llm", _import_ee_llm, "convert a checkpoint of the original EE-LLM", "SRC", "DST"
+    )
     one.add_argument(
         "--tokenizer-model",
         type=Path,

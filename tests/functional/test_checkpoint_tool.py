@@ -137,6 +137,9 @@ def test_exits_that_project_with_another_matrix_are_noted(paths, tmp_path, capsy
 def test_tuned_exits_are_merged_with_their_base(paths, tmp_path):
     assert run("merge-exits", paths["base"], paths["exits"], tmp_path / "merged") == 0
     assert_same(tmp_path / "merged", MODEL.weights)
+    # Other verbs find the base by themselves.
+    assert run("strip-exits", paths["exits"], tmp_path / "plain") == 0
+    assert_same(tmp_path / "plain", weights(paths["base"]))
 
 
 def test_ee_llms_checkpoint_generates(paths, tmp_path, capsys):
