@@ -2,6 +2,8 @@
 
 import json
 
+import gguf
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -433,31 +435,66 @@ def test_sources_that_are_refused(tmp_path):
         import_hf(tmp_path / "model.bin")
 
 
-def test_gguf_files_that_are_refused(tmp_path):
-    gguf = pytest.importorskip("gguf")
-    path = tmp_path / "model.gguf"
+def write_gguf(path, tensors, kind="llama", scaling=None, window=None):
+    """A small Llama without a tokenizer."""
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_context_length(64)
+    writer.add_embedding_length(8)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(12)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(4)
+    writer.add_vocab_size(10)
+    if scaling is not None:
+        writer.add_string(f"{kind}.rope.scaling.type", scaling)
+    if window is not None:
+        writer.add_sliding_window(window)
+    for name, shape in tensors.items():
+        writer.add_tensor(name, numpy.ones(shape, numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
-    def refused(message, kind="llama", tensors=("output_norm.weight",), **fields):
-        writer = gguf.GGUFWriter(path, kind)
-        writer.add_context_length(64)
-        for key, (add, value) in fields.items():
-            getattr(writer, add)(f"{kind}.{key.replace('_of_', '.')}", value)
-        for name in tensors:
-            writer.add_tensor(name, torch.ones(4).numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with pytest.raises(ValueError, match=message) as caught:
+
+GGUF_TENSORS = {
+    "token_embd.weight": (10, 8),
+    "output_norm.weight": (8,),
+    "blk.0.attn_norm.weight": (8,),
+    "blk.0.attn_q.weight": (8, 8),
+    "blk.0.attn_k.weight": (4, 8),
+    "blk.0.attn_v.weight": (4, 8),
+    "blk.0.attn_output.weight": (8, 8),
+    "blk.0.ffn_norm.weight": (8,),
+    "blk.0.ffn_gate.weight": (12, 8),
+    "blk.0.ffn_up.weight": (12, 8),
+    "blk.0.ffn_down.weight": (8, 12),
+}
+
+
+def test_gguf_files_that_are_refused(tmp_path):
+    """Most of these transformers would read, and compute another model."""
+    path = tmp_path / "model.gguf"
+    missing = {**GGUF_TENSORS}
+    del missing["blk.0.ffn_norm.weight"]
+    for message, tensors, options in (
+        ("architecture gpt2 is not supported, allowed: llama, mis", {}, {"kind": "gpt2"}),
+        ("scaled rotary frequencies .rope_freqs.weight. are", {"rope_freqs.weight": (2,)}, {}),
+        ("rope.scaling.type yarn is not supported", {}, {"scaling": "yarn"}),
+        ("sliding_window 32 is not supported, allowed: context_length 64", {}, {"window": 32}),
+        ("holds 12 tensors, and transformers reads .* of 11", {"blk.0.attn_q.bias": (8,)}, {}),
+        ("holds 10 tensors, and transformers reads .* of 11", missing, {}),
+        ("cannot be read by transformers: ", {}, {}),
+    ):
+        wanted = tensors if tensors is missing else {**GGUF_TENSORS, **tensors}
+        write_gguf(path, wanted, **options)
+        with pytest.raises(ValueError, match=f"^{path}:? {message}") as caught:
             import_hf(tmp_path)
         assert "\n" not in str(caught.value)
-
-    refused("architecture gpt2 is not supported, allowed: llama, mistral", kind="gpt2")
-    refused(r"scaled rotary frequencies \(rope_freqs.weight\)", tensors=("rope_freqs.weight",))
-    refused("scaling.type yarn is not", rope_of_scaling_of_type=("add_string", "yarn"))
-    refused("sliding_window 32 is not", attention_of_sliding_window=("add_uint32", 32))
     path.write_bytes(b"GGUF, or not")
-    with pytest.raises(ValueError, match=r"model.gguf is not a whole GGUF file"):
+    with pytest.raises(ValueError, match=f"^{path} is not a whole GGUF file: "):
         import_hf(path)
 
 

@@ -36,26 +36,23 @@ class GgufModel:
     """
 
     def __init__(self, path: Path) -> None:
-        context = _check(path)
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-
-            source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                str(path.parent), dtype=torch.float32, **source
+        context, num_stored = _check(path)
+        model = _load(path, "AutoModelForCausalLM", dtype=torch.float32)
+        self._tensors: Mapping[str, Tensor] = dict(model.named_parameters())
+        if len(self._tensors) != num_stored:
+            # What it does not know it leaves out, and what it misses it draws at random.
+            raise ValueError(
+                f"{path} holds {num_stored} tensors, and transformers reads a model of "
+                f"{len(self._tensors)} from it"
             )
-            tokenizer: Any = AutoTokenizer.from_pretrained(str(path.parent), **source)
-        except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ValueError(f"{path} cannot be read by transformers: {error}") from error
         self.config: dict[str, Any] = model.config.to_dict()
         # It says how the file was quantised, which the weights in memory no longer are.
         self.config.pop("quantization_config", None)
         self.config["architectures"] = [type(model).__name__]
         self.config["max_position_embeddings"] = context
-        self._tensors: Mapping[str, Tensor] = model.state_dict()
         self.tokenizer_dir = Path(tempfile.mkdtemp(prefix="early_exit_gguf_"))
         weakref.finalize(self, shutil.rmtree, self.tokenizer_dir, ignore_errors=True)
-        tokenizer.save_pretrained(str(self.tokenizer_dir))
+        _load(path, "AutoTokenizer").save_pretrained(str(self.tokenizer_dir))
         kept = {name: self.config.get(name) for name in ("model_type", *SPECIAL_TOKENS)}
         (self.tokenizer_dir / CONFIG_NAME).write_text(json.dumps(kept), encoding="utf-8")
 
@@ -63,13 +60,29 @@ class GgufModel:
         """The weights, each of which keeps all of this alive."""
 
         def lazy(name: str, tensor: Tensor) -> LazyTensor:
-            return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: self._tensors[name])
+            return LazyTensor(
+                tuple(tensor.shape), tensor.dtype, lambda: self._tensors[name].detach()
+            )
 
         return {name: lazy(name, tensor) for name, tensor in self._tensors.items()}
 
 
-def _check(path: Path) -> int:
-    """The longest sequence, of a file whose rotary embeddings transformers will not get wrong."""
+def _load(path: Path, name: str, **options: Any) -> Any:
+    """What one of transformers' automatic classes makes of the file."""
+    try:
+        import transformers
+
+        kind = getattr(transformers, name)
+        source = {"gguf_file": path.name, "local_files_only": True}
+        return kind.from_pretrained(str(path.parent), **source, **options)
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} cannot be read by transformers: {reason}") from error
+
+
+def _check(path: Path) -> tuple[int, int]:
+    """The longest sequence, and how many tensors there are, of a file whose rotary embeddings
+    transformers will not get wrong."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -101,7 +114,7 @@ def _check(path: Path) -> int:
             f"{path}: sliding_window {window} is not supported, allowed: context_length {context} "
             "or more"
         )
-    return context
+    return context, len(names)
 
 
 def _join(values: tuple[str, ...]) -> str:
