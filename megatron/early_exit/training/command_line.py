@@ -34,6 +34,7 @@ from megatron.early_exit.training.tuning_options import TuningOptions, plan_dept
 
 _SHARED_DIRECTORY_TIMEOUT_S = 120.0
 _HEAD_START_S = 15.0
+_EVAL_INTERVAL = 1000
 
 
 def run_as_one_process_without_launcher() -> None:
@@ -87,6 +88,8 @@ def parse_arguments(
         parser.error = _raise  # type: ignore[method-assign]
         add_early_exit_arguments(parser)
         _add_checkpoint_arguments(parser)
+        # Megatron divides by it even where it never evaluates.
+        parser.set_defaults(eval_interval=_EVAL_INTERVAL)
         set_defaults(parser)
         _mend_help(parser)
         return parser
