@@ -138,6 +138,10 @@ def test_padding_sampling_and_other_ways_through_generate(tmp_path):
     drafted = generate(model, prompt_lookup_num_tokens=3)
     assert drafted.sequences[0, len(PROMPT) :].tolist() == full[0].token_ids
 
+    assert torch.equal(
+        generate(model, early_exit_threshold=0.4, past_key_values=None).sequences,
+        generate(model, early_exit_threshold=0.4, exit_layers=iter((1, 3))).sequences,
+    )
     # One token is all that top_k 1 can draw, whatever the confidence.
     expected = generate(model, early_exit_threshold=0.4).sequences
     sampled = generate(model, early_exit_threshold=0.4, do_sample=True, top_k=1).sequences

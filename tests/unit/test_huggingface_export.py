@@ -9,9 +9,11 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from megatron.early_exit.checkpoint.base import BaseReference, is_of_exit
 from megatron.early_exit.checkpoint.description import ModelDescription
 from megatron.early_exit.checkpoint.exits import add_exits
 from megatron.early_exit.checkpoint.huggingface import export_hf, import_hf, open_export
+from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.megatron_args import described_args
 from megatron.early_exit.checkpoint.source import open_checkpoint
 from megatron.early_exit.checkpoint.tokenizer import TokenizerDescription
@@ -167,6 +169,27 @@ def test_plain_leaves_exits_out_and_drafts_with_them_in_transformers(tmp_path):
     for exit_layer in (1, 2):
         tokens = twin_tokens(plain, PROMPT, 40, assistant_early_exit=exit_layer)
         assert tokens == twin_tokens(plain, PROMPT, 40)
+
+
+def test_exits_and_their_base_become_one_folder(tmp_path):
+    model = make_model(ARCHITECTURES["llama"], (1, 3), use_exit_norm=True)
+    plain = ModelDescription(model.architecture, EarlyExitConfig(), None)
+    backbone = {name: one for name, one in model.weights.items() if not is_of_exit(name)}
+    write_checkpoint(tmp_path / "base", lazy(backbone), plain, described_args(plain))
+    reference = BaseReference.of(locate(tmp_path / "base"), lazy(backbone))
+    tuned = ModelDescription(model.architecture, model.early_exit, None, reference)
+    exits = {name: one for name, one in model.weights.items() if is_of_exit(name)}
+    write_checkpoint(tmp_path / "tuned", lazy(exits), tuned, described_args(tuned))
+
+    assert export_hf(tmp_path / "tuned", tmp_path / "hf").needs_remote_code
+    found = load_shards(tmp_path / "hf")
+    assert torch.equal(found["exits.3.norm.weight"], model.weights["exits.3.norm.weight"])
+    assert torch.equal(found["model.norm.weight"], model.weights["decoder.final_layernorm.weight"])
+    export_hf(tmp_path / "tuned", tmp_path / "plain", plain=True)
+    assert load_shards(tmp_path / "plain").keys() == found.keys() - {
+        "exits.1.norm.weight",
+        "exits.3.norm.weight",
+    }
 
 
 TEXT = "def f(x):\n    return  x  # déjà-vu 🥐\n\n\n" * 3 + "\tthe end"

@@ -480,7 +480,7 @@ def test_gguf_files_that_are_refused(tmp_path):
     missing = {**GGUF_TENSORS}
     del missing["blk.0.ffn_norm.weight"]
     for message, tensors, options in (
-        ("architecture gpt2 is not supported, allowed: llama, mis", {}, {"kind": "gpt2"}),
+        ("architecture gpt2 is not supported, allowed: llama, mistral", {}, {"kind": "gpt2"}),
         ("scaled rotary frequencies .rope_freqs.weight. are", {"rope_freqs.weight": (2,)}, {}),
         ("rope.scaling.type yarn is not supported", {}, {"scaling": "yarn"}),
         ("sliding_window 32 is not supported, allowed: context_length 64", {}, {"window": 32}),

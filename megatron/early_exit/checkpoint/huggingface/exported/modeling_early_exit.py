@@ -8,6 +8,7 @@ catch up when a later token gets there.
 Shapes: b batch, s positions, h hidden size, v vocabulary.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -88,16 +89,15 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             return super().generate(*args, **kwargs)
         if not 0 <= threshold <= 1:
             raise ValueError(f"early_exit_threshold {threshold} is out of range, allowed: 0 to 1")
-        unknown = set(exit_layers or ()) - set(self.config.exit_layers)
+        enabled = None if exit_layers is None else tuple(exit_layers)
+        unknown = set(enabled or ()) - set(self.config.exit_layers)
         if unknown:
             raise ValueError(
                 f"exit_layers {min(unknown)} is no exit, allowed: {self.config.exit_layers}"
             )
-        if kwargs.get("past_key_values") is not None:
+        if kwargs.pop("past_key_values", None) is not None:
             raise ValueError("early_exit_threshold with past_key_values: allowed is one of the two")
-        return super().generate(
-            *args, **kwargs, past_key_values=EarlyExitCache(threshold, exit_layers)
-        )
+        return super().generate(*args, **kwargs, past_key_values=EarlyExitCache(threshold, enabled))
 
     def forward(
         self,
@@ -180,7 +180,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
                 logits = self.exits[str(layer)](hidden, place, cache, shared)
             else:
                 continue
-            confidence = float(logits.float().softmax(-1).max())
+            confidence = math.exp(float(logits.float().log_softmax(-1).max()))
             if is_last or confidence >= cache.threshold:
                 break
         if not is_last:
