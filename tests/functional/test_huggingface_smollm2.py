@@ -85,7 +85,7 @@ def test_exits_choose_the_same_tokens_in_transformers(imported, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf", trust_remote_code=True
     ).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     params = SamplingParams(
         max_tokens=COUNT, mode="early_exit", early_exit_threshold=0.7, ignore_eos=True
     )

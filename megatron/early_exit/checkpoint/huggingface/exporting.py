@@ -113,8 +113,9 @@ def open_export(source: str | Path, plain: bool = False) -> Export:
 
     A model without exits becomes one of transformers' own (Llama, Mistral, Qwen2 or Qwen3). One
     with exits comes with a class of its own, which transformers runs with
-    `trust_remote_code=True`: its `generate(..., early_exit_threshold=0.8)` takes a token from the
-    first exit that is sure enough.
+    `trust_remote_code=True` (the tokenizer is to be loaded with it too: transformers asks for the
+    model's configuration first). Its `generate(..., early_exit_threshold=0.8)` takes a token from
+    the first exit that is sure enough.
 
     Args:
         source: a save directory or one iteration in it; with exits only, its base is found.
