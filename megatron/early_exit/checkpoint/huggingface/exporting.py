@@ -87,7 +87,7 @@ class Export:
             hashes = write_shards(partial, self.weights, max_shard_bytes, report)
             for name, tensor in open_shards(partial).items():
                 if content_hash(tensor.read()) != hashes[name]:
-                    raise ValueError(f"{name} is not on the disk as it was written: is it sound?")
+                    raise ValueError(f"{name} is not as it was written: is the disk sound?")
                 report(name, tensor.num_bytes)
 
 
