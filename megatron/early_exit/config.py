@@ -66,6 +66,10 @@ class EarlyExitConfig:
     """Give each exit an output projection of its own; the default is one projection for all
     exits, tied to the word embedding."""
 
+    exit_vocab_size: int | None = None
+    """Tokens that exits can answer with: the first so many of the vocabulary, which are the most
+    frequent ones in most tokenizers (default: all). The projection is what asking an exit costs."""
+
     exit_layer_weight: tuple[float, ...] = field(default=(), metadata=_numbers(float))
     """Weight of each exit's loss in the total loss, in the order of --exit-layer-nums
     (default: 1.0 each)."""
@@ -118,6 +122,16 @@ class EarlyExitConfig:
                 "of the MLP of the layer it follows, so the exit must be after that layer "
                 "(allowed: one of the two flags)"
             )
+        if self.exit_vocab_size is not None:
+            if self.exit_vocab_size < 2:
+                raise ValueError(
+                    f"--exit-vocab-size {self.exit_vocab_size} is out of range, allowed: 2 or more"
+                )
+            if self.untie_exit_output_weights:
+                raise ValueError(
+                    "--exit-vocab-size cannot be combined with --untie-exit-output-weights: exits "
+                    "answer with the first rows of the word embedding"
+                )
         self._refuse_what_has_no_effect()
 
     def _refuse_what_has_no_effect(self) -> None:
@@ -212,6 +226,7 @@ _NEED_EXITS = (
     "use_exit_mlp",
     "use_exit_block",
     "untie_exit_output_weights",
+    "exit_vocab_size",
     "use_dynamic_exit_layer_weight",
     "exit_layer_weight_warmup_iters",
 )

@@ -11,7 +11,9 @@ from tests.helpers.spawn import spawn
 TOKENS, HIDDEN, VOCAB, RANKS = 19, 16, 48, 2
 
 
-def compare_with_whole_head(temperature: float, confidence_weighted: bool) -> dict[str, float]:
+def compare_with_whole_head(
+    temperature: float, confidence_weighted: bool, vocab_size: int | None
+) -> dict[str, float]:
     """On each rank: relative errors of its share, and whether equal logits are told apart."""
     from megatron.early_exit.training.head_loss import HeadLossOptions, head_loss
 
@@ -24,6 +26,7 @@ def compare_with_whole_head(temperature: float, confidence_weighted: bool) -> di
     whole[VOCAB - 1] = whole[0] = 3 * hidden[0]
     labels[0] = VOCAB - 1
     kind = {"temperature": temperature, "confidence_weighted": confidence_weighted}
+    kind["vocab_size"] = vocab_size
 
     rank = torch.distributed.get_rank()
     share = slice(rank * VOCAB // RANKS, (rank + 1) * VOCAB // RANKS)
@@ -36,17 +39,19 @@ def compare_with_whole_head(temperature: float, confidence_weighted: bool) -> di
     whole.requires_grad_()
     logits = hidden @ whole.t()
     (token_losses(logits, labels, **kind) * coefficients).sum().backward()
-    losses = token_losses(logits, labels, temperature=temperature).detach()
+    losses = token_losses(logits, labels, temperature=temperature, vocab_size=vocab_size).detach()
+    choice = logits[:, :vocab_size].argmax(dim=-1)
     return {
         "hidden": relative_error(gradient, hidden.grad),
         "weight": relative_error(weight.grad, whole.grad[share]),
         "loss": relative_error(result.loss, losses),
-        "correct": (result.correct - (logits.argmax(dim=-1) == labels).float()).abs().sum().item(),
+        "correct": (result.correct - (choice == labels).float()).abs().sum().item(),
         "tie": result.correct[0].item(),
     }
 
 
 def test_divided_vocabulary():
-    for kind in ((1.0, False), (2.5, True)):
+    # A head with few answers has some of them on each rank, or all on the first.
+    for kind in ((1.0, False, None), (2.5, True, None), (0.7, True, 40), (1.0, False, 11)):
         for errors in spawn(compare_with_whole_head, RANKS, *kind):
             assert max(errors.values()) < 1e-6, errors

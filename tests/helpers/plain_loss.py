@@ -6,11 +6,19 @@ from torch.nn import functional
 
 
 def token_losses(
-    logits: Tensor, labels: Tensor, *, temperature: float = 1.0, confidence_weighted: bool = False
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    confidence_weighted: bool = False,
+    vocab_size: int | None = None,
 ) -> Tensor:
-    """What each token adds to the objective, [n], for logits [n, v]."""
-    logits = logits.float() / temperature
-    losses = functional.cross_entropy(logits, labels, reduction="none")
+    """What each token adds to the objective, [n], for logits [n, v], of which a head may have the
+    first `vocab_size` only: every other label is all of these alike."""
+    logits = logits[:, :vocab_size].float() / temperature
+    logprobs = functional.log_softmax(logits, dim=-1)
+    own = logprobs.gather(1, labels.clamp(max=logits.shape[1] - 1)[:, None]).squeeze(1)
+    losses = -torch.where(labels < logits.shape[1], own, logprobs.mean(dim=-1))
     if confidence_weighted:
         losses = losses * torch.softmax(logits.detach(), dim=-1).amax(dim=-1)
     return losses

@@ -91,6 +91,8 @@ def all_logits(model: TinyModel, tokens: Sequence[int]) -> dict[int | str, Tenso
             if options.untie_exit_output_weights:
                 projection = w[f"{exit_prefix}projection.weight"]
             logits[position] = branch @ projection.T
+            if options.exit_vocab_size is not None:
+                logits[position][:, options.exit_vocab_size :] = -torch.inf
     x = _norm(model, "decoder.final_layernorm.", x)
     output = embedding if a.share_embeddings_and_output_weights else w["output_layer.weight"]
     logits["final"] = x @ output.T

@@ -73,10 +73,11 @@ ARCHITECTURES = {
     ),
 }
 
-HEADS: dict[str, dict[str, bool]] = {
+HEADS: dict[str, dict[str, Any]] = {
     "projection": {},
     "untied": {"untie_exit_output_weights": True},
     "norm": {"use_exit_norm": True},
+    "few answers": {"use_exit_norm": True, "exit_vocab_size": 40},
     "mlp": {"use_exit_mlp": True, "use_exit_norm": True},
     "block": {"use_exit_block": True, "use_exit_norm": True},
     "all": {

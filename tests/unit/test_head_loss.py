@@ -16,6 +16,7 @@ platform.prepare()
 from megatron.early_exit.training.head_loss import (  # noqa: E402
     HeadLoss,
     HeadLossOptions,
+    Teacher,
     head_loss,
 )
 from tests.helpers.plain_loss import relative_error, token_losses  # noqa: E402
@@ -65,6 +66,8 @@ KINDS = [
     {"temperature": 2.5},
     {"confidence_weighted": True},
     {"temperature": 0.5, "confidence_weighted": True},
+    {"vocab_size": 31},
+    {"vocab_size": 2, "temperature": 0.5, "confidence_weighted": True},
 ]
 
 
@@ -76,6 +79,31 @@ def test_gradients_are_those_of_autograd(kind, chunk_tokens):
     expected_hidden, expected_weight = case.expected_gradients(**kind)
     assert relative_error(hidden_gradient, expected_hidden) < 1e-6
     assert relative_error(case.weight.grad, expected_weight) < 1e-6
+
+
+@pytest.mark.parametrize("vocab_size", [None, 31])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_a_teacher_counts_beside_the_labels(temperature, vocab_size):
+    case = Case()
+    teacher = Teacher(torch.randn(TOKENS, VOCAB) * 2, 0.7, temperature)
+    _, found = head_loss(
+        *(case.hidden, case.weight, case.labels),
+        options(chunk_tokens=5, vocab_size=vocab_size),
+        case.coefficients,
+        teacher,
+    )
+    hidden = case.hidden.detach().requires_grad_()
+    weight = case.weight.detach().requires_grad_()
+    logits = hidden @ weight.t()
+    own = functional.log_softmax(logits[:, :vocab_size] / temperature, dim=-1)
+    theirs = torch.softmax(teacher.logits / temperature, dim=-1)
+    rest = 1 - theirs[:, :vocab_size].sum(dim=-1, keepdim=True)
+    theirs = theirs[:, :vocab_size] + rest / own.shape[1]
+    divergence = (theirs * (theirs.log() - own)).sum(dim=-1) * temperature**2
+    labels = token_losses(logits, case.labels, vocab_size=vocab_size)
+    ((0.7 * divergence + 0.3 * labels) * case.coefficients).sum().backward()
+    assert relative_error(found, hidden.grad) < 1e-6
+    assert relative_error(case.weight.grad, weight.grad) < 1e-6
 
 
 @given(
@@ -123,8 +151,11 @@ def test_per_token_results(kind):
     case = Case()
     result, _ = case.run(chunk_tokens=7, **kind)
     logits = (case.hidden @ case.weight.detach().t()) / kind.get("temperature", 1.0)
+    logits = logits[:, : kind.get("vocab_size")]
+    known = case.labels < logits.shape[1]
     torch.testing.assert_close(
-        result.loss, functional.cross_entropy(logits, case.labels, reduction="none")
+        result.loss[known],
+        functional.cross_entropy(logits[known], case.labels[known], reduction="none"),
     )
     assert torch.equal(result.correct, (logits.argmax(dim=-1) == case.labels).float())
     confidence = torch.softmax(logits, dim=-1).amax(dim=-1)

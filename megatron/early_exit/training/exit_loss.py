@@ -165,6 +165,7 @@ class ExitObjective:
             confidence_weighted=self.config.use_dynamic_exit_layer_weight,
             chunk_tokens=self.chunk_tokens,
             tp_group=exits.tp_group,
+            vocab_size=self.config.exit_vocab_size,
         )
 
         def criterion(output: Tensor, weight: Tensor) -> None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron.early_exit.training.vocabulary import LocalVocabulary
+
 # A GPU needs thousands of tokens at a time to be busy; a CPU is faster where a chunk stays in its
 # cache, and has less memory beside it to hide behind.
 _LOGITS_BYTES_PER_CHUNK = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}
@@ -45,12 +47,15 @@ class HeadLossOptions:
         chunk_tokens: tokens per chunk; None bounds a chunk's fp32 logits to 256 MiB on a
             GPU and 16 MiB on a CPU.
         tp_group: the tensor-parallel group that the vocabulary is divided over.
+        vocab_size: tokens that the head can answer with, the first ones; None is all. A label that
+            is none of them counts as spread evenly over them, so that the head learns to be unsure.
     """
 
     temperature: float
     confidence_weighted: bool
     chunk_tokens: int | None
     tp_group: torch.distributed.ProcessGroup
+    vocab_size: int | None = None
 
     def chunks(self, tokens: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
         """Slices of at most the allowed number of tokens."""
@@ -103,28 +108,30 @@ def head_loss(
     Returns:
         The per-token results, and the gradient [n, h] or None.
     """
-    tokens, vocab_size = hidden.shape[0], weight.shape[0]
-    hidden, frozen_weight = hidden.detach(), weight.detach()
-    slices = list(options.chunks(tokens, vocab_size, hidden.device))
+    vocabulary = LocalVocabulary(len(weight), options.tp_group, options.vocab_size)
+    hidden, frozen_weight = hidden.detach(), weight.detach()[: vocabulary.rows]
+    slices = list(options.chunks(len(hidden), vocabulary.rows, hidden.device))
     hidden_gradient = None if coefficients is None else torch.empty_like(hidden)
     weight_gradient = None
     if coefficients is not None and weight.requires_grad:
-        weight_gradient = _WeightGradient(weight, len(slices))
+        weight_gradient = _WeightGradient(weight, vocabulary.rows, len(slices))
     parts = []
     with torch.no_grad():
         for rows in slices:
-            logits = torch.mm(hidden[rows], frozen_weight.t()).float()
+            logits = vocabulary.mask(torch.mm(hidden[rows], frozen_weight.t()).float())
             divergence = None
             if teacher is not None and coefficients is not None:
-                divergence = _divergence_gradient(logits, teacher, rows, options)
-            part, exponentials, total = _chunk_loss(logits, labels[rows], options)
+                divergence = _divergence_gradient(logits, teacher, rows, vocabulary)
+            part, exponentials, total = _chunk_loss(logits, labels[rows], options, vocabulary)
             parts.append(part)
             if coefficients is None or hidden_gradient is None:
                 continue
-            scale = coefficients[rows] * part.weight / options.temperature
-            gradient = _logits_gradient(exponentials, total, labels[rows], scale, options)
+            scale = coefficients[rows] * part.weight
+            tempered = scale / options.temperature
+            exponentials *= (tempered / total).unsqueeze(1)
+            gradient = vocabulary.subtract_at_labels(exponentials, labels[rows], tempered)
             if teacher is not None and divergence is not None:
-                divergence *= (coefficients[rows] * part.weight * teacher.weight).unsqueeze(1)
+                divergence *= (scale * teacher.weight).unsqueeze(1)
                 gradient = gradient.mul_(1 - teacher.weight).add_(divergence)
             gradient = gradient.to(hidden.dtype)
             torch.mm(gradient, frozen_weight, out=hidden_gradient[rows])
@@ -136,94 +143,36 @@ def head_loss(
     return HeadLoss(*(torch.cat(field) for field in fields)), hidden_gradient
 
 
-def _local_labels(labels: Tensor, rows: int, options: HeadLossOptions) -> tuple[Tensor, Tensor]:
-    """Labels as row numbers of this rank's part, and where they are in it."""
-    start = torch.distributed.get_rank(options.tp_group) * rows
-    local = labels - start
-    owned = (local >= 0) & (local < rows)
-    return local.clamp(0, rows - 1).unsqueeze(1), owned
-
-
 def _chunk_loss(
-    logits: Tensor, labels: Tensor, options: HeadLossOptions
+    logits: Tensor, labels: Tensor, options: HeadLossOptions, vocabulary: LocalVocabulary
 ) -> tuple[HeadLoss, Tensor, Tensor]:
     """Loss of a chunk [c, v]; also exp(logits - max) (in the memory of `logits`) and its sum."""
     if options.temperature != 1.0:
         logits /= options.temperature
-    largest, choice = _greedy_choice(logits, options)
+    largest, choice = vocabulary.largest(logits)
     logits -= largest.unsqueeze(1)
-    index, owned = _local_labels(labels, logits.shape[1], options)
-    target = logits.gather(1, index).squeeze(1) * owned
+    target = vocabulary.at_labels(logits, labels)
     exponentials = logits.exp_()
-    total = exponentials.sum(dim=-1)
-    if _is_parallel(options):
-        both = torch.stack([total, target])
-        torch.distributed.all_reduce(both, group=options.tp_group)
-        total, target = both.unbind()
+    total, target = vocabulary.sum(torch.stack([exponentials.sum(dim=-1), target])).unbind()
     confidence = total.reciprocal()
     weight = confidence if options.confidence_weighted else torch.ones_like(confidence)
     return HeadLoss(total.log() - target, (choice == labels).float(), weight), exponentials, total
 
 
-def _is_parallel(options: HeadLossOptions) -> bool:
-    return torch.distributed.get_world_size(options.tp_group) > 1
-
-
-def _greedy_choice(logits: Tensor, options: HeadLossOptions) -> tuple[Tensor, Tensor]:
-    """The largest logit of each token over the whole vocabulary, and the lowest id that has it."""
-    local, row = logits.max(dim=-1)
-    choice = row + torch.distributed.get_rank(options.tp_group) * logits.shape[1]
-    if not _is_parallel(options):
-        return local, choice
-    largest = local.clone()
-    reduce, group = torch.distributed.ReduceOp, options.tp_group
-    torch.distributed.all_reduce(largest, op=reduce.MAX, group=group)
-    choice = torch.where(local == largest, choice, torch.iinfo(choice.dtype).max)
-    torch.distributed.all_reduce(choice, op=reduce.MIN, group=group)
-    return largest, choice
-
-
-def _logits_gradient(
-    exponentials: Tensor,
-    total: Tensor,
-    labels: Tensor,
-    scale: Tensor,
-    options: HeadLossOptions,
-) -> Tensor:
-    """scale * (softmax - onehot), in the memory of `exponentials`."""
-    exponentials *= (scale / total).unsqueeze(1)
-    index, owned = _local_labels(labels, exponentials.shape[1], options)
-    return exponentials.scatter_add_(1, index, -(scale * owned).unsqueeze(1))
-
-
 def _divergence_gradient(
-    logits: Tensor, teacher: Teacher, rows: slice, options: HeadLossOptions
+    logits: Tensor, teacher: Teacher, rows: slice, vocabulary: LocalVocabulary
 ) -> Tensor:
     """d(temperature^2 * KL) / d(logits) of a chunk, [c, v]."""
-    own = _softmax(logits / teacher.temperature, options)
-    theirs = _softmax(teacher.logits[rows].float() / teacher.temperature, options)
-    return own.sub_(theirs).mul_(teacher.temperature)
-
-
-def _softmax(logits: Tensor, options: HeadLossOptions) -> Tensor:
-    """Probabilities over the whole vocabulary, in the memory of `logits`."""
-    largest = logits.amax(dim=-1, keepdim=True)
-    if _is_parallel(options):
-        torch.distributed.all_reduce(
-            largest, op=torch.distributed.ReduceOp.MAX, group=options.tp_group
-        )
-    exponentials = logits.sub_(largest).exp_()
-    total = exponentials.sum(dim=-1, keepdim=True)
-    if _is_parallel(options):
-        torch.distributed.all_reduce(total, group=options.tp_group)
-    return exponentials.div_(total)
+    own = vocabulary.softmax(logits / teacher.temperature)
+    theirs = vocabulary.softmax(teacher.logits[rows].float() / teacher.temperature)
+    return own.sub_(vocabulary.answers_of(theirs)).mul_(teacher.temperature)
 
 
 class _WeightGradient:
     """Accumulates a projection's gradient over chunks, straight into `main_grad` where Megatron's
     data parallelism gave the weight one (as its fused gradient accumulation does)."""
 
-    def __init__(self, weight: Tensor, chunks: int) -> None:
+    def __init__(self, weight: Tensor, rows: int, chunks: int) -> None:
         self.weight = weight
         main_gradient = getattr(weight, "main_grad", None)
         self.in_place = main_gradient is not None
@@ -233,13 +182,14 @@ class _WeightGradient:
             if main_gradient is None
             else main_gradient
         )
+        self._used = self.total[:rows]
 
     def add(self, logits_gradient: Tensor, hidden: Tensor) -> None:
         """total += logits_gradient.T @ hidden."""
         if self.total.dtype == hidden.dtype:
-            self.total.addmm_(logits_gradient.t(), hidden)
+            self._used.addmm_(logits_gradient.t(), hidden)
         else:
-            self.total += torch.mm(logits_gradient.t(), hidden)
+            self._used += torch.mm(logits_gradient.t(), hidden)
 
     def deliver(self) -> None:
         """Hand the gradient to autograd, which runs the hooks of data parallelism."""

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
+import torch
 from torch import Tensor, device, dtype
+from torch.nn import functional
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
@@ -44,6 +46,8 @@ class Head:
     """[n, h] -> [n, v], without padding of the vocabulary; or this rank's part of it."""
     gather: Function | None = None
     """Brings together the logits of ranks that divide the projection."""
+    num_others: int = 0
+    """Tokens at the end of the vocabulary that it never answers with."""
 
     def logits(self, hidden: Tensor, block_pass: Pass | None = None) -> Tensor:
         """Logits [n, v] from the residual stream [r, h], see `features`."""
@@ -65,7 +69,11 @@ class Head:
     def project(self, features: Tensor) -> Tensor:
         """Logits [n, v]."""
         logits = self.projection(features)
-        return logits if self.gather is None else self.gather(logits)
+        if self.gather is not None:
+            logits = self.gather(logits)
+        if self.num_others:
+            logits = functional.pad(logits, (0, self.num_others), value=-torch.inf)
+        return logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +118,7 @@ class SegmentedModel:
     Attributes:
         segments: n + 1 segments of a model with n exits; the last ends at the final head.
         exits: the n exits, `exits[i]` behind `segments[i]`.
+        exit_vocab_size: tokens that they answer with.
     """
 
     def __init__(
@@ -132,6 +141,9 @@ class SegmentedModel:
             LayerCompiler(architecture, self.rotary, self.device) if compile_rows else None
         )
         self.segments = self._cut(early_exit, weights)
+        self.exit_vocab_size = early_exit.exit_vocab_size or architecture.vocab_size
+        # One tensor for all exits, so that they share a product.
+        self._answers = self.word_embeddings[: early_exit.exit_vocab_size]
         # By the weights: heads that are tied share one product, which on a CPU has its own copy.
         self._projections: dict[int, Function] = {}
         self.exits = tuple(
@@ -204,7 +216,8 @@ class SegmentedModel:
         if product is None:
             product = make_linear(projection if shared is None else shared.rows(projection))
             self._projections[id(projection)] = product
-        return Head(mlp, block, norm, product, gather)
+        others = self.architecture.vocab_size - len(projection)
+        return Head(mlp, block, norm, product, gather, others)
 
     def _exit_head(
         self, position: int, early_exit: EarlyExitConfig, weights: Mapping[str, Tensor]
@@ -219,5 +232,8 @@ class SegmentedModel:
             block = Block(attention, self._mlp(weights, f"{prefix}block.mlp."))
         if early_exit.use_exit_norm:
             norm = make_norm(self.architecture, weights, f"{prefix}norm.")
-        projection = weights.get(f"{prefix}projection.weight", self.word_embeddings)
+        projection = weights.get(f"{prefix}projection.weight")
+        if projection is None:
+            whole = early_exit.exit_vocab_size is None
+            projection = self.word_embeddings if whole else self._answers
         return self._head(mlp, block, norm, projection)

@@ -32,6 +32,7 @@ class DecodingLoop(RequestLoop):
         costs = Costs.of(
             model.architecture,
             [exit_.position for exit_ in model.exits],
+            model.exit_vocab_size,
             len({id(head.projection) for head in heads}) == 1,
             model.device.type,
         )

@@ -29,7 +29,8 @@ class Costs:
 
     Attributes:
         segments: weights of each.
-        head: weights of a projection to the vocabulary.
+        head: weights of the projection to the vocabulary.
+        exit_head: weights of an exit's projection.
         shares_heads: all heads have the same projection.
         rows: as many rows take as long to compute as the weights do to read.
         step: what each step takes besides, as a share of the segments.
@@ -37,19 +38,26 @@ class Costs:
 
     segments: tuple[float, ...]
     head: float = 0.0
+    exit_head: float = 0.0
     shares_heads: bool = True
     rows: float = ROWS["cpu"]
     step: float = 0.02
 
     @classmethod
     def of(
-        cls, shape: Architecture, exits: Sequence[int], shares_heads: bool, device: str
+        cls,
+        shape: Architecture,
+        exits: Sequence[int],
+        exit_vocab_size: int,
+        shares_heads: bool,
+        device: str,
     ) -> "Costs":
         """Those of a model.
 
         Args:
             shape: of the backbone.
             exits: the layers that its exits follow.
+            exit_vocab_size: tokens that they answer with.
             shares_heads: see above.
             device: the kind of device that it runs on.
         """
@@ -57,8 +65,11 @@ class Costs:
         mlp = (3 if shape.gated_linear_unit else 2) * shape.ffn_hidden_size
         layer = float(shape.hidden_size * (attention + mlp))
         segments = tuple(layer * (b - a) for a, b in pairwise((0, *exits, shape.num_layers)))
-        head = _HEAD * shape.hidden_size * shape.vocab_size
-        return cls(segments, head, shares_heads, ROWS.get(device, ROWS["cuda"]))
+        head, exit_head = (
+            _HEAD * shape.hidden_size * size for size in (shape.vocab_size, exit_vocab_size)
+        )
+        rows = ROWS.get(device, ROWS["cuda"])
+        return cls(segments, head, exit_head, shares_heads, rows)
 
 
 class Front:
@@ -132,7 +143,7 @@ class Policy:
             taken += front.taken[end]
             asked += front.asked[end]
             later += front.asked[-1] - front.asked[end]
-        costs += self._heads(asked, end - start + 1)
+        costs += self._heads(asked, start, end)
         costs += taken * self._behind[end] / self._costs.rows
         alone = taken / costs
         if end == self._last:
@@ -144,14 +155,19 @@ class Policy:
             count += front.count
             costs += self._product(index, count)
             asked += front.asked[-1]
-        costs += self._heads(asked, self._last - end)
+        costs += self._heads(asked, end + 1, self._last)
         return max(alone, (taken + count) / costs)
 
     def _product(self, segment: int, rows: float) -> float:
         return self._costs.segments[segment] * (1 + rows / self._costs.rows)
 
-    def _heads(self, asked: float, segments: int) -> float:
+    def _heads(self, asked: float, start: int, end: int) -> float:
+        """Of the heads behind the segments from `start` to `end`."""
         if not asked:
             return 0.0
-        reads = 1 if self._costs.shares_heads else segments
-        return self._costs.head * (reads + asked / self._costs.rows)
+        costs, exits = self._costs, end - start + 1
+        if costs.shares_heads:
+            return costs.head * (1 + asked / costs.rows)
+        final = costs.head if end == self._last else 0.0
+        exits -= end == self._last
+        return final + costs.exit_head * (exits + asked / costs.rows)

@@ -175,6 +175,7 @@ def stage_as_model(
             use_exit_mlp=early_exit.use_exit_mlp,
             use_exit_block=early_exit.use_exit_block,
             untie_exit_output_weights=early_exit.untie_exit_output_weights,
+            exit_vocab_size=early_exit.exit_vocab_size,
         )
     own = architecture if place.tensor is None else place.tensor.architecture(architecture)
     renamed = {_renumbered(name, layers.start): tensor for name, tensor in weights.items()}
