@@ -96,6 +96,12 @@ def test_an_exit_after_the_last_layer_and_one_before_its_layer(tmp_path):
     compare(engine, model, 0.4)
 
 
+def test_exits_that_know_a_part_of_the_vocabulary(tmp_path):
+    engine, model = export(tmp_path, LLAMA, use_exit_norm=True, exit_vocab_size=20)
+    assert compare(engine, model, 0.9).keys() > {1}
+    assert generate(model, early_exit_threshold=0.0).sequences[0, len(PROMPT) :].max() < 20
+
+
 def test_layers_behind_an_exit_wait_until_they_are_needed(tmp_path):
     _, model = export(tmp_path, LLAMA, **HEADS["untied"])
     rows = [0] * len(model.model.layers)

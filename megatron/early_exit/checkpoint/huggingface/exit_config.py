@@ -37,6 +37,7 @@ def write_exit_config(a: Architecture, early_exit: EarlyExitConfig) -> dict[str,
         "qk_norm": a.qk_layernorm,
         "exit_layers": list(early_exit.positions),
         **{name: getattr(early_exit, name) for name in _EXIT_PARTS},
+        "exit_vocab_size": early_exit.exit_vocab_size,
         "early_exit_threshold": None,
     }
 

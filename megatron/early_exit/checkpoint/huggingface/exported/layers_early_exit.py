@@ -118,6 +118,7 @@ class Exit(nn.Module):
     def __init__(self, config: EarlyExitConfig, number: int) -> None:
         super().__init__()
         self.mlp = self.block = self.norm = self.projection = None
+        self.vocab_size = config.exit_vocab_size
         if config.use_exit_mlp:
             self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.mlp = Mlp(config)
@@ -145,8 +146,11 @@ class Exit(nn.Module):
             x = self.block.feed(self.block.attend(x, place, cache)[:, -1:])
         if self.norm is not None:
             x = self.norm(x)
-        weight = shared if self.projection is None else self.projection.weight
-        return functional.linear(x, weight)
+        if self.projection is not None:
+            return self.projection(x)
+        logits = functional.linear(x, shared[: self.vocab_size])
+        num_others = len(shared) - logits.shape[-1]
+        return functional.pad(logits, (0, num_others), value=-math.inf) if num_others else logits
 
 
 def find_place(
