@@ -4,10 +4,6 @@ import itertools
 import math
 import os
 import re
-import shlex
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,18 +11,21 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples" / "ee_training"
-GPUS = 64
-VOCABULARY = 32_000
-TIMEOUT_S = 400  # several times what a dry run takes on two free cores
-PATHS = ("DATA_PATH", "TOKENIZER_MODEL", "CHECKPOINT_DIR", "TENSORBOARD_DIR")
-OWN_VARIABLES = re.compile(
-    r"DATA_PATH|TOKENIZER_.*|CHECKPOINT_DIR|TENSORBOARD_DIR|GPUS_PER_NODE|NNODES|NODE_RANK"
-    r"|MASTER_.*|SLURM_.*|DRY_RUN|PRINT_ONLY|CUDA_VISIBLE_DEVICES"
+from tests.helpers.example_scripts import (
+    PATHS,
+    ROOT,
+    TIMEOUT_S,
+    ExampleScripts,
+    input_paths,
+    parse,
+    table_rows,
 )
 
-Flags = dict[str, tuple[str, ...]]
+EXAMPLES = ExampleScripts(
+    ROOT / "examples" / "ee_training", frozenset({"--save", "--load", "--tensorboard-dir"})
+)
+GPUS = 64
+VOCABULARY = 32_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,66 +87,10 @@ PAPERS = (
 each_model = pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.name)
 
 
-def run(script: str, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs an example with nothing but `environment` of the variables it reads."""
-    inherited = {k: v for k, v in os.environ.items() if not OWN_VARIABLES.fullmatch(k)}
-    process = subprocess.Popen(
-        [EXAMPLES / script, *flags],
-        env=inherited | {"PYTHON": sys.executable} | environment,
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
-    finally:
-        if process.poll() is None:
-            # The whole group: torchrun, told so, ends its workers.
-            os.killpg(process.pid, signal.SIGTERM)
-            process.communicate(timeout=60)
-    return subprocess.CompletedProcess(script, process.returncode, stdout, stderr)
-
-
 @pytest.fixture
 def paths(tmp_path: Path) -> dict[str, str]:
     """Values of the variables that the checks accept."""
-    for name in ("text.bin", "text.idx", "tokenizer.model"):
-        (tmp_path / name).touch()
-    (tmp_path / "out").mkdir()
-    out = str(tmp_path / "out")
-    files = (f"{tmp_path}/text", f"{tmp_path}/tokenizer.model", out, out)
-    return dict(zip(PATHS, files, strict=True)) | {"GPUS_PER_NODE": "16"}
-
-
-def parse(command: str) -> tuple[Flags, Flags]:
-    """The flags of torchrun and those of the training, of one printed command."""
-    words = shlex.split(command.replace("\\\n", ""))
-    entry = words.index(str(ROOT / "pretrain_early_exit_gpt.py"))
-    assert words[:3] == [sys.executable, "-m", "torch.distributed.run"]
-    return group(words[3:entry]), group(words[entry + 1 :])
-
-
-def group(words: list[str]) -> Flags:
-    """Flags and their values; a flag given twice keeps its last value, as in argparse."""
-    flags: Flags = {}
-    flag = ""
-    for word in words:
-        if word.startswith("--"):
-            flag = word
-            flags[flag] = ()
-        else:
-            flags[flag] += (word,)
-    return flags
-
-
-def printed(script: str, *flags: str, **environment: str) -> tuple[Flags, Flags, str]:
-    """What a script would run: flags of torchrun, flags of the training, and its remarks."""
-    process = run(script, *flags, PRINT_ONLY="1", **environment)
-    assert process.returncode == 0, process.stderr
-    return *parse(process.stdout), process.stderr
+    return input_paths(tmp_path) | {"GPUS_PER_NODE": "16"}
 
 
 # --- the papers' settings --------------------------------------------------------------------
@@ -155,7 +98,7 @@ def printed(script: str, *flags: str, **environment: str) -> tuple[Flags, Flags,
 
 @each_model
 def test_script_has_the_settings_of_the_paper(paper, paths):
-    _, flags, _ = printed(f"{paper.name}.sh", **paths)
+    _, flags, _ = EXAMPLES.printed(f"{paper.name}.sh", **paths)
     assert float(flags["--num-layers"][0]) == paper.layers
     assert float(flags["--hidden-size"][0]) == paper.hidden
     assert float(flags["--num-attention-heads"][0]) == paper.heads
@@ -179,24 +122,19 @@ def test_script_has_the_settings_of_the_paper(paper, paths):
 @each_model
 def test_readme_has_the_sizes_and_the_memory_that_follow_from_the_flags(paper):
     assert paper.parameters() / 1e9 == pytest.approx(paper.billions, rel=0.03)
-    lines = (EXAMPLES / "README.md").read_text().splitlines()
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in lines
-        if line.startswith(f"| `{paper.name}.sh` |")
-    ]
+    rows = table_rows(EXAMPLES.folder / "README.md", f"`{paper.name}.sh`")
     assert len(rows) == 2
     model, memory = rows
-    assert model[1:6] == [
+    assert model[:5] == [
         f"{paper.parameters() / 1e9:.2f} B",
         f"{paper.layers} / {paper.hidden} / {paper.heads}",
         "{}, {}".format(*paper.exits),
         "{}, {}".format(*paper.weights),
         "tied" if paper.tied else "one each",
     ]
-    assert model[6:8] == [f"{paper.tensor} x {paper.pipeline}", str(paper.microbatch)]
+    assert model[5:7] == [f"{paper.tensor} x {paper.pipeline}", str(paper.microbatch)]
     state, activations = paper.state_bytes(), paper.activation_bytes()
-    assert memory[1:] == [
+    assert memory == [
         str(paper.replicas()),
         f"{paper.per_gpu() / 1e9:.2f} B",
         f"{state / 1e9:.1f} GB",
@@ -210,25 +148,7 @@ def test_readme_has_the_sizes_and_the_memory_that_follow_from_the_flags(paper):
 
 @each_model
 def test_dry_run_has_the_flags_of_the_real_run_but_for_what_it_says(paper, paths):
-    script = f"{paper.name}.sh"
-    _, real, remarks = printed(script, **paths)
-    assert remarks == ""
-    torchrun, dry, remarks = printed(script, DRY_RUN="1")
-    said = dict(re.findall(r"^dry run: (--[a-z-]+) (\S+ -> \S+)$", remarks, re.MULTILINE))
-    changed = {
-        flag: f"{real[flag][0]} -> {dry[flag][0]}"
-        for flag in real.keys() & dry.keys()
-        if real[flag] != dry[flag]
-    }
-    places = {"--save", "--load", "--tensorboard-dir"}
-    assert changed.pop("--tokenizer-type") == "SentencePieceTokenizer -> NullTokenizer"
-    assert {f: change for f, change in changed.items() if f not in places} == said
-    assert said.keys() >= {"--hidden-size", "--seq-length", "--global-batch-size", "--train-iters"}
-    assert changed.keys() >= places
-    assert "temporary folder instead of CHECKPOINT_DIR and TENSORBOARD_DIR" in remarks
-    assert real.keys() - dry.keys() == {"--data-path", "--tokenizer-model"}
-    assert dry.keys() - real.keys() == {"--mock-data", "--vocab-size"}
-    assert "--mock-data --tokenizer-type NullTokenizer --vocab-size 255 instead of" in remarks
+    torchrun, _ = EXAMPLES.assert_dry_run_says_what_it_replaces(f"{paper.name}.sh", paths)
     assert torchrun == {"--standalone": (), "--nproc-per-node": ("4",)}
 
 
@@ -242,7 +162,7 @@ def short_folder() -> Iterator[str]:
 @pytest.mark.timeout(TIMEOUT_S + 70)
 @each_model
 def test_dry_run_trains_every_exit(paper, short_folder):
-    process = run(f"{paper.name}.sh", DRY_RUN="1", TMPDIR=short_folder)
+    process = EXAMPLES.run(f"{paper.name}.sh", DRY_RUN="1", TMPDIR=short_folder)
     log = process.stdout
     assert process.returncode == 0, (log + process.stderr)[-6000:]
 
@@ -269,27 +189,19 @@ def test_dry_run_trains_every_exit(paper, short_folder):
 # --- checks ----------------------------------------------------------------------------------
 
 
-def refused(script: str, *flags: str, **environment: str) -> list[str]:
-    process = run(script, *flags, PRINT_ONLY="1", **environment)
-    assert (process.returncode, process.stdout) == (2, "")
-    lines = process.stderr.splitlines()
-    assert all(line.startswith("error: ") for line in lines)
-    return [line.removeprefix("error: ") for line in lines]
-
-
 def test_unset_variables_are_named():
-    lines = refused("7B.sh")
+    lines = EXAMPLES.refused("7B.sh")
     assert [line.split(" is not set, it should be ")[0] for line in lines] == list(PATHS)
 
 
 def test_paths_that_do_not_exist_are_named(paths, tmp_path):
     missing = dict.fromkeys(PATHS, f"{tmp_path}/missing")
-    lines = refused("7B.sh", **missing)
+    lines = EXAMPLES.refused("7B.sh", **missing)
     assert [line.split(": ")[0] for line in lines] == ["DATA_PATH", *PATHS]
     assert all(f"{tmp_path}/missing" in line for line in lines)
     (tmp_path / "text.idx").unlink()
     mixture = paths | {"DATA_PATH": f"0.5 {tmp_path}/text 0.5 {tmp_path}/text"}
-    lines = refused("7B.sh", **mixture)
+    lines = EXAMPLES.refused("7B.sh", **mixture)
     assert len(lines) == 2
     assert all(f"there is no file {tmp_path}/text.idx" in line for line in lines)
 
@@ -298,7 +210,7 @@ def test_a_mixture_of_data_sets_is_passed_on(paths, tmp_path):
     (tmp_path / "more.bin").touch()
     (tmp_path / "more.idx").touch()
     mixture = ("3e-1", f"{tmp_path}/text", "0.7", f"{tmp_path}/more")
-    _, flags, _ = printed("7B.sh", **paths | {"DATA_PATH": "\n ".join(mixture)})
+    _, flags, _ = EXAMPLES.printed("7B.sh", **paths | {"DATA_PATH": "\n ".join(mixture)})
     assert flags["--data-path"] == mixture
     assert flags["--tokenizer-model"] == (paths["TOKENIZER_MODEL"],)
     assert flags["--save"] == flags["--load"] == (paths["CHECKPOINT_DIR"],)
@@ -311,6 +223,11 @@ def test_a_mixture_of_data_sets_is_passed_on(paths, tmp_path):
             {"GPUS_PER_NODE": "6"},
             "NNODES x GPUS_PER_NODE = 1 x 6 is no multiple of the 2 x 4 GPUs that one model takes "
             "(tensor x pipeline parallel)",
+        ),
+        (
+            {"GPUS_PER_NODE": "24"},
+            "--global-batch-size 2048 is no multiple of --micro-batch-size 1 x 3 replicas: give "
+            "another of the two, or other GPUs",
         ),
         ({"GPUS_PER_NODE": "some"}, "GPUS_PER_NODE=some is out of range, allowed: 1 to 1024"),
         ({"NNODES": "0"}, "NNODES=0 is out of range, allowed: 1 to 65536"),
@@ -329,22 +246,22 @@ def test_a_mixture_of_data_sets_is_passed_on(paths, tmp_path):
     ],
 )
 def test_machines_that_do_not_fit_are_refused(environment, message, paths):
-    assert refused("13B.sh", **paths | environment) == [message]
+    assert EXAMPLES.refused("13B.sh", **paths | environment) == [message]
 
 
 def test_flags_of_the_user_win(paths):
-    _, flags, _ = printed("7B.sh", "--lr", "1e-4", "--wandb-project", "a b", **paths)
+    _, flags, _ = EXAMPLES.printed("7B.sh", "--lr", "1e-4", "--wandb-project", "a b", **paths)
     assert flags["--lr"] == ("1e-4",)
     assert flags["--wandb-project"] == ("a b",)
-    lines = refused("7B.sh", "--tensor-model-parallel-size", "zero", **paths)
+    lines = EXAMPLES.refused("7B.sh", "--tensor-model-parallel-size", "zero", **paths)
     assert lines == ["--tensor-model-parallel-size zero is out of range, allowed: 1 or more"]
-    torchrun, _, _ = printed("7B.sh", "--pipeline-model-parallel-size=2", DRY_RUN="1")
+    torchrun, _, _ = EXAMPLES.printed("7B.sh", "--pipeline-model-parallel-size=2", DRY_RUN="1")
     assert torchrun["--nproc-per-node"] == ("2",)
 
 
 @pytest.mark.parametrize("script", [f"{paper.name}.sh" for paper in PAPERS] + ["slurm.sh"])
 def test_help_needs_no_variables(script):
-    process = run(script, "--help")
+    process = EXAMPLES.run(script, "--help")
     assert (process.returncode, process.stderr) == (0, "")
     assert process.stdout.startswith("usage: ")
 
@@ -354,7 +271,7 @@ def test_help_needs_no_variables(script):
 
 def test_several_nodes_meet_at_the_first(paths):
     nodes = {"NNODES": "8", "NODE_RANK": "3", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
-    torchrun, _, _ = printed("30B.sh", **paths, **nodes)
+    torchrun, _, _ = EXAMPLES.printed("30B.sh", **paths, **nodes)
     assert torchrun == {
         "--nnodes": ("8",),
         "--node-rank": ("3",),
@@ -381,7 +298,7 @@ def test_slurm_starts_the_script_on_every_node(paths, tmp_path):
     job |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_GPUS_ON_NODE": "4", "PRINT_ONLY": "1"}
     del paths["GPUS_PER_NODE"]
     job |= {"PATH": f"{programs}:{os.environ['PATH']}"}
-    process = run("slurm.sh", "7B", "--lr", "1e-4", **paths, **job)
+    process = EXAMPLES.run("slurm.sh", "7B", "--lr", "1e-4", **paths, **job)
     assert process.returncode == 0, process.stderr
     commands = [parse(command) for command in process.stdout.split("---\n")[:-1]]
     meeting = {"--nnodes": ("2",), "--master-addr": ("n4",), "--master-port": ("20017",)}
@@ -392,7 +309,7 @@ def test_slurm_starts_the_script_on_every_node(paths, tmp_path):
         assert flags["--num-layers"] == ("32",)
     assert len(commands) == 2
 
-    process = run("slurm.sh", "8B", **paths, **job)
+    process = EXAMPLES.run("slurm.sh", "8B", **paths, **job)
     assert process.returncode == 2
     assert "examples/ee_training/8B.sh: call sbatch in the project's root" in process.stderr
-    assert "error: SLURM_JOB_ID is not set" in run("slurm.sh", "7B", **paths).stderr
+    assert "error: SLURM_JOB_ID is not set" in EXAMPLES.run("slurm.sh", "7B", **paths).stderr
