@@ -95,6 +95,13 @@ def build_parser() -> argparse.ArgumentParser:
     for name in _EXIT_SWITCHES:
         flag = "--" + name.replace("_", "-")
         one.add_argument(flag, action="store_true", help=_SWITCH_HELP[name])
+    one.add_argument(
+        "--exit-vocab-size",
+        type=int,
+        metavar="N",
+        help="exits answer with the first N tokens of the vocabulary only, which makes asking them "
+        "cheap (default: with all)",
+    )
     one.add_argument("--random-init", action="store_true", help="draw new weights, copy nothing")
     one.add_argument("--seed", type=int, help="of --random-init (default: 1234)")
 
@@ -149,7 +156,11 @@ def _add_exits(args: argparse.Namespace) -> None:
     if args.seed is not None and not args.random_init:
         raise ValueError(f"--seed {args.seed} has no effect without --random-init")
     switches = {name: getattr(args, name) for name in _EXIT_SWITCHES}
-    wanted = EarlyExitConfig(exit_layer_nums=tuple(args.exit_layer_nums), **switches)
+    wanted = EarlyExitConfig(
+        exit_layer_nums=tuple(args.exit_layer_nums),
+        exit_vocab_size=args.exit_vocab_size,
+        **switches,
+    )
     source = open_checkpoint(args.src)
     random_init = None
     if args.random_init:

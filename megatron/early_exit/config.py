@@ -172,16 +172,23 @@ class EarlyExitConfig:
             f"--exit-layer-nums {number} is out of range, allowed{placement}: {lowest} to {highest}"
         )
 
-    def validate(self, num_layers: int) -> None:
-        """Check the exits against the depth of the model.
+    def validate(self, num_layers: int, vocab_size: int | None = None) -> None:
+        """Check the exits against the depth of the model, and its vocabulary where that is given.
 
         Raises:
-            ValueError: a layer of `exit_layer_nums` is beyond `num_layers`.
+            ValueError: a layer of `exit_layer_nums` is beyond `num_layers`, or `exit_vocab_size`
+                beyond `vocab_size`.
         """
         lowest = 2 if self.pre_exit else 1
         for number in self.exit_layer_nums:
             if number > num_layers:
                 raise ValueError(self._layer_message(number, lowest, num_layers))
+        answers = self.exit_vocab_size
+        if answers is not None and vocab_size is not None and answers > vocab_size:
+            raise ValueError(
+                f"--exit-vocab-size {answers} is out of range, allowed: 2 to the {vocab_size} "
+                "tokens of the vocabulary"
+            )
 
     @property
     def exits(self) -> tuple[Exit, ...]:

@@ -121,6 +121,7 @@ def test_exit_mlp_before_its_layer():
         ("use_exit_mlp", True),
         ("use_exit_block", True),
         ("untie_exit_output_weights", True),
+        ("exit_vocab_size", 100),
         ("use_dynamic_exit_layer_weight", True),
         ("exit_layer_weight_warmup_iters", 9),
     ],
@@ -222,3 +223,14 @@ def test_lists_are_taken_and_kept_immutable():
     )
     with pytest.raises(AttributeError):
         config.pre_exit = True
+
+
+def test_answers_of_exits():
+    message = refusal(exit_layer_nums=(1,), exit_vocab_size=1)
+    assert message == "--exit-vocab-size 1 is out of range, allowed: 2 or more"
+    message = refusal(exit_layer_nums=(1,), exit_vocab_size=9, untie_exit_output_weights=True)
+    assert message.startswith("--exit-vocab-size cannot be combined with --untie-exit-output")
+    config = EarlyExitConfig(exit_layer_nums=(1,), exit_vocab_size=9)
+    config.validate(4, 9)
+    with pytest.raises(ValueError, match=r"^--exit-vocab-size 9 .* allowed: 2 to the 8 tokens"):
+        config.validate(4, 8)

@@ -158,6 +158,14 @@ def test_exits_that_the_model_has_are_kept_or_replaced(tmp_path):
         (exits_at(2), "has exits with --use-exit-norm and the new ones have no flag of heads"),
         (exits_at(5, use_exit_norm=True), "--exit-layer-nums 5 is out of range, allowed: 1 to 4"),
         (exits_at(3, use_exit_norm=True, pre_exit=True), "has an exit after its last layer 4"),
+        (
+            exits_at(3, use_exit_norm=True, exit_vocab_size=9),
+            "and the new ones have --use-exit-norm --exit-vocab-size 9",
+        ),
+        (
+            exits_at(1, 4, use_exit_norm=True, exit_vocab_size=62),
+            "--exit-vocab-size 62 is out of range, allowed: 2 to the 61 tokens of the vocabulary",
+        ),
     ],
 )
 def test_exits_that_do_not_fit_are_refused(tmp_path, wanted, message):

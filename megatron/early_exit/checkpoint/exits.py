@@ -61,7 +61,7 @@ def add_exits(
     """
     architecture = source.description.architecture
     assert architecture is not None
-    wanted.validate(architecture.num_layers)
+    wanted.validate(architecture.num_layers, architecture.vocab_size)
     early_exit = _joined(source.description.early_exit, wanted, architecture.num_layers)
     weights, sources = {}, {}
     for name, shape in weight_shapes(architecture, early_exit).items():
@@ -94,8 +94,10 @@ def strip_exits(source: Conversion) -> Conversion:
 
 def head_flags(early_exit: EarlyExitConfig) -> str:
     """The flags that say what the heads of exits are made of, for messages."""
-    given = [name for name in _HEAD_FLAGS if getattr(early_exit, name)]
-    return " ".join("--" + name.replace("_", "-") for name in given) or "no flag of heads"
+    given = ["--" + name.replace("_", "-") for name in _HEAD_FLAGS if getattr(early_exit, name)]
+    if early_exit.exit_vocab_size is not None:
+        given.append(f"--exit-vocab-size {early_exit.exit_vocab_size}")
+    return " ".join(given) or "no flag of heads"
 
 
 def _with_exits(

@@ -247,6 +247,7 @@ def restore_exits(args: object, stored: EarlyExitConfig, given: frozenset[str]) 
 _PER_EXIT_FIELDS = ("exit_layer_weight", "exit_layer_weight_init", "exit_layer_temperature")
 _NOT_RESTORED = frozenset(
     {
+        "layernorm_epsilon",
         "norm_epsilon",
         "layernorm_zero_centered_gamma",
         "qk_layernorm",

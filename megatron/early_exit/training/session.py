@@ -69,6 +69,7 @@ class Session:
         self.exits = EarlyExitConfig.from_attributes(args)
         self.tuning = TuningOptions.from_attributes(args)
         check_arguments(args, self.exits)
+        self.exits.validate(args.num_layers, tokenizer.vocab_size)
         self.objective = self._objective()
         self.model_config = self._model_config()
         intervals = (args.save_interval, args.non_persistent_save_interval)
