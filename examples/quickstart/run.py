@@ -9,10 +9,8 @@ pipeline stages -> a sample coloured by exit -> speed and quality by threshold -
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.quickstart.pictures import loss_curves, tradeoff_curve
 from examples.quickstart.tradeoff import best, measure, table
-from examples.quickstart.training import NUM_LAYERS, REPOSITORY, TrainingRun, train
+from examples.quickstart.training import NUM_LAYERS, TrainingRun, train
+from examples.stages import run_command, stage
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 
 VOCAB_SIZE = 2048
@@ -55,33 +54,18 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def stage(title: str, work: Callable[[], None]) -> None:
-    """Run one stage and say how long it took."""
-    print(f"\n== {title}", flush=True)
-    start = time.monotonic()
-    work()
-    print(f"   {time.monotonic() - start:.0f} s", flush=True)
-
-
 def prepare_data(data: Path) -> None:
     """Text, tokenizer and indexed data sets in the directory `data`."""
     python = sys.executable
     here = "examples/quickstart/corpus.py"
-    _run(python, here, "--output-dir", str(data), "--vocab-size", str(VOCAB_SIZE))
+    run_command(python, here, "--output-dir", str(data), "--vocab-size", str(VOCAB_SIZE))
     for split in ("train", "validation"):
-        _run(
+        run_command(
             *(python, "tools/preprocess_data.py", "--overwrite", "--append-eod"),
             *("--input", str(data / f"{split}.jsonl"), "--output-prefix", str(data / split)),
             *("--tokenizer-type", "SentencePieceTokenizer"),
             *("--tokenizer-model", str(data / "tokenizer.model"), "--workers", "2"),
         )
-
-
-def _run(*command: str) -> None:
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise SystemExit(f"{result.stdout}{result.stderr}\nerror: {' '.join(command[1:3])} failed")
-    print("   " + result.stdout.strip().splitlines()[-1], flush=True)
 
 
 def show_sample(engine: EarlyExitEngine) -> None:

