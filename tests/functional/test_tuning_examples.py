@@ -112,13 +112,17 @@ MODELS = (
 each_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 
 
+def model_paths(folder: Path) -> dict[str, str]:
+    """Values of the variables that the checks accept."""
+    base = folder / "base"
+    base.mkdir(exist_ok=True)
+    (base / "latest_checkpointed_iteration.txt").write_text("release")
+    return input_paths(folder) | {"BASE_DIR": str(base)}
+
+
 @pytest.fixture
 def paths(tmp_path: Path) -> dict[str, str]:
-    """Values of the variables that the checks accept."""
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "latest_checkpointed_iteration.txt").write_text("release")
-    return input_paths(tmp_path) | {"BASE_DIR": str(base)}
+    return model_paths(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -196,20 +200,34 @@ print("found", json.dumps({{name: getattr(args, name) for name in names}}))
 """
 
 
-@each_model
-def test_flags_are_accepted_for_eight_gpus(model, paths, ranks, tmp_path):
-    """By all checks that come before the model is built, as one of the eight processes."""
-    _, flags, _ = EXAMPLES.printed(model.script, **paths)
-    del flags["--tokenizer-model"]
-    flags |= {"--tokenizer-type": ("NullTokenizer",), "--vocab-size": (str(VOCABULARY - 1),)}
-    probe = tmp_path / "probe.py"
+@pytest.fixture(scope="module")
+def accepted(
+    ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, int]]:
+    """What becomes of each script's flags in one of the eight processes; all run at once."""
+    folder = tmp_path_factory.mktemp("accepted")
+    probe = folder / "probe.py"
     probe.write_text(PROBE)
-    words = [word for flag, values in flags.items() for word in (flag, *values)]
-    env = {"WORLD_SIZE": str(GPUS), "LOCAL_WORLD_SIZE": str(GPUS)}
-    done = ranks.run([probe, *words], 1, tmp_path / "log", env=env)
-    assert done.returncode == 0, done.stdout[-3000:]
-    found = next(line for line in done.stdout.splitlines() if line.startswith("found "))
-    assert json.loads(found.removeprefix("found ")) == {
+    jobs = {}
+    for model in MODELS:
+        _, flags, _ = EXAMPLES.printed(model.script, **model_paths(folder))
+        del flags["--tokenizer-model"]
+        flags |= {"--tokenizer-type": ("NullTokenizer",), "--vocab-size": (str(VOCABULARY - 1),)}
+        words = [word for flag, values in flags.items() for word in (flag, *values)]
+        env = {"WORLD_SIZE": str(GPUS), "LOCAL_WORLD_SIZE": str(GPUS)}
+        jobs[model.name] = ranks.start([probe, *words], 1, folder / model.name, env)
+    found = {}
+    for name, job in jobs.items():
+        assert job.wait(120) == 0, job.output()[-3000:]
+        (line,) = re.findall(r"^found (.*)", job.output(), re.MULTILINE)
+        found[name] = json.loads(line)
+    return found
+
+
+@each_model
+def test_flags_are_accepted_for_eight_gpus(model, accepted):
+    """By all checks that come before the model is built."""
+    assert accepted[model.name] == {
         "num_layers": model.built_layers(),
         "full_num_layers": model.layers,
         "pipeline_model_parallel_size": model.stages,
@@ -265,9 +283,9 @@ printf '\\n' >>"$RECORD"
 """
 
 
-@pytest.mark.parametrize("model", [MODELS[2]], ids=lambda model: model.name)
-def test_dry_run_tunes_every_exit(model, ranks, short_folder):
+def test_dry_run_tunes_the_exit(ranks, short_folder):
     """The two commands that a dry run starts, on ranks that have imported Megatron already."""
+    model = next(model for model in MODELS if model.name == "llama2_70B_1_exit")
     recorder, record = short_folder / "python", short_folder / "record"
     recorder.write_text(RECORDER)
     recorder.chmod(0o755)

@@ -104,7 +104,7 @@ def input_paths(folder: Path) -> dict[str, str]:
     """Values of the variables in `PATHS` that the checks accept."""
     for name in ("text.bin", "text.idx", "tokenizer.model"):
         (folder / name).touch()
-    (folder / "out").mkdir()
+    (folder / "out").mkdir(exist_ok=True)
     out = str(folder / "out")
     files = (f"{folder}/text", f"{folder}/tokenizer.model", out, out)
     return dict(zip(PATHS, files, strict=True))
