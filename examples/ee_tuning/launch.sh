@@ -78,7 +78,7 @@ prepare_dry_run() {
     for word in "${flags[@]}"; do
         case $word in
             --tune-exit* | --exit-* | --use-exit-* | --untie-exit-* | --freeze-exit-* | \
-                --random-init | --pretrained-checkpoint | --load | --tensorboard-dir | \
+                --pre-exit | --random-init | --pretrained-checkpoint | --load | --tensorboard-dir | \
                 --*-parallel-size | --*-parallel-size=* | --sequence-parallel) is_kept= ;;
             --*) is_kept=1 ;;
         esac
