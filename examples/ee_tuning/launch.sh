@@ -37,6 +37,8 @@ recipe_flags=(
     --lr-decay-style linear
     --lr-warmup-fraction 0.01
     --use-distributed-optimizer
+    # Rank 0 reads and hashes the whole model before the others go on.
+    --distributed-timeout-minutes 60
     --split "990,9,1"
     --num-workers 2
     --eval-interval 1000

@@ -81,6 +81,12 @@ def test_depth(layers, stages, options, depth, built_stages):
             exits(9),
             "--exit-distillation-weight 0.5 needs the whole model in each process",
         ),
+        (
+            {"lr": 0.0},
+            {"exit_layer_lr": (1e-3,)},
+            exits(3),
+            "--exit-layer-lr needs a positive --lr",
+        ),
         ({"num_experts": 8}, {}, exits(3), "--num-experts 8 cannot be combined with --tune-exit"),
         (
             {"overlap_grad_reduce": True},

@@ -73,6 +73,11 @@ def parse() -> argparse.Namespace:
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag} {value} is out of range, allowed: {least} or more")
     args.work_dir = args.work_dir.resolve()
+    if args.model is not None:
+        if (args.work_dir / "base").exists():
+            parser.error(f"--model {args.model}: {args.work_dir} holds a model, name another one")
+        if Path(args.model).exists():
+            args.model = str(Path(args.model).resolve())
     return args
 
 
@@ -163,7 +168,7 @@ def main() -> None:
     tuning = Tuning(base=base, data=data, directory=args.work_dir / "run")
     if not base.exists():
         stage("The model becomes a checkpoint", lambda: import_model(args.model, base))
-    if args.fresh or not tuning.checkpoint.exists():
+    if args.fresh or not tuning.is_finished:
         stage("Text of Python's standard library", lambda: prepare_data(data, base / "tokenizer"))
 
         def tune() -> None:

@@ -42,6 +42,11 @@ class Tuning:
         """The exits."""
         return self.directory / "checkpoint"
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether there are tuned exits."""
+        return (self.checkpoint / "latest_checkpointed_iteration.txt").exists()
+
     def run(self, steps: int, directory: Path | None = None) -> Path:
         """Tune from the start; what an earlier run left goes. Returns the log.
 

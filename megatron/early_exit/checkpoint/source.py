@@ -58,7 +58,14 @@ def open_checkpoint(path: str | Path) -> Conversion:
     sources = {name: stored_names(reader, name) for name in weights}
     _refuse_left_over(reader, {name for names in sources.values() for name in names})
     whole = replace(description, tokenizer=_located(description, location), base=None)
-    return Conversion(whole, weights, sources, _stored_args(reader))
+    args = _stored_args(reader)
+    if description.base is not None:
+        # Those of the run that tuned the exits are of a part of the model.
+        base = CheckpointReader(description.base.find(location.save_dir).iteration_dir)
+        args = _stored_args(base)
+        if args is not None:
+            args = Namespace(**{**vars(args), **description.early_exit.to_dict()})
+    return Conversion(whole, weights, sources, args)
 
 
 def open_parts(base: str | Path, exits: str | Path) -> Conversion:

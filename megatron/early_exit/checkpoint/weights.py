@@ -22,7 +22,7 @@ Shapes = dict[str, tuple[int, ...]]
 Weights = dict[str, Tensor]
 
 LAYERS = "decoder.layers."
-_VOCABULARY_ENDINGS = ("word_embeddings.weight", "output_layer.weight", "projection.weight")
+VOCABULARY_ENDINGS = ("word_embeddings.weight", "output_layer.weight", "projection.weight")
 
 
 def weight_shapes(architecture: Architecture, early_exit: EarlyExitConfig) -> Shapes:
@@ -163,7 +163,7 @@ def _find(
                 f"{num_layers}"
             )
     rows = None
-    if name.endswith(_VOCABULARY_ENDINGS) and found[0] > shape[0]:
+    if name.endswith(VOCABULARY_ENDINGS) and found[0] > shape[0]:
         rows, found = shape[0], (shape[0], *found[1:])
     if found != shape:
         raise ValueError(

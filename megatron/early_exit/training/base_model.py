@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from megatron.early_exit.checkpoint.base import BaseReference, is_of_exit
 from megatron.early_exit.checkpoint.exits import RandomInit, add_exits, strip_exits
 from megatron.early_exit.checkpoint.lazy import LazyWeights
 from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.source import open_checkpoint
+from megatron.early_exit.checkpoint.weights import VOCABULARY_ENDINGS
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.model.gpt_model import TUNING_ANCHOR, EarlyExitGPTModel
 
@@ -72,6 +74,8 @@ def fill(chunk: EarlyExitGPTModel, weights: LazyWeights) -> None:
         if name not in weights:
             raise ValueError(f"the base has no tensor {name}, which the flags of this run ask for")
         whole = weights[name].read()
+        if name.endswith(VOCABULARY_ENDINGS):
+            whole = _padded(whole, parameter, size)
         part = _part(whole, parameter, rank, size)
         if part.shape != parameter.shape:
             raise ValueError(
@@ -82,17 +86,18 @@ def fill(chunk: EarlyExitGPTModel, weights: LazyWeights) -> None:
             parameter.copy_(part)
 
 
+def _padded(whole: Tensor, parameter: Tensor, size: int) -> Tensor:
+    """With the rows of zeros that a run has behind the vocabulary."""
+    missing = len(parameter) * size - len(whole)
+    return functional.pad(whole, (0, 0, 0, max(missing, 0)))
+
+
 def _part(whole: Tensor, parameter: Any, rank: int, size: int) -> Tensor:
-    """This rank's part; a vocabulary may have rows of padding behind it, which are zero."""
+    """This rank's part, where it fits."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return whole
     dim, stride = parameter.partition_dim, parameter.partition_stride
-    length = parameter.shape[dim] * size
-    if getattr(parameter, "is_embedding_or_output_parameter", False) or stride == 1:
-        missing = length - whole.shape[dim]
-        if dim == 0 and missing > 0 and whole.dim() == 2:
-            whole = torch.cat((whole, whole.new_zeros(missing, whole.shape[1])))
-    if whole.shape[dim] != length:
+    if whole.shape[dim] != parameter.shape[dim] * size:
         return whole
     blocks = whole.unflatten(dim, (stride, size, -1))
     return blocks.select(dim + 1, rank).flatten(dim, dim + 1)

@@ -105,11 +105,13 @@ def parse_arguments(
     else:
         exits = restore_exits(args, stored, given)
         print_rank_0(f"exits of the checkpoint restored: {describe_exits(exits)}")
+    tuning = TuningOptions.from_attributes(args)
     if args.num_layers is not None:
         exits.validate(args.num_layers)
-        tuning = TuningOptions.from_attributes(args)
-        if tuning.tune_exit:
-            plan_depth(args, tuning, exits)
+    elif tuning.tune_exit:
+        raise ValueError("--tune-exit needs --num-layers or --use-checkpoint-args")
+    if tuning.tune_exit:
+        plan_depth(args, tuning, exits)
     check_machine(args)
     validate_args(args)
     check_tokenizer_arguments(args)
@@ -201,7 +203,7 @@ def _restore_the_rest(args: Namespace, stored: object, given: frozenset[str]) ->
     for name in _NOT_RESTORED - given:
         if hasattr(stored, name):
             setattr(args, name, getattr(stored, name))
-    if getattr(stored, "full_num_layers", None) is not None:
+    if getattr(stored, "full_num_layers", None) is not None and "num_layers" not in given:
         args.num_layers = stored.full_num_layers  # type: ignore[attr-defined]
 
 

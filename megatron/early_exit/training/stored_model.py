@@ -51,7 +51,9 @@ def describe_exits(options: EarlyExitConfig) -> str:
     if not options.positions:
         return "no exits"
     layers = " ".join(map(str, options.positions))
-    return f"exits after layers {layers} ({head_flags(head_parts(options))})"
+    answers = options.exit_vocab_size
+    few = "" if answers is None else f", that answer with {answers} tokens"
+    return f"exits after layers {layers} ({head_flags(head_parts(options))}{few})"
 
 
 @dataclass(frozen=True, slots=True)

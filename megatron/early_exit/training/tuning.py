@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from megatron.core.pipeline_parallel.utils import is_pp_last_stage
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
@@ -120,7 +121,8 @@ class TuningStep:
         batch = self.reader.read(
             data,
             inputs=chunk.pre_process,
-            targets=bool(chunk.exits.heads),
+            # The last stage tells Megatron how many tokens there are, exits or none.
+            targets=bool(chunk.exits.heads) or is_pp_last_stage(chunk.pg_collection.pp),
             training=chunk.training,
         )
         with torch.no_grad():
@@ -133,14 +135,14 @@ class TuningStep:
             )
             if chunk.training and isinstance(self.objective, DistillingObjective):
                 self.objective.learn_from(output)
-        if batch.loss_mask is not None:
+        if chunk.training and batch.loss_mask is not None:
             tokens = batch.loss_mask.sum().to(torch.int)
             self._tokens = tokens if self._tokens is None else self._tokens + tokens
-        # Only called on the last stage, which ends with an exit and so has the mask.
+        # Only called on the last stage, which has the mask.
         return output, partial(no_loss, cast(Tensor, batch.loss_mask))
 
     def count_tokens(self) -> Tensor:
-        """Tokens of the microbatches since the last call; none on stages without exits."""
+        """Tokens of the microbatches since the last call; only the last stage is asked."""
         tokens, self._tokens = self._tokens, None
         if tokens is None:
             return torch.zeros((), dtype=torch.int, device=torch.cuda.current_device())

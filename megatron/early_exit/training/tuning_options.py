@@ -20,10 +20,13 @@ _REFUSED: dict[str, tuple[object, str]] = {
     "pipeline_model_parallel_layout": (None, "layers are divided evenly"),
     "decoder_first_pipeline_num_layers": (None, "layers are divided evenly"),
     "decoder_last_pipeline_num_layers": (None, "layers are divided evenly"),
+    "hybrid_layer_pattern": (None, "only plain transformers are tuned"),
     "num_experts": (None, "only dense models are tuned"),
     "mtp_num_layers": (None, "a frozen backbone predicts nothing"),
     "overlap_grad_reduce": (False, "exits have few gradients"),
     "overlap_param_gather": (False, "exits have few weights"),
+    "check_for_spiky_loss": (False, "there is no final loss"),
+    "decoupled_lr": (None, "--exit-layer-lr gives exits their rates"),
     "recompute_granularity": (None, "nothing of the backbone is kept for a backward pass"),
 }
 """Megatron's flags that have no place in EE-Tuning: the one value that has, and why."""
@@ -41,7 +44,7 @@ class TuningOptions:
     tune_exit: bool = False
     """Train the exits and nothing else, on the frozen model of --load or --pretrained-checkpoint
     (EE-Tuning, arXiv 2402.00518). What is saved are the exits; layers behind the last exit are
-    neither built nor run."""
+    neither built nor run, but for what makes pipeline stages equal."""
 
     tune_exit_pipeline_parallel_size: int | None = None
     """Build and run only this many of the first pipeline stages that
@@ -169,6 +172,8 @@ def _check(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) -> N
     for rate in rates:
         if not 0 < rate < float("inf"):
             raise ValueError(f"--exit-layer-lr {rate} is out of range, allowed: above 0")
+    if rates and not getattr(args, "lr", 1.0):
+        raise ValueError("--exit-layer-lr needs a positive --lr, whose schedule it follows")
     for name, (served, reason) in _REFUSED.items():
         value = getattr(args, name, served)
         if value != served:
