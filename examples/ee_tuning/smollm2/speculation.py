@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 
 
+DRAFT_CONFIDENCE = 0.25
+"""A draft that is less sure is hardly ever right, and asking for it costs more than it brings."""
+
+
 @dataclass(frozen=True)
 class Speculation:
     """What drafting at one exit gives.
@@ -31,7 +35,12 @@ def measure_speculation(
         common = {"max_tokens": max_tokens, "ignore_eos": True}
         settings = (
             SamplingParams(mode="full", **common),
-            SamplingParams(mode="self_speculative", draft_exit_layer=layer, **common),
+            SamplingParams(
+                mode="self_speculative",
+                draft_exit_layer=layer,
+                draft_confidence=DRAFT_CONFIDENCE,
+                **common,
+            ),
         )
         for one in settings:
             engine.generate(prompts[0], one)
