@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 
-
 DRAFT_CONFIDENCE = 0.25
 """A draft that is less sure is hardly ever right, and asking for it costs more than it brings."""
 
