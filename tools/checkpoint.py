@@ -143,6 +143,10 @@ def _import_hf(args: argparse.Namespace) -> None:
 def _export_hf(args: argparse.Namespace) -> None:
     export = open_export(args.src, args.plain)
     _write(export, args.folder)
+    if export.tokenizer is None:
+        print(
+            "note: the model has no tokenizer that transformers has too, so there is none with it"
+        )
     trust = ", trust_remote_code=True" if export.needs_remote_code else ""
     _say_what_was_written(export, args.folder, LOAD.format(str(args.folder), trust))
 

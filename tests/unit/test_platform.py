@@ -94,6 +94,12 @@ def test_operations_are_not_intercepted() -> None:
     assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
 
 
+def test_device_contexts_still_say_where_tensors_are_made() -> None:
+    with torch.device("meta"):
+        made = [torch.ones(2), torch.empty(2), torch.zeros(2), torch.rand(2), torch.tensor([1.0])]
+    assert all(tensor.is_meta for tensor in made)
+
+
 def test_the_absence_of_what_is_replaced_is_an_error() -> None:
     owner = types.SimpleNamespace(present=1)
     replace(owner, "present", 2)

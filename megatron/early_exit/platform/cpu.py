@@ -145,6 +145,10 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 def _patch_tensors() -> None:
     """Keep tensors and modules where they are, under the names that Megatron checks for."""
+    # PyTorch's device contexts remember at their first use which functions they are about. They
+    # would remember the wrappers, and let the functions inside these pass.
+    with CPU:
+        torch.empty(0)
     for name in FACTORIES:
         replace(torch, name, _on_cpu(getattr(torch, name)))
     replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)

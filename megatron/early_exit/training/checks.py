@@ -67,7 +67,7 @@ def check_arguments(args: Namespace, exits: EarlyExitConfig) -> None:
         raise ValueError("--exit-loss-chunk-tokens has no effect without --exit-layer-nums")
     if not (args.train_iters or args.train_samples or args.skip_train):
         raise ValueError("nothing says how long to train: give --train-iters or --train-samples")
-    if args.eval_interval < 1:
+    if args.eval_interval is not None and args.eval_interval < 1:
         raise ValueError(
             f"--eval-interval {args.eval_interval} is out of range, allowed: 1 or more"
         )
