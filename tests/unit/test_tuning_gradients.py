@@ -118,7 +118,7 @@ def test_distillation(kind):
     tuned.exit_tap = objective = DistillingObjective(options, config, normalization, 5)
     batch = Microbatch(0)
     final = forward(tuned, batch)
-    objective.learn_from(final)
+    objective.finish(final)
 
     plain.objective(batch)
     labels, mask = batch.labels.t().flatten(), batch.mask.t().flatten()

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel.utils import is_pp_last_stage
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
@@ -100,6 +101,15 @@ class EarlyExitGPTModel(GPTModel):
             head.requires_grad_()
             if freeze_projections:
                 head.projection.requires_grad_(False)
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether this chunk is to get labels and loss mask: it has exits, or ends the pipeline,
+        where Megatron asks how many tokens count, also of a model without a final head."""
+        ends = self.post_process
+        if self.tunes_exits:
+            ends = is_pp_last_stage(self.pg_collection.pp)
+        return ends or bool(self.exits.heads)
 
     def train(self, mode: bool = True) -> "EarlyExitGPTModel":
         """`torch.nn.Module.train`; a frozen backbone always computes what it does in inference."""

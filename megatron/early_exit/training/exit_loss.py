@@ -10,7 +10,7 @@ in the backward phase, one microbatch at a time.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -114,20 +114,29 @@ class ExitObjective:
     ) -> Tensor:
         """Attach the loss of the exit at `position` to `hidden` [s, b, h]; see `ExitTap`.
 
-        In evaluation the loss is computed at once and only measured. In a forward pass without
-        gradients during training (the first one of activation recomputation) nothing happens.
+        In evaluation the loss is computed at once and only measured.
         """
         targets = Targets.of(labels, loss_mask)
-        if not exits.training:
-            self._run(exits, position, hidden, targets, layer_kwargs, self.validation_metrics)
-            return hidden
+        passage = Passage(exits, position, hidden, targets, layer_kwargs)
+        if exits.training:
+            return self.in_training(passage)
+        self._run(passage, self.validation_metrics)
+        return hidden
+
+    def in_training(self, passage: "Passage") -> Tensor:
+        """What goes on behind an exit, [s, b, h]: its loss is deferred to the backward phase.
+
+        In a forward pass without gradients (the first one of activation recomputation) nothing
+        happens.
+        """
+        hidden = passage.hidden
         if not torch.is_grad_enabled():
             return hidden
 
         def run(saved: Tensor) -> Tensor:
             leaf = saved.detach().requires_grad_()
             with torch.enable_grad():
-                self.train_exit(exits, position, leaf, targets, layer_kwargs)
+                self.train_exit(replace(passage, hidden=leaf))
             assert leaf.grad is not None
             return leaf.grad
 
@@ -136,18 +145,10 @@ class ExitObjective:
         output: Tensor = _Deferred.apply(hidden, run)
         return output
 
-    def train_exit(
-        self,
-        exits: ExitHeads,
-        position: int,
-        hidden: Tensor,
-        targets: "Targets",
-        layer_kwargs: dict[str, Any],
-        teacher: Teacher | None = None,
-    ) -> None:
-        """Compute an exit's loss and backpropagate it, to the leaf `hidden` [s, b, h] where that
-        needs a gradient; see `head_loss` for `teacher`."""
-        self._run(exits, position, hidden, targets, layer_kwargs, self.training_metrics, teacher)
+    def train_exit(self, passage: "Passage", teacher: Teacher | None = None) -> None:
+        """Compute an exit's loss and backpropagate it, to the leaf `hidden` where that needs a
+        gradient; see `head_loss` for `teacher`."""
+        self._run(passage, self.training_metrics, teacher)
 
     def options(self, exits: ExitHeads, position: int) -> HeadLossOptions:
         """How the loss of an exit is computed."""
@@ -160,16 +161,10 @@ class ExitObjective:
         )
 
     def _run(
-        self,
-        exits: ExitHeads,
-        position: int,
-        hidden: Tensor,
-        targets: "Targets",
-        layer_kwargs: dict[str, Any],
-        metrics: ExitMetrics,
-        teacher: Teacher | None = None,
+        self, passage: "Passage", metrics: ExitMetrics, teacher: Teacher | None = None
     ) -> None:
         """Compute an exit's loss; with gradients enabled, backpropagate it."""
+        exits, position, targets = passage.exits, passage.position, passage.targets
         options = self.options(exits, position)
 
         def criterion(output: Tensor, weight: Tensor) -> None:
@@ -189,7 +184,7 @@ class ExitObjective:
                 torch.autograd.backward(flat, gradient)
 
         with self._random_numbers(exits, position):
-            exits(position, hidden, criterion, layer_kwargs)
+            exits(position, passage.hidden, criterion, passage.layer_kwargs)
 
     def _random_numbers(self, exits: ExitHeads, position: int) -> AbstractContextManager[None]:
         """Dropout of the exit's own: the backbone's random numbers stay as they are without exits,
@@ -225,3 +220,22 @@ class Targets:
         """From [b, s]."""
         mask = torch.ones_like(labels) if loss_mask is None else loss_mask
         return cls(labels.t().reshape(-1), mask.t().reshape(-1).float())
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A microbatch at an exit.
+
+    Attributes:
+        exits: the heads of the model chunk.
+        position: of the exit.
+        hidden: [s, b, h], the residual stream there.
+        targets: what the exit should predict.
+        layer_kwargs: what the backbone's layers get beside it.
+    """
+
+    exits: ExitHeads
+    position: int
+    hidden: Tensor
+    targets: Targets
+    layer_kwargs: dict[str, Any]

@@ -171,7 +171,8 @@ class Session:
         log_exits(self.objective, self.progress)
         if self.tuning.tune_exit:
             forward_only_training(self.objective, self._count_tokens)
-            exit_learning_rates(learning_rates(self.tuning, self.exits))
+            if rates := learning_rates(self.tuning, self.exits):
+                exit_learning_rates(rates)
         if self.args.use_distributed_optimizer and self.args.dist_ckpt_optim_fully_reshardable:
             repair_fully_reshardable_format()
 
@@ -203,7 +204,7 @@ class Session:
             eval_micro_batch_size=args.eval_micro_batch_size,
             seq_length=args.seq_length,
         )
-        if self.tuning.tune_exit:
+        if isinstance(self.objective, LocalObjective):
             return TuningStep(reader, self.objective, lambda: args.curr_iteration)
         checks = LossChecks(
             finite=args.check_for_nan_in_loss_and_grad, spikes=args.check_for_spiky_loss

@@ -99,8 +99,53 @@ def final_loss(
     return total, tokens, {"lm loss": report}
 
 
-class ForwardStep:
+class ModelStep:
     """Reads a microbatch and runs one model chunk on it.
+
+    Args:
+        reader: source of microbatches.
+        objective: the exits' share of the loss.
+        completed_iterations: tells how many iterations are done.
+    """
+
+    def __init__(
+        self,
+        reader: BatchReader,
+        objective: ExitObjective,
+        completed_iterations: Callable[[], int],
+    ) -> None:
+        self.reader = reader
+        self.objective = objective
+        self.completed_iterations = completed_iterations
+
+    def run(
+        self, data: Iterator[dict[str, Tensor]], model: torch.nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        """Run `model` on the next microbatch.
+
+        Returns:
+            Its output, and the loss mask [b, s], which the last stage always has.
+        """
+        self.objective.start_iteration(self.completed_iterations())
+        chunk: Any = unwrap_model(model)
+        batch = self.reader.read(
+            data,
+            inputs=chunk.pre_process,
+            targets=chunk.needs_targets,
+            training=chunk.training,
+        )
+        output = model(
+            batch.tokens,
+            batch.position_ids,
+            None,
+            labels=batch.labels,
+            loss_mask=batch.loss_mask,
+        )
+        return output, cast(Tensor, batch.loss_mask)
+
+
+class ForwardStep(ModelStep):
+    """A step of training the whole model.
 
     Args:
         reader: source of microbatches.
@@ -116,29 +161,12 @@ class ForwardStep:
         completed_iterations: Callable[[], int],
         checks: LossChecks,
     ) -> None:
-        self.reader = reader
-        self.objective = objective
-        self.completed_iterations = completed_iterations
+        super().__init__(reader, objective, completed_iterations)
         self.checks = checks
 
     def __call__(
         self, data: Iterator[dict[str, Tensor]], model: torch.nn.Module
     ) -> tuple[Tensor, LossFunction]:
         """Run `model` on the next microbatch; on the last stage its output is the loss [b, s]."""
-        self.objective.start_iteration(self.completed_iterations())
-        chunk: Any = unwrap_model(model)
-        batch = self.reader.read(
-            data,
-            inputs=chunk.pre_process,
-            targets=chunk.post_process or bool(chunk.exits.heads),
-            training=chunk.training,
-        )
-        output = model(
-            batch.tokens,
-            batch.position_ids,
-            None,
-            labels=batch.labels,
-            loss_mask=batch.loss_mask,
-        )
-        # Only called on the last stage, which has the mask.
-        return output, partial(final_loss, self.checks, cast(Tensor, batch.loss_mask))
+        output, loss_mask = self.run(data, model)
+        return output, partial(final_loss, self.checks, loss_mask)
