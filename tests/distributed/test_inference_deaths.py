@@ -7,7 +7,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,23 +29,71 @@ def checkpoint(tmp_path_factory) -> str:
     return str(path)
 
 
-def decode_for_long(
-    rank: int, layout: tuple[int, int], checkpoint: str, sentences: str, pause_s: float
-) -> None:
-    sys.stderr = open(f"{sentences}/{rank}", "w")
+def join(
+    rank: int, layout: tuple[int, int], checkpoint: str, folder: str, **options: Any
+) -> EarlyExitEngine:
+    """Become one of the ranks; what it says of an end goes to a file with its number."""
+    sys.stderr = open(f"{folder}/{rank}", "w")
     heartbeat.SILENCE_S = 2.0
-    store = f"file://{sentences}/store"
+    store = f"file://{folder}/store"
     torch.distributed.init_process_group(
         "gloo", init_method=store, rank=rank, world_size=math.prod(layout)
     )
     tensor, pipeline = layout
     engine = EarlyExitEngine.from_checkpoint(
-        checkpoint, device="cpu", tensor_parallel=tensor, pipeline_parallel=pipeline
+        checkpoint, device="cpu", tensor_parallel=tensor, pipeline_parallel=pipeline, **options
     )
-    Path(sentences, f"ready{rank}").touch()
+    Path(folder, f"ready{rank}").touch()
+    return engine
+
+
+def decode_for_long(
+    rank: int, layout: tuple[int, int], checkpoint: str, folder: str, pause_s: float
+) -> None:
+    engine = join(rank, layout, checkpoint, folder)
     while True:
         engine.generate([[1, 2], [3]], SamplingParams(max_tokens=40))
         time.sleep(pause_s)
+
+
+def drive_or_follow(
+    rank: int, layout: tuple[int, int], checkpoint: str, folder: str, pause_s: float
+) -> None:
+    engine = join(rank, layout, checkpoint, folder, driven=True)
+    if rank > 0:
+        engine.follow()
+
+    def say_last_words(sentence: str) -> None:
+        with Path(folder, "last words").open("a") as file:
+            file.write(f"{sentence}\n")
+        time.sleep(600)
+
+    engine.on_death(say_last_words)
+    while True:
+        engine.generate([[1, 2], [3]], SamplingParams(max_tokens=40))
+        time.sleep(pause_s)
+
+
+@contextmanager
+def started(function: Callable[..., None], layout: tuple[int, int], folder: Path, *args: Any):
+    """The processes of an engine that has been at work for a moment."""
+    context = torch.multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=function, args=(rank, layout, args[0], str(folder), *args[1:]))
+        for rank in range(math.prod(layout))
+    ]
+    try:
+        for rank in ranks:
+            rank.start()
+        deadline = time.monotonic() + 60
+        while len(list(folder.glob("ready*"))) < len(ranks):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.5)
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 @pytest.mark.parametrize(
@@ -56,21 +107,7 @@ def decode_for_long(
     ids=["tensor", "pipeline", "idle", "hanging"],
 )
 def test_no_rank_outlives_another(layout, pause_s, way, said, checkpoint, tmp_path):
-    context = torch.multiprocessing.get_context("fork")
-    ranks = [
-        context.Process(
-            target=decode_for_long, args=(rank, layout, checkpoint, str(tmp_path), pause_s)
-        )
-        for rank in range(math.prod(layout))
-    ]
-    try:
-        for rank in ranks:
-            rank.start()
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob("ready*"))) < len(ranks):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(0.5)
+    with started(decode_for_long, layout, tmp_path, checkpoint, pause_s) as ranks:
         os.kill(ranks[1].pid, way)
         deadline = time.monotonic() + 8
         for number, rank in enumerate(ranks):
@@ -80,6 +117,22 @@ def test_no_rank_outlives_another(layout, pause_s, way, said, checkpoint, tmp_pa
                 lines = (tmp_path / str(number)).read_text().splitlines()
                 who = "rank 1 of the inference engine"
                 assert lines[-1] == f"error: {who} {said}, so rank {number} ends, too"
-    finally:
-        for rank in ranks:
-            rank.kill()
+
+
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=["tensor", "pipeline"])
+@pytest.mark.parametrize("pause_s", [0, 600], ids=["working", "idle"])
+def test_a_driver_hears_of_a_followers_death_before_it_ends(layout, pause_s, checkpoint, tmp_path):
+    with started(drive_or_follow, layout, tmp_path, checkpoint, pause_s) as (driver, follower):
+        os.kill(follower.pid, signal.SIGKILL)
+        driver.join(8)
+        assert driver.exitcode == 1
+    sentence = "rank 1 of the inference engine has died, so rank 0 ends, too\n"
+    assert (tmp_path / "last words").read_text() == sentence
+
+
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=["tensor", "pipeline"])
+def test_followers_end_with_their_driver(layout, checkpoint, tmp_path):
+    with started(drive_or_follow, layout, tmp_path, checkpoint, 600) as (driver, follower):
+        os.kill(driver.pid, signal.SIGKILL)
+        follower.join(8)
+        assert follower.exitcode == 1

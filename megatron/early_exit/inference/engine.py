@@ -1,7 +1,7 @@
 """The engine: a model, in one process or divided over several, that continues prompts."""
 
 from collections import abc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -93,11 +93,13 @@ class EarlyExitEngine:
         tensor_parallel: int = 1,
         pipeline_parallel: int = 1,
         compile: bool = False,
+        driven: bool = False,
     ) -> "EarlyExitEngine":
         """Load a model that Megatron saved in the `torch_dist` format, at whatever layout.
 
         With more than one process (`torchrun`), each makes the same calls in the same order, and
-        gets the same results.
+        gets the same results. Or, with `driven`, rank 0 alone makes calls, in one thread at a time,
+        and the others `follow`.
 
         Args:
             path: a save directory, or one iteration in it.
@@ -113,15 +115,42 @@ class EarlyExitEngine:
                 fifth to a half faster; that takes some seconds at the start, a C++ compiler, and
                 the memory of the layers' weights again. On a GPU as CUDA graphs, which nobody has
                 run yet.
+            driven: rank 0 alone gets requests, as in a server.
 
         Raises:
             ValueError: the checkpoint is missing, damaged, or of a kind that cannot be computed,
                 the model or the number of processes does not fit the layout, or `compile` is not
                 possible here or with `tensor_parallel`.
         """
-        loaded = load_model(path, dtype, device, tensor_parallel, pipeline_parallel, compile)
+        loaded = load_model(
+            path, dtype, device, tensor_parallel, pipeline_parallel, compile, driven
+        )
         sizes = (max_pending, max_batch_size, max_sequence_length)
         return cls(loaded.model, loaded.tokenizer, loaded.eod_id, *sizes, loaded.division)
+
+    @property
+    def is_follower(self) -> bool:
+        """Whether rank 0 drives this rank, which is only to `follow`."""
+        return self._division.is_follower
+
+    def follow(self) -> None:
+        """Compute for rank 0's requests until it closes, and part from the others.
+
+        The ranks that follow do nothing else; while rank 0 has nothing to do they wait.
+
+        Raises:
+            ValueError: this is rank 0, or the engine is not `driven`.
+        """
+        self._division.follow(self.loop, self._requests.build)
+
+    def on_death(self, callback: Callable[[str], None]) -> None:
+        """Have this process's last words said when another one of the engine dies or hangs.
+
+        Nothing can be computed then, so each process ends with the status 1. Before that `callback`
+        is called once, in a thread of the engine, with a sentence that says why; it has two
+        seconds.
+        """
+        self._division.on_death(callback)
 
     def close(self) -> None:
         """Part from the other processes, if there are any; all have to do so.
@@ -135,6 +164,16 @@ class EarlyExitEngine:
     def exit_layers(self) -> tuple[int, ...]:
         """The model's exits, each named by the number of backbone layers before it."""
         return self._division.exit_layers
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the whole model's backbone."""
+        return self._division.architecture.num_layers
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model knows."""
+        return self._division.architecture.vocab_size
 
     def generate(
         self, prompts: Prompts, params: SamplingParams | abc.Sequence[SamplingParams] | None = None
@@ -231,13 +270,19 @@ class EarlyExitEngine:
             ValueError: `token_ids` is empty, too long or has unknown tokens.
             FloatingPointError: the logits are not finite: damaged weights, or an overflow.
         """
+        self._check_role()
         tokens = self._requests.encode(token_ids)
         scores = self.loop.score(tokens, 0)
         if not all(score.is_finite for score in scores):
             raise FloatingPointError(NOT_FINITE)
         return [score.best_token for score in scores]
 
+    def _check_role(self) -> None:
+        if self.is_follower:
+            raise ValueError("a rank that rank 0 drives makes no requests, allowed: follow")
+
     def _request(self, prompt: str | abc.Sequence[int], params: SamplingParams) -> Request:
+        self._check_role()
         request = self._requests.build(prompt, params)
         if params.prompt_logprobs is not None:
             scores = self.loop.score(request.prompt, params.prompt_logprobs)

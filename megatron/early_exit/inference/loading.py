@@ -40,6 +40,7 @@ def load_model(
     tensor_parallel: int,
     pipeline_parallel: int,
     compile_rows: bool,
+    driven: bool,
 ) -> LoadedModel:
     """Load a model; see `EarlyExitEngine.from_checkpoint`.
 
@@ -77,5 +78,7 @@ def load_model(
     if place is None:
         model = SegmentedModel(architecture, early_exit, weights, compile_rows=compile_rows)
     else:
-        model, division = divided_model(place, architecture, early_exit, weights, compile_rows)
+        model, division = divided_model(
+            place, architecture, early_exit, weights, compile_rows, driven
+        )
     return LoadedModel(model, tokenizer, eod_id, division)

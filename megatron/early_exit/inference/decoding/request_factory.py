@@ -56,8 +56,15 @@ class RequestFactory:
         self.tokenizer, self.eod_id, self.device = tokenizer, eod_id, device
         self._keys = count(1)
 
-    def build(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+    def build(
+        self, prompt: str | Sequence[int], params: SamplingParams, key: int | None = None
+    ) -> Request:
         """The request.
+
+        Args:
+            prompt: a text or token ids.
+            params: how to continue.
+            key: names it in the engine; None gives it the next one.
 
         Raises:
             ValueError: the prompt is empty, too long or has unknown tokens, or `params` asks for
@@ -76,7 +83,7 @@ class RequestFactory:
         if params.echo and self.tokenizer is not None:
             echo = prompt if isinstance(prompt, str) else self.tokenizer.decode(tokens)
         return Request(
-            next(self._keys),
+            next(self._keys) if key is None else key,
             tokens,
             params,
             self._mode(params, chooser, room),

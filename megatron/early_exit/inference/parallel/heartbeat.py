@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import distributed
@@ -19,6 +19,8 @@ SILENCE_S = 8.0
 seconds."""
 LEAVING_S = 5.0
 """How long a process that leaves waits for the others, and one that works for one that has left."""
+LAST_WORDS_S = 2.0
+"""How long a process that ends takes at most to tell others why."""
 _ALIVE, _LEAVING = b"a", b"l"
 
 
@@ -30,6 +32,10 @@ class Heartbeat:
 
     Args:
         group: all processes of the engine; they must create it together.
+
+    Attributes:
+        on_death: told the sentence by the thread before this process is ended, which comes after
+            `LAST_WORDS_S` whatever it does.
     """
 
     def __init__(self, group: distributed.ProcessGroup) -> None:
@@ -39,6 +45,8 @@ class Heartbeat:
         self._deadlines = dict.fromkeys(self._peers.values(), now + SILENCE_S)
         self._left: dict[int, float] = {}
         self._work_began: float | None = None
+        self.on_death: Callable[[str], None] | None = None
+        self._ends = threading.Event()
         self._leaves = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
@@ -52,6 +60,8 @@ class Heartbeat:
         except RuntimeError:
             # When the thread finds that a death explains it, it ends the process with a sentence.
             time.sleep(4 * INTERVAL_S)
+            if self._ends.is_set():
+                self._thread.join()
             raise
         finally:
             self._work_began = None
@@ -116,10 +126,17 @@ class Heartbeat:
                 self._end(f"rank {rank} has left the inference engine while others work")
 
     def _end(self, reason: str) -> None:
+        self._ends.set()
+        sentence = f"{reason}, so rank {self._rank} ends, too"
         sys.stdout.flush()
-        sys.stderr.write(f"error: {reason}, so rank {self._rank} ends, too\n")
+        sys.stderr.write(f"error: {sentence}\n")
         sys.stderr.flush()
-        os._exit(1)
+        try:
+            if self.on_death is not None:
+                threading.Timer(LAST_WORDS_S, os._exit, (1,)).start()
+                self.on_death(sentence)
+        finally:
+            os._exit(1)
 
 
 def _connect(rank: int, group: distributed.ProcessGroup) -> dict[socket.socket, int]:

@@ -1,0 +1,91 @@
+"""Tensor parallelism where only the first rank gets requests: the others repeat what it does."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+from megatron.early_exit.inference.decoding.loop import DecodingLoop
+from megatron.early_exit.inference.decoding.params import SamplingParams
+from megatron.early_exit.inference.decoding.request import Request
+from megatron.early_exit.inference.decoding.results import GeneratedToken
+from megatron.early_exit.inference.decoding.scoring import PrefixScore
+from megatron.early_exit.inference.parallel.control import ControlPlane, Message
+from megatron.early_exit.inference.parallel.loop import Loop
+
+BuildRequest = Callable[[Sequence[int], SamplingParams, int], Request]
+"""Makes a request of a prompt, how to continue it, and its key."""
+
+
+class TensorDriver:
+    """A `DecodingLoop` that tells the other ranks of each call before it makes it.
+
+    What the loop does follows from the calls alone, so that all ranks run the same batches. Calls
+    that change nothing are not told: ranks without work wait for the next message.
+
+    Args:
+        loop: of this rank.
+        control: messages to the other ranks.
+        num_ranks: of the engine.
+    """
+
+    def __init__(self, loop: DecodingLoop, control: ControlPlane, num_ranks: int) -> None:
+        self.loop, self.control, self.num_ranks = loop, control, num_ranks
+
+    def submit(self, request: Request) -> None:
+        """See `DecodingLoop`."""
+        if not request.is_finished:
+            params = asdict(request.params)
+            order = {"kind": "submit", "key": request.key, "prompt": request.prompt}
+            self._tell({**order, "params": params})
+            self.loop.submit(request)
+
+    def cancel(self, key: int) -> None:
+        """See `DecodingLoop`."""
+        if key in self.loop.requests:
+            self._tell({"kind": "cancel", "key": key})
+            self.loop.cancel(key)
+
+    def step(self) -> list[tuple[Request, GeneratedToken]]:
+        """See `DecodingLoop`."""
+        if not self.loop.requests:
+            return []
+        self._tell({"kind": "step"})
+        return self.loop.step()
+
+    def score(self, tokens: Sequence[int], num_best: int) -> list[PrefixScore]:
+        """See `DecodingLoop`."""
+        self._tell({"kind": "score", "tokens": [*tokens], "num_best": num_best})
+        return self.loop.score(tokens, num_best)
+
+    def close(self) -> None:
+        """Let the other ranks go."""
+        self._tell({"kind": "close"})
+
+    def _tell(self, message: Message) -> None:
+        for rank in range(1, self.num_ranks):
+            self.control.send(rank, message)
+
+
+def repeat_calls(loop: Loop, control: ControlPlane, build: BuildRequest) -> None:
+    """Make the calls that the first rank's `TensorDriver` tells of, until it closes.
+
+    Args:
+        loop: of this rank.
+        control: messages from the first rank.
+        build: makes the requests, which are those of the first rank under the same keys.
+    """
+    while True:
+        heard = control.receive()
+        assert heard is not None
+        message = heard[0]
+        match message["kind"]:
+            case "submit":
+                params = SamplingParams(**message["params"])
+                loop.submit(build(message["prompt"], params, message["key"]))
+            case "cancel":
+                loop.cancel(message["key"])
+            case "step":
+                loop.step()
+            case "score":
+                loop.score(message["tokens"], message["num_best"])
+            case "close":
+                return

@@ -1,0 +1,137 @@
+"""Engines over several processes of which only rank 0 gets requests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.early_exit.checkpoint.description import ModelDescription, write_description
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.inference.parallel.control import ControlPlane
+from tests.helpers.spawn import spawn
+from tests.helpers.tiny_models import HEADS, make_model, save_checkpoint
+
+MODEL = make_model(exits=(1, 3), **HEADS["all"])
+LAYOUTS = ((2, 1), (1, 2))
+"""Tensor and pipeline parallel sizes."""
+TEXT = [position * 7 % 61 for position in range(23)]
+SAMPLED = SamplingParams(max_tokens=8, temperature=1.2, top_p=0.9, mode="early_exit")
+PARAMS = [
+    SamplingParams(max_tokens=6),
+    SamplingParams(max_tokens=9, mode="early_exit", early_exit_threshold=0.6, logprobs=2),
+    SamplingParams(max_tokens=7, mode="self_speculative", draft_exit_layer=3),
+    SamplingParams(max_tokens=8, temperature=1.2, seed=3, stop_token_ids=(1, 2, 3)),
+    SamplingParams(max_tokens=4, prompt_logprobs=2),
+    SamplingParams(max_tokens=0, prompt_logprobs=0),
+]
+
+
+def drive(engine: EarlyExitEngine) -> dict[str, Any]:
+    """What a server does: requests of every kind come, some are refused or given up."""
+    told: dict[str, Any] = {"idle": [engine.step() for _ in range(3000)]}
+    abandoned = engine.submit(TEXT, SamplingParams(max_tokens=30))
+    engine.step()
+    requests = []
+    for params in PARAMS:
+        requests.append(engine.submit(TEXT, params))
+        given_up = engine.submit([1, 2], SAMPLED)
+        with pytest.raises(ValueError, match="allowed"):
+            engine.submit([99], SAMPLED)
+        with pytest.raises(ValueError, match="allowed"):
+            engine.submit(TEXT, SamplingParams(mode="early_exit", exit_layers=(2,)))
+        engine.step()
+        engine.cancel(given_up)
+        engine.cancel(given_up)
+    engine.cancel(abandoned)
+    told["given up"] = abandoned.finish_reason
+    while not all(request.is_finished for request in requests):
+        engine.step()
+    told["results"] = [request.result() for request in requests]
+    told["sampled"] = engine.generate([[5], TEXT], SAMPLED)
+    stream = engine.stream(TEXT, PARAMS[1])
+    told["streamed"] = [next(stream).token_id for _ in range(3)]
+    stream.close()
+    told["best"] = engine.argmax_tokens(TEXT)
+    told["after"] = engine.generate([[4, 4]], SamplingParams(max_tokens=5))
+    return told
+
+
+def drive_or_follow(folder: str) -> dict[Any, Any]:
+    """In each layout; rank 0 has the results, the others how often they have waited."""
+    found: dict[Any, Any] = {}
+    num_messages = 0
+    receive = ControlPlane.receive
+
+    def counted(control: ControlPlane, wait: bool = True) -> Any:
+        nonlocal num_messages
+        num_messages += 1
+        return receive(control, wait)
+
+    ControlPlane.receive = counted
+    for tensor, pipeline in LAYOUTS:
+        engine = EarlyExitEngine.from_checkpoint(
+            folder,
+            device="cpu",
+            max_batch_size=3,
+            tensor_parallel=tensor,
+            pipeline_parallel=pipeline,
+            driven=True,
+        )
+        if engine.is_follower:
+            for refused in (engine.argmax_tokens, engine.generate):
+                with pytest.raises(ValueError, match="makes no requests"):
+                    refused([[1]])
+            num_messages = 0
+            engine.follow()
+            found[tensor, pipeline] = num_messages
+        else:
+            with pytest.raises(ValueError, match="follow is not possible"):
+                engine.follow()
+            found[tensor, pipeline] = drive(engine)
+        engine.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[dict[Any, Any]]:
+    folder = Path(tmp_path_factory.mktemp("model"))
+    save_checkpoint(MODEL, folder)
+    write_description(folder, ModelDescription(MODEL.architecture, MODEL.early_exit, None))
+    return spawn(drive_or_follow, 2, str(folder))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rank_0_gets_what_one_process_gives(layout, found):
+    told, alone = found[0][layout], drive(EarlyExitEngine(MODEL.segmented, max_batch_size=3))
+    assert told["given up"] == "cancelled"
+    for name in ("results", "after"):
+        for result, expected in zip(told[name], alone[name], strict=True):
+            assert result.token_ids == expected.token_ids
+            assert result.exit_layers == expected.exit_layers
+            assert result.finish_reason == expected.finish_reason
+            assert (result.prompt_tokens is None) == (expected.prompt_tokens is None)
+            for score, other in zip(
+                result.prompt_tokens or (), expected.prompt_tokens or (), strict=True
+            ):
+                assert score.token_id == other.token_id
+                assert score.logprob == pytest.approx(other.logprob, abs=3e-4)
+    assert told["streamed"] == alone["streamed"]
+    assert told["best"] == alone["best"]
+    assert [len(result.token_ids) for result in told["sampled"]] == [8, 8]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_followers_wait_while_rank_0_is_idle(layout, found):
+    told = found[0][layout]
+    assert not any(told["idle"])
+    # About two for each step with work to do, of which there are far fewer than the idle ones.
+    assert 10 < found[1][layout] < 1500
+
+
+def test_one_process_has_nobody_to_follow():
+    engine = EarlyExitEngine(MODEL.segmented)
+    assert not engine.is_follower
+    with pytest.raises(ValueError, match="follow is not possible"):
+        engine.follow()
