@@ -1,0 +1,61 @@
+/**
+ * What is sent to the server.
+ */
+
+// How many tokens to name in the place of each one.
+const CANDIDATES = 4;
+
+/**
+ * The body of a completion request.
+ *
+ * @param {object} model as the server describes it
+ * @param {object} settings see settings.js
+ * @param {string} prompt as it was typed
+ */
+export function requestBody(model, settings, prompt) {
+  const { mode } = settings;
+  const body = {
+    model: model.id,
+    prompt: model.has_text ? prompt : tokenIds(prompt),
+    max_tokens: settings.maxTokens,
+    temperature: settings.temperature,
+    mode,
+  };
+  if (settings.seed !== null) body.seed = settings.seed;
+  if (mode === "early_exit") {
+    body.early_exit_threshold = settings.threshold;
+    if (settings.exits.length < model.exit_layers.length) body.exit_layers = settings.exits;
+  }
+  if (mode === "self_speculative") body.draft_exit_layer = settings.draftExit;
+  return {
+    ...body,
+    logprobs: CANDIDATES,
+    exit_details: settings.details,
+    return_token_ids: true,
+    stream: true,
+    stream_options: { include_usage: true },
+  };
+}
+
+/** The same request to the full model, which then asks no exit and is as fast as it can be. */
+export function fullModelBody(body) {
+  const { early_exit_threshold, exit_layers, draft_exit_layer, ...rest } = body;
+  return { ...rest, mode: "full", exit_details: false };
+}
+
+/** The request as a command for a POSIX shell; a key is named, not shown. */
+export function curlCommand(address, body, hasKey) {
+  const lines = [`curl --no-buffer ${address}`, "--header 'Content-Type: application/json'"];
+  if (hasKey) lines.push('--header "Authorization: Bearer $API_KEY"');
+  lines.push(`--data '${JSON.stringify(body).replaceAll("'", "'\\''")}'`);
+  return lines.join(" \\\n  ");
+}
+
+/** Why a prompt cannot be sent; empty if it can. */
+export function promptProblem(model, prompt) {
+  if (prompt.trim() === "") return "Type a prompt first.";
+  if (model.has_text || /^[\s,]*\d+(?:[\s,]+\d+)*[\s,]*$/.test(prompt)) return "";
+  return "This model has no tokenizer: the prompt is token ids, for instance 12 7 301.";
+}
+
+const tokenIds = (prompt) => prompt.match(/\d+/g).map(Number);

@@ -1,0 +1,101 @@
+/**
+ * The controls beside the prompt.
+ */
+
+import { byId, make } from "./elements.js";
+
+const MODES = {
+  early_exit: {
+    name: "Early exit",
+    says: "A token leaves at the first exit that is sure enough. Faster; the text may differ.",
+  },
+  self_speculative: {
+    name: "Lossless",
+    says: "An exit drafts tokens, the full model verifies them: its very text, sooner.",
+  },
+  full: { name: "Full model", says: "Every token runs through all layers." },
+};
+
+/** The name of a mode for the reader. */
+export const modeName = (mode) => MODES[mode].name;
+
+export class Settings {
+  constructor(form) {
+    this.form = form;
+    const threshold = form.elements.threshold;
+    threshold.addEventListener("input", () => this.#showThreshold());
+    form.addEventListener("change", () => this.#showMode());
+    this.#showThreshold();
+  }
+
+  /** Offers what a model can do. */
+  showModel(model) {
+    this.model = model;
+    const hasExits = model.exit_layers.length > 0;
+    const modes = Object.keys(MODES).filter((mode) => hasExits || mode === "full");
+    const first = modes.includes(model.default_mode) ? model.default_mode : modes[0];
+    byId("modes").replaceChildren(
+      ...modes.map((mode) => choice("radio", "mode", mode, modeName(mode), mode === first)),
+    );
+    const { exit_layers: layers, num_layers: numLayers } = model;
+    byId("exits").replaceChildren(
+      ...layers.map((layer) => choice("checkbox", "exit", layer, `${layer}`, true)),
+    );
+    byId("draft-exits").replaceChildren(
+      ...layers.map((layer, i) => choice("radio", "draft-exit", layer, `${layer}`, i === 0)),
+    );
+    for (const hint of document.querySelectorAll(".num-layers")) hint.textContent = numLayers;
+    byId("no-exits").hidden = hasExits;
+    this.form.elements["max-tokens"].max = model.max_model_len;
+    this.#showMode();
+  }
+
+  /** What the controls say now. */
+  read() {
+    const { elements } = this.form;
+    const exits = [...this.form.querySelectorAll("[name=exit]:checked")];
+    return {
+      mode: this.mode,
+      threshold: elements.threshold.valueAsNumber,
+      exits: exits.map((box) => Number(box.value)),
+      draftExit: Number(elements["draft-exit"]?.value),
+      maxTokens: elements["max-tokens"].valueAsNumber,
+      temperature: elements.temperature.valueAsNumber,
+      seed: elements.seed.value === "" ? null : elements.seed.valueAsNumber,
+      details: this.model.exit_layers.length > 0 && elements.details.checked,
+      compare: this.mode !== "full" && elements.compare.checked,
+    };
+  }
+
+  /** Why the settings cannot be sent; empty if they can. */
+  problem() {
+    const { mode, exits } = this.read();
+    if (mode !== "early_exit" || exits.length > 0) return "";
+    return "Choose at least one exit, or the full model.";
+  }
+
+  get mode() {
+    return this.form.querySelector("[name=mode]:checked").value;
+  }
+
+  #showThreshold() {
+    byId("threshold-value").textContent = this.form.elements.threshold.valueAsNumber.toFixed(2);
+  }
+
+  #showMode() {
+    const mode = this.mode;
+    byId("mode-says").textContent = MODES[mode].says;
+    for (const part of this.form.querySelectorAll("[data-modes]")) {
+      part.hidden = !part.dataset.modes.split(" ").includes(mode);
+    }
+    byId("details-row").hidden = this.model.exit_layers.length === 0;
+    byId("details-cost").hidden = mode !== "full";
+  }
+}
+
+function choice(type, name, value, text, checked) {
+  const input = make("input", { type, name, value });
+  // The attribute, so that resetting a form comes back to it.
+  input.defaultChecked = checked;
+  return make("label", { className: "choice" }, input, make("span", {}, text));
+}

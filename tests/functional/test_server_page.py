@@ -1,0 +1,607 @@
+"""The server's page in a real browser, before a stand-in server that does what each test needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+
+from tests.helpers.page_server import (
+    EARLY,
+    FULL,
+    PageServer,
+    Script,
+    ScriptedToken,
+    all_layers,
+    text_of,
+)
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+INSTALLER = Path(__file__).parents[2] / "tools" / "setup" / "install_browser.sh"
+FIRST_DIFFERENCE = 20
+PROMPT = "A language model is"
+# What a browser itself writes when an answer is an error, or none comes.
+NETWORK_NOISE = "Failed to load resource"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        stop = pytest.fail if os.environ.get("CI") else pytest.skip
+        stop(f"needs a Chromium: bash {INSTALLER.relative_to(INSTALLER.parents[2])}")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PageServer]:
+    with PageServer() as server:
+        yield server
+
+
+@pytest.fixture
+def script(server: PageServer) -> Script:
+    server.script = Script()
+    return server.script
+
+
+@pytest.fixture
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(8000)
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(context: BrowserContext, server: PageServer, script: Script) -> Iterator[Page]:
+    """A page that is not open yet. Whatever a test does, the page must not break a rule of its
+    content security policy, throw, or ask another host."""
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on(
+        "console",
+        lambda message: complaints.append(message.text) if message.type == "error" else None,
+    )
+    addresses: list[str] = []
+    page.on("request", lambda request: addresses.append(request.url))
+    yield page
+    assert [text for text in complaints if NETWORK_NOISE not in text] == []
+    assert {address for address in addresses if not address.startswith(server.url)} == set()
+
+
+def generate(page: Page, server: PageServer, prompt: str = PROMPT) -> None:
+    """Opens the page, types a prompt and starts."""
+    page.goto(server.url)
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    page.get_by_role("button", name="Generate").click()
+
+
+def pane(page: Page, index: int = 0) -> Locator:
+    return page.locator("article").nth(index)
+
+
+def exit_box(page: Page, layer: int) -> Locator:
+    return page.get_by_role("group", name="Exits after layer").get_by_label(str(layer))
+
+
+def bottom(element: Locator) -> float:
+    box = element.bounding_box()
+    assert box
+    return box["y"] + box["height"]
+
+
+def finish(page: Page) -> None:
+    expect(page.locator("#status")).to_contain_text("Finished", timeout=15000)
+
+
+def text_in(page: Page, index: int = 0) -> str:
+    """The generated text of a pane, without the prompt before it."""
+    return "".join(pane(page, index).locator(".token").all_text_contents())
+
+
+def figure(page: Page, name: str, index: int = 0) -> str:
+    return pane(page, index).locator(f"[data-figure={name}]").inner_text()
+
+
+# --- one text ------------------------------------------------------------------------------------
+
+
+def test_stream_arrives_with_a_colour_for_each_layer(page, server, script):
+    script.held_back = frozenset({3, 4, 10})
+    generate(page, server)
+    finish(page)
+    assert text_in(page) == text_of(EARLY)
+    tokens = pane(page).locator(".token")
+    assert tokens.all_text_contents() == [token.text for token in EARLY]
+    looks = tokens.evaluate_all(
+        "all => all.map(token => {const style = getComputedStyle(token);"
+        "return style.backgroundColor + style.backgroundImage + style.backgroundSize})"
+    )
+    by_layer = {token.layer: look for token, look in zip(EARLY, looks, strict=True)}
+    assert len(set(by_layer.values())) == 3
+    assert looks == [by_layer[token.layer] for token in EARLY]
+    gauges = tokens.evaluate_all(
+        "all => all.map(token => parseFloat(getComputedStyle(token).backgroundSize.split(' ')[1]))"
+    )
+    assert gauges == pytest.approx([token.layer / 8 * gauges[0] / 0.25 for token in EARLY], abs=0.1)
+    assert page.locator("#legend li").all_inner_texts() == ["layer 2", "layer 4", "all 8 layers"]
+
+
+def test_figures_tell_speed_depth_and_shares(page, server, script):
+    generate(page, server)
+    finish(page)
+    mean = sum(token.layer for token in EARLY) / len(EARLY)
+    assert figure(page, "speed") == "90.3"
+    assert re.fullmatch(r"\d+ ms|\d\.\d\d s", figure(page, "first"))
+    assert figure(page, "depth") == f"{mean:.1f}"
+    assert figure(page, "tokens") == str(len(EARLY))
+    shares = pane(page).locator(".shares li").all_inner_texts()
+    assert [share.split(":")[0] for share in shares] == ["layer 2", "layer 4", "layer 8"]
+
+
+def test_figures_are_alive_while_the_text_comes(page, server, script):
+    script.seconds_per_token = 0.03
+    generate(page, server)
+    expect(pane(page).locator("[data-figure=tokens]")).to_have_text(re.compile(r"[1-9]"))
+    expect(pane(page).locator("[data-figure=speed]")).to_have_text(re.compile(r"\d\.\d"))
+    assert pane(page).get_attribute("data-state") == "running"
+    page.keyboard.press("Escape")
+
+
+def test_token_tells_what_is_known_of_it(page, server, script):
+    generate(page, server)
+    finish(page)
+    place = next(i for i, token in enumerate(EARLY) if token.layer == 4)
+    pane(page).locator(".token").nth(place).hover()
+    details = page.locator("#inspector")
+    expect(details).to_contain_text(f"Token {place + 1}")
+    expect(details).to_contain_text("layer 4 of 8")
+    expect(details).to_contain_text(f"{100 * EARLY[place].confidence:.1f} %")
+    expect(details).to_contain_text("Log-probability")
+    heads = details.locator("tbody tr")
+    assert heads.count() == 2
+    expect(heads.nth(0)).to_contain_text("␣it")
+    expect(heads.nth(0)).to_contain_text("12.0 %")
+    expect(heads.nth(1)).to_have_class("chosen")
+    expect(details.locator(".candidates")).to_contain_text("⏎")
+
+
+def test_controls_are_sent(page, server, script):
+    page.goto(server.url)
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_label("Confidence threshold").fill("0.35")
+    expect(page.locator("#threshold-value")).to_have_text("0.35")
+    exit_box(page, 4).uncheck()
+    page.get_by_label("Max tokens").fill("12")
+    page.get_by_label("Temperature").fill("0.7")
+    page.get_by_label("Seed").fill("5")
+    page.get_by_role("button", name="Generate").click()
+    finish(page)
+    assert script.requests == [
+        {
+            "model": "scripted",
+            "prompt": PROMPT,
+            "max_tokens": 12,
+            "temperature": 0.7,
+            "seed": 5,
+            "mode": "early_exit",
+            "early_exit_threshold": 0.35,
+            "exit_layers": [2],
+            "logprobs": 4,
+            "exit_details": True,
+            "return_token_ids": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+    ]
+
+
+def test_lossless_mode_names_the_exit_that_drafts(page, server, script):
+    page.goto(server.url)
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_label("Lossless").check()
+    expect(page.get_by_label("Confidence threshold")).to_be_hidden()
+    page.get_by_role("group", name="Drafts come from layer").get_by_label("4").check()
+    page.get_by_role("button", name="Generate").click()
+    finish(page)
+    (body,) = script.requests
+    assert (body["mode"], body["draft_exit_layer"]) == ("self_speculative", 4)
+    assert not {"early_exit_threshold", "exit_layers"} & set(body)
+    expect(pane(page)).to_contain_text("75 % of drafts accepted, 4.00 tokens a verification.")
+
+
+def test_no_exit_at_all_is_not_sent(page, server, script):
+    page.goto(server.url)
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    for layer in (2, 4):
+        exit_box(page, layer).uncheck()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("alert")).to_have_text("Choose at least one exit, or the full model.")
+    assert script.requests == []
+
+
+def test_text_and_command_are_copied(page, server, script):
+    script.api_key = "secret"
+    page.goto(server.url)
+    page.locator("#key").fill("secret")
+    page.get_by_role("button", name="Use key").click()
+    page.get_by_label("Prompt", exact=True).fill("It's")
+    page.get_by_role("button", name="Generate").click()
+    finish(page)
+    page.get_by_role("button", name="Copy text").click()
+    expect(pane(page).get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == text_of(EARLY)
+    page.get_by_role("button", name="Copy as curl").click()
+    expect(page.locator("#status")).to_have_text("Copied the command.")
+    command = page.evaluate("navigator.clipboard.readText()")
+    assert "secret" not in command
+    words = shlex.split(command)
+    assert words[:3] == ["curl", "--no-buffer", f"{server.url}v1/completions"]
+    assert "Authorization: Bearer $API_KEY" in words
+    assert json.loads(words[-1]) == script.requests[0]
+    assert script.requests[0]["prompt"] == "It's"
+
+
+def test_stop_ends_the_transfer(page, server, script):
+    script.seconds_per_token = 0.02
+    generate(page, server)
+    expect(pane(page).locator(".token").nth(4)).to_be_attached()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("#status")).to_contain_text("Stopped")
+    expect(pane(page).locator(".state")).to_have_text("stopped")
+    deadline = time.monotonic() + 5
+    while not script.left_at and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert script.left_at
+    assert script.left_at[0] < len(EARLY)
+    assert text_of(EARLY).startswith(text_in(page))
+
+
+def test_two_thousand_tokens_stay_smooth(page, server, script):
+    script.early = [ScriptedToken(f" w{i}", (2, 4, 8)[i % 3], 0.9) for i in range(2000)]
+    script.tokens_per_event = 2
+    page.add_init_script(
+        "window.longest = 0;"
+        "new PerformanceObserver(list => {for (const entry of list.getEntries())"
+        "window.longest = Math.max(window.longest, entry.duration)})"
+        ".observe({type: 'longtask', buffered: true})"
+    )
+    page.goto(server.url)
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_label("Max tokens").fill("2000")
+    page.get_by_role("button", name="Generate").click()
+    finish(page)
+    assert pane(page).locator(".token").count() == 2000
+    # A busy machine needs several times what an idle one does.
+    assert page.evaluate("window.longest") < 500
+
+
+# --- two texts -----------------------------------------------------------------------------------
+
+
+def test_comparison_marks_the_first_difference(page, server, script):
+    page.goto(server.url)
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_role("switch", name="Compare with the full model").check()
+    page.get_by_role("button", name="Generate").click()
+    finish(page)
+    assert [body["mode"] for body in script.requests] == ["early_exit", "full"]
+    twin = script.requests[1]
+    assert not twin["exit_details"]
+    assert not {"early_exit_threshold", "exit_layers"} & set(twin)
+    assert text_in(page, 1) == text_of(FULL)
+    verdict = page.locator("#verdict")
+    expect(verdict).to_contain_text("2.17\u00d7")
+    expect(verdict).to_contain_text(f"differ at token {FIRST_DIFFERENCE + 1} of")
+    for index, tokens in enumerate((EARLY, FULL)):
+        marked = pane(page, index).locator(".token.differs")
+        assert marked.all_text_contents() == [tokens[FIRST_DIFFERENCE].text]
+    marked.hover()
+    expect(page.locator("#inspector")).to_contain_text("Here the two texts first differ")
+    expect(pane(page, 0).locator(".token.twin")).to_have_class(re.compile("differs"))
+
+
+def test_comparison_says_when_the_texts_are_the_same(page, server, script):
+    script.full = all_layers(EARLY)
+    page.goto(server.url)
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_role("switch", name="Compare with the full model").check()
+    page.get_by_role("button", name="Generate").click()
+    finish(page)
+    expect(page.locator("#verdict")).to_contain_text(f"the same, all {len(EARLY)} tokens")
+    assert page.locator(".token.differs").count() == 0
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def test_server_that_goes_away_is_called_unreachable(page, server, script, context):
+    page.goto(server.url)
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    context.set_offline(True)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+    context.set_offline(False)
+    page.get_by_role("button", name="Generate").click()
+    finish(page)
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_server_that_is_not_there_yet_can_be_tried_again(page, server, script):
+    page.route("**/v1/models", lambda route: route.abort())
+    page.goto(server.url)
+    expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+    page.unroute("**/v1/models")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator("#model-facts")).to_contain_text("8 layers")
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_key_is_asked_for_and_kept_for_the_tab(page, server, script):
+    script.api_key = "secret"
+    page.goto(server.url)
+    expect(page.get_by_role("alert")).to_contain_text("asks for an API key")
+    key = page.locator("#key")
+    expect(key).to_be_focused()
+    key.fill("wrong")
+    key.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("refuses this API key")
+    key.fill("secret")
+    key.press("Enter")
+    expect(page.locator("#model-facts")).to_contain_text("8 layers")
+    expect(key).to_be_hidden()
+    page.reload()
+    expect(page.locator("#model-facts")).to_contain_text("8 layers")
+    assert page.evaluate("localStorage.length") == 0
+
+
+@pytest.mark.parametrize(
+    ("refusal", "words"),
+    [
+        ((429, "64 requests wait already."), "The server is busy: 64 requests wait already."),
+        ((400, "prompt is too long"), "The server refuses this request: prompt is too long"),
+        ((503, "the engine has died"), "The server failed: the engine has died"),
+    ],
+)
+def test_refusal_is_shown_in_words(page, server, script, refusal, words):
+    script.refusal = refusal
+    generate(page, server)
+    expect(page.get_by_role("alert")).to_contain_text(words)
+    expect(pane(page).locator(".state")).to_have_text("failed")
+
+
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        ({"error_after": 7}, "The server broke off the text: out of memory"),
+        ({"cut_after": 7}, "The connection ended before the text did."),
+    ],
+)
+def test_text_so_far_stays_when_the_stream_breaks(page, server, script, failure, words):
+    server.script = replace(script, **failure)
+    generate(page, server)
+    expect(page.get_by_role("alert")).to_have_text(words)
+    expect(pane(page).locator(".token")).to_have_count(7)
+    assert text_in(page) == text_of(EARLY[:7])
+
+
+# --- models that can do less ---------------------------------------------------------------------
+
+
+def test_model_without_exits_runs_in_full_only(page, server, script):
+    script.exit_layers = []
+    generate(page, server)
+    finish(page)
+    expect(page.locator("#no-exits")).to_be_visible()
+    assert page.locator("#modes").inner_text() == "Full model"
+    expect(page.get_by_label("Confidence threshold")).to_be_hidden()
+    expect(page.get_by_role("switch")).to_be_hidden()
+    (body,) = script.requests
+    assert (body["mode"], body["exit_details"]) == ("full", False)
+
+
+def test_model_without_text_takes_token_ids(page, server, script):
+    script.has_text = False
+    page.goto(server.url)
+    field = page.get_by_label("Prompt, as token ids")
+    field.fill("12 seven")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("alert")).to_contain_text("token ids")
+    field.fill("12, 7 301")
+    page.get_by_role("button", name="Generate").click()
+    finish(page)
+    assert script.requests[0]["prompt"] == [12, 7, 301]
+    ids = text_in(page).split()
+    assert len(ids) == len(EARLY)
+    assert all(word.isdecimal() for word in ids)
+
+
+# --- everybody -----------------------------------------------------------------------------------
+
+
+def test_keyboard_is_enough(page, server, script):
+    page.goto(server.url)
+    keys = page.keyboard
+    expect(page.locator("#model-facts")).to_contain_text("8 layers")
+    expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
+    keys.type(PROMPT)
+    keys.press("Control+Enter")
+    finish(page)
+    stops = []
+    for _ in range(20):
+        keys.press("Tab")
+        stops.append(page.evaluate("document.activeElement.className || document.activeElement.id"))
+        if stops[-1] == "token":
+            break
+    # The whole text is one stop, behind the controls.
+    assert stops[-1] == "token", stops
+    inspector = page.locator("#inspector")
+    expect(inspector).to_contain_text("Token 1 ")
+    keys.press("ArrowRight")
+    keys.press("ArrowRight")
+    expect(inspector).to_contain_text("Token 3 ")
+    focused = page.locator(":focus")
+    expect(focused).to_have_attribute("aria-describedby", "inspector")
+    assert focused.evaluate("it => getComputedStyle(it).outlineStyle") == "solid"
+    top = focused.evaluate("it => it.getBoundingClientRect().top")
+    keys.press("ArrowDown")
+    assert focused.evaluate("it => it.getBoundingClientRect().top") > top
+    keys.press("ArrowUp")
+    assert focused.evaluate("it => it.getBoundingClientRect().top") == top
+    keys.press("End")
+    expect(inspector).to_contain_text(f"Token {len(EARLY)} ")
+    keys.press("Shift+Tab")
+    keys.press("Tab")
+    expect(inspector).to_contain_text(f"Token {len(EARLY)} ")
+
+
+def test_escape_stops(page, server, script):
+    script.seconds_per_token = 0.02
+    generate(page, server)
+    expect(pane(page).locator(".token").nth(2)).to_be_attached()
+    page.keyboard.press("Escape")
+    expect(page.locator("#status")).to_contain_text("Stopped")
+
+
+def test_status_is_announced_at_the_end_and_not_for_each_token(page, server, script):
+    page.goto(server.url)
+    page.evaluate(
+        "window.said = []; new MutationObserver(() => window.said.push("
+        "document.getElementById('status').textContent))"
+        ".observe(document.getElementById('status'), {childList: true})"
+    )
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_role("button", name="Generate").click()
+    finish(page)
+    said = page.evaluate("window.said")
+    assert said[0] == "Generating: Early exit."
+    assert said[1].startswith(f"Finished. Early exit: {len(EARLY)} tokens in ")
+    assert len(said) == 2
+    assert page.locator("[aria-live], .text[role=log]").count() == 0
+
+
+def test_theme_follows_the_system_until_it_is_chosen(page, server, script):
+    def surface() -> str:
+        return page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+
+    page.emulate_media(color_scheme="dark")
+    page.goto(server.url)
+    dark = surface()
+    page.emulate_media(color_scheme="light")
+    assert surface() != dark
+    button = page.get_by_role("button", name="Theme")
+    button.click()
+    button.click()
+    expect(button).to_have_text("Theme: dark")
+    assert surface() == dark
+    page.reload()
+    assert surface() == dark
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast(page, server, script, scheme):
+    page.emulate_media(color_scheme=scheme)
+    generate(page, server)
+    finish(page)
+    ratios = page.evaluate(CONTRASTS)
+    assert min(ratios.values()) >= 4.5, ratios
+
+
+# Draws colours, for a canvas knows how every kind of them looks.
+CONTRASTS = """() => {
+  const brush = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
+  const luminance = (colour) => {
+    brush.fillStyle = colour;
+    brush.fillRect(0, 0, 1, 1);
+    const [r, g, b] = [...brush.getImageData(0, 0, 1, 1).data].map((value) => value / 255)
+      .map((value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ratio = (one, other) => {
+    const [low, high] = [luminance(one), luminance(other)].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const probe = document.body.appendChild(document.createElement("i"));
+  const colour = (name) => {
+    probe.style.setProperty("color", `var(--${name})`);
+    return getComputedStyle(probe).color;
+  };
+  const pairs = {
+    "ink on page": [colour("ink"), colour("page")],
+    "soft on page": [colour("soft"), colour("page")],
+    "soft on surface": [colour("soft"), colour("surface")],
+    "accent on page": [colour("accent"), colour("page")],
+    "label of a main button": [colour("on-accent"), colour("accent")],
+    "error": [colour("alarm"), colour("alarm-surface")],
+    "mark of a difference": [colour("surface"), colour("alarm")],
+  };
+  for (const token of document.querySelectorAll(".token")) {
+    const style = getComputedStyle(token);
+    pairs[`token on ${style.backgroundColor}`] = [style.color, style.backgroundColor];
+  }
+  probe.remove();
+  return Object.fromEntries(Object.entries(pairs).map(([name, pair]) => [name, ratio(...pair)]));
+}"""
+
+
+def test_narrow_screen_needs_no_sideways_scrolling(page, server, script):
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.goto(server.url)
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_role("switch", name="Compare with the full model").check()
+    page.get_by_role("button", name="Generate").click()
+    finish(page)
+    token = pane(page).locator(".token").nth(3)
+    token.click()
+    inspector = page.locator("#inspector")
+    expect(inspector).to_be_in_viewport()
+    assert bottom(token) <= inspector.bounding_box()["y"]
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    page.locator("#legend-name").click()
+    expect(inspector).to_be_hidden()
+
+
+# --- the browser itself --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BROWSERS)
+def test_installer_finds_a_browser(tmp_path, name):
+    (tmp_path / name).write_text("#!/bin/sh\n")
+    (tmp_path / name).chmod(0o755)
+    assert install_browser(tmp_path).stdout == f"{tmp_path / name}\n"
+
+
+def test_installer_says_what_to_install_where_it_may_not(tmp_path):
+    done = install_browser(tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "apt-get install chromium" in done.stderr
+
+
+def install_browser(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the installer on a machine that has nothing but `folder` on its path."""
+    bash, id_tool = shutil.which("bash"), shutil.which("id")
+    (folder / "id").symlink_to(str(id_tool))
+    return subprocess.run(
+        [str(bash), str(INSTALLER)],
+        env={"PATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )

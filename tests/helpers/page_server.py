@@ -1,0 +1,287 @@
+"""A stand-in for the text-generation server: it serves the page and answers from a script.
+
+It streams chosen tokens at a chosen pace and fails in every way that the page must explain, which a
+real model does not do at will. `python -m tests.helpers.page_server` serves it for a look.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from flask import Flask, Response, jsonify, request, send_from_directory
+from werkzeug.serving import make_server
+
+PAGE = Path(__file__).parents[2] / "megatron" / "early_exit" / "server" / "page"
+NUM_LAYERS = 8
+EXIT_LAYERS = [2, 4]
+# The strictest that a server can send: it also forbids setting any text as HTML.
+POLICY = (
+    "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "object-src 'none'; require-trusted-types-for 'script'"
+)
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ScriptedToken:
+    """A token, the layer that gives it, and how sure that layer is."""
+
+    text: str
+    layer: int
+    confidence: float
+
+
+def text_of(tokens: list[ScriptedToken]) -> str:
+    return "".join(token.text for token in tokens)
+
+
+def tokens_of(text: str, layers: str) -> list[ScriptedToken]:
+    """A token for each word of `text` with the blank before it, and for each line's end; their
+    layers are the digits in turn. Exits are surer than the default threshold."""
+    words = text.replace("\n", "\0\n\0").replace(" ", "\0 ").split("\0")
+    tokens = []
+    for i, word in enumerate(word for word in words if word):
+        layer = int(layers[i % len(layers)])
+        spread = 0.01 * (7 * i % 19)
+        tokens.append(ScriptedToken(word, layer, spread + (0.45 if layer == NUM_LAYERS else 0.81)))
+    return tokens
+
+
+def all_layers(tokens: list[ScriptedToken]) -> list[ScriptedToken]:
+    """The same tokens, as the full model gives them."""
+    return [replace(token, layer=NUM_LAYERS) for token in tokens]
+
+
+# An emoji counts twice in JavaScript, and markup must stay text.
+EARLY = tokens_of(
+    " a kind of map: near the coast the lines are close together 🙂, and a <b>bold</b> reader takes"
+    " them for hills.\n\nFurther out they part. Most of the words in a sentence are like that:"
+    " easy to foresee from the few before, so that the first layers are already sure of them.",
+    "2282442824",
+)
+FULL = all_layers(
+    EARLY[:18]
+    + tokens_of(
+        " them for granted.\n\nFurther out they part. Most of the words in a sentence are like"
+        " that: they follow from the few before, and only some need the whole depth of the model.",
+        "8",
+    )
+)
+
+
+@dataclass
+class Script:
+    """What the server does; tests change it before they let the page ask."""
+
+    early: list[ScriptedToken] = field(default_factory=lambda: list(EARLY))
+    full: list[ScriptedToken] = field(default_factory=lambda: list(FULL))
+    exit_layers: list[int] = field(default_factory=lambda: list(EXIT_LAYERS))
+    has_text: bool = True
+    default_mode: str = "early_exit"
+    seconds_per_token: float = 0.0
+    tokens_per_event: int = 1
+    held_back: frozenset[int] = frozenset()
+    """Tokens whose text comes with the next one's."""
+    api_key: str | None = None
+    refusal: tuple[int, str] | None = None
+    """Status and message that every completion gets."""
+    error_after: int | None = None
+    """So many tokens, then an error in the stream."""
+    cut_after: int | None = None
+    """So many tokens, then the connection ends."""
+    requests: list[Json] = field(default_factory=list)
+    """The bodies of the completions that were asked for."""
+    left_at: list[int] = field(default_factory=list)
+    """How many tokens had been sent when a reader went away."""
+
+
+class PageServer:
+    """Serves the page on a free port of this machine while the context lasts."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.script = Script()
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)
+        self._server = make_server("127.0.0.1", port, self._make_app(), threaded=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def _make_app(self) -> Flask:
+        app = Flask(__name__, static_folder=None)
+        app.get("/", defaults={"name": "index.html"})(self._file)
+        app.get("/static/<name>")(self._file)
+        app.get("/v1/models")(self._models)
+        app.post("/v1/completions")(self._completions)
+        app.before_request(self._check_key)
+        app.after_request(_add_policy)
+        return app
+
+    def _check_key(self) -> Response | None:
+        key = self.script.api_key
+        is_public = request.path == "/" or request.path.startswith("/static/")
+        if is_public or key in (None, request.headers.get("Authorization", "")[len("Bearer ") :]):
+            return None
+        return _error(401, "give it as Authorization: Bearer KEY", "authentication_error")
+
+    def _file(self, name: str) -> Response:
+        return send_from_directory(PAGE, name)
+
+    def _models(self) -> Response:
+        script = self.script
+        model = {
+            "object": "model",
+            "created": 0,
+            "owned_by": "megatron.early_exit",
+            "root": "scripted",
+            "max_model_len": 2048,
+            "num_layers": NUM_LAYERS,
+            "exit_layers": script.exit_layers,
+            "has_text": script.has_text,
+            "has_chat_template": False,
+            "default_mode": script.default_mode if script.exit_layers else "full",
+        }
+        aliases = ["", ":full", ":lossless"] if script.exit_layers else ["", ":full"]
+        data = [model | {"id": f"scripted{alias}"} for alias in aliases]
+        return jsonify({"object": "list", "data": data})
+
+    def _completions(self) -> Response:
+        body = request.get_json()
+        self.script.requests.append(body)
+        if self.script.refusal:
+            status, message = self.script.refusal
+            kind = "rate_limit_error" if status == 429 else "invalid_request_error"
+            return _error(status, message, kind)
+        return Response(self._stream(body), mimetype="text/event-stream")
+
+    def _stream(self, body: Json) -> Iterator[str]:
+        """The events, at the script's pace; the full model is half as fast."""
+        script = self.script
+        mode = body["mode"]
+        tokens = (script.full if mode == "full" else script.early)[: body["max_tokens"]]
+        pause = script.seconds_per_token * (2 if mode == "full" else 1)
+        base = {"id": "cmpl-1", "object": "text_completion", "created": 0, "model": body["model"]}
+        held = ""
+        start = 0
+        try:
+            while start < len(tokens):
+                for limit, error in ((script.error_after, True), (script.cut_after, False)):
+                    if limit is not None and start >= limit:
+                        if error:
+                            message = {"message": "out of memory", "type": "server_error"}
+                            yield _event({"error": message})
+                        return
+                end = min(start + script.tokens_per_event, len(tokens))
+                time.sleep(pause * (end - start))
+                text = held + text_of(tokens[start:end])
+                text, held = ("", text) if start in script.held_back else (text, "")
+                choice = {
+                    "index": 0,
+                    "text": text if script.has_text else "",
+                    "logprobs": self._logprobs(tokens, start, end, body),
+                    "finish_reason": "length" if end == len(tokens) else None,
+                    "stop_reason": None,
+                    "token_ids": [_token_id(token) for token in tokens[start:end]],
+                }
+                yield _event(base | {"choices": [choice], "usage": None})
+                start = end
+        except GeneratorExit:
+            script.left_at.append(start)
+            raise
+        usage = {"prompt_tokens": 5, "completion_tokens": len(tokens)}
+        yield _event(base | {"choices": [], "usage": usage, "metrics": _metrics(tokens, mode)})
+        yield "data: [DONE]\n\n"
+
+    def _logprobs(self, tokens: list[ScriptedToken], start: int, end: int, body: Json) -> Json:
+        new = tokens[start:end]
+        has_text = self.script.has_text
+        names = [token.text if has_text else str(_token_id(token)) for token in new]
+        heads = [
+            [
+                {"layer": layer, "token": name, "confidence": token.confidence}
+                if layer == token.layer
+                else {"layer": layer, "token": " it", "confidence": 0.06 * layer}
+                for layer in (*self.script.exit_layers, NUM_LAYERS)
+                if layer <= token.layer
+            ]
+            for token, name in zip(new, names, strict=True)
+        ]
+        return {
+            "tokens": names,
+            "token_logprobs": [-1.2 * (1 - token.confidence) for token in new],
+            "top_logprobs": [{name: -0.2, " it": -2.5, "\n": -4.1} for name in names],
+            "text_offset": [len(text_of(tokens[:i])) for i in range(start, end)],
+            "exit_layers": [token.layer for token in new],
+            "confidences": [token.confidence for token in new],
+            "heads": heads if body.get("exit_details") else None,
+        }
+
+
+def _metrics(tokens: list[ScriptedToken], mode: str) -> Json:
+    layers = [token.layer for token in tokens]
+    drafting = {
+        "num_spec_steps": 10,
+        "num_draft_tokens": 40,
+        "num_accepted_draft_tokens": 30,
+        "mean_acceptance_length": 4.0,
+        "draft_acceptance_rate": 0.75,
+    }
+    return {
+        "mode": mode,
+        "num_layers": NUM_LAYERS,
+        "mean_exit_layer": sum(layers) / len(layers),
+        "exit_tokens": {str(layer): layers.count(layer) for layer in sorted(set(layers))},
+        "queue_seconds": 0.0,
+        "time_to_first_token_seconds": 0.02,
+        "decode_seconds": 1.0,
+        "tokens_per_second": 41.5 if mode == "full" else 90.25,
+        "speculative_decoding": drafting if mode == "self_speculative" else None,
+    }
+
+
+def _token_id(token: ScriptedToken) -> int:
+    return sum(map(ord, token.text)) % 1000
+
+
+def _event(data: Json) -> str:
+    return f"data: {json.dumps(data)}\n\n"
+
+
+def _error(status: int, message: str, kind: str) -> Response:
+    answer = jsonify({"error": {"message": message, "type": kind, "param": None, "code": None}})
+    answer.status_code = status
+    return answer
+
+
+def _add_policy(response: Response) -> Response:
+    response.headers["Content-Security-Policy"] = POLICY
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    return response
+
+
+if __name__ == "__main__":
+    with PageServer(port=8123) as server:
+        server.script.seconds_per_token = 0.04
+        print(server.url)
+        threading.Event().wait()
