@@ -4,14 +4,13 @@
         --mode early_exit --early-exit-threshold 0.5 --max-tokens 100
 
 prints the text, on a terminal coloured by the exit that gave each token. With --prompts-file the
-prompts are JSON lines, {"prompt": "..."} each; with --output the results are JSON lines with every
-field of a result."""
+prompts are JSON lines, {"prompt": "..."} each, or the lines of a .txt file; with --output the
+results are JSON lines with every field of a result."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -22,10 +21,10 @@ import torch
 from tqdm import tqdm
 
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
+from megatron.early_exit.server.client.exit_colours import ExitColours
+from megatron.early_exit.server.client.prompts import read_prompts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COLOURS = ("\x1b[42m\x1b[30m", "\x1b[46m\x1b[30m", "\x1b[43m\x1b[30m", "\x1b[45m\x1b[37m")
-RESET = "\x1b[0m"
 _LISTS = {"stop": str, "stop_token_ids": int, "exit_layers": int}
 _SWITCHES = ("ignore_eos", "echo", "exit_details")
 _INTEGERS = (
@@ -51,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--load", type=Path, required=True, help="save directory, or one iteration")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", help="one prompt")
-    prompts.add_argument("--prompts-file", type=Path, help='JSON lines, {"prompt": "..."} each')
+    prompts.add_argument("--prompts-file", type=Path, help="see above")
     parser.add_argument("--output", type=Path, help="write results as JSON lines to this file")
     parser.add_argument("--dtype", choices=DTYPES, help="default: what the model was trained in")
     parser.add_argument("--device", help="default: the first GPU if there is one, else cpu")
@@ -92,32 +91,6 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         raise ValueError(f"--{name.replace('_', '-')} {rest}") from error
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file of JSON lines.
-
-    Raises:
-        ValueError: the file cannot be read, or a line is not what it should be.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts-file {path} cannot be read: {error}") from error
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            prompt = None
-        if not isinstance(prompt, str):
-            raise ValueError(f'--prompts-file {path}, line {number}: expected {{"prompt": "..."}}')
-        prompts.append(prompt)
-    if not prompts:
-        raise ValueError(f"--prompts-file {path} has no prompts")
-    return prompts
-
-
 def answers(
     engine: EarlyExitEngine, prompts: Sequence[str], params: SamplingParams, bar: tqdm[Any]
 ) -> Iterator[Answer]:
@@ -140,22 +113,13 @@ def answers(
 def show_stream(engine: EarlyExitEngine, prompt: str, params: SamplingParams, out: TextIO) -> None:
     """Print one text as it grows, each token on the colour of its exit where `out` is a
     terminal."""
-    layers = (*engine.exit_layers, engine.model.architecture.num_layers)
-    colour = out.isatty() and "NO_COLOR" not in os.environ
-    marks = {layer: COLOURS[i % len(COLOURS)] if colour else "" for i, layer in enumerate(layers)}
-    reset = RESET if colour else ""
-    counts = dict.fromkeys(layers, 0)
+    layers = (*engine.exit_layers, engine.num_layers)
+    colours = ExitColours(layers, out)
     for token in engine.stream(prompt, params):
-        counts[token.exit_layer] += 1
-        # A background must not run over the end of a line.
-        pieces = (token.text or "").split("\n")
-        mark = marks[token.exit_layer]
-        out.write("\n".join(f"{mark}{piece}{reset}" if piece else "" for piece in pieces))
-        out.flush()
+        colours.write(token.text or "", token.exit_layer)
     out.write("\n")
     if len(layers) > 1:
-        legend = (f"{marks[n]}layer {n}{reset}: {count} tokens" for n, count in counts.items())
-        print(", ".join(legend), file=sys.stderr)
+        print(colours.legend(), file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,1 @@
+"""What talks to the server: it needs neither torch nor a checkpoint."""
