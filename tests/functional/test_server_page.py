@@ -58,8 +58,9 @@ def script(server: PageServer) -> Script:
     return server.script
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def context(browser: Browser) -> Iterator[BrowserContext]:
+    """Pages share what is cached; what a page keeps for itself ends with the page."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     context.set_default_timeout(8000)
     context.grant_permissions(["clipboard-read", "clipboard-write"])
@@ -81,6 +82,9 @@ def page(context: BrowserContext, server: PageServer, script: Script) -> Iterato
     addresses: list[str] = []
     page.on("request", lambda request: addresses.append(request.url))
     yield page
+    context.set_offline(False)
+    page.evaluate("localStorage.clear()")
+    page.close()
     assert [text for text in complaints if NETWORK_NOISE not in text] == []
     assert {address for address in addresses if not address.startswith(server.url)} == set()
 

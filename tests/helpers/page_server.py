@@ -146,7 +146,8 @@ class PageServer:
         return _error(401, "give it as Authorization: Bearer KEY", "authentication_error")
 
     def _file(self, name: str) -> Response:
-        return send_from_directory(PAGE, name)
+        # Many pages are opened, and their files do not change meanwhile.
+        return send_from_directory(PAGE, name, max_age=60)
 
     def _models(self) -> Response:
         script = self.script

@@ -38,20 +38,21 @@ export async function* completion(body, signal) {
     body: JSON.stringify(body),
     signal,
   });
-  const events = eventsOf(response.body);
-  for (;;) {
-    const { done, value: data } = await events.next().catch(connectionLost);
-    if (done) return connectionLost();
-    if (data === "[DONE]") {
-      await events.return();
-      return;
+  const lost = new ServerError("stream", "The connection ended before the text did.");
+  try {
+    for await (const data of eventsOf(response.body)) {
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) {
+        throw new ServerError("stream", `The server broke off the text: ${event.error.message}`);
+      }
+      yield event;
     }
-    const event = JSON.parse(data);
-    if (event.error) {
-      throw new ServerError("stream", `The server broke off the text: ${event.error.message}`);
-    }
-    yield event;
+  } catch (error) {
+    // What reading throws where the network fails.
+    throw error instanceof TypeError ? lost : error;
   }
+  throw lost;
 }
 
 async function ask(path, options) {
@@ -91,9 +92,4 @@ async function refusal(response, key) {
     return new ServerError("request", `The server refuses this request: ${message}`);
   }
   return new ServerError("server", `The server failed: ${message}`);
-}
-
-function connectionLost(error) {
-  if (error?.name === "AbortError") throw error;
-  throw new ServerError("stream", "The connection ended before the text did.");
 }

@@ -42,10 +42,11 @@ export class Notice {
     this.retryButton.hidden = !canRetry;
   }
 
-  /** Shows what went wrong; a mistake of this page itself is passed on. */
+  /** Shows what went wrong. */
   showError(error, canRetry = false) {
-    if (!(error instanceof ServerError)) throw error;
-    this.say(error.message, canRetry && error.kind !== "key");
-    if (error.kind === "key") this.askForKey(true);
+    const isOurs = !(error instanceof ServerError);
+    this.say(isOurs ? `This page made a mistake: ${error}` : error.message, canRetry && error.kind !== "key");
+    if (isOurs) throw error;
+    this.askForKey(error.kind === "key");
   }
 }

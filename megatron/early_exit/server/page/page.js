@@ -51,6 +51,7 @@ function showModel() {
   model = chosen;
   depths = new Depths(model.exit_layers, model.num_layers);
   settings.showModel(model);
+  byId("models").hidden = byId("settings").hidden = false;
   depths.showLegend(byId("legend"));
   const exits = model.exit_layers.length > 0 ? `exits after ${model.exit_layers.join(", ")}` : "no exits";
   const context = model.max_model_len.toLocaleString("en");
@@ -90,12 +91,9 @@ async function generate() {
     if (compares) await compare(transfer.signal);
     announce(`Finished. ${run.summary}${compares ? ` ${twin.summary}` : ""}`);
   } catch (error) {
-    if (error.name !== "AbortError") {
-      notice.showError(error);
-      announce("");
-    } else {
-      announce(`Stopped. ${run.summary}`);
-    }
+    const isStopped = error.name === "AbortError";
+    announce(isStopped ? `Stopped. ${run.summary}` : "");
+    if (!isStopped) notice.showError(error);
   } finally {
     transfer = null;
     showBusy();
