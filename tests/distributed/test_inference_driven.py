@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.inference.decoding import scoring
 from megatron.early_exit.inference.parallel.control import ControlPlane
 from tests.helpers.spawn import spawn
 from tests.helpers.tiny_models import HEADS, make_model, save_checkpoint
@@ -50,6 +52,16 @@ def drive(engine: EarlyExitEngine) -> dict[str, Any]:
         engine.step()
     told["results"] = [request.result() for request in requests]
     told["sampled"] = engine.generate([[5], TEXT], SAMPLED)
+    unscored = engine.submit(TEXT, PARAMS[-1])
+    engine.step()
+    engine.cancel(unscored)
+    told["unscored"] = unscored.result().prompt_tokens
+    decoding = engine.submit([1, 2], SamplingParams(max_tokens=30))
+    request = engine.submit(TEXT, PARAMS[-1])
+    while not request.is_finished:
+        engine.step()
+    told["meanwhile"] = len(decoding.tokens)
+    engine.cancel(decoding)
     stream = engine.stream(TEXT, PARAMS[1])
     told["streamed"] = [next(stream).token_id for _ in range(3)]
     stream.close()
@@ -70,6 +82,7 @@ def drive_or_follow(folder: str) -> dict[Any, Any]:
         return receive(control, wait)
 
     ControlPlane.receive = counted
+    scoring.CHUNK = 3
     for tensor, pipeline in LAYOUTS:
         engine = EarlyExitEngine.from_checkpoint(
             folder,
@@ -91,6 +104,8 @@ def drive_or_follow(folder: str) -> dict[Any, Any]:
                 engine.follow()
             found[tensor, pipeline] = drive(engine)
         engine.close()
+        left = [one for one in gc.get_objects() if isinstance(one, scoring.TextScorer)]
+        found["left", tensor, pipeline] = len(left)
     return found
 
 
@@ -117,9 +132,16 @@ def test_rank_0_gets_what_one_process_gives(layout, found):
             ):
                 assert score.token_id == other.token_id
                 assert score.logprob == pytest.approx(other.logprob, abs=3e-4)
+    assert told["unscored"] is None
+    assert told["meanwhile"] > 2
     assert told["streamed"] == alone["streamed"]
     assert told["best"] == alone["best"]
     assert [len(result.token_ids) for result in told["sampled"]] == [8, 8]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_scores_texts_is_not_kept(layout, found):
+    assert [results["left", *layout] for results in found] == [0, 0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
-from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 from megatron.early_exit.inference.decoding import scoring
 from megatron.early_exit.inference.decoding.confidence import NOT_FINITE
 from megatron.early_exit.inference.decoding.results import PromptToken
@@ -80,6 +80,7 @@ def generate_everything(folder: str, arriving: list[list[Arrival]]) -> dict[Any,
                 continue
             engine = divided_engine(folder, kind, head, layout)
             found[layout, kind, head] = engine.generate(*greedy_requests(number))
+            found[layout, kind, head, "scored"] = scored_texts(engine)
             if (kind, head) == ONE:
                 found[layout, "more"] = more_of_one(engine)
             engine.close()
@@ -140,6 +141,22 @@ def more_of_one(engine: EarlyExitEngine) -> dict[str, Any]:
         "details": engine.generate([[9, 8, 7]] * len(details), details),
         "after": engine.generate([[4, 4]], SamplingParams(max_tokens=5)),
     }
+
+
+def scored_texts(engine: EarlyExitEngine) -> list[GenerationResult]:
+    """By every rule."""
+    early_exit = [
+        SamplingParams(
+            max_tokens=0,
+            prompt_logprobs=2,
+            mode="early_exit",
+            early_exit_threshold=threshold,
+            exit_layers=layers,
+        )
+        for threshold, layers in ((0.3, None), (0.6, None), (0.0, (3,)), (0.0, (1,)))
+    ]
+    params = [SamplingParams(max_tokens=0, prompt_logprobs=0), *early_exit]
+    return engine.generate([TEXT] * len(params), params)
 
 
 def faults(folder: str) -> dict[str, Any]:
@@ -220,6 +237,32 @@ def test_compiled_stages_give_the_oracles_tokens(found):
                 model_of(*ONE), prompt, params.max_tokens, threshold, params.exit_layers
             )
             assert result.token_ids == [token.token_id for token in expected], params
+
+
+def test_scores_are_those_of_one_process(found):
+    for kind, head in MODELS:
+        expected = scored_texts(EarlyExitEngine(model_of(kind, head).segmented))
+        told = [
+            results[key]
+            for results in found
+            for key in results
+            if key[1:] == (kind, head, "scored")
+        ]
+        assert told
+        for results in told:
+            for result, alone in zip(results, expected, strict=True):
+                assert_same_scores(result.prompt_tokens, alone.prompt_tokens)
+
+
+def assert_same_scores(found: list[PromptToken], expected: list[PromptToken]) -> None:
+    assert [(token.token_id, token.exit_layer) for token in found] == [
+        (token.token_id, token.exit_layer) for token in expected
+    ]
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=3e-4)
+        assert one.confidence == pytest.approx(other.confidence, rel=3e-4)
+        for (_, logprob), (_, well) in zip(one.top_logprobs, other.top_logprobs, strict=True):
+            assert logprob == pytest.approx(well, abs=3e-4)
 
 
 def flat(scores: list[list[list[PromptToken]]]) -> list[PromptToken]:

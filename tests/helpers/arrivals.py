@@ -13,7 +13,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
-from tests.helpers.reference_decoder import ReferenceToken, all_logits, generate
+from tests.helpers.reference_decoder import ReferenceToken, generate, scores
 from tests.helpers.tiny_models import LLAMA, TinyModel
 
 CONTEXT = 24
@@ -118,17 +118,21 @@ def assert_oracles(model: TinyModel, arrival: Arrival, *results: GenerationResul
         num_forbidden=params.min_tokens,
     )
     tokens, text, end = until_the_end(tokens, params, stops)
-    scores = None
+    expected = None
     if params.prompt_logprobs is not None:
-        logprobs = all_logits(model, arrival.prompt)["final"].log_softmax(-1)
-        scores = [float(row[t]) for row, t in zip(logprobs, arrival.prompt[1:], strict=False)]
+        threshold = params.threshold if params.mode == "early_exit" else None
+        expected = scores(model, arrival.prompt, threshold, params.exit_layers)
     for result in results:
         assert_agrees(arrival, result, tokens, text, end)
         found = result.prompt_tokens
-        assert (found is None) == (scores is None)
-        if found is not None:
-            assert [token.token_id for token in found] == arrival.prompt
-            assert [token.logprob for token in found[1:]] == pytest.approx(scores, abs=3e-4)
+        if found is None:
+            assert expected is None or result.finish_reason == "cancelled"
+            continue
+        assert expected is not None
+        assert [token.token_id for token in found] == arrival.prompt
+        assert [t.exit_layer for t in found] == [None, *(token.exit_layer for token in expected)]
+        logprobs = [token.logprob for token in expected]
+        assert [token.logprob for token in found[1:]] == pytest.approx(logprobs, abs=3e-4)
 
 
 def assert_agrees(

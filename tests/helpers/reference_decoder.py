@@ -40,26 +40,50 @@ def generate(
     tokens, generated = list(prompt), []
     for _ in range(max_tokens):
         logits = all_logits(model, tokens)
-        final = model.architecture.num_layers
-        heads = [
-            (p, p) for p in model.early_exit.positions if exit_layers is None or p in exit_layers
-        ]
-        chosen = None
-        for key, layer in [*(heads if threshold is not None else []), ("final", final)]:
-            probabilities = logits[key][-1].double().softmax(-1)
-            # A confidence is an fp32 number: close to 1 it is 1.
-            confidence, token = (float(v.float()) for v in probabilities.max(-1))
-            if key == "final" or confidence >= threshold:
-                logprob = math.log(confidence)
-                if token in forbidden and len(generated) < num_forbidden:
-                    probabilities[list(forbidden)] = 0
-                    allowed, token = (float(v) for v in probabilities.max(-1))
-                    logprob = math.log(allowed)
-                chosen = ReferenceToken(int(token), layer, confidence, logprob)
-                break
+        layer, probabilities = _answer(model, logits, -1, threshold, exit_layers)
+        confidence, token = (float(v.float()) for v in probabilities.max(-1))
+        logprob = math.log(confidence)
+        if token in forbidden and len(generated) < num_forbidden:
+            probabilities[list(forbidden)] = 0
+            allowed, token = (float(v) for v in probabilities.max(-1))
+            logprob = math.log(allowed)
+        chosen = ReferenceToken(int(token), layer, confidence, logprob)
         generated.append(chosen)
         tokens.append(chosen.token_id)
     return generated
+
+
+def scores(
+    model: TinyModel,
+    tokens: Sequence[int],
+    threshold: float | None,
+    exit_layers: Sequence[int] | None = None,
+) -> list[ReferenceToken]:
+    """What the rule of `generate` makes of each token of a text but the first."""
+    logits = all_logits(model, tokens)
+    scored = []
+    for position, token in enumerate(tokens[1:]):
+        layer, probabilities = _answer(model, logits, position, threshold, exit_layers)
+        confidence, logprob = float(probabilities.max()), float(probabilities[token].log())
+        scored.append(ReferenceToken(token, layer, confidence, logprob))
+    return scored
+
+
+def _answer(
+    model: TinyModel,
+    logits: dict[int | str, Tensor],
+    position: int,
+    threshold: float | None,
+    exit_layers: Sequence[int] | None,
+) -> tuple[int, Tensor]:
+    """The layer of the head that answers in a place, and its probabilities [v], fp64."""
+    for layer in model.early_exit.positions if threshold is not None else ():
+        probabilities = logits[layer][position].double().softmax(-1)
+        is_enabled = exit_layers is None or layer in exit_layers
+        # A confidence is an fp32 number: close to 1 it is 1.
+        if is_enabled and float(probabilities.max().float()) >= threshold:
+            return layer, probabilities
+    return model.architecture.num_layers, logits["final"][position].double().softmax(-1)
 
 
 def all_logits(model: TinyModel, tokens: Sequence[int]) -> dict[int | str, Tensor]:

@@ -9,12 +9,10 @@ import torch
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
 from megatron.early_exit.inference.compute.runner import SegmentRunner
 from megatron.early_exit.inference.compute.segments import SegmentedModel
-from megatron.early_exit.inference.decoding.confidence import NOT_FINITE
 from megatron.early_exit.inference.decoding.params import SamplingParams
 from megatron.early_exit.inference.decoding.request import Request
 from megatron.early_exit.inference.decoding.request_factory import RequestFactory
 from megatron.early_exit.inference.decoding.results import GeneratedToken, GenerationResult
-from megatron.early_exit.inference.decoding.scoring import prompt_tokens
 from megatron.early_exit.inference.loading import load_model
 from megatron.early_exit.inference.parallel.division import Division, Undivided
 
@@ -203,6 +201,10 @@ class EarlyExitEngine:
                 "or one for each"
             )
         requests = [self._request(*pair) for pair in zip(items, params, strict=True)]
+        self._finish(requests)
+        return [request.result() for request in requests]
+
+    def _finish(self, requests: abc.Sequence[Request]) -> None:
         try:
             for request in requests:
                 self.loop.submit(request)
@@ -211,7 +213,6 @@ class EarlyExitEngine:
         finally:
             for request in requests:
                 self.loop.cancel(request.key)
-        return [request.result() for request in requests]
 
     def stream(
         self, prompt: str | abc.Sequence[int], params: SamplingParams | None = None
@@ -250,7 +251,8 @@ class EarlyExitEngine:
             raise FloatingPointError(request.error)
 
     def step(self) -> list[tuple[Request, GeneratedToken]]:
-        """Bring the submitted requests forward by one batch; returns the tokens that came of it."""
+        """Bring the submitted requests forward by one batch, and the scoring of prompts by one
+        piece; returns the tokens that came of it."""
         return self.loop.step()
 
     def cancel(self, request: Request) -> None:
@@ -270,24 +272,14 @@ class EarlyExitEngine:
             ValueError: `token_ids` is empty, too long or has unknown tokens.
             FloatingPointError: the logits are not finite: damaged weights, or an overflow.
         """
-        self._check_role()
-        tokens = self._requests.encode(token_ids)
-        scores = self.loop.score(tokens, 0)
-        if not all(score.is_finite for score in scores):
-            raise FloatingPointError(NOT_FINITE)
-        return [score.best_token for score in scores]
-
-    def _check_role(self) -> None:
-        if self.is_follower:
-            raise ValueError("a rank that rank 0 drives makes no requests, allowed: follow")
+        request = self._request(token_ids, SamplingParams(max_tokens=0, prompt_logprobs=0))
+        self._finish([request])
+        if request.error is not None:
+            raise FloatingPointError(request.error)
+        assert request.scoring is not None
+        return [score.best_token for score in request.scoring.scores]
 
     def _request(self, prompt: str | abc.Sequence[int], params: SamplingParams) -> Request:
-        self._check_role()
-        request = self._requests.build(prompt, params)
-        if params.prompt_logprobs is not None:
-            scores = self.loop.score(request.prompt, params.prompt_logprobs)
-            if all(score.is_finite for score in scores):
-                request.prompt_tokens = prompt_tokens(request.prompt, scores)
-            else:
-                request.fail(NOT_FINITE)
-        return request
+        if self.is_follower:
+            raise ValueError("a rank that rank 0 drives makes no requests, allowed: follow")
+        return self._requests.build(prompt, params)

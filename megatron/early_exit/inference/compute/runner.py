@@ -181,6 +181,16 @@ class SegmentRunner:
             return logits
         return logits[torch.tensor(order, device=logits.device).argsort()]
 
+    def exit_features(self, index: int, span: Span) -> Tensor:
+        """What an exit projects, [r, h], for all positions of a span, after its segment ran. Its
+        block has to have seen those before it."""
+        head, cache = self.model.exits[index].head, self._block_caches[index]
+        hidden = self._gather(index, (span,), None)
+        if cache is None:
+            return head.features(hidden)
+        self._block_lengths[index][span.slot] = span.end
+        return head.features(hidden, self._pass(cache, (span,)))
+
     def final_logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, v] of the final head from the residual stream [n, h] behind the last
         segment."""

@@ -1,7 +1,5 @@
 """The loop that takes many requests through the segments of a model, batch by batch."""
 
-from collections.abc import Sequence
-
 import torch
 
 from megatron.early_exit.inference.compute.runner import SegmentRunner
@@ -14,7 +12,7 @@ from megatron.early_exit.inference.decoding.request import Request
 from megatron.early_exit.inference.decoding.request_loop import RequestLoop
 from megatron.early_exit.inference.decoding.results import GeneratedToken
 from megatron.early_exit.inference.decoding.scheduler import Scheduler, Step
-from megatron.early_exit.inference.decoding.scoring import PrefixScore, score_text
+from megatron.early_exit.inference.decoding.scoring import TextScorer
 
 
 class DecodingLoop(RequestLoop):
@@ -38,9 +36,16 @@ class DecodingLoop(RequestLoop):
         )
         super().__init__(Scheduler(len(model.segments), runner.num_slots, costs=costs))
         self.runner = runner
+        self._scorers: dict[int, TextScorer] = {}
+
+    def cancel(self, key: int) -> None:
+        """End a request that is under way; nothing happens where there is none."""
+        super().cancel(key)
+        self._scorers.pop(key, None)
 
     def step(self) -> list[tuple[Request, GeneratedToken]]:
-        """Run a batch through one segment or several, and ask the heads that it has passed.
+        """Run a batch through one segment or several, and ask the heads that it has passed. And
+        score a piece of a prompt.
 
         Returns:
             The tokens that came of it. A request that failed has none, and an `error`.
@@ -59,11 +64,21 @@ class DecodingLoop(RequestLoop):
                 undecided = self._decide(passed, likely.answers(), tokens)
                 if undecided:
                     self._decide(undecided, unlikely.answers(), tokens)
+        self._score()
         return tokens
 
-    def score(self, tokens: Sequence[int], num_best: int) -> list[PrefixScore]:
-        """Score every prefix of a text, see `score_text`; no request comes forward meanwhile."""
-        return score_text(self.runner.model, tokens, num_best)
+    def _score(self) -> None:
+        """Score the next piece of the prompt that waits first."""
+        if not self.unscored:
+            return
+        key, scoring = next(iter(self.unscored.items()))
+        if key not in self._scorers:
+            length = len(scoring.tokens)
+            self._scorers[key] = TextScorer(self.runner.model, length, scoring.rule)
+        scores, _ = self._scorers[key].run(scoring.next_piece())
+        if scoring.is_given:
+            del self._scorers[key]
+        self._take_scores(self.requests[key], scores)
 
     def _run(self, step: Step | None) -> tuple[dict[int, list[int]], Questions, Questions]:
         """Run a batch as far as the scheduler wants.

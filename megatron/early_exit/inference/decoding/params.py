@@ -74,7 +74,9 @@ class SamplingParams:
 
     prompt_logprobs: int | None = None
     """Give the log-probability of each prompt token behind those before it, and of this many best
-    tokens in its place; None does not score the prompt."""
+    tokens in its place; None does not score the prompt. In mode `early_exit` they are those of the
+    exit that would have given a token there, else of the final head; an exit that answers with
+    some tokens only gives the others a probability of 0."""
 
     echo: bool = False
     """Put the prompt in front of the text."""

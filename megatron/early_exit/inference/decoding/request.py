@@ -1,7 +1,9 @@
 """One request on its way through an engine."""
 
+from collections.abc import Sequence
 from time import perf_counter
 
+from megatron.early_exit.inference.decoding.confidence import NOT_FINITE
 from megatron.early_exit.inference.decoding.modes import Choice, DecodingMode
 from megatron.early_exit.inference.decoding.params import SamplingParams
 from megatron.early_exit.inference.decoding.results import (
@@ -11,6 +13,7 @@ from megatron.early_exit.inference.decoding.results import (
     GenerationStatistics,
     PromptToken,
 )
+from megatron.early_exit.inference.decoding.scoring import PrefixScore, TextScores
 from megatron.early_exit.inference.decoding.stopping import Stopping
 
 
@@ -25,10 +28,10 @@ class Request:
         generated: list that its tokens go into; the mode reads it.
         stopping: tells when it ends, and what its text is.
         echo: the text of the prompt, where it goes in front of the text.
+        scoring: gets the scores of the prompt, where they are asked for.
 
     Attributes:
         tokens: what it has got so far.
-        prompt_tokens: scores of the prompt, where they were asked for.
         error: why it failed; None where it did not.
     """
 
@@ -41,11 +44,12 @@ class Request:
         generated: list[int],
         stopping: Stopping,
         echo: str = "",
+        scoring: TextScores | None = None,
     ) -> None:
         self.key, self.prompt, self.params = key, prompt, params
         self.mode, self.generated = mode, generated
         self.tokens: list[GeneratedToken] = []
-        self.prompt_tokens: list[PromptToken] | None = None
+        self.scoring = scoring
         self.error: str | None = None
         self._stopping, self._echo = stopping, echo
         self._is_cancelled = False
@@ -57,11 +61,19 @@ class Request:
         return len(self.prompt) + len(self.generated) + len(self.mode.drafts)
 
     @property
+    def prompt_tokens(self) -> list[PromptToken] | None:
+        """Scores of the prompt, where they were asked for and there are all."""
+        return None if self.scoring is None else self.scoring.prompt_tokens()
+
+    @property
     def finish_reason(self) -> FinishReason | None:
         """Why nothing more will come; None while something may."""
         if self.error is not None:
             return "error"
-        return "cancelled" if self._is_cancelled else self._stopping.finish_reason
+        if self._is_cancelled:
+            return "cancelled"
+        is_scored = self.scoring is None or self.scoring.is_complete
+        return self._stopping.finish_reason if is_scored else None
 
     @property
     def is_finished(self) -> bool:
@@ -97,6 +109,13 @@ class Request:
         )
         self.tokens.append(token)
         return token
+
+    def take_scores(self, scores: Sequence[PrefixScore]) -> None:
+        """Add the scores of the next piece of the prompt."""
+        assert self.scoring is not None
+        self.scoring.add(scores)
+        if not self.scoring.is_finite:
+            self.fail(NOT_FINITE)
 
     def fail(self, error: str) -> None:
         """End it with an error; what it has got so far stays."""

@@ -16,6 +16,7 @@ from megatron.early_exit.inference.decoding.modes import (
 from megatron.early_exit.inference.decoding.params import SamplingParams
 from megatron.early_exit.inference.decoding.request import Request
 from megatron.early_exit.inference.decoding.sampling import Sampler
+from megatron.early_exit.inference.decoding.scoring import ScoringRule, TextScores
 from megatron.early_exit.inference.decoding.speculative import SelfSpeculativeMode
 from megatron.early_exit.inference.decoding.stopping import Stopping, stop_token_ids
 from megatron.early_exit.inference.decoding.text import TextStream
@@ -82,14 +83,17 @@ class RequestFactory:
         echo = ""
         if params.echo and self.tokenizer is not None:
             echo = prompt if isinstance(prompt, str) else self.tokenizer.decode(tokens)
+        mode = self._mode(params, chooser, room)
+        rule = _scoring_rule(params, mode)
         return Request(
             next(self._keys) if key is None else key,
             tokens,
             params,
-            self._mode(params, chooser, room),
+            mode,
             chooser.generated,
             Stopping(params, stops, room, text),
             echo,
+            None if rule is None else TextScores(tokens, rule, chooser.layers),
         )
 
     def encode(self, prompt: str | Sequence[int], room: int = 0) -> list[int]:
@@ -156,6 +160,16 @@ class RequestFactory:
             known = ", ".join(map(str, self.exit_layers)) or "none, the model has no exits"
             raise ValueError(f"{name} {layer} is unknown, allowed: {known}")
         return self.exit_layers.index(layer)
+
+
+def _scoring_rule(params: SamplingParams, mode: DecodingMode) -> ScoringRule | None:
+    """How the prompt is scored; None where it is not."""
+    num_best = params.prompt_logprobs
+    if num_best is None:
+        return None
+    if isinstance(mode, EarlyExitMode):
+        return ScoringRule(num_best, tuple(sorted(mode.exits)), mode.threshold)
+    return ScoringRule(num_best)
 
 
 def _checked_iterable(prompt: object) -> Iterable[int]:

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from megatron.early_exit.inference.decoding.request import Request
 from megatron.early_exit.inference.decoding.results import GeneratedToken
 from megatron.early_exit.inference.decoding.scheduler import Scheduler
+from megatron.early_exit.inference.decoding.scoring import PrefixScore, TextScores
 
 
 class RequestLoop(ABC):
@@ -15,29 +16,50 @@ class RequestLoop(ABC):
 
     Attributes:
         requests: those under way, by their keys.
+        unscored: those prompts of theirs that are to be scored first, in the order of arrival.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.requests: dict[int, Request] = {}
+        self.unscored: dict[int, TextScores] = {}
 
     def submit(self, request: Request) -> None:
-        """Take in a request; it starts when a slot is free, and needs none where it is finished."""
-        if not request.is_finished:
-            self.requests[request.key] = request
+        """Take in a request.
+
+        It starts when its prompt has been scored, if it is to be, and a slot is free. It needs
+        nothing where it is finished.
+        """
+        if request.is_finished:
+            return
+        self.requests[request.key] = request
+        if request.scoring is None:
             self.scheduler.add(request.key, request.length)
+        else:
+            self.unscored[request.key] = request.scoring
 
     def cancel(self, key: int) -> None:
         """End a request that is under way; nothing happens where there is none."""
         request = self.requests.pop(key, None)
         if request is not None:
             request.cancel()
+            self.unscored.pop(key, None)
             self.scheduler.remove(key)
 
     @abstractmethod
     def step(self) -> list[tuple[Request, GeneratedToken]]:
-        """Bring requests forward by one batch.
+        """Bring requests forward by one batch, and the scoring of prompts by one piece.
 
         Returns:
             The tokens that came of it. A request that failed has none, and an `error`.
         """
+
+    def _take_scores(self, request: Request, scores: list[PrefixScore]) -> None:
+        """The next piece of a prompt has been scored."""
+        request.take_scores(scores)
+        if self.unscored[request.key].is_complete:
+            del self.unscored[request.key]
+        if request.is_finished:
+            self.cancel(request.key)
+        elif request.key not in self.unscored:
+            self.scheduler.add(request.key, request.length)

@@ -25,6 +25,10 @@ class PromptToken:
     """Logarithm of its probability behind those before it; None for the first."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """The most probable tokens in its place, as many as were asked for."""
+    exit_layer: int | None = None
+    """Number of backbone layers behind the score; None for the first."""
+    confidence: float | None = None
+    """Largest softmax probability there; None for the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,4 +98,4 @@ class GenerationResult:
     heads: list[tuple[HeadReport, ...]] = field(default_factory=list)
     """With `exit_details`, what each head on the way to each token found best."""
     prompt_tokens: list[PromptToken] | None = None
-    """The full model's scores of the prompt, where they were asked for."""
+    """Scores of the prompt, where they were asked for and it was not cancelled before."""

@@ -1,11 +1,9 @@
 """The loops of an engine: what they have in common, and what watches over one."""
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from megatron.early_exit.inference.decoding.request import Request
 from megatron.early_exit.inference.decoding.results import GeneratedToken
-from megatron.early_exit.inference.decoding.scoring import PrefixScore
 from megatron.early_exit.inference.parallel.heartbeat import Heartbeat
 
 
@@ -17,8 +15,6 @@ class Loop(Protocol):
     def cancel(self, key: int) -> None: ...
 
     def step(self) -> list[tuple[Request, GeneratedToken]]: ...
-
-    def score(self, tokens: Sequence[int], num_best: int) -> list[PrefixScore]: ...
 
 
 class WatchedLoop:
@@ -44,8 +40,3 @@ class WatchedLoop:
         """See `DecodingLoop`."""
         with self._heartbeat.working():
             return self.loop.step()
-
-    def score(self, tokens: Sequence[int], num_best: int) -> list[PrefixScore]:
-        """See `DecodingLoop`."""
-        with self._heartbeat.working():
-            return self.loop.score(tokens, num_best)

@@ -1,7 +1,6 @@
 """The first rank of a pipeline: admits requests, starts their tokens, and makes all choices."""
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
@@ -18,7 +17,12 @@ from megatron.early_exit.inference.decoding.results import GeneratedToken
 from megatron.early_exit.inference.decoding.scheduler import Scheduler
 from megatron.early_exit.inference.decoding.scoring import PrefixScore
 from megatron.early_exit.inference.parallel.control import ControlPlane, Message
-from megatron.early_exit.inference.parallel.pipeline_scores import ExpectedScores
+from megatron.early_exit.inference.parallel.pipeline_scores import (
+    PiecesUnderWay,
+    order_message,
+    scores_message,
+    scores_of,
+)
 from megatron.early_exit.inference.parallel.pipeline_stage import PipelineStage
 from megatron.early_exit.inference.parallel.work import FINAL, Work
 
@@ -45,7 +49,7 @@ class PipelineDriver(RequestLoop):
         self.stage, self.control, self.num_exits = stage, control, num_exits
         self._ready: deque[Progress] = deque()
         self._tokens: list[tuple[Request, GeneratedToken]] = []
-        self._scores = ExpectedScores()
+        self._pieces = PiecesUnderWay(stage.place.num_stages)
         self._damaged: set[int] = set()
         self._drafting: set[int] = set()
         self._leaving: set[int] = set()
@@ -56,6 +60,9 @@ class PipelineDriver(RequestLoop):
         request = self.requests.get(key)
         if request is not None and not request.is_finished:
             self._tell({"kind": "cancelled", "key": key})
+        if key in self.unscored:
+            self._tell_stages({"kind": "forget", "key": key})
+            self.stage.forget(key)
         super().cancel(key)
         self._ready = deque(one for one in self._ready if one.key != key)
         self._drafting.discard(key)
@@ -63,33 +70,45 @@ class PipelineDriver(RequestLoop):
         self._verified.pop(key, None)
 
     def step(self) -> list[tuple[Request, GeneratedToken]]:
-        """Run one batch through the first stage, or wait for what the others report.
+        """Run one batch through the first stage and score a piece of a prompt, or wait for what the
+        others report.
 
         Returns:
             The tokens that are known since. A request that failed has none, and an `error`.
         """
         for progress in self.scheduler.admit():
             self._start(progress)
-        self._listen(wait=bool(self.requests) and not self._ready)
+        is_busy = self._score() or bool(self._ready)
+        self._listen(wait=bool(self.requests) and not is_busy)
         if self._ready:
             self._run()
         tokens, self._tokens = self._tokens, []
         return tokens
 
-    def score(self, tokens: Sequence[int], num_best: int) -> list[PrefixScore]:
-        """Score every prefix of a text, see `score_text`; no token starts meanwhile."""
-        number = self._scores.expect()
-        order = {"kind": "score", "number": number, "tokens": [*tokens], "num_best": num_best}
-        self._tell_stages(order)
-        self.stage.score(tokens, num_best)
-        while (scores := self._scores.take(number)) is None:
-            self._listen(wait=True)
-        return scores
-
     def close(self) -> None:
         """Let the stages come to the end of what they have."""
         self._tell_stages({"kind": "close"})
         self.stage.finish()
+
+    def _score(self) -> bool:
+        """Score a piece of a prompt, if there is one and not every stage has one to do; whether
+        that was so."""
+        given = [pair for pair in self.unscored.items() if not pair[1].is_given]
+        if not given or self._pieces.num_pieces >= self.stage.place.num_stages:
+            return False
+        key, scoring = given[0]
+        piece = scoring.next_piece()
+        order = order_message(key, scoring, piece)
+        self._tell_stages(order)
+        self._pieces.add()
+        self._hear_scores(key, piece.start, 0, self.stage.score(order))
+        return True
+
+    def _hear_scores(self, key: int, start: int, stage: int, found: list[PrefixScore]) -> None:
+        scores = self._pieces.hear(key, start, stage, found)
+        if scores is not None and key in self.requests:
+            self._tell(scores_message(key, scores))
+            self._take_scores(self.requests[key], scores)
 
     def _run(self) -> None:
         # As many batches on their way as there are stages keep all of them busy. Sequences that
@@ -139,7 +158,8 @@ class PipelineDriver(RequestLoop):
 
     def _hear(self, message: Message, attached: bytes | None) -> None:
         if message["kind"] == "scored":
-            self._scores.hear(message)
+            found = scores_of(message)
+            self._hear_scores(message["key"], message["start"], message["stage"], found)
             return
         logits = _NO_LOGITS
         if attached is not None:

@@ -1,7 +1,6 @@
 """All ranks of a pipeline but the first: they compute what comes, and hear what was chosen."""
 
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -9,9 +8,8 @@ from torch import Tensor
 from megatron.early_exit.inference.decoding.modes import Choice
 from megatron.early_exit.inference.decoding.request import Request
 from megatron.early_exit.inference.decoding.results import GeneratedToken, HeadReport
-from megatron.early_exit.inference.decoding.scoring import PrefixScore
 from megatron.early_exit.inference.parallel.control import ControlPlane, Message
-from megatron.early_exit.inference.parallel.pipeline_scores import ExpectedScores, scores_message
+from megatron.early_exit.inference.parallel.pipeline_scores import scores_message, scores_of
 from megatron.early_exit.inference.parallel.pipeline_stage import PipelineStage
 from megatron.early_exit.inference.parallel.work import Batch, Work
 
@@ -33,7 +31,6 @@ class PipelineFollower:
         self.stage, self.control = stage, control
         self.requests: dict[int, Request] = {}
         self._tokens: list[tuple[Request, GeneratedToken]] = []
-        self._scores = ExpectedScores()
         self._rows: deque[list[Work]] = deque()
         self._last_key = 0
         self._early: dict[int, list[Message]] = {}
@@ -64,13 +61,6 @@ class PipelineFollower:
         tokens, self._tokens = self._tokens, []
         return tokens
 
-    def score(self, tokens: Sequence[int], num_best: int) -> list[PrefixScore]:
-        """The scores of every prefix of a text, which the first rank has ordered."""
-        number = self._scores.expect()
-        while (scores := self._scores.take(number)) is None:
-            self._turn()
-        return scores
-
     def close(self) -> None:
         """Compute what comes until the driver closes, whatever requests it is for."""
         self._is_leaving = True
@@ -99,9 +89,9 @@ class PipelineFollower:
             self.stage.run(batch, lambda work, logits: None)
         elif kind == "score":
             self._score(message)
-        elif kind == "scored":
-            if not self._is_leaving:
-                self._scores.hear(message)
+        elif kind == "forget":
+            self._pass_on(message)
+            self.stage.forget(message["key"])
         elif kind == "close":
             self._closes = True
         elif message["key"] > self._last_key and not self._is_leaving:
@@ -115,8 +105,11 @@ class PipelineFollower:
             return
         if message["kind"] == "failed":
             request.fail(message["error"])
-        elif message["kind"] == "chosen":
-            self._tokens.append((request, request.take(_choice(message["choice"]))))
+        elif message["kind"] != "cancelled":
+            if message["kind"] == "scored":
+                request.take_scores(scores_of(message))
+            else:
+                self._tokens.append((request, request.take(_choice(message["choice"]))))
             if not request.is_finished:
                 return
         self.cancel(request.key)
@@ -126,12 +119,11 @@ class PipelineFollower:
         while self._rows:
             self._run()
         self._pass_on(message)
-        scores = self.stage.score(message["tokens"], message["num_best"])
+        scores = self.stage.score(message)
         place = self.stage.place
-        if place.is_last_stage and place.rank == place.leader:
-            told = scores_message(message["number"], scores)
-            for rank in range(place.num_ranks):
-                self.control.send(rank, told)
+        if place.rank == place.leader:
+            where = {"start": message["piece"]["start"], "stage": place.stage}
+            self.control.send(0, scores_message(message["key"], scores, **where))
 
     def _is_due(self) -> bool:
         """Whether to run what waits: rows that only fill caches wait for company, or for a row

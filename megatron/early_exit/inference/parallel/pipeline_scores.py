@@ -1,44 +1,98 @@
-"""Scores on their way from the last stage of a pipeline to the ranks that wait for them."""
+"""Texts that the stages of a pipeline score, piece by piece."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 
-from megatron.early_exit.inference.decoding.scoring import PrefixScore
+from megatron.early_exit.inference.decoding.scoring import (
+    Piece,
+    PrefixScore,
+    ScoringRule,
+    TextScores,
+)
 from megatron.early_exit.inference.parallel.control import Message
 
 
-def scores_message(number: int, scores: Sequence[PrefixScore]) -> Message:
-    """As JSON values.
+def order_message(key: int, scoring: TextScores, piece: Piece) -> Message:
+    """What has the stages score a piece of a request's prompt."""
+    return {
+        "kind": "score",
+        "key": key,
+        "length": len(scoring.tokens),
+        "rule": asdict(scoring.rule),
+        "piece": asdict(piece),
+    }
+
+
+def scores_message(key: int, scores: Iterable[PrefixScore], **where: int) -> Message:
+    """What tells of scores of a request's prompt.
 
     Args:
-        number: of the text, see `ExpectedScores`.
-        scores: of its prefixes.
+        key: of the request.
+        scores: of prefixes.
+        where: what else there is to say of them.
     """
-    return {"kind": "scored", "number": number, "scores": [asdict(score) for score in scores]}
+    return {"kind": "scored", "key": key, "scores": [asdict(score) for score in scores], **where}
 
 
-class ExpectedScores:
-    """What one rank has heard of scores.
+def rule_of(order: Message) -> ScoringRule:
+    """How the text of an order is to be scored."""
+    rule = order["rule"]
+    return ScoringRule(**{**rule, "exits": tuple(rule["exits"])})
 
-    Texts are numbered: all ranks score the same ones in the same order, each in its own time.
+
+def piece_of(order: Message) -> Piece:
+    """The piece of an order."""
+    piece = order["piece"]
+    return Piece(**{**piece, "tokens": tuple(piece["tokens"])})
+
+
+def scores_of(message: Message) -> list[PrefixScore]:
+    """The scores in a `scores_message`."""
+    return [
+        PrefixScore(**{**score, "top_logprobs": tuple(map(tuple, score["top_logprobs"]))})
+        for score in message["scores"]
+    ]
+
+
+class PiecesUnderWay:
+    """What the stages have said so far of pieces that are on their way through them.
+
+    Every stage tells of every piece: of the positions that one of its exits is sure of, the last
+    stage of all.
+
+    Args:
+        num_stages: of the pipeline.
+
+    Attributes:
+        num_pieces: how many are on their way.
     """
 
-    def __init__(self) -> None:
-        self._last_number = 0
-        self._heard: dict[int, list[PrefixScore]] = {}
+    def __init__(self, num_stages: int) -> None:
+        self.num_pieces = 0
+        self._num_stages = num_stages
+        self._heard: dict[tuple[int, int], dict[int, list[PrefixScore]]] = {}
 
-    def expect(self) -> int:
-        """The number of the next text."""
-        self._last_number += 1
-        return self._last_number
+    def add(self) -> None:
+        """A piece starts."""
+        self.num_pieces += 1
 
-    def hear(self, message: Message) -> None:
-        """Keep scores until they are taken."""
-        self._heard[message["number"]] = [
-            PrefixScore(**{**score, "top_logprobs": tuple(map(tuple, score["top_logprobs"]))})
-            for score in message["scores"]
-        ]
+    def hear(
+        self, key: int, start: int, stage: int, scores: list[PrefixScore]
+    ) -> list[PrefixScore] | None:
+        """A stage tells of the piece of a request's prompt that begins at `start`.
 
-    def take(self, number: int) -> list[PrefixScore] | None:
-        """The scores of a text; None where they have not come yet."""
-        return self._heard.pop(number, None)
+        Returns:
+            The scores of the piece, of each position that of the first head that is sure; None
+            while other stages have yet to tell.
+        """
+        heard = self._heard.setdefault((key, start), {})
+        heard[stage] = scores
+        if len(heard) < self._num_stages:
+            return None
+        self.num_pieces -= 1
+        del self._heard[key, start]
+        first: dict[int, PrefixScore] = {}
+        for number in range(self._num_stages):
+            for score in heard[number]:
+                first.setdefault(score.position, score)
+        return list(first.values())

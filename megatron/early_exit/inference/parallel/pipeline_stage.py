@@ -9,7 +9,9 @@ from torch import Tensor, distributed
 from megatron.early_exit.inference.compute.runner import SegmentRunner
 from megatron.early_exit.inference.compute.spans import Span
 from megatron.early_exit.inference.decoding.confidence import assess
-from megatron.early_exit.inference.decoding.scoring import PrefixScore, score_text
+from megatron.early_exit.inference.decoding.scoring import PrefixScore, TextScorer
+from megatron.early_exit.inference.parallel.control import Message
+from megatron.early_exit.inference.parallel.pipeline_scores import piece_of, rule_of
 from megatron.early_exit.inference.parallel.process_groups import Place
 from megatron.early_exit.inference.parallel.work import FINAL, Batch, Finding, Work
 
@@ -32,6 +34,7 @@ class PipelineStage:
     def __init__(self, runner: SegmentRunner, place: Place, first_exit: int) -> None:
         self.runner, self.place, self.first_exit = runner, place, first_exit
         self._sends: list[tuple[distributed.Work, Tensor]] = []
+        self._scorers: dict[int, TextScorer] = {}
 
     def run(self, messages: Sequence[Sequence[Work]], report: Report) -> list[Work]:
         """Run the works of several messages as one batch.
@@ -75,15 +78,36 @@ class PipelineStage:
             self._send(hidden)
         return [replace(work, tokens=()) for work in works]
 
-    def score(self, tokens: Sequence[int], num_best: int) -> list[PrefixScore]:
-        """Run a text through, with caches of its own; see `score_text`."""
-        return score_text(
-            self.runner.model,
-            tokens,
-            num_best,
-            None if self.place.is_first_stage else self._receive,
-            None if self.place.is_last_stage else self._send,
-        )
+    @torch.inference_mode()
+    def score(self, order: Message) -> list[PrefixScore]:
+        """Run a piece of a text through, with caches of its own.
+
+        Args:
+            order: see `order_message`.
+
+        Returns:
+            The scores of which the heads here are sure.
+        """
+        key, length, piece = order["key"], order["length"], piece_of(order)
+        if piece.start == 0:
+            self._scorers[key] = TextScorer(
+                self.runner.model,
+                length,
+                rule_of(order),
+                self.first_exit,
+                self.place.is_last_stage,
+            )
+        hidden = None if self.place.is_first_stage else self._receive(len(piece.tokens))
+        scores, hidden = self._scorers[key].run(piece, hidden)
+        if not self.place.is_last_stage:
+            self._send(hidden)
+        if piece.end == length:
+            self.forget(key)
+        return scores
+
+    def forget(self, key: int) -> None:
+        """No further piece of a request's prompt will come."""
+        self._scorers.pop(key, None)
 
     def finish(self) -> None:
         """Wait until the next stage has got everything."""

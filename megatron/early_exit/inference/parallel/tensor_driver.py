@@ -7,7 +7,6 @@ from megatron.early_exit.inference.decoding.loop import DecodingLoop
 from megatron.early_exit.inference.decoding.params import SamplingParams
 from megatron.early_exit.inference.decoding.request import Request
 from megatron.early_exit.inference.decoding.results import GeneratedToken
-from megatron.early_exit.inference.decoding.scoring import PrefixScore
 from megatron.early_exit.inference.parallel.control import ControlPlane, Message
 from megatron.early_exit.inference.parallel.loop import Loop
 
@@ -51,11 +50,6 @@ class TensorDriver:
         self._tell({"kind": "step"})
         return self.loop.step()
 
-    def score(self, tokens: Sequence[int], num_best: int) -> list[PrefixScore]:
-        """See `DecodingLoop`."""
-        self._tell({"kind": "score", "tokens": [*tokens], "num_best": num_best})
-        return self.loop.score(tokens, num_best)
-
     def close(self) -> None:
         """Let the other ranks go."""
         self._tell({"kind": "close"})
@@ -85,7 +79,5 @@ def repeat_calls(loop: Loop, control: ControlPlane, build: BuildRequest) -> None
                 loop.cancel(message["key"])
             case "step":
                 loop.step()
-            case "score":
-                loop.score(message["tokens"], message["num_best"])
             case "close":
                 return
