@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from megatron.early_exit.checkpoint.conversion import Conversion, match_table
 from megatron.early_exit.checkpoint.ee_llm import import_ee_llm
-from megatron.early_exit.checkpoint.exits import RandomInit, add_exits, head_flags, strip_exits
+from megatron.early_exit.checkpoint.exits import RandomInit, add_exits, strip_exits
 from megatron.early_exit.checkpoint.huggingface import import_hf, open_export
 from megatron.early_exit.checkpoint.inspection import count_parameters, inspect
 from megatron.early_exit.checkpoint.lazy import LazyWeights
@@ -209,7 +209,7 @@ def _write_checkpoint(conversion: Conversion, target: Path, next_command: str) -
     counts = count_parameters({name: one.shape for name, one in conversion.weights.items()})
     early_exit = conversion.description.early_exit
     for part, count in counts.items():
-        flags = f"  {head_flags(early_exit)}" if part.startswith("exit") else ""
+        flags = f"  {early_exit.head_flags}" if part.startswith("exit") else ""
         print(f"{part:24}{count:>17,} parameters{flags}")
     _say_what_was_written(conversion, target, next_command.format(target))
 

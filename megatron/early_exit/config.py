@@ -209,6 +209,14 @@ class EarlyExitConfig:
         """Number of backbone layers before each exit, ascending."""
         return tuple(one.position for one in self.exits)
 
+    @property
+    def head_flags(self) -> str:
+        """The flags that say what the heads of exits are made of, for messages."""
+        given = [_flag(name) for name in _HEADS if getattr(self, name)]
+        if self.exit_vocab_size is not None:
+            given.append(f"--exit-vocab-size {self.exit_vocab_size}")
+        return " ".join(given) or "no flag of heads"
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
@@ -227,12 +235,12 @@ _PER_EXIT_DEFAULTS = {
 }
 
 
+_HEADS = ("use_exit_norm", "use_exit_mlp", "use_exit_block", "untie_exit_output_weights")
+
+
 _NEED_EXITS = (
     "pre_exit",
-    "use_exit_norm",
-    "use_exit_mlp",
-    "use_exit_block",
-    "untie_exit_output_weights",
+    *_HEADS,
     "exit_vocab_size",
     "use_dynamic_exit_layer_weight",
     "exit_layer_weight_warmup_iters",

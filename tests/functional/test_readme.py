@@ -74,6 +74,8 @@ def test_files_that_the_readme_names_exist():
 
 def test_every_flag_of_the_exits_is_in_the_readme():
     from megatron.early_exit.config import EarlyExitConfig
+    from megatron.early_exit.training.tuning_options import TuningOptions
 
-    flags = ["--" + name.replace("_", "-") for name in EarlyExitConfig.__dataclass_fields__]
+    names = (*EarlyExitConfig.__dataclass_fields__, *TuningOptions.__dataclass_fields__)
+    flags = ["--" + name.replace("_", "-") for name in names]
     assert [flag for flag in flags if f"`{flag}`" not in README] == []

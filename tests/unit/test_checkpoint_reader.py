@@ -149,7 +149,7 @@ def test_locations(tmp_path):
         locate(tmp_path.parent)
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("8\n")
-    with pytest.raises(ValueError, match="iter_0000008 is not a checkpoint"):
+    with pytest.raises(ValueError, match="names iter_0000008, which is not a checkpoint"):
         locate(tmp_path)
     tracker.write_text("../../elsewhere")
     with pytest.raises(ValueError, match=r"says '../../elsewhere', not an iteration"):

@@ -329,7 +329,7 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="says 'soon', not an iteration"):
         import_ee_llm(tmp_path, tokenizer)
     tracker.write_text("7")
-    with pytest.raises(ValueError, match=r"names iteration 7, but iter_0000007/mp_rank_00/"):
+    with pytest.raises(ValueError, match=r"names iter_0000007, but iter_0000007/mp_rank_00/"):
         import_ee_llm(tmp_path, tokenizer)
     folder = save_ee_llm(make(LLAMA), tmp_path)
     import_ee_llm(folder, tokenizer)

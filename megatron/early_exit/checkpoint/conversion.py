@@ -15,7 +15,12 @@ from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.megatron_args import described_args
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.weights import stored_weights
-from megatron.early_exit.checkpoint.writer import Report, new_directory, write_checkpoint
+from megatron.early_exit.checkpoint.writer import (
+    Report,
+    check_written,
+    new_directory,
+    write_checkpoint,
+)
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 """Of a layer or an exit: the numbers inside `linear_fc1` stay."""
@@ -76,10 +81,7 @@ def _check(
     assert description.architecture is not None
     reader = CheckpointReader(locate(directory).iteration_dir)
     stored = stored_weights(reader, description.architecture, description.early_exit)
-    for name, tensor in stored.items():
-        if content_hash(tensor.read()) != hashes[name]:
-            raise ValueError(f"{name} is not on the disk as it was written: is the disk sound?")
-        report(name, tensor.num_bytes)
+    check_written(stored, hashes, report)
 
 
 def match_table(sources: Mapping[str, tuple[str, ...]], weights: LazyWeights) -> list[str]:

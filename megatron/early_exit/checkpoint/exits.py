@@ -25,7 +25,6 @@ from megatron.early_exit.config import EarlyExitConfig, Exit
 RANDOM = "random"
 """Stands in `Conversion.sources` for what is drawn."""
 
-_HEAD_FLAGS = ("use_exit_norm", "use_exit_mlp", "use_exit_block", "untie_exit_output_weights")
 _WORD_EMBEDDING = "embedding.word_embeddings.weight"
 _OUTPUT_LAYER = "output_layer.weight"
 _ENDS_OF_BRANCHES = ("linear_proj.weight", "linear_fc2.weight")
@@ -92,14 +91,6 @@ def strip_exits(source: Conversion) -> Conversion:
     return _with_exits(source, EarlyExitConfig(), weights, sources)
 
 
-def head_flags(early_exit: EarlyExitConfig) -> str:
-    """The flags that say what the heads of exits are made of, for messages."""
-    given = ["--" + name.replace("_", "-") for name in _HEAD_FLAGS if getattr(early_exit, name)]
-    if early_exit.exit_vocab_size is not None:
-        given.append(f"--exit-vocab-size {early_exit.exit_vocab_size}")
-    return " ".join(given) or "no flag of heads"
-
-
 def _with_exits(
     source: Conversion,
     early_exit: EarlyExitConfig,
@@ -118,9 +109,9 @@ def _joined(old: EarlyExitConfig, new: EarlyExitConfig, num_layers: int) -> Earl
     kept = [one for one in old.exits if one.position not in new.positions]
     if not kept:
         return new
-    if head_flags(old) != head_flags(new):
+    if old.head_flags != new.head_flags:
         raise ValueError(
-            f"the model has exits with {head_flags(old)} and the new ones have {head_flags(new)}, "
+            f"the model has exits with {old.head_flags} and the new ones have {new.head_flags}, "
             "allowed: the same flags, or new exits in place of all that the model has"
         )
     if new.pre_exit and kept[-1].position == num_layers:

@@ -14,7 +14,6 @@ from megatron.early_exit.checkpoint.architecture import UnsupportedArchitecture
 from megatron.early_exit.checkpoint.base import is_of_exit
 from megatron.early_exit.checkpoint.bridge import bridge_args
 from megatron.early_exit.checkpoint.description import ModelDescription, describe
-from megatron.early_exit.checkpoint.exits import head_flags
 from megatron.early_exit.checkpoint.location import CheckpointLocation, locate
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.source import is_state
@@ -162,7 +161,7 @@ def _common_state(reader: CheckpointReader) -> dict[str, Any]:
 
 def _heads(description: ModelDescription) -> dict[int, str]:
     early_exit = description.early_exit
-    return dict.fromkeys(early_exit.positions, head_flags(early_exit))
+    return dict.fromkeys(early_exit.positions, early_exit.head_flags)
 
 
 def _wrapped(name: str, value: str) -> str:

@@ -52,17 +52,28 @@ def locate(path: str | Path) -> CheckpointLocation:
             f"checkpoint {path}: holds neither {TRACKER_NAME} (a save directory) nor "
             f"{METADATA_NAME} (one iteration of the torch_dist format){_hint(path)}"
         )
-    name = tracker.read_text(encoding="utf-8").strip()
-    if name != "release" and not name.isdigit():
-        raise ValueError(f"checkpoint {path}: {TRACKER_NAME} says {name!r}, not an iteration")
-    iteration_dir = path / ("release" if name == "release" else f"iter_{int(name):07d}")
+    iteration_dir = named_iteration(path)
     if not (iteration_dir / METADATA_NAME).is_file():
         raise ValueError(
-            f"checkpoint {path}: {TRACKER_NAME} names iteration {name}, but "
-            f"{iteration_dir.name} is not a checkpoint of the torch_dist format"
-            f"{_hint(iteration_dir)}"
+            f"checkpoint {path}: {TRACKER_NAME} names {iteration_dir.name}, which is not a "
+            f"checkpoint of the torch_dist format{_hint(iteration_dir)}"
         )
     return CheckpointLocation(path, iteration_dir)
+
+
+def named_iteration(save_dir: Path) -> Path:
+    """The folder that the text file of a save directory names, whether it is there or not.
+
+    Raises:
+        ValueError: the text file names none.
+    """
+    try:
+        name = (save_dir / TRACKER_NAME).read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        name = "bytes that are no text"
+    if name != "release" and not (name.isascii() and name.isdigit()):
+        raise ValueError(f"checkpoint {save_dir}: {TRACKER_NAME} says {name!r}, not an iteration")
+    return save_dir / (name if name == "release" else f"iter_{int(name):07d}")
 
 
 def _hint(path: Path) -> str:

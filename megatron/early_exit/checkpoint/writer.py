@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
-from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights
+from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights, content_hash
 from megatron.early_exit.checkpoint.location import TRACKER_NAME
 from megatron.early_exit.checkpoint.weights import LAYERS
 
@@ -113,6 +113,18 @@ def write_checkpoint(
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (directory / "metadata.json").write_text(json.dumps(backend), encoding="utf-8")
     (save_dir / TRACKER_NAME).write_text(_RELEASE, encoding="utf-8")
+
+
+def check_written(stored: LazyWeights, hashes: Mapping[str, str], report: Report) -> None:
+    """Read tensors again after they have been written.
+
+    Raises:
+        ValueError: one is not what it was, by its content hash.
+    """
+    for name, tensor in stored.items():
+        if content_hash(tensor.read()) != hashes[name]:
+            raise ValueError(f"{name} is not on the disk as it was written: is the disk sound?")
+        report(name, tensor.num_bytes)
 
 
 class _StreamPlanner(dcp.DefaultSavePlanner):

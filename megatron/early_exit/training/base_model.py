@@ -17,11 +17,10 @@ from megatron.early_exit.checkpoint.exits import RandomInit, add_exits, strip_ex
 from megatron.early_exit.checkpoint.lazy import LazyWeights
 from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.source import open_checkpoint
-from megatron.early_exit.checkpoint.weights import VOCABULARY_ENDINGS
+from megatron.early_exit.checkpoint.weights import LAYERS, VOCABULARY_ENDINGS
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.model.gpt_model import TUNING_ANCHOR, EarlyExitGPTModel
 
-_LAYERS = "decoder.layers."
 _EXITS = "exits."
 _BLOCK = "block."
 _TIED_COPY = "exits.tied_copy"
@@ -110,11 +109,11 @@ def _named_weights(chunk: EarlyExitGPTModel) -> Iterator[tuple[str, Tensor]]:
             continue
         if name == _TIED_COPY:
             yield _WORD_EMBEDDING, parameter
-        elif name.startswith(_LAYERS):
-            number, _, rest = name.removeprefix(_LAYERS).partition(".")
+        elif name.startswith(LAYERS):
+            number, _, rest = name.removeprefix(LAYERS).partition(".")
             layer: Any = chunk.decoder.layers[int(number)]
             keys = layer.submodules_config.sharded_state_dict_keys_map
-            yield f"{_LAYERS}{layer.layer_number - 1}.{_renamed(rest, keys)}", parameter
+            yield f"{LAYERS}{layer.layer_number - 1}.{_renamed(rest, keys)}", parameter
         elif name.startswith(_EXITS):
             position, _, rest = name.removeprefix(_EXITS).partition(".")
             keys = chunk.exits.heads[int(position)].key_map

@@ -104,6 +104,11 @@ class CheckpointDirectory:
                 return f"{name} is cut short"
         return None
 
+    def has_release(self) -> bool:
+        """There is a whole model that was converted or released."""
+        path = self.path / _RELEASE
+        return path.is_dir() and self.defect(path) is None
+
     def has_progress(self) -> bool:
         """There is a whole checkpoint of a training run."""
         return any(self.defect(self.path_of(one)) is None for one in self.iterations())

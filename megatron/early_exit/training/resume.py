@@ -245,15 +245,22 @@ def check_save_directory(args: Any, exits: EarlyExitConfig, start: Start) -> Non
     if args.save is None or args.skip_train:
         return
     save = CheckpointDirectory(args.save, args.verify_integrity)
-    if not save.has_progress():
+    has_progress = save.has_progress()
+    if not (has_progress or save.has_release()):
         return
+    stored = read_saved_description(save.path)
     if not _is_same(start.directory, args.save):
+        has_exits_only = stored is not None and stored.base is not None
+        could_go_on = has_exits_only == (start.base is not None)
+        is_loaded = _is_same(args.load, args.save)
+        hint = f"give --load {args.save}, or " if could_go_on and not is_loaded else ""
         raise ValueError(
             f"--save {args.save} holds checkpoints, and this run does not continue them but would "
-            f"write over them: give --load {args.save}, or save to another directory"
+            f"write over them: {hint}save to another directory"
         )
-    _check_description(args, exits)
-    if start.weights_only:
+    if stored is not None:
+        _check_description(stored, args, exits)
+    if start.weights_only and has_progress:
         what = start.notes[0] if start.notes else "--finetune starts at iteration 0"
         raise ValueError(
             f"--save {args.save} holds the checkpoints that this run starts from and it would "
@@ -261,10 +268,7 @@ def check_save_directory(args: Any, exits: EarlyExitConfig, start: Start) -> Non
         )
 
 
-def _check_description(args: Any, exits: EarlyExitConfig) -> None:
-    stored = read_saved_description(Path(args.save))
-    if stored is None:
-        return
+def _check_description(stored: ModelDescription, args: Any, exits: EarlyExitConfig) -> None:
     wanted = ModelDescription.from_args(args, exits)
     if stored.architecture is not None and wanted.architecture is not None:
         check_same_architecture(stored.architecture, wanted.architecture, f"--save {args.save}")

@@ -22,28 +22,22 @@ _MAY_CHANGE = frozenset({"vocab_size", "params_dtype"})
 what the checkpoint has rows for."""
 _SAME_BUT_FOR_FUSION = {"gelu_tanh": "gelu"}
 _PARTS = {
-    "mlp": "--use-exit-mlp",
-    "block": "--use-exit-block",
-    "norm": "--use-exit-norm",
-    "projection": "--untie-exit-output-weights",
+    "mlp": "use_exit_mlp",
+    "block": "use_exit_block",
+    "norm": "use_exit_norm",
+    "projection": "untie_exit_output_weights",
 }
-"""Modules of an exit head that have weights, and the flags that ask for them."""
+"""Modules of an exit head that have weights, and the options that ask for them."""
 
 
 def head_parts(options: EarlyExitConfig) -> frozenset[str]:
     """The modules with weights that each exit of a model has."""
-    wanted = {
-        "mlp": options.use_exit_mlp,
-        "block": options.use_exit_block,
-        "norm": options.use_exit_norm,
-        "projection": options.untie_exit_output_weights,
-    }
-    return frozenset(part for part, is_used in wanted.items() if is_used)
+    return frozenset(part for part, name in _PARTS.items() if getattr(options, name))
 
 
-def head_flags(parts: frozenset[str]) -> str:
-    """The flags that give exit heads these parts, for messages."""
-    return " ".join(flag for part, flag in _PARTS.items() if part in parts) or "no flag of heads"
+def _flags(parts: frozenset[str]) -> str:
+    heads: dict[str, Any] = {name: part in parts for part, name in _PARTS.items()}
+    return EarlyExitConfig(exit_layer_nums=(1,), **heads).head_flags
 
 
 def describe_exits(options: EarlyExitConfig) -> str:
@@ -51,9 +45,7 @@ def describe_exits(options: EarlyExitConfig) -> str:
     if not options.positions:
         return "no exits"
     layers = " ".join(map(str, options.positions))
-    answers = options.exit_vocab_size
-    few = "" if answers is None else f", that answer with {answers} tokens"
-    return f"exits after layers {layers} ({head_flags(head_parts(options))}{few})"
+    return f"exits after layers {layers} ({options.head_flags})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +114,7 @@ class StoredModel:
             if found not in (wanted, frozenset()):
                 raise ValueError(
                     f"the exit after layer {position} has another head in checkpoint {self.path} "
-                    f"({head_flags(found)}) than in this run ({head_flags(wanted)}): give the "
+                    f"({_flags(found)}) than in this run ({_flags(wanted)}): give the "
                     "flags of the checkpoint, or load a checkpoint without this exit"
                 )
         same = {p for p, found in self.parts.items() if found == wanted}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.early_exit.checkpoint.base import BaseReference
-from megatron.early_exit.checkpoint.location import TRACKER_NAME, locate
+from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.training.base_model import describe_base
 from megatron.early_exit.training.resume import (
@@ -53,21 +53,8 @@ def decide_tuning(
         start = start_from(source, args, exits, vocab_size)
         base = _where_it_is(saved.base, source.directory, args.pretrained_checkpoint)
         start = replace(start, base=base)
-    _check_save(args, start)
     check_save_directory(args, exits, start)
     return start
-
-
-def _check_save(args: Any, start: Start) -> None:
-    """A converted model has no iterations, and is worth as much as one that was trained."""
-    if args.save is None or args.skip_train or start.directory is not None:
-        return
-    saved = Path(args.save)
-    if (saved / TRACKER_NAME).exists():
-        raise ValueError(
-            f"--save {saved} holds a model already, and what is saved here are exits: save to "
-            "another directory"
-        )
 
 
 def _from_model(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.early_exit.checkpoint.location import METADATA_NAME, TRACKER_NAME
+from megatron.early_exit.checkpoint.location import METADATA_NAME, TRACKER_NAME, named_iteration
 
 _FILE = "model_optim_rng.pt"
 _LAYOUT_OF_WEIGHTS = 3.0
@@ -104,17 +104,11 @@ def find_iteration(path: Path) -> Path:
                 f"mp_rank_00/{_FILE} (one iteration of EE-LLM)"
             )
         return path
-    try:
-        name = tracker.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError:
-        name = "bytes that are no text"
-    if name != "release" and not name.isdigit():
-        raise ValueError(f"checkpoint {path}: {TRACKER_NAME} says {name!r}, not an iteration")
-    iteration_dir = path / (name if name == "release" else f"iter_{int(name):07d}")
+    iteration_dir = named_iteration(path)
     _refuse_torch_dist(path, iteration_dir)
     if _first_file(iteration_dir) is None:
         raise ValueError(
-            f"checkpoint {path}: {TRACKER_NAME} names iteration {name}, but "
+            f"checkpoint {path}: {TRACKER_NAME} names {iteration_dir.name}, but "
             f"{iteration_dir.name}/mp_rank_00/{_FILE} is not there"
         )
     return iteration_dir

@@ -25,10 +25,9 @@ from megatron.early_exit.checkpoint.ee_llm.names import (
     join_of,
 )
 from megatron.early_exit.checkpoint.lazy import LazyTensor
-from megatron.early_exit.checkpoint.weights import weight_shapes
+from megatron.early_exit.checkpoint.weights import VOCABULARY_ENDINGS, weight_shapes
 
 _LAYER = re.compile(r"(?<=^encoder\.layers\.)\d+")
-_VOCABULARY_ENDINGS = ("word_embeddings.weight", "output_layer.weight", "projection.weight")
 
 Parts = list[Tensor]
 """One tensor's parts on the tensor-parallel ranks, in order."""
@@ -70,7 +69,7 @@ def import_ee_llm(
         if their_name not in found:
             raise ValueError(f"{label}: has no tensor {their_name}")
         join = join_of(their_name, architecture.gated_linear_unit)
-        rows = vocab_size if name.endswith(_VOCABULARY_ENDINGS) else None
+        rows = vocab_size if name.endswith(VOCABULARY_ENDINGS) else None
         weights[name] = _lazy(label, their_name, found[their_name], join, shape, rows)
         sources[name] = (their_name,)
     left = sorted(found.keys() - {one for names in sources.values() for one in names})

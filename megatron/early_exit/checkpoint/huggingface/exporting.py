@@ -24,9 +24,9 @@ from megatron.early_exit.checkpoint.huggingface.tokenizers import (
     export_tokenizer,
 )
 from megatron.early_exit.checkpoint.huggingface.weight_map import origin
-from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights, content_hash
+from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights
 from megatron.early_exit.checkpoint.source import open_checkpoint
-from megatron.early_exit.checkpoint.writer import Report, new_directory
+from megatron.early_exit.checkpoint.writer import Report, check_written, new_directory
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -85,10 +85,7 @@ class Export:
             if self.needs_remote_code:
                 copy_modelling(partial)
             hashes = write_shards(partial, self.weights, max_shard_bytes, report)
-            for name, tensor in open_shards(partial).items():
-                if content_hash(tensor.read()) != hashes[name]:
-                    raise ValueError(f"{name} is not as it was written: is the disk sound?")
-                report(name, tensor.num_bytes)
+            check_written(open_shards(partial), hashes, report)
 
 
 def export_hf(
