@@ -43,8 +43,39 @@ class Tokenizer(Protocol):
         """The token that ends a document."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text."""
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text, where there is one."""
+        ...
+
+    @property
+    def special_tokens(self) -> dict[str, str | None]:
+        """The texts of `bos_token`, `eos_token` and `pad_token`."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """How conversations become texts, in Jinja; None where the model knows none."""
+        ...
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a text.
+
+        Args:
+            text: what it says.
+            add_special_tokens: frame it as the texts of the training data were framed.
+        """
+        ...
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """The tokens of a conversation, up to where the model is to answer.
+
+        Args:
+            messages: `role` and `content` of each.
+
+        Raises:
+            ValueError: there is no chat template, or it does not take these messages.
+        """
         ...
 
     def decode(self, token_ids: list[int]) -> str:
@@ -98,16 +129,28 @@ class _SentencePieceTokenizer:
             self._processor: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise ValueError(f"tokenizer {path}: is not a SentencePiece model") from error
-        end = self._processor.eos_id()
+        begin, end = self._processor.bos_id(), self._processor.eos_id()
+        self.bos_id = None if begin < 0 else begin
         self.eod_id = eod_id if eod_id is not None or end < 0 else end
+        self.chat_template = None
         self.vocab_size: int = self._processor.get_piece_size()
 
     def drops_extra_spaces(self) -> bool:
         """The model itself folds runs of spaces."""
         return bool(self.encode("x  y") == self.encode("x y"))
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def special_tokens(self) -> dict[str, str | None]:
+        own = self._processor
+        ids = {"bos_token": own.bos_id(), "eos_token": own.eos_id(), "pad_token": own.pad_id()}
+        return {name: None if one < 0 else own.id_to_piece(one) for name, one in ids.items()}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        # Megatron frames texts with no tokens of SentencePiece's.
         return list(self._processor.encode(text))
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        raise ValueError("a SentencePiece tokenizer has no chat template")
 
     def decode(self, token_ids: list[int]) -> str:
         # Megatron may have given a model more tokens than its SentencePiece file has pieces.
@@ -129,11 +172,31 @@ class _HuggingFaceTokenizer:
             raise ValueError(f"tokenizer {path}: {error}") from error
         self._adds_special_tokens = adds_special_tokens
         self.eod_id: int | None = self._tokenizer.eos_token_id if eod_id is None else eod_id
+        self.bos_id: int | None = self._tokenizer.bos_token_id
+        self.chat_template: str | None = self._tokenizer.chat_template
         self.vocab_size = len(self._tokenizer)
 
-    def encode(self, text: str) -> list[int]:
-        encoded = self._tokenizer(text, add_special_tokens=self._adds_special_tokens)
-        return list(encoded.input_ids)
+    @property
+    def special_tokens(self) -> dict[str, str | None]:
+        names = ("bos_token", "eos_token", "pad_token")
+        return {name: getattr(self._tokenizer, name) for name in names}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        framed = add_special_tokens and self._adds_special_tokens
+        return list(self._tokenizer(text, add_special_tokens=framed).input_ids)
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        from jinja2 import TemplateError
+
+        if self.chat_template is None:
+            raise ValueError("the tokenizer has no chat template")
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        return self.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: list[int]) -> str:
         text = self._tokenizer.decode(

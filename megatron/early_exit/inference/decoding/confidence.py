@@ -47,8 +47,12 @@ class Assessment:
 
     def top_logprobs(self, count: int) -> tuple[tuple[int, float], ...]:
         """The most probable tokens and the logarithms of their probabilities."""
-        values, indices = self.logits.topk(min(count, len(self.logits)))
-        logprobs = (values - self.normalizer).tolist()
+        largest, indices = self.logits.topk(min(count, len(self.logits)))
+        values = largest.tolist()
+        # To the last bit what `logprob` says: who asks whether a token is the best one compares.
+        logprobs = (
+            self.best_logprob if value == values[0] else value - self.normalizer for value in values
+        )
         return tuple(zip(indices.tolist(), logprobs, strict=True))
 
 

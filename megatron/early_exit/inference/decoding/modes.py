@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron.early_exit.inference.decoding.confidence import Assessment
 from megatron.early_exit.inference.decoding.params import SamplingParams
-from megatron.early_exit.inference.decoding.results import HeadReport
+from megatron.early_exit.inference.decoding.results import DraftCounts, HeadReport
 from megatron.early_exit.inference.decoding.sampling import Sampler
 
 
@@ -94,6 +94,11 @@ class DecodingMode(Protocol):
     choices: list[Choice]
     asks_late: ClassVar[bool]
 
+    @property
+    def counts(self) -> DraftCounts | None:
+        """How drafting has gone; None where there is none."""
+        ...
+
     def start(self, num_pending: int) -> None:
         """The last token goes into the first segment while `num_pending` positions wait behind."""
         ...
@@ -129,6 +134,7 @@ class FullMode:
     reported: frozenset[int] = frozenset()
     drafts: list[int] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
+    counts: None = None
     _heads: list[HeadReport] = field(default_factory=list)
 
     def start(self, num_pending: int) -> None:
@@ -174,6 +180,7 @@ class EarlyExitMode:
     details: bool = False
     drafts: list[int] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
+    counts: None = None
     _left: Choice | None = None
     _goes_through: bool = False
     _heads: list[HeadReport] = field(default_factory=list)

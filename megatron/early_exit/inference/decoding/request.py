@@ -143,7 +143,11 @@ class Request:
             logprobs=[token.logprob for token in tokens],
             finish_reason=reason,
             statistics=GenerationStatistics(
-                len(self.prompt), count, first - start, end - first if count > 1 else 0.0
+                len(self.prompt),
+                count,
+                first - start,
+                end - first if count > 1 else 0.0,
+                self.mode.counts,
             ),
             stop_reason=self._stopping.stop_reason,
             error=self.error,

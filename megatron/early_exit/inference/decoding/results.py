@@ -53,6 +53,18 @@ class GeneratedToken:
     """With `exit_details`, what each head on the way found best."""
 
 
+@dataclass(slots=True)
+class DraftCounts:
+    """How self-speculation has gone."""
+
+    verifications: int = 0
+    """How often the full model has run, with drafts to look at or without."""
+    drafted: int = 0
+    """Tokens that an exit has drafted."""
+    accepted: int = 0
+    """Those that the full model has agreed with."""
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationStatistics:
     """Where the time of one request went."""
@@ -63,6 +75,8 @@ class GenerationStatistics:
     """From the start to the first token."""
     decode_seconds: float
     """From the first token to the last."""
+    drafts: DraftCounts | None = None
+    """In mode `self_speculative`."""
 
     @property
     def decode_tokens_per_second(self) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron.early_exit.inference.decoding.confidence import Assessment
 from megatron.early_exit.inference.decoding.modes import Choice, Chooser, Next
-from megatron.early_exit.inference.decoding.results import HeadReport
+from megatron.early_exit.inference.decoding.results import DraftCounts, HeadReport
 
 
 @dataclass(slots=True)
@@ -27,6 +27,7 @@ class SelfSpeculativeMode:
             of them are accepted.
         least_confidence: a draft of less ends the drafting, and is not made.
         room: most tokens that the sequence may get in all.
+        counts: how it has gone so far.
         details: what the exit and the final head say in the place of each token is put on record.
     """
 
@@ -37,6 +38,7 @@ class SelfSpeculativeMode:
     least_confidence: float
     room: int
     details: bool = False
+    counts: DraftCounts = field(default_factory=DraftCounts)
     drafts: list[int] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     _aim: int = 0
@@ -75,6 +77,10 @@ class SelfSpeculativeMode:
         distributions, self._distributions = self._distributions, []
         reports, self._reports = self._reports, []
         self._choose(drafts, distributions, assessments)
+        self.counts.verifications += 1
+        self.counts.drafted += len(drafts)
+        # Behind the accepted drafts there is one token of the final head.
+        self.counts.accepted += len(self.choices) - 1
         if self.details:
             self.choices = [
                 replace(choice, heads=(report, self.chooser.report(assessment, -1)))
