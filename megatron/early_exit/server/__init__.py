@@ -1,0 +1,1 @@
+"""A text-generation server over the inference engine."""

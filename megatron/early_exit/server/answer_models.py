@@ -1,0 +1,47 @@
+"""What answers of all kinds have in common."""
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+FinishReason = Literal["stop", "length"]
+
+
+class Head(BaseModel):
+    """The best token of one head on the way to a token."""
+
+    layer: int
+    token: str
+    confidence: float
+
+
+class Usage(BaseModel):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class SpeculativeDecoding(BaseModel):
+    """What drafting has brought, under vLLM's names."""
+
+    num_spec_steps: int = Field(description="Verifications.")
+    num_draft_tokens: int
+    num_accepted_draft_tokens: int
+    mean_acceptance_length: float = Field(description="Tokens per verification.")
+    draft_acceptance_rate: float
+
+
+class RequestMetrics(BaseModel):
+    """Where the tokens of a request came from, and how long they took."""
+
+    mode: str
+    early_exit_threshold: float | None
+    num_layers: int
+    mean_exit_layer: float | None
+    exit_tokens: dict[str, int] = Field(description="Tokens by the layer that gave them.")
+    time_to_first_token_seconds: float
+    decode_seconds: float
+    tokens_per_second: float = Field(description="Of all its texts together, after the first.")
+    speculative_decoding: SpeculativeDecoding | None

@@ -1,0 +1,190 @@
+"""The Flask application: endpoints, who may use them, and what every answer has."""
+
+import copy
+import hashlib
+import hmac
+import logging
+from time import perf_counter
+from typing import Any
+
+from flask import Response, g, jsonify, request
+from flask.json.provider import DefaultJSONProvider
+from flask_openapi3.models.info import Info
+from flask_openapi3.openapi import OpenAPI
+from pydantic_core import from_json
+from werkzeug.exceptions import BadRequest, HTTPException
+
+from megatron.early_exit.server.blueprints.chat import chat
+from megatron.early_exit.server.blueprints.completions import completions
+from megatron.early_exit.server.blueprints.generate import generate
+from megatron.early_exit.server.blueprints.models import models
+from megatron.early_exit.server.blueprints.operations import operations
+from megatron.early_exit.server.blueprints.page import page
+from megatron.early_exit.server.blueprints.tokens import tokens
+from megatron.early_exit.server.errors import ApiError, ErrorResponse, of_validation
+from megatron.early_exit.server.job import ClientGone
+from megatron.early_exit.server.logs import log
+from megatron.early_exit.server.service import Service
+from megatron.early_exit.server.settings import ServerSettings
+from megatron.early_exit.server.worker import EngineWorker
+
+_LOG = logging.getLogger(__name__)
+_OPEN_TO_ALL = ("page.index", "page.static_file", "operations.health")
+_STREAMS = ("/v1/completions", "/v1/chat/completions")
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'; object-src 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+_DOCS_POLICY = "default-src 'self' data:; script-src 'self' 'unsafe-inline'; " + (
+    "style-src 'self' 'unsafe-inline'; frame-ancestors 'none'; object-src 'none'"
+)
+"""The documentation's own page has its script in it."""
+_GONE = 499
+"""For the log: nobody reads this answer."""
+
+
+class _StrictJson(DefaultJSONProvider):
+    """JSON without what is none (NaN, Infinity), and no deeper than the parser's limit."""
+
+    def loads(self, s: str | bytes, **kwargs: Any) -> Any:
+        return from_json(s, allow_inf_nan=False)
+
+
+def create_app(worker: EngineWorker, settings: ServerSettings) -> OpenAPI:
+    """The application.
+
+    Args:
+        worker: owns the engine.
+        settings: the operator's.
+    """
+    app = OpenAPI(
+        __name__,
+        info=Info(title="Early-exit text generation", version="1"),
+        validation_error_status=400,
+        validation_error_model=ErrorResponse,
+        validation_error_callback=of_validation,
+        security_schemes={"key": {"type": "http", "scheme": "bearer"}},
+        doc_prefix="/docs",
+        static_folder=None,
+    )
+    app.json = _StrictJson(app)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    service = Service(worker, settings)
+    for endpoints in (completions, chat, models, generate, tokens, operations):
+        app.register_api(endpoints(service))
+    app.register_blueprint(page())
+    app.add_url_rule("/openapi.json", view_func=lambda: jsonify(_description(app)))
+    _record(app, settings)
+    _guard(app, settings)
+    _explain_errors(app)
+    return app
+
+
+def _description(app: OpenAPI) -> dict[str, Any]:
+    """The OpenAPI document."""
+    document = copy.deepcopy(app.api_doc)
+    for path in _STREAMS:
+        content = document["paths"][path]["post"]["responses"]["200"]["content"]
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    return document
+
+
+def _guard(app: OpenAPI, settings: ServerSettings) -> None:
+    expected = None if settings.api_key is None else _digest(settings.api_key)
+
+    @app.before_request
+    def check_key() -> None:
+        if expected is None or request.endpoint in _OPEN_TO_ALL:
+            return
+        given = request.headers.get("Authorization", "")
+        scheme, _, key = given.partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(_digest(key), expected):
+            raise ApiError(
+                401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="key"
+            )
+
+    @app.before_request
+    def check_body() -> None:
+        if request.method in ("POST", "PUT") and request.url_rule is not None:
+            try:
+                request.get_json()
+            except BadRequest as error:
+                raise ApiError(400, f"the body is not JSON: {error.__context__}") from error
+
+    @app.after_request
+    def add_headers(response: Response) -> Response:
+        for name, value in _HEADERS.items():
+            response.headers[name] = value
+        if request.path.startswith("/docs"):
+            response.headers["Content-Security-Policy"] = _DOCS_POLICY
+        if request.path != "/" and not request.path.startswith("/static/"):
+            response.headers["Cache-Control"] = "no-store"
+        return response
+
+
+def _record(app: OpenAPI, settings: ServerSettings) -> None:
+    """Log each request when its answer is out."""
+
+    @app.before_request
+    def note_begin() -> None:
+        g.begin = perf_counter()
+
+    @app.after_request
+    def log_end(response: Response) -> Response:
+        fields: dict[str, object] = {
+            "method": request.method,
+            "path": request.path,
+            "status": response.status_code,
+            "client": request.remote_addr,
+        }
+        if settings.log_prompts and request.is_json and not _wants_no_log():
+            fields["body"] = request.get_json(silent=True)
+        begin = g.begin
+
+        def write() -> None:
+            seconds = round(perf_counter() - begin, 4)
+            log(_LOG, "request", **fields, seconds=seconds)
+
+        response.call_on_close(write)
+        return response
+
+
+def _wants_no_log() -> bool:
+    """Megatron's way to keep a prompt to oneself."""
+    body = request.get_json(silent=True)
+    return isinstance(body, dict) and body.get("no_log") is True
+
+
+def _digest(key: str) -> bytes:
+    """Of equal length for keys of any: the comparison takes the same time for all."""
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+
+
+def _explain_errors(app: OpenAPI) -> None:
+    @app.errorhandler(ApiError)
+    def api_error(error: ApiError) -> Response:
+        return error.response()
+
+    @app.errorhandler(HTTPException)
+    def http_error(error: HTTPException) -> Response:
+        if error.code is None or error.response is not None:
+            return app.make_response(error.get_response())
+        response = ApiError(error.code, str(error.description)).response()
+        for name, value in error.get_headers():
+            if name in ("Allow", "Retry-After"):
+                response.headers[name] = value
+        return response
+
+    @app.errorhandler(ClientGone)
+    def client_gone(_: ClientGone) -> Response:
+        return Response(status=_GONE)
+
+    @app.errorhandler(Exception)
+    def unexpected(error: Exception) -> Response:
+        _LOG.exception("a request could not be served")
+        return ApiError(500, f"{type(error).__name__} in the server", code="internal").response()

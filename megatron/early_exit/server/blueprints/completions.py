@@ -1,0 +1,59 @@
+"""`/v1/completions`: OpenAI's continuation of texts."""
+
+from flask import Response, jsonify
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
+
+from megatron.early_exit.inference.decoding.params import SamplingParams
+from megatron.early_exit.server.completion_answer import CompletionAnswer
+from megatron.early_exit.server.completion_models import CompletionRequest, CompletionResponse
+from megatron.early_exit.server.errors import ERRORS, ApiError, of_field
+from megatron.early_exit.server.service import Service, client_is_gone
+
+_DEFAULT_MAX_TOKENS = 16
+
+
+def completions(service: Service) -> APIBlueprint:
+    """The endpoint."""
+    blueprint = APIBlueprint(
+        "completions", __name__, abp_tags=[Tag(name="OpenAI")], abp_responses=ERRORS
+    )
+
+    @blueprint.post("/v1/completions", responses={200: CompletionResponse})
+    def create_completion(body: CompletionRequest) -> Response:
+        """Continue texts."""
+        params = _params(body, service)
+        room = min(params.max_tokens, 1)
+        prompts = [service.encode(prompt, "prompt", room) for prompt in body.prompt]
+        job = service.submit(prompts, params, body.n, "prompt", body.stream)
+        answer = CompletionAnswer(body, params, service, job)
+        if body.stream:
+            return service.stream(job, answer.events(job.tokens(client_is_gone())))
+        service.finish(job)
+        return jsonify(answer.whole().model_dump())
+
+    return blueprint
+
+
+def _params(body: CompletionRequest, service: Service) -> SamplingParams:
+    if body.best_of not in (None, body.n):
+        raise ApiError(
+            400, f"best_of {body.best_of}: is not supported, allowed: {body.n} (n)", "best_of"
+        )
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options: has no effect without stream", "stream_options")
+    settings = service.model.settings(body.model)
+    scores_prompt = body.echo and body.logprobs is not None
+    max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    try:
+        return SamplingParams(
+            **body.sampling_params(),
+            **body.exit_params(settings, len(service.model.exit_layers)),
+            max_tokens=max_tokens,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if scores_prompt else None,
+            # The texts of prompts are put in front here; this allows to ask for nothing else.
+            echo=body.echo and max_tokens == 0,
+        )
+    except ValueError as error:
+        raise of_field(error) from error

@@ -1,0 +1,75 @@
+"""`/v1/models`: the names under which the model answers."""
+
+import time
+from typing import Literal
+
+from flask import Response, jsonify
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
+from pydantic import BaseModel
+
+from megatron.early_exit.server.errors import ERRORS
+from megatron.early_exit.server.service import Service
+
+
+class ModelCard(BaseModel):
+    """One name, and what the model behind it is."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "megatron.early_exit"
+    root: str
+    max_model_len: int
+    num_layers: int
+    exit_layers: list[int]
+    has_text: bool
+    has_chat_template: bool
+    default_mode: str
+
+
+class ModelList(BaseModel):
+    """All names."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ModelPath(BaseModel):
+    """A name in a URL."""
+
+    name: str
+
+
+def models(service: Service) -> APIBlueprint:
+    """The endpoints."""
+    blueprint = APIBlueprint(
+        "models", __name__, abp_tags=[Tag(name="OpenAI")], abp_responses=ERRORS
+    )
+    created = int(time.time())
+    tokenizer = service.tokenizer
+
+    def card(name: str) -> ModelCard:
+        return ModelCard(
+            id=name,
+            created=created,
+            root=service.model.name,
+            max_model_len=service.max_model_len,
+            num_layers=service.num_layers,
+            exit_layers=list(service.model.exit_layers),
+            has_text=tokenizer is not None,
+            has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
+            default_mode=service.model.settings(name).mode,
+        )
+
+    @blueprint.get("/v1/models", responses={200: ModelList})
+    def list_models() -> Response:
+        """The names; behind `:threshold=` any number from 0 to 1 is understood."""
+        return jsonify(ModelList(data=[card(one) for one in service.model.names()]).model_dump())
+
+    @blueprint.get("/v1/models/<path:name>", responses={200: ModelCard})
+    def retrieve_model(path: ModelPath) -> Response:
+        """One name."""
+        return jsonify(card(path.name).model_dump())
+
+    return blueprint

@@ -1,0 +1,49 @@
+"""For those who run the server: is it well, and what has it done?"""
+
+from flask import Response, current_app, jsonify
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
+from pydantic import BaseModel
+
+from megatron.early_exit.server.errors import ERRORS
+from megatron.early_exit.server.service import Service
+
+
+class Health(BaseModel):
+    """How the engine is."""
+
+    status: str
+    reason: str | None = None
+    num_requests_running: int
+    num_requests_waiting: int
+
+
+def operations(service: Service) -> APIBlueprint:
+    """The endpoints."""
+    blueprint = APIBlueprint(
+        "operations", __name__, abp_tags=[Tag(name="Operations")], abp_responses=ERRORS
+    )
+    worker = service.worker
+
+    @blueprint.get("/health", responses={200: Health, 503: Health})
+    def health() -> tuple[Response, int]:
+        """Whether the engine's own thread comes round, not only the web server's."""
+        reason = worker.ailment()
+        status = "ok" if reason is None else "failed" if worker.failure else "unavailable"
+        answer = Health(
+            status=status,
+            reason=reason,
+            num_requests_running=worker.num_running,
+            num_requests_waiting=worker.num_waiting,
+        )
+        return jsonify(answer.model_dump()), 200 if reason is None else 503
+
+    @blueprint.get(
+        "/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    )
+    def metrics() -> Response:
+        """Figures for Prometheus."""
+        figures = worker.metrics
+        return current_app.response_class(figures.text(), content_type=figures.content_type)
+
+    return blueprint

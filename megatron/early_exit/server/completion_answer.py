@@ -1,0 +1,191 @@
+"""From tokens to the bodies of `/v1/completions`."""
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+
+from megatron.early_exit.inference.decoding.params import SamplingParams
+from megatron.early_exit.inference.decoding.results import (
+    GeneratedToken,
+    HeadReport,
+    PromptToken,
+)
+from megatron.early_exit.server.answer_models import Head
+from megatron.early_exit.server.completion_models import (
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    CompletionResponse,
+)
+from megatron.early_exit.server.job import Job, Tokens
+from megatron.early_exit.server.request_metrics import request_metrics, usage
+from megatron.early_exit.server.service import Service
+
+
+class CompletionAnswer:
+    """The answer to one request, whole or in pieces.
+
+    Args:
+        body: the request.
+        params: what it asks of the engine.
+        service: knows the model.
+        job: gets the tokens.
+    """
+
+    def __init__(
+        self, body: CompletionRequest, params: SamplingParams, service: Service, job: Job
+    ) -> None:
+        self._body, self._params, self._service, self._job = body, params, service, job
+        self._id = f"cmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._name = body.model or service.model.name
+        self._lengths = [0] * job.size
+        """Characters of each text that have been given."""
+        self._held: dict[int, list[GeneratedToken]] = {i: [] for i in range(job.size)}
+        """Tokens that wait for the scores of their prompts."""
+        self._open = set(range(job.size))
+        self._begun: set[int] = set()
+
+    def whole(self) -> CompletionResponse:
+        """The body, when all has ended."""
+        choices = []
+        for index, request in enumerate(self._job.requests):
+            choices.append(self._choice(index, request.tokens))
+        response = self._response(choices)
+        self._add_figures(response)
+        return response
+
+    def events(self, batches: Iterator[Tokens]) -> Iterator[str]:
+        """The stream's events."""
+        for batch in batches:
+            for index, token in batch:
+                self._held[index].append(token)
+            yield from self._pieces()
+        yield from self._pieces(is_end=True)
+        if self._body.stream_options is not None and self._body.stream_options.include_usage:
+            last = self._response([])
+            self._add_figures(last)
+            yield last.model_dump_json()
+
+    def _pieces(self, is_end: bool = False) -> Iterator[str]:
+        scores = self._params.prompt_logprobs is not None
+        for index in sorted(self._open):
+            request, tokens = self._job.requests[index], self._held[index]
+            if not (tokens or is_end) or (scores and request.prompt_tokens is None):
+                continue
+            choice = self._choice(index, tokens)
+            self._held[index] = []
+            if choice.finish_reason is not None:
+                self._open.discard(index)
+            yield self._response([choice]).model_dump_json()
+
+    def _choice(self, index: int, tokens: Sequence[GeneratedToken]) -> CompletionChoice:
+        request = self._job.requests[index]
+        is_first = index not in self._begun
+        self._begun.add(index)
+        text = "".join(token.text or "" for token in tokens)
+        logprobs = None
+        if self._body.logprobs is not None:
+            logprobs = self._empty_logprobs()
+        if is_first and self._body.echo:
+            text = self._echo(index) + text
+            if logprobs is not None:
+                self._add_prompt(logprobs, index, request.prompt_tokens or [])
+        if logprobs is not None:
+            self._add_tokens(logprobs, index, tokens)
+        wants_ids = self._body.return_token_ids
+        choice = CompletionChoice(
+            index=index,
+            text=text,
+            finish_reason=None,
+            logprobs=logprobs,
+            token_ids=[token.token_id for token in tokens] if wants_ids else None,
+            prompt_token_ids=request.prompt if wants_ids and is_first else None,
+        )
+        is_last = not tokens or tokens[-1].finish_reason is not None
+        if is_last:
+            result = request.result()
+            if result.finish_reason in ("stop", "length"):
+                choice.finish_reason = result.finish_reason
+            choice.stop_reason = result.stop_reason
+        return choice
+
+    def _echo(self, index: int) -> str:
+        prompt = self._body.prompt[index // self._body.n]
+        if isinstance(prompt, str):
+            return prompt
+        tokenizer = self._service.tokenizer
+        return "" if tokenizer is None else tokenizer.decode(prompt)
+
+    def _empty_logprobs(self) -> CompletionLogprobs:
+        return CompletionLogprobs(
+            tokens=[],
+            token_logprobs=[],
+            top_logprobs=[],
+            text_offset=[],
+            exit_layers=[],
+            confidences=[],
+            heads=[] if self._params.exit_details else None,
+        )
+
+    def _add_prompt(
+        self, logprobs: CompletionLogprobs, index: int, tokens: Sequence[PromptToken]
+    ) -> None:
+        for token in tokens:
+            text = self._service.texts.of(token.token_id)
+            logprobs.tokens.append(text)
+            logprobs.token_logprobs.append(token.logprob)
+            if token.logprob is None:
+                logprobs.top_logprobs.append(None)
+            else:
+                best = self._best(token.token_id, token.logprob, token.top_logprobs)
+                logprobs.top_logprobs.append(best)
+            logprobs.exit_layers.append(token.exit_layer)
+            logprobs.confidences.append(token.confidence)
+            if logprobs.heads is not None:
+                logprobs.heads.append(None)
+            logprobs.text_offset.append(self._lengths[index])
+            self._lengths[index] += len(text)
+
+    def _add_tokens(
+        self, logprobs: CompletionLogprobs, index: int, tokens: Sequence[GeneratedToken]
+    ) -> None:
+        for token in tokens:
+            logprobs.tokens.append(self._service.texts.of(token.token_id))
+            logprobs.token_logprobs.append(token.logprob)
+            best = self._best(token.token_id, token.logprob, token.top_logprobs)
+            logprobs.top_logprobs.append(best)
+            logprobs.exit_layers.append(token.exit_layer)
+            logprobs.confidences.append(token.confidence)
+            if logprobs.heads is not None:
+                logprobs.heads.append(heads_of(self._service, token.heads))
+            logprobs.text_offset.append(self._lengths[index])
+            self._lengths[index] += len(token.text or "")
+
+    def _best(
+        self, token_id: int, logprob: float, best: Sequence[tuple[int, float]]
+    ) -> dict[str, float]:
+        """The most probable tokens and the chosen one; of equal texts the more probable counts."""
+        found: dict[str, float] = {}
+        for one, value in (*best, (token_id, logprob)):
+            text = self._service.texts.of(one)
+            found[text] = max(value, found.get(text, value))
+        return found
+
+    def _response(self, choices: list[CompletionChoice]) -> CompletionResponse:
+        return CompletionResponse(
+            id=self._id, created=self._created, model=self._name, choices=choices
+        )
+
+    def _add_figures(self, response: CompletionResponse) -> None:
+        results = self._job.results()
+        response.usage = usage(results, self._body.n)
+        response.metrics = request_metrics(results, self._params, self._service.num_layers)
+
+
+def heads_of(service: Service, heads: Sequence[HeadReport]) -> list[Head]:
+    """What the heads on the way to a token found best."""
+    return [
+        Head(layer=one.layer, token=service.texts.of(one.token_id), confidence=one.confidence)
+        for one in heads
+    ]

@@ -1,0 +1,170 @@
+"""Fields that several kinds of request have in common, and what they ask of the engine."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from megatron.early_exit.inference.decoding.params import Mode
+from megatron.early_exit.server.errors import ApiError
+from megatron.early_exit.server.settings import ExitSettings
+
+_LARGEST_INT = 2**63 - 1
+_MODE_FIELDS = {
+    "full": (),
+    "early_exit": ("early_exit_threshold", "exit_layers"),
+    "self_speculative": ("draft_exit_layer", "num_draft_tokens", "draft_confidence"),
+}
+
+
+class RequestModel(BaseModel):
+    """A body that a client sends: nothing is converted to what it is not, nothing is ignored."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
+    )
+
+
+def _as_texts(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Stops = Annotated[
+    Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)] | None,
+    BeforeValidator(_as_texts),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 16},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+"""One text, several, or none."""
+
+Index = Annotated[int, Field(ge=0, le=_LARGEST_INT)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ExitFields(RequestModel):
+    """How a request uses the exits."""
+
+    mode: Mode | None = Field(
+        None,
+        description="full: all layers for every token. early_exit: a token from the first exit "
+        "that is sure enough. self_speculative: an exit drafts, the whole model corrects. Default: "
+        "what the model's name says, else the server's.",
+    )
+    use_early_exit: bool | None = Field(
+        None, description="EE-LLM's name: true is mode early_exit, false is mode full."
+    )
+    early_exit_threshold: Share | None = Field(
+        None, description="Least probability with which an exit may give a token."
+    )
+    early_exit_thres: Share | None = Field(None, description="EE-LLM's name of the threshold.")
+    exit_layers: list[Index] | None = Field(
+        None, description="The exits that are asked, each named by the layers before it."
+    )
+    draft_exit_layer: Index | None = Field(None, description="The exit that drafts.")
+    num_draft_tokens: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="Most drafts before the whole model looks at them."
+    )
+    draft_confidence: Share | None = Field(
+        None, description="An exit that is less sure drafts nothing."
+    )
+    exit_details: bool = Field(
+        False, description="Tell what each head on the way to a token found best."
+    )
+
+    def exit_params(self, settings: ExitSettings, num_exits: int) -> dict[str, Any]:
+        """The fields of `SamplingParams` that are about exits.
+
+        Args:
+            settings: what applies where the request says nothing.
+            num_exits: of the model.
+
+        Raises:
+            ApiError: what the request says contradicts itself, or needs exits where none are.
+        """
+        given = {
+            "early_exit_threshold": self._threshold(),
+            "exit_layers": None if self.exit_layers is None else tuple(self.exit_layers),
+            "draft_exit_layer": self.draft_exit_layer,
+            "num_draft_tokens": self.num_draft_tokens,
+            "draft_confidence": self.draft_confidence,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        mode = self._mode(given) or settings.mode
+        if mode != "full" and num_exits == 0:
+            raise ApiError(400, f"mode {mode}: the model has no exits, allowed: full", "mode")
+        defaults = {name: getattr(settings, name) for name in _MODE_FIELDS[mode]}
+        return {**defaults, **given, "mode": mode, "exit_details": self.exit_details}
+
+    def _threshold(self) -> float | None:
+        names = (self.early_exit_threshold, self.early_exit_thres)
+        if None not in names and names[0] != names[1]:
+            raise ApiError(
+                400,
+                f"early_exit_thres {names[1]}: contradicts early_exit_threshold {names[0]}",
+                "early_exit_thres",
+            )
+        return names[0] if names[1] is None else names[1]
+
+    def _mode(self, given: dict[str, Any]) -> Mode | None:
+        switched: Mode | None = None
+        if self.use_early_exit is not None:
+            switched = "early_exit" if self.use_early_exit else "full"
+        if self.mode is not None and switched not in (None, self.mode):
+            raise ApiError(
+                400,
+                f"use_early_exit {str(self.use_early_exit).lower()}: contradicts mode {self.mode}",
+                "use_early_exit",
+            )
+        if self.mode is None and switched is None and given.keys() & _MODE_FIELDS["early_exit"]:
+            return "early_exit"
+        return self.mode or switched
+
+
+class SamplingFields(ExitFields):
+    """How tokens are chosen, and when a text ends: OpenAI's fields and the usual extras."""
+
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        None, description="Default: 1; 0 takes the most probable token."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Index | None = Field(None, description="0: no limit.")
+    min_p: Share | None = None
+    top_p_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p_bound: Share | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    seed: Index | None = None
+    stop: Stops = None
+    stop_token_ids: Annotated[list[Index], Field(max_length=64)] | None = None
+    min_tokens: Index | None = None
+    ignore_eos: bool = False
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(
+        None, description="Not supported but for 0."
+    )
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(
+        None, description="Not supported but for 0."
+    )
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
+        None, description="Not supported but for an empty object."
+    )
+    user: str | None = Field(None, description="Of the client's own use.")
+
+    def sampling_params(self) -> dict[str, Any]:
+        """The fields of `SamplingParams` that are about the choice of tokens."""
+        names = (
+            *("top_p", "top_k", "min_p", "top_p_decay", "top_p_bound", "repetition_penalty"),
+            *("seed", "min_tokens"),
+        )
+        given = {name: getattr(self, name) for name in names}
+        return {
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "stop": tuple(self.stop or ()),
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "ignore_eos": self.ignore_eos,
+            **{name: value for name, value in given.items() if value is not None},
+        }

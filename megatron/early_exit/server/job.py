@@ -1,0 +1,128 @@
+"""One request of a client on its way through the engine's thread."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from queue import Empty, SimpleQueue
+
+from megatron.early_exit.inference.decoding.params import SamplingParams
+from megatron.early_exit.inference.decoding.request import Request
+from megatron.early_exit.inference.decoding.results import GeneratedToken, GenerationResult
+from megatron.early_exit.server.errors import ApiError
+
+_POLL_S = 0.25
+"""How often it is looked whether the client is still there."""
+
+Tokens = list[tuple[int, GeneratedToken]]
+"""New tokens, each with the index of its sequence."""
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Job:
+    """Sequences that a client asks for together.
+
+    The engine's thread fills it, a thread of the web server reads it.
+
+    Args:
+        prompts: the token ids of each sequence.
+        params: how to continue each.
+        seconds: until it is given up.
+        is_streamed: tokens are wanted as they come, not only at the end.
+
+    Attributes:
+        requests: the engine's, when it has begun.
+        deadline: by `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        seconds: float,
+        is_streamed: bool,
+    ) -> None:
+        self.prompts, self.params, self.is_streamed = prompts, params, is_streamed
+        self.requests: list[Request] = []
+        self.deadline = time.monotonic() + seconds
+        self._seconds = seconds
+        self._news: SimpleQueue[Tokens | ApiError | None] = SimpleQueue()
+        self._unfinished = len(prompts)
+        self._is_over = False
+
+    @property
+    def size(self) -> int:
+        """Number of sequences."""
+        return len(self.prompts)
+
+    def begin(self, requests: list[Request]) -> None:
+        """The engine has taken all sequences in."""
+        self.requests = requests
+        self._news.put([])
+
+    def add(self, tokens: Tokens) -> None:
+        """New tokens of a step."""
+        if self.is_streamed:
+            self._news.put(tokens)
+
+    def end_one(self, request: Request) -> bool:
+        """A sequence has ended; returns whether it was the last one."""
+        self._unfinished -= 1
+        if request.error is not None:
+            self.fail(ApiError(500, f"the model cannot answer: {request.error}", code="not_finite"))
+        elif self._unfinished == 0:
+            self._close(None)
+        return self._unfinished == 0
+
+    def fail(self, error: ApiError) -> None:
+        """There will be no answer, or no more of it."""
+        self._close(error)
+
+    def expire(self) -> None:
+        """Its time is over."""
+        message = f"there is no whole answer after {self._seconds:g} seconds, the server's limit"
+        self.fail(ApiError(504, message, code="timeout"))
+
+    def _close(self, end: ApiError | None) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._news.put(end)
+
+    def wait_for_begin(self, is_gone: Callable[[], bool]) -> None:
+        """Wait until the engine has taken it in.
+
+        Raises:
+            ApiError: it has not.
+            ClientGone: the client has not waited for it.
+        """
+        self._next(is_gone)
+
+    def tokens(self, is_gone: Callable[[], bool]) -> Iterator[Tokens]:
+        """The tokens as they come, where they are streamed; else nothing, and it ends at the end.
+
+        Args:
+            is_gone: tells whether the client has gone away.
+
+        Raises:
+            ApiError: there is no whole answer.
+            ClientGone: the client has not waited for it.
+        """
+        while (news := self._next(is_gone)) is not None:
+            yield news
+
+    def results(self) -> list[GenerationResult]:
+        """The answers, in order; it has ended well."""
+        return [request.result() for request in self.requests]
+
+    def _next(self, is_gone: Callable[[], bool]) -> Tokens | None:
+        while True:
+            try:
+                news = self._news.get(timeout=_POLL_S)
+            except Empty:
+                if is_gone():
+                    raise ClientGone from None
+                continue
+            if isinstance(news, ApiError):
+                raise news
+            return news

@@ -1,0 +1,90 @@
+"""Figures for Prometheus, under the names that vLLM gives them, with a prefix of ours."""
+
+from collections.abc import Callable
+from time import perf_counter
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+
+from megatron.early_exit.inference.decoding.request import Request
+from megatron.early_exit.inference.decoding.results import GeneratedToken
+
+_PREFIX = "early_exit:"
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """Counts what the server does; touched by the engine's thread, read by any."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        count, histogram = self._counter, self._histogram
+        self._running = self._gauge("num_requests_running", "Sequences in the batches.")
+        self._waiting = self._gauge("num_requests_waiting", "Sequences that wait for their turn.")
+        self._cache = self._gauge("kv_cache_usage_perc", "Share of the sequences' caches in use.")
+        self._prompt = count("prompt_tokens", "Tokens of prompts.")
+        self._generated = count("generation_tokens", "Generated tokens.")
+        self._exits = count("exit_tokens", "Generated tokens by the layer that gave them.", "layer")
+        self._ended = count("request_success", "Sequences by how they ended.", "finished_reason")
+        self._first = histogram("time_to_first_token_seconds", "From arrival to the first token.")
+        self._between = histogram("inter_token_latency_seconds", "From a token to the next.")
+        self._whole = histogram("e2e_request_latency_seconds", "From arrival to the end.")
+        self._drafts = count("spec_decode_num_drafts", "Verifications of drafted tokens.")
+        self._drafted = count("spec_decode_num_draft_tokens", "Drafted tokens.")
+        self._accepted = count("spec_decode_num_accepted_tokens", "Accepted draft tokens.")
+        self._since: dict[int, tuple[float, float]] = {}
+
+    def watch(self, num_running: Callable[[], int], num_waiting: Callable[[], int]) -> None:
+        """Read these numbers whenever somebody asks for the figures."""
+        self._running.set_function(num_running)
+        self._waiting.set_function(num_waiting)
+
+    def watch_cache(self, usage: Callable[[], float]) -> None:
+        """Read the share of the caches in use, 0 to 1."""
+        self._cache.set_function(usage)
+
+    def text(self) -> bytes:
+        """All figures."""
+        return generate_latest(self.registry)
+
+    def began(self, requests: list[Request]) -> None:
+        """The engine has taken sequences in."""
+        now = perf_counter()
+        for request in requests:
+            self._prompt.inc(len(request.prompt))
+            self._since[request.key] = (now, 0.0)
+
+    def token(self, request: Request, token: GeneratedToken) -> None:
+        """A sequence has a new token."""
+        now = perf_counter()
+        began, last = self._since[request.key]
+        if last:
+            self._between.observe(now - last)
+        else:
+            self._first.observe(now - began)
+        self._since[request.key] = (began, now)
+        self._generated.inc()
+        self._exits.labels(str(token.exit_layer)).inc()
+
+    def ended(self, request: Request) -> None:
+        """A sequence has ended, in whatever way."""
+        began, _ = self._since.pop(request.key)
+        self._whole.observe(perf_counter() - began)
+        self._ended.labels(str(request.finish_reason)).inc()
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(_PREFIX + name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(_PREFIX + name, text, registry=self.registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(_PREFIX + name, text, registry=self.registry, buckets=_SECONDS)

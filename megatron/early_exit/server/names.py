@@ -1,0 +1,78 @@
+"""Names under which a model is served: each may say how exits are used.
+
+`NAME:exit=12`, `NAME:threshold=0.8`, `NAME:full` and `NAME:lossless` let clients choose that have
+no field for it, such as evaluation harnesses.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron.early_exit.inference.decoding.params import DEFAULT_THRESHOLD
+from megatron.early_exit.server.errors import ApiError
+from megatron.early_exit.server.settings import ExitSettings
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The model, by its name and what is written behind it.
+
+    Attributes:
+        name: its name alone.
+        exits: what applies where a request says nothing.
+        exit_layers: its exits.
+    """
+
+    name: str
+    exits: ExitSettings
+    exit_layers: Sequence[int]
+
+    def names(self) -> list[str]:
+        """The names that are listed; any threshold from 0 to 1 may be asked for."""
+        ends = [":full"]
+        if self.exit_layers:
+            ends += [":lossless", f":threshold={DEFAULT_THRESHOLD}"]
+            ends += [f":exit={layer}" for layer in self.exit_layers]
+        return [self.name, *(self.name + end for end in ends)]
+
+    def settings(self, name: str | None) -> ExitSettings:
+        """How exits are used under a name; None is the model's own.
+
+        Raises:
+            ApiError: there is no such name.
+        """
+        if name is None or name == self.name:
+            return self.exits
+        end = name.removeprefix(f"{self.name}:")
+        found = None if end == name else self._named(end)
+        if found is None:
+            raise ApiError(
+                404,
+                f"model {name[:200]!r}: does not exist, allowed: {', '.join(self.names())}",
+                "model",
+                "model_not_found",
+            )
+        return found
+
+    def _named(self, end: str) -> ExitSettings | None:
+        if end == "full":
+            return replace(self.exits, mode="full")
+        if not self.exit_layers:
+            return None
+        if end == "lossless":
+            return replace(self.exits, mode="self_speculative")
+        kind, _, value = end.partition("=")
+        if kind == "exit" and value in map(str, self.exit_layers):
+            return replace(
+                self.exits, mode="early_exit", early_exit_threshold=0.0, exit_layers=(int(value),)
+            )
+        if kind == "threshold" and (threshold := _share(value)) is not None:
+            return replace(self.exits, mode="early_exit", early_exit_threshold=threshold)
+        return None
+
+
+def _share(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 <= value <= 1 else None

@@ -1,0 +1,64 @@
+"""Where the tokens of one request came from, and how long they took."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from megatron.early_exit.inference.decoding.params import SamplingParams
+from megatron.early_exit.inference.decoding.results import GenerationResult
+from megatron.early_exit.server.answer_models import RequestMetrics, SpeculativeDecoding, Usage
+
+
+def usage(results: Sequence[GenerationResult], answers: int) -> Usage:
+    """The tokens of a request.
+
+    Args:
+        results: of all its sequences.
+        answers: to each prompt, which counts once.
+    """
+    prompts = sum(len(one.prompt_token_ids) for one in results[::answers])
+    generated = sum(len(one.token_ids) for one in results)
+    return Usage(
+        prompt_tokens=prompts, completion_tokens=generated, total_tokens=prompts + generated
+    )
+
+
+def request_metrics(
+    results: Sequence[GenerationResult], params: SamplingParams, num_layers: int
+) -> RequestMetrics:
+    """The figures of a request.
+
+    Args:
+        results: of all its sequences.
+        params: how they were continued.
+        num_layers: of the whole model.
+    """
+    layers = Counter(layer for one in results for layer in one.exit_layers)
+    count = layers.total()
+    times = [one.statistics for one in results]
+    seconds = max(one.decode_seconds for one in times)
+    later = sum(max(0, one.num_generated_tokens - 1) for one in times)
+    return RequestMetrics(
+        mode=params.mode,
+        early_exit_threshold=params.threshold if params.mode == "early_exit" else None,
+        num_layers=num_layers,
+        mean_exit_layer=sum(layer * n for layer, n in layers.items()) / count if count else None,
+        exit_tokens={str(layer): layers[layer] for layer in sorted(layers)},
+        time_to_first_token_seconds=min(one.prefill_seconds for one in times),
+        decode_seconds=seconds,
+        tokens_per_second=later / seconds if seconds > 0 else 0.0,
+        speculative_decoding=_speculation(results) if params.mode == "self_speculative" else None,
+    )
+
+
+def _speculation(results: Sequence[GenerationResult]) -> SpeculativeDecoding:
+    counts = [one.statistics.drafts for one in results if one.statistics.drafts is not None]
+    steps = sum(one.verifications for one in counts)
+    drafted = sum(one.drafted for one in counts)
+    accepted = sum(one.accepted for one in counts)
+    return SpeculativeDecoding(
+        num_spec_steps=steps,
+        num_draft_tokens=drafted,
+        num_accepted_draft_tokens=accepted,
+        mean_acceptance_length=1 + accepted / steps if steps else 0.0,
+        draft_acceptance_rate=accepted / drafted if drafted else 0.0,
+    )

@@ -1,0 +1,51 @@
+"""What the operator of a server decides."""
+
+from dataclasses import dataclass, field
+
+from megatron.early_exit.inference.decoding.params import DEFAULT_THRESHOLD, Mode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitSettings:
+    """How exits are used where a request does not say it.
+
+    Attributes:
+        mode: see `SamplingParams`, like all of these.
+        early_exit_threshold: for mode `early_exit`.
+        exit_layers: for mode `early_exit`; None is all.
+        draft_exit_layer: for mode `self_speculative`; None is the first exit.
+        num_draft_tokens: for mode `self_speculative`.
+        draft_confidence: for mode `self_speculative`.
+    """
+
+    mode: Mode
+    early_exit_threshold: float = DEFAULT_THRESHOLD
+    exit_layers: tuple[int, ...] | None = None
+    draft_exit_layer: int | None = None
+    num_draft_tokens: int = 4
+    draft_confidence: float = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """A server's name, defaults and limits.
+
+    Attributes:
+        model_name: under which the model is served.
+        exits: how exits are used where neither a request nor its model's name says it.
+        api_key: what clients have to send; None lets everyone in.
+        max_waiting: sequences that may wait for their turn; more are turned away (429).
+        max_sequences: prompts, times answers to each, in one request.
+        max_body_bytes: size of a request.
+        request_timeout: seconds until an answer is given up.
+        log_prompts: put prompts and answers into the log.
+    """
+
+    model_name: str
+    exits: ExitSettings
+    api_key: str | None = field(default=None, repr=False)
+    max_waiting: int = 128
+    max_sequences: int = 128
+    max_body_bytes: int = 4 * 2**20
+    request_timeout: float = 600.0
+    log_prompts: bool = False

@@ -1,0 +1,225 @@
+"""The thread that owns the engine.
+
+Nothing else touches the engine: threads of the web server hand jobs in and read what comes of
+them, and every job's sequences are in the engine's batches together with those of all others.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+from megatron.early_exit.inference.decoding.request import Request
+from megatron.early_exit.inference.engine import EarlyExitEngine
+from megatron.early_exit.server.errors import ApiError, of_field
+from megatron.early_exit.server.job import Job, Tokens
+from megatron.early_exit.server.metrics import Metrics
+
+_EXPIRY_INTERVAL_S = 0.5
+_SILENCE_S = 60.0
+"""Longer than any batch takes: an engine that has not come round for so long hangs."""
+_LOG = logging.getLogger(__name__)
+
+
+class EngineWorker:
+    """Takes jobs to their ends.
+
+    Args:
+        engine: belongs to this from now on.
+        max_batch_size: sequences that the engine runs at a time.
+        max_waiting: sequences that may wait for their turn.
+        metrics: counts.
+
+    Attributes:
+        failure: why the engine does not run any more; None while it does.
+    """
+
+    def __init__(
+        self, engine: EarlyExitEngine, max_batch_size: int, max_waiting: int, metrics: Metrics
+    ) -> None:
+        self.engine, self.metrics = engine, metrics
+        self.failure: str | None = None
+        self._max_batch_size, self._max_waiting = max_batch_size, max_waiting
+        self._orders: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._running: dict[int, tuple[Job, int, Request]] = {}
+        self._jobs: set[Job] = set()
+        self._lock = threading.Lock()
+        self._num_sequences = 0
+        self._refuses = self._leaves = False
+        self._next_expiry = 0.0
+        self._pulse = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        metrics.watch(lambda: self.num_running, lambda: self.num_waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences in the engine's batches."""
+        return min(self._num_sequences, self._max_batch_size)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for their turn."""
+        return self._num_sequences - self.num_running
+
+    def ailment(self) -> str | None:
+        """Why requests are not answered now; None where they are."""
+        if self.failure is not None:
+            return f"the engine has failed: {self.failure}"
+        if self._refuses:
+            return "the server is about to stop"
+        if not self._thread.is_alive():
+            return "the engine's thread has ended"
+        silence = time.monotonic() - self._pulse
+        if silence > _SILENCE_S:
+            return f"the engine has not come round for {silence:.0f} seconds"
+        return None
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Take in a job.
+
+        Raises:
+            ApiError: there is no room for it, or the server is about to stop, or has failed.
+        """
+        with self._lock:
+            if self.failure is not None:
+                raise self._failed()
+            if self._refuses:
+                raise ApiError(503, "the server is about to stop", code="shutting_down")
+            after = self._num_sequences + job.size - self._max_batch_size
+            if self._num_sequences and after > self._max_waiting:
+                raise ApiError(
+                    429,
+                    f"{self.num_waiting} sequences are waiting and {self._max_waiting} may: "
+                    "try again later",
+                    code="queue_full",
+                    retry_after=1,
+                )
+            self._num_sequences += job.size
+            self._jobs.add(job)
+        self._orders.put(lambda: self._begin(job))
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for a job any more."""
+        self._orders.put(lambda: self._drop(job))
+
+    def stop(self, seconds: float) -> None:
+        """Take nothing new in, finish what is under way, and leave the engine.
+
+        Args:
+            seconds: how long to wait for what is under way; the rest is given up.
+        """
+        with self._lock:
+            self._refuses = True
+        until = time.monotonic() + seconds
+        while self._num_sequences and time.monotonic() < until and self._thread.is_alive():
+            time.sleep(0.05)
+        self._orders.put(self._leave)
+        self._thread.join(max(5.0, until - time.monotonic()))
+
+    def fail(self, reason: str) -> None:
+        """Tell all clients that there will be no answer; nothing is taken in from now on."""
+        with self._lock:
+            self.failure = self.failure or reason
+            jobs, self._jobs = self._jobs, set()
+        for job in jobs:
+            job.fail(self._failed())
+
+    def _failed(self) -> ApiError:
+        return ApiError(503, f"the engine has failed: {self.failure}", code="engine_failed")
+
+    def _run(self) -> None:
+        try:
+            while not self._leaves:
+                self._pulse = time.monotonic()
+                self._obey(wait=not self._running)
+                self._expire()
+                if self._running:
+                    self._forward()
+            self.engine.close()
+        except Exception as error:
+            _LOG.exception("the engine has failed")
+            self.fail(f"{type(error).__name__}: {error}")
+
+    def _obey(self, wait: bool) -> None:
+        """Do what the other threads have asked for."""
+        try:
+            order = self._orders.get(wait, timeout=_EXPIRY_INTERVAL_S)
+            while True:
+                order()
+                order = self._orders.get(False)
+        except Empty:
+            return
+
+    def _begin(self, job: Job) -> None:
+        requests: list[Request] = []
+        try:
+            for prompt, params in zip(job.prompts, job.params, strict=True):
+                requests.append(self.engine.submit(prompt, params))
+        except ValueError as error:
+            for request in requests:
+                self.engine.cancel(request)
+            self._forget(job, job.size)
+            job.fail(of_field(error))
+            return
+        job.begin(requests)
+        for index, request in enumerate(requests):
+            self._running[request.key] = (job, index, request)
+        self.metrics.began(requests)
+        self._end_finished()
+
+    def _forward(self) -> None:
+        news: dict[Job, Tokens] = {}
+        for request, token in self.engine.step():
+            if request.key in self._running:
+                job, index, _ = self._running[request.key]
+                news.setdefault(job, []).append((index, token))
+                self.metrics.token(request, token)
+        for job, tokens in news.items():
+            job.add(tokens)
+        self._end_finished()
+
+    def _end_finished(self) -> None:
+        ended = [one for _, _, one in self._running.values() if one.is_finished]
+        for request in ended:
+            # One that has failed takes the others of its job along.
+            if request.key in self._running:
+                job, _, _ = self._running.pop(request.key)
+                self.metrics.ended(request)
+                is_last = job.end_one(request)
+                self._forget(job if is_last else None, 1)
+                if request.error is not None:
+                    self._drop(job)
+
+    def _drop(self, job: Job) -> None:
+        own = [request for other, _, request in self._running.values() if other is job]
+        for request in own:
+            self.engine.cancel(request)
+            del self._running[request.key]
+            self.metrics.ended(request)
+        self._forget(job, len(own))
+
+    def _forget(self, job: Job | None, num_sequences: int) -> None:
+        with self._lock:
+            self._num_sequences -= num_sequences
+            if job is not None:
+                self._jobs.discard(job)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        if now < self._next_expiry:
+            return
+        self._next_expiry = now + _EXPIRY_INTERVAL_S
+        for job in {job for job, _, _ in self._running.values() if now > job.deadline}:
+            job.expire()
+            self._drop(job)
+
+    def _leave(self) -> None:
+        self._leaves = True
+        for job in {job for job, _, _ in self._running.values()}:
+            job.fail(ApiError(503, "the server has stopped", code="shutting_down"))
+            self._drop(job)

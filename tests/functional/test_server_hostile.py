@@ -1,0 +1,232 @@
+"""Bodies that nobody should send: each gets a 4xx that names the field, and the next is served."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from urllib.parse import urlparse
+
+import pytest
+
+from tests.helpers.text_checkpoint import save_text_checkpoint
+from tests.helpers.text_server import NAME, text_server
+
+COMPLETIONS, CHAT, API = "/v1/completions", "/v1/chat/completions", "/api"
+HUGE = 10**400
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    checkpoint = save_text_checkpoint(tmp_path_factory.mktemp("hostile"))
+    with text_server(checkpoint, max_sequences=32) as running:
+        yield running
+
+
+def assert_serves(server):
+    response = server.post(COMPLETIONS, {"prompt": "the", "max_tokens": 2, "temperature": 0})
+    assert response.status_code == 200
+
+
+def assert_refused(response, status=400, param=None):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+    if param is not None:
+        assert error["param"] == param
+        assert param in error["message"]
+
+
+FIELDS = [
+    *(("max_tokens", value) for value in (-1, "16", 1.5, True, HUGE, [1], {}, 0)),
+    *(("temperature", value) for value in (-0.1, "1", True, [], 101)),
+    *(("top_p", value) for value in (0, 1.01, -1, "a", False)),
+    *(("top_k", value) for value in (-1, 1.5, True, HUGE)),
+    *(("n", value) for value in (0, -1, 17, 1.0, True, HUGE)),
+    *(("logprobs", value) for value in (-1, 21, True, "1", 0.5)),
+    *(("seed", value) for value in (-1, HUGE, 2**63, True, 1.0)),
+    *(("stop", value) for value in ("", [""], [1], 5, ["a"] * 17, {"a": 1}, [["a"]])),
+    *(("stop_token_ids", value) for value in (5, [-1], [10**6], [True], [1] * 65)),
+    *(("echo", value) for value in (1, "true", [])),
+    *(("stream", value) for value in (1, "true", {})),
+    *(("mode", value) for value in ("fast", 1, True, [])),
+    *(("early_exit_threshold", value) for value in (-0.1, 1.1, 40, "0.8", True)),
+    *(("exit_layers", value) for value in (1, [2], ["1"], [-1], [True], [HUGE])),
+    *(("draft_exit_layer", value) for value in (2, -1, "1", True)),
+    *(("num_draft_tokens", value) for value in (0, -1, 1.5, HUGE)),
+    *(("prompt", value) for value in (None, "", [], [[]], [""], 5, {}, [-1], [10**6], [1, "a"])),
+    *(("prompt", value) for value in ([True], [[1], "a"], ["a" * 10**6], [1] * 10**4)),
+    *(("frequency_penalty", value) for value in (0.5, "0", HUGE)),
+    *(("logit_bias", value) for value in ({"5": 1}, [], 5)),
+    *(("best_of", value) for value in (2, 0)),
+    ("suffix", "end"),
+    ("repetition_penalty", 0),
+    ("min_tokens", 17),
+    ("min_p", 2),
+    ("use_early_exit", "false"),
+    ("model", 5),
+    ("stream_options", {"include_usage": True}),
+    ("user", 5),
+    ("api_key", "x"),
+    ("__class__", {}),
+    ("__proto__", {"a": 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), FIELDS, ids=str)
+def test_a_field_that_is_not_right(server, name, value):
+    body = {"prompt": "the", "max_tokens": 4, name: value}
+    assert_refused(server.post(COMPLETIONS, body), param=name)
+    assert_serves(server)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("messages", value) for value in (None, [], "hi", [{}], [{"role": "user"}], [5])),
+        ("messages", [{"role": "robot", "content": "a"}]),
+        ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
+        ("messages", [{"role": "user", "content": "a", "extra": 1}]),
+        ("messages", [{"role": "user", "content": "long " * 9999}]),
+        ("top_logprobs", 2),
+        ("logprobs", 2),
+        ("tools", [{"type": "function"}]),
+        ("response_format", {"type": "json_object"}),
+        ("max_completion_tokens", 0),
+    ],
+    ids=str,
+)
+def test_a_conversation_that_is_not_right(server, name, value):
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, name: value}
+    assert_refused(server.post(CHAT, body))
+    assert_serves(server)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("prompts", value) for value in (None, [], "a", [5], ["a"] * 129, [""], [["a"]])),
+        *(("tokens_to_generate", value) for value in (-1, 0, 1.5, True, "4", HUGE)),
+        *(("temperature", value) for value in (0, 101, "a", True)),
+        *(("top_k", value) for value in (-1, 1001, 1.0)),
+        *(("top_p", value) for value in (-0.1, 1.1)),
+        *(("random_seed", value) for value in (-1, 1.5, HUGE)),
+        *(("early_exit_thres", value) for value in (-1, 40, "a", True)),
+        *(("use_early_exit", value) for value in (1, "yes")),
+        ("max_len", 5),
+        ("sentences", ["a"]),
+    ],
+    ids=str,
+)
+def test_a_request_to_api_that_is_not_right(server, name, value):
+    body = {"prompts": ["the"], "tokens_to_generate": 2, name: value}
+    assert_refused(server.post(API, body), param=name)
+    assert_serves(server)
+
+
+BODIES = {
+    "nothing": b"",
+    "no JSON": b"prompt=the",
+    "half of it": b'{"prompt": "the"',
+    "a list": b"[]",
+    "a number": b"5",
+    "null": b"null",
+    "a text": b'"the"',
+    "NaN": b'{"prompt": "the", "temperature": NaN}',
+    "Infinity": b'{"prompt": "the", "temperature": Infinity}',
+    "1e999": b'{"prompt": "the", "temperature": 1e999}',
+    "invalid UTF-8": b'{"prompt": "\xff\xfe"}',
+    "half a surrogate": b'{"prompt": "\\ud800"}',
+    "a NUL": b'{"prompt": "the", "stop": ["\x00"]}',
+    "deep lists": b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "deep objects": b'{"prompt": "the", "logit_bias": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_001,
+    "a long number": b'{"prompt": "the", "seed": ' + b"9" * 5000 + b"}",
+    "UTF-16": '{"prompt": "the"}'.encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, API, "/tokenize", "/detokenize"])
+def test_a_body_that_is_not_right(server, path, name):
+    response = server.post(path, data=BODIES[name], headers={"Content-Type": "application/json"})
+    assert_refused(response)
+    assert_serves(server)
+
+
+def test_other_kinds_of_bodies(server):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "", "application/xml"):
+        response = server.post(COMPLETIONS, data=b'{"prompt": "a"}', headers={"Content-Type": kind})
+        assert_refused(response, 415)
+    assert_serves(server)
+
+
+def test_a_prompt_of_ten_megabytes(server):
+    assert_refused(server.post(COMPLETIONS, {"prompt": "a" * 10_000_000}), 413)
+    assert_refused(server.post(COMPLETIONS, {"prompt": "a" * 3_000_000}), 400, "prompt")
+    assert_serves(server)
+
+
+def test_more_texts_than_allowed(server):
+    assert_refused(server.post(COMPLETIONS, {"prompt": ["the"] * 17, "n": 2}), 400, "prompt")
+    assert_serves(server)
+
+
+def test_paths_and_methods(server):
+    for path in ("/nowhere", "/static/../app.py", "/static/%2e%2e/app.py", "/static/", "/v1"):
+        assert_refused(server.get(path), 404)
+    place = urlparse(server.url)
+    for path in ("/static/../app.py", "/static/..%2fapp.py", "//etc/passwd", "/static//etc/passwd"):
+        connection = http.client.HTTPConnection(place.hostname, place.port, timeout=30)
+        connection.request("GET", path)
+        response = connection.getresponse()
+        assert response.status in (308, 404), path
+        assert b"create_app" not in response.read()
+    assert_refused(server.get(COMPLETIONS), 405)
+    assert server.get(COMPLETIONS).headers["Allow"]
+    assert_serves(server)
+
+
+def test_headers_cannot_be_smuggled_in(server):
+    name = f"{NAME}\r\nX-Injected: 1"
+    response = server.post(COMPLETIONS, {"prompt": "the", "model": name})
+    assert_refused(response, 404, "model")
+    assert "X-Injected" not in response.headers
+    response = server.get("/v1/models/a%0d%0aX-Injected:%201")
+    assert_refused(response, 404)
+    assert "X-Injected" not in response.headers
+    assert_serves(server)
+
+
+def test_requests_that_are_no_http(server):
+    place = urlparse(server.url)
+    for raw in (
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"GET / HTTP/1.1\r\nX: " + b"a" * 400_000 + b"\r\n\r\n",
+    ):
+        with socket.create_connection((place.hostname, place.port), timeout=10) as connection:
+            connection.sendall(raw)
+            connection.shutdown(socket.SHUT_WR)
+            answer = connection.recv(64)
+            assert not answer or not answer.startswith(b"HTTP/1.1 5")
+    assert_serves(server)
+
+
+def test_null_is_the_same_as_nothing(server):
+    nothing = server.post(COMPLETIONS, {"prompt": "the", "max_tokens": 2, "temperature": 0})
+    optional = ("stop", "seed", "logprobs", "mode", "exit_layers", "logit_bias", "suffix", "user")
+    body = {"prompt": "the", "max_tokens": 2, "temperature": 0, **dict.fromkeys(optional)}
+    response = server.post(COMPLETIONS, body)
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"] == nothing.json()["choices"]
+
+
+def test_errors_are_json(server):
+    response = server.post(COMPLETIONS, {"prompt": "the", "max_tokens": HUGE})
+    assert response.headers["Content-Type"] == "application/json"
+    assert json.loads(response.text)["error"]["type"] == "invalid_request_error"
+    assert len(response.text) < 1000

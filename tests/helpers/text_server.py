@@ -1,0 +1,71 @@
+"""The text-generation server in a thread of the test's process, over a real socket."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+from waitress.server import create_server
+
+from megatron.early_exit.inference import EarlyExitEngine
+from megatron.early_exit.server.app import create_app
+from megatron.early_exit.server.metrics import Metrics
+from megatron.early_exit.server.settings import ExitSettings, ServerSettings
+from megatron.early_exit.server.worker import EngineWorker
+
+NAME = "tiny"
+
+
+@dataclass(frozen=True)
+class TextServer:
+    """A running server.
+
+    Attributes:
+        url: without a slash at the end.
+        worker: owns the engine.
+    """
+
+    url: str
+    worker: EngineWorker
+
+    def post(self, path: str, body: Any = None, **options: Any) -> requests.Response:
+        """Send a body as JSON, or `data` as it is."""
+        if body is not None:
+            options["json"] = body
+        return requests.post(self.url + path, timeout=60, **options)
+
+    def get(self, path: str, **options: Any) -> requests.Response:
+        """Fetch a page."""
+        return requests.get(self.url + path, timeout=60, **options)
+
+
+@contextmanager
+def text_server(
+    checkpoint: Path, max_batch_size: int = 4, mode: str = "self_speculative", **settings: Any
+) -> Iterator[TextServer]:
+    """Serve a checkpoint until the block ends.
+
+    Args:
+        settings: further fields of `ServerSettings`.
+    """
+    engine = EarlyExitEngine.from_checkpoint(checkpoint, max_batch_size=max_batch_size)
+    own = ServerSettings(
+        model_name=NAME,
+        exits=ExitSettings(mode=mode if engine.exit_layers else "full"),
+        **settings,
+    )
+    worker = EngineWorker(engine, max_batch_size, own.max_waiting, Metrics())
+    app = create_app(worker, own)
+    server = create_server(app, host="127.0.0.1", port=0, threads=48, channel_request_lookahead=1)
+    worker.start()
+    threading.Thread(target=server.run, daemon=True).start()
+    try:
+        yield TextServer(f"http://127.0.0.1:{server.effective_port}", worker)
+    finally:
+        worker.stop(5)
+        server.close()

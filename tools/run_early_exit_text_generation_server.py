@@ -1,0 +1,202 @@
+"""Serve a checkpoint, with or without exits, over HTTP:
+
+    python tools/run_early_exit_text_generation_server.py --load checkpoint
+
+answers OpenAI's clients at /v1, those of EE-LLM and Megatron at /api, and shows a page at /.
+Over several processes: torchrun --nproc-per-node 2 tools/run_early_exit_text_generation_server.py
+--pipeline-model-parallel-size 2 --load checkpoint. SIGTERM ends it when all requests under way have
+been answered."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron.early_exit.inference import EarlyExitEngine
+from megatron.early_exit.inference.decoding.params import DEFAULT_THRESHOLD
+from megatron.early_exit.server.app import create_app
+from megatron.early_exit.server.logs import configure, log
+from megatron.early_exit.server.metrics import Metrics
+from megatron.early_exit.server.settings import ExitSettings, ServerSettings
+from megatron.early_exit.server.web import WebServer
+from megatron.early_exit.server.worker import EngineWorker
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KEY_VARIABLE = "EARLY_EXIT_API_KEY"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--load", type=Path, required=True, help="save directory, or one iteration")
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=5000, help="0 takes any free one (default: %(default)s)")
+    add("--served-model-name", help="default: the name of the folder of --load")
+    add("--api-key", help=f"clients have to send it (default: ${KEY_VARIABLE}, else none)")
+    engine = parser.add_argument_group("engine")
+    add = engine.add_argument
+    add("--dtype", choices=DTYPES, help="default: what the model was trained in")
+    add("--device", help="default: the first GPU if there is one, else cpu")
+    add("--compile", action="store_true", help="faster for one text at a time; starts later")
+    add("--tensor-model-parallel-size", type=int, default=1, help="default: %(default)s")
+    add("--pipeline-model-parallel-size", type=int, default=1, help="default: %(default)s")
+    add("--max-batch-size", type=int, default=16, help="sequences at a time (default: 16)")
+    add("--max-model-len", type=int, help="tokens of a sequence (default: what the model can)")
+    exits = parser.add_argument_group("exits", "what applies where a request does not say it")
+    add = exits.add_argument
+    modes = ("full", "early_exit", "self_speculative")
+    add(
+        "--mode",
+        choices=modes,
+        help="default: self_speculative, which is lossless, if it has exits",
+    )
+    add("--early-exit-threshold", type=float, default=DEFAULT_THRESHOLD, help="default: 0.8")
+    add("--exit-layers", type=int, nargs="+", help="exits to ask (default: all)")
+    add("--draft-exit-layer", type=int, help="default: the first exit")
+    add("--num-draft-tokens", type=int, default=4, help="most at a time (default: %(default)s)")
+    add("--draft-confidence", type=float, default=0.25, help="least to draft (default: 0.25)")
+    limits = parser.add_argument_group("limits")
+    add = limits.add_argument
+    add("--max-waiting", type=int, default=128, help="sequences in the queue (default: 128)")
+    add("--max-sequences", type=int, default=128, help="texts of one request (default: 128)")
+    add("--max-body-bytes", type=int, default=4 * 2**20, help="of one request (default: 4 MiB)")
+    add("--request-timeout", type=float, default=600.0, help="seconds (default: %(default)s)")
+    add("--shutdown-timeout", type=float, default=30.0, help="seconds (default: %(default)s)")
+    add("--log-prompts", action="store_true", help="put what users write into the log")
+    return parser
+
+
+def check_limits(args: argparse.Namespace) -> None:
+    """Refuse what no model makes right, before one is loaded.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    for name, least in (
+        ("max_waiting", 0),
+        ("max_sequences", 1),
+        ("max_body_bytes", 1024),
+        ("num_draft_tokens", 1),
+        ("shutdown_timeout", 0),
+    ):
+        _check(args, name, getattr(args, name) >= least, f"{least} or more")
+    _check(args, "request_timeout", args.request_timeout > 0, "above 0")
+    _check(args, "port", 0 <= args.port < 2**16, "0 to 65535")
+    for name in ("early_exit_threshold", "draft_confidence"):
+        _check(args, name, 0 <= getattr(args, name) <= 1, "0 to 1")
+
+
+def settings_of(args: argparse.Namespace, exit_layers: Sequence[int]) -> ServerSettings:
+    """The operator's decisions.
+
+    Raises:
+        ValueError: one of them asks for what the model does not have.
+    """
+    known = " ".join(map(str, exit_layers)) or "none, the model has no exits"
+    for layer in args.exit_layers or ():
+        if layer not in exit_layers:
+            raise ValueError(f"--exit-layers {layer} is unknown, allowed: {known}")
+    if args.draft_exit_layer is not None:
+        _check(args, "draft_exit_layer", args.draft_exit_layer in exit_layers, known)
+    if args.mode not in (None, "full") and not exit_layers:
+        raise ValueError(f"--mode {args.mode}: the model has no exits, allowed: full")
+    return ServerSettings(
+        model_name=args.served_model_name or args.load.resolve().name,
+        exits=ExitSettings(
+            mode=args.mode or ("self_speculative" if exit_layers else "full"),
+            early_exit_threshold=args.early_exit_threshold,
+            exit_layers=None if args.exit_layers is None else tuple(args.exit_layers),
+            draft_exit_layer=args.draft_exit_layer,
+            num_draft_tokens=args.num_draft_tokens,
+            draft_confidence=args.draft_confidence,
+        ),
+        api_key=args.api_key or os.environ.get(KEY_VARIABLE),
+        max_waiting=args.max_waiting,
+        max_sequences=args.max_sequences,
+        max_body_bytes=args.max_body_bytes,
+        request_timeout=args.request_timeout,
+        log_prompts=args.log_prompts,
+    )
+
+
+def _check(args: argparse.Namespace, name: str, in_range: bool, allowed: str) -> None:
+    if not in_range:
+        flag = "--" + name.replace("_", "-")
+        raise ValueError(f"{flag} {getattr(args, name)} is out of range, allowed: {allowed}")
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Load the model and serve it until a signal comes; on ranks but the first, compute for it.
+
+    Raises:
+        ValueError: a flag or what it names cannot be used.
+    """
+    check_limits(args)
+    engine = EarlyExitEngine.from_checkpoint(
+        args.load,
+        dtype=None if args.dtype is None else DTYPES[args.dtype],
+        device=args.device,
+        max_batch_size=args.max_batch_size,
+        max_sequence_length=args.max_model_len,
+        tensor_parallel=args.tensor_model_parallel_size,
+        pipeline_parallel=args.pipeline_model_parallel_size,
+        compile=args.compile,
+        driven=True,
+    )
+    if engine.is_follower:
+        # torchrun sends them to all ranks; what is under way still needs this one.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        engine.follow()
+        return 0
+    settings = settings_of(args, engine.exit_layers)
+    configure()
+    worker = EngineWorker(engine, args.max_batch_size, settings.max_waiting, Metrics())
+    engine.on_death(worker.fail)
+    server = WebServer(
+        create_app(worker, settings),
+        worker,
+        settings,
+        host=args.host,
+        port=args.port,
+        max_batch_size=args.max_batch_size,
+        grace=args.shutdown_timeout,
+    )
+    exits = settings.exits
+    log(
+        logging.getLogger("server"),
+        f"serving {settings.model_name} at http://{args.host}:{server.port}",
+        layers=engine.num_layers,
+        exit_layers=list(engine.exit_layers),
+        max_model_len=engine.max_sequence_length,
+        default_mode=exits.mode,
+        early_exit_threshold=exits.early_exit_threshold,
+        draft_exit_layer=exits.draft_exit_layer or next(iter(engine.exit_layers), None),
+        draft_confidence=exits.draft_confidence,
+        needs_key=settings.api_key is not None,
+    )
+    return server.run()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        return serve(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
