@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from pathlib import Path
+import math
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from tests.helpers.spawn import spawn
 from tests.helpers.tiny_models import HEADS, make_model, save_checkpoint
 
 MODEL = make_model(exits=(1, 3), **HEADS["all"])
-LAYOUTS = ((2, 1), (1, 2))
+LAYOUTS = ((2, 1), (1, 2), (2, 2))
 """Tensor and pipeline parallel sizes."""
 TEXT = [position * 7 % 61 for position in range(23)]
 SAMPLED = SamplingParams(max_tokens=8, temperature=1.2, top_p=0.9, mode="early_exit")
@@ -67,59 +67,57 @@ def drive(engine: EarlyExitEngine) -> dict[str, Any]:
     stream.close()
     told["best"] = engine.argmax_tokens(TEXT)
     told["after"] = engine.generate([[4, 4]], SamplingParams(max_tokens=5))
+    # The end comes whatever is under way.
+    engine.submit(TEXT, SAMPLED)
+    engine.step()
     return told
 
 
-def drive_or_follow(folder: str) -> dict[Any, Any]:
-    """In each layout; rank 0 has the results, the others how often they have waited."""
-    found: dict[Any, Any] = {}
-    num_messages = 0
+def drive_or_follow(folder: str, layout: tuple[int, int]) -> dict[str, Any]:
+    """What rank 0 has got, or how often another rank has waited for it; and what is left over."""
+    found: dict[str, Any] = {"messages": 0}
     receive = ControlPlane.receive
 
     def counted(control: ControlPlane, wait: bool = True) -> Any:
-        nonlocal num_messages
-        num_messages += 1
+        found["messages"] += 1
         return receive(control, wait)
 
     ControlPlane.receive = counted
     scoring.CHUNK = 3
-    for tensor, pipeline in LAYOUTS:
-        engine = EarlyExitEngine.from_checkpoint(
-            folder,
-            device="cpu",
-            max_batch_size=3,
-            tensor_parallel=tensor,
-            pipeline_parallel=pipeline,
-            driven=True,
-        )
-        if engine.is_follower:
-            for refused in (engine.argmax_tokens, engine.generate):
-                with pytest.raises(ValueError, match="makes no requests"):
-                    refused([[1]])
-            num_messages = 0
+    tensor, pipeline = layout
+    engine = EarlyExitEngine.from_checkpoint(
+        folder,
+        device="cpu",
+        max_batch_size=3,
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        driven=True,
+    )
+    if engine.is_follower:
+        for refused in (engine.argmax_tokens, engine.generate):
+            with pytest.raises(ValueError, match="makes no requests"):
+                refused([[1]])
+        engine.follow()
+    else:
+        with pytest.raises(ValueError, match="follow is not possible"):
             engine.follow()
-            found[tensor, pipeline] = num_messages
-        else:
-            with pytest.raises(ValueError, match="follow is not possible"):
-                engine.follow()
-            found[tensor, pipeline] = drive(engine)
-        engine.close()
-        left = [one for one in gc.get_objects() if isinstance(one, scoring.TextScorer)]
-        found["left", tensor, pipeline] = len(left)
+        found |= drive(engine)
+    engine.close()
+    found["left"] = sum(isinstance(one, scoring.TextScorer) for one in gc.get_objects())
     return found
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory) -> list[dict[Any, Any]]:
-    folder = Path(tmp_path_factory.mktemp("model"))
+@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
+def found(request, tmp_path_factory) -> list[dict[str, Any]]:
+    """What every rank has found."""
+    folder = tmp_path_factory.mktemp("model")
     save_checkpoint(MODEL, folder)
     write_description(folder, ModelDescription(MODEL.architecture, MODEL.early_exit, None))
-    return spawn(drive_or_follow, 2, str(folder))
+    return spawn(drive_or_follow, math.prod(request.param), str(folder), request.param)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_rank_0_gets_what_one_process_gives(layout, found):
-    told, alone = found[0][layout], drive(EarlyExitEngine(MODEL.segmented, max_batch_size=3))
+def test_rank_0_gets_what_one_process_gives(found):
+    told, alone = found[0], drive(EarlyExitEngine(MODEL.segmented, max_batch_size=3))
     assert told["given up"] == "cancelled"
     for name in ("results", "after"):
         for result, expected in zip(told[name], alone[name], strict=True):
@@ -139,17 +137,15 @@ def test_rank_0_gets_what_one_process_gives(layout, found):
     assert [len(result.token_ids) for result in told["sampled"]] == [8, 8]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_scores_texts_is_not_kept(layout, found):
-    assert [results["left", *layout] for results in found] == [0, 0]
+def test_what_scores_texts_is_not_kept(found):
+    assert [results["left"] for results in found] == [0] * len(found)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_followers_wait_while_rank_0_is_idle(layout, found):
-    told = found[0][layout]
-    assert not any(told["idle"])
-    # About two for each step with work to do, of which there are far fewer than the idle ones.
-    assert 10 < found[1][layout] < 1500
+def test_followers_wait_while_rank_0_is_idle(found):
+    assert not any(found[0]["idle"])
+    for results in found[1:]:
+        # A few for each step with work to do, of which there are far fewer than the idle ones.
+        assert 10 < results["messages"] < 1500
 
 
 def test_one_process_has_nobody_to_follow():
