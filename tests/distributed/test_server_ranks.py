@@ -1,0 +1,115 @@
+"""The server over several processes: the same texts, an orderly end, and what a death does."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from tests.helpers.server_process import server_process, wait_until
+from tests.helpers.text_checkpoint import save_text_checkpoint
+
+PROMPTS = ["the 7 quick brown", "pack my box"]
+MODES = (
+    {"mode": "full"},
+    {"mode": "early_exit", "early_exit_threshold": 0.05},
+    {"mode": "self_speculative", "draft_confidence": 0.1},
+)
+LONG = {"prompt": PROMPTS[0], "n": 4, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+ENDLESS = {**LONG, "n": 16, "prompt": [PROMPTS[0]] * 6}
+LAYOUTS = {
+    "tensor": ("--tensor-model-parallel-size", "2", "--max-batch-size", "2"),
+    "pipeline": ("--pipeline-model-parallel-size", "2", "--max-batch-size", "2"),
+}
+each_layout = pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
+OVER_S = 8.0
+"""In which all have heard of a death and the server has ended."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_text_checkpoint(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint):
+    return EarlyExitEngine.from_checkpoint(checkpoint)
+
+
+@each_layout
+def test_texts_are_those_of_one_process_and_the_last_is_finished(
+    checkpoint, engine, tmp_path, flags
+):
+    with (
+        server_process(checkpoint, tmp_path, *flags, num_ranks=2, torchrun=True) as server,
+        ThreadPoolExecutor() as pool,
+    ):
+        for mode in MODES:
+            results = engine.generate(PROMPTS, SamplingParams(max_tokens=24, **mode))
+            body = {"prompt": PROMPTS, "max_tokens": 24, "temperature": 0, "logprobs": 0}
+            answer = server.post({**body, **mode})
+            assert answer.status_code == 200, answer.text
+            for choice, result in zip(answer.json()["choices"], results, strict=True):
+                assert choice["text"] == result.text
+                assert choice["logprobs"]["exit_layers"] == result.exit_layers
+        last = pool.submit(server.post, LONG)
+        wait_until(lambda: server.health().json()["num_requests_running"] > 0)
+        # torchrun passes it on to all ranks.
+        server.signal(signal.SIGTERM)
+        wait_until(lambda: server.health().status_code == 503)
+        (expected,) = engine.generate(PROMPTS[:1], SamplingParams(max_tokens=200, ignore_eos=True))
+        assert last.result().status_code == 200
+        assert {choice["text"] for choice in last.result().json()["choices"]} == {expected.text}
+        server.wait(20)
+        log = server.log.read_text()
+        assert "has died" not in log
+        assert "SIGKILL" not in log
+
+
+def health_until_the_end(server):
+    """All that the server says of itself until it is gone."""
+    found = []
+    while True:
+        try:
+            health = server.health()
+        except requests.ConnectionError:
+            return found
+        found.append(health.json())
+        assert health.ok == (found[-1]["status"] == "ok")
+        time.sleep(0.02)
+
+
+@each_layout
+def test_all_hear_of_a_death(checkpoint, tmp_path, flags):
+    with (
+        server_process(checkpoint, tmp_path, *flags, num_ranks=2) as server,
+        ThreadPoolExecutor() as pool,
+    ):
+        stream = server.post({**ENDLESS, "stream": True}, stream=True)
+        lines = (line for line in stream.iter_lines() if line)
+        assert next(lines).startswith(b"data: {")
+        waiting = pool.submit(server.post, LONG)
+        wait_until(lambda: server.health().json()["num_requests_waiting"] > 94)
+        health = pool.submit(health_until_the_end, server)
+        time.sleep(0.2)
+        server.signal(signal.SIGKILL, rank=1)
+        killed = time.monotonic()
+        *_, last = lines
+        reason = "rank 1 of the inference engine has died"
+        assert reason in json.loads(last.removeprefix(b"data: "))["error"]["message"]
+        answer = waiting.result(OVER_S)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "engine_failed"
+        assert reason in answer.json()["error"]["message"]
+        assert server.wait(OVER_S) == 1
+        assert time.monotonic() - killed < OVER_S
+        found = health.result()
+    # Until the end, health says so.
+    begin = [one["status"] for one in found].index("failed")
+    assert begin > 0
+    assert all(one["status"] == "failed" and reason in one["reason"] for one in found[begin:])

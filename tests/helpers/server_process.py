@@ -1,0 +1,136 @@
+"""The text-generation server as its command line starts it: processes that can be killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "run_early_exit_text_generation_server.py"
+START_S = 90.0
+"""What loading libraries and a tiny model takes on a busy machine, and then some."""
+
+
+@dataclass(frozen=True)
+class ServerProcess:
+    """A running server.
+
+    Attributes:
+        ranks: its processes, of which the first one serves; or torchrun alone.
+        url: without a slash at the end.
+        log: what all of them have written.
+    """
+
+    ranks: Sequence[subprocess.Popen[bytes]]
+    url: str
+    log: Path
+
+    def post(self, body: Any, **options: Any) -> requests.Response:
+        """Ask for a completion."""
+        return requests.post(f"{self.url}/v1/completions", json=body, timeout=90, **options)
+
+    def health(self) -> requests.Response:
+        """Ask how it is."""
+        return requests.get(f"{self.url}/health", timeout=10)
+
+    def signal(self, number: int, rank: int = 0) -> None:
+        """Send a signal to one of the processes."""
+        self.ranks[rank].send_signal(number)
+
+    def wait(self, seconds: float) -> int:
+        """The exit status of the process that serves, or of torchrun."""
+        return self.ranks[0].wait(seconds)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Return as soon as a condition holds; fail if it does not in time."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+@contextmanager
+def server_process(
+    checkpoint: Path,
+    folder: Path,
+    *flags: str,
+    num_ranks: int = 1,
+    port: int | None = None,
+    torchrun: bool = False,
+) -> Iterator[ServerProcess]:
+    """Serve a checkpoint until the block ends.
+
+    Args:
+        checkpoint: what to serve.
+        folder: for the log.
+        flags: of the tool, beside the checkpoint's and the port's.
+        num_ranks: processes that divide the model.
+        port: where to listen; None takes a free one.
+        torchrun: let torchrun start the ranks.
+    """
+    port = port or free_port()
+    command = [str(TOOL), "--load", str(checkpoint), "--port", str(port), "--device", "cpu", *flags]
+    log = folder / f"server{port}.log"
+    if torchrun:
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+        launch += ["--master-port", str(free_port())]
+        commands = [([sys.executable, *launch, *command], {})]
+    else:
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        group |= {"WORLD_SIZE": str(num_ranks)}
+        ranks = [{**group, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(num_ranks)]
+        own = [{}] if num_ranks == 1 else ranks
+        commands = [([sys.executable, *command], variables) for variables in own]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        with log.open("ab") as file:
+            for words, variables in commands:
+                one = subprocess.Popen(words, env=os.environ | variables, stdout=file, stderr=file)
+                processes.append(one)
+        server = ServerProcess(processes, f"http://127.0.0.1:{port}", log)
+        wait_until(lambda: _is_up(server), START_S)
+        yield server
+    finally:
+        for process in processes:
+            _end(process)
+
+
+def _is_up(server: ServerProcess) -> bool:
+    assert all(rank.poll() is None for rank in server.ranks), server.log.read_text()[-4000:]
+    try:
+        return server.health().ok
+    except requests.ConnectionError:
+        return False
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With all that it has started."""
+    if process.poll() is None:
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for one in started:
+            try:
+                one.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+    process.wait()
