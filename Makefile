@@ -20,6 +20,8 @@ demo: setup ## Train a small early-exit model on this machine's own text and gen
 	@$(BIN)/python examples/quickstart/run.py
 
 test: setup ## Run every check and test (tests/unit/test_project.py runs lint, types and imports)
+	@# Without a browser the tests of the server's page say so.
+	@bash tools/setup/install_browser.sh >/dev/null || true
 	@$(PYTEST) tests
 
 test-fast: setup ## Run the checks and the unit tests, under three minutes

@@ -278,6 +278,13 @@ def test_figures(server):
     assert float(figures["early_exit:num_requests_running"]) == 0
     assert float(figures["early_exit:time_to_first_token_seconds_count"]) >= 1
     assert float(figures["early_exit:e2e_request_latency_seconds_count"]) >= 1
+    complete(server, max_tokens=20, mode="self_speculative", draft_confidence=0)
+    lines = server.get("/metrics").text.splitlines()
+    figures = dict(line.rsplit(" ", 1) for line in lines if line[0] != "#")
+    drafted = float(figures["early_exit:spec_decode_num_draft_tokens_total"])
+    assert drafted >= float(figures["early_exit:spec_decode_num_accepted_tokens_total"])
+    assert drafted > 0
+    assert float(figures["early_exit:kv_cache_usage_perc"]) == 0
     assert server.get("/health").json()["status"] == "ok"
 
 

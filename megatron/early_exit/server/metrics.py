@@ -42,14 +42,22 @@ class Metrics:
         self._accepted = count("spec_decode_num_accepted_tokens", "Accepted draft tokens.")
         self._since: dict[int, tuple[float, float]] = {}
 
-    def watch(self, num_running: Callable[[], int], num_waiting: Callable[[], int]) -> None:
-        """Read these numbers whenever somebody asks for the figures."""
+    def watch(
+        self,
+        num_running: Callable[[], int],
+        num_waiting: Callable[[], int],
+        cache_usage: Callable[[], float],
+    ) -> None:
+        """Read these numbers whenever somebody asks for the figures.
+
+        Args:
+            num_running: sequences in the engine's batches.
+            num_waiting: sequences that wait for their turn.
+            cache_usage: share of the caches in use, 0 to 1.
+        """
         self._running.set_function(num_running)
         self._waiting.set_function(num_waiting)
-
-    def watch_cache(self, usage: Callable[[], float]) -> None:
-        """Read the share of the caches in use, 0 to 1."""
-        self._cache.set_function(usage)
+        self._cache.set_function(cache_usage)
 
     def text(self) -> bytes:
         """All figures."""
@@ -79,6 +87,10 @@ class Metrics:
         began, _ = self._since.pop(request.key)
         self._whole.observe(perf_counter() - began)
         self._ended.labels(str(request.finish_reason)).inc()
+        if (counts := request.mode.counts) is not None:
+            self._drafts.inc(counts.verifications)
+            self._drafted.inc(counts.drafted)
+            self._accepted.inc(counts.accepted)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(_PREFIX + name, text, labels, registry=self.registry)

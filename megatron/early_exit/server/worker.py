@@ -50,7 +50,7 @@ class EngineWorker:
         self._next_expiry = 0.0
         self._pulse = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        metrics.watch(lambda: self.num_running, lambda: self.num_waiting)
+        metrics.watch(lambda: self.num_running, lambda: self.num_waiting, lambda: self.cache_usage)
 
     @property
     def num_running(self) -> int:
@@ -61,6 +61,13 @@ class EngineWorker:
     def num_waiting(self) -> int:
         """Sequences that wait for their turn."""
         return self._num_sequences - self.num_running
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the running sequences' caches that holds tokens."""
+        running = list(self._running.values())[: self._max_batch_size]
+        capacity = self._max_batch_size * self.engine.max_sequence_length
+        return sum(request.length for _, _, request in running) / capacity
 
     def ailment(self) -> str | None:
         """Why requests are not answered now; None where they are."""
