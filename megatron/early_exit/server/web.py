@@ -86,10 +86,17 @@ class WebServer:
         if self._worker.failure is None:
             _LOG.info("finishing what is under way, for up to %g seconds", self._grace)
             self._worker.stop(self._grace)
-        # Answers that are there have yet to go out.
+        # Answers that are there have yet to go out; the rest ends with the process.
         time.sleep(_LAST_WORDS_S)
-        self._server.close()
         return 0 if self._worker.failure is None else 1
+
+    def fail(self, reason: str) -> None:
+        """Tell all clients that the engine is lost, and give the answers time to go out.
+
+        For the thread that ends the process as soon as this returns.
+        """
+        self._worker.fail(reason)
+        time.sleep(_LAST_WORDS_S)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._is_told_to_end.set()
