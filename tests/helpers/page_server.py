@@ -1,7 +1,8 @@
 """A stand-in for the text-generation server: it serves the page and answers from a script.
 
 It streams chosen tokens at a chosen pace and fails in every way that the page must explain, which a
-real model does not do at will. `python -m tests.helpers.page_server` serves it for a look.
+real model does not do at will. Requests and answers go through the real server's own models, so
+that the two speak the same. `python -m tests.helpers.page_server` serves it for a look.
 """
 
 from __future__ import annotations
@@ -18,6 +19,23 @@ from typing import Any, Self
 
 from flask import Flask, Response, jsonify, request, send_from_directory
 from werkzeug.serving import make_server
+
+from megatron.early_exit import platform
+
+platform.prepare()
+
+from megatron.early_exit.server.answer_models import (  # noqa: E402
+    Head,
+    RequestMetrics,
+    SpeculativeDecoding,
+)
+from megatron.early_exit.server.blueprints.models import ModelCard, ModelList  # noqa: E402
+from megatron.early_exit.server.completion_models import (  # noqa: E402
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    CompletionResponse,
+)
 
 PAGE = Path(__file__).parents[2] / "megatron" / "early_exit" / "server" / "page"
 NUM_LAYERS = 8
@@ -86,7 +104,6 @@ class Script:
     full: list[ScriptedToken] = field(default_factory=lambda: list(FULL))
     exit_layers: list[int] = field(default_factory=lambda: list(EXIT_LAYERS))
     has_text: bool = True
-    default_mode: str = "early_exit"
     seconds_per_token: float = 0.0
     tokens_per_event: int = 1
     held_back: frozenset[int] = frozenset()
@@ -151,38 +168,38 @@ class PageServer:
 
     def _models(self) -> Response:
         script = self.script
-        model = {
-            "object": "model",
-            "created": 0,
-            "owned_by": "megatron.early_exit",
-            "root": "scripted",
-            "max_model_len": 2048,
-            "num_layers": NUM_LAYERS,
-            "exit_layers": script.exit_layers,
-            "has_text": script.has_text,
-            "has_chat_template": False,
-            "default_mode": script.default_mode if script.exit_layers else "full",
-        }
         aliases = ["", ":full", ":lossless"] if script.exit_layers else ["", ":full"]
-        data = [model | {"id": f"scripted{alias}"} for alias in aliases]
-        return jsonify({"object": "list", "data": data})
+        cards = [
+            ModelCard(
+                id=f"scripted{alias}",
+                created=0,
+                root="scripted",
+                max_model_len=2048,
+                num_layers=NUM_LAYERS,
+                exit_layers=script.exit_layers,
+                has_text=script.has_text,
+                has_chat_template=False,
+                default_mode="early_exit" if script.exit_layers else "full",
+            )
+            for alias in aliases
+        ]
+        return jsonify(ModelList(data=cards).model_dump())
 
     def _completions(self) -> Response:
-        body = request.get_json()
-        self.script.requests.append(body)
+        self.script.requests.append(request.get_json())
+        body = CompletionRequest.model_validate(request.get_json())
         if self.script.refusal:
             status, message = self.script.refusal
             kind = "rate_limit_error" if status == 429 else "invalid_request_error"
             return _error(status, message, kind)
         return Response(self._stream(body), mimetype="text/event-stream")
 
-    def _stream(self, body: Json) -> Iterator[str]:
+    def _stream(self, body: CompletionRequest) -> Iterator[str]:
         """The events, at the script's pace; the full model is half as fast."""
         script = self.script
-        mode = body["mode"]
-        tokens = (script.full if mode == "full" else script.early)[: body["max_tokens"]]
-        pause = script.seconds_per_token * (2 if mode == "full" else 1)
-        base = {"id": "cmpl-1", "object": "text_completion", "created": 0, "model": body["model"]}
+        is_full = body.mode == "full"
+        tokens = (script.full if is_full else script.early)[: body.max_tokens]
+        pause = script.seconds_per_token * (2 if is_full else 1)
         held = ""
         start = 0
         try:
@@ -191,82 +208,86 @@ class PageServer:
                     if limit is not None and start >= limit:
                         if error:
                             message = {"message": "out of memory", "type": "server_error"}
-                            yield _event({"error": message})
+                            yield _event(json.dumps({"error": message}))
                         return
                 end = min(start + script.tokens_per_event, len(tokens))
                 time.sleep(pause * (end - start))
                 text = held + text_of(tokens[start:end])
                 text, held = ("", text) if start in script.held_back else (text, "")
-                choice = {
-                    "index": 0,
-                    "text": text if script.has_text else "",
-                    "logprobs": self._logprobs(tokens, start, end, body),
-                    "finish_reason": "length" if end == len(tokens) else None,
-                    "stop_reason": None,
-                    "token_ids": [_token_id(token) for token in tokens[start:end]],
-                }
-                yield _event(base | {"choices": [choice], "usage": None})
+                choice = CompletionChoice(
+                    index=0,
+                    text=text if script.has_text else "",
+                    logprobs=self._logprobs(tokens, start, end, body.exit_details),
+                    finish_reason="length" if end == len(tokens) else None,
+                    token_ids=[_token_id(token) for token in tokens[start:end]],
+                )
+                yield _event(_response(choices=[choice]).model_dump_json())
                 start = end
         except GeneratorExit:
             script.left_at.append(start)
             raise
-        usage = {"prompt_tokens": 5, "completion_tokens": len(tokens)}
-        yield _event(base | {"choices": [], "usage": usage, "metrics": _metrics(tokens, mode)})
-        yield "data: [DONE]\n\n"
+        yield _event(_response(choices=[], metrics=_metrics(tokens, body)).model_dump_json())
+        yield _event("[DONE]")
 
-    def _logprobs(self, tokens: list[ScriptedToken], start: int, end: int, body: Json) -> Json:
+    def _logprobs(
+        self, tokens: list[ScriptedToken], start: int, end: int, details: bool
+    ) -> CompletionLogprobs:
         new = tokens[start:end]
         has_text = self.script.has_text
         names = [token.text if has_text else str(_token_id(token)) for token in new]
         heads = [
             [
-                {"layer": layer, "token": name, "confidence": token.confidence}
+                Head(layer=layer, token=name, confidence=token.confidence)
                 if layer == token.layer
-                else {"layer": layer, "token": " it", "confidence": 0.06 * layer}
+                else Head(layer=layer, token=" it", confidence=0.06 * layer)
                 for layer in (*self.script.exit_layers, NUM_LAYERS)
                 if layer <= token.layer
             ]
             for token, name in zip(new, names, strict=True)
         ]
-        return {
-            "tokens": names,
-            "token_logprobs": [-1.2 * (1 - token.confidence) for token in new],
-            "top_logprobs": [{name: -0.2, " it": -2.5, "\n": -4.1} for name in names],
-            "text_offset": [len(text_of(tokens[:i])) for i in range(start, end)],
-            "exit_layers": [token.layer for token in new],
-            "confidences": [token.confidence for token in new],
-            "heads": heads if body.get("exit_details") else None,
-        }
+        return CompletionLogprobs(
+            tokens=names,
+            token_logprobs=[-1.2 * (1 - token.confidence) for token in new],
+            top_logprobs=[{name: -0.2, " it": -2.5, "\n": -4.1} for name in names],
+            text_offset=[len(text_of(tokens[:i])) for i in range(start, end)],
+            exit_layers=[token.layer for token in new],
+            confidences=[token.confidence for token in new],
+            heads=heads if details else None,
+        )
 
 
-def _metrics(tokens: list[ScriptedToken], mode: str) -> Json:
+def _metrics(tokens: list[ScriptedToken], body: CompletionRequest) -> RequestMetrics:
     layers = [token.layer for token in tokens]
-    drafting = {
-        "num_spec_steps": 10,
-        "num_draft_tokens": 40,
-        "num_accepted_draft_tokens": 30,
-        "mean_acceptance_length": 4.0,
-        "draft_acceptance_rate": 0.75,
-    }
-    return {
-        "mode": mode,
-        "num_layers": NUM_LAYERS,
-        "mean_exit_layer": sum(layers) / len(layers),
-        "exit_tokens": {str(layer): layers.count(layer) for layer in sorted(set(layers))},
-        "queue_seconds": 0.0,
-        "time_to_first_token_seconds": 0.02,
-        "decode_seconds": 1.0,
-        "tokens_per_second": 41.5 if mode == "full" else 90.25,
-        "speculative_decoding": drafting if mode == "self_speculative" else None,
-    }
+    drafting = SpeculativeDecoding(
+        num_spec_steps=10,
+        num_draft_tokens=40,
+        num_accepted_draft_tokens=30,
+        mean_acceptance_length=4.0,
+        draft_acceptance_rate=0.75,
+    )
+    return RequestMetrics(
+        mode=str(body.mode),
+        early_exit_threshold=body.early_exit_threshold,
+        num_layers=NUM_LAYERS,
+        mean_exit_layer=sum(layers) / len(layers),
+        exit_tokens={str(layer): layers.count(layer) for layer in sorted(set(layers))},
+        time_to_first_token_seconds=0.02,
+        decode_seconds=1.0,
+        tokens_per_second=41.5 if body.mode == "full" else 90.25,
+        speculative_decoding=drafting if body.mode == "self_speculative" else None,
+    )
 
 
 def _token_id(token: ScriptedToken) -> int:
     return sum(map(ord, token.text)) % 1000
 
 
-def _event(data: Json) -> str:
-    return f"data: {json.dumps(data)}\n\n"
+def _response(**fields: Any) -> CompletionResponse:
+    return CompletionResponse(id="cmpl-1", created=0, model="scripted", **fields)
+
+
+def _event(data: str) -> str:
+    return f"data: {data}\n\n"
 
 
 def _error(status: int, message: str, kind: str) -> Response:

@@ -13,8 +13,11 @@ export const speed = (value) => number(value, value < 9.995 ? 2 : value < 99.95 
 const duration = (seconds) =>
   seconds < 1 ? `${number(1000 * seconds, 0)} ms` : `${number(seconds, 2)} s`;
 
+// Figures are for reading: oftener would only take time from the model, which may run beside.
+const UPDATE_MS = 150;
+
 export class Figures {
-  #frame = 0;
+  #timer = 0;
 
   /** @param {HTMLElement} element has a child for each figure, named by data-figure */
   constructor(element) {
@@ -41,7 +44,7 @@ export class Figures {
     }
     this.count += tokens.length;
     for (const { layer } of tokens) this.layers.set(layer, (this.layers.get(layer) ?? 0) + 1);
-    this.#frame ||= requestAnimationFrame(() => this.#show());
+    this.#timer ||= setTimeout(() => this.#show(), UPDATE_MS);
   }
 
   /** Takes the server's own measurements, which know nothing of the way here. */
@@ -62,8 +65,8 @@ export class Figures {
   }
 
   #show() {
-    cancelAnimationFrame(this.#frame);
-    this.#frame = 0;
+    clearTimeout(this.#timer);
+    this.#timer = 0;
     const rate = this.tokensPerSecond;
     const first = this.firstAt === null ? null : (this.firstAt - this.startedAt) / 1000;
     this.#set("speed", rate ? speed(rate) : null);
@@ -72,7 +75,7 @@ export class Figures {
     this.#set("tokens", number(this.count, 0));
     this.parts.layers.textContent = `of ${this.depths.numLayers} layers`;
     this.#showShares();
-    this.#showRemarks();
+    this.#showDrafting();
   }
 
   #set(name, text) {
@@ -104,16 +107,14 @@ export class Figures {
     );
   }
 
-  #showRemarks() {
-    const remarks = [];
+  #showDrafting() {
+    let remark = "";
     const drafting = this.metrics?.speculative_decoding;
     if (drafting?.num_draft_tokens > 0) {
       const share = number(100 * drafting.draft_acceptance_rate, 0);
       const length = number(drafting.mean_acceptance_length, 2);
-      remarks.push(`${share} % of drafts accepted, ${length} tokens a verification.`);
+      remark = `${share} % of drafts accepted, ${length} tokens a verification.`;
     }
-    const queued = this.metrics?.queue_seconds ?? 0;
-    if (queued > 0.1) remarks.push(`Waited ${duration(queued)} for its turn.`);
-    this.parts.remarks.textContent = remarks.join(" ");
+    this.parts.drafting.textContent = remark;
   }
 }

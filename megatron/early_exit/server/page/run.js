@@ -15,8 +15,8 @@ const PROMPT_CHARACTERS = 160;
 const STATES = {
   waiting: "waiting for its turn",
   running: "running",
-  stop: "ended by itself",
-  length: "ended by the token limit",
+  stop: "complete",
+  length: "token limit reached",
   stopped: "stopped",
   failed: "failed",
 };
@@ -63,6 +63,7 @@ export class Run {
       this.#say(error.name === "AbortError" ? "stopped" : "failed");
       throw error;
     } finally {
+      this.text.paint();
       this.copyButton.disabled = this.transcript.tokens.length === 0;
     }
   }

@@ -2,14 +2,17 @@
  * The tokens of a text on the page: coloured spans that one can walk through.
  *
  * A text is one stop of the Tab key; arrow keys go from token to token (roving tabindex). Spans are
- * made once a frame, however many tokens came in, which keeps texts of thousands smooth.
+ * made once in a while, however many tokens came in, which keeps texts of thousands smooth.
  */
 
 import { make } from "./elements.js";
 
+// As often as eyes can use: each time costs a layout, and the model may run on the same machine.
+const PAINT_MS = 40;
+
 export class TokenText {
   #dirtyFrom = Infinity;
-  #frame = 0;
+  #timer = 0;
   #chosen = null;
 
   /**
@@ -29,24 +32,24 @@ export class TokenText {
 
   /** Starts anew behind a prompt. */
   start(transcript, depths, prompt) {
-    cancelAnimationFrame(this.#frame);
+    clearTimeout(this.#timer);
     Object.assign(this, { transcript, depths, spans: [] });
     this.#dirtyFrom = Infinity;
-    this.#frame = 0;
+    this.#timer = 0;
     this.#chosen = null;
     this.element.replaceChildren(make("span", { className: "prompt" }, prompt));
     this.element.scrollTop = 0;
   }
 
-  /** Shows the tokens from one on as they are now, in the next frame. */
+  /** Shows the tokens from one on as they are, soon. */
   refresh(from) {
     this.#dirtyFrom = Math.min(this.#dirtyFrom, from);
-    this.#frame ||= requestAnimationFrame(() => this.#paint());
+    this.#timer ||= setTimeout(() => requestAnimationFrame(() => this.paint()), PAINT_MS);
   }
 
   /** Marks the token where the text leaves its twin. */
   markDifference(index) {
-    this.#paint();
+    this.paint();
     this.spans[index]?.classList.add("differs");
   }
 
@@ -57,9 +60,10 @@ export class TokenText {
     this.outlined?.classList.add("twin");
   }
 
-  #paint() {
-    cancelAnimationFrame(this.#frame);
-    this.#frame = 0;
+  /** Shows all tokens as they are now. */
+  paint() {
+    clearTimeout(this.#timer);
+    this.#timer = 0;
     const { element, spans, transcript } = this;
     const atEnd = element.scrollHeight - element.scrollTop - element.clientHeight < 40;
     const fresh = document.createDocumentFragment();

@@ -67,10 +67,10 @@ export class Transcript {
       layer: logprobs.exit_layers[i],
       confidence: logprobs.confidences[i],
       logprob: logprobs.token_logprobs[i],
-      candidates: Object.entries(logprobs.top_logprobs[i] ?? {}).map(([name, logprob]) => ({
-        token: name,
-        logprob,
-      })),
+      // In order, for objects of JavaScript put keys that look like numbers first.
+      candidates: Object.entries(logprobs.top_logprobs[i] ?? {})
+        .map(([name, logprob]) => ({ token: name, logprob }))
+        .sort((a, b) => b.logprob - a.logprob),
       heads: logprobs.heads?.[i] ?? [],
     };
   }
