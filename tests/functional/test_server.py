@@ -174,6 +174,21 @@ def test_scores_alone(server):
     assert answer["usage"]["completion_tokens"] == 0
 
 
+def test_what_an_exit_never_answers_is_a_number(tmp_path):
+    few = save_text_checkpoint(tmp_path, exit_vocab_size=100)
+    with text_server(few) as server:
+        body = {"prompt": [[5, VOCAB_SIZE - 1, 7]], "max_tokens": 1, "echo": True, "logprobs": 1}
+        answer = complete(server, **body, model=f"{NAME}:exit=1")
+        logprobs = answer["choices"][0]["logprobs"]
+        assert logprobs["token_logprobs"][1] == -9999.0
+        assert -50 < logprobs["token_logprobs"][2] < 0
+        chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "logprobs": True}
+        response = server.post(
+            "/v1/chat/completions", {**chat, "model": f"{NAME}:exit=1", "top_logprobs": 20}
+        )
+        assert response.status_code == 200
+
+
 def test_what_ends_a_text(server, engine):
     (free,) = engine.generate(PROMPT, SamplingParams(max_tokens=24, ignore_eos=True))
     stop = free.text[8:10]

@@ -21,7 +21,11 @@ _TEXT = "the {} quick brown foxes jump over lazy dogs, pack my box with five doz
 
 
 def save_text_checkpoint(
-    folder: Path, exits: tuple[int, ...] = EXITS, chat: bool = True, seed: int = 0
+    folder: Path,
+    exits: tuple[int, ...] = EXITS,
+    chat: bool = True,
+    seed: int = 0,
+    exit_vocab_size: int | None = None,
 ) -> Path:
     """Write a checkpoint whose tokenizer knows every byte, `<s>` (1) and `</s>` (2)."""
     import tokenizers
@@ -45,7 +49,8 @@ def save_text_checkpoint(
     target = folder / "model"
     tokenizer.save_pretrained(folder / "tokenizer")
     architecture = replace(LLAMA, vocab_size=VOCAB_SIZE, max_position_embeddings=CONTEXT)
-    model = make_model(architecture, exits=exits, seed=seed, use_exit_norm=bool(exits))
+    heads = {"use_exit_norm": bool(exits), "exit_vocab_size": exit_vocab_size}
+    model = make_model(architecture, exits=exits, seed=seed, **heads)
     save_checkpoint(model, target)
     args = SimpleNamespace(
         tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder / "tokenizer")

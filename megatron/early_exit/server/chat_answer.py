@@ -23,6 +23,7 @@ from megatron.early_exit.server.completion_answer import heads_of
 from megatron.early_exit.server.job import Job, Tokens
 from megatron.early_exit.server.request_metrics import request_metrics, usage
 from megatron.early_exit.server.service import Service
+from megatron.early_exit.server.token_texts import LEAST_LOGPROB
 
 
 class ChatAnswer:
@@ -118,7 +119,7 @@ class ChatAnswer:
 
     def _candidate(self, token_id: int, logprob: float) -> Candidate:
         text = self._service.texts.of(token_id)
-        return Candidate(token=text, logprob=logprob, bytes=list(text.encode()))
+        return Candidate(token=text, logprob=max(logprob, LEAST_LOGPROB), bytes=list(text.encode()))
 
 
 def _reason(reason: str) -> FinishReason:

@@ -20,6 +20,7 @@ from megatron.early_exit.server.completion_models import (
 from megatron.early_exit.server.job import Job, Tokens
 from megatron.early_exit.server.request_metrics import request_metrics, usage
 from megatron.early_exit.server.service import Service
+from megatron.early_exit.server.token_texts import LEAST_LOGPROB
 
 
 class CompletionAnswer:
@@ -134,7 +135,7 @@ class CompletionAnswer:
         for token in tokens:
             text = self._service.texts.of(token.token_id)
             logprobs.tokens.append(text)
-            logprobs.token_logprobs.append(token.logprob)
+            logprobs.token_logprobs.append(_finite(token.logprob))
             if token.logprob is None:
                 logprobs.top_logprobs.append(None)
             else:
@@ -152,7 +153,7 @@ class CompletionAnswer:
     ) -> None:
         for token in tokens:
             logprobs.tokens.append(self._service.texts.of(token.token_id))
-            logprobs.token_logprobs.append(token.logprob)
+            logprobs.token_logprobs.append(_finite(token.logprob))
             best = self._best(token.token_id, token.logprob, token.top_logprobs)
             logprobs.top_logprobs.append(best)
             logprobs.exit_layers.append(token.exit_layer)
@@ -169,6 +170,7 @@ class CompletionAnswer:
         found: dict[str, float] = {}
         for one, value in (*best, (token_id, logprob)):
             text = self._service.texts.of(one)
+            value = max(value, LEAST_LOGPROB)
             found[text] = max(value, found.get(text, value))
         return found
 
@@ -181,6 +183,10 @@ class CompletionAnswer:
         results = self._job.results()
         response.usage = usage(results, self._body.n)
         response.metrics = request_metrics(results, self._params, self._service.num_layers)
+
+
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LEAST_LOGPROB)
 
 
 def heads_of(service: Service, heads: Sequence[HeadReport]) -> list[Head]:

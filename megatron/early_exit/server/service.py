@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from flask import Response, request
+from pydantic import BaseModel
 
 from megatron.early_exit.inference.decoding.params import SamplingParams
 from megatron.early_exit.server.errors import ApiError
@@ -148,6 +149,11 @@ class Service:
     def _too_long(param: str, length: str, longest: int) -> ApiError:
         message = f"{param}: is too long with {length}, allowed: up to {longest} tokens"
         return ApiError(400, message, param, "context_length_exceeded")
+
+
+def answer(body: BaseModel) -> Response:
+    """A whole body."""
+    return Response(body.model_dump_json(), mimetype="application/json")
 
 
 def client_is_gone() -> Callable[[], bool]:

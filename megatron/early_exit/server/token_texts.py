@@ -4,6 +4,8 @@ from functools import lru_cache
 
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
 
+LEAST_LOGPROB = -9999.0
+"""Stands for the logarithm of 0, which JSON has no number for; vLLM has the same."""
 _ANCHOR = "a"
 """A text to decode tokens behind: at the beginning of a text, some tokenizers drop spaces."""
 

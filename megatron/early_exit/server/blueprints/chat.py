@@ -1,6 +1,6 @@
 """`/v1/chat/completions`: OpenAI's conversations, by the tokenizer's chat template."""
 
-from flask import Response, jsonify
+from flask import Response
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
@@ -8,7 +8,7 @@ from megatron.early_exit.inference.decoding.params import SamplingParams
 from megatron.early_exit.server.chat_answer import ChatAnswer
 from megatron.early_exit.server.chat_models import ChatRequest, ChatResponse
 from megatron.early_exit.server.errors import ERRORS, ApiError, of_field
-from megatron.early_exit.server.service import Service, client_is_gone
+from megatron.early_exit.server.service import Service, answer, client_is_gone
 
 
 def chat(service: Service) -> APIBlueprint:
@@ -21,11 +21,11 @@ def chat(service: Service) -> APIBlueprint:
         tokens = service.encode(_prompt(body, service), "messages", room=1)
         params = _params(body, service, len(tokens))
         job = service.submit([tokens], params, body.n, "n", body.stream)
-        answer = ChatAnswer(body, params, service, job)
+        pieces = ChatAnswer(body, params, service, job)
         if body.stream:
-            return service.stream(job, answer.events(job.tokens(client_is_gone())))
+            return service.stream(job, pieces.events(job.tokens(client_is_gone())))
         service.finish(job)
-        return jsonify(answer.whole().model_dump())
+        return answer(pieces.whole())
 
     return blueprint
 

@@ -1,6 +1,6 @@
 """`/v1/completions`: OpenAI's continuation of texts."""
 
-from flask import Response, jsonify
+from flask import Response
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
@@ -8,7 +8,7 @@ from megatron.early_exit.inference.decoding.params import SamplingParams
 from megatron.early_exit.server.completion_answer import CompletionAnswer
 from megatron.early_exit.server.completion_models import CompletionRequest, CompletionResponse
 from megatron.early_exit.server.errors import ERRORS, ApiError, of_field
-from megatron.early_exit.server.service import Service, client_is_gone
+from megatron.early_exit.server.service import Service, answer, client_is_gone
 
 _DEFAULT_MAX_TOKENS = 16
 
@@ -26,11 +26,11 @@ def completions(service: Service) -> APIBlueprint:
         room = min(params.max_tokens, 1)
         prompts = [service.encode(prompt, "prompt", room) for prompt in body.prompt]
         job = service.submit(prompts, params, body.n, "prompt", body.stream)
-        answer = CompletionAnswer(body, params, service, job)
+        pieces = CompletionAnswer(body, params, service, job)
         if body.stream:
-            return service.stream(job, answer.events(job.tokens(client_is_gone())))
+            return service.stream(job, pieces.events(job.tokens(client_is_gone())))
         service.finish(job)
-        return jsonify(answer.whole().model_dump())
+        return answer(pieces.whole())
 
     return blueprint
 

@@ -3,7 +3,7 @@
 from time import perf_counter
 from typing import Any
 
-from flask import Response, jsonify
+from flask import Response
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
@@ -12,7 +12,8 @@ from megatron.early_exit.server.completion_answer import heads_of
 from megatron.early_exit.server.errors import ERRORS, ApiError, of_field
 from megatron.early_exit.server.generate_models import GenerateRequest, GenerateResponse
 from megatron.early_exit.server.job import Job
-from megatron.early_exit.server.service import Service
+from megatron.early_exit.server.service import Service, answer
+from megatron.early_exit.server.token_texts import LEAST_LOGPROB
 
 _FIELDS = {
     "max_tokens": "tokens_to_generate",
@@ -29,23 +30,23 @@ def generate(service: Service) -> APIBlueprint:
         "generate", __name__, abp_tags=[Tag(name="Megatron and EE-LLM")], abp_responses=ERRORS
     )
 
-    def answer(body: GenerateRequest) -> Response:
+    def generated(body: GenerateRequest) -> Response:
         begin = perf_counter()
         params = _params(body, service)
         prompts = [_tokens(prompt, body, service) for prompt in body.prompts]
         job = service.submit(prompts, params, 1, "prompts", is_streamed=False)
         service.finish(job)
-        return jsonify(_response(body, service, job, perf_counter() - begin).model_dump())
+        return answer(_response(body, service, job, perf_counter() - begin))
 
     @blueprint.put("/api", responses={200: GenerateResponse})
     def put_generate(body: GenerateRequest) -> Response:
         """Continue texts."""
-        return answer(body)
+        return generated(body)
 
     @blueprint.post("/api", responses={200: GenerateResponse})
     def post_generate(body: GenerateRequest) -> Response:
         """Continue texts."""
-        return answer(body)
+        return generated(body)
 
     return blueprint
 
@@ -137,7 +138,7 @@ def _response(
         texts.append((prompt if body.echo_prompts else "") + (result.text or ""))
         tokens.append([*before, *result.token_ids])
         scores = [one.logprob for one in result.prompt_tokens or () if one.logprob is not None]
-        logprobs.append([*scores, *result.logprobs])
+        logprobs.append([max(one, LEAST_LOGPROB) for one in (*scores, *result.logprobs)])
     heads = None
     if body.print_max_prob:
         heads = [[heads_of(service, one) for one in result.heads] for result in results]

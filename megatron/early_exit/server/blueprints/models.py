@@ -3,13 +3,13 @@
 import time
 from typing import Literal
 
-from flask import Response, jsonify
+from flask import Response
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel
 
 from megatron.early_exit.server.errors import ERRORS
-from megatron.early_exit.server.service import Service
+from megatron.early_exit.server.service import Service, answer
 
 
 class ModelCard(BaseModel):
@@ -65,11 +65,11 @@ def models(service: Service) -> APIBlueprint:
     @blueprint.get("/v1/models", responses={200: ModelList})
     def list_models() -> Response:
         """The names; behind `:threshold=` any number from 0 to 1 is understood."""
-        return jsonify(ModelList(data=[card(one) for one in service.model.names()]).model_dump())
+        return answer(ModelList(data=[card(one) for one in service.model.names()]))
 
     @blueprint.get("/v1/models/<path:name>", responses={200: ModelCard})
     def retrieve_model(path: ModelPath) -> Response:
         """One name."""
-        return jsonify(card(path.name).model_dump())
+        return answer(card(path.name))
 
     return blueprint

@@ -1,12 +1,12 @@
 """For those who run the server: is it well, and what has it done?"""
 
-from flask import Response, current_app, jsonify
+from flask import Response, current_app
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel
 
 from megatron.early_exit.server.errors import ERRORS
-from megatron.early_exit.server.service import Service
+from megatron.early_exit.server.service import Service, answer
 
 
 class Health(BaseModel):
@@ -30,13 +30,13 @@ def operations(service: Service) -> APIBlueprint:
         """Whether the engine's own thread comes round, not only the web server's."""
         reason = worker.ailment()
         status = "ok" if reason is None else "failed" if worker.failure else "unavailable"
-        answer = Health(
+        found = Health(
             status=status,
             reason=reason,
             num_requests_running=worker.num_running,
             num_requests_waiting=worker.num_waiting,
         )
-        return jsonify(answer.model_dump()), 200 if reason is None else 503
+        return answer(found), 200 if reason is None else 503
 
     @blueprint.get(
         "/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}

@@ -1,6 +1,6 @@
 """Tokens of texts and back, under vLLM's names."""
 
-from flask import Response, jsonify
+from flask import Response
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel, Field
@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
 from megatron.early_exit.server.errors import ERRORS, ApiError
 from megatron.early_exit.server.fields import Index, RequestModel
-from megatron.early_exit.server.service import Service
+from megatron.early_exit.server.service import Service, answer
 
 
 class TokenizeRequest(RequestModel):
@@ -70,10 +70,10 @@ def tokens(service: Service) -> APIBlueprint:
         """The tokens of a text."""
         service.model.settings(body.model)
         found = tokenizer().encode(body.prompt, body.add_special_tokens)
-        answer = TokenizeResponse(
+        result = TokenizeResponse(
             tokens=found, count=len(found), max_model_len=service.max_model_len
         )
-        return jsonify(answer.model_dump())
+        return answer(result)
 
     @blueprint.post("/detokenize", responses={200: DetokenizeResponse})
     def detokenize(body: DetokenizeRequest) -> Response:
@@ -86,20 +86,20 @@ def tokens(service: Service) -> APIBlueprint:
                 f"tokens: token {unknown} is unknown, allowed: 0 to {service.vocab_size - 1}",
                 "tokens",
             )
-        answer = DetokenizeResponse(prompt=tokenizer().decode(body.tokens))
-        return jsonify(answer.model_dump())
+        result = DetokenizeResponse(prompt=tokenizer().decode(body.tokens))
+        return answer(result)
 
     @blueprint.get("/tokenizer_info", responses={200: TokenizerInfo})
     def tokenizer_info() -> Response:
         """The special tokens and the chat template."""
         one = tokenizer()
-        answer = TokenizerInfo(
+        result = TokenizerInfo(
             **one.special_tokens,
             eos_token_id=one.eod_id,
             chat_template=one.chat_template,
             vocab_size=service.vocab_size,
             max_model_len=service.max_model_len,
         )
-        return jsonify(answer.model_dump())
+        return answer(result)
 
     return blueprint
