@@ -12,6 +12,7 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers.huggingface_models import engine_logits, twin_logits, twin_tokens
 from tests.helpers.smollm2 import PACKAGE, find_gguf
+from tests.helpers.spawn import spawn
 
 GGUF = find_gguf()
 PROMPT = "The three largest cities of France are"
@@ -53,6 +54,23 @@ def test_same_logits_and_same_text(twin, engine):
     result = engine.generate(PROMPT, SamplingParams(max_tokens=COUNT, ignore_eos=True))[0]
     assert result.token_ids == twin_tokens(twin, prompt, COUNT)
     assert "Paris" in result.text
+
+
+def generate_divided(folder, layout):
+    """The tokens on one of several ranks."""
+    engine = EarlyExitEngine.from_checkpoint(folder, max_sequence_length=256, **layout)
+    (result,) = engine.generate(PROMPT, SamplingParams(max_tokens=COUNT, ignore_eos=True))
+    engine.close()
+    return result.token_ids
+
+
+# Nine heads in three groups: two tensor-parallel ranks cannot share them, three can.
+@pytest.mark.parametrize("layout", [{"pipeline_parallel": 2}, {"tensor_parallel": 3}], ids=str)
+def test_several_processes_give_the_same_text(twin, imported, engine, layout):
+    (count,) = layout.values()
+    found = spawn(generate_divided, count, str(imported), layout)
+    expected = twin_tokens(twin, engine.tokenizer.encode(PROMPT), COUNT)
+    assert found == [expected] * count
 
 
 def test_the_export_is_the_model(twin, imported, tmp_path):
