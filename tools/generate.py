@@ -59,6 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compile the layers: some seconds at the start, then faster for one text at a time",
     )
+    for name in ("tensor", "pipeline"):
+        parser.add_argument(
+            f"--{name}-model-parallel-size",
+            type=int,
+            default=1,
+            help="under torchrun (default: %(default)s)",
+        )
     parser.add_argument("--max-batch-size", type=int, default=16, help="default: %(default)s")
     request = parser.add_argument_group("request", "see SamplingParams for what each means")
     for field in fields(SamplingParams):
@@ -135,8 +142,14 @@ def run(args: argparse.Namespace) -> int:
         dtype=None if args.dtype is None else DTYPES[args.dtype],
         device=args.device,
         max_batch_size=args.max_batch_size,
+        tensor_parallel=args.tensor_model_parallel_size,
+        pipeline_parallel=args.pipeline_model_parallel_size,
         compile=args.compile,
+        driven=True,
     )
+    if engine.is_follower:
+        engine.follow()
+        return 0
     if args.prompt is not None and args.output is None and params.max_tokens > 0:
         show_stream(engine, args.prompt, params, sys.stdout)
         return 0

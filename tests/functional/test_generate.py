@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,6 +49,24 @@ def test_one_prompt_gives_its_text(checkpoint, capsys):
     assert out == result.text + "\n"
     assert f"layer 1: {result.exit_layers.count(1)} tokens" in err
     assert "\x1b" not in out
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_two_processes_print_the_text_once(checkpoint, capsys, kind):
+    flags = ["--load", str(checkpoint), "--prompt", "the quick", "--max-tokens", "9"]
+    assert main(flags) == 0
+    expected = capsys.readouterr().out
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    layout = [f"--{kind}-model-parallel-size", "2", "--device", "cpu"]
+    done = subprocess.run(
+        [*torchrun, "--standalone", "tools/generate.py", *flags, *layout],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == expected
 
 
 @needs_compiler
