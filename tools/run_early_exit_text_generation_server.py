@@ -162,7 +162,6 @@ def serve(args: argparse.Namespace) -> int:
     settings = settings_of(args, engine.exit_layers)
     configure()
     worker = EngineWorker(engine, args.max_batch_size, settings.max_waiting, Metrics())
-    engine.on_death(worker.fail)
     server = WebServer(
         create_app(worker, settings),
         worker,
@@ -172,6 +171,7 @@ def serve(args: argparse.Namespace) -> int:
         max_batch_size=args.max_batch_size,
         grace=args.shutdown_timeout,
     )
+    engine.on_death(server.fail)
     exits = settings.exits
     log(
         logging.getLogger("server"),
