@@ -1,0 +1,118 @@
+"""The files of examples/serving: their flags exist, and signals reach the server."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tools import request_client
+from tools.run_early_exit_text_generation_server import build_parser
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "serving"
+TOOL = "tools/run_early_exit_text_generation_server.py"
+SLURM_VARIABLES = ("LOAD", "TENSOR", "PIPELINE", "PORT", "PYTHON", "PRINT_ONLY")
+
+
+def read(name: str) -> str:
+    return (FOLDER / name).read_text()
+
+
+def of_dockerfile(kind: str) -> list[str]:
+    """The words of an instruction in exec form."""
+    (found,) = re.findall(rf"^{kind} (\[.*\])$", read("Dockerfile"), re.MULTILINE)
+    words = json.loads(found)
+    assert all(isinstance(word, str) for word in words)
+    return words
+
+
+def of_service(name: str) -> str:
+    """The value of a setting."""
+    text = read("early-exit-server.service").replace("\\\n", " ")
+    (value,) = re.findall(rf"^{name}=(.*)$", text, re.MULTILINE)
+    return value
+
+
+def slurm(*flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The script, with these of its variables and no others."""
+    inherited = {name: value for name, value in os.environ.items() if name not in SLURM_VARIABLES}
+    return subprocess.run(
+        [FOLDER / "slurm.sh", *flags],
+        env=inherited | variables,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_docker_starts_the_server():
+    program, tool, *flags = of_dockerfile("ENTRYPOINT")
+    assert (program, tool) == ("python", TOOL)
+    args = build_parser().parse_args([*flags, *of_dockerfile("CMD")])
+    assert (args.host, args.port) == ("0.0.0.0", 5000)
+    assert args.load == Path("/checkpoint")
+    assert f"EXPOSE {args.port}" in read("Dockerfile")
+    assert f"http://127.0.0.1:{args.port}/health" in read("Dockerfile")
+
+
+def test_docker_copies_what_there_is():
+    root = FOLDER.parents[1]
+    for sources in re.findall(r"^COPY (.*) \S+$", read("Dockerfile"), re.MULTILINE):
+        assert all((root / source).exists() for source in sources.split())
+
+
+def test_the_service_starts_the_server_and_waits_for_its_end():
+    program, tool, *flags = shlex.split(of_service("ExecStart"))
+    assert program.endswith("/bin/python")
+    assert tool == TOOL
+    args = build_parser().parse_args(flags)
+    assert args.load == Path("/srv/early-exit/checkpoint")
+    # A key in the command line would be seen by everybody.
+    assert args.api_key is None
+    assert float(of_service("TimeoutStopSec")) > args.shutdown_timeout + 10
+
+
+def test_slurm_divides_the_model_over_its_processes(tmp_path):
+    variables = {"LOAD": str(tmp_path), "TENSOR": "4", "PIPELINE": "2", "PORT": "7000"}
+    done = slurm("--max-batch-size", "32", PRINT_ONLY="1", **variables)
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    place = words.index(TOOL)
+    assert words[words.index("--nproc-per-node") + 1] == "8"
+    assert words.index("--nproc-per-node") < place
+    args = build_parser().parse_args(words[place + 1 :])
+    assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (4, 2)
+    assert (args.port, args.max_batch_size, args.load) == (7000, 32, tmp_path)
+    # Less than torchrun's patience.
+    assert args.shutdown_timeout < 30
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "error: LOAD is not set, it should be a checkpoint's folder\n"),
+        ({"LOAD": "/no/such"}, "error: LOAD=/no/such is no folder\n"),
+        ({"LOAD": "/", "TENSOR": "0"}, "error: TENSOR=0 is no number, allowed: 1 or more\n"),
+        ({"LOAD": "/", "PIPELINE": "x"}, "error: PIPELINE=x is no number, allowed: 1 or more\n"),
+    ],
+)
+def test_slurm_names_what_is_wrong(variables, message):
+    done = slurm(PRINT_ONLY="1", **variables)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+def test_the_readme_names_flags_and_files_that_exist():
+    text = read("README.md")
+    known = {option for one in build_parser()._actions for option in one.option_strings}
+    for flag in re.findall(r"`(--[a-z-]+)`", text):
+        assert flag in known, flag
+    (asking,) = re.findall(r"^    python tools/request_client.py (.*)$", text, re.MULTILINE)
+    assert request_client.build_parser().parse_args(shlex.split(asking)).compare
+    for name in re.findall(r"`?([\w-]+\.(?:sh|service))`", text):
+        assert (FOLDER / name).is_file(), name
