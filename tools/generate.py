@@ -25,7 +25,17 @@ from megatron.early_exit.server.client.exit_colours import ExitColours
 from megatron.early_exit.server.client.prompts import read_prompts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_LISTS = {"stop": str, "stop_token_ids": int, "exit_layers": int}
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition(":")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TOKEN:NUMBER") from None
+
+
+_LISTS = {"stop": str, "stop_token_ids": int, "exit_layers": int, "logit_bias": _bias}
 _SWITCHES = ("ignore_eos", "echo", "exit_details")
 _INTEGERS = (
     *("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"),

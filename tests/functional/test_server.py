@@ -202,6 +202,18 @@ def test_what_ends_a_text(server, engine):
     assert choice["prompt_token_ids"] == free.prompt_token_ids
 
 
+def test_penalties_and_bias_change_the_text(server):
+    free = complete(server, max_tokens=12, return_token_ids=True)["choices"][0]["token_ids"]
+    banned = {str(free[0]): -100}
+    body = {"max_tokens": 12, "return_token_ids": True, "logit_bias": banned}
+    assert free[0] not in complete(server, **body)["choices"][0]["token_ids"]
+    body = {"max_tokens": 60, "return_token_ids": True, "frequency_penalty": 2}
+    body |= {"presence_penalty": 2.0}
+    penalized = complete(server, **body)["choices"][0]["token_ids"]
+    whole = complete(server, max_tokens=60, return_token_ids=True)["choices"][0]["token_ids"]
+    assert len(set(penalized)) > len(set(whole))
+
+
 def test_a_conversation_is_its_template(server):
     messages = [{"role": "user", "content": [{"type": "text", "text": "jump over"}]}]
     body = {"messages": messages, "max_completion_tokens": 12, **GREEDY}

@@ -200,6 +200,17 @@ def test_a_large_temperature_is_nearly_uniform():
     assert probabilities.tolist() == [0.25, 0, 0.25, 0.25, 0.25]
 
 
+def test_penalties_and_bias_are_added_to_logits():
+    fields = {"presence_penalty": 0.5, "frequency_penalty": -0.25, "logit_bias": {0: 2.0, 3: -100}}
+    sampler = make_sampler([1, 4], temperature=1.0, **fields)
+    logits = PROBABILITIES.log()
+    adjusted = logits + torch.tensor([2.0, 0, -0.25, -100, 0])
+    torch.testing.assert_close(sampler.distribution(logits, [2]), adjusted.softmax(dim=0))
+    # Two times token 2, once token 1; the prompt does not count.
+    adjusted = logits + torch.tensor([2.0, -0.25, 0, -100, 0])
+    torch.testing.assert_close(sampler.distribution(logits, [2, 1, 2]), adjusted.softmax(dim=0))
+
+
 def test_low_precision_logits_are_sampled_in_fp32():
     logits = random_logits(0, 4096).bfloat16()
     sampler = make_sampler(vocab_size=4096, top_p=0.9)
@@ -217,17 +228,19 @@ def test_low_precision_logits_are_sampled_in_fp32():
         ({"top_k": 5, "top_p": 0.5}, [True] * 4),
         ({"temperature": 0.5}, [False] * 4),
         ({"repetition_penalty": 1.1}, [False] * 4),
+        ({"presence_penalty": 0.1}, [False] * 4),
+        ({"frequency_penalty": -0.1}, [False] * 4),
+        ({"logit_bias": {5: 1}}, [False] * 4),
         ({"min_tokens": 2}, [False, False, True, True]),
     ],
 )
 def test_greedy_is_the_largest_logit(fields, greedy):
     sampler = make_sampler(PROMPT, [4], 200, **{"temperature": 0.0} | fields)
-    generated = [1, 2, 3]
-    assert [sampler.is_greedy(generated[:count]) for count in range(4)] == greedy
+    assert [sampler.is_greedy(count) for count in range(4)] == greedy
 
 
 def test_without_stops_min_tokens_forbids_nothing():
-    assert make_sampler(temperature=0.0, min_tokens=2).is_greedy([])
+    assert make_sampler(temperature=0.0, min_tokens=2).is_greedy(0)
 
 
 def test_temperature_0_takes_the_best_of_what_is_left():

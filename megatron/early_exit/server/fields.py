@@ -45,6 +45,9 @@ Stops = Annotated[
 
 Index = Annotated[int, Field(ge=0, le=_LARGEST_INT)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenName = Annotated[str, Field(pattern="^[0-9]{1,18}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class ExitFields(RequestModel):
@@ -143,14 +146,10 @@ class SamplingFields(ExitFields):
     stop_token_ids: Annotated[list[Index], Field(max_length=64)] | None = None
     min_tokens: Index | None = None
     ignore_eos: bool = False
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(
-        None, description="Not supported but for 0."
-    )
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(
-        None, description="Not supported but for 0."
-    )
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
-        None, description="Not supported but for an empty object."
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: dict[TokenName, Bias] | None = Field(
+        None, description="What is added to the logits of tokens."
     )
     user: str | None = Field(None, description="Of the client's own use.")
 
@@ -158,7 +157,7 @@ class SamplingFields(ExitFields):
         """The fields of `SamplingParams` that are about the choice of tokens."""
         names = (
             *("top_p", "top_k", "min_p", "top_p_decay", "top_p_bound", "repetition_penalty"),
-            *("seed", "min_tokens"),
+            *("seed", "min_tokens", "presence_penalty", "frequency_penalty"),
         )
         given = {name: getattr(self, name) for name in names}
         return {
@@ -166,5 +165,6 @@ class SamplingFields(ExitFields):
             "stop": tuple(self.stop or ()),
             "stop_token_ids": tuple(self.stop_token_ids or ()),
             "ignore_eos": self.ignore_eos,
+            "logit_bias": {int(token): value for token, value in (self.logit_bias or {}).items()},
             **{name: value for name, value in given.items() if value is not None},
         }

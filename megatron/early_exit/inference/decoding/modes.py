@@ -59,7 +59,7 @@ class Chooser:
 
     def choose(self, assessment: Assessment, head: int, drafts: Sequence[int] = ()) -> Choice:
         """The token that a head gives behind `generated` and `drafts`."""
-        if self.sampler.is_greedy([*self.generated, *drafts]):
+        if self.sampler.is_greedy(len(self.generated) + len(drafts)):
             return self.take(assessment, head, assessment.best_token)
         probabilities = self.distribution(assessment, drafts)
         return self.take(assessment, head, self.sampler.draw(probabilities))

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -40,6 +40,15 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """Divisor of the positive logits, and factor of the negative ones, of tokens in the prompt or
     generated before (arXiv 1909.05858); 1 is off."""
+
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens generated before, -2 to 2; 0 is off."""
+
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time it was generated before, -2 to 2; 0 is off."""
+
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens, and what is added to their logits: -100 to 100. A mapping will do as well."""
 
     min_p: float = 0.0
     """Sample among tokens with at least this share of the largest probability; 0 is no limit."""
@@ -114,12 +123,18 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "exit_layers"):
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+        bias = self.logit_bias
+        pairs = bias.items() if isinstance(bias, Mapping) else bias
+        object.__setattr__(self, "logit_bias", _as_tuple(map(_as_tuple, pairs)))
         self._check_integer("max_tokens", 0, "1 or more, or 0 with echo or prompt_logprobs")
         self._check_integer(
             "min_tokens", 0, f"0 to {self.max_tokens} (max_tokens)", self.max_tokens
         )
         self._check_number("temperature", 0, "0 or more")
         self._check_number("repetition_penalty", 0, "above 0", above=True)
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._check_number(name, -2, "-2 to 2", 2)
+        self._check_items("logit_bias", _is_bias, "pairs of a token and a number, -100 to 100")
         self._check_number("min_p", 0, "0 (no limit) to 1", 1)
         self._check_integer("top_k", 0, "0 (no limit) or more")
         self._check_number("top_p", 0, "above 0, up to 1", 1, above=True)
@@ -139,6 +154,12 @@ class SamplingParams:
     def threshold(self) -> float:
         """The threshold that applies in mode `early_exit`."""
         return DEFAULT_THRESHOLD if self.early_exit_threshold is None else self.early_exit_threshold
+
+    @property
+    def takes_largest_logit(self) -> bool:
+        """Whether each token is that of the largest logit, as the model gives it."""
+        changes = self.presence_penalty or self.frequency_penalty or self.logit_bias
+        return self.temperature == 0 and self.repetition_penalty == 1 and not changes
 
     def _check_optional(self) -> None:
         if self.seed is not None:
@@ -209,6 +230,12 @@ def _is_integer(value: object) -> bool:
 
 def _is_index(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_bias(value: object) -> bool:
+    if not (isinstance(value, tuple) and len(value) == 2 and _is_index(value[0])):
+        return False
+    return isinstance(value[1], int | float) and -100 <= value[1] <= 100
 
 
 def _is_text(value: object) -> bool:

@@ -76,6 +76,7 @@ class RequestFactory:
         tokens = self.encode(prompt, room=min(params.max_tokens, 1))
         room = min(params.max_tokens, self.max_sequence_length - len(tokens))
         self._check_tokens("stop_token_ids", params.stop_token_ids)
+        self._check_tokens("logit_bias", (token for token, _ in params.logit_bias))
         stops = stop_token_ids(params, self.eod_id)
         sampler = Sampler(params, tokens, stops, self.vocab_size, self.device)
         chooser = Chooser(params, sampler, [], (*self.exit_layers, self.num_layers))

@@ -1,8 +1,8 @@
 """From logits to a token.
 
-The order is vLLM's (`vllm/v1/sample/sampler.py`): repetition penalty and forbidden tokens, then
-temperature, then min-p, top-k and top-p, each on what the one before leaves. Hugging Face's
-`transformers` has min-p last, all else is the same.
+The order is vLLM's (`vllm/v1/sample/sampler.py`): repetition penalty, bias and OpenAI's penalties,
+forbidden tokens, temperature, then min-p, top-k and top-p, each on what the one before leaves.
+Hugging Face's `transformers` has min-p last, all else that it has is the same.
 """
 
 import math
@@ -56,20 +56,20 @@ class Sampler:
                 f"model's {vocab_size} tokens end the sequence"
             )
         self._forbidden = torch.tensor(forbidden, dtype=torch.int64, device=device)
+        tokens, values = zip(*params.logit_bias, strict=True) if params.logit_bias else ((), ())
+        self._bias = (
+            torch.tensor(tokens, dtype=torch.int64, device=device),
+            torch.tensor(values, dtype=torch.float32, device=device),
+        )
         self._prompt = torch.tensor(
             sorted(set(prompt_token_ids)) if params.repetition_penalty != 1.0 else [],
             dtype=torch.int64,
             device=device,
         )
 
-    def is_greedy(self, generated: Sequence[int]) -> bool:
-        """Whether the token behind `generated` is that of the largest logit, as it is."""
-        params = self.params
-        return (
-            params.temperature == 0
-            and params.repetition_penalty == 1.0
-            and not self._forbids(generated)
-        )
+    def is_greedy(self, num_generated: int) -> bool:
+        """Whether the token behind so many generated ones is that of the largest logit."""
+        return self.params.takes_largest_logit and not self._forbids(num_generated)
 
     def distribution(self, logits: Tensor, generated: Sequence[int]) -> Tensor:
         """The probabilities from which the token behind `generated` is drawn.
@@ -91,7 +91,8 @@ class Sampler:
             seen = torch.tensor(generated, dtype=torch.int64, device=self._device)
             seen = torch.cat((self._prompt, seen))
             scores = penalize_repetition(scores, seen, params.repetition_penalty)
-        if self._forbids(generated):
+        scores = self._adjusted(scores, generated)
+        if self._forbids(len(generated)):
             scores = scores.index_fill(0, self._forbidden, -torch.inf)
         if params.temperature == 0:
             return torch.zeros_like(scores).index_fill_(0, scores.argmax(), 1.0)
@@ -126,8 +127,20 @@ class Sampler:
         total = missing.sum()
         return torch.where(total > 0, missing / total, target)
 
-    def _forbids(self, generated: Sequence[int]) -> bool:
-        return len(generated) < self.params.min_tokens and self._forbidden.numel() > 0
+    def _adjusted(self, scores: Tensor, generated: Sequence[int]) -> Tensor:
+        """Scores [v] with the request's own bias, and less the penalties of what was generated."""
+        params = self.params
+        if params.logit_bias:
+            scores = scores.index_add(0, *self._bias)
+        if generated and (params.presence_penalty or params.frequency_penalty):
+            seen = torch.tensor(generated, dtype=torch.int64, device=self._device)
+            tokens, counts = seen.unique(return_counts=True)
+            penalties = params.presence_penalty + params.frequency_penalty * counts
+            scores = scores.index_add(0, tokens, -penalties.to(scores.dtype))
+        return scores
+
+    def _forbids(self, num_generated: int) -> bool:
+        return num_generated < self.params.min_tokens and self._forbidden.numel() > 0
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

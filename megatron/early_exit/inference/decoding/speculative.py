@@ -63,7 +63,7 @@ class SelfSpeculativeMode:
         if assessment.confidence < self.least_confidence or not assessment.is_finite:
             return Next.DEEPER
         chooser = self.chooser
-        if chooser.sampler.is_greedy([*chooser.generated, *self.drafts]):
+        if chooser.sampler.is_greedy(len(chooser.generated) + len(self.drafts)):
             self.drafts.append(assessment.best_token)
             self._distributions.append(None)
         else:

@@ -245,5 +245,4 @@ class PipelineDriver(RequestLoop):
 
 def _needs_logits(params: SamplingParams) -> bool:
     """Whether the token or what is said of it depends on more than the largest logit."""
-    is_greedy = params.temperature == 0 and params.repetition_penalty == 1
-    return not is_greedy or params.min_tokens > 0 or bool(params.logprobs)
+    return not params.takes_largest_logit or params.min_tokens > 0 or bool(params.logprobs)
