@@ -1,0 +1,150 @@
+"""Many clients in one thread: bare HTTP, and nothing is looked into until all is over."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from time import perf_counter
+from typing import Any
+
+from serve_requests import Item
+
+PATIENCE_S = 120.0
+"""A request that takes longer is lost."""
+_STREAMED = b', "stream": true}'
+
+
+@dataclass
+class Record:
+    """What came of one item.
+
+    Attributes:
+        item: what was asked.
+        status: of HTTP; 0 where there was none.
+        begin: when it was sent.
+        times: when each part of the answer came.
+        parts: of the answer.
+    """
+
+    item: Item
+    status: int = 0
+    begin: float = 0.0
+    times: list[float] = field(default_factory=list)
+    parts: list[bytes] = field(default_factory=list)
+
+    @property
+    def is_cancelled(self) -> bool:
+        """The client has gone away as it was to."""
+        return len(self.parts) == self.item.cancel_after
+
+    def events(self) -> list[dict[str, Any]]:
+        """The stream, without the mark of its end."""
+        whole = b"".join(self.parts).decode()
+        lines = [line.removeprefix("data: ") for line in whole.split("\n\n") if line]
+        return [json.loads(line) for line in lines if line != "[DONE]"]
+
+    def is_right(self) -> bool:
+        """The answer is what the question alone gets, or as much of it as was waited for."""
+        answer = self.item.question.answer
+        if self.status != 200:
+            return False
+        if not self.item.is_streamed:
+            return bool(json.loads(b"".join(self.parts))["choices"][0]["text"] == answer)
+        events = self.events()
+        if any("error" in event for event in events):
+            return False
+        text = "".join(event["choices"][0]["text"] for event in events)
+        if self.is_cancelled:
+            return answer.startswith(text)
+        return text == answer and self.parts[-1].endswith(b"data: [DONE]\n\n")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the client has got; of a stream that it has left, its events."""
+        if self.is_cancelled:
+            return len(self.parts)
+        return self.item.question.params.max_tokens
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between events with tokens."""
+        ends = [*self.times] if self.is_cancelled else self.times[:-1]
+        return [end - begin for begin, end in pairwise(ends)]
+
+
+class Client:
+    """One connection, made anew when it has been closed.
+
+    Args:
+        host: of the server.
+        port: of the server.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._host, self._port = host, port
+        self._head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\n"
+        self._head += "Content-Type: application/json\r\nContent-Length: "
+        self._pair: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def work(self, items: Iterator[Item], until: float, records: list[Record]) -> None:
+        """Ask one item after the other, until a time by `perf_counter`."""
+        while perf_counter() < until:
+            record = Record(next(items))
+            records.append(record)
+            try:
+                async with asyncio.timeout(PATIENCE_S):
+                    await self._ask(record)
+            except (OSError, asyncio.IncompleteReadError, ValueError):
+                record.status = 0
+                self._close()
+        self._close()
+
+    def _close(self) -> None:
+        if self._pair is not None:
+            self._pair[1].close()
+            self._pair = None
+
+    async def _ask(self, record: Record) -> None:
+        body = record.item.question.body
+        if record.item.is_streamed:
+            body = body[:-1] + _STREAMED
+        record.begin = perf_counter()
+        if self._pair is None:
+            self._pair = await asyncio.open_connection(self._host, self._port)
+        reader, writer = self._pair
+        writer.write(f"{self._head}{len(body)}\r\n\r\n".encode() + body)
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        record.status = int(head.split(b" ", 2)[1])
+        if b"transfer-encoding: chunked" not in head:
+            length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+            self._add(record, await reader.readexactly(length))
+            return
+        # Its server closes behind each such answer.
+        while size := int(await reader.readline(), 16):
+            self._add(record, (await reader.readexactly(size + 2))[:-2])
+            if record.is_cancelled:
+                break
+        self._close()
+
+    @staticmethod
+    def _add(record: Record, part: bytes) -> None:
+        record.times.append(perf_counter())
+        record.parts.append(part)
+
+
+async def load(
+    host: str, port: int, items: Iterator[Item], num_clients: int, seconds: float
+) -> tuple[list[Record], float]:
+    """Have clients ask for some time, and finish what they have begun.
+
+    Returns:
+        What came of it, in the order of asking, and the seconds that it took.
+    """
+    records: list[Record] = []
+    begin = perf_counter()
+    until = begin + seconds
+    async with asyncio.TaskGroup() as group:
+        for _ in range(num_clients):
+            group.create_task(Client(host, port).work(items, until, records))
+    return records, perf_counter() - begin

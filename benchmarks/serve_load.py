@@ -1,0 +1,199 @@
+"""How much of the engine's speed is left behind HTTP, and whether the server holds out.
+
+    python benchmarks/serve_load.py [--model small] [--load DIR] [--seconds 300] [--clients 64]
+
+Many clients ask a server of its own all the time: prompts and answers of several lengths, all
+modes, half of the answers as streams, of which a fifth is left in the middle. In turns with that,
+the engine answers the very same requests without a server, as many at a time. Each answer has to be
+the one that its request gets alone; the server's memory must not grow. Each figure is printed with
+the bound that it is held to. --url asks a running server; --load then has to be its checkpoint.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from serve_clients import Record, load
+from serve_models import SIZES, make_checkpoint
+from serve_process import Memory, health, listener, served
+from serve_requests import Item, answer_all, endless_items, make_questions
+
+from megatron.early_exit.inference import EarlyExitEngine
+from megatron.early_exit.server.client.figures import percentile
+
+THROUGHPUT_BOUND = 0.9
+GROWTH_BOUND = 0.03
+"""Of the server's memory, from the middle third of the time to the last."""
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", choices=tuple(SIZES), default="small", help="random weights to serve")
+    add("--load", type=Path, help="a checkpoint to serve in their place; it must know text")
+    add("--url", help="of a server that runs already, without a key")
+    add("--seconds", type=float, default=300.0, help="of load (default: %(default)s)")
+    add("--rounds", type=int, default=5, help="turns that they are divided into")
+    add("--clients", type=int, default=64, help="default: %(default)s")
+    add("--max-batch-size", type=int, default=16, help="of server and engine (default: 16)")
+    add(
+        "--threads",
+        type=int,
+        default=max(1, (os.cpu_count() or 1) - 1),
+        help="that server and engine compute with each (default: one core is left for the rest)",
+    )
+    add("--json", type=Path, help="also write the figures here")
+    args = parser.parse_args()
+    if args.url is not None and args.load is None:
+        parser.error("--url needs --load, the checkpoint that is served there")
+    return args
+
+
+@dataclass
+class Turn:
+    """One turn of the server, and the engine's with the same requests."""
+
+    records: list[Record]
+    seconds: float
+    engine_seconds: float
+    client_cpu: float
+    """Seconds of the clients' process."""
+    server_cpu: float
+    engine_cpu: float
+
+
+def take_turn(
+    url: str,
+    items: Iterator[Item],
+    args: argparse.Namespace,
+    engine: EarlyExitEngine,
+    memory: Memory,
+) -> Turn:
+    """Load the server for its share of the time, and have the engine do the same."""
+    place = urlsplit(url)
+    assert place.hostname is not None
+
+    async def watched() -> tuple[list[Record], float]:
+        watcher = asyncio.create_task(memory.watch())
+        try:
+            clients = args.clients, args.seconds / args.rounds
+            return await load(place.hostname, place.port or 80, items, *clients)
+        finally:
+            watcher.cancel()
+
+    before, own = sum(memory.process.cpu_times()[:2]), time.process_time()
+    records, seconds = asyncio.run(watched())
+    own, used = time.process_time() - own, sum(memory.process.cpu_times()[:2]) - before
+    before = time.process_time()
+    engine_seconds = answer_all(engine, [record.item for record in records], args.clients)
+    return Turn(records, seconds, engine_seconds, own, used, time.process_time() - before)
+
+
+def figures_of(turns: list[Turn], memory: Memory) -> dict[str, Any]:
+    """What is to be printed."""
+    records = [record for turn in turns for record in turn.records]
+    seconds = sum(turn.seconds for turn in turns)
+    streams = [one for one in records if one.item.is_streamed and one.times]
+    firsts = [one.times[0] - one.begin for one in streams]
+    gaps = [gap for one in streams for gap in one.gaps]
+    return {
+        "requests": len(records),
+        "cancelled": sum(one.is_cancelled for one in records),
+        "statuses": dict(Counter(one.status for one in records)),
+        "wrong": sum(not one.is_right() for one in records),
+        "tokens_per_second": sum(one.num_tokens for one in records) / seconds,
+        "throughput_over_engine": median(turn.engine_seconds / turn.seconds for turn in turns),
+        "by_turn": [round(turn.engine_seconds / turn.seconds, 3) for turn in turns],
+        "first_token_p50_s": percentile(firsts, 0.5),
+        "first_token_p99_s": percentile(firsts, 0.99),
+        "between_tokens_p50_s": percentile(gaps, 0.5),
+        "between_tokens_p99_s": percentile(gaps, 0.99),
+        "client_cpu": sum(turn.client_cpu for turn in turns) / seconds,
+        "server_cpu": sum(turn.server_cpu for turn in turns) / seconds,
+        "engine_cpu_over_server": median(turn.engine_cpu / turn.server_cpu for turn in turns),
+        **memory.figures(),
+    }
+
+
+def show(figures: dict[str, Any]) -> list[str]:
+    """Print the figures; returns what is not as it should be."""
+    f = figures
+    print(
+        f"{f['requests']} requests, {f['cancelled']} of them left in mid-stream, "
+        f"{f['tokens_per_second']:.1f} tokens/s\n"
+        f"time to first token: p50 {f['first_token_p50_s']:.3f} s, "
+        f"p99 {f['first_token_p99_s']:.3f} s (waiting for a place in it)\n"
+        f"between tokens: p50 {1e3 * f['between_tokens_p50_s']:.1f} ms, "
+        f"p99 {1e3 * f['between_tokens_p99_s']:.1f} ms\n"
+        f"CPU: clients {f['client_cpu']:.0%} of a core, server {f['server_cpu']:.0%}; for the same "
+        f"requests the engine takes {f['engine_cpu_over_server']:.2f} of the server's\n"
+        f"memory of the server: {f['memory_middle_mib']:.0f} -> {f['memory_last_mib']:.0f} MiB, "
+        f"{f['memory_slope_mib_per_minute']:+.1f} MiB a minute"
+    )
+    others = {status: n for status, n in f["statuses"].items() if status != 200}
+    checks = [
+        (f"wrong or lost answers: {f['wrong']} (bound 0)", f["wrong"] == 0),
+        (f"statuses but 200: {others or 'none'} (bound none)", not others),
+        (
+            f"growth of memory: {f['memory_growth']:.1%} (bound {GROWTH_BOUND:.0%})",
+            f["memory_growth"] <= GROWTH_BOUND,
+        ),
+        (f"left in the server: {f['left']} (bound 0)", f["left"] == 0),
+        (
+            f"throughput over the engine's own: {f['throughput_over_engine']:.2f} "
+            f"(by turn {f['by_turn']}, bound {THROUGHPUT_BOUND})",
+            f["throughput_over_engine"] >= THROUGHPUT_BOUND,
+        ),
+    ]
+    for text, holds in checks:
+        print(f"{text}: {'yes' if holds else 'NO'}")
+    return [text for text, holds in checks if not holds]
+
+
+def main() -> None:
+    """Measure and print."""
+    args = parse()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.set_num_threads(args.threads)
+        checkpoint = args.load or make_checkpoint(args.model, folder)
+        engine = EarlyExitEngine.from_checkpoint(checkpoint, max_batch_size=args.max_batch_size)
+        questions = make_questions(engine)
+        with (
+            contextlib.nullcontext(args.url.rstrip("/"))
+            if args.url
+            else served(checkpoint, folder, args.max_batch_size, args.threads)
+        ) as url:
+            memory = Memory(listener(urlsplit(url).port or 80))
+            items = endless_items(questions, seed=1)
+            turns = [take_turn(url, items, args, engine, memory) for _ in range(args.rounds)]
+            time.sleep(1)
+            last = health(url)
+    figures = figures_of(turns, memory)
+    figures["left"] = (
+        None if last is None else last["num_requests_running"] + last["num_requests_waiting"]
+    )
+    missed = show(figures)
+    if args.json is not None:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if missed:
+        raise SystemExit(f"{len(missed)} of the bounds do not hold")
+
+
+if __name__ == "__main__":
+    main()

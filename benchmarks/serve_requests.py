@@ -1,0 +1,104 @@
+"""What the clients of `serve_load.py` ask and are to get, and the engine without a server."""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from serve_models import WORDS
+
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+
+NUM_DISTINCT = 64
+CANCELLED = 0.2
+"""Of the streams, which are half of all requests."""
+_WAYS: tuple[dict[str, Any], ...] = (
+    {"mode": "full"},
+    {"mode": "early_exit", "early_exit_threshold": 0.0},
+    {"mode": "early_exit", "early_exit_threshold": 0.3},
+    {"mode": "early_exit", "early_exit_threshold": 0.8},
+    {"mode": "self_speculative", "draft_confidence": 0.4},
+    {"mode": "self_speculative", "draft_confidence": 0.1},
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One of the distinct requests.
+
+    Attributes:
+        prompt: a text.
+        params: how to continue it.
+        body: the same for the server.
+        answer: the text that it gets alone.
+    """
+
+    prompt: str
+    params: SamplingParams
+    body: bytes
+    answer: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question as one client asks it.
+
+    Attributes:
+        question: what is asked.
+        is_streamed: the answer is to come token by token.
+        cancel_after: events of a stream after which the client goes away; None: at the end.
+    """
+
+    question: Question
+    is_streamed: bool
+    cancel_after: int | None
+
+
+def make_questions(engine: EarlyExitEngine) -> list[Question]:
+    """Requests of all lengths and modes, each answered alone."""
+    generator = random.Random(0)
+    words = WORDS.split()
+    questions = []
+    for number in range(NUM_DISTINCT):
+        way = _WAYS[number % len(_WAYS)]
+        prompt = " ".join(generator.choices(words, k=generator.choice((1, 4, 16, 64))))
+        common = {"max_tokens": generator.choice((4, 16, 48, 96)), "ignore_eos": True}
+        params = SamplingParams(**way, **common)
+        body = {"prompt": prompt, "temperature": 0, **way, **common}
+        (result,) = engine.generate(prompt, params)
+        assert result.text is not None
+        questions.append(Question(prompt, params, json.dumps(body).encode(), result.text))
+    return questions
+
+
+def endless_items(questions: Sequence[Question], seed: int) -> Iterator[Item]:
+    """Questions in random order."""
+    generator = random.Random(seed)
+    while True:
+        question = generator.choice(questions)
+        is_streamed = generator.random() < 0.5
+        most = question.params.max_tokens // 2
+        is_cancelled = is_streamed and generator.random() < CANCELLED
+        yield Item(question, is_streamed, generator.randint(1, most) if is_cancelled else None)
+
+
+def answer_all(engine: EarlyExitEngine, items: Sequence[Item], num_clients: int) -> float:
+    """Have the engine itself answer, as many at a time as there are clients; returns seconds."""
+    begin = perf_counter()
+    waiting = iter(items)
+    running: dict[int, Item] = {}
+    events: dict[int, int] = {}
+    while True:
+        while len(running) < num_clients and (item := next(waiting, None)) is not None:
+            request = engine.submit(item.question.prompt, item.question.params)
+            running[request.key], events[request.key] = item, 0
+        if not running:
+            return perf_counter() - begin
+        for key, request in {request.key: request for request, _ in engine.step()}.items():
+            events[key] += 1
+            if events[key] == running[key].cancel_after:
+                engine.cancel(request)
+            if request.is_finished:
+                del running[key]
