@@ -1,0 +1,1 @@
+"""Pipeline schedules as data: generated, proved, timed on a cost model, and drawn."""

@@ -1,0 +1,54 @@
+"""Proves a schedule, or explains what is wrong with a picture of the faulty step."""
+
+from collections.abc import Sequence
+
+from megatron.early_exit.pipeline.activations import alive_activations
+from megatron.early_exit.pipeline.data_flow import execution_order
+from megatron.early_exit.pipeline.schedule import Schedule
+from megatron.early_exit.pipeline.validation.fault import Places, ScheduleError
+from megatron.early_exit.pipeline.validation.messages import Sends, check_messages, check_waiting
+from megatron.early_exit.pipeline.validation.passes import check_passes
+
+__all__ = ["ScheduleError", "Sends", "check"]
+
+
+def check(
+    schedule: Schedule,
+    *,
+    activation_limits: Sequence[int] | None = None,
+    sends: Sends = "blocking",
+) -> None:
+    """Prove that a schedule runs to its end and computes what it should.
+
+    Each action is on its stage's rank and happens once. Each microbatch runs forward on the first
+    stages without a gap, and backward on the same stages (a fill on neighbouring ones of them, one
+    of EE-Tuning only in exits), after its forward. If the schedule has sends and receives, each
+    result that a neighbour needs has one of both, where it is there and before it is needed, and
+    between two ranks they are in the same order. Nothing waits for ever.
+
+    Args:
+        schedule: with or without sends and receives.
+        activation_limits: for each rank the most activations that may be alive; None for any.
+        sends: how sends behave, where the schedule has them.
+
+    Raises:
+        ScheduleError: with an explanation.
+    """
+    places = Places(schedule)
+    check_passes(places)
+    _, stuck = execution_order(schedule)
+    if stuck:
+        places.fail("these computations wait for each other for ever", *stuck)
+    if any(action.is_communication for action in schedule.actions):
+        check_messages(places)
+        check_waiting(places, sends)
+    if activation_limits is not None:
+        _check_activations(places, activation_limits)
+
+
+def _check_activations(places: Places, limits: Sequence[int]) -> None:
+    for rank, (actions, limit) in enumerate(zip(places.schedule.ranks, limits, strict=True)):
+        for at, alive in enumerate(alive_activations(actions)):
+            if alive > limit:
+                reason = f"rank {rank} keeps {alive} activations, allowed: {limit}"
+                places.fail_at(reason, [(rank, at)])
