@@ -6,6 +6,8 @@ import io
 import json
 import socket
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -207,6 +209,62 @@ def test_a_server_that_is_not_there_is_one_sentence(capsys):
     assert capsys.readouterr().err == (
         f"error: no server answers at http://127.0.0.1:{port}: Connection refused\n"
     )
+
+
+class Broken(BaseHTTPRequestHandler):
+    """A server whose streams end after a token, each in its own way."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        cards = {"data": [{"id": "broken", "num_layers": 2, "exit_layers": []}]}
+        self._send(json.dumps(cards if self.server.knows_models else {"data": []}), ends=True)
+
+    def do_POST(self):
+        logprobs = {"exit_layers": [2], "text_offset": [0]}
+        choice = {"text": "a", "finish_reason": None, "token_ids": [1], "logprobs": logprobs}
+        event = {"choices": [choice], "usage": None, "metrics": None}
+        self._send(f"data: {json.dumps(event)}\n\n{self.server.last}", self.server.ends)
+
+    def _send(self, body, ends):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(f"{len(body):x}\r\n{body}\r\n".encode())
+        if ends:
+            self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("ends", "last", "knows_models", "message"),
+    [
+        (False, "", True, "has broken the connection: "),
+        (True, "", True, "has ended an answer before its end"),
+        (
+            True,
+            'data: {"error": {"message": "the engine has failed"}}\n\n',
+            True,
+            "the engine has fai",
+        ),
+        (True, "", False, "is not an early-exit server"),
+    ],
+    ids=["broken", "short", "failed", "other"],
+)
+def test_a_stream_that_breaks_is_one_sentence(capsys, ends, last, knows_models, message):
+    with HTTPServer(("127.0.0.1", 0), Broken) as server:
+        server.ends, server.last, server.knows_models = ends, last, knows_models
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert main(["--url", f"http://127.0.0.1:{server.server_port}", "--prompt", "x"]) == 2
+        server.shutdown()
+    out, err = capsys.readouterr()
+    assert out == ("a" if knows_models else "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
 
 
 def test_percentiles_are_values_that_were_there():

@@ -84,7 +84,7 @@ class CompletionClient:
             card: dict[str, Any] = found["data"][0] if model is None else found
             if not {"id", "num_layers", "exit_layers"} <= card.keys():
                 raise KeyError
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise RequestFailed(f"{self._url} is not an early-exit server") from error
         return card
 
