@@ -36,8 +36,8 @@ from megatron.early_exit.server.client.figures import (
 )
 from megatron.early_exit.server.client.outcomes import Outcome, ask
 from megatron.early_exit.server.client.prompts import read_prompts
+from megatron.early_exit.server.settings import API_KEY_VARIABLE
 
-KEY_VARIABLE = "EARLY_EXIT_API_KEY"
 _INTERRUPTED = 130
 
 
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--url", default="http://127.0.0.1:5000", help="of the server (default: %(default)s)")
-    add("--api-key", help=f"default: ${KEY_VARIABLE}, else none is sent")
+    add("--api-key", help=f"default: ${API_KEY_VARIABLE}, else none is sent")
     add("--timeout", type=float, default=600.0, help="seconds without news (default: %(default)s)")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", help="one prompt")
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
     """
     check(args)
     prompts = [args.prompt] if args.prompts_file is None else read_prompts(args.prompts_file)
-    key = args.api_key or os.environ.get(KEY_VARIABLE)
+    key = args.api_key or os.environ.get(API_KEY_VARIABLE)
     client, body = CompletionClient(args.url, key, args.timeout), request_body(args)
     card = client.card(args.model)
     if prompts == [None]:

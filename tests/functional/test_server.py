@@ -174,6 +174,65 @@ def test_scores_alone(server):
     assert answer["usage"]["completion_tokens"] == 0
 
 
+def test_offsets_are_places_in_the_text(server):
+    prompt = "a — é 日本 the"
+    answer = complete(server, prompt=prompt, echo=True, logprobs=0, max_tokens=12)
+    (choice,) = answer["choices"]
+    logprobs, text = choice["logprobs"], choice["text"]
+    count = answer["usage"]["prompt_tokens"]
+    assert logprobs["text_offset"][count] == len(prompt)
+    # What the model adds is no text that begins and ends with characters.
+    places = list(zip(logprobs["tokens"], logprobs["text_offset"], strict=True))
+    for token, offset in places[:count]:
+        if "\ufffd" not in token:
+            assert text[offset:].startswith(token), (token, offset)
+
+
+def test_the_largest_seed_has_successors(server):
+    body = {"seed": 2**63 - 1, "n": 2, "temperature": 1.0, "max_tokens": 4}
+    assert len(complete(server, **body)["choices"]) == 2
+
+
+def test_the_speed_of_a_request_counts_its_waiting(server):
+    begin = time.perf_counter()
+    answer = complete(server, n=16, temperature=1.0, max_tokens=20)
+    seconds = time.perf_counter() - begin
+    metrics = answer["metrics"]
+    assert metrics["time_to_first_token_seconds"] + metrics["decode_seconds"] <= seconds
+    # Four at a time: no answer's own time is that of all.
+    assert metrics["decode_seconds"] > 0.3 * seconds
+    speed = (16 * 20 - 1) / metrics["decode_seconds"]
+    assert metrics["tokens_per_second"] == pytest.approx(speed)
+
+
+def test_events_have_one_line(server):
+    prompt = "a\u2028b\u0085c\u2029d"
+    response = server.post(
+        "/v1/completions", {"prompt": prompt, "echo": True, "max_tokens": 1, "stream": True}
+    )
+    assert not set("\u2028\u0085\u2029") & set(response.content.decode())
+    assert "".join(event["choices"][0]["text"] for event in events(response)).startswith(prompt)
+
+
+def test_an_engine_that_hangs_does_not_make_clients_hang(checkpoint, monkeypatch):
+    with text_server(checkpoint, request_timeout=0.2) as server:
+        step = server.worker.engine.step
+        monkeypatch.setattr(server.worker.engine, "step", lambda: time.sleep(6) or step())
+        begin = time.monotonic()
+        assert server.post("/v1/completions", LONG).status_code == 504
+        assert time.monotonic() - begin < 5
+
+
+def test_what_is_not_read_holds_no_thread(checkpoint):
+    with text_server(checkpoint) as server:
+        body = {**LONG, "n": 16, "logprobs": 20, "exit_details": True, "stream": True}
+        unread = [server.post("/v1/completions", body, stream=True) for _ in range(3)]
+        wait_until(lambda: server.worker.num_running + server.worker.num_waiting == 0, 60)
+        assert server.get("/health").status_code == 200
+        for response in unread:
+            assert len(events(response)) > 200
+
+
 def test_what_an_exit_never_answers_is_a_number(tmp_path):
     few = save_text_checkpoint(tmp_path, exit_vocab_size=100)
     with text_server(few) as server:
@@ -239,6 +298,27 @@ def test_a_conversation_is_its_template(server):
     refused = server.post("/v1/chat/completions", {"messages": [{"role": "tool", "content": "4"}]})
     assert refused.status_code == 400
     assert "there are no tools" in refused.json()["error"]["message"]
+
+
+def test_a_template_may_raise_anything(server, monkeypatch):
+    def refuse(messages):
+        raise ZeroDivisionError
+
+    tokenizer = server.worker.engine.tokenizer
+    monkeypatch.setattr(tokenizer._tokenizer, "apply_chat_template", lambda *_, **__: refuse(_))
+    body = {"messages": [{"role": "user", "content": "a"}]}
+    refused = server.post("/v1/chat/completions", body)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "messages"
+
+
+def test_the_servers_default_reaches_every_protocol(checkpoint):
+    with text_server(checkpoint, mode="early_exit") as server:
+        body = {"prompts": [PROMPT], "tokens_to_generate": 4, "early_exit_thres": 0.0, "top_k": 1}
+        found = server.post("/api", {**body, "exit_layers": [1]}).json()
+        assert found["exit_layers"] == [[1] * 4]
+        off = server.post("/api", {**body, "use_early_exit": False}).json()
+        assert off["exit_layers"] == [[4] * 4]
 
 
 def test_what_clients_of_ee_llm_send(server, engine):

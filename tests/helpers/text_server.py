@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from waitress.server import create_server
 
 from megatron.early_exit.inference import EarlyExitEngine
 from megatron.early_exit.server.app import create_app
 from megatron.early_exit.server.metrics import Metrics
 from megatron.early_exit.server.settings import ExitSettings, ServerSettings
+from megatron.early_exit.server.web import WebServer
 from megatron.early_exit.server.worker import EngineWorker
 
 NAME = "tiny"
@@ -60,12 +59,11 @@ def text_server(
         **settings,
     )
     worker = EngineWorker(engine, max_batch_size, own.max_waiting, Metrics())
-    app = create_app(worker, own)
-    server = create_server(app, host="127.0.0.1", port=0, threads=48, channel_request_lookahead=1)
-    worker.start()
-    threading.Thread(target=server.run, daemon=True).start()
+    server = WebServer(
+        create_app(worker, own), worker, own, "127.0.0.1", 0, max_batch_size=max_batch_size
+    )
+    server.start()
     try:
-        yield TextServer(f"http://127.0.0.1:{server.effective_port}", worker)
+        yield TextServer(f"http://127.0.0.1:{server.port}", worker)
     finally:
-        worker.stop(5)
-        server.close()
+        server.stop(5)

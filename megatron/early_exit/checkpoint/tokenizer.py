@@ -173,7 +173,10 @@ class _HuggingFaceTokenizer:
         self._adds_special_tokens = adds_special_tokens
         self.eod_id: int | None = self._tokenizer.eos_token_id if eod_id is None else eod_id
         self.bos_id: int | None = self._tokenizer.bos_token_id
-        self.chat_template: str | None = self._tokenizer.chat_template
+        template = self._tokenizer.chat_template
+        # There may be several under names of their own.
+        is_named = isinstance(template, dict)
+        self.chat_template: str | None = template.get("default") if is_named else template
         self.vocab_size = len(self._tokenizer)
 
     @property
@@ -186,15 +189,14 @@ class _HuggingFaceTokenizer:
         return list(self._tokenizer(text, add_special_tokens=framed).input_ids)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        from jinja2 import TemplateError
-
         if self.chat_template is None:
             raise ValueError("the tokenizer has no chat template")
         try:
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        except TemplateError as error:
+        except Exception as error:
+            # Templates are programs of the model's makers, and may raise anything.
             raise ValueError(f"the chat template refuses these messages: {error}") from error
         return self.encode(text, add_special_tokens=False)
 

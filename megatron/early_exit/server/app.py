@@ -12,7 +12,7 @@ from flask.json.provider import DefaultJSONProvider
 from flask_openapi3.models.info import Info
 from flask_openapi3.openapi import OpenAPI
 from pydantic_core import from_json
-from werkzeug.exceptions import BadRequest, HTTPException
+from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
 
 from megatron.early_exit.server.blueprints.chat import chat
 from megatron.early_exit.server.blueprints.completions import completions
@@ -78,19 +78,22 @@ def create_app(worker: EngineWorker, settings: ServerSettings) -> OpenAPI:
     for endpoints in (completions, chat, models, generate, tokens, operations):
         app.register_api(endpoints(service))
     app.register_blueprint(page())
-    app.add_url_rule("/openapi.json", view_func=lambda: jsonify(_description(app)))
+    needs_key = settings.api_key is not None
+    app.add_url_rule("/openapi.json", view_func=lambda: jsonify(_description(app, needs_key)))
     _record(app, settings)
     _guard(app, settings)
     _explain_errors(app)
     return app
 
 
-def _description(app: OpenAPI) -> dict[str, Any]:
+def _description(app: OpenAPI, needs_key: bool) -> dict[str, Any]:
     """The OpenAPI document."""
     document = copy.deepcopy(app.api_doc)
     for path in _STREAMS:
         content = document["paths"][path]["post"]["responses"]["200"]["content"]
         content["text/event-stream"] = {"schema": {"type": "string"}}
+    if needs_key:
+        document["security"] = [{"key": []}]
     return document
 
 
@@ -112,7 +115,11 @@ def _guard(app: OpenAPI, settings: ServerSettings) -> None:
     def check_body() -> None:
         if request.method in ("POST", "PUT") and request.url_rule is not None:
             try:
-                request.get_json()
+                g.body = request.get_json()
+            except RequestEntityTooLarge as error:
+                most = settings.max_body_bytes
+                message = f"body: is too large, allowed: up to {most} bytes"
+                raise ApiError(413, message, "body") from error
             except BadRequest as error:
                 raise ApiError(400, f"the body is not JSON: {error.__context__}") from error
 
@@ -132,7 +139,7 @@ def _record(app: OpenAPI, settings: ServerSettings) -> None:
 
     @app.before_request
     def note_begin() -> None:
-        g.begin = perf_counter()
+        g.begin, g.body, g.outcome = perf_counter(), None, {}
 
     @app.after_request
     def log_end(response: Response) -> Response:
@@ -142,21 +149,20 @@ def _record(app: OpenAPI, settings: ServerSettings) -> None:
             "status": response.status_code,
             "client": request.remote_addr,
         }
-        if settings.log_prompts and request.is_json and not _wants_no_log():
-            fields["body"] = request.get_json(silent=True)
-        begin = g.begin
+        if settings.log_prompts and not _wants_no_log(g.body):
+            fields["body"] = g.body
+        begin, outcome = g.begin, g.outcome
 
         def write() -> None:
             seconds = round(perf_counter() - begin, 4)
-            log(_LOG, "request", **fields, seconds=seconds)
+            log(_LOG, "request", **fields, **outcome, seconds=seconds)
 
         response.call_on_close(write)
         return response
 
 
-def _wants_no_log() -> bool:
+def _wants_no_log(body: object) -> bool:
     """Megatron's way to keep a prompt to oneself."""
-    body = request.get_json(silent=True)
     return isinstance(body, dict) and body.get("no_log") is True
 
 

@@ -19,11 +19,10 @@ from megatron.early_exit.server.chat_models import (
     ChunkChoice,
     Delta,
 )
-from megatron.early_exit.server.completion_answer import heads_of
 from megatron.early_exit.server.job import Job, Tokens
 from megatron.early_exit.server.request_metrics import request_metrics, usage
 from megatron.early_exit.server.service import Service
-from megatron.early_exit.server.token_texts import LEAST_LOGPROB
+from megatron.early_exit.server.token_texts import as_number
 
 
 class ChatAnswer:
@@ -54,6 +53,7 @@ class ChatAnswer:
                 finish_reason=_reason(result.finish_reason),
                 stop_reason=result.stop_reason,
                 logprobs=self._logprobs(self._job.requests[index].tokens),
+                token_ids=result.token_ids if self._body.return_token_ids else None,
             )
             for index, result in enumerate(results)
         ]
@@ -92,6 +92,8 @@ class ChatAnswer:
             finish_reason=None if reason is None else _reason(reason),
             logprobs=self._logprobs(tokens) if tokens else None,
         )
+        if self._body.return_token_ids:
+            choice.token_ids = [token.token_id for token in tokens]
         if reason is not None:
             choice.stop_reason = self._job.requests[index].result().stop_reason
         return self._chunk([choice]).model_dump_json()
@@ -106,7 +108,7 @@ class ChatAnswer:
 
     def _token(self, token: GeneratedToken) -> ChatToken:
         chosen = self._candidate(token.token_id, token.logprob)
-        heads = heads_of(self._service, token.heads) if self._params.exit_details else None
+        heads = self._service.texts.heads(token.heads) if self._params.exit_details else None
         return ChatToken(
             token=chosen.token,
             logprob=chosen.logprob,
@@ -119,7 +121,12 @@ class ChatAnswer:
 
     def _candidate(self, token_id: int, logprob: float) -> Candidate:
         text = self._service.texts.of(token_id)
-        return Candidate(token=text, logprob=max(logprob, LEAST_LOGPROB), bytes=list(text.encode()))
+        is_whole = "\ufffd" not in text
+        return Candidate(
+            token=text,
+            logprob=as_number(logprob),
+            bytes=list(text.encode()) if is_whole else None,
+        )
 
 
 def _reason(reason: str) -> FinishReason:

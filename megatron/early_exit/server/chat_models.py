@@ -1,12 +1,17 @@
 """The bodies of `/v1/chat/completions`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from megatron.early_exit.server.answer_models import FinishReason, Head, RequestMetrics, Usage
-from megatron.early_exit.server.completion_models import StreamOptions
-from megatron.early_exit.server.fields import Index, RequestModel, SamplingFields
+from megatron.early_exit.server.fields import RequestModel, SamplingFields
+from megatron.early_exit.server.stream_options import StreamOptions
+
+Count = Annotated[int, Field(ge=1, le=2**63 - 1)]
+Nothing = Annotated[
+    Annotated[list[Any], Field(max_length=0)] | None, Field(description="Not supported.")
+]
 
 
 class TextPart(RequestModel):
@@ -20,15 +25,24 @@ class Message(RequestModel):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = Field(None, description="Only an assistant's may lack.")
     name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: Nothing = None
 
-    @property
-    def text(self) -> str:
-        """What was said."""
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+    @model_validator(mode="after")
+    def _check_content(self) -> "Message":
+        if self.content is None and self.role != "assistant":
+            raise ValueError("a message needs content")
+        return self
+
+    def for_template(self) -> dict[str, str]:
+        """The turn as chat templates read it."""
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        others = {"name": self.name, "tool_call_id": self.tool_call_id}
+        given = {name: value for name, value in others.items() if value is not None}
+        return {"role": self.role, "content": text, **given}
 
 
 class ResponseFormat(RequestModel):
@@ -42,14 +56,18 @@ class ChatRequest(SamplingFields):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     model: str | None = None
-    max_tokens: Index | None = Field(None, description="Default: what the context has room for.")
-    max_completion_tokens: Index | None = None
+    max_tokens: Count | None = Field(None, description="Default: what the context has room for.")
+    max_completion_tokens: Count | None = Field(None, description="The same under its new name.")
     n: Annotated[int, Field(ge=1, le=16)] = 1
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    return_token_ids: bool = False
+    tools: Nothing = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = Field(None, description="There are no tools to call.")
 
 
 class Candidate(BaseModel):
@@ -57,7 +75,7 @@ class Candidate(BaseModel):
 
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None = Field(description="null for a token that is a part of a character.")
 
 
 class ChatToken(Candidate):
@@ -90,6 +108,7 @@ class ChatChoice(BaseModel):
     finish_reason: FinishReason
     stop_reason: str | int | None = None
     logprobs: ChatLogprobs | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatResponse(BaseModel):
@@ -119,6 +138,7 @@ class ChunkChoice(BaseModel):
     finish_reason: FinishReason | None
     stop_reason: str | int | None = None
     logprobs: ChatLogprobs | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatChunk(BaseModel):

@@ -3,14 +3,13 @@
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from megatron.early_exit.inference.decoding.params import SamplingParams
 from megatron.early_exit.inference.decoding.results import (
     GeneratedToken,
-    HeadReport,
     PromptToken,
 )
-from megatron.early_exit.server.answer_models import Head
 from megatron.early_exit.server.completion_models import (
     CompletionChoice,
     CompletionLogprobs,
@@ -20,7 +19,7 @@ from megatron.early_exit.server.completion_models import (
 from megatron.early_exit.server.job import Job, Tokens
 from megatron.early_exit.server.request_metrics import request_metrics, usage
 from megatron.early_exit.server.service import Service
-from megatron.early_exit.server.token_texts import LEAST_LOGPROB
+from megatron.early_exit.server.token_texts import as_number
 
 
 class CompletionAnswer:
@@ -89,9 +88,11 @@ class CompletionAnswer:
         if self._body.logprobs is not None:
             logprobs = self._empty_logprobs()
         if is_first and self._body.echo:
-            text = self._echo(index) + text
+            prompt = self._echo(index)
+            text = prompt + text
+            self._lengths[index] = len(prompt)
             if logprobs is not None:
-                self._add_prompt(logprobs, index, request.prompt_tokens or [])
+                self._add_prompt(logprobs, request.prompt_tokens or [])
         if logprobs is not None:
             self._add_tokens(logprobs, index, tokens)
         wants_ids = self._body.return_token_ids
@@ -129,37 +130,35 @@ class CompletionAnswer:
             heads=[] if self._params.exit_details else None,
         )
 
-    def _add_prompt(
-        self, logprobs: CompletionLogprobs, index: int, tokens: Sequence[PromptToken]
-    ) -> None:
+    def _add_prompt(self, logprobs: CompletionLogprobs, tokens: Sequence[PromptToken]) -> None:
         for token in tokens:
-            text = self._service.texts.of(token.token_id)
-            logprobs.tokens.append(text)
-            logprobs.token_logprobs.append(_finite(token.logprob))
+            logprobs.tokens.append(self._service.texts.of(token.token_id))
             if token.logprob is None:
+                logprobs.token_logprobs.append(None)
                 logprobs.top_logprobs.append(None)
             else:
+                logprobs.token_logprobs.append(as_number(token.logprob))
                 best = self._best(token.token_id, token.logprob, token.top_logprobs)
                 logprobs.top_logprobs.append(best)
             logprobs.exit_layers.append(token.exit_layer)
             logprobs.confidences.append(token.confidence)
             if logprobs.heads is not None:
                 logprobs.heads.append(None)
-            logprobs.text_offset.append(self._lengths[index])
-            self._lengths[index] += len(text)
+        lengths = self._service.texts.lengths([token.token_id for token in tokens])
+        logprobs.text_offset += accumulate(lengths[:-1], initial=0)
 
     def _add_tokens(
         self, logprobs: CompletionLogprobs, index: int, tokens: Sequence[GeneratedToken]
     ) -> None:
         for token in tokens:
             logprobs.tokens.append(self._service.texts.of(token.token_id))
-            logprobs.token_logprobs.append(_finite(token.logprob))
+            logprobs.token_logprobs.append(as_number(token.logprob))
             best = self._best(token.token_id, token.logprob, token.top_logprobs)
             logprobs.top_logprobs.append(best)
             logprobs.exit_layers.append(token.exit_layer)
             logprobs.confidences.append(token.confidence)
             if logprobs.heads is not None:
-                logprobs.heads.append(heads_of(self._service, token.heads))
+                logprobs.heads.append(self._service.texts.heads(token.heads))
             logprobs.text_offset.append(self._lengths[index])
             self._lengths[index] += len(token.text or "")
 
@@ -170,8 +169,8 @@ class CompletionAnswer:
         found: dict[str, float] = {}
         for one, value in (*best, (token_id, logprob)):
             text = self._service.texts.of(one)
-            value = max(value, LEAST_LOGPROB)
-            found[text] = max(value, found.get(text, value))
+            number = as_number(value)
+            found[text] = max(number, found.get(text, number))
         return found
 
     def _response(self, choices: list[CompletionChoice]) -> CompletionResponse:
@@ -183,15 +182,3 @@ class CompletionAnswer:
         results = self._job.results()
         response.usage = usage(results, self._body.n)
         response.metrics = request_metrics(results, self._params, self._service.num_layers)
-
-
-def _finite(logprob: float | None) -> float | None:
-    return None if logprob is None else max(logprob, LEAST_LOGPROB)
-
-
-def heads_of(service: Service, heads: Sequence[HeadReport]) -> list[Head]:
-    """What the heads on the way to a token found best."""
-    return [
-        Head(layer=one.layer, token=service.texts.of(one.token_id), confidence=one.confidence)
-        for one in heads
-    ]

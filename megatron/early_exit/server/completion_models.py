@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
 from megatron.early_exit.server.answer_models import FinishReason, Head, RequestMetrics, Usage
-from megatron.early_exit.server.fields import Index, RequestModel, SamplingFields
+from megatron.early_exit.server.fields import Natural, SamplingFields
+from megatron.early_exit.server.stream_options import StreamOptions
 
 _TEXT_OR_TOKENS = "a text, a list of texts, a list of token ids, or a list of such lists"
 
@@ -51,18 +52,12 @@ Prompts = Annotated[
 ]
 
 
-class StreamOptions(RequestModel):
-    """What a stream ends with."""
-
-    include_usage: bool = False
-
-
 class CompletionRequest(SamplingFields):
     """OpenAI's request for the continuation of texts, and early-exit fields."""
 
     prompt: Prompts
     model: str | None = None
-    max_tokens: Index | None = Field(None, description="Default: 16.")
+    max_tokens: Natural | None = Field(None, description="Default: 16.")
     n: Annotated[int, Field(ge=1, le=16)] = 1
     best_of: Annotated[int, Field(ge=1, le=16)] | None = Field(
         None, description="Not supported but for the value of n."

@@ -1,8 +1,10 @@
 """What a client is told when its request cannot be served."""
 
+import json
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from flask import Response, current_app
+from flask import Response, current_app, request
 from flask_openapi3.types import ResponseDict
 from pydantic import BaseModel, ValidationError
 
@@ -17,7 +19,6 @@ ErrorType = Literal[
 _TYPES: dict[int, ErrorType] = {
     401: "authentication_error",
     404: "not_found_error",
-    408: "timeout_error",
     429: "rate_limit_error",
     504: "timeout_error",
 }
@@ -78,34 +79,56 @@ class ApiError(Exception):
         )
         if self.retry_after is not None:
             response.headers["Retry-After"] = str(self.retry_after)
+        if self.status == 401:
+            response.headers["WWW-Authenticate"] = "Bearer"
         return response
 
 
-def of_field(error: ValueError, param: str | None = None) -> ApiError:
+def of_field(error: ValueError, names: Mapping[str, str] | None = None) -> ApiError:
     """The answer to a value that is refused with a sentence that begins with the field's name.
 
     Args:
-        param: the field at fault, where the sentence does not begin with it.
+        names: what the request calls the engine's fields, where that is something else.
     """
-    name = str(error).partition(" ")[0].rstrip(":")
-    return ApiError(400, str(error), param or (name if name.isidentifier() else None))
+    first, _, rest = str(error).partition(" ")
+    name = first.rstrip(":")
+    if not name.isidentifier():
+        return ApiError(400, str(error))
+    given = (names or {}).get(name, name)
+    return ApiError(400, f"{given}{first[len(name) :]} {rest}", given)
 
 
 def of_validation(error: ValidationError) -> Response:
     """The answer to a body that is not what the endpoint takes."""
     first = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    given = first.get("input")
-    if not place:
+    body = request.get_json(silent=True)
+    place = _place(first["loc"], body)
+    if not first["loc"]:
         message = "the body has to be a JSON object"
     elif first["type"] == "missing":
         message = f"{place}: is required"
     elif first["type"] == "extra_forbidden":
         message = f"{place}: is unknown here"
     else:
-        value = repr(given)
-        if len(value) > _LONGEST_VALUE:
-            value = value[:_LONGEST_VALUE] + "..."
-        message = f"{place} {value}: {first['msg']}"
-    name = str(first["loc"][0]) if first["loc"] else None
+        value = json.dumps(first.get("input"), ensure_ascii=False)
+        reason = first["msg"].removeprefix("Value error, ")
+        message = f"{place} {_shortened(value)}: {reason}"
+    name = _shortened(str(first["loc"][0])) if first["loc"] else None
     return ApiError(400, message, name).response()
+
+
+def _place(parts: Sequence[str | int], body: object) -> str:
+    """Where in a body a fault is, without what pydantic adds of its own: the kinds it has tried."""
+    found = []
+    for number, part in enumerate(parts):
+        if isinstance(body, dict) and (part in body or number == len(parts) - 1):
+            found.append(_shortened(str(part)))
+            body = body.get(part)
+        elif isinstance(body, list) and isinstance(part, int):
+            found.append(str(part))
+            body = body[part] if part < len(body) else None
+    return ".".join(found)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "..."

@@ -2,13 +2,26 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from megatron.early_exit.inference.decoding.params import Mode
 from megatron.early_exit.server.errors import ApiError
 from megatron.early_exit.server.settings import ExitSettings
 
 _LARGEST_INT = 2**63 - 1
+_ABOUT = {"title", "default", "description"}
+"""What a JSON schema says of a field whatever its kind is."""
 _MODE_FIELDS = {
     "full": (),
     "early_exit": ("early_exit_threshold", "exit_layers"),
@@ -17,11 +30,37 @@ _MODE_FIELDS = {
 
 
 class RequestModel(BaseModel):
-    """A body that a client sends: nothing is converted to what it is not, nothing is ignored."""
+    """A body that a client sends: nothing is converted to what it is not, nothing is ignored.
 
-    model_config = ConfigDict(
-        strict=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
-    )
+    `null` is the same as nothing, for whatever field is not required.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        required = {name for name, field in cls.model_fields.items() if field.is_required()}
+        return {
+            name: value for name, value in body.items() if value is not None or name in required
+        }
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        for name, field in schema.get("properties", {}).items():
+            kinds = field.get("anyOf", ())
+            is_nullable = {"type": "null"} in (field, *kinds) or field.get("type") == "null"
+            if name not in schema.get("required", ()) and not is_nullable:
+                about = {key: field.pop(key) for key in _ABOUT & field.keys()}
+                own = dict(field)
+                field.clear()
+                field.update(about, anyOf=[own, {"type": "null"}])
+        return schema
 
 
 def _as_texts(value: object) -> object:
@@ -43,11 +82,22 @@ Stops = Annotated[
 ]
 """One text, several, or none."""
 
-Index = Annotated[int, Field(ge=0, le=_LARGEST_INT)]
+Natural = Annotated[int, Field(ge=0, le=_LARGEST_INT)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenName = Annotated[str, Field(pattern="^[0-9]{1,18}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+def not_supported(value: bool) -> bool:
+    """Refuse a switch that is on.
+
+    Raises:
+        ValueError: it is.
+    """
+    if value:
+        raise ValueError("is not supported, allowed: false")
+    return value
 
 
 class ExitFields(RequestModel):
@@ -66,10 +116,10 @@ class ExitFields(RequestModel):
         None, description="Least probability with which an exit may give a token."
     )
     early_exit_thres: Share | None = Field(None, description="EE-LLM's name of the threshold.")
-    exit_layers: list[Index] | None = Field(
+    exit_layers: list[Natural] | None = Field(
         None, description="The exits that are asked, each named by the layers before it."
     )
-    draft_exit_layer: Index | None = Field(None, description="The exit that drafts.")
+    draft_exit_layer: Natural | None = Field(None, description="The exit that drafts.")
     num_draft_tokens: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None, description="Most drafts before the whole model looks at them."
     )
@@ -136,15 +186,15 @@ class SamplingFields(ExitFields):
         None, description="Default: 1; 0 takes the most probable token."
     )
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Index | None = Field(None, description="0: no limit.")
+    top_k: Natural | None = Field(None, description="0: no limit.")
     min_p: Share | None = None
     top_p_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     top_p_bound: Share | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    seed: Index | None = None
+    seed: Natural | None = None
     stop: Stops = None
-    stop_token_ids: Annotated[list[Index], Field(max_length=64)] | None = None
-    min_tokens: Index | None = None
+    stop_token_ids: Annotated[list[Natural], Field(max_length=64)] | None = None
+    min_tokens: Natural | None = None
     ignore_eos: bool = False
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
@@ -152,9 +202,22 @@ class SamplingFields(ExitFields):
         None, description="What is added to the logits of tokens."
     )
     user: str | None = Field(None, description="Of the client's own use.")
+    safety_identifier: str | None = Field(None, description="Of the client's own use.")
+    metadata: dict[str, str] | None = Field(None, description="Of the client's own use.")
+    store: Annotated[bool, AfterValidator(not_supported)] = False
 
     def sampling_params(self) -> dict[str, Any]:
-        """The fields of `SamplingParams` that are about the choice of tokens."""
+        """The fields of `SamplingParams` that are about the choice of tokens.
+
+        Raises:
+            ApiError: a field has no effect.
+        """
+        if self.top_p_bound and self.top_p_decay in (None, 1):
+            raise ApiError(
+                400,
+                f"top_p_bound {self.top_p_bound}: has no effect without top_p_decay",
+                "top_p_bound",
+            )
         names = (
             *("top_p", "top_k", "min_p", "top_p_decay", "top_p_bound", "repetition_penalty"),
             *("seed", "min_tokens", "presence_penalty", "frequency_penalty"),

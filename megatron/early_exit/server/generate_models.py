@@ -2,12 +2,19 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from megatron.early_exit.server.answer_models import Head
-from megatron.early_exit.server.fields import Index, RequestModel, Share, Stops
+from megatron.early_exit.server.fields import Natural, RequestModel, Share, Stops, not_supported
 
-_NO_BEAMS = "Refused: there is no beam search here, as in Megatron 0.19."
+_NO_BEAMS = "there is no beam search here, as in Megatron 0.19"
+
+
+def _refuse(_: object) -> None:
+    raise ValueError(_NO_BEAMS)
+
+
+NoBeams = Annotated[None, BeforeValidator(_refuse), Field(description=f"Refused: {_NO_BEAMS}.")]
 
 
 class GenerateRequest(RequestModel):
@@ -27,23 +34,26 @@ class GenerateRequest(RequestModel):
     stop_on_eol: bool = Field(False, description="End before a line break.")
     stop_on_double_eol: bool = Field(False, description="End before an empty line.")
     stop_sequences: Stops = None
-    random_seed: Index | None = None
+    random_seed: Natural | None = None
     echo_prompts: bool = Field(True, description="Put prompts in front of texts, as Megatron does.")
-    use_early_exit: bool = Field(False, description="Take tokens from exits that are sure enough.")
+    use_early_exit: bool | None = Field(
+        None,
+        description="Take tokens from exits that are sure enough; false runs all layers. Default: "
+        "the server's. Threshold and exits are of no interest where no token is taken from exits: "
+        "EE-LLM's clients always send them.",
+    )
     early_exit_thres: Share | None = Field(None, description="How sure: a probability.")
-    exit_layers: list[Index] | None = Field(
+    exit_layers: list[Natural] | None = Field(
         None, description="The exits that are asked; none or an empty list is all of them."
     )
     print_max_prob: bool = Field(
         False, description="Tell what each head on the way to a token found best (`max_probs`)."
     )
     no_log: bool = Field(False, description="Keep the prompts out of the log in any case.")
-    prevent_newline_after_colon: Annotated[bool, Field(json_schema_extra={"enum": [False]})] = (
-        Field(False, description="Not supported.")
-    )
-    beam_width: None = Field(None, description=_NO_BEAMS)
-    length_penalty: None = Field(None, description=_NO_BEAMS)
-    stop_token: None = Field(None, description=_NO_BEAMS)
+    prevent_newline_after_colon: Annotated[bool, AfterValidator(not_supported)] = False
+    beam_width: NoBeams = None
+    length_penalty: NoBeams = None
+    stop_token: NoBeams = None
 
 
 class GenerateResponse(BaseModel):

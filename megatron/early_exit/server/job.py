@@ -11,6 +11,8 @@ from megatron.early_exit.server.errors import ApiError
 
 _POLL_S = 0.25
 """How often it is looked whether the client is still there."""
+_PATIENCE_S = 2.0
+"""How long after its time a job may still be told so by the engine's thread."""
 
 Tokens = list[tuple[int, GeneratedToken]]
 """New tokens, each with the index of its sequence."""
@@ -81,8 +83,11 @@ class Job:
 
     def expire(self) -> None:
         """Its time is over."""
+        self.fail(self._late())
+
+    def _late(self) -> ApiError:
         message = f"there is no whole answer after {self._seconds:g} seconds, the server's limit"
-        self.fail(ApiError(504, message, code="timeout"))
+        return ApiError(504, message, code="timeout")
 
     def _close(self, end: ApiError | None) -> None:
         if not self._is_over:
@@ -122,6 +127,8 @@ class Job:
             except Empty:
                 if is_gone():
                     raise ClientGone from None
+                if time.monotonic() > self.deadline + _PATIENCE_S:
+                    raise self._late() from None
                 continue
             if isinstance(news, ApiError):
                 raise news

@@ -4,12 +4,15 @@
 no field for it, such as evaluation harnesses.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron.early_exit.inference.decoding.params import DEFAULT_THRESHOLD
 from megatron.early_exit.server.errors import ApiError
 from megatron.early_exit.server.settings import ExitSettings
+
+_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{0,17})?([eE][+-]?[0-9]{1,3})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +74,7 @@ class ServedModel:
 
 
 def _share(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
+    if _NUMBER.fullmatch(text) is None:
         return None
-    return value if 0 <= value <= 1 else None
+    value = float(text)
+    return value if value <= 1 else None

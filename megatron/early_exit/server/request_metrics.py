@@ -34,18 +34,20 @@ def request_metrics(
     """
     layers = Counter(layer for one in results for layer in one.exit_layers)
     count = layers.total()
-    times = [one.statistics for one in results]
-    seconds = max(one.decode_seconds for one in times)
-    later = sum(max(0, one.num_generated_tokens - 1) for one in times)
+    times = [one.statistics for one in results if one.token_ids]
+    start = min((one.started for one in times), default=0.0)
+    first = min((one.started + one.prefill_seconds for one in times), default=start)
+    ends = (one.started + one.prefill_seconds + one.decode_seconds for one in times)
+    seconds = max(ends, default=first) - first
     return RequestMetrics(
         mode=params.mode,
         early_exit_threshold=params.threshold if params.mode == "early_exit" else None,
         num_layers=num_layers,
         mean_exit_layer=sum(layer * n for layer, n in layers.items()) / count if count else None,
         exit_tokens={str(layer): layers[layer] for layer in sorted(layers)},
-        time_to_first_token_seconds=min(one.prefill_seconds for one in times),
+        time_to_first_token_seconds=first - start,
         decode_seconds=seconds,
-        tokens_per_second=later / seconds if seconds > 0 else 0.0,
+        tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0,
         speculative_decoding=_speculation(results) if params.mode == "self_speculative" else None,
     )
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from flask import Response, request
+from flask import Response, g, request
 from pydantic import BaseModel
 
 from megatron.early_exit.inference.decoding.params import SamplingParams
@@ -16,6 +16,9 @@ from megatron.early_exit.server.worker import EngineWorker
 
 _LONGEST_TOKEN = 256
 """Characters; a text of more per token of the context is too long without being looked at."""
+
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
+"""Some clients end the lines of a stream at these, too; in JSON they may as well be escaped."""
 
 
 class Service:
@@ -40,6 +43,36 @@ class Service:
         self.vocab_size = engine.vocab_size
         self.max_model_len = engine.max_sequence_length
 
+    def encode_all(
+        self, prompts: Sequence[str | list[int]], answers: int, param: str, room: int
+    ) -> list[list[int]]:
+        """The tokens of a request's prompts; see `encode`.
+
+        Args:
+            answers: to each.
+
+        Raises:
+            ApiError: there are too many, or one of them is refused.
+        """
+        most, count = self.settings.max_sequences, len(prompts) * answers
+        if count > most:
+            raise ApiError(
+                400, f"{param}: asks for {count} texts, allowed: up to {most} in a request", param
+            )
+        return [self.encode(prompt, param, room) for prompt in prompts]
+
+    def encode_text(self, text: str, param: str, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a text, however many.
+
+        Raises:
+            ApiError: the model knows no text, or it is too long by far.
+        """
+        if self.tokenizer is None:
+            raise ApiError(400, f"{param}: the model knows no text, allowed: token ids", param)
+        if len(text) > _LONGEST_TOKEN * self.max_model_len:
+            raise self._too_long(param, f"{len(text)} characters", self.max_model_len)
+        return self.tokenizer.encode(text, add_special_tokens)
+
     def encode(self, prompt: str | list[int], param: str, room: int) -> list[int]:
         """The tokens of a prompt.
 
@@ -52,11 +85,7 @@ class Service:
         """
         longest = self.max_model_len - room
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ApiError(400, f"{param}: the model knows no text, allowed: token ids", param)
-            if len(prompt) > _LONGEST_TOKEN * self.max_model_len:
-                raise self._too_long(param, f"{len(prompt)} characters", longest)
-            tokens = self.tokenizer.encode(prompt)
+            tokens = self.encode_text(prompt, param)
         else:
             tokens = prompt
             unknown = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
@@ -77,7 +106,6 @@ class Service:
         prompts: Sequence[list[int]],
         params: SamplingParams,
         answers: int,
-        param: str,
         is_streamed: bool,
     ) -> Job:
         """Hand sequences to the engine, and wait until it has taken them in.
@@ -86,20 +114,13 @@ class Service:
             prompts: their tokens.
             params: how to continue each.
             answers: to each prompt; with a seed, each has one of its own, counted upwards.
-            param: the field of the prompts, for errors.
             is_streamed: tokens are wanted as they come.
 
         Raises:
-            ApiError: there are too many, or the engine does not take them.
+            ApiError: the engine does not take them.
             ClientGone: the client has not waited for it.
         """
-        most, count = self.settings.max_sequences, len(prompts) * answers
-        if count > most:
-            raise ApiError(
-                400, f"{param}: asks for {count} texts, allowed: up to {most} in a request", param
-            )
-        seeds = [params.seed if params.seed is None else params.seed + i for i in range(answers)]
-        copies = [params if seed is None else replace(params, seed=seed) for seed in seeds]
+        copies = [_with_seed(params, i) for i in range(answers)]
         job = Job(
             [prompt for prompt in prompts for _ in range(answers)],
             [copy for _ in prompts for copy in copies],
@@ -109,7 +130,7 @@ class Service:
         self.worker.submit(job)
         try:
             job.wait_for_begin(client_is_gone())
-        except ClientGone:
+        except (ClientGone, ApiError):
             self.worker.cancel(job)
             raise
         return job
@@ -124,19 +145,23 @@ class Service:
         try:
             for _ in job.tokens(client_is_gone()):
                 pass
-        except ClientGone:
+        except (ClientGone, ApiError):
             self.worker.cancel(job)
             raise
 
     def stream(self, job: Job, events: Iterator[str]) -> Response:
         """Send what `events` makes of a job as server-sent events."""
 
+        outcome: dict[str, object] = g.outcome
+
         def lines() -> Iterator[str]:
             try:
                 for event in events:
-                    yield f"data: {event}\n\n"
+                    yield f"data: {event.translate(_LINE_ENDS)}\n\n"
                 yield "data: [DONE]\n\n"
+                outcome["end"] = "done"
             except ApiError as error:
+                outcome["end"] = error.body.error.code
                 yield f"data: {error.body.model_dump_json()}\n\n"
             except ClientGone:
                 return
@@ -149,6 +174,12 @@ class Service:
     def _too_long(param: str, length: str, longest: int) -> ApiError:
         message = f"{param}: is too long with {length}, allowed: up to {longest} tokens"
         return ApiError(400, message, param, "context_length_exceeded")
+
+
+def _with_seed(params: SamplingParams, answer: int) -> SamplingParams:
+    if params.seed is None:
+        return params
+    return replace(params, seed=(params.seed + answer) % 2**63)
 
 
 def answer(body: BaseModel) -> Response:

@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 from megatron.early_exit.inference.decoding.params import DEFAULT_THRESHOLD, Mode
 
+API_KEY_VARIABLE = "EARLY_EXIT_API_KEY"
+"""Of the environment: the key that a server asks for and clients send."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExitSettings:
@@ -38,7 +41,7 @@ class ServerSettings:
         max_sequences: prompts, times answers to each, in one request.
         max_body_bytes: size of a request.
         request_timeout: seconds until an answer is given up.
-        log_prompts: put prompts and answers into the log.
+        log_prompts: put what clients send into the log.
     """
 
     model_name: str

@@ -5,8 +5,10 @@ import signal
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 from flask import Flask
+from waitress.channel import HTTPChannel
 from waitress.server import create_server
 
 from megatron.early_exit.server.settings import ServerSettings
@@ -14,9 +16,11 @@ from megatron.early_exit.server.worker import EngineWorker
 
 _SPARE_THREADS = 16
 """For answers that do not wait for the engine: figures, health, errors."""
+_LARGEST_BODY = 2**26
+"""Bytes; larger bodies than allowed are read up to this, so that the application answers them."""
 _POLL_S = 0.2
 _LAST_WORDS_S = 1.0
-"""Until clients have been sent what is under way when the process ends."""
+"""Until clients have been told that the engine is lost."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -30,7 +34,6 @@ class WebServer:
         host: address to listen on.
         port: 0 takes any free one.
         max_batch_size: sequences that the engine runs at a time.
-        grace: seconds that requests get to come to their ends.
 
     Raises:
         ValueError: the address cannot be listened on.
@@ -44,13 +47,14 @@ class WebServer:
         host: str,
         port: int,
         max_batch_size: int,
-        grace: float,
     ) -> None:
         # A thread is with a request until its end. There is one for all that may run or wait.
         threads = max_batch_size + settings.max_waiting + _SPARE_THREADS
+        self._sockets: dict[int, Any] = {}
         try:
             self._server = create_server(
                 app,
+                map=self._sockets,
                 host=host,
                 port=port,
                 threads=threads,
@@ -58,15 +62,18 @@ class WebServer:
                 backlog=1024,
                 # To learn that a client has gone away while its request is under way.
                 channel_request_lookahead=1,
-                max_request_body_size=2 * settings.max_body_bytes,
+                max_request_body_size=max(_LARGEST_BODY, 2 * settings.max_body_bytes),
+                # What a client does not read goes into a file: no thread waits for it to be read.
+                outbuf_high_watermark=2**60,
                 asyncore_use_poll=True,
                 ident="early-exit",
                 clear_untrusted_proxy_headers=True,
             )
         except OSError as error:
             raise ValueError(f"--host {host} --port {port} cannot be used: {error}") from error
-        self._worker, self._grace = worker, grace
+        self._worker = worker
         self._is_told_to_end = threading.Event()
+        self._thread = threading.Thread(target=self._server.run, name="web", daemon=True)
 
     @property
     def port(self) -> int:
@@ -74,21 +81,52 @@ class WebServer:
         places = getattr(self._server, "effective_listen", None)
         return int(places[0][1] if places else self._server.effective_port)
 
-    def run(self) -> int:
-        """Serve until the end; to be called in the main thread. Returns the exit status."""
+    def start(self) -> None:
+        """Begin to serve."""
+        self._worker.start()
+        self._thread.start()
+
+    def run(self, grace: float) -> int:
+        """Serve until the end; to be called in the main thread.
+
+        Args:
+            grace: seconds that requests get to come to their ends.
+
+        Returns:
+            The exit status.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        self._worker.start()
-        thread = threading.Thread(target=self._server.run, name="web", daemon=True)
-        thread.start()
-        while not self._is_told_to_end.wait(_POLL_S) and self._worker.failure is None:
+        self.start()
+        while self._is_well() and not self._is_told_to_end.wait(_POLL_S):
             pass
-        if self._worker.failure is None:
-            _LOG.info("finishing what is under way, for up to %g seconds", self._grace)
-            self._worker.stop(self._grace)
-        # Answers that are there have yet to go out; the rest ends with the process.
-        time.sleep(_LAST_WORDS_S)
-        return 0 if self._worker.failure is None else 1
+        if not self._is_well():
+            time.sleep(_LAST_WORDS_S)
+            return 1
+        _LOG.info("finishing what is under way, for up to %g seconds", grace)
+        self.stop(grace)
+        return 0 if self._is_well() else 1
+
+    def stop(self, grace: float) -> None:
+        """Take nothing new in, and give answers time to be made and read.
+
+        Args:
+            grace: seconds for both.
+        """
+        until = time.monotonic() + grace
+        self._worker.stop(grace)
+        # At least one look: what was given up is to be told of even without any grace.
+        time.sleep(_POLL_S)
+        while self._is_sending() and time.monotonic() < until:
+            time.sleep(_POLL_S)
+
+    def _is_well(self) -> bool:
+        return self._worker.failure is None and self._thread.is_alive()
+
+    def _is_sending(self) -> bool:
+        """Whether a connection has a request without an answer, or an answer not yet read."""
+        channels = (one for one in list(self._sockets.values()) if isinstance(one, HTTPChannel))
+        return any(one.requests or one.total_outbufs_len for one in channels)
 
     def fail(self, reason: str) -> None:
         """Tell all clients that the engine is lost, and give the answers time to go out.

@@ -101,14 +101,15 @@ class EngineWorker:
             if self._num_sequences and after > self._max_waiting:
                 raise ApiError(
                     429,
-                    f"{self.num_waiting} sequences are waiting and {self._max_waiting} may: "
-                    "try again later",
+                    f"{job.size} more sequences find no place, {self.num_waiting} of "
+                    f"{self._max_waiting} places in the queue are taken: try again later",
                     code="queue_full",
                     retry_after=1,
                 )
             self._num_sequences += job.size
             self._jobs.add(job)
-        self._orders.put(lambda: self._begin(job))
+            # Within the lock: whoever stops the thread finds it behind all jobs.
+            self._orders.put(lambda: self._begin(job))
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for a job any more."""
@@ -133,6 +134,7 @@ class EngineWorker:
         with self._lock:
             self.failure = self.failure or reason
             jobs, self._jobs = self._jobs, set()
+        _LOG.error("the engine has failed: %s", reason)
         for job in jobs:
             job.fail(self._failed())
 
@@ -149,8 +151,9 @@ class EngineWorker:
                     self._forward()
             self.engine.close()
         except Exception as error:
-            _LOG.exception("the engine has failed")
-            self.fail(f"{type(error).__name__}: {error}")
+            # What it says is for the log alone: clients and /health get its kind.
+            _LOG.exception("an exception in the engine's thread")
+            self.fail(type(error).__name__)
 
     def _obey(self, wait: bool) -> None:
         """Do what the other threads have asked for."""
@@ -227,6 +230,6 @@ class EngineWorker:
 
     def _leave(self) -> None:
         self._leaves = True
-        for job in {job for job, _, _ in self._running.values()}:
+        for job in list(self._jobs):
             job.fail(ApiError(503, "the server has stopped", code="shutting_down"))
             self._drop(job)

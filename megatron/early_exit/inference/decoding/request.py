@@ -147,6 +147,7 @@ class Request:
                 count,
                 first - start,
                 end - first if count > 1 else 0.0,
+                start,
                 self.mode.counts,
             ),
             stop_reason=self._stopping.stop_reason,

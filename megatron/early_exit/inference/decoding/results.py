@@ -75,6 +75,8 @@ class GenerationStatistics:
     """From the start to the first token."""
     decode_seconds: float
     """From the first token to the last."""
+    started: float = 0.0
+    """The start, by `time.perf_counter`."""
     drafts: DraftCounts | None = None
     """In mode `self_speculative`."""
 

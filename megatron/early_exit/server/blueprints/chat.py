@@ -9,6 +9,7 @@ from megatron.early_exit.server.chat_answer import ChatAnswer
 from megatron.early_exit.server.chat_models import ChatRequest, ChatResponse
 from megatron.early_exit.server.errors import ERRORS, ApiError, of_field
 from megatron.early_exit.server.service import Service, answer, client_is_gone
+from megatron.early_exit.server.stream_options import check_stream_options
 
 
 def chat(service: Service) -> APIBlueprint:
@@ -20,7 +21,7 @@ def chat(service: Service) -> APIBlueprint:
         """Answer the last message of a conversation."""
         tokens = service.encode(_prompt(body, service), "messages", room=1)
         params = _params(body, service, len(tokens))
-        job = service.submit([tokens], params, body.n, "n", body.stream)
+        job = service.submit([tokens], params, body.n, body.stream)
         pieces = ChatAnswer(body, params, service, job)
         if body.stream:
             return service.stream(job, pieces.events(job.tokens(client_is_gone())))
@@ -39,25 +40,28 @@ def _prompt(body: ChatRequest, service: Service) -> list[int]:
             "messages",
             "no_chat_template",
         )
-    messages = [{"role": one.role, "content": one.text} for one in body.messages]
     try:
-        return tokenizer.encode_chat(messages)
+        return tokenizer.encode_chat([one.for_template() for one in body.messages])
     except ValueError as error:
         raise ApiError(400, f"messages: {error}", "messages") from error
 
 
 def _params(body: ChatRequest, service: Service, num_tokens: int) -> SamplingParams:
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options: has no effect without stream", "stream_options")
+    check_stream_options(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs: has no effect without logprobs", "top_logprobs")
+    if body.exit_details and not body.logprobs:
+        raise ApiError(400, "exit_details true: has no effect without logprobs", "exit_details")
     settings = service.model.settings(body.model)
-    limits = [one for one in (body.max_completion_tokens, body.max_tokens) if one is not None]
+    limits = {one for one in (body.max_completion_tokens, body.max_tokens) if one is not None}
+    if len(limits) > 1:
+        message = f"max_tokens {body.max_tokens}: contradicts max_completion_tokens"
+        raise ApiError(400, message, "max_tokens")
     try:
         return SamplingParams(
             **body.sampling_params(),
             **body.exit_params(settings, len(service.model.exit_layers)),
-            max_tokens=limits[0] if limits else service.max_model_len - num_tokens,
+            max_tokens=limits.pop() if limits else service.max_model_len - num_tokens,
             logprobs=body.top_logprobs if body.logprobs else None,
         )
     except ValueError as error:

@@ -9,6 +9,7 @@ from megatron.early_exit.server.completion_answer import CompletionAnswer
 from megatron.early_exit.server.completion_models import CompletionRequest, CompletionResponse
 from megatron.early_exit.server.errors import ERRORS, ApiError, of_field
 from megatron.early_exit.server.service import Service, answer, client_is_gone
+from megatron.early_exit.server.stream_options import check_stream_options
 
 _DEFAULT_MAX_TOKENS = 16
 
@@ -24,8 +25,8 @@ def completions(service: Service) -> APIBlueprint:
         """Continue texts."""
         params = _params(body, service)
         room = min(params.max_tokens, 1)
-        prompts = [service.encode(prompt, "prompt", room) for prompt in body.prompt]
-        job = service.submit(prompts, params, body.n, "prompt", body.stream)
+        prompts = service.encode_all(body.prompt, body.n, "prompt", room)
+        job = service.submit(prompts, params, body.n, body.stream)
         pieces = CompletionAnswer(body, params, service, job)
         if body.stream:
             return service.stream(job, pieces.events(job.tokens(client_is_gone())))
@@ -40,8 +41,9 @@ def _params(body: CompletionRequest, service: Service) -> SamplingParams:
         raise ApiError(
             400, f"best_of {body.best_of}: is not supported, allowed: {body.n} (n)", "best_of"
         )
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options: has no effect without stream", "stream_options")
+    check_stream_options(body)
+    if body.exit_details and body.logprobs is None:
+        raise ApiError(400, "exit_details true: has no effect without logprobs", "exit_details")
     settings = service.model.settings(body.model)
     scores_prompt = body.echo and body.logprobs is not None
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens

@@ -8,12 +8,12 @@ from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
 from megatron.early_exit.inference.decoding.params import SamplingParams
-from megatron.early_exit.server.completion_answer import heads_of
 from megatron.early_exit.server.errors import ERRORS, ApiError, of_field
+from megatron.early_exit.server.fields import ExitFields
 from megatron.early_exit.server.generate_models import GenerateRequest, GenerateResponse
 from megatron.early_exit.server.job import Job
 from megatron.early_exit.server.service import Service, answer
-from megatron.early_exit.server.token_texts import LEAST_LOGPROB
+from megatron.early_exit.server.token_texts import as_number
 
 _FIELDS = {
     "max_tokens": "tokens_to_generate",
@@ -33,8 +33,8 @@ def generate(service: Service) -> APIBlueprint:
     def generated(body: GenerateRequest) -> Response:
         begin = perf_counter()
         params = _params(body, service)
-        prompts = [_tokens(prompt, body, service) for prompt in body.prompts]
-        job = service.submit(prompts, params, 1, "prompts", is_streamed=False)
+        prompts = _prompts(body, service)
+        job = service.submit(prompts, params, answers=1, is_streamed=False)
         service.finish(job)
         return answer(_response(body, service, job, perf_counter() - begin))
 
@@ -51,24 +51,18 @@ def generate(service: Service) -> APIBlueprint:
     return blueprint
 
 
-def _tokens(prompt: str, body: GenerateRequest, service: Service) -> list[int]:
+def _prompts(body: GenerateRequest, service: Service) -> list[list[int]]:
     room = min(1, body.tokens_to_generate)
     if not body.add_BOS:
-        return service.encode(prompt, "prompts", room)
-    tokenizer = service.tokenizer
-    if tokenizer is None or tokenizer.bos_id is None:
+        return service.encode_all(body.prompts, 1, "prompts", room)
+    begin = None if service.tokenizer is None else service.tokenizer.bos_id
+    if begin is None:
         raise ApiError(400, "add_BOS true: the tokenizer has no such token", "add_BOS")
-    own = tokenizer.encode(prompt, add_special_tokens=False)
-    return service.encode([tokenizer.bos_id, *own], "prompts", room)
+    own = [service.encode_text(one, "prompts", add_special_tokens=False) for one in body.prompts]
+    return service.encode_all([[begin, *tokens] for tokens in own], 1, "prompts", room)
 
 
 def _params(body: GenerateRequest, service: Service) -> SamplingParams:
-    if body.prevent_newline_after_colon:
-        raise ApiError(
-            400,
-            "prevent_newline_after_colon true: is not supported, allowed: false",
-            "prevent_newline_after_colon",
-        )
     if body.top_k > 0 and body.top_p > 0:
         raise ApiError(400, f"top_p {body.top_p}: cannot be combined with top_k", "top_p")
     for name in ("top_p_decay", "top_p_bound"):
@@ -97,34 +91,28 @@ def _params(body: GenerateRequest, service: Service) -> SamplingParams:
             stop=tuple(stops),
             logprobs=0 if body.logprobs else None,
             prompt_logprobs=0 if scores_prompt else None,
-            exit_details=body.print_max_prob,
             **_exit_params(body, service),
         )
     except ValueError as error:
-        name = str(error).partition(" ")[0]
-        raise of_field(error, _FIELDS.get(name)) from error
+        raise of_field(error, _FIELDS) from error
 
 
 def _exit_params(body: GenerateRequest, service: Service) -> dict[str, Any]:
-    """EE-LLM's clients send threshold and exits in any case; the switch alone decides."""
-    settings = service.model.settings(None)
-    if not body.use_early_exit:
-        if settings.mode == "self_speculative":
-            return {
-                "mode": "self_speculative",
-                "draft_exit_layer": settings.draft_exit_layer,
-                "num_draft_tokens": settings.num_draft_tokens,
-                "draft_confidence": settings.draft_confidence,
-            }
-        return {"mode": "full"}
-    if not service.model.exit_layers:
+    settings, exits = service.model.settings(None), service.model.exit_layers
+    if body.use_early_exit and not exits:
         raise ApiError(400, "use_early_exit true: the model has no exits", "use_early_exit")
-    threshold = body.early_exit_thres
-    return {
-        "mode": "early_exit",
-        "early_exit_threshold": settings.early_exit_threshold if threshold is None else threshold,
-        "exit_layers": tuple(body.exit_layers) if body.exit_layers else settings.exit_layers,
-    }
+    is_early = body.use_early_exit
+    if is_early is None:
+        is_early = settings.mode == "early_exit"
+    fields = ExitFields.model_validate(
+        {
+            "use_early_exit": body.use_early_exit,
+            "exit_details": body.print_max_prob,
+            "early_exit_threshold": body.early_exit_thres if is_early else None,
+            "exit_layers": (body.exit_layers or None) if is_early else None,
+        }
+    )
+    return fields.exit_params(settings, len(exits))
 
 
 def _response(
@@ -138,10 +126,10 @@ def _response(
         texts.append((prompt if body.echo_prompts else "") + (result.text or ""))
         tokens.append([*before, *result.token_ids])
         scores = [one.logprob for one in result.prompt_tokens or () if one.logprob is not None]
-        logprobs.append([max(one, LEAST_LOGPROB) for one in (*scores, *result.logprobs)])
+        logprobs.append([as_number(one) for one in (*scores, *result.logprobs)])
     heads = None
     if body.print_max_prob:
-        heads = [[heads_of(service, one) for one in result.heads] for result in results]
+        heads = [[service.texts.heads(one) for one in result.heads] for result in results]
     return GenerateResponse(
         text=texts,
         segments=[[text_of(token) for token in own] for own in tokens],

@@ -1,5 +1,7 @@
 """For those who run the server: is it well, and what has it done?"""
 
+from typing import Literal
+
 from flask import Response, current_app
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
@@ -12,7 +14,7 @@ from megatron.early_exit.server.service import Service, answer
 class Health(BaseModel):
     """How the engine is."""
 
-    status: str
+    status: Literal["ok", "unavailable", "failed"]
     reason: str | None = None
     num_requests_running: int
     num_requests_waiting: int
@@ -29,9 +31,8 @@ def operations(service: Service) -> APIBlueprint:
     def health() -> tuple[Response, int]:
         """Whether the engine's own thread comes round, not only the web server's."""
         reason = worker.ailment()
-        status = "ok" if reason is None else "failed" if worker.failure else "unavailable"
         found = Health(
-            status=status,
+            status="ok" if reason is None else "failed" if worker.failure else "unavailable",
             reason=reason,
             num_requests_running=worker.num_running,
             num_requests_waiting=worker.num_waiting,

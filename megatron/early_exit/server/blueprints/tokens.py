@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
 from megatron.early_exit.server.errors import ERRORS, ApiError
-from megatron.early_exit.server.fields import Index, RequestModel
+from megatron.early_exit.server.fields import Natural, RequestModel
 from megatron.early_exit.server.service import Service, answer
 
 
@@ -32,7 +32,7 @@ class TokenizeResponse(BaseModel):
 class DetokenizeRequest(RequestModel):
     """Tokens."""
 
-    tokens: list[Index]
+    tokens: list[Natural]
     model: str | None = None
 
 
@@ -69,7 +69,7 @@ def tokens(service: Service) -> APIBlueprint:
     def tokenize(body: TokenizeRequest) -> Response:
         """The tokens of a text."""
         service.model.settings(body.model)
-        found = tokenizer().encode(body.prompt, body.add_special_tokens)
+        found = service.encode_text(body.prompt, "prompt", body.add_special_tokens)
         result = TokenizeResponse(
             tokens=found, count=len(found), max_model_len=service.max_model_len
         )
