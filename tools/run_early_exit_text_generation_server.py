@@ -11,25 +11,32 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
 from megatron.early_exit.inference import EarlyExitEngine
-from megatron.early_exit.inference.decoding.params import DEFAULT_THRESHOLD
+from megatron.early_exit.inference.decoding.params import Mode
+from megatron.early_exit.inference.engine import DEFAULT_MAX_BATCH_SIZE
 from megatron.early_exit.server.app import create_app
 from megatron.early_exit.server.logs import configure, log
 from megatron.early_exit.server.metrics import Metrics
-from megatron.early_exit.server.settings import ExitSettings, ServerSettings
+from megatron.early_exit.server.settings import API_KEY_VARIABLE, ExitSettings, ServerSettings
 from megatron.early_exit.server.web import WebServer
 from megatron.early_exit.server.worker import EngineWorker
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-KEY_VARIABLE = "EARLY_EXIT_API_KEY"
+DEFAULTS: dict[str, Any] = {
+    one.name: one.default for one in (*fields(ExitSettings), *fields(ServerSettings))
+}
+SHOWN = "(default: %(default)s)"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=5000, help="0 takes any free one (default: %(default)s)")
     add("--served-model-name", help="default: the name of the folder of --load")
-    add("--api-key", help=f"clients have to send it (default: ${KEY_VARIABLE}, else none)")
+    add("--api-key", help=f"clients have to send it (default: ${API_KEY_VARIABLE}, else none)")
     engine = parser.add_argument_group("engine")
     add = engine.add_argument
     add("--dtype", choices=DTYPES, help="default: what the model was trained in")
@@ -50,30 +57,39 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="faster for one text at a time; starts later")
     add("--tensor-model-parallel-size", type=int, default=1, help="default: %(default)s")
     add("--pipeline-model-parallel-size", type=int, default=1, help="default: %(default)s")
-    add("--max-batch-size", type=int, default=16, help="sequences at a time (default: 16)")
+    add("--max-batch-size", type=int, default=DEFAULT_MAX_BATCH_SIZE, help=f"sequences {SHOWN}")
     add("--max-model-len", type=int, help="tokens of a sequence (default: what the model can)")
     exits = parser.add_argument_group("exits", "what applies where a request does not say it")
     add = exits.add_argument
-    modes = ("full", "early_exit", "self_speculative")
     add(
-        "--mode",
-        choices=modes,
-        help="default: self_speculative, which is lossless, if it has exits",
+        "--mode", choices=get_args(Mode), help="default: lossless self_speculative, if it has exits"
     )
-    add("--early-exit-threshold", type=float, default=DEFAULT_THRESHOLD, help="default: 0.8")
+    for name, text in {
+        "early_exit_threshold": "least confidence to leave",
+        "num_draft_tokens": "most drafts at a time",
+        "draft_confidence": "least confidence to draft",
+    }.items():
+        add(_flag(name), type=type(DEFAULTS[name]), default=DEFAULTS[name], help=f"{text} {SHOWN}")
     add("--exit-layers", type=int, nargs="+", help="exits to ask (default: all)")
     add("--draft-exit-layer", type=int, help="default: the first exit")
-    add("--num-draft-tokens", type=int, default=4, help="most at a time (default: %(default)s)")
-    add("--draft-confidence", type=float, default=0.25, help="least to draft (default: 0.25)")
     limits = parser.add_argument_group("limits")
     add = limits.add_argument
-    add("--max-waiting", type=int, default=128, help="sequences in the queue (default: 128)")
-    add("--max-sequences", type=int, default=128, help="texts of one request (default: 128)")
-    add("--max-body-bytes", type=int, default=4 * 2**20, help="of one request (default: 4 MiB)")
-    add("--request-timeout", type=float, default=600.0, help="seconds (default: %(default)s)")
-    add("--shutdown-timeout", type=float, default=30.0, help="seconds (default: %(default)s)")
+    for name, text in {
+        "max_waiting": "sequences in the queue",
+        "max_sequences": "texts of one request",
+        "max_body_bytes": "bytes of one request",
+        "request_timeout": "seconds until an answer is given up",
+    }.items():
+        add(_flag(name), type=type(DEFAULTS[name]), default=DEFAULTS[name], help=f"{text} {SHOWN}")
+    add(
+        "--shutdown-timeout", type=float, default=30.0, help=f"seconds to finish at the end {SHOWN}"
+    )
     add("--log-prompts", action="store_true", help="put what users write into the log")
     return parser
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def check_limits(args: argparse.Namespace) -> None:
@@ -90,10 +106,23 @@ def check_limits(args: argparse.Namespace) -> None:
         ("shutdown_timeout", 0),
     ):
         _check(args, name, getattr(args, name) >= least, f"{least} or more")
-    _check(args, "request_timeout", args.request_timeout > 0, "above 0")
+    _check(args, "request_timeout", 0 < args.request_timeout < math.inf, "above 0")
+    _check(args, "shutdown_timeout", args.shutdown_timeout < math.inf, "0 or more")
+    key = api_key_of(args)
+    if key is not None and not (key.isascii() and key.isprintable() and key.split() == [key]):
+        raise ValueError(
+            f"--api-key (or {API_KEY_VARIABLE}) is empty or has characters that no header carries, "
+            "allowed: ASCII without spaces"
+        )
     _check(args, "port", 0 <= args.port < 2**16, "0 to 65535")
     for name in ("early_exit_threshold", "draft_confidence"):
         _check(args, name, 0 <= getattr(args, name) <= 1, "0 to 1")
+
+
+def api_key_of(args: argparse.Namespace) -> str | None:
+    """The key that clients have to send; None lets everyone in."""
+    key: str | None = args.api_key
+    return os.environ.get(API_KEY_VARIABLE) if key is None else key
 
 
 def settings_of(args: argparse.Namespace, exit_layers: Sequence[int]) -> ServerSettings:
@@ -120,7 +149,7 @@ def settings_of(args: argparse.Namespace, exit_layers: Sequence[int]) -> ServerS
             num_draft_tokens=args.num_draft_tokens,
             draft_confidence=args.draft_confidence,
         ),
-        api_key=args.api_key or os.environ.get(KEY_VARIABLE),
+        api_key=api_key_of(args),
         max_waiting=args.max_waiting,
         max_sequences=args.max_sequences,
         max_body_bytes=args.max_body_bytes,
@@ -131,8 +160,8 @@ def settings_of(args: argparse.Namespace, exit_layers: Sequence[int]) -> ServerS
 
 def _check(args: argparse.Namespace, name: str, in_range: bool, allowed: str) -> None:
     if not in_range:
-        flag = "--" + name.replace("_", "-")
-        raise ValueError(f"{flag} {getattr(args, name)} is out of range, allowed: {allowed}")
+        value = getattr(args, name)
+        raise ValueError(f"{_flag(name)} {value} is out of range, allowed: {allowed}")
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -169,7 +198,6 @@ def serve(args: argparse.Namespace) -> int:
         host=args.host,
         port=args.port,
         max_batch_size=args.max_batch_size,
-        grace=args.shutdown_timeout,
     )
     engine.on_death(server.fail)
     exits = settings.exits
@@ -185,7 +213,7 @@ def serve(args: argparse.Namespace) -> int:
         draft_confidence=exits.draft_confidence,
         needs_key=settings.api_key is not None,
     )
-    return server.run()
+    return server.run(args.shutdown_timeout)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
