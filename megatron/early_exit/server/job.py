@@ -9,10 +9,13 @@ from megatron.early_exit.inference.decoding.request import Request
 from megatron.early_exit.inference.decoding.results import GeneratedToken, GenerationResult
 from megatron.early_exit.server.errors import ApiError
 
-_POLL_S = 0.25
+_POLL_S = 1.0
 """How often it is looked whether the client is still there."""
 _PATIENCE_S = 2.0
 """How long after its time a job may still be told so by the engine's thread."""
+
+_PACE_S = 0.02
+"""Least time between two events of a stream: each wakes a thread that the engine yields to."""
 
 Tokens = list[tuple[int, GeneratedToken]]
 """New tokens, each with the index of its sequence."""
@@ -52,6 +55,8 @@ class Job:
         self._news: SimpleQueue[Tokens | ApiError | None] = SimpleQueue()
         self._unfinished = len(prompts)
         self._is_over = False
+        self._held: Tokens = []
+        self._next_news = 0.0
 
     @property
     def size(self) -> int:
@@ -63,10 +68,22 @@ class Job:
         self.requests = requests
         self._news.put([])
 
-    def add(self, tokens: Tokens) -> None:
-        """New tokens of a step."""
+    def add(self, tokens: Tokens, now: float) -> None:
+        """New tokens of a step; those of a moment go out together.
+
+        Args:
+            now: by `time.monotonic`.
+        """
         if self.is_streamed:
-            self._news.put(tokens)
+            self._held += tokens
+            if now >= self._next_news:
+                self._hand_over()
+                self._next_news = now + _PACE_S
+
+    def _hand_over(self) -> None:
+        if self._held:
+            self._news.put(self._held)
+            self._held = []
 
     def end_one(self, request: Request) -> bool:
         """A sequence has ended; returns whether it was the last one."""
@@ -92,6 +109,7 @@ class Job:
     def _close(self, end: ApiError | None) -> None:
         if not self._is_over:
             self._is_over = True
+            self._hand_over()
             self._news.put(end)
 
     def wait_for_begin(self, is_gone: Callable[[], bool]) -> None:

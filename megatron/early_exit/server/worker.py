@@ -17,6 +17,7 @@ from megatron.early_exit.server.job import Job, Tokens
 from megatron.early_exit.server.metrics import Metrics
 
 _EXPIRY_INTERVAL_S = 0.5
+_LOOK_INTERVAL_S = 0.02
 _SILENCE_S = 60.0
 """Longer than any batch takes: an engine that has not come round for so long hangs."""
 _LOG = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class EngineWorker:
         self._lock = threading.Lock()
         self._num_sequences = 0
         self._refuses = self._leaves = False
-        self._next_expiry = 0.0
+        self._next_expiry = self._next_look = 0.0
         self._pulse = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         metrics.watch(lambda: self.num_running, lambda: self.num_waiting, lambda: self.cache_usage)
@@ -184,14 +185,20 @@ class EngineWorker:
 
     def _forward(self) -> None:
         news: dict[Job, Tokens] = {}
+        has_end = False
         for request, token in self.engine.step():
             if request.key in self._running:
                 job, index, _ = self._running[request.key]
                 news.setdefault(job, []).append((index, token))
                 self.metrics.token(request, token)
+                has_end = has_end or token.finish_reason is not None
+        now = time.monotonic()
         for job, tokens in news.items():
-            job.add(tokens)
-        self._end_finished()
+            job.add(tokens, now)
+        # Those that fail, or only wanted scores, end without a token.
+        if has_end or now >= self._next_look:
+            self._next_look = now + _LOOK_INTERVAL_S
+            self._end_finished()
 
     def _end_finished(self) -> None:
         ended = [one for _, _, one in self._running.values() if one.is_finished]
