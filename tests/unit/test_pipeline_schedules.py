@@ -75,10 +75,10 @@ def test_schedule_says_where_it_cannot_be_read():
 @settings(max_examples=60)
 @given(generators)
 def test_every_list_is_valid(generator):
-    """No deadlock with either kind of sends, and no more activations alive than promised."""
+    """No deadlock with any kind of sends, and no more activations alive than promised."""
     schedule = with_communication(generator.build())
     assert schedule.computations == generator.build()
-    for sends in ("blocking", "buffered"):
+    for sends in ("blocking", "batched", "buffered"):
         check(schedule, activation_limits=limits(generator), sends=sends)
 
 

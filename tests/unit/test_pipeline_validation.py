@@ -75,6 +75,7 @@ COMMUNICATING = "0F0,0SF0,0F1,0SF1,0RB0,0B0,0RB1,0B1\n1RF0,1F0,1B0,1SB0,1RF1,1F1
 def test_blocking_sends_that_cross_wait_for_ever():
     """Sends that end at once hide what stops the pipeline where they block."""
     check(Schedule.from_csv(COMMUNICATING), sends="buffered")
+    check(Schedule.from_csv(COMMUNICATING), sends="batched")
     explained = explain(COMMUNICATING, sends="blocking")
     assert explained.startswith("with blocking sends these steps wait for each other for ever:")
     assert ">0SF1<" in explained
@@ -84,7 +85,7 @@ def test_blocking_sends_that_cross_wait_for_ever():
 def test_receives_that_cross_wait_for_ever_with_any_sends():
     text = COMMUNICATING.replace("0F1,0SF1,0RB0", "0RB0,0F1,0SF1")
     crossed = text.replace("1F0,1B0,1SB0,1RF1", "1F0,1RF1,1B0,1SB0")
-    for sends in ("blocking", "buffered"):
+    for sends in ("blocking", "batched", "buffered"):
         assert ">0RB0<" in explain(crossed, sends=sends)
 
 

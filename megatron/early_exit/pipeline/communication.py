@@ -13,6 +13,7 @@ from megatron.early_exit.pipeline.actions import Action, Kind
 from megatron.early_exit.pipeline.data_flow import data_source, execution_order
 from megatron.early_exit.pipeline.schedule import Schedule
 
+_PARTNER: dict[Kind, Kind] = {"SF": "RF", "RF": "SF", "SB": "RB", "RB": "SB"}
 _UNITS: dict[Kind, int] = {"F": 1, "B": 2, "I": 1, "W": 1, "L": 1}
 
 
@@ -21,22 +22,15 @@ def partner_stage(action: Action) -> int:
     return action.stage + (1 if action.kind in ("F", "SF", "RB") else -1)
 
 
+def partner_of(message: Action) -> Action:
+    """The receive that belongs to a send, or the send that belongs to a receive."""
+    return Action(partner_stage(message), _PARTNER[message.kind], message.microbatch)
+
+
 def message_of(source: Action) -> tuple[Action, Action]:
     """The send of a computation's result, and its receive on the neighbouring stage."""
     send = Action(source.stage, "SF" if source.kind == "F" else "SB", source.microbatch)
-    return send, receive_of(send)
-
-
-def receive_of(send: Action) -> Action:
-    """The receive that belongs to a send."""
-    return Action(partner_stage(send), "RF" if send.kind == "SF" else "RB", send.microbatch)
-
-
-def send_of(receive: Action) -> Action:
-    """The send that belongs to a receive."""
-    return Action(
-        partner_stage(receive), "SF" if receive.kind == "RF" else "SB", receive.microbatch
-    )
+    return send, partner_of(send)
 
 
 def with_communication(schedule: Schedule) -> Schedule:

@@ -1,20 +1,26 @@
 """Checks of what is sent and received."""
 
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Literal
 
 from megatron.early_exit.pipeline.actions import Action
 from megatron.early_exit.pipeline.communication import (
     message_of,
+    partner_of,
     partner_stage,
-    receive_of,
-    send_of,
 )
 from megatron.early_exit.pipeline.data_flow import data_source
 from megatron.early_exit.pipeline.validation.fault import Places
 
-Sends = Literal["blocking", "buffered"]
-"""When a send ends: when its receiver is in the matching receive, or at once. In both cases a rank
-runs its list strictly one action at a time, and a receive ends when its message is there."""
+Sends = Literal["blocking", "batched", "buffered"]
+"""How a rank runs the sends and receives of its list, whose order it always keeps.
+
+blocking: one at a time, each until its partner is at the matching receive or send.
+batched: neighbouring ones are posted together, and each is done when its partner is posted, too;
+    the rank goes on when all are done (Megatron's batched communication).
+buffered: a send is done at once, a receive when its message has been sent.
+"""
 
 
 def check_messages(places: Places) -> None:
@@ -54,7 +60,7 @@ def _check_order(places: Places) -> None:
     for action in places.of:
         rank, partner = rank_of(action.stage), rank_of(partner_stage(action))
         if action.kind in ("SF", "SB"):
-            sent.setdefault((rank, partner), []).append(receive_of(action))
+            sent.setdefault((rank, partner), []).append(partner_of(action))
         elif action.is_communication:
             received.setdefault((partner, rank), []).append(action)
     for (sender, receiver), expected in sent.items():
@@ -74,27 +80,47 @@ def check_waiting(places: Places, sends: Sends) -> None:
     Raises:
         ScheduleError: steps wait for each other for ever.
     """
-    lists = places.schedule.ranks
-    position = [0] * len(lists)
-    sent: set[Action] = set()
-    runnable = set(range(len(lists)))
+    batches = [list(_batches(actions, sends)) for actions in places.schedule.ranks]
+    position = [0] * len(batches)
+    num_pending = [0] * len(batches)
+    posted: set[Action] = set()
+
+    def is_waiting(action: Action) -> bool:
+        is_done_at_once = sends == "buffered" and action.kind in ("SF", "SB")
+        return not is_done_at_once and partner_of(action) not in posted
+
+    runnable = list(range(len(batches)))
     while runnable:
         rank = runnable.pop()
-        for action in lists[rank][position[rank] :]:
-            if action.kind in ("SF", "SB"):
-                receive = receive_of(action)
-                receiver, at = places.of[receive]
-                if sends == "blocking" and position[receiver] != at:
-                    break
-                sent.add(receive)
-                runnable.add(receiver)
-            elif action.is_communication and action not in sent:
-                # The sender may be waiting for this rank to get here; it comes back to it then.
-                sender = places.schedule.rank_of(partner_stage(action))
-                if position[sender] == places.of[send_of(action)][1]:
-                    runnable.add(sender)
-                break
-            position[rank] += 1
-    waiting = [(rank, at) for rank, at in enumerate(position) if at < len(lists[rank])]
+        while not num_pending[rank] and position[rank] < len(batches[rank]):
+            for action in batches[rank][position[rank]]:
+                partner = partner_of(action)
+                was_waiting = partner in posted and is_waiting(partner)
+                posted.add(action)
+                num_pending[rank] += is_waiting(action)
+                if was_waiting:
+                    other = places.of[partner][0]
+                    num_pending[other] -= 1
+                    if not num_pending[other]:
+                        position[other] += 1
+                        runnable.append(other)
+            if not num_pending[rank]:
+                position[rank] += 1
+    waiting = [
+        places.of[action]
+        for rank, at in enumerate(position)
+        if at < len(batches[rank])
+        for action in batches[rank][at]
+        if is_waiting(action)
+    ]
     if waiting:
         places.fail_at(f"with {sends} sends these steps wait for each other for ever", waiting)
+
+
+def _batches(actions: Sequence[Action], sends: Sends) -> Iterator[list[Action]]:
+    """What is posted together, in the order of the list; computations wait for nobody."""
+    for is_communication, group in groupby(actions, key=lambda action: action.is_communication):
+        if is_communication and sends == "batched":
+            yield list(group)
+        elif is_communication:
+            yield from ([action] for action in group)
