@@ -1,5 +1,7 @@
 """What exits cost in a pipeline, with the papers' models and in the setting of their figures."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron.early_exit.config import EarlyExitConfig
@@ -272,8 +274,29 @@ def test_stages_on_other_nodes_are_reached_over_the_network(options, leaves):
             ),
             "--exit-layer-nums 5 is out of range, allowed: 1 to 4",
         ),
+        (
+            lambda: replace(TINY, num_attention_heads=3),
+            "num_attention_heads 3 is out of range, allowed: divisors of hidden_size, 8",
+        ),
+        (lambda: replace(TINY, vocab_size=0), "vocab_size 0 is out of range, allowed: 1 or more"),
+        (lambda: ExitExecution(chunk_tokens=0), "chunk_tokens 0 is out of range"),
+        (
+            lambda: ExitExecution(deferred=False, chunk_tokens=8),
+            "chunk_tokens 8 is out of range, allowed: 1 or more, for exits that are deferred",
+        ),
+        (
+            lambda: model_costs(
+                TINY,
+                Layout(layers_per_stage=(4,), num_ranks=1),
+                ACCELERATORS["h100"],
+                NONE,
+                DEFERRED,
+                achieved_share=1.5,
+            ),
+            "achieved_share 1.5 is out of range, allowed: above 0, up to 1",
+        ),
     ],
 )
-def test_layouts_have_to_fit(make, message):
+def test_what_does_not_fit_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -3,8 +3,10 @@
 import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megatron.early_exit.pipeline.actions import Action
+from megatron.early_exit.pipeline.actions import Action, Microbatch
 from megatron.early_exit.pipeline.communication import with_communication
 from megatron.early_exit.pipeline.generators import OneFOneB, ZeroBubbleH1
 from megatron.early_exit.pipeline.grid import draw_grid
@@ -153,3 +155,40 @@ def test_long_schedules_are_drawn_around_the_fault():
 
 def test_whole_grid():
     assert draw_grid(Schedule.from_csv(GOOD)).splitlines()[0] == "  step   0    1    2    3"
+
+
+small_actions = st.builds(
+    Action,
+    st.integers(0, 3),
+    st.sampled_from(["F", "B", "I", "W", "L", "SF", "RF", "SB", "RB"]),
+    st.builds(Microbatch, st.integers(0, 1), st.sampled_from(["", "w"])),
+)
+mutations = st.tuples(st.integers(0, 2), st.integers(0, 99), st.integers(0, 2), st.integers(0, 99))
+
+
+@settings(max_examples=200)
+@given(st.lists(mutations, min_size=1, max_size=4), st.sampled_from(["blocking", "batched"]))
+def test_lists_in_any_disorder_are_explained_or_right(moves, sends):
+    """Whatever is moved where, the answer is never another error than the explanation."""
+    schedule = with_communication(OneFOneB(num_ranks=3, num_microbatches=4).build())
+    ranks = [list(rank) for rank in schedule.ranks]
+    for source, at, target, to in moves:
+        if ranks[source]:
+            action = ranks[source].pop(at % len(ranks[source]))
+            ranks[target].insert(to % (len(ranks[target]) + 1), action)
+    moved = Schedule(tuple(map(tuple, ranks)))
+    try:
+        check(moved, sends=sends)
+    except ScheduleError as error:
+        assert ">" in str(error)  # noqa: PT017
+    else:
+        assert moved.actions == schedule.actions
+
+
+@settings(max_examples=200)
+@given(st.lists(st.lists(small_actions, max_size=6), min_size=1, max_size=3))
+def test_any_lists_are_explained_or_right(ranks):
+    try:
+        check(Schedule(tuple(map(tuple, ranks))))
+    except ScheduleError as error:
+        assert ">" in str(error)  # noqa: PT017

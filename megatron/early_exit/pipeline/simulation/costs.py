@@ -1,5 +1,6 @@
 """What the stages of a pipeline cost, in seconds and bytes: measured, or derived from hardware."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megatron.early_exit.pipeline.actions import Kind
@@ -49,6 +50,15 @@ class StageCost:
                     f"{getattr(self, whole)}"
                 )
 
+    @classmethod
+    def combined(cls, parts: Sequence["StageCost"]) -> "StageCost":
+        """What a stage made of parts costs, which run one after the other."""
+        costs = {}
+        for field in fields(cls):
+            values = [getattr(part, field.name) for part in parts]
+            costs[field.name] = max(values) if field.name in _ONE_AT_A_TIME else sum(values)
+        return cls(**costs)
+
     def seconds(self, kind: Kind) -> float:
         """Seconds of a computation."""
         match kind:
@@ -63,6 +73,9 @@ class StageCost:
             case "L":
                 return self.local_backward_s
         raise ValueError(f"{kind} is not a computation, allowed: F, B, I, W, L")
+
+
+_ONE_AT_A_TIME = ("forward_extra_bytes", "backward_extra_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)

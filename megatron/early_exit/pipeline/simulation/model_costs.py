@@ -7,7 +7,7 @@ Weights are kept in bf16, gradients in fp32, and Adam's states in fp32, divided 
 6 + 12 / d bytes for each parameter (Megatron's distributed optimizer).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.pipeline.simulation.costs import CostModel, StageCost
@@ -22,6 +22,8 @@ _LOGIT_TRAFFIC_BACKWARD = 4 + 2
 # Bytes kept for each logit until backward, the fp32 softmax; and beside it while it is computed.
 _LOGIT_KEPT = 4
 _LOGIT_EXTRA = 2
+# Bytes of each logit's gradient, in bf16, for the gradient of the weights.
+_LOGIT_GRADIENT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +33,20 @@ class ExitExecution:
     Attributes:
         deferred: in the backward phase, so that no logits live between forward and backward.
         chunk_tokens: tokens whose logits exist at a time, if deferred; None for all.
+
+    Raises:
+        ValueError: chunk_tokens is below 1, or has no effect.
     """
 
     deferred: bool = True
     chunk_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens is not None and (self.chunk_tokens < 1 or not self.deferred):
+            raise ValueError(
+                f"chunk_tokens {self.chunk_tokens} is out of range, allowed: 1 or more, for exits "
+                "that are deferred"
+            )
 
 
 def model_costs(
@@ -57,8 +69,13 @@ def model_costs(
             steps: 0.42 to 0.57 (arXiv 2205.05198, table 5).
 
     Raises:
-        ValueError: the layout has other layers than the model, or an exit is beyond them.
+        ValueError: the layout has other layers than the model, an exit is beyond them, or
+            achieved_share is not a share.
     """
+    if not 0 < achieved_share <= 1:
+        raise ValueError(
+            f"achieved_share {achieved_share} is out of range, allowed: above 0, up to 1"
+        )
     if sum(layout.layers_per_stage) != shape.num_layers:
         raise ValueError(
             f"layers_per_stage {layout.layers_per_stage} has {sum(layout.layers_per_stage)} "
@@ -96,90 +113,85 @@ class _Derivation:
         return self.tokens * 2 * self.shape.hidden_size / link
 
     def stage(self, stage: int) -> StageCost:
-        num_layers = self.layout.layers_per_stage[stage]
-        num_exits = self.layout.exit_stages(self.exits).count(stage)
-        is_last = stage == self.layout.num_stages - 1
-        deferred = self.execution.deferred
-        layers_s = num_layers * self._layer_s()
-        layer_products_s = num_layers * self._seconds(2 * self.shape.layer_weights)
-        exit_forward_s, exit_backward_s = (num_exits * s for s in self._exit_s())
-        head_forward_s, head_backward_s = self._head_s(self.shape.vocab_size) if is_last else (0, 0)
-        embedding_s = self._embedding_s() if stage == 0 else 0.0
+        """What a stage costs."""
+        parts = [self._layer()] * self.layout.layers_per_stage[stage]
+        parts += [self._exit()] * self.layout.exit_stages(self.exits).count(stage)
+        if stage == 0:
+            parts.append(self._embedding())
+        if stage == self.layout.num_stages - 1:
+            parts.append(self._head())
+        # A stage may be without layers.
+        parts.append(StageCost(forward_s=0, backward_s=0, static_bytes=self._static_bytes(stage)))
+        return StageCost.combined(parts)
 
-        shape, tokens = self.shape, self.tokens
-        head_logits = tokens * shape.vocab_size if is_last else 0.0
-        exit_logits = tokens * self._exit_vocab_size if num_exits else 0.0
-        exit_kept = num_exits * (exit_logits * _LOGIT_KEPT + tokens * self._branch_bytes)
-        if deferred:
-            whole = shape.seq_length * self.layout.microbatch_size
-            chunk = min(self.execution.chunk_tokens or whole, whole) / whole
-            deferred_bytes = exit_logits * chunk * (_LOGIT_KEPT + _LOGIT_EXTRA)
-            deferred_bytes += tokens * self._branch_bytes
+    def _layer(self) -> StageCost:
+        shape = self.shape
+        products_s = self._seconds(2 * shape.layer_weights)
+        # Each of the four collectives brings the other accelerators' tokens, or partial sums.
+        received = 4 * (self.layout.tensor_parallel - 1) * self.tokens * 2 * shape.hidden_size
+        rest_s = self._seconds(shape.attention_flops) + received / self.accelerator.node_bytes_per_s
         return StageCost(
-            forward_s=layers_s
-            + embedding_s
-            + head_forward_s
-            + (0.0 if deferred else exit_forward_s),
+            forward_s=products_s + rest_s,
             # The gradients of inputs and of weights take a forward's operations each.
-            backward_s=2 * layers_s
-            + embedding_s
-            + head_backward_s
-            + exit_backward_s
-            + (exit_forward_s if deferred else 0.0),
-            weight_gradient_s=layer_products_s,
-            local_backward_s=exit_forward_s + exit_backward_s,
-            static_bytes=self._static_bytes(stage),
-            activation_bytes=num_layers * tokens * shape.layer_activation_bytes
-            + head_logits * _LOGIT_KEPT
-            + (0.0 if deferred else exit_kept),
-            weight_gradient_bytes=num_layers * tokens * shape.layer_weight_gradient_bytes,
-            forward_extra_bytes=max(head_logits, 0.0 if deferred else exit_logits) * _LOGIT_EXTRA,
-            backward_extra_bytes=max(
-                head_logits * _LOGIT_EXTRA,
-                deferred_bytes if deferred else exit_logits * _LOGIT_EXTRA,
-            ),
+            backward_s=2 * (products_s + rest_s),
+            weight_gradient_s=products_s,
+            activation_bytes=self.tokens * shape.layer_activation_bytes,
+            weight_gradient_bytes=self.tokens * shape.layer_weight_gradient_bytes,
+        )
+
+    def _embedding(self) -> StageCost:
+        """Reads a row for each token and writes it; in backward, the other way round."""
+        moved = self.tokens * 4 * self.shape.hidden_size
+        seconds = moved / self.accelerator.memory_bytes_per_s
+        return StageCost(forward_s=seconds, backward_s=seconds)
+
+    def _head(self) -> StageCost:
+        """The final norm is left out."""
+        return self._projection(self.shape.vocab_size)
+
+    def _projection(self, vocab_size: int) -> StageCost:
+        """An output projection and its loss, whose logits live from forward to backward."""
+        products_s = self._seconds(2 * vocab_size * self.shape.hidden_size)
+        logits = self.tokens * vocab_size
+        bandwidth = self.accelerator.memory_bytes_per_s
+        return StageCost(
+            forward_s=products_s + logits * _LOGIT_TRAFFIC_FORWARD / bandwidth,
+            backward_s=2 * products_s + logits * _LOGIT_TRAFFIC_BACKWARD / bandwidth,
+            weight_gradient_s=products_s,
+            activation_bytes=logits * _LOGIT_KEPT,
+            weight_gradient_bytes=logits * _LOGIT_GRADIENT,
+            forward_extra_bytes=logits * _LOGIT_EXTRA,
+            backward_extra_bytes=logits * _LOGIT_EXTRA,
+        )
+
+    def _exit(self) -> StageCost:
+        """One exit, with all it does in the backward phase if it is deferred."""
+        parts = [self._projection(self.exits.exit_vocab_size or self.shape.vocab_size)]
+        if self.exits.use_exit_mlp:
+            seconds = self._seconds(2 * self.shape.mlp_weights)
+            kept = self.tokens * self.shape.mlp_activation_bytes
+            parts.append(
+                StageCost(forward_s=seconds, backward_s=2 * seconds, activation_bytes=kept)
+            )
+        if self.exits.use_exit_block:
+            parts.append(self._layer())
+        whole = StageCost.combined(parts)
+        exit_s = whole.forward_s + whole.backward_s
+        if not self.execution.deferred:
+            return replace(whole, local_backward_s=exit_s)
+        num_tokens = self.layout.microbatch_size * self.shape.seq_length
+        chunk = min(self.execution.chunk_tokens or num_tokens, num_tokens) / num_tokens
+        logits = parts[0].activation_bytes + parts[0].backward_extra_bytes
+        branch = sum(part.activation_bytes for part in parts[1:])
+        return StageCost(
+            forward_s=0.0,
+            backward_s=exit_s,
+            local_backward_s=exit_s,
+            backward_extra_bytes=chunk * logits + branch,
         )
 
     def _seconds(self, flops_per_token: float) -> float:
         return self.tokens * flops_per_token / (self.accelerator.flops_per_s * self.achieved_share)
-
-    def _layer_s(self) -> float:
-        """A forward of one layer."""
-        products = self._seconds(2 * self.shape.layer_weights + self.shape.attention_flops)
-        size = self.layout.tensor_parallel
-        # Each of the four collectives brings the other accelerators' tokens, or partial sums.
-        received = 4 * (size - 1) * self.tokens * 2 * self.shape.hidden_size
-        return products + received / self.accelerator.node_bytes_per_s
-
-    def _head_s(self, vocab_size: int) -> tuple[float, float]:
-        """Forward and backward of an output projection and its loss."""
-        products = self._seconds(2 * vocab_size * self.shape.hidden_size)
-        logits = self.tokens * vocab_size / self.accelerator.memory_bytes_per_s
-        return (
-            products + logits * _LOGIT_TRAFFIC_FORWARD,
-            2 * products + logits * _LOGIT_TRAFFIC_BACKWARD,
-        )
-
-    def _exit_s(self) -> tuple[float, float]:
-        """Forward and backward of one exit."""
-        forward, backward = self._head_s(self._exit_vocab_size)
-        branch = self._seconds(2 * self.shape.mlp_weights) if self.exits.use_exit_mlp else 0.0
-        branch += self._layer_s() if self.exits.use_exit_block else 0.0
-        return forward + branch, backward + 2 * branch
-
-    def _embedding_s(self) -> float:
-        """Reads a row for each token and writes it."""
-        return self.tokens * 4 * self.shape.hidden_size / self.accelerator.memory_bytes_per_s
-
-    @property
-    def _exit_vocab_size(self) -> int:
-        return self.exits.exit_vocab_size or self.shape.vocab_size
-
-    @property
-    def _branch_bytes(self) -> float:
-        """What an exit's own MLP and block keep of a token."""
-        mlp = self.shape.mlp_activation_bytes if self.exits.use_exit_mlp else 0.0
-        return mlp + (self.shape.layer_activation_bytes if self.exits.use_exit_block else 0.0)
 
     def _static_bytes(self, stage: int) -> float:
         shape, exits = self.shape, self.exits

@@ -6,7 +6,7 @@ Models" (arXiv 2205.05198, section 4), with grouped queries and a gated MLP, and
 attention matrix, which FlashAttention (arXiv 2205.14135) does not keep.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 _BF16 = 2
 
@@ -24,6 +24,9 @@ class ModelShape:
         vocab_size: rows of the embedding, padded.
         seq_length: tokens of a sequence.
         tied_embedding: whether the final projection is the embedding.
+
+    Raises:
+        ValueError: a size is below 1, or heads do not divide what they share.
     """
 
     num_layers: int
@@ -34,6 +37,22 @@ class ModelShape:
     vocab_size: int
     seq_length: int
     tied_embedding: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) < 1 and field.name != "tied_embedding":
+                raise ValueError(
+                    f"{field.name} {getattr(self, field.name)} is out of range, allowed: 1 or more"
+                )
+        for part, whole in (
+            ("num_attention_heads", "hidden_size"),
+            ("num_query_groups", "num_attention_heads"),
+        ):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(
+                    f"{part} {getattr(self, part)} is out of range, allowed: divisors of {whole}, "
+                    f"{getattr(self, whole)}"
+                )
 
     @property
     def _qkv_size(self) -> int:

@@ -14,6 +14,8 @@ from megatron.early_exit.pipeline.schedule import Schedule
 from megatron.early_exit.pipeline.simulation.costs import CostModel
 from megatron.early_exit.pipeline.simulation.timeline import TimedAction, Timeline
 
+_ROUNDING = 1e-9
+
 
 def simulate(schedule: Schedule, costs: CostModel) -> Timeline:
     """Run a schedule, with or without its sends and receives, on a cost model.
@@ -42,8 +44,10 @@ def simulate(schedule: Schedule, costs: CostModel) -> Timeline:
         if source is not None:
             boundary = min(source.stage, action.stage)
             arrival = timed[source].end_s + costs.transfer_s[boundary]
-            if arrival > start:
-                start, waited_for = arrival, source
+            # Where both come at once, but for rounding, the critical path stays on its rank.
+            if arrival > start * (1 + _ROUNDING):
+                waited_for = source
+            start = max(start, arrival)
         end = start + costs.stages[action.stage].seconds(action.kind)
         timed[action] = before[rank] = TimedAction(action, start, end, waited_for)
     lists = schedule.computations.ranks
