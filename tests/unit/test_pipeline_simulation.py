@@ -86,7 +86,7 @@ def test_interleaving_divides_the_bubble_by_the_chunks(generator, forward, backw
 @given(num_ranks, num_microbatches, seconds, seconds, seconds)
 def test_zero_bubble_h1_has_the_bubble_of_its_formula(ranks, microbatches, f, i, w):
     """Idle for (p - 1) (f + i - w), where weight gradients take no longer than the others
-    (arXiv 2401.10241, table 2)."""
+    (arXiv 2401.10241, section 2)."""
     w = min(f, i, w)
     assume(microbatches >= ranks)
     schedule = ZeroBubbleH1(num_ranks=ranks, num_microbatches=microbatches).build()

@@ -1,12 +1,12 @@
 """Makes the sends and receives of a schedule explicit, so that no rank can wait for ever.
 
 All computations and messages are put into one order, that of a run in which a forward takes one
-unit of time and nothing is sent twice; the list of each rank is the part of this order that
-concerns it. A message is one event of that order on both of its ranks. So whatever has run, the
-first event that has not is possible, and there is no deadlock: neither if a send blocks until its
-receiver is in the matching receive, nor if neighbouring sends and receives of a list are posted
-together. The messages from one rank to another are received in the order in which they are sent,
-so backends that match by order need no tags.
+unit of time, a backward two, and a message none; the list of each rank is the part of this order
+that concerns it. A message is one event of that order on both of its ranks. So whatever has run,
+the first event that has not is possible, and there is no deadlock: neither if a send blocks until
+its receiver is in the matching receive, nor if neighbouring sends and receives of a list are
+posted together. The messages from one rank to another are received in the order in which they are
+sent, so backends that match by order need no tags.
 """
 
 from megatron.early_exit.pipeline.actions import Action, Kind

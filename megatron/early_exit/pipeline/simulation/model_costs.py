@@ -66,7 +66,7 @@ def model_costs(
         exits: of the model.
         execution: how the losses of exits are computed.
         achieved_share: of the accelerator's peak, in matrix products. Measured on A100s for whole
-            steps: 0.42 to 0.57 (arXiv 2205.05198, table 5).
+            steps: 0.42 to 0.56 (arXiv 2205.05198, section 6).
 
     Raises:
         ValueError: the layout has other layers than the model, an exit is beyond them, or

@@ -18,7 +18,11 @@ _ROUNDING = 1e-9
 
 
 def simulate(schedule: Schedule, costs: CostModel) -> Timeline:
-    """Run a schedule, with or without its sends and receives, on a cost model.
+    """Run a schedule on a cost model.
+
+    Args:
+        schedule: one that `check` passes, with or without its sends and receives.
+        costs: of its stages.
 
     Raises:
         ValueError: the schedule has other stages than the cost model, or waits for ever.

@@ -5,11 +5,7 @@ from itertools import groupby
 from typing import Literal
 
 from megatron.early_exit.pipeline.actions import Action
-from megatron.early_exit.pipeline.communication import (
-    message_of,
-    partner_of,
-    partner_stage,
-)
+from megatron.early_exit.pipeline.communication import message_of, partner_of, partner_stage
 from megatron.early_exit.pipeline.data_flow import data_source
 from megatron.early_exit.pipeline.validation.fault import Places
 
