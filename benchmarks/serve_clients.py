@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -12,7 +12,7 @@ from serve_requests import Item
 
 PATIENCE_S = 120.0
 """A request that takes longer is lost."""
-_STREAMED = b', "stream": true}'
+_STREAMED = b', "stream": true, "return_token_ids": true}'
 
 
 @dataclass
@@ -61,10 +61,14 @@ class Record:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the client has got; of a stream that it has left, its events."""
+        """Tokens that the client has got."""
         if self.is_cancelled:
-            return len(self.parts)
+            return sum(len(event["choices"][0]["token_ids"]) for event in self.events())
         return self.item.question.params.max_tokens
+
+    def as_answered(self) -> Item:
+        """The item, for an engine that counts tokens where clients count events."""
+        return replace(self.item, cancel_after=self.num_tokens if self.is_cancelled else None)
 
     @property
     def gaps(self) -> list[float]:

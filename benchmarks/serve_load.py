@@ -100,7 +100,7 @@ def take_turn(
     records, seconds = asyncio.run(watched())
     own, used = time.process_time() - own, sum(memory.process.cpu_times()[:2]) - before
     before = time.process_time()
-    engine_seconds = answer_all(engine, [record.item for record in records], args.clients)
+    engine_seconds = answer_all(engine, [record.as_answered() for record in records], args.clients)
     return Turn(records, seconds, engine_seconds, own, used, time.process_time() - before)
 
 

@@ -48,7 +48,8 @@ class Item:
     Attributes:
         question: what is asked.
         is_streamed: the answer is to come token by token.
-        cancel_after: events of a stream after which the client goes away; None: at the end.
+        cancel_after: events of a stream after which the client goes away (tokens, for the engine);
+            None: at the end.
     """
 
     question: Question
@@ -89,16 +90,15 @@ def answer_all(engine: EarlyExitEngine, items: Sequence[Item], num_clients: int)
     begin = perf_counter()
     waiting = iter(items)
     running: dict[int, Item] = {}
-    events: dict[int, int] = {}
     while True:
         while len(running) < num_clients and (item := next(waiting, None)) is not None:
             request = engine.submit(item.question.prompt, item.question.params)
-            running[request.key], events[request.key] = item, 0
+            running[request.key] = item
         if not running:
             return perf_counter() - begin
         for key, request in {request.key: request for request, _ in engine.step()}.items():
-            events[key] += 1
-            if events[key] == running[key].cancel_after:
+            last = running[key].cancel_after
+            if last is not None and len(request.tokens) >= last:
                 engine.cancel(request)
             if request.is_finished:
                 del running[key]

@@ -385,6 +385,11 @@ def test_figures(server):
     assert float(figures["early_exit:num_requests_running"]) == 0
     assert float(figures["early_exit:time_to_first_token_seconds_count"]) >= 1
     assert float(figures["early_exit:e2e_request_latency_seconds_count"]) >= 1
+    name = "early_exit:inter_token_latency_seconds"
+    buckets = [float(figures[f'{name}_bucket{{le="{end}"}}']) for end in ("0.001", "1.0", "+Inf")]
+    assert buckets == sorted(buckets)
+    assert buckets[-1] == float(figures[f"{name}_count"]) >= 4
+    assert 0 < float(figures[f"{name}_sum"]) < 60
     complete(server, max_tokens=20, mode="self_speculative", draft_confidence=0)
     lines = server.get("/metrics").text.splitlines()
     figures = dict(line.rsplit(" ", 1) for line in lines if line[0] != "#")

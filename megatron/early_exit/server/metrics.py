@@ -1,22 +1,21 @@
 """Figures for Prometheus, under the names that vLLM gives them, with a prefix of ours."""
 
+from collections import Counter
 from collections.abc import Callable
 from time import perf_counter
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
-    Counter,
     Gauge,
-    Histogram,
     generate_latest,
 )
+from prometheus_client import Counter as Count
 
 from megatron.early_exit.inference.decoding.request import Request
-from megatron.early_exit.inference.decoding.results import GeneratedToken
+from megatron.early_exit.server.histogram import SecondsHistogram
 
 _PREFIX = "early_exit:"
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
@@ -70,7 +69,7 @@ class Metrics:
             self._prompt.inc(len(request.prompt))
             self._since[request.key] = (now, 0.0)
 
-    def token(self, request: Request, token: GeneratedToken) -> None:
+    def token(self, request: Request) -> None:
         """A sequence has a new token."""
         now = perf_counter()
         began, last = self._since[request.key]
@@ -79,12 +78,13 @@ class Metrics:
         else:
             self._first.observe(now - began)
         self._since[request.key] = (began, now)
-        self._generated.inc()
-        self._exits.labels(str(token.exit_layer)).inc()
 
     def ended(self, request: Request) -> None:
         """A sequence has ended, in whatever way."""
         began, _ = self._since.pop(request.key)
+        self._generated.inc(len(request.tokens))
+        for layer, count in Counter(token.exit_layer for token in request.tokens).items():
+            self._exits.labels(str(layer)).inc(count)
         self._whole.observe(perf_counter() - began)
         self._ended.labels(str(request.finish_reason)).inc()
         if (counts := request.mode.counts) is not None:
@@ -92,11 +92,13 @@ class Metrics:
             self._drafted.inc(counts.drafted)
             self._accepted.inc(counts.accepted)
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(_PREFIX + name, text, labels, registry=self.registry)
+    def _counter(self, name: str, text: str, *labels: str) -> Count:
+        return Count(_PREFIX + name, text, labels, registry=self.registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(_PREFIX + name, text, registry=self.registry)
 
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(_PREFIX + name, text, registry=self.registry, buckets=_SECONDS)
+    def _histogram(self, name: str, text: str) -> SecondsHistogram:
+        histogram = SecondsHistogram(_PREFIX + name, text)
+        self.registry.register(histogram)
+        return histogram

@@ -190,7 +190,7 @@ class EngineWorker:
             if request.key in self._running:
                 job, index, _ = self._running[request.key]
                 news.setdefault(job, []).append((index, token))
-                self.metrics.token(request, token)
+                self.metrics.token(request)
                 has_end = has_end or token.finish_reason is not None
         now = time.monotonic()
         for job, tokens in news.items():
