@@ -193,14 +193,16 @@ def test_the_largest_seed_has_successors(server):
     assert len(complete(server, **body)["choices"]) == 2
 
 
-def test_the_speed_of_a_request_counts_its_waiting(server):
+def test_the_speed_of_a_request_counts_its_waiting(server, monkeypatch):
+    step = server.worker.engine.step
+    monkeypatch.setattr(server.worker.engine, "step", lambda: time.sleep(0.01) or step())
     begin = time.perf_counter()
-    answer = complete(server, n=16, temperature=1.0, max_tokens=20)
+    answer = complete(server, n=16, mode="full", temperature=1.0, max_tokens=20)
     seconds = time.perf_counter() - begin
     metrics = answer["metrics"]
     assert metrics["time_to_first_token_seconds"] + metrics["decode_seconds"] <= seconds
-    # Four at a time: no answer's own time is that of all.
-    assert metrics["decode_seconds"] > 0.3 * seconds
+    # Four at a time, and 20 steps for each four: no answer's own time is that of all.
+    assert metrics["decode_seconds"] > 0.01 * 4 * 19
     speed = (16 * 20 - 1) / metrics["decode_seconds"]
     assert metrics["tokens_per_second"] == pytest.approx(speed)
 
@@ -217,10 +219,10 @@ def test_events_have_one_line(server):
 def test_an_engine_that_hangs_does_not_make_clients_hang(checkpoint, monkeypatch):
     with text_server(checkpoint, request_timeout=0.2) as server:
         step = server.worker.engine.step
-        monkeypatch.setattr(server.worker.engine, "step", lambda: time.sleep(6) or step())
+        monkeypatch.setattr(server.worker.engine, "step", lambda: time.sleep(12) or step())
         begin = time.monotonic()
         assert server.post("/v1/completions", LONG).status_code == 504
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 10
 
 
 def test_what_is_not_read_holds_no_thread(checkpoint):
@@ -420,7 +422,7 @@ def test_a_client_that_goes_away_frees_its_place(server):
 def test_too_many_are_turned_away(checkpoint, monkeypatch):
     with text_server(checkpoint, max_batch_size=1, max_waiting=1) as server:
         step = server.worker.engine.step
-        monkeypatch.setattr(server.worker.engine, "step", lambda: time.sleep(0.01) or step())
+        monkeypatch.setattr(server.worker.engine, "step", lambda: time.sleep(0.03) or step())
         stream = {**LONG, "stream": True}
         with ThreadPoolExecutor() as pool:
             # The headers come with the first token, so the second waits for the first one's end.
