@@ -1,10 +1,7 @@
 """From tokens to the bodies of `/v1/chat/completions`."""
 
-import time
-import uuid
 from collections.abc import Iterator, Sequence
 
-from megatron.early_exit.inference.decoding.params import SamplingParams
 from megatron.early_exit.inference.decoding.results import GeneratedToken
 from megatron.early_exit.server.answer_models import FinishReason
 from megatron.early_exit.server.chat_models import (
@@ -19,33 +16,18 @@ from megatron.early_exit.server.chat_models import (
     ChunkChoice,
     Delta,
 )
-from megatron.early_exit.server.job import Job, Tokens
-from megatron.early_exit.server.request_metrics import request_metrics, usage
-from megatron.early_exit.server.service import Service
+from megatron.early_exit.server.job import Tokens
+from megatron.early_exit.server.job_answer import JobAnswer
 from megatron.early_exit.server.token_texts import as_number
 
 
-class ChatAnswer:
-    """The answer to one request, whole or in pieces.
+class ChatAnswer(JobAnswer[ChatRequest]):
+    """See `JobAnswer`."""
 
-    Args:
-        body: the request.
-        params: what it asks of the engine.
-        service: knows the model.
-        job: gets the tokens.
-    """
-
-    def __init__(
-        self, body: ChatRequest, params: SamplingParams, service: Service, job: Job
-    ) -> None:
-        self._body, self._params, self._service, self._job = body, params, service, job
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._name = body.model or service.model.name
+    kind = "chatcmpl"
 
     def whole(self) -> ChatResponse:
         """The body, when all has ended."""
-        results = self._job.results()
         choices = [
             ChatChoice(
                 index=index,
@@ -55,16 +37,9 @@ class ChatAnswer:
                 logprobs=self._logprobs(self._job.requests[index].tokens),
                 token_ids=result.token_ids if self._body.return_token_ids else None,
             )
-            for index, result in enumerate(results)
+            for index, result in enumerate(self._job.results())
         ]
-        return ChatResponse(
-            id=self._id,
-            created=self._created,
-            model=self._name,
-            choices=choices,
-            usage=usage(results, self._body.n),
-            metrics=request_metrics(results, self._params, self._service.num_layers),
-        )
+        return ChatResponse(**self._head, choices=choices, **self._figures())
 
     def events(self, batches: Iterator[Tokens]) -> Iterator[str]:
         """The stream's events."""
@@ -77,11 +52,8 @@ class ChatAnswer:
             for index, tokens in pieces.items():
                 text = "".join(token.text or "" for token in tokens)
                 yield self._event(index, Delta(content=text), tokens)
-        if self._body.stream_options is not None and self._body.stream_options.include_usage:
-            results = self._job.results()
-            last = self._chunk([])
-            last.usage = usage(results, self._body.n)
-            last.metrics = request_metrics(results, self._params, self._service.num_layers)
+        if self._ends_with_figures:
+            last = ChatChunk(**self._head, choices=[], **self._figures())
             yield last.model_dump_json()
 
     def _event(self, index: int, delta: Delta, tokens: Sequence[GeneratedToken] = ()) -> str:
@@ -96,10 +68,7 @@ class ChatAnswer:
             choice.token_ids = [token.token_id for token in tokens]
         if reason is not None:
             choice.stop_reason = self._job.requests[index].result().stop_reason
-        return self._chunk([choice]).model_dump_json()
-
-    def _chunk(self, choices: list[ChunkChoice]) -> ChatChunk:
-        return ChatChunk(id=self._id, created=self._created, model=self._name, choices=choices)
+        return ChatChunk(**self._head, choices=[choice]).model_dump_json()
 
     def _logprobs(self, tokens: Sequence[GeneratedToken]) -> ChatLogprobs | None:
         if not self._body.logprobs:

@@ -1,7 +1,5 @@
 """From tokens to the bodies of `/v1/completions`."""
 
-import time
-import uuid
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
@@ -17,28 +15,20 @@ from megatron.early_exit.server.completion_models import (
     CompletionResponse,
 )
 from megatron.early_exit.server.job import Job, Tokens
-from megatron.early_exit.server.request_metrics import request_metrics, usage
+from megatron.early_exit.server.job_answer import JobAnswer
 from megatron.early_exit.server.service import Service
 from megatron.early_exit.server.token_texts import as_number
 
 
-class CompletionAnswer:
-    """The answer to one request, whole or in pieces.
+class CompletionAnswer(JobAnswer[CompletionRequest]):
+    """See `JobAnswer`."""
 
-    Args:
-        body: the request.
-        params: what it asks of the engine.
-        service: knows the model.
-        job: gets the tokens.
-    """
+    kind = "cmpl"
 
     def __init__(
         self, body: CompletionRequest, params: SamplingParams, service: Service, job: Job
     ) -> None:
-        self._body, self._params, self._service, self._job = body, params, service, job
-        self._id = f"cmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._name = body.model or service.model.name
+        super().__init__(body, params, service, job)
         self._lengths = [0] * job.size
         """Characters of each text that have been given."""
         self._held: dict[int, list[GeneratedToken]] = {i: [] for i in range(job.size)}
@@ -48,12 +38,10 @@ class CompletionAnswer:
 
     def whole(self) -> CompletionResponse:
         """The body, when all has ended."""
-        choices = []
-        for index, request in enumerate(self._job.requests):
-            choices.append(self._choice(index, request.tokens))
-        response = self._response(choices)
-        self._add_figures(response)
-        return response
+        choices = [
+            self._choice(index, request.tokens) for index, request in enumerate(self._job.requests)
+        ]
+        return CompletionResponse(**self._head, choices=choices, **self._figures())
 
     def events(self, batches: Iterator[Tokens]) -> Iterator[str]:
         """The stream's events."""
@@ -62,9 +50,8 @@ class CompletionAnswer:
                 self._held[index].append(token)
             yield from self._pieces()
         yield from self._pieces(is_end=True)
-        if self._body.stream_options is not None and self._body.stream_options.include_usage:
-            last = self._response([])
-            self._add_figures(last)
+        if self._ends_with_figures:
+            last = CompletionResponse(**self._head, choices=[], **self._figures())
             yield last.model_dump_json()
 
     def _pieces(self, is_end: bool = False) -> Iterator[str]:
@@ -77,7 +64,7 @@ class CompletionAnswer:
             self._held[index] = []
             if choice.finish_reason is not None:
                 self._open.discard(index)
-            yield self._response([choice]).model_dump_json()
+            yield CompletionResponse(**self._head, choices=[choice]).model_dump_json()
 
     def _choice(self, index: int, tokens: Sequence[GeneratedToken]) -> CompletionChoice:
         request = self._job.requests[index]
@@ -172,13 +159,3 @@ class CompletionAnswer:
             number = as_number(value)
             found[text] = max(number, found.get(text, number))
         return found
-
-    def _response(self, choices: list[CompletionChoice]) -> CompletionResponse:
-        return CompletionResponse(
-            id=self._id, created=self._created, model=self._name, choices=choices
-        )
-
-    def _add_figures(self, response: CompletionResponse) -> None:
-        results = self._job.results()
-        response.usage = usage(results, self._body.n)
-        response.metrics = request_metrics(results, self._params, self._service.num_layers)
