@@ -22,6 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron.early_exit.server.api_key import API_KEY_VARIABLE
 from megatron.early_exit.server.client.completions import (
     CompletionClient,
     RequestFailed,
@@ -36,7 +37,6 @@ from megatron.early_exit.server.client.figures import (
 )
 from megatron.early_exit.server.client.outcomes import Outcome, ask
 from megatron.early_exit.server.client.prompts import read_prompts
-from megatron.early_exit.server.settings import API_KEY_VARIABLE
 
 _INTERRUPTED = 130
 

@@ -25,10 +25,11 @@ import torch
 from megatron.early_exit.inference import EarlyExitEngine
 from megatron.early_exit.inference.decoding.params import Mode
 from megatron.early_exit.inference.engine import DEFAULT_MAX_BATCH_SIZE
+from megatron.early_exit.server.api_key import API_KEY_VARIABLE
 from megatron.early_exit.server.app import create_app
 from megatron.early_exit.server.logs import configure, log
 from megatron.early_exit.server.metrics import Metrics
-from megatron.early_exit.server.settings import API_KEY_VARIABLE, ExitSettings, ServerSettings
+from megatron.early_exit.server.settings import ExitSettings, ServerSettings
 from megatron.early_exit.server.web import WebServer
 from megatron.early_exit.server.worker import EngineWorker
 

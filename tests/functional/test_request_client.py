@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import socket
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -273,3 +274,9 @@ def test_percentiles_are_values_that_were_there():
     assert percentile(values, 0.99) == 5.0
     assert percentile(values, 0.0) == 1.0
     assert percentile([7.0], 0.5) == 7.0
+
+
+def test_the_client_runs_where_there_is_no_torch():
+    code = "import sys; sys.modules['torch'] = None; import tools.request_client"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -4,9 +4,6 @@ from dataclasses import dataclass, field
 
 from megatron.early_exit.inference.decoding.params import DEFAULT_THRESHOLD, Mode
 
-API_KEY_VARIABLE = "EARLY_EXIT_API_KEY"
-"""Of the environment: the key that a server asks for and clients send."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExitSettings:
