@@ -17,14 +17,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from tqdm import tqdm
 
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
+from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
 from megatron.early_exit.server.client.exit_colours import ExitColours
 from megatron.early_exit.server.client.prompts import read_prompts
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -57,26 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--load", type=Path, required=True, help="save directory, or one iteration")
+    add_engine_flags(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", help="one prompt")
     prompts.add_argument("--prompts-file", type=Path, help="see above")
     parser.add_argument("--output", type=Path, help="write results as JSON lines to this file")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: what the model was trained in")
-    parser.add_argument("--device", help="default: the first GPU if there is one, else cpu")
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the layers: some seconds at the start, then faster for one text at a time",
-    )
-    for name in ("tensor", "pipeline"):
-        parser.add_argument(
-            f"--{name}-model-parallel-size",
-            type=int,
-            default=1,
-            help="under torchrun (default: %(default)s)",
-        )
-    parser.add_argument("--max-batch-size", type=int, default=16, help="default: %(default)s")
     request = parser.add_argument_group("request", "see SamplingParams for what each means")
     for field in fields(SamplingParams):
         flag, name = "--" + field.name.replace("_", "-"), field.name
@@ -147,16 +130,7 @@ def run(args: argparse.Namespace) -> int:
     """
     params = sampling_params(args)
     prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts_file)
-    engine = EarlyExitEngine.from_checkpoint(
-        args.load,
-        dtype=None if args.dtype is None else DTYPES[args.dtype],
-        device=args.device,
-        max_batch_size=args.max_batch_size,
-        tensor_parallel=args.tensor_model_parallel_size,
-        pipeline_parallel=args.pipeline_model_parallel_size,
-        compile=args.compile,
-        driven=True,
-    )
+    engine = load_engine(args)
     if engine.is_follower:
         engine.follow()
         return 0

@@ -17,14 +17,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
-from megatron.early_exit.inference import EarlyExitEngine
 from megatron.early_exit.inference.decoding.params import Mode
-from megatron.early_exit.inference.engine import DEFAULT_MAX_BATCH_SIZE
+from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
 from megatron.early_exit.server.api_key import API_KEY_VARIABLE
 from megatron.early_exit.server.app import create_app
 from megatron.early_exit.server.logs import configure, log
@@ -33,7 +29,6 @@ from megatron.early_exit.server.settings import ExitSettings, ServerSettings
 from megatron.early_exit.server.web import WebServer
 from megatron.early_exit.server.worker import EngineWorker
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULTS: dict[str, Any] = {
     one.name: one.default for one in (*fields(ExitSettings), *fields(ServerSettings))
 }
@@ -46,19 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--load", type=Path, required=True, help="save directory, or one iteration")
+    add_engine_flags(parser)
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=5000, help="0 takes any free one (default: %(default)s)")
     add("--served-model-name", help="default: the name of the folder of --load")
     add("--api-key", help=f"clients have to send it (default: ${API_KEY_VARIABLE}, else none)")
-    engine = parser.add_argument_group("engine")
-    add = engine.add_argument
-    add("--dtype", choices=DTYPES, help="default: what the model was trained in")
-    add("--device", help="default: the first GPU if there is one, else cpu")
-    add("--compile", action="store_true", help="faster for one text at a time; starts later")
-    add("--tensor-model-parallel-size", type=int, default=1, help="default: %(default)s")
-    add("--pipeline-model-parallel-size", type=int, default=1, help="default: %(default)s")
-    add("--max-batch-size", type=int, default=DEFAULT_MAX_BATCH_SIZE, help=f"sequences {SHOWN}")
     add("--max-model-len", type=int, help="tokens of a sequence (default: what the model can)")
     exits = parser.add_argument_group("exits", "what applies where a request does not say it")
     add = exits.add_argument
@@ -172,17 +159,7 @@ def serve(args: argparse.Namespace) -> int:
         ValueError: a flag or what it names cannot be used.
     """
     check_limits(args)
-    engine = EarlyExitEngine.from_checkpoint(
-        args.load,
-        dtype=None if args.dtype is None else DTYPES[args.dtype],
-        device=args.device,
-        max_batch_size=args.max_batch_size,
-        max_sequence_length=args.max_model_len,
-        tensor_parallel=args.tensor_model_parallel_size,
-        pipeline_parallel=args.pipeline_model_parallel_size,
-        compile=args.compile,
-        driven=True,
-    )
+    engine = load_engine(args, args.max_model_len)
     if engine.is_follower:
         # torchrun sends them to all ranks; what is under way still needs this one.
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,0 +1,59 @@
+"""The flags with which command lines load an engine."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from megatron.early_exit.inference.engine import DEFAULT_MAX_BATCH_SIZE, EarlyExitEngine
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Add them, with Megatron's names where it has such flags."""
+    add = parser.add_argument
+    add("--load", type=Path, required=True, help="save directory, or one iteration")
+    group = parser.add_argument_group("engine")
+    add = group.add_argument
+    add("--dtype", choices=_DTYPES, help="default: what the model was trained in")
+    add("--device", help="default: the first GPU if there is one, else cpu")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the layers: some seconds at the start, then faster for one text at a time",
+    )
+    for name in ("tensor", "pipeline"):
+        flag = f"--{name}-model-parallel-size"
+        add(flag, type=int, default=1, help="under torchrun (default: %(default)s)")
+    add(
+        "--max-batch-size",
+        type=int,
+        default=DEFAULT_MAX_BATCH_SIZE,
+        help="sequences at a time (default: %(default)s)",
+    )
+
+
+def load_engine(
+    args: argparse.Namespace, max_sequence_length: int | None = None
+) -> EarlyExitEngine:
+    """Load what the flags say; of several processes rank 0 drives the others.
+
+    Args:
+        args: with the flags.
+        max_sequence_length: see `EarlyExitEngine`.
+
+    Raises:
+        ValueError: see `EarlyExitEngine.from_checkpoint`.
+    """
+    return EarlyExitEngine.from_checkpoint(
+        args.load,
+        dtype=None if args.dtype is None else _DTYPES[args.dtype],
+        device=args.device,
+        max_batch_size=args.max_batch_size,
+        max_sequence_length=max_sequence_length,
+        tensor_parallel=args.tensor_model_parallel_size,
+        pipeline_parallel=args.pipeline_model_parallel_size,
+        compile=args.compile,
+        driven=True,
+    )
