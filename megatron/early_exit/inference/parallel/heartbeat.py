@@ -21,7 +21,9 @@ LEAVING_S = 5.0
 """How long a process that leaves waits for the others, and one that works for one that has left."""
 LAST_WORDS_S = 2.0
 """How long a process that ends takes at most to tell others why."""
-_ALIVE, _LEAVING = b"a", b"l"
+_ALIVE, _LEAVING = "", "leaving"
+"""Words are lines. Any other one is the reason for which its sender ends: what came first, so that
+no process blames one that has only told it of another's death."""
 
 
 class Heartbeat:
@@ -43,6 +45,7 @@ class Heartbeat:
         self._peers = _connect(self._rank, group)
         now = time.monotonic()
         self._deadlines = dict.fromkeys(self._peers.values(), now + SILENCE_S)
+        self._half_read = dict.fromkeys(self._peers.values(), b"")
         self._left: dict[int, float] = {}
         self._work_began: float | None = None
         self.on_death: Callable[[str], None] | None = None
@@ -59,8 +62,7 @@ class Heartbeat:
             yield
         except RuntimeError:
             # When the thread finds that a death explains it, it ends the process with a sentence.
-            time.sleep(4 * INTERVAL_S)
-            if self._ends.is_set():
+            if self._ends.wait(8 * INTERVAL_S):
                 self._thread.join()
             raise
         finally:
@@ -80,18 +82,21 @@ class Heartbeat:
                 self._say(_LEAVING if self._leaves.is_set() else _ALIVE)
                 self._listen(selector)
                 now = time.monotonic()
-                # One that was starved itself must not judge the others.
-                if now - began < 5 * INTERVAL_S and not self._leaves.is_set():
+                # While this one was starved itself, it did not hear the others.
+                starved_s = max(0.0, now - began - INTERVAL_S)
+                for rank in self._deadlines:
+                    self._deadlines[rank] += starved_s
+                if not self._leaves.is_set():
                     self._judge(now)
                 began = now
         self._say(_LEAVING)
         for peer in self._peers:
             peer.close()
 
-    def _say(self, word: bytes) -> None:
+    def _say(self, word: str) -> None:
         for peer, rank in self._peers.items():
             try:
-                peer.send(word)
+                peer.send(f"{word}\n".encode())
             except OSError:
                 # Closed, which `_listen` finds out as well, or full of what it does not read.
                 self._deadlines[rank] = min(self._deadlines[rank], time.monotonic() + SILENCE_S)
@@ -104,17 +109,26 @@ class Heartbeat:
                 assert isinstance(peer, socket.socket)
                 rank = self._peers[peer]
                 try:
-                    words = peer.recv(4096)
+                    data = peer.recv(4096)
                 except OSError:
-                    words = b""
-                if words and _LEAVING not in words:
-                    self._deadlines[rank] = time.monotonic() + SILENCE_S
-                elif words or rank in self._left or self._leaves.is_set():
+                    data = b""
+                if data:
+                    self._hear(rank, data)
+                    continue
+                selector.unregister(peer)
+                if self._leaves.is_set():
                     self._left.setdefault(rank, time.monotonic())
-                else:
+                elif rank not in self._left:
                     self._end(f"rank {rank} of the inference engine has died")
-                if not words:
-                    selector.unregister(peer)
+
+    def _hear(self, rank: int, data: bytes) -> None:
+        self._deadlines[rank] = time.monotonic() + SILENCE_S
+        *words, self._half_read[rank] = (self._half_read[rank] + data).split(b"\n")
+        for word in map(bytes.decode, words):
+            if word == _LEAVING:
+                self._left.setdefault(rank, time.monotonic())
+            elif word != _ALIVE and not self._leaves.is_set():
+                self._end(word)
 
     def _judge(self, now: float) -> None:
         for rank, deadline in self._deadlines.items():
@@ -127,6 +141,7 @@ class Heartbeat:
 
     def _end(self, reason: str) -> None:
         self._ends.set()
+        self._say(reason)
         sentence = f"{reason}, so rank {self._rank} ends, too"
         sys.stdout.flush()
         sys.stderr.write(f"error: {sentence}\n")
@@ -154,5 +169,7 @@ def _connect(rank: int, group: distributed.ProcessGroup) -> dict[socket.socket, 
             peer = server.accept()[0]
             peers[peer] = int.from_bytes(peer.recv(4, socket.MSG_WAITALL))
     for peer in peers:
+        # Last words are on their way when this process ends.
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer.setblocking(False)
     return peers
