@@ -92,6 +92,7 @@ def test_local_losses(kind, per_token):
     batches = [Microbatch(0), Microbatch(1)]
     for batch in batches:
         forward(tuned, batch)
+        objective.backpropagate_passed_exits()
         (0.5 * plain.objective(batch, per_token)).backward()
     check(gradients(tuned), gradients(plain.model))
 
@@ -99,10 +100,11 @@ def test_local_losses(kind, per_token):
 def test_frozen_projections():
     config = exits("mlp")
     tuned, plain = twins(config, freeze_projections=True)
-    tuned.exit_tap = LocalObjective(
+    tuned.exit_tap = objective = LocalObjective(
         config, LossNormalization(per_token=False, context_parallel_size=1)
     )
     forward(tuned, Microbatch(0))
+    objective.backpropagate_passed_exits()
     plain.objective(Microbatch(0)).backward()
     check(gradients(tuned), gradients(plain.model), frozen=("projection.weight",))
 
@@ -118,7 +120,8 @@ def test_distillation(kind):
     tuned.exit_tap = objective = DistillingObjective(options, config, normalization, 5)
     batch = Microbatch(0)
     final = forward(tuned, batch)
-    objective.finish(final)
+    objective.finish_forward(final)
+    objective.backpropagate_passed_exits()
 
     plain.objective(batch)
     labels, mask = batch.labels.t().flatten(), batch.mask.t().flatten()

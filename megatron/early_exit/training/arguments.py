@@ -7,6 +7,7 @@ from typing import Any
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.training.filling_options import FillingOptions
 from megatron.early_exit.training.tuning_options import TuningOptions
 
 
@@ -29,6 +30,8 @@ def add_early_exit_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     tuning = _GroupFactory(TuningOptions).build_group(parser, title="early exit (tuning)")
     tuning.description = "EE-Tuning: exits for a model that there is already."
+    filling = _GroupFactory(FillingOptions).build_group(parser, title="early exit (bubbles)")
+    filling.description = "Extra microbatches in the idle time of pipeline stages."
     loss = parser.add_argument_group(title="early exit (loss)")
     loss.add_argument(
         "--exit-loss-chunk-tokens",

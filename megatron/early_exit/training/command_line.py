@@ -23,6 +23,7 @@ from megatron.early_exit.checkpoint.location import TOKENIZER_NAME
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.data.tokenizer import check_tokenizer_arguments
 from megatron.early_exit.training.arguments import add_early_exit_arguments
+from megatron.early_exit.training.filling_options import FillingOptions, plan_fills
 from megatron.early_exit.training.reshardable_optimizer import IS_KNOWN_VERSION
 from megatron.early_exit.training.resume import (
     find_checkpoint,
@@ -114,6 +115,9 @@ def parse_arguments(
         plan_depth(args, tuning, exits)
     check_machine(args)
     validate_args(args)
+    filling = FillingOptions.from_attributes(args)
+    if filling.fill_explicit_bubbles:
+        print_rank_0(plan_fills(args, filling, exits))
     check_tokenizer_arguments(args)
     _set_up_globals(args)
     for name, value in exits.to_dict().items():

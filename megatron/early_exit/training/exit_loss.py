@@ -61,6 +61,18 @@ class LossNormalization:
     context_parallel_size: int
 
 
+class EndedAtExit(Exception):
+    """The last exit of a model chunk has been passed, and nobody needs what comes after it.
+
+    Args:
+        hidden: [s, b, h], what went on behind the exit.
+    """
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
 class ExitObjective:
     """The exits' share of the training objective; the `exit_tap` of a model.
 
@@ -69,6 +81,10 @@ class ExitObjective:
         normalization: how the final loss is reduced, the exits' are reduced the same way.
         chunk_tokens: tokens whose logits exist at a time; None for a default by memory.
         seed: of the exits' dropout.
+
+    Attributes:
+        ends_at_exit: training may end a forward pass at the last exit of a model chunk, by
+            `EndedAtExit`, where the next stage does not take the microbatch on.
     """
 
     def __init__(
@@ -86,7 +102,9 @@ class ExitObjective:
         self.weights = exit_loss_weights(config, iteration=0)
         self.training_metrics = ExitMetrics(config.positions)
         self.validation_metrics = ExitMetrics(config.positions)
+        self.ends_at_exit = False
         self._loss_scale: Tensor | float = 1.0
+        self._per_token_share = 1.0
         self._iteration = 0
         self._dropout_draws = 0
 
@@ -96,12 +114,23 @@ class ExitObjective:
         if iteration != self._iteration:
             self._iteration, self._dropout_draws = iteration, 0
 
+    def start_step(self, per_token_share: float) -> None:
+        """Before a step in which stages work on different microbatches.
+
+        Args:
+            per_token_share: microbatches that contribute on the last stage, whose tokens are
+                counted, over those that contribute on this one.
+        """
+        self._per_token_share = per_token_share
+
     def set_loss_scale(self, scale: Tensor) -> None:
         """For `config.experimental_attention_variant_loss_scale_func`, the hook that Megatron
         calls at every forward step with gradient scale * context parallel size / microbatches
         (without the last two when losses are reduced per token)."""
-        per_token = self.normalization.per_token
-        self._loss_scale = scale if per_token else scale / self.normalization.context_parallel_size
+        if self.normalization.per_token:
+            self._loss_scale = scale * self._per_token_share
+        else:
+            self._loss_scale = scale / self.normalization.context_parallel_size
 
     def __call__(
         self,
@@ -143,7 +172,13 @@ class ExitObjective:
         if not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()
         output: Tensor = _Deferred.apply(hidden, run)
+        if self.ends_at_exit and passage.position == max(passage.exits.heads):
+            raise EndedAtExit(output)
         return output
+
+    def backpropagate_passed_exits(self) -> None:
+        """For schedules in which exits have a backward of their own; here it is part of the
+        backbone's."""
 
     def train_exit(self, passage: "Passage", teacher: Teacher | None = None) -> None:
         """Compute an exit's loss and backpropagate it, to the leaf `hidden` where that needs a

@@ -24,10 +24,12 @@ from megatron.early_exit.model.gpt_builder import EarlyExitGPTModelConfig, check
 from megatron.early_exit.model.layer_specs import gpt_layer_spec
 from megatron.early_exit.model.tied_weights import finalize_gradients
 from megatron.early_exit.training.base_model import fill, starting_weights
+from megatron.early_exit.training.bubble_filling import FilledBubbles
 from megatron.early_exit.training.checks import check_arguments, check_data
 from megatron.early_exit.training.data import BatchReader, dataset_provider
 from megatron.early_exit.training.event_log import ProgressOnDisk
 from megatron.early_exit.training.exit_loss import ExitObjective, LossNormalization
+from megatron.early_exit.training.filling_options import FillingOptions
 from megatron.early_exit.training.index_cache import (
     cache_folders,
     remove_unfinished_indices,
@@ -47,9 +49,11 @@ from megatron.early_exit.training.step import (
     LossFunction,
     rejected_results,
 )
+from megatron.early_exit.training.training_schedule import ScheduledSteps, train_by
 from megatron.early_exit.training.tuning import DistillingObjective, LocalObjective, TuningStep
+from megatron.early_exit.training.tuning_learning_rates import exit_learning_rates
 from megatron.early_exit.training.tuning_options import TuningOptions, learning_rates
-from megatron.early_exit.training.tuning_schedule import exit_learning_rates, forward_only_training
+from megatron.early_exit.training.tuning_schedule import TuningPlan
 from megatron.early_exit.training.tuning_start import decide_tuning
 
 
@@ -68,6 +72,7 @@ class Session:
         self.args = args
         self.exits = EarlyExitConfig.from_attributes(args)
         self.tuning = TuningOptions.from_attributes(args)
+        self.filling = FillingOptions.from_attributes(args)
         check_arguments(args, self.exits)
         self.exits.validate(args.num_layers, tokenizer.vocab_size)
         self.objective = self._objective()
@@ -169,8 +174,11 @@ class Session:
             CheckpointError: a checkpoint turned out not to be loadable, or cannot be written.
         """
         log_exits(self.objective, self.progress)
+        stages = self.args.pipeline_model_parallel_size
+        if self.filling.fill_explicit_bubbles:
+            train_by(ScheduledSteps(self.objective, FilledBubbles(self.filling, stages)))
         if self.tuning.tune_exit:
-            forward_only_training(self.objective, self._count_tokens)
+            train_by(ScheduledSteps(self.objective, TuningPlan(stages)))
             if rates := learning_rates(self.tuning, self.exits):
                 exit_learning_rates(rates)
         if self.args.use_distributed_optimizer and self.args.dist_ckpt_optim_fully_reshardable:
@@ -214,7 +222,3 @@ class Session:
     def forward_step(self, data: Any, model: Any) -> tuple[Tensor, LossFunction]:
         """For Megatron's schedules; the process groups exist by the time it is called."""
         return self._step(data, model)
-
-    def _count_tokens(self) -> Tensor:
-        assert isinstance(self._step, TuningStep)
-        return self._step.count_tokens()

@@ -17,7 +17,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron.early_exit.training.data import BatchReader
-from megatron.early_exit.training.exit_loss import ExitObjective
+from megatron.early_exit.training.exit_loss import EndedAtExit, ExitObjective
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
@@ -124,7 +124,8 @@ class ModelStep:
         """Run `model` on the next microbatch.
 
         Returns:
-            Its output, and the loss mask [b, s], which the last stage always has.
+            Its output, or the hidden state at its last exit where the objective ends the pass
+            there; and the loss mask [b, s], which the last stage always has.
         """
         self.objective.start_iteration(self.completed_iterations())
         chunk: Any = unwrap_model(model)
@@ -134,13 +135,16 @@ class ModelStep:
             targets=chunk.needs_targets,
             training=chunk.training,
         )
-        output = model(
-            batch.tokens,
-            batch.position_ids,
-            None,
-            labels=batch.labels,
-            loss_mask=batch.loss_mask,
-        )
+        try:
+            output = model(
+                batch.tokens,
+                batch.position_ids,
+                None,
+                labels=batch.labels,
+                loss_mask=batch.loss_mask,
+            )
+        except EndedAtExit as end:
+            output = end.hidden
         return output, cast(Tensor, batch.loss_mask)
 
 

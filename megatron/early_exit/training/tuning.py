@@ -1,7 +1,7 @@
 """EE-Tuning (arXiv 2402.00518): only exits train, each on its own, while the backbone goes forward.
 
-Nothing flows backward through the backbone, so an exit's loss is backpropagated as soon as its
-hidden state is there, or, where it learns from the final head, as soon as that has answered.
+Nothing flows backward through the backbone, so the exits that a forward pass has gone by are
+backpropagated right after it, when the next stage is already at work on what it has sent.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,15 +20,18 @@ from megatron.early_exit.training.tuning_options import TuningOptions
 
 
 class LocalObjective(ExitObjective):
-    """The exits' losses, each backpropagated within its exit as soon as it is computed."""
+    """The exits' losses, each backpropagated within its exit once the forward pass is over."""
+
+    def __init__(self, *objective: Any) -> None:
+        super().__init__(*objective)
+        self._passed: list[Passage] = []
 
     def in_training(self, passage: Passage) -> Tensor:
-        """Train the exit; the backbone goes on as if there were none."""
-        with torch.enable_grad():
-            self.train_exit(replace(passage, hidden=passage.hidden.detach()))
+        """Remember the exit; the backbone goes on as if there were none."""
+        self._passed.append(replace(passage, hidden=passage.hidden.detach()))
         return passage.hidden
 
-    def finish(self, output: Tensor) -> None:
+    def finish_forward(self, output: Tensor) -> None:
         """The model has been run on a microbatch.
 
         Args:
@@ -36,10 +39,21 @@ class LocalObjective(ExitObjective):
                 of a model without a final head.
         """
 
+    def backpropagate_passed_exits(self) -> None:
+        """Train the exits that the last forward pass has gone by."""
+        passed, self._passed = self._passed, []
+        teacher = self._teacher(passed)
+        with torch.enable_grad():
+            for passage in passed:
+                self.train_exit(passage, teacher)
+
+    def _teacher(self, passed: list[Passage]) -> Teacher | None:
+        del passed
+        return None
+
 
 class DistillingObjective(LocalObjective):
-    """The exits' losses where a part of them is the divergence from the final head, so that they
-    wait for it.
+    """The exits' losses where a part of them is the divergence from the final head.
 
     Args:
         options: how large a part.
@@ -49,24 +63,21 @@ class DistillingObjective(LocalObjective):
     def __init__(self, options: TuningOptions, *objective: Any) -> None:
         super().__init__(*objective)
         self._options = options
-        self._waiting: list[Passage] = []
+        self._logits: Tensor | None = None
 
-    def in_training(self, passage: Passage) -> Tensor:
-        self._waiting.append(replace(passage, hidden=passage.hidden.detach()))
-        return passage.hidden
+    def finish_forward(self, output: Tensor) -> None:
+        """Keep what the final head says."""
+        self._logits = output
 
-    def finish(self, output: Tensor) -> None:
-        """Train the exits that have been passed, on what the final head says."""
-        waiting, self._waiting = self._waiting, []
-        teacher = Teacher.of(
-            output.transpose(0, 1).flatten(0, 1),
+    def _teacher(self, passed: list[Passage]) -> Teacher:
+        logits, self._logits = self._logits, None
+        assert logits is not None
+        return Teacher.of(
+            logits.transpose(0, 1).flatten(0, 1),
             self._options.exit_distillation_weight,
             self._options.exit_distillation_temperature,
-            self.options(waiting[0].exits, waiting[0].position),
+            self.options(passed[0].exits, passed[0].position),
         )
-        with torch.enable_grad():
-            for passage in waiting:
-                self.train_exit(passage, teacher)
 
 
 class TuningStep(ModelStep):
@@ -86,7 +97,6 @@ class TuningStep(ModelStep):
     ) -> None:
         super().__init__(reader, objective, completed_iterations)
         self._local = objective
-        self._tokens: Tensor | None = None
 
     def __call__(
         self, data: Iterator[dict[str, Tensor]], model: torch.nn.Module
@@ -95,22 +105,12 @@ class TuningStep(ModelStep):
         with torch.no_grad():
             output, loss_mask = self.run(data, model)
             if model.training:
-                self._local.finish(output)
-        return output, partial(self._report, loss_mask, model.training)
+                self._local.finish_forward(output)
+        return output, partial(_report, loss_mask)
 
-    def _report(
-        self, loss_mask: Tensor, counts: bool, _: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """What the last stage tells Megatron's schedules: there is no final head, or it does not
-        train, and the exits' losses are measured where they are computed."""
-        tokens = loss_mask.sum().to(torch.int)
-        if counts:
-            self._tokens = tokens if self._tokens is None else self._tokens + tokens
-        return torch.zeros((), device=loss_mask.device), tokens, {}
 
-    def count_tokens(self) -> Tensor:
-        """Tokens that were trained on since the last call; only the last stage knows."""
-        tokens, self._tokens = self._tokens, None
-        if tokens is None:
-            return torch.zeros((), dtype=torch.int, device=torch.cuda.current_device())
-        return tokens
+def _report(loss_mask: Tensor, _: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What the last stage tells Megatron's schedules: there is no final head, or it does not
+    train, and the exits' losses are measured where they are computed."""
+    tokens = loss_mask.sum().to(torch.int)
+    return torch.zeros((), device=loss_mask.device), tokens, {}

@@ -5,7 +5,8 @@ microbatches fit into each of the two bubbles, and the step does not become long
 
 - In the warm-up bubble, between a stage's last warm-up forward and its first backward, fill i of
   1..K runs on the first K + 1 - i stages, backwards last in, first out. Only the losses of exits
-  on these stages have gradients.
+  on these stages have gradients, so it ends on the last of them that has an exit, and one that
+  reaches no exit is left out.
 - In the cool-down bubble the last stages go on as if the step had K more microbatches: fill i runs
   forward on all stages, and backward on the last floor(P - i (1 / r + 1)) of them.
 
@@ -47,6 +48,7 @@ class FilledOneFOneB:
         backward_forward_ratio: time of a backward over time of a forward, 0.01 to 100.
         num_warmup_fills: microbatches in the warm-up bubble, None for all that fit.
         num_cooldown_fills: microbatches in the cool-down bubble, None for all that fit.
+        exit_stages: the stages that have exits, counted from 0; None for all.
 
     Raises:
         ValueError: a number is out of its range.
@@ -57,6 +59,7 @@ class FilledOneFOneB:
     backward_forward_ratio: float
     num_warmup_fills: int | None = None
     num_cooldown_fills: int | None = None
+    exit_stages: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
         require_positive(num_ranks=self.num_ranks, num_microbatches=self.num_microbatches)
@@ -65,23 +68,41 @@ class FilledOneFOneB:
                 f"backward_forward_ratio {self.backward_forward_ratio} is out of range, "
                 "allowed: 0.01 to 100"
             )
-        most = max_fills(self.num_ranks, self.backward_forward_ratio)
-        for name in ("num_warmup_fills", "num_cooldown_fills"):
+        most = {
+            "num_warmup_fills": len(self._useful_depths),
+            "num_cooldown_fills": max_fills(self.num_ranks, self.backward_forward_ratio),
+        }
+        for name, limit in most.items():
             number = getattr(self, name)
             if number is None:
-                object.__setattr__(self, name, most)
-            elif not 0 <= number <= most:
+                object.__setattr__(self, name, limit)
+            elif not 0 <= number <= limit:
                 raise ValueError(
-                    f"{name} {number} is out of range, allowed: 0 to {most} with {self.num_ranks} "
-                    f"stages and a backward of {self.backward_forward_ratio} forwards"
+                    f"{name} {number} is out of range, allowed: 0 to {limit} with {self.num_ranks} "
+                    f"stages and a backward of {self.backward_forward_ratio} forwards{self._where}"
                 )
+
+    @property
+    def _where(self) -> str:
+        return "" if self.exit_stages is None else f", exits on stages {sorted(self.exit_stages)}"
+
+    @property
+    def _useful_depths(self) -> tuple[int, ...]:
+        most = max_fills(self.num_ranks, self.backward_forward_ratio)
+        if self.exit_stages is None:
+            return tuple(range(most, 0, -1))
+        depths = []
+        for depth in range(most, 0, -1):
+            reached = [stage for stage in self.exit_stages if stage < depth]
+            if reached:
+                depths.append(1 + max(reached))
+        return tuple(depths)
 
     @property
     def warmup_depths(self) -> tuple[int, ...]:
         """For each fill of the warm-up bubble, on how many of the first stages it runs."""
-        most = max_fills(self.num_ranks, self.backward_forward_ratio)
         # With fewer fills than fit, the deepest ones: they reach the most exits.
-        return tuple(most - i for i in range(self.num_warmup_fills or 0))
+        return self._useful_depths[: self.num_warmup_fills]
 
     @property
     def cooldown_depths(self) -> tuple[int, ...]:

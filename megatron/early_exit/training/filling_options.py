@@ -1,0 +1,224 @@
+"""The flags of bubble filling (EE-LLM, arXiv 2312.04916), and what they do to a run's batches."""
+
+from argparse import Namespace
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.training.arguments import core_transformer_config_from_args
+
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.pipeline.generators import FilledOneFOneB
+
+MEASURED = "auto"
+"""The ratio that is measured while training begins."""
+
+_ASSUMED_RATIO = 2.0
+_ONE_LIST = "a step is one list of passes"
+
+_REFUSED: dict[str, tuple[object, str]] = {
+    "num_layers_per_virtual_pipeline_stage": (None, "chunks leave smaller bubbles"),
+    "num_virtual_stages_per_pipeline_rank": (None, "chunks leave smaller bubbles"),
+    "rampup_batch_size": (None, "fills are counted in --global-batch-size"),
+    "step_batch_size_schedule": (None, "fills are counted in --global-batch-size"),
+    "decrease_batch_size_if_needed": (False, "fills are counted in --global-batch-size"),
+    "mtp_num_layers": (None, "fills end before the layers that predict more tokens"),
+    "num_experts": (None, "fills would reach some routers more often than others"),
+    "hybrid_layer_pattern": (None, "exits end plain transformer layers"),
+    "tune_exit": (False, "there are no gradients to wait for"),
+    "cuda_graph_impl": ("none", _ONE_LIST),
+    "fine_grained_activation_offloading": (False, _ONE_LIST),
+}
+"""Flags that have no place beside filled bubbles: the one value that has, and why."""
+
+
+def _ratio(text: str) -> float | str:
+    return text if text == MEASURED else float(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillingOptions:
+    """How the bubbles of 1F1B are filled.
+
+    Raises:
+        ValueError: a field is outside its range, or has no effect; the message names the flag.
+    """
+
+    fill_explicit_bubbles: bool = False
+    """Run extra microbatches in the bubbles at the begin and the end of each 1F1B step, through a
+    part of the pipeline (EE-LLM, arXiv 2312.04916): more samples for the same time."""
+
+    num_fill_warmup_microbatches: int | None = None
+    """Microbatches in the bubble of the warm-up, which train the exits of the first stages
+    (default: all that fit)."""
+
+    num_fill_cooldown_microbatches: int | None = None
+    """Microbatches in the bubble of the cool-down, which train the last stages (default: all that
+    fit)."""
+
+    backward_forward_ratio: Any = field(
+        default=_ASSUMED_RATIO, metadata={"argparse_meta": {"type": _ratio, "metavar": "RATIO"}}
+    )
+    """Time of a backward pass over that of a forward pass, which says how many microbatches fit;
+    auto measures it in the first iterations and fills from then on."""
+
+    fill_samples: Literal["extra", "from-batch"] = "extra"
+    """Where the samples of fills come from: extra adds them to --global-batch-size, from-batch
+    takes them from it, so that fewer microbatches run through the whole pipeline."""
+
+    def __post_init__(self) -> None:
+        ratio = self.backward_forward_ratio
+        if ratio != MEASURED and not 0.01 <= ratio <= 100:
+            raise ValueError(
+                f"--backward-forward-ratio {ratio} is out of range, allowed: 0.01 to 100, or auto"
+            )
+        for name in ("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(
+                    f"{_flag(name)} {getattr(self, name)} is out of range, allowed: 0 or more"
+                )
+        if self.fill_explicit_bubbles:
+            return
+        for name, default in (
+            ("num_fill_warmup_microbatches", None),
+            ("num_fill_cooldown_microbatches", None),
+            ("backward_forward_ratio", _ASSUMED_RATIO),
+            ("fill_samples", "extra"),
+        ):
+            if getattr(self, name) != default:
+                raise ValueError(f"{_flag(name)} has no effect without --fill-explicit-bubbles")
+
+    @classmethod
+    def from_attributes(cls, source: object) -> "FillingOptions":
+        """Read the fields from the attributes of parsed arguments; absent ones keep defaults."""
+        values = {name: getattr(source, name, None) for name in cls.__dataclass_fields__}
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the ratio is to be measured."""
+        return self.backward_forward_ratio == MEASURED
+
+    @property
+    def assumed_ratio(self) -> float:
+        """The ratio as long as none has been measured."""
+        return _ASSUMED_RATIO if self.is_measured else float(self.backward_forward_ratio)
+
+    def fills(self, stages: int, exit_stages: frozenset[int], ratio: float) -> tuple[int, int]:
+        """How many microbatches fill the warm-up and the cool-down.
+
+        Args:
+            stages: of the pipeline.
+            exit_stages: the stages that have exits.
+            ratio: time of a backward over that of a forward.
+
+        Raises:
+            ValueError: more are asked for than fit, and the ratio is not a measured one.
+        """
+        most = FilledOneFOneB(
+            num_ranks=stages,
+            num_microbatches=1,
+            backward_forward_ratio=ratio,
+            exit_stages=exit_stages,
+        )
+        numbers = []
+        for name, fitting in (
+            ("num_fill_warmup_microbatches", len(most.warmup_depths)),
+            ("num_fill_cooldown_microbatches", len(most.cooldown_depths)),
+        ):
+            asked = getattr(self, name)
+            if asked is not None and asked > fitting and not self.is_measured:
+                raise ValueError(
+                    f"{_flag(name)} {asked} is out of range, allowed: 0 to {fitting} with {stages} "
+                    f"pipeline stages, exits on {len(exit_stages)} of them and "
+                    f"--backward-forward-ratio {ratio:g}"
+                )
+            numbers.append(fitting if asked is None else min(asked, fitting))
+        return numbers[0], numbers[1]
+
+    def generator(
+        self, stages: int, microbatches: int, exit_stages: frozenset[int], ratio: float
+    ) -> FilledOneFOneB:
+        """The schedule of a step.
+
+        Args:
+            stages: of the pipeline.
+            microbatches: of the step, fills among them.
+            exit_stages: the stages that have exits.
+            ratio: time of a backward over that of a forward.
+
+        Raises:
+            ValueError: see `fills`; or none would be left for the whole pipeline.
+        """
+        warmup, cooldown = self.fills(stages, exit_stages, ratio)
+        full = microbatches - warmup - cooldown
+        if full < 1:
+            raise ValueError(
+                f"--fill-explicit-bubbles takes {warmup + cooldown} of the {microbatches} "
+                "microbatches of a step and leaves none for the whole pipeline: give a larger "
+                "--global-batch-size, or smaller numbers of fills"
+            )
+        return FilledOneFOneB(
+            num_ranks=stages,
+            num_microbatches=full,
+            backward_forward_ratio=ratio,
+            num_warmup_fills=warmup,
+            num_cooldown_fills=cooldown,
+            exit_stages=exit_stages,
+        )
+
+
+def plan_fills(args: Namespace, options: FillingOptions, exits: EarlyExitConfig) -> str:
+    """Count the samples of fills in the global batch of checked arguments.
+
+    Returns:
+        A line that says what a step is made of.
+
+    Raises:
+        ValueError: the flags do not go together.
+    """
+    for name, (served, reason) in _REFUSED.items():
+        value = getattr(args, name, served)
+        if value != served:
+            shown = "" if value is True else f" {value}"
+            raise ValueError(
+                f"{_flag(name)}{shown} cannot be combined with --fill-explicit-bubbles: {reason}"
+            )
+    stages = args.pipeline_model_parallel_size
+    if stages < 2:
+        raise ValueError(
+            f"--fill-explicit-bubbles has no effect with --pipeline-model-parallel-size {stages}: "
+            "a single stage has no bubbles"
+        )
+    samples = args.micro_batch_size * args.data_parallel_size
+    own = exit_stages(args, exits)
+    warmup, cooldown = options.fills(stages, own, options.assumed_ratio)
+    if options.fill_samples == "extra":
+        args.global_batch_size += (warmup + cooldown) * samples
+    microbatches = args.global_batch_size // samples
+    options.generator(stages, microbatches, own, options.assumed_ratio)
+    until = " once the ratio is measured, at most" if options.is_measured else ""
+    return (
+        f"bubble filling:{until} {warmup} microbatches in the warm-up and {cooldown} in the "
+        f"cool-down of {microbatches}, global batch size {args.global_batch_size}"
+    )
+
+
+def exit_stages(args: Namespace, exits: EarlyExitConfig) -> frozenset[int]:
+    """The pipeline stages that exits lie on, by checked arguments without chunks."""
+    config = core_transformer_config_from_args(args)
+    layout = config.pipeline_model_parallel_layout
+    ends, last = [], 0
+    for stage in range(args.pipeline_model_parallel_size):
+        if layout is None:
+            last += get_num_layers_to_build(config, pp_rank=stage)
+        else:
+            last += layout.layout[stage][0].count(LayerType.decoder)
+        ends.append(last)
+    hosts = (position + exits.pre_exit for position in exits.positions)
+    return frozenset(next(s for s, end in enumerate(ends) if host <= end) for host in hosts)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

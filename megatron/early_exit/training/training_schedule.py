@@ -1,0 +1,158 @@
+"""Training steps by schedules of our own, in the place of Megatron's."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+from megatron.training import training
+
+from megatron.early_exit.pipeline.actions import Microbatch
+from megatron.early_exit.pipeline.execution.contributions import Contributions
+from megatron.early_exit.pipeline.execution.pass_clock import PassClock
+from megatron.early_exit.pipeline.execution.training_step import run_training_step
+from megatron.early_exit.pipeline.schedule import Schedule
+from megatron.early_exit.training.exit_loss import ExitObjective
+from megatron.early_exit.training.step_data import StepData
+
+_SCHEDULE_PARAMETERS = ("schedule_pg_collection",)
+
+
+def train_by(step: Callable[..., list[Any]]) -> None:
+    """Make Megatron train by `step` from now on; the one patch of its schedules.
+
+    Evaluation stays with Megatron's own.
+
+    Args:
+        step: called with what Megatron calls its schedules with, but `forward_only`.
+
+    Raises:
+        RuntimeError: the installed megatron-core does not have the function this relies on.
+    """
+    get_schedule = getattr(training, "get_forward_backward_func", None)
+    found = tuple(inspect.signature(get_schedule).parameters) if get_schedule else ()
+    if get_schedule is None or not set(_SCHEDULE_PARAMETERS) <= set(found):
+        raise RuntimeError(
+            f"megatron.training.training.get_forward_backward_func has changed (parameters "
+            f"{found}), this version of megatron-core is not supported"
+        )
+
+    def get(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        return partial(_train_or_evaluate, step, get_schedule(*args, **kwargs))
+
+    training.get_forward_backward_func = get
+
+
+def _train_or_evaluate(
+    step: Callable[..., list[Any]],
+    evaluate: Callable[..., list[Any]],
+    *,
+    forward_only: bool = False,
+    **kwargs: Any,
+) -> list[Any]:
+    return evaluate(forward_only=True, **kwargs) if forward_only else step(**kwargs)
+
+
+class StepPlan(Protocol):
+    """Decides what a step does.
+
+    Attributes:
+        clock: times the passes of the next step.
+    """
+
+    clock: PassClock | None
+
+    def __call__(self, num_microbatches: int, exit_stages: frozenset[int]) -> Schedule:
+        """The schedule of the next step, with sends and receives; called once for each on all ranks
+        alike.
+
+        Args:
+            num_microbatches: of the step.
+            exit_stages: the stages that have exits.
+        """
+        ...
+
+
+class ScheduledSteps:
+    """Training steps by lists of actions, for `train_by`.
+
+    Args:
+        objective: of the exits.
+        plan: what each step does.
+    """
+
+    def __init__(self, objective: ExitObjective, plan: StepPlan) -> None:
+        self._objective = objective
+        self._plan = plan
+        self._exit_stages: frozenset[int] | None = None
+
+    def __call__(
+        self,
+        *,
+        forward_step_func: Callable[..., Any],
+        data_iterator: Any,
+        model: list[torch.nn.Module],
+        num_microbatches: int,
+        seq_length: int,
+        micro_batch_size: int,
+        force_all_reduce: bool = False,
+        **_: Any,
+    ) -> list[Any]:
+        """One step, with the arguments of Megatron's schedules.
+
+        Returns:
+            What the last stage's forwards reported, empty on the others.
+        """
+        (chunk,) = model
+        if self._exit_stages is None:
+            self._exit_stages = _find_exit_stages(chunk)
+        schedule = self._plan(num_microbatches, self._exit_stages)
+        contributions = Contributions.of(schedule)
+        stage = _pipeline().rank()
+        on_last = contributions.to_losses(schedule.num_ranks - 1)
+        self._objective.start_step(on_last / contributions.to_losses(stage))
+        order = [a.microbatch for a in schedule.ranks[0] if a.kind == "F"]
+        data = StepData(data_iterator, order)
+        reports = run_training_step(
+            schedule,
+            _Workload(data, self._objective),
+            forward_step_func=forward_step_func,
+            data=data,
+            model=chunk,
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            force_all_reduce=force_all_reduce,
+            clock=self._plan.clock,
+        )
+        data.finish()
+        return reports
+
+
+class _Workload:
+    def __init__(self, data: StepData, objective: ExitObjective) -> None:
+        self._data = data
+        self._objective = objective
+
+    def begin_forward(self, microbatch: Microbatch, ends_at_exit: bool) -> None:
+        self._data.select(microbatch)
+        self._objective.ends_at_exit = ends_at_exit
+
+    def exits_backward(self, microbatch: Microbatch) -> None:
+        del microbatch
+        self._objective.backpropagate_passed_exits()
+
+
+def _pipeline() -> torch.distributed.ProcessGroup:
+    return ProcessGroupCollection.use_mpu_process_groups(required_pgs=["pp"]).pp
+
+
+def _find_exit_stages(chunk: torch.nn.Module) -> frozenset[int]:
+    """A collective call over the pipeline."""
+    group = _pipeline()
+    own: Any = unwrap_model(chunk)
+    everywhere: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(everywhere, bool(own.exits.heads), group=group)
+    return frozenset(stage for stage, has_exits in enumerate(everywhere) if has_exits)
