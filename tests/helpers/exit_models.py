@@ -112,19 +112,24 @@ class PlainExits:
 
     def objective(self, batch: Microbatch, per_token: bool = False) -> Tensor:
         """Final loss plus weighted exit losses, means over tokens (or sums)."""
-        total = self._run_backbone(batch)
-        for one in self.exits.exits:
-            logits = self._logits(one.position)
-            losses = token_losses(
-                logits.flatten(0, 1),
-                batch.labels.t().flatten(),
-                temperature=one.temperature,
-                confidence_weighted=self.exits.use_dynamic_exit_layer_weight,
-            )
-            total = total + one.weight * (losses * batch.mask.t().flatten()).sum()
+        total = self.run_backbone(batch)
+        for position in self.exits.positions:
+            total = total + self.exit_loss(position, batch)
         return total if per_token else total / batch.tokens_that_count
 
-    def _run_backbone(self, batch: Microbatch) -> Tensor:
+    def exit_loss(self, position: int, batch: Microbatch) -> Tensor:
+        """Weighted loss of an exit that `run_backbone` has passed, a sum over tokens."""
+        (one,) = (one for one in self.exits.exits if one.position == position)
+        losses = token_losses(
+            self._logits(position).flatten(0, 1),
+            batch.labels.t().flatten(),
+            temperature=one.temperature,
+            confidence_weighted=self.exits.use_dynamic_exit_layer_weight,
+        )
+        return one.weight * (losses * batch.mask.t().flatten()).sum()
+
+    def run_backbone(self, batch: Microbatch) -> Tensor:
+        """The final head's loss, a sum over tokens."""
         hooks = [self._collect(position) for position in self.exits.positions]
         loss = batch.final_loss(self.model)
         for hook in hooks:
@@ -153,6 +158,11 @@ class PlainExits:
             hidden, _ = head.block(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rope)
         if self.exits.use_exit_norm:
             hidden = head.norm(hidden)
-        tied = self.model.embedding.word_embeddings.weight
-        weight = head.projection.weight if self.exits.untie_exit_output_weights else tied
+        weight = self.weight_of(position)
         return hidden.to(weight.dtype) @ weight.t()
+
+    def weight_of(self, position: int) -> Tensor:
+        """The output projection of an exit, [v, h]."""
+        if self.exits.untie_exit_output_weights:
+            return self.model.exits.heads[position].projection.weight
+        return self.model.embedding.word_embeddings.weight

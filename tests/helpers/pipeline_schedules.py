@@ -45,6 +45,23 @@ def filled(draw: st.DrawFn) -> FilledOneFOneB:
 
 
 @st.composite
+def overfilled(draw: st.DrawFn) -> FilledOneFOneB:
+    """1F1B with any number of fills and exits on any stages."""
+    ranks = draw(num_ranks)
+    exit_stages = draw(st.frozensets(st.integers(0, ranks - 1)))
+    reachable = [s for s in exit_stages if s < ranks - 1]
+    places = ranks - 1 - min(reachable) if reachable else 0
+    return FilledOneFOneB(
+        num_ranks=ranks,
+        num_microbatches=draw(num_microbatches),
+        backward_forward_ratio=draw(ratios),
+        num_warmup_fills=draw(st.integers(0, places)),
+        num_cooldown_fills=draw(st.integers(0, ranks - 1)),
+        exit_stages=exit_stages,
+    )
+
+
+@st.composite
 def interleaved(draw: st.DrawFn) -> Interleaved:
     """Interleaved schedules of up to four chunks."""
     ranks = draw(st.integers(2, 16))
@@ -65,6 +82,7 @@ def tuning(draw: st.DrawFn) -> Tuning:
 generators = st.one_of(
     st.builds(OneFOneB, num_ranks=num_ranks, num_microbatches=num_microbatches),
     filled(),
+    overfilled(),
     interleaved(),
     st.builds(ZeroBubbleH1, num_ranks=num_ranks, num_microbatches=num_microbatches),
     tuning(),

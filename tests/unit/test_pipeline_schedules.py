@@ -26,6 +26,7 @@ from tests.helpers.pipeline_schedules import (
     generators,
     limits,
     num_ranks,
+    overfilled,
     ratios,
 )
 
@@ -126,6 +127,17 @@ def test_fills_run_where_the_paper_says(generator):
         assert len(stages("B", fill)) >= 1
 
 
+@settings(max_examples=40)
+@given(overfilled())
+def test_a_fill_of_the_warm_up_ends_on_a_stage_with_an_exit(generator):
+    depths = generator.warmup_depths
+    assert len(depths) == generator.num_warmup_fills
+    assert all(
+        depth - 1 in generator.exit_stages and depth < generator.num_ranks for depth in depths
+    )
+    assert list(depths) == sorted(depths, reverse=True)
+
+
 def test_without_fills_it_is_1f1b():
     plain = OneFOneB(num_ranks=5, num_microbatches=7)
     none = FilledOneFOneB(
@@ -169,9 +181,9 @@ def test_messages_between_two_ranks_of_a_ring_have_one_order():
         ),
         (
             lambda: FilledOneFOneB(
-                num_ranks=4, num_microbatches=6, backward_forward_ratio=2.0, num_warmup_fills=3
+                num_ranks=4, num_microbatches=6, backward_forward_ratio=2.0, num_warmup_fills=4
             ),
-            "num_warmup_fills 3 is out of range, allowed: 0 to 2 with 4 stages and a backward of 2",
+            "num_warmup_fills 4 is out of range, allowed: 0 to 3 with 4 stages",
         ),
         (
             lambda: FilledOneFOneB(num_ranks=4, num_microbatches=6, backward_forward_ratio=0.0),

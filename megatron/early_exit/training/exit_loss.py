@@ -83,8 +83,8 @@ class ExitObjective:
         seed: of the exits' dropout.
 
     Attributes:
-        ends_at_exit: training may end a forward pass at the last exit of a model chunk, by
-            `EndedAtExit`, where the next stage does not take the microbatch on.
+        ends_at_exit: the next forward pass may end at the last exit of its model chunk, by
+            `EndedAtExit`, since no stage takes the microbatch on.
     """
 
     def __init__(

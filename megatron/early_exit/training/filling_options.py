@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from megatron.core.transformer.enums import LayerType
@@ -51,11 +52,11 @@ class FillingOptions:
 
     num_fill_warmup_microbatches: int | None = None
     """Microbatches in the bubble of the warm-up, which train the exits of the first stages
-    (default: all that fit)."""
+    (default: as many as fit; more make a step longer)."""
 
     num_fill_cooldown_microbatches: int | None = None
-    """Microbatches in the bubble of the cool-down, which train the last stages (default: all that
-    fit)."""
+    """Microbatches in the bubble of the cool-down, which train the last stages (default: as many
+    as fit; more make a step longer)."""
 
     backward_forward_ratio: Any = field(
         default=_ASSUMED_RATIO, metadata={"argparse_meta": {"type": _ratio, "metavar": "RATIO"}}
@@ -114,28 +115,26 @@ class FillingOptions:
             ratio: time of a backward over that of a forward.
 
         Raises:
-            ValueError: more are asked for than fit, and the ratio is not a measured one.
+            ValueError: there are no places for as many as are asked for.
         """
-        most = FilledOneFOneB(
+        generator = partial(
+            FilledOneFOneB,
             num_ranks=stages,
             num_microbatches=1,
             backward_forward_ratio=ratio,
             exit_stages=exit_stages,
         )
-        numbers = []
-        for name, fitting in (
-            ("num_fill_warmup_microbatches", len(most.warmup_depths)),
-            ("num_fill_cooldown_microbatches", len(most.cooldown_depths)),
-        ):
-            asked = getattr(self, name)
-            if asked is not None and asked > fitting and not self.is_measured:
-                raise ValueError(
-                    f"{_flag(name)} {asked} is out of range, allowed: 0 to {fitting} with {stages} "
-                    f"pipeline stages, exits on {len(exit_stages)} of them and "
-                    f"--backward-forward-ratio {ratio:g}"
-                )
-            numbers.append(fitting if asked is None else min(asked, fitting))
-        return numbers[0], numbers[1]
+        try:
+            asked = generator(
+                num_warmup_fills=self.num_fill_warmup_microbatches,
+                num_cooldown_fills=self.num_fill_cooldown_microbatches,
+            )
+        except ValueError as error:
+            message = str(error)
+            for name in ("warmup", "cooldown"):
+                message = message.replace(f"num_{name}_fills", f"--num-fill-{name}-microbatches")
+            raise ValueError(message) from None
+        return len(asked.warmup_depths), len(asked.cooldown_depths)
 
     def generator(
         self, stages: int, microbatches: int, exit_stages: frozenset[int], ratio: float

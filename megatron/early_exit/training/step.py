@@ -145,6 +145,9 @@ class ModelStep:
             )
         except EndedAtExit as end:
             output = end.hidden
+        finally:
+            # What recomputes activations later must not end there.
+            self.objective.ends_at_exit = False
         return output, cast(Tensor, batch.loss_mask)
 
 

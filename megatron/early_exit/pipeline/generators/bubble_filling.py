@@ -46,8 +46,9 @@ class FilledOneFOneB:
         num_ranks: pipeline-parallel size P, one stage on each rank.
         num_microbatches: full ones of a step.
         backward_forward_ratio: time of a backward over time of a forward, 0.01 to 100.
-        num_warmup_fills: microbatches in the warm-up bubble, None for all that fit.
-        num_cooldown_fills: microbatches in the cool-down bubble, None for all that fit.
+        num_warmup_fills: microbatches in the warm-up bubble, None for as many as fit. More, up to
+            P - 1, make the step longer.
+        num_cooldown_fills: microbatches in the cool-down bubble, likewise.
         exit_stages: the stages that have exits, counted from 0; None for all.
 
     Raises:
@@ -68,49 +69,46 @@ class FilledOneFOneB:
                 f"backward_forward_ratio {self.backward_forward_ratio} is out of range, "
                 "allowed: 0.01 to 100"
             )
-        most = {
-            "num_warmup_fills": len(self._useful_depths),
-            "num_cooldown_fills": max_fills(self.num_ranks, self.backward_forward_ratio),
-        }
-        for name, limit in most.items():
-            number = getattr(self, name)
-            if number is None:
-                object.__setattr__(self, name, limit)
-            elif not 0 <= number <= limit:
-                raise ValueError(
-                    f"{name} {number} is out of range, allowed: 0 to {limit} with {self.num_ranks} "
-                    f"stages and a backward of {self.backward_forward_ratio} forwards{self._where}"
-                )
+        fitting = max_fills(self.num_ranks, self.backward_forward_ratio)
+        most = len(self._warmup_depths_from(self.num_ranks - 1))
+        self._choose("num_warmup_fills", len(self._warmup_depths_from(fitting)), most)
+        self._choose("num_cooldown_fills", fitting, self.num_ranks - 1)
 
-    @property
-    def _where(self) -> str:
-        return "" if self.exit_stages is None else f", exits on stages {sorted(self.exit_stages)}"
+    def _choose(self, name: str, fitting: int, most: int) -> None:
+        number = getattr(self, name)
+        if number is None:
+            object.__setattr__(self, name, fitting)
+        elif not 0 <= number <= most:
+            where = "" if self.exit_stages is None else f", exits on {sorted(self.exit_stages)}"
+            raise ValueError(
+                f"{name} {number} is out of range, allowed: 0 to {most} with {self.num_ranks} "
+                f"stages{where}"
+            )
 
-    @property
-    def _useful_depths(self) -> tuple[int, ...]:
-        most = max_fills(self.num_ranks, self.backward_forward_ratio)
+    def _warmup_depths_from(self, deepest: int) -> tuple[int, ...]:
+        """Depths of fills of which the first runs on so many stages, or fewer."""
+        depths = tuple(range(deepest, 0, -1))
         if self.exit_stages is None:
-            return tuple(range(most, 0, -1))
-        depths = []
-        for depth in range(most, 0, -1):
-            reached = [stage for stage in self.exit_stages if stage < depth]
-            if reached:
-                depths.append(1 + max(reached))
-        return tuple(depths)
+            return depths
+        last = [max((s for s in self.exit_stages if s < depth), default=-1) for depth in depths]
+        return tuple(stage + 1 for stage in last if stage >= 0)
 
     @property
     def warmup_depths(self) -> tuple[int, ...]:
         """For each fill of the warm-up bubble, on how many of the first stages it runs."""
+        number = self.num_warmup_fills or 0
+        deepest = max_fills(self.num_ranks, self.backward_forward_ratio)
+        while len(self._warmup_depths_from(deepest)) < number:
+            deepest += 1
         # With fewer fills than fit, the deepest ones: they reach the most exits.
-        return self._useful_depths[: self.num_warmup_fills]
+        return self._warmup_depths_from(deepest)[:number]
 
     @property
     def cooldown_depths(self) -> tuple[int, ...]:
         """For each fill of the cool-down bubble, on how many of the last stages it runs back."""
         period = 1 + 1 / _fraction(self.backward_forward_ratio)
-        return tuple(
-            int(self.num_ranks - i * period) for i in range(1, (self.num_cooldown_fills or 0) + 1)
-        )
+        numbers = range(1, (self.num_cooldown_fills or 0) + 1)
+        return tuple(max(int(self.num_ranks - i * period), 1) for i in numbers)
 
     def build(self) -> Schedule:
         """The schedule, without sends and receives."""

@@ -1,0 +1,334 @@
+"""Gradients of filled steps over a pipeline are those of their definition on one process.
+
+The definition: each loss of each microbatch that contributes, one by one, by plain autograd, with
+the weights by which filled steps are unbiased."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.early_exit.config import EarlyExitConfig
+from tests.helpers.exit_models import Microbatch as Batch
+from tests.helpers.exit_models import PlainExits, build_model, gradients
+from tests.helpers.plain_loss import relative_error
+from tests.helpers.single_process import model_parallel
+from tests.helpers.spawn import spawn
+
+BOUND = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline and what it is filled with.
+
+    `depths` are those of the fills, on how many of the first or of the last stages they run back:
+    written down here by hand from the paper's figure."""
+
+    layers: tuple[int, ...]
+    exits: tuple[int, ...]
+    num_full: int
+    warmup_depths: tuple[int, ...]
+    cooldown_depths: tuple[int, ...]
+    pre_exit: bool = False
+    fields: dict[str, Any] = field(default_factory=dict)
+    backbone: dict[str, Any] = field(default_factory=dict)
+    per_token: bool = False
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.layers)
+
+    @property
+    def config(self) -> EarlyExitConfig:
+        numbers = tuple(number + self.pre_exit for number in self.exits)
+        weights = tuple(0.3 + 0.4 * i for i in range(len(self.exits)))
+        return EarlyExitConfig(
+            exit_layer_nums=numbers,
+            pre_exit=self.pre_exit,
+            exit_layer_weight=weights,
+            **self.fields,
+        )
+
+    def stage_of_layer(self, number: int) -> int:
+        """`number` counts from 1."""
+        return next(s for s in range(self.num_stages) if number <= sum(self.layers[: s + 1]))
+
+    def stage_of_exit(self, position: int) -> int:
+        return self.stage_of_layer(position + self.pre_exit)
+
+    @property
+    def num_batches(self) -> int:
+        return self.num_full + len(self.warmup_depths) + len(self.cooldown_depths)
+
+
+CASES = {
+    # A stage more than fits, which costs time and must be as right.
+    "pp2": Case((2, 2), (1, 3), 3, (1,), (1,)),
+    "pp2-untied": Case(
+        (2, 2),
+        (1, 2),
+        2,
+        (1,),
+        (1,),
+        fields={"untie_exit_output_weights": True, "use_exit_norm": True, "use_exit_mlp": True},
+        backbone={"tied": False},
+    ),
+    "pp2-per-token": Case((2, 2), (1, 3), 3, (1,), (1,), per_token=True),
+    "pp4": Case((1, 1, 1, 1), (1, 2, 3), 5, (2, 1), (2, 1)),
+    # The paper's placement: the second fill of the warm-up would reach no exit.
+    "pp4-pre-exit": Case((1, 1, 1, 1), (1, 2), 4, (2,), (2, 1), pre_exit=True),
+    "pp4-uneven": Case(
+        (1, 2, 2, 1),
+        (2, 3, 6),
+        3,
+        (2,),
+        (2, 1),
+        fields={"use_exit_block": True, "use_exit_norm": True},
+        backbone={
+            "num_layers": 6,
+            "num_layers_in_first_pipeline_stage": 1,
+            "num_layers_in_last_pipeline_stage": 1,
+        },
+    ),
+    "pp4-recompute": Case(
+        (1, 1, 1, 1),
+        (1, 2, 3),
+        4,
+        (2, 1),
+        (2, 1),
+        backbone={
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    ),
+}
+
+
+def run_stages(cases: dict[str, Case], weights: Path) -> dict[str, dict[str, Tensor]]:
+    """On each rank: filled steps of each case."""
+    from megatron.core import parallel_state
+
+    found = {}
+    for name, case in cases.items():
+        parallel_state.initialize_model_parallel(pipeline_model_parallel_size=case.num_stages)
+        found[name] = run_stage(case, torch.load(weights / name))
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def run_stage(case: Case, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of one filled step, by the names they have on one process."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron.early_exit.training.bubble_filling import FilledBubbles
+    from megatron.early_exit.training.data import BatchReader
+    from megatron.early_exit.training.exit_loss import ExitObjective, LossNormalization
+    from megatron.early_exit.training.filling_options import FillingOptions
+    from megatron.early_exit.training.step import ForwardStep, LossChecks
+    from megatron.early_exit.training.training_schedule import ScheduledSteps
+
+    stages = case.num_stages
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    fields = {**case.backbone, "calculate_per_token_loss": case.per_token}
+    model = build_model(case.config, pipeline_model_parallel_size=stages, **fields)
+    model.config.deallocate_pipeline_outputs = True
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    names = load(model, weights, sum(case.layers[:stage]))
+    normalization = LossNormalization(per_token=case.per_token, context_parallel_size=1)
+    model.exit_tap = objective = ExitObjective(case.config, normalization, chunk_tokens=5)
+    model.config.experimental_attention_variant_loss_scale_func = objective.set_loss_scale
+    groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+    batch, sequence = Batch(0).tokens.shape
+    reader = BatchReader(
+        groups=groups,
+        micro_batch_size=batch,
+        eval_micro_batch_size=batch,
+        seq_length=sequence,
+    )
+    step = ForwardStep(reader, objective, lambda: 0, LossChecks(finite=True, spikes=False))
+    options = FillingOptions(
+        fill_explicit_bubbles=True,
+        num_fill_warmup_microbatches=len(case.warmup_depths),
+        num_fill_cooldown_microbatches=len(case.cooldown_depths),
+    )
+    tokens = torch.zeros([], dtype=torch.int)
+
+    def finish(_: Any, num_tokens: Tensor | None, **__: Any) -> None:
+        if num_tokens is not None:
+            tokens.copy_(num_tokens)
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            torch.distributed.broadcast(tokens, last)
+
+    model.config.finalize_model_grads_func = finish
+    batches = [Batch(seed) for seed in range(2 * case.num_batches)]
+    data = iter(
+        {"tokens": b.tokens, "labels": b.labels, "loss_mask": b.mask, "position_ids": b.positions}
+        for b in batches
+    )
+    steps = ScheduledSteps(objective, FilledBubbles(options, stages))
+    for _ in range(2):
+        # The second step finds every stage at the same place in the data.
+        model.zero_grad()
+        reports = steps(
+            forward_step_func=step,
+            data_iterator=data,
+            model=[model],
+            num_microbatches=case.num_batches,
+            seq_length=sequence,
+            micro_batch_size=batch,
+        )
+    on_last = stage == stages - 1
+    assert len(reports) == (case.num_full + len(case.cooldown_depths)) * on_last
+    scale = 1 / tokens if case.per_token else 1.0
+    return {names[name]: value * scale for name, value in gradients(model).items()}
+
+
+def load(model: Any, weights: dict[str, Tensor], offset: int) -> dict[str, str]:
+    """Give a stage its weights; returns the names of its parameters on one process."""
+    names = {}
+    for name, parameter in model.named_parameters():
+        whole = name
+        if name.startswith("decoder.layers."):
+            number, rest = name.removeprefix("decoder.layers.").split(".", 1)
+            whole = f"decoder.layers.{int(number) + offset}.{rest}"
+        elif name == "exits.tied_copy" or (name == "output_layer.weight" and name not in weights):
+            whole = "embedding.word_embeddings.weight"
+        parameter.data.copy_(weights[whole])
+        names[name] = whole
+    return names
+
+
+class SeparateUses(PlainExits):
+    """Where one weight is embedding and projections, each of its uses gets a gradient of its own,
+    as the stages that they are on have."""
+
+    def __init__(self, model: Any, exits: EarlyExitConfig) -> None:
+        super().__init__(model, exits)
+        embedding = model.embedding.word_embeddings.weight
+        self.copies = {p: embedding.detach().clone().requires_grad_() for p in exits.positions}
+
+    def weight_of(self, position: int) -> Tensor:
+        if self.exits.untie_exit_output_weights:
+            return super().weight_of(position)
+        return self.copies[position]
+
+
+def reference(case: Case, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The definition, for the data of the second step."""
+    tied = case.backbone.get("tied", True)
+    model = build_model(case.config, **(on_one_process(case.backbone) | {"tied": False}))
+    model.load_state_dict(weights, strict=not tied)
+    if tied:
+        model.output_layer.weight.data.copy_(model.embedding.word_embeddings.weight)
+    plain = SeparateUses(model, case.config)
+    last = case.num_stages - 1
+    parameters: dict[str, tuple[int, str, Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        whole = "embedding.word_embeddings.weight" if tied and "output_layer" in name else name
+        parameters[name] = stage_of(case, name), whole, parameter
+    for position, copy in plain.copies.items():
+        tied_name = "embedding.word_embeddings.weight"
+        parameters[f"copy {position}"] = case.stage_of_exit(position), tied_name, copy
+    tensors = [parameter for _, _, parameter in parameters.values()]
+    total: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+    for batch, role, depth in draws(case):
+        losses = [(last, plain.run_backbone(batch))]
+        losses += [
+            (case.stage_of_exit(p), plain.exit_loss(p, batch)) for p in plain.exits.positions
+        ]
+        for loss_stage, loss in losses:
+            if not case.per_token:
+                loss = loss / batch.tokens_that_count
+            grads = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
+            for (stage, name, _), grad in zip(parameters.values(), grads, strict=True):
+                if grad is not None:
+                    weight = weigh(case, role, depth, stage, loss_stage)
+                    total[name] = total[name] + weight * grad
+    return dict(total)
+
+
+def stage_of(case: Case, name: str) -> int:
+    if name.startswith("embedding."):
+        return 0
+    if name.startswith("decoder.layers."):
+        return case.stage_of_layer(int(name.split(".")[2]) + 1)
+    if name.startswith("exits."):
+        return case.stage_of_exit(int(name.split(".")[1]))
+    return case.num_stages - 1
+
+
+def draws(case: Case) -> list[tuple[Batch, str, int]]:
+    """The microbatches of the second step in the order in which the first stage goes forward:
+    as many full ones as there are stages fill the pipeline, then come the warm-up's fills."""
+    roles: list[tuple[str, int]] = [("", 0)] * case.num_full
+    roles += [("c", depth) for depth in case.cooldown_depths]
+    at = min(case.num_stages, len(roles))
+    roles[at:at] = [("w", depth) for depth in case.warmup_depths]
+    seeds = range(case.num_batches, 2 * case.num_batches)
+    return [(Batch(seed), *role) for seed, role in zip(seeds, roles, strict=True)]
+
+
+def weigh(case: Case, role: str, depth: int, stage: int, loss_stage: int) -> float:
+    """Of a microbatch's loss on `loss_stage` for parameters on `stage`."""
+
+    def warmup(at: int) -> int:
+        return sum(at < d for d in case.warmup_depths)
+
+    def cooldown(at: int) -> int:
+        return sum(at >= case.num_stages - d for d in case.cooldown_depths)
+
+    on_loss_stage = case.num_full + warmup(loss_stage) + cooldown(loss_stage)
+    weight = 1 / on_loss_stage
+    if case.per_token:
+        tokens = sum(batch.mask.sum().item() for batch, role, _ in draws(case) if role != "w")
+        weight *= (case.num_full + len(case.cooldown_depths)) / tokens
+    if role == "w":
+        return weight if loss_stage < depth else 0.0
+    if role == "c" and stage < case.num_stages - depth:
+        return 0.0
+    ends = case.num_full + cooldown(loss_stage), case.num_full + cooldown(stage)
+    return weight * ends[0] / ends[1]
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["pp2", "pp4"])
+def gradients_of(request, tmp_path_factory) -> dict[str, tuple[dict[str, Tensor], ...]]:
+    """What was found and what is expected, for each case of a number of stages."""
+    cases = {name: case for name, case in CASES.items() if case.num_stages == request.param}
+    folder, expected = tmp_path_factory.mktemp("weights"), {}
+    with model_parallel():
+        for name, case in cases.items():
+            weights = build_model(case.config, **on_one_process(case.backbone)).state_dict()
+            torch.save(weights, folder / name)
+            expected[name] = reference(case, weights)
+    ranks = spawn(run_stages, request.param, cases, folder)
+    return {name: (add_up([rank[name] for rank in ranks]), expected[name]) for name in cases}
+
+
+def add_up(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The sum of the gradients of all copies of each weight."""
+    total: dict[str, Tensor] = {}
+    for name, gradient in (item for part in parts for item in part.items()):
+        total[name] = total.get(name, 0) + gradient
+    return total
+
+
+def on_one_process(backbone: dict[str, Any]) -> dict[str, Any]:
+    """Without what divides layers over stages, or saves memory."""
+    return {n: v for n, v in backbone.items() if "layers_in" not in n and "recompute" not in n}
+
+
+def test_filled_gradients_are_those_of_the_definition(gradients_of):
+    for case, (found, expected) in gradients_of.items():
+        assert found.keys() == expected.keys()
+        assert all(gradient.any() for gradient in expected.values())
+        apart = {name: relative_error(found[name], expected[name]) for name in expected}
+        assert max(apart.values()) < BOUND, (case, apart)
