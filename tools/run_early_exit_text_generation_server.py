@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -26,7 +27,7 @@ from megatron.early_exit.server.app import create_app
 from megatron.early_exit.server.logs import configure, log
 from megatron.early_exit.server.metrics import Metrics
 from megatron.early_exit.server.settings import ExitSettings, ServerSettings
-from megatron.early_exit.server.web import WebServer
+from megatron.early_exit.server.web import WebServer, bound_sockets
 from megatron.early_exit.server.worker import EngineWorker
 
 DEFAULTS: dict[str, Any] = {
@@ -63,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     limits = parser.add_argument_group("limits")
     add = limits.add_argument
     for name, text in {
-        "max_waiting": "sequences in the queue",
+        "max_waiting": "sequences in the queue at which requests are turned away",
         "max_sequences": "texts of one request",
         "max_body_bytes": "bytes of one request",
         "request_timeout": "seconds until an answer is given up",
@@ -159,24 +160,29 @@ def serve(args: argparse.Namespace) -> int:
         ValueError: a flag or what it names cannot be used.
     """
     check_limits(args)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return follow(args)
+    with bound_sockets(args.host, args.port) as sockets:
+        return serve_at(args, sockets)
+
+
+def follow(args: argparse.Namespace) -> int:
+    """Compute for the first rank until its end."""
     engine = load_engine(args, args.max_model_len)
-    if engine.is_follower:
-        # torchrun sends them to all ranks; what is under way still needs this one.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-        engine.follow()
-        return 0
+    # torchrun sends them to all ranks; what is under way still needs this one.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    engine.follow()
+    return 0
+
+
+def serve_at(args: argparse.Namespace, sockets: Sequence[socket.socket]) -> int:
+    """Load the model and serve it at an address."""
+    engine = load_engine(args, args.max_model_len)
     settings = settings_of(args, engine.exit_layers)
     configure()
     worker = EngineWorker(engine, args.max_batch_size, settings.max_waiting, Metrics())
-    server = WebServer(
-        create_app(worker, settings),
-        worker,
-        settings,
-        host=args.host,
-        port=args.port,
-        max_batch_size=args.max_batch_size,
-    )
+    server = WebServer(create_app(worker, settings), worker, settings, sockets, args.max_batch_size)
     engine.on_death(server.fail)
     exits = settings.exits
     log(

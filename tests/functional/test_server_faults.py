@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlparse
 
@@ -15,7 +13,7 @@ import requests
 import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
-from tests.helpers.server_process import TOOL, free_port, server_process, wait_until
+from tests.helpers.server_process import free_port, server_process, wait_until
 from tests.helpers.text_checkpoint import save_text_checkpoint
 from tests.helpers.text_server import text_server
 from tools.run_early_exit_text_generation_server import main
@@ -82,7 +80,7 @@ def test_what_is_under_way_is_finished_before_the_end(checkpoint, engine, tmp_pa
         assert whole.result().status_code == 200
         texts = {choice["text"] for choice in whole.result().json()["choices"]}
         assert texts == {expected.text}
-        assert server.wait(10) == 0
+        assert server.wait() == 0
         assert "Traceback" not in server.log.read_text()
 
 
@@ -100,7 +98,7 @@ def test_what_takes_too_long_is_given_up_at_the_end(checkpoint, tmp_path):
         assert_error(event(last), "shutting_down")
         assert whole.result().status_code == 503
         assert_error(whole.result().json(), "shutting_down")
-        assert server.wait(10) == 0
+        assert server.wait() == 0
         assert "Traceback" not in server.log.read_text()
 
 
@@ -115,10 +113,10 @@ def test_a_killed_server_is_missed_at_once_and_can_be_started_again(checkpoint, 
         wait_until(lambda: server.health().json()["num_requests_waiting"] > 95)
         server.signal(signal.SIGKILL)
         with pytest.raises(requests.ConnectionError):
-            whole.result(2)
+            whole.result()
         with pytest.raises(requests.exceptions.ChunkedEncodingError):
             list(lines)
-        assert server.wait(2) == -signal.SIGKILL
+        assert server.wait() == -signal.SIGKILL
     with server_process(checkpoint, tmp_path, port=port) as server:
         assert server.post(SHORT).status_code == 200
 
@@ -224,10 +222,12 @@ def test_clients_that_go_away_free_their_places(checkpoint, stream):
         wait_until(lambda: worker.num_waiting > 95)
         # One that waits for its turn, then one that has it.
         second.close()
-        wait_until(lambda: num_cancelled(server) == 16, 3)
+        wait_until(lambda: num_cancelled(server) == 16)
         assert worker.num_running == 1
+        # To close the sending half only looks the same.
+        first.shutdown(socket.SHUT_WR)
+        wait_until(lambda: worker.num_running == worker.num_waiting == 0)
         first.close()
-        wait_until(lambda: worker.num_running == worker.num_waiting == 0, 3)
         assert num_cancelled(server) > 16
         assert server.post("/v1/completions", SHORT).status_code == 200
 
@@ -257,7 +257,7 @@ def test_clients_that_go_away_free_their_places(checkpoint, stream):
     ],
 )
 def test_what_cannot_be_served_is_one_sentence(checkpoint, capsys, flags, message):
-    assert main(["--load", str(checkpoint), *flags]) == 2
+    assert main(["--load", str(checkpoint), "--port", "0", *flags]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -270,12 +270,11 @@ def test_numbers_are_checked_before_a_model_is_loaded(capsys):
     assert "--max-waiting -1 is out of range" in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken_is_one_sentence(checkpoint):
+def test_a_port_that_is_taken_is_one_sentence_before_a_model_is_loaded(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        command = [sys.executable, TOOL, "--load", checkpoint, "--port", str(port)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
-    assert done.returncode == 2
+        assert main(["--load", "/no/such", "--port", str(port)]) == 2
+    error = capsys.readouterr().err
     message = f"error: --host 127.0.0.1 --port {port} cannot be used: [Errno 98] Address"
-    assert done.stderr.startswith(message), done.stderr
-    assert done.stderr.count("\n") == 1
+    assert error.startswith(message)
+    assert error.count("\n") == 1

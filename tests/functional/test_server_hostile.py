@@ -134,7 +134,10 @@ def test_a_conversation_that_is_not_right(server, name, value):
 )
 def test_a_request_to_api_that_is_not_right(server, name, value):
     body = {"prompts": ["the"], "tokens_to_generate": 2, name: value}
-    assert_refused(server.post(API, body), param=name)
+    response = server.post(API, body)
+    assert_refused(response, param=name)
+    # What Megatron's clients print.
+    assert response.json()["message"] == response.json()["error"]["message"]
     assert_serves(server)
 
 

@@ -14,7 +14,7 @@ from megatron.early_exit.inference import EarlyExitEngine
 from megatron.early_exit.server.app import create_app
 from megatron.early_exit.server.metrics import Metrics
 from megatron.early_exit.server.settings import ExitSettings, ServerSettings
-from megatron.early_exit.server.web import WebServer
+from megatron.early_exit.server.web import WebServer, bound_sockets
 from megatron.early_exit.server.worker import EngineWorker
 
 NAME = "tiny"
@@ -59,11 +59,10 @@ def text_server(
         **settings,
     )
     worker = EngineWorker(engine, max_batch_size, own.max_waiting, Metrics())
-    server = WebServer(
-        create_app(worker, own), worker, own, "127.0.0.1", 0, max_batch_size=max_batch_size
-    )
-    server.start()
-    try:
-        yield TextServer(f"http://127.0.0.1:{server.port}", worker)
-    finally:
-        server.stop(5)
+    with bound_sockets("127.0.0.1", 0) as sockets:
+        server = WebServer(create_app(worker, own), worker, own, sockets, max_batch_size)
+        server.start()
+        try:
+            yield TextServer(f"http://127.0.0.1:{server.port}", worker)
+        finally:
+            server.stop(5)

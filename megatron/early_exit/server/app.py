@@ -80,7 +80,7 @@ def create_app(worker: EngineWorker, settings: ServerSettings) -> OpenAPI:
     app.register_blueprint(page())
     needs_key = settings.api_key is not None
     app.add_url_rule("/openapi.json", view_func=lambda: jsonify(_description(app, needs_key)))
-    _record(app, settings)
+    _record(app, worker, settings)
     _guard(app, settings)
     _explain_errors(app)
     return app
@@ -134,8 +134,8 @@ def _guard(app: OpenAPI, settings: ServerSettings) -> None:
         return response
 
 
-def _record(app: OpenAPI, settings: ServerSettings) -> None:
-    """Log each request when its answer is out."""
+def _record(app: OpenAPI, worker: EngineWorker, settings: ServerSettings) -> None:
+    """Count each request, and log it when its answer is out."""
 
     @app.before_request
     def note_begin() -> None:
@@ -143,6 +143,7 @@ def _record(app: OpenAPI, settings: ServerSettings) -> None:
 
     @app.after_request
     def log_end(response: Response) -> Response:
+        worker.metrics.answered(response.status_code)
         fields: dict[str, object] = {
             "method": request.method,
             "path": request.path,

@@ -40,10 +40,18 @@ class ErrorResponse(BaseModel):
     error: ErrorBody
 
 
-ERRORS: ResponseDict = dict.fromkeys(
-    (400, 401, 404, 405, 413, 415, 429, 500, 503, 504), ErrorResponse
-)
+class GenerateErrorResponse(ErrorResponse):
+    """The same with what Megatron's clients read."""
+
+    message: str
+
+
+_STATUSES = (400, 401, 404, 405, 413, 415, 429, 500, 503, 504)
+ERRORS: ResponseDict = dict.fromkeys(_STATUSES, ErrorResponse)
 """What any endpoint may answer, for the OpenAPI document."""
+GENERATE_PATH = "/api"
+GENERATE_ERRORS: ResponseDict = dict.fromkeys(_STATUSES, GenerateErrorResponse)
+"""What `GENERATE_PATH` may answer."""
 
 
 class ApiError(Exception):
@@ -74,8 +82,11 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         """The HTTP response."""
+        body = self.body
+        if request.path == GENERATE_PATH:
+            body = GenerateErrorResponse(error=body.error, message=body.error.message)
         response = current_app.response_class(
-            self.body.model_dump_json(), self.status, mimetype="application/json"
+            body.model_dump_json(), self.status, mimetype="application/json"
         )
         if self.retry_after is not None:
             response.headers["Retry-After"] = str(self.retry_after)

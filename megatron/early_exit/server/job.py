@@ -63,6 +63,11 @@ class Job:
         """Number of sequences."""
         return len(self.prompts)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the engine has generated so far."""
+        return sum(len(request.tokens) for request in self.requests)
+
     def begin(self, requests: list[Request]) -> None:
         """The engine has taken all sequences in."""
         self.requests = requests

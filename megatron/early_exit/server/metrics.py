@@ -1,6 +1,5 @@
 """Figures for Prometheus, under the names that vLLM gives them, with a prefix of ours."""
 
-from collections import Counter
 from collections.abc import Callable
 from time import perf_counter
 
@@ -13,13 +12,15 @@ from prometheus_client import (
 from prometheus_client import Counter as Count
 
 from megatron.early_exit.inference.decoding.request import Request
+from megatron.early_exit.inference.decoding.results import GeneratedToken
 from megatron.early_exit.server.histogram import SecondsHistogram
+from megatron.early_exit.server.tally import TokenTally
 
 _PREFIX = "early_exit:"
 
 
 class Metrics:
-    """Counts what the server does; touched by the engine's thread, read by any."""
+    """Counts what the server does; sequences in the engine's thread, answers in any."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -30,8 +31,9 @@ class Metrics:
         self._waiting = self._gauge("num_requests_waiting", "Sequences that wait for their turn.")
         self._cache = self._gauge("kv_cache_usage_perc", "Share of the sequences' caches in use.")
         self._prompt = count("prompt_tokens", "Tokens of prompts.")
-        self._generated = count("generation_tokens", "Generated tokens.")
-        self._exits = count("exit_tokens", "Generated tokens by the layer that gave them.", "layer")
+        self._tokens = TokenTally(_PREFIX)
+        self.registry.register(self._tokens)
+        self._answers = count("http_answers", "Answers by their HTTP status.", "status")
         self._ended = count("request_success", "Sequences by how they ended.", "finished_reason")
         self._first = histogram("time_to_first_token_seconds", "From arrival to the first token.")
         self._between = histogram("inter_token_latency_seconds", "From a token to the next.")
@@ -62,6 +64,10 @@ class Metrics:
         """All figures."""
         return generate_latest(self.registry)
 
+    def answered(self, status: int) -> None:
+        """A request has got an answer, or the beginning of one."""
+        self._answers.labels(str(status)).inc()
+
     def began(self, requests: list[Request]) -> None:
         """The engine has taken sequences in."""
         now = perf_counter()
@@ -69,8 +75,9 @@ class Metrics:
             self._prompt.inc(len(request.prompt))
             self._since[request.key] = (now, 0.0)
 
-    def token(self, request: Request) -> None:
+    def token(self, request: Request, token: GeneratedToken) -> None:
         """A sequence has a new token."""
+        self._tokens.add(token.exit_layer)
         now = perf_counter()
         began, last = self._since[request.key]
         if last:
@@ -82,9 +89,6 @@ class Metrics:
     def ended(self, request: Request) -> None:
         """A sequence has ended, in whatever way."""
         began, _ = self._since.pop(request.key)
-        self._generated.inc(len(request.tokens))
-        for layer, count in Counter(token.exit_layer for token in request.tokens).items():
-            self._exits.labels(str(layer)).inc(count)
         self._whole.observe(perf_counter() - began)
         self._ended.labels(str(request.finish_reason)).inc()
         if (counts := request.mode.counts) is not None:

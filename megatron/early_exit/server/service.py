@@ -127,6 +127,7 @@ class Service:
             self.settings.request_timeout,
             is_streamed,
         )
+        g.outcome["prompt_tokens"] = sum(map(len, prompts))
         self.worker.submit(job)
         try:
             job.wait_for_begin(client_is_gone())
@@ -148,6 +149,8 @@ class Service:
         except (ClientGone, ApiError):
             self.worker.cancel(job)
             raise
+        finally:
+            g.outcome["completion_tokens"] = job.num_tokens
 
     def stream(self, job: Job, events: Iterator[str]) -> Response:
         """Send what `events` makes of a job as server-sent events."""
@@ -166,6 +169,7 @@ class Service:
             except ClientGone:
                 return
             finally:
+                outcome["completion_tokens"] = job.num_tokens
                 self.worker.cancel(job)
 
         return Response(lines(), mimetype="text/event-stream", headers={"X-Accel-Buffering": "no"})

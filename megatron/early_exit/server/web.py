@@ -2,8 +2,11 @@
 
 import logging
 import signal
+import socket
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -24,6 +27,39 @@ _LAST_WORDS_S = 1.0
 _LOG = logging.getLogger(__name__)
 
 
+@contextmanager
+def bound_sockets(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """Have an address, one socket for each of its protocols, before there is anything to serve.
+
+    Nobody can connect before a `WebServer` listens. Where the block ends with an exception they are
+    closed, else the server has them.
+
+    Args:
+        host: address or name to listen on.
+        port: 0 takes any free one.
+
+    Raises:
+        ValueError: it cannot be listened on.
+    """
+    with ExitStack() as stack:
+        found: list[socket.socket] = []
+        try:
+            places = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+            for family, kind, protocol, _, place in dict.fromkeys(places):
+                one = stack.enter_context(socket.socket(family, kind, protocol))
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                one.bind(place)
+                found.append(one)
+        except OSError as error:
+            raise ValueError(f"--host {host} --port {port} cannot be used: {error}") from error
+        yield found
+        stack.pop_all()
+
+
 class WebServer:
     """Serves an application until a signal ends it or the engine fails.
 
@@ -31,12 +67,11 @@ class WebServer:
         app: the application.
         worker: owns the engine.
         settings: the operator's.
-        host: address to listen on.
-        port: 0 takes any free one.
+        sockets: see `bound_sockets`.
         max_batch_size: sequences that the engine runs at a time.
 
     Raises:
-        ValueError: the address cannot be listened on.
+        ValueError: somebody else has come to listen there.
     """
 
     def __init__(
@@ -44,8 +79,7 @@ class WebServer:
         app: Flask,
         worker: EngineWorker,
         settings: ServerSettings,
-        host: str,
-        port: int,
+        sockets: Sequence[socket.socket],
         max_batch_size: int,
     ) -> None:
         # A thread is with a request until its end. There is one for all that may run or wait.
@@ -55,8 +89,7 @@ class WebServer:
             self._server = create_server(
                 app,
                 map=self._sockets,
-                host=host,
-                port=port,
+                sockets=sockets,
                 threads=threads,
                 connection_limit=4 * threads,
                 backlog=1024,
@@ -70,7 +103,7 @@ class WebServer:
                 clear_untrusted_proxy_headers=True,
             )
         except OSError as error:
-            raise ValueError(f"--host {host} --port {port} cannot be used: {error}") from error
+            raise ValueError(f"--port cannot be used any more: {error}") from error
         self._worker = worker
         self._is_told_to_end = threading.Event()
         self._thread = threading.Thread(target=self._server.run, name="web", daemon=True)

@@ -29,7 +29,7 @@ class EngineWorker:
     Args:
         engine: belongs to this from now on.
         max_batch_size: sequences that the engine runs at a time.
-        max_waiting: sequences that may wait for their turn.
+        max_waiting: where so many sequences wait for their turn, no job is taken in.
         metrics: counts.
 
     Attributes:
@@ -98,12 +98,12 @@ class EngineWorker:
                 raise self._failed()
             if self._refuses:
                 raise ApiError(503, "the server is about to stop", code="shutting_down")
-            after = self._num_sequences + job.size - self._max_batch_size
-            if self._num_sequences and after > self._max_waiting:
+            # Whatever its size: else small ones would take each place before a large one fits.
+            if self._num_sequences >= self._max_batch_size + self._max_waiting:
                 raise ApiError(
                     429,
-                    f"{job.size} more sequences find no place, {self.num_waiting} of "
-                    f"{self._max_waiting} places in the queue are taken: try again later",
+                    f"{self.num_waiting} sequences wait already, the server's limit is "
+                    f"{self._max_waiting}: try again later",
                     code="queue_full",
                     retry_after=1,
                 )
@@ -190,7 +190,7 @@ class EngineWorker:
             if request.key in self._running:
                 job, index, _ = self._running[request.key]
                 news.setdefault(job, []).append((index, token))
-                self.metrics.token(request)
+                self.metrics.token(request, token)
                 has_end = has_end or token.finish_reason is not None
         now = time.monotonic()
         for job, tokens in news.items():

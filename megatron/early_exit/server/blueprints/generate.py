@@ -8,7 +8,12 @@ from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
 from megatron.early_exit.inference.decoding.params import SamplingParams
-from megatron.early_exit.server.errors import ERRORS, ApiError, of_field
+from megatron.early_exit.server.errors import (
+    GENERATE_ERRORS,
+    GENERATE_PATH,
+    ApiError,
+    of_field,
+)
 from megatron.early_exit.server.fields import ExitFields
 from megatron.early_exit.server.generate_models import GenerateRequest, GenerateResponse
 from megatron.early_exit.server.job import Job
@@ -27,7 +32,10 @@ _FIELDS = {
 def generate(service: Service) -> APIBlueprint:
     """The endpoint."""
     blueprint = APIBlueprint(
-        "generate", __name__, abp_tags=[Tag(name="Megatron and EE-LLM")], abp_responses=ERRORS
+        "generate",
+        __name__,
+        abp_tags=[Tag(name="Megatron and EE-LLM")],
+        abp_responses=GENERATE_ERRORS,
     )
 
     def generated(body: GenerateRequest) -> Response:
@@ -38,12 +46,12 @@ def generate(service: Service) -> APIBlueprint:
         service.finish(job)
         return answer(_response(body, service, job, perf_counter() - begin))
 
-    @blueprint.put("/api", responses={200: GenerateResponse})
+    @blueprint.put(GENERATE_PATH, responses={200: GenerateResponse})
     def put_generate(body: GenerateRequest) -> Response:
         """Continue texts."""
         return generated(body)
 
-    @blueprint.post("/api", responses={200: GenerateResponse})
+    @blueprint.post(GENERATE_PATH, responses={200: GenerateResponse})
     def post_generate(body: GenerateRequest) -> Response:
         """Continue texts."""
         return generated(body)
