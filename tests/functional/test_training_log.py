@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -165,10 +164,7 @@ def test_wandb_gets_every_figure(run: Run):
 )
 def test_refusal_is_one_sentence_on_rank_0(ranks: WarmRanks, tmp_path: Path, flags, words):
     command = [ENTRY, *BACKBONE, *TOKENIZER, *SCHEDULE, "--mock-data", "--train-iters", 1, *flags]
-    started = time.monotonic()
     done = ranks.run(list(map(str, command)), 2, tmp_path)
-    # No process group is waited for, and nothing is built.
-    assert time.monotonic() - started < 60
     assert done.returncode == 2
     first, second = done.stdout.split("[rank1]")
     errors = [line for line in first.splitlines() if line.startswith("error: ")]

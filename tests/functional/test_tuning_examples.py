@@ -218,7 +218,7 @@ def accepted(
         jobs[model.name] = ranks.start([probe, *words], 1, folder / model.name, env)
     found = {}
     for name, job in jobs.items():
-        assert job.wait(120) == 0, job.output()[-3000:]
+        assert job.wait(250) == 0, job.output()[-3000:]
         (line,) = re.findall(r"^found (.*)", job.output(), re.MULTILINE)
         found[name] = json.loads(line)
     return found

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ import requests
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "run_early_exit_text_generation_server.py"
-START_S = 90.0
+START_S = 180.0
 """What loading libraries and a tiny model takes on a busy machine, and then some."""
+WAIT_S = 60.0
+"""For what takes a moment: in a test that fails, no more than that."""
 
 
 @dataclass(frozen=True)
@@ -39,29 +42,30 @@ class ServerProcess:
 
     def post(self, body: Any, **options: Any) -> requests.Response:
         """Ask for a completion."""
-        return requests.post(f"{self.url}/v1/completions", json=body, timeout=90, **options)
+        return requests.post(f"{self.url}/v1/completions", json=body, timeout=START_S, **options)
 
     def health(self) -> requests.Response:
         """Ask how it is."""
-        return requests.get(f"{self.url}/health", timeout=10)
+        return requests.get(f"{self.url}/health", timeout=WAIT_S)
 
     def signal(self, number: int, rank: int = 0) -> None:
         """Send a signal to one of the processes."""
         self.ranks[rank].send_signal(number)
 
-    def wait(self, seconds: float) -> int:
+    def wait(self) -> int:
         """The exit status of the process that serves, or of torchrun."""
-        return self.ranks[0].wait(seconds)
+        return self.ranks[0].wait(WAIT_S)
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port: int = taken.getsockname()[1]
-        return port
+    """A port that nobody listens on, below those that connections get by chance."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = WAIT_S) -> None:
     """Return as soon as a condition holds; fail if it does not in time."""
     until = time.monotonic() + seconds
     while not condition():

@@ -14,7 +14,7 @@ from megatron.early_exit import platform
 
 
 def spawn(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 250
 ) -> list[Any]:
     """Call `function(*args)` on every rank of a fresh gloo group; returns the ranks' results.
 

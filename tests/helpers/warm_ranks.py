@@ -99,7 +99,7 @@ class WarmRanks:
         script_args: Sequence[str | Path],
         nproc: int,
         folder: Path,
-        timeout_s: float = 120,
+        timeout_s: float = 250,
         env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Start and wait; the result's `stdout` is the output of all ranks, one after the other."""
