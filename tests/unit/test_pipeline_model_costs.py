@@ -6,12 +6,13 @@ import pytest
 
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.pipeline.generators import FilledOneFOneB, OneFOneB
+from megatron.early_exit.pipeline.planning.paper import PAPER_MODELS, PaperModel
+from megatron.early_exit.pipeline.planning.placement import placed
 from megatron.early_exit.pipeline.simulation import CostModel, StageCost, Timeline, simulate
 from megatron.early_exit.pipeline.simulation.hardware import ACCELERATORS
 from megatron.early_exit.pipeline.simulation.layout import Layout
 from megatron.early_exit.pipeline.simulation.model_costs import ExitExecution, model_costs
 from megatron.early_exit.pipeline.simulation.model_shape import ModelShape
-from tests.helpers.paper_models import PAPER_MODELS, PaperModel
 
 NONE = EarlyExitConfig()
 DEFERRED, AT_ONCE = ExitExecution(deferred=True), ExitExecution(deferred=False)
@@ -82,7 +83,7 @@ def test_filling_the_figures_bubbles_adds_no_time():
 @models
 def test_exits_cost_little_time_and_no_memory(model):
     """Pipeline neighbours in one node: at most 2 % of the step, and no peak memory."""
-    time, memory = changes(model, model.step(model.exits(pre_exit=True), DEFERRED))
+    time, memory = changes(model, model.step(placed(model.model.exits, pre_exit=True), DEFERRED))
     assert 0 <= time <= 0.02
     assert memory <= 0
 
@@ -90,7 +91,7 @@ def test_exits_cost_little_time_and_no_memory(model):
 @models
 def test_neighbours_on_other_nodes_cost_more_time(model):
     """Exits make neighbouring stages equally slow, so that none hides a transfer any more."""
-    exits = model.exits(pre_exit=True)
+    exits = placed(model.model.exits, pre_exit=True)
     near, _ = changes(model, model.step(exits, DEFERRED))
     far, _ = changes(model, model.step(exits, DEFERRED, use_tp_pp_dp_mapping=False), False)
     assert near <= far <= 0.03
@@ -100,7 +101,7 @@ def test_neighbours_on_other_nodes_cost_more_time(model):
 def test_each_optimisation_saves_memory(model):
     """Without any, the first stage holds the logits of four microbatches in flight."""
     peak = {
-        name: changes(model, model.step(model.exits(pre_exit), execution))[1]
+        name: changes(model, model.step(placed(model.model.exits, pre_exit), execution))[1]
         for name, pre_exit, execution in (
             ("plain", False, AT_ONCE),
             ("deferral", False, DEFERRED),
@@ -115,8 +116,8 @@ def test_each_optimisation_saves_memory(model):
 
 
 def test_chunks_of_logits_save_memory_where_deferral_is_not_enough():
-    model = PAPER_MODELS["1.3B"]
-    exits = model.exits(pre_exit=True)
+    model = PAPER_MODELS["1.3b"]
+    exits = placed(model.model.exits, pre_exit=True)
     whole = model.step(exits, DEFERRED).peak_bytes
     chunked = model.step(exits, ExitExecution(chunk_tokens=1024)).peak_bytes
     # Stages 1 and 2 have an exit each: 8192 tokens' logits in 6 bytes, and an eighth of them.
@@ -141,7 +142,7 @@ def costs_of(layout: Layout, shape: ModelShape = TINY, exits: EarlyExitConfig = 
 
 
 def test_seven_billion_weights():
-    shape = PAPER_MODELS["7B"].shape
+    shape = PAPER_MODELS["7b"].model.shape
     weights = shape.num_layers * shape.layer_weights + 2 * shape.projection_weights
     assert weights == pytest.approx(6.9e9, rel=0.01)
 

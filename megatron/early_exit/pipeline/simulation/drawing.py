@@ -3,7 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.early_exit.pipeline.actions import Kind
+from megatron.early_exit.pipeline.simulation.appearance import (
+    CRITICAL_COLOR,
+    color_of,
+    legend_of,
+)
 from megatron.early_exit.pipeline.simulation.text_drawing import seconds_text
 from megatron.early_exit.pipeline.simulation.timeline import TimedAction, Timeline
 
@@ -11,23 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.patches import Patch
 
-_COLORS: dict[Kind, str] = {
-    "F": "#7fb2e5",
-    "B": "#8fcb8f",
-    "I": "#8fcb8f",
-    "W": "#cfe8b5",
-    "L": "#d9b3e6",
-}
-_NAMES: dict[Kind, str] = {
-    "F": "forward",
-    "B": "backward",
-    "I": "input gradient",
-    "W": "weight gradient",
-    "L": "exits only",
-}
-_FILLS = {"F": "#ffd27f", "B": "#f2a65a"}
-_CRITICAL = "#c0392b"
-_SUFFIXES = (".png", ".svg")
+PICTURE_SUFFIXES = (".png", ".svg")
 # Labels in narrower boxes would run into each other.
 _SMALLEST_LABELLED_INCHES = 0.16
 
@@ -45,8 +33,10 @@ def draw_picture(timeline: Timeline, path: Path, title: str = "", width_inches: 
     Raises:
         ValueError: the file's name has another ending, or nothing takes any time.
     """
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"picture {path} has no known ending, allowed: {', '.join(_SUFFIXES)}")
+    if path.suffix not in PICTURE_SUFFIXES:
+        raise ValueError(
+            f"picture {path} has no known ending, allowed: {', '.join(PICTURE_SUFFIXES)}"
+        )
     if timeline.step_s <= 0:
         raise ValueError(f"a step of {timeline.step_s} s cannot be drawn, allowed: above 0 s")
     # Only those who draw pay for its import.
@@ -78,11 +68,6 @@ def draw_picture(timeline: Timeline, path: Path, title: str = "", width_inches: 
         figure.savefig(path, dpi=150, metadata=metadata)
 
 
-def _color(timed: TimedAction) -> str:
-    kind = timed.action.kind
-    return _FILLS[kind] if timed.action.microbatch.role else _COLORS[kind]
-
-
 def _draw_action(
     axes: "Axes",
     rank: int,
@@ -99,7 +84,7 @@ def _draw_action(
         seconds,
         left=timed.start_s,
         height=0.8,
-        color=_color(timed),
+        color=color_of(timed.action),
         alpha=max(1 - 0.25 * chunk, 0.25),
     )
     axes.barh(
@@ -108,7 +93,7 @@ def _draw_action(
         left=timed.start_s,
         height=0.8,
         fill=False,
-        edgecolor=_CRITICAL if is_critical else "#555555",
+        edgecolor=CRITICAL_COLOR if is_critical else "#555555",
         linewidth=1.8 if is_critical else 0.5,
         zorder=3 if is_critical else 2,
     )
@@ -121,14 +106,7 @@ def _draw_action(
 def _legend(timeline: Timeline) -> "list[Patch]":
     from matplotlib.patches import Patch
 
-    shown = [timed.action for rank in timeline.ranks for timed in rank]
-    kinds = {action.kind for action in shown if not action.microbatch.role}
-    fills = {action.kind for action in shown if action.microbatch.role}
-    patches = [Patch(color=_COLORS[kind], label=_NAMES[kind]) for kind in _NAMES if kind in kinds]
-    patches += [
-        Patch(color=color, label=f"{_NAMES[kind]} of a fill")
-        for kind, color in _FILLS.items()
-        if kind in fills
-    ]
-    outline = Patch(fill=False, edgecolor=_CRITICAL, linewidth=1.8, label="critical path")
+    shown = legend_of([timed.action for rank in timeline.ranks for timed in rank])
+    patches = [Patch(color=color, label=name) for name, color in shown.items()]
+    outline = Patch(fill=False, edgecolor=CRITICAL_COLOR, linewidth=1.8, label="critical path")
     return [*patches, outline]

@@ -1,5 +1,6 @@
 """How a model is laid out over the ranks of a pipeline, and where its exits come to lie."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -56,12 +57,29 @@ class Layout:
             stage: counted from 0.
             per_node: accelerators of a node.
         """
-        ranks = stage % self.num_ranks, (stage + 1) % self.num_ranks
-        for replica in range(self.data_parallel):
-            here, there = (self._first_accelerator(rank, replica) for rank in ranks)
-            if here // per_node != there // per_node:
+        return self.spans_nodes({stage % self.num_ranks, (stage + 1) % self.num_ranks}, per_node)
+
+    def spans_nodes(self, ranks: Collection[int], per_node: int) -> bool:
+        """Whether ranks of a pipeline are on different nodes, in any of the replicas.
+
+        Args:
+            ranks: of one pipeline.
+            per_node: accelerators of a node.
+        """
+        # Where on its node an accelerator is repeats after at most so many replicas.
+        for replica in range(min(self.data_parallel, per_node)):
+            if len({self._first_accelerator(rank, replica) // per_node for rank in ranks}) > 1:
                 return True
         return False
+
+    def replicas_per_node(self, per_node: int) -> int:
+        """How many replicas of a stage, or parts of such, a node has.
+
+        Args:
+            per_node: accelerators of a node.
+        """
+        apart = self._first_accelerator(0, 1) - self._first_accelerator(0, 0)
+        return min(self.data_parallel, max(per_node // apart, 1))
 
     def _first_accelerator(self, rank: int, replica: int) -> int:
         if self.use_tp_pp_dp_mapping:

@@ -14,6 +14,7 @@ from megatron.early_exit.pipeline.simulation.costs import CostModel, StageCost
 from megatron.early_exit.pipeline.simulation.hardware import Accelerator
 from megatron.early_exit.pipeline.simulation.layout import Layout
 from megatron.early_exit.pipeline.simulation.model_shape import ModelShape
+from megatron.early_exit.pipeline.simulation.stage_weights import stage_weights
 
 # Bytes moved for each logit: forward writes bf16, reads it for the maximum, reads it and writes
 # fp32 for the softmax; backward reads the softmax and writes a bf16 gradient.
@@ -56,6 +57,7 @@ def model_costs(
     exits: EarlyExitConfig,
     execution: ExitExecution,
     achieved_share: float = 0.5,
+    pass_overhead_s: float = 0.0,
 ) -> CostModel:
     """What each stage costs.
 
@@ -67,6 +69,8 @@ def model_costs(
         execution: how the losses of exits are computed.
         achieved_share: of the accelerator's peak, in matrix products. Measured on A100s for whole
             steps: 0.42 to 0.56 (arXiv 2205.05198, section 6).
+        pass_overhead_s: seconds that each forward and each backward of a stage takes beside its
+            work, to start kernels and messages.
 
     Raises:
         ValueError: the layout has other layers than the model, an exit is beyond them, or
@@ -82,7 +86,9 @@ def model_costs(
             f"layers, allowed: the {shape.num_layers} of the model"
         )
     exits.validate(shape.num_layers, shape.vocab_size)
-    derive = _Derivation(shape, layout, accelerator, exits, execution, achieved_share)
+    derive = _Derivation(
+        shape, layout, accelerator, exits, execution, achieved_share, pass_overhead_s
+    )
     stages = range(layout.num_stages)
     return CostModel(
         stages=tuple(derive.stage(stage) for stage in stages),
@@ -98,6 +104,7 @@ class _Derivation:
     exits: EarlyExitConfig
     execution: ExitExecution
     achieved_share: float
+    pass_overhead_s: float
 
     @property
     def tokens(self) -> float:
@@ -120,8 +127,13 @@ class _Derivation:
             parts.append(self._embedding())
         if stage == self.layout.num_stages - 1:
             parts.append(self._head())
-        # A stage may be without layers.
-        parts.append(StageCost(forward_s=0, backward_s=0, static_bytes=self._static_bytes(stage)))
+        parts.append(
+            StageCost(
+                forward_s=self.pass_overhead_s,
+                backward_s=self.pass_overhead_s,
+                static_bytes=self._static_bytes(stage),
+            )
+        )
         return StageCost.combined(parts)
 
     def _layer(self) -> StageCost:
@@ -194,17 +206,5 @@ class _Derivation:
         return self.tokens * flops_per_token / (self.accelerator.flops_per_s * self.achieved_share)
 
     def _static_bytes(self, stage: int) -> float:
-        shape, exits = self.shape, self.exits
-        num_exits = self.layout.exit_stages(exits).count(stage)
-        is_last = stage == self.layout.num_stages - 1
-        branch = shape.mlp_weights * exits.use_exit_mlp + shape.layer_weights * exits.use_exit_block
-        weights = self.layout.layers_per_stage[stage] * shape.layer_weights + num_exits * branch
-        ties_exits = num_exits > 0 and not exits.untie_exit_output_weights
-        ties_head = is_last and shape.tied_embedding
-        # Whatever is tied to the embedding shares one copy on the stage.
-        projections = int(stage == 0 or ties_exits or ties_head)
-        projections += int(is_last and not shape.tied_embedding)
-        projections += num_exits * exits.untie_exit_output_weights
-        weights += projections * shape.projection_weights
-        bytes_per_weight = 6 + 12 / self.layout.data_parallel
-        return weights / self.layout.tensor_parallel * bytes_per_weight
+        weights = stage_weights(self.shape, self.layout, self.exits, stage)
+        return weights * (6 + 12 / self.layout.data_parallel)

@@ -1,0 +1,1 @@
+"""Plans of training runs on paper: which layout of a model is the fastest that fits."""
