@@ -6,6 +6,8 @@ the weights by which filled steps are unbiased."""
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor
 from megatron.early_exit.config import EarlyExitConfig
 from tests.helpers.exit_models import Microbatch as Batch
 from tests.helpers.exit_models import PlainExits, build_model, gradients
+from tests.helpers.filled_stage import FilledStage
 from tests.helpers.plain_loss import relative_error
 from tests.helpers.single_process import model_parallel
 from tests.helpers.spawn import spawn
@@ -113,98 +116,31 @@ CASES = {
 
 
 def run_stages(cases: dict[str, Case], weights: Path) -> dict[str, dict[str, Tensor]]:
-    """On each rank: filled steps of each case."""
-    from megatron.core import parallel_state
-
+    """On each rank: the gradients of the second of two filled steps of each case, which finds every
+    stage at the same place in the data."""
     found = {}
     for name, case in cases.items():
-        parallel_state.initialize_model_parallel(pipeline_model_parallel_size=case.num_stages)
-        found[name] = run_stage(case, torch.load(weights / name))
-        parallel_state.destroy_model_parallel()
+        batches = (Batch(seed) for seed in range(2 * case.num_batches))
+        with stage_of_pipeline(case, torch.load(weights / name), batches) as stage:
+            stage.step(case.num_batches)
+            found[name], reports = stage.step(case.num_batches)
+            on_last = torch.distributed.get_rank() == case.num_stages - 1
+            assert reports == (case.num_full + len(case.cooldown_depths)) * on_last
     return found
 
 
-def run_stage(case: Case, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients of one filled step, by the names they have on one process."""
-    from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.process_groups_config import ProcessGroupCollection
+@contextmanager
+def stage_of_pipeline(
+    case: Case, weights: dict[str, Tensor], batches: Iterator[Batch]
+) -> Iterator[FilledStage]:
+    from megatron.core import parallel_state
 
-    from megatron.early_exit.training.bubble_filling import FilledBubbles
-    from megatron.early_exit.training.data import BatchReader
-    from megatron.early_exit.training.exit_loss import ExitObjective, LossNormalization
-    from megatron.early_exit.training.filling_options import FillingOptions
-    from megatron.early_exit.training.step import ForwardStep, LossChecks
-    from megatron.early_exit.training.training_schedule import ScheduledSteps
-
-    stages = case.num_stages
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    fields = {**case.backbone, "calculate_per_token_loss": case.per_token}
-    model = build_model(case.config, pipeline_model_parallel_size=stages, **fields)
-    model.config.deallocate_pipeline_outputs = True
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    names = load(model, weights, sum(case.layers[:stage]))
-    normalization = LossNormalization(per_token=case.per_token, context_parallel_size=1)
-    model.exit_tap = objective = ExitObjective(case.config, normalization, chunk_tokens=5)
-    model.config.experimental_attention_variant_loss_scale_func = objective.set_loss_scale
-    groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
-    batch, sequence = Batch(0).tokens.shape
-    reader = BatchReader(
-        groups=groups,
-        micro_batch_size=batch,
-        eval_micro_batch_size=batch,
-        seq_length=sequence,
-    )
-    step = ForwardStep(reader, objective, lambda: 0, LossChecks(finite=True, spikes=False))
-    options = FillingOptions(
-        fill_explicit_bubbles=True,
-        num_fill_warmup_microbatches=len(case.warmup_depths),
-        num_fill_cooldown_microbatches=len(case.cooldown_depths),
-    )
-    tokens = torch.zeros([], dtype=torch.int)
-
-    def finish(_: Any, num_tokens: Tensor | None, **__: Any) -> None:
-        if num_tokens is not None:
-            tokens.copy_(num_tokens)
-            last = parallel_state.get_pipeline_model_parallel_last_rank()
-            torch.distributed.broadcast(tokens, last)
-
-    model.config.finalize_model_grads_func = finish
-    batches = [Batch(seed) for seed in range(2 * case.num_batches)]
-    data = iter(
-        {"tokens": b.tokens, "labels": b.labels, "loss_mask": b.mask, "position_ids": b.positions}
-        for b in batches
-    )
-    steps = ScheduledSteps(objective, FilledBubbles(options, stages))
-    for _ in range(2):
-        # The second step finds every stage at the same place in the data.
-        model.zero_grad()
-        reports = steps(
-            forward_step_func=step,
-            data_iterator=data,
-            model=[model],
-            num_microbatches=case.num_batches,
-            seq_length=sequence,
-            micro_batch_size=batch,
-        )
-    on_last = stage == stages - 1
-    assert len(reports) == (case.num_full + len(case.cooldown_depths)) * on_last
-    scale = 1 / tokens if case.per_token else 1.0
-    return {names[name]: value * scale for name, value in gradients(model).items()}
-
-
-def load(model: Any, weights: dict[str, Tensor], offset: int) -> dict[str, str]:
-    """Give a stage its weights; returns the names of its parameters on one process."""
-    names = {}
-    for name, parameter in model.named_parameters():
-        whole = name
-        if name.startswith("decoder.layers."):
-            number, rest = name.removeprefix("decoder.layers.").split(".", 1)
-            whole = f"decoder.layers.{int(number) + offset}.{rest}"
-        elif name == "exits.tied_copy" or (name == "output_layer.weight" and name not in weights):
-            whole = "embedding.word_embeddings.weight"
-        parameter.data.copy_(weights[whole])
-        names[name] = whole
-    return names
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=case.num_stages)
+    first_layer = sum(case.layers[: torch.distributed.get_rank()])
+    fills = len(case.warmup_depths), len(case.cooldown_depths)
+    backbone = {**case.backbone, "calculate_per_token_loss": case.per_token}
+    yield FilledStage(case.config, weights, first_layer, fills, backbone, batches)
+    parallel_state.destroy_model_parallel()
 
 
 class SeparateUses(PlainExits):
@@ -332,3 +268,60 @@ def test_filled_gradients_are_those_of_the_definition(gradients_of):
         assert all(gradient.any() for gradient in expected.values())
         apart = {name: relative_error(found[name], expected[name]) for name in expected}
         assert max(apart.values()) < BOUND, (case, apart)
+
+
+POPULATION = 6
+DRAWN_STEPS = 150
+# Of normal numbers, one in 300,000 is further from the mean; there are six.
+MOST_DEVIATIONS = 4.7
+
+
+def draw_steps(case: Case, weights: Path, seed: int) -> dict[str, Tensor]:
+    """On each rank: one number for each gradient of many steps, on samples drawn by chance."""
+    drawn = torch.randint(
+        POPULATION, (DRAWN_STEPS * case.num_batches,), generator=torch.Generator().manual_seed(seed)
+    )
+    batches = (Batch(int(number)) for number in drawn)
+    with stage_of_pipeline(case, torch.load(weights), batches) as stage:
+        steps = [stage.step(case.num_batches)[0] for _ in range(DRAWN_STEPS)]
+    return {
+        name: torch.stack([project(step[name]) for step in steps])
+        for name in OBSERVED & steps[0].keys()
+    }
+
+
+OBSERVED = {
+    f"decoder.layers.{layer}.{rest}"
+    for layer in (0, 1, 2)
+    for rest in ("mlp.linear_fc2.weight", "self_attention.linear_qkv.weight")
+}
+
+
+def project(gradient: Tensor) -> Tensor:
+    """The gradient along a direction drawn by chance, always the same."""
+    direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(1))
+    return (gradient * direction).sum()
+
+
+def test_filled_gradients_have_no_bias(tmp_path):
+    """Their mean over many steps is the mean over all samples; were the fills' contributions not
+    made up for, as in the original, it would be found out."""
+    case = CASES["pp2"]
+    with model_parallel():
+        model = build_model(case.config, **case.backbone)
+        torch.save(model.state_dict(), tmp_path / "weights")
+        plain = PlainExits(model, case.config)
+        for number in range(POPULATION):
+            (plain.objective(Batch(number)) / POPULATION).backward()
+        expected = {name: project(gradient) for name, gradient in gradients(model).items()}
+    found: dict[str, Tensor] = {}
+    for rank in spawn(draw_steps, case.num_stages, case, tmp_path / "weights", 11):
+        found |= rank
+    assert found.keys() == OBSERVED
+    deviations = []
+    for name, values in found.items():
+        error = values.std() / DRAWN_STEPS**0.5
+        assert abs(values.mean() - expected[name]) < MOST_DEVIATIONS * error, name
+        deviations.append(abs(expected[name] / error))
+    # A part of the losses short by one of four contributions would be this far off.
+    assert max(deviations) / (case.num_full + 1) > 2 * MOST_DEVIATIONS, deviations
