@@ -100,7 +100,7 @@ def update_costs(
     link = accelerator.node_bytes_per_s
     if on_node < replicas:
         link = min(link, on_node * accelerator.network_bytes_per_s)
-    weights = [stage_weights(shape, layout, exits, stage) for stage in range(layout.num_stages)]
+    weights = stage_weights(shape, layout, exits)
     on_rank = [sum(weights[rank::num_ranks]) for rank in range(num_ranks)]
     moved = (replicas - 1) / replicas / link
     touched = (_ZEROED + _UPDATED / replicas) / accelerator.memory_bytes_per_s

@@ -8,6 +8,7 @@ Weights are kept in bf16, gradients in fp32, and Adam's states in fp32, divided 
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.pipeline.simulation.costs import CostModel, StageCost
@@ -89,9 +90,13 @@ def model_costs(
     derive = _Derivation(
         shape, layout, accelerator, exits, execution, achieved_share, pass_overhead_s
     )
+    exit_stages = layout.exit_stages(exits)
+    weights = stage_weights(shape, layout, exits)
     stages = range(layout.num_stages)
     return CostModel(
-        stages=tuple(derive.stage(stage) for stage in stages),
+        stages=tuple(
+            derive.stage(stage, exit_stages.count(stage), weights[stage]) for stage in stages
+        ),
         transfer_s=tuple(derive.transfer_s(stage) for stage in stages[:-1]),
     )
 
@@ -119,10 +124,10 @@ class _Derivation:
         link = hardware.network_bytes_per_s if leaves else hardware.node_bytes_per_s
         return self.tokens * 2 * self.shape.hidden_size / link
 
-    def stage(self, stage: int) -> StageCost:
-        """What a stage costs."""
-        parts = [self._layer()] * self.layout.layers_per_stage[stage]
-        parts += [self._exit()] * self.layout.exit_stages(self.exits).count(stage)
+    def stage(self, stage: int, num_exits: int, weights: float) -> StageCost:
+        """What a stage with so many exits and weights costs."""
+        parts = [self.layer] * self.layout.layers_per_stage[stage]
+        parts += [self.exit] * num_exits
         if stage == 0:
             parts.append(self._embedding())
         if stage == self.layout.num_stages - 1:
@@ -131,12 +136,14 @@ class _Derivation:
             StageCost(
                 forward_s=self.pass_overhead_s,
                 backward_s=self.pass_overhead_s,
-                static_bytes=self._static_bytes(stage),
+                static_bytes=weights * (6 + 12 / self.layout.data_parallel),
             )
         )
         return StageCost.combined(parts)
 
-    def _layer(self) -> StageCost:
+    @cached_property
+    def layer(self) -> StageCost:
+        """What one layer costs."""
         shape = self.shape
         products_s = self._seconds(2 * shape.layer_weights)
         # Each of the four collectives brings the other accelerators' tokens, or partial sums.
@@ -176,8 +183,9 @@ class _Derivation:
             backward_extra_bytes=logits * _LOGIT_EXTRA,
         )
 
-    def _exit(self) -> StageCost:
-        """One exit, with all it does in the backward phase if it is deferred."""
+    @cached_property
+    def exit(self) -> StageCost:
+        """What one exit costs, with all it does in the backward phase if it is deferred."""
         parts = [self._projection(self.exits.exit_vocab_size or self.shape.vocab_size)]
         if self.exits.use_exit_mlp:
             seconds = self._seconds(2 * self.shape.mlp_weights)
@@ -186,7 +194,7 @@ class _Derivation:
                 StageCost(forward_s=seconds, backward_s=2 * seconds, activation_bytes=kept)
             )
         if self.exits.use_exit_block:
-            parts.append(self._layer())
+            parts.append(self.layer)
         whole = StageCost.combined(parts)
         exit_s = whole.forward_s + whole.backward_s
         if not self.execution.deferred:
@@ -204,7 +212,3 @@ class _Derivation:
 
     def _seconds(self, flops_per_token: float) -> float:
         return self.tokens * flops_per_token / (self.accelerator.flops_per_s * self.achieved_share)
-
-    def _static_bytes(self, stage: int) -> float:
-        weights = stage_weights(self.shape, self.layout, self.exits, stage)
-        return weights * (6 + 12 / self.layout.data_parallel)

@@ -1,0 +1,116 @@
+"""The flags of plans, as Megatron reads and checks them."""
+
+import shlex
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+
+import pytest
+
+from megatron.early_exit import platform
+
+MACHINE = platform.prepare()
+
+from megatron.training.arguments import parse_args, validate_args  # noqa: E402
+
+from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
+from megatron.early_exit.pipeline.planning.filling import FillRequest, fill_bubbles  # noqa: E402
+from megatron.early_exit.pipeline.planning.named_models import NAMED_MODELS  # noqa: E402
+from megatron.early_exit.pipeline.planning.placement import placements  # noqa: E402
+from megatron.early_exit.pipeline.planning.planner import Plan, find_plans  # noqa: E402
+from megatron.early_exit.pipeline.planning.report import flags, one_flag_a_line  # noqa: E402
+from megatron.early_exit.pipeline.planning.request import PlanRequest  # noqa: E402
+from megatron.early_exit.pipeline.planning.update import Overlap  # noqa: E402
+from megatron.early_exit.pipeline.simulation.hardware import ACCELERATORS  # noqa: E402
+from megatron.early_exit.training.arguments import add_early_exit_arguments  # noqa: E402
+from megatron.early_exit.training.filling_options import FillingOptions  # noqa: E402
+
+Parse = Callable[[list[str], int], Namespace]
+GPUS = 64
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
+    """Parses and checks flags as a run on so many GPUs does, without starting any process."""
+
+    def add(parser: ArgumentParser) -> ArgumentParser:
+        add_early_exit_arguments(parser)
+        platform.set_argument_defaults(parser, MACHINE)
+        return parser
+
+    def run(words: list[str], gpus: int) -> Namespace:
+        monkeypatch.setattr(sys, "argv", ["pretrain", *words])
+        monkeypatch.setenv("WORLD_SIZE", str(gpus))
+        monkeypatch.setenv("RANK", "0")
+        args = parse_args(add)
+        validate_args(args)
+        return args
+
+    return run
+
+
+def request_of(name: str, **more) -> PlanRequest:
+    model = NAMED_MODELS[name]
+    return PlanRequest(
+        shape=model.shape,
+        placements=placements(model.exits, model.shape.num_layers),
+        accelerator=ACCELERATORS["a100-80gb"],
+        num_accelerators=GPUS,
+        global_batch_size=model.global_batch_size,
+        memory_limit_bytes=72e9,
+        **more,
+    )
+
+
+def model_flags(name: str) -> list[str]:
+    shape = NAMED_MODELS[name].shape
+    words = (
+        f"--num-layers {shape.num_layers} --hidden-size {shape.hidden_size} "
+        f"--ffn-hidden-size {shape.ffn_hidden_size} --seq-length {shape.seq_length} "
+        f"--num-attention-heads {shape.num_attention_heads} --swiglu --bf16 --lr 1e-4 "
+        f"--max-position-embeddings {shape.seq_length} --train-iters 10 --normalization RMSNorm"
+    )
+    return words.split()
+
+
+def check(plan: Plan, request: PlanRequest, name: str, parse: Parse) -> Namespace:
+    """What Megatron makes of a plan's flags has to be the plan."""
+    words = flags(plan, request)
+    assert shlex.split(one_flag_a_line(words).replace("\\\n", " ")) == words
+    args = parse([*model_flags(name), *words], GPUS)
+    one, layout = plan.costing.candidate, plan.costing.candidate.layout
+    assert args.tensor_model_parallel_size == layout.tensor_parallel
+    assert args.sequence_parallel == (layout.tensor_parallel > 1)
+    assert args.pipeline_model_parallel_size == layout.num_ranks
+    assert (args.virtual_pipeline_model_parallel_size or 1) == one.num_chunks
+    assert args.data_parallel_size == layout.data_parallel
+    assert args.use_tp_pp_dp_mapping == layout.use_tp_pp_dp_mapping
+    assert args.use_distributed_optimizer
+    per_step = layout.data_parallel * args.micro_batch_size * one.num_microbatches
+    assert args.global_batch_size == per_step
+    assert EarlyExitConfig.from_attributes(args) == one.exits
+    return args
+
+
+@pytest.mark.parametrize("name", ["1.3b", "30b"])
+def test_megatron_accepts_every_plan(name, parse):
+    request = request_of(name, overlap=Overlap(grad_reduce=True, param_gather=True))
+    plans = find_plans(request, 3, every_variant=True).best + find_plans(request, 3).best
+    assert {plan.costing.candidate.num_chunks > 1 for plan in plans} == {True, False}
+    for plan in plans:
+        args = check(plan, request, name, parse)
+        assert args.overlap_grad_reduce
+        assert args.overlap_param_gather
+
+
+def test_fills_have_flags(parse):
+    request = request_of("30b", num_chunks=1, pipeline_parallel=4, tensor_parallel=2)
+    (plan,) = fill_bubbles(find_plans(request, 1).best, FillRequest(), 72e9)
+    args = check(plan, request, "30b", parse)
+    options = FillingOptions.from_attributes(args)
+    assert options.fill_explicit_bubbles
+    # They come on top of the batch, as the plan has them.
+    assert options.fill_samples == "extra"
+    stages = frozenset(plan.costing.candidate.layout.exit_stages(plan.costing.candidate.exits))
+    assert options.fills(4, stages, options.assumed_ratio) == (2, 2)
+    assert (plan.fills.num_warmup, plan.fills.num_cooldown) == (2, 2)

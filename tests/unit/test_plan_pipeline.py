@@ -1,0 +1,278 @@
+"""tools/plan_pipeline.py: models by name, by file and by flags; what is printed and written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron.early_exit.pipeline.planning.model_flags import read_model
+from megatron.early_exit.pipeline.planning.named_models import NAMED_MODELS
+from megatron.early_exit.pipeline.schedule import Schedule
+from megatron.early_exit.pipeline.validation import check
+from tools.plan_pipeline import build_parser, main
+
+BY_FLAGS = (
+    "--num-layers 12 --hidden-size 512 --num-attention-heads 8 --vocab-size 1000 "
+    "--seq-length 512 --global-batch-size 64"
+)
+LLAMA = {
+    "num_hidden_layers": 16,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
+PAPER = "--pipeline-model-parallel-size 4 --num-microbatches 6 --exit-stages 1 2"
+
+
+def model_of(words: str):
+    return read_model(build_parser().parse_args(words.split()))
+
+
+def answer(capsys: pytest.CaptureFixture[str], words: str) -> str:
+    status = main(words.split())
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    return captured.out
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+def test_models_have_names():
+    model = model_of("--config 30B")
+    assert model.shape == NAMED_MODELS["30b"].shape
+    assert [one.exit_layer_nums for one in model.placements] == [(15, 30), (16, 31)]
+    assert model.global_batch_size == 2048
+
+
+def test_flags_win_over_names():
+    model = model_of(
+        "--config 1.3b --seq-length 4096 --global-batch-size 512 --exit-layer-nums 3 6 9 "
+        "--untie-embeddings-and-output-weights --use-exit-norm --hidden-size 1024"
+    )
+    assert (model.shape.seq_length, model.shape.tied_embedding) == (4096, False)
+    # Megatron's width for a gated MLP.
+    assert model.shape.ffn_hidden_size == 2688
+    assert model.global_batch_size == 512
+    assert model.placements[0].exit_layer_nums == (3, 6, 9)
+    assert model.placements[0].use_exit_norm
+
+
+def test_exits_can_be_left_out_or_placed():
+    (plain,) = model_of("--config 7b --exit-layer-nums").placements
+    assert plain.positions == ()
+    (placed,) = model_of("--config 7b --pre-exit").placements
+    assert (placed.exit_layer_nums, placed.untie_exit_output_weights) == ((9, 17), True)
+    (given,) = model_of("--config 7b --exit-layer-nums 5 --pre-exit").placements
+    assert given.positions == (4,)
+
+
+def test_models_have_files(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    for path in (tmp_path, tmp_path / "config.json"):
+        shape = model_of(f"--config {path}").shape
+        assert (shape.num_layers, shape.num_query_groups, shape.seq_length) == (16, 8, 4096)
+        assert shape.tied_embedding
+    assert model_of(f"--config {tmp_path} --seq-length 8192").shape.seq_length == 8192
+
+
+def test_models_have_flags():
+    model = model_of(BY_FLAGS)
+    assert (model.shape.num_query_groups, model.shape.ffn_hidden_size) == (8, 1344)
+    assert model.shape.tied_embedding
+    assert not model_of(f"{BY_FLAGS} --untie-embeddings-and-output-weights").shape.tied_embedding
+
+
+# --- plans ---------------------------------------------------------------------------------------
+
+
+def test_table_and_flags(capsys):
+    text = answer(capsys, f"{BY_FLAGS} --gpus 8 --exit-layer-nums 3 --top 3")
+    lines = text.splitlines()
+    assert lines[0].startswith("model on 8 x a100-80gb: 64 sequences of 512 tokens a step;")
+    assert lines[2].split()[:8] == ["#", "TP", "PP", "VPP", "DP", "size", "number", "exits"]
+    assert [line.split()[0] for line in lines[3:6]] == ["1", "2", "3"]
+    assert "    --pipeline-model-parallel-size 1 \\" in lines
+    assert lines[-1] == "    --exit-layer-nums 3"
+
+
+def test_json(capsys):
+    text = answer(
+        capsys,
+        f"{BY_FLAGS} --gpus 8 --exit-layer-nums 3 6 --pipeline-model-parallel-size 4 --json "
+        "--fill-explicit-bubbles --max-fill-cost 0.2 --top 2",
+    )
+    plans = json.loads(text)["plans"]
+    assert plans[0]["step_s"] <= plans[1]["step_s"]
+    assert plans[0]["num_fill_cooldown_microbatches"] > 0
+    assert "--fill-explicit-bubbles" in plans[0]["flags"]
+    assert len(plans[0]["peak_bytes"]) == 4
+
+
+def test_faster_links_and_gpus_make_faster_plans(capsys):
+    def step(more: str) -> float:
+        given = "--gpus 64 --pipeline-model-parallel-size 4 --micro-batch-size 1"
+        words = f"--config 13b {given} --top 1 --json {more}"
+        return json.loads(answer(capsys, words))["plans"][0]["step_s"]
+
+    plain = step("")
+    assert step("--gpu h100") < plain
+    assert step("--network-gb-per-s 5") > plain
+    assert step("--achieved-share 0.4") > plain
+    assert step("--tflops 400") < plain
+    assert step("--gpus-per-node 4") > plain
+    # Less memory needs more tensor parallelism.
+    assert step("--memory-gb 40") > plain
+    assert step("--no-overlap-grad-reduce") > plain > step("--overlap-param-gather")
+
+
+@pytest.mark.parametrize("ending", ["svg", "png", "html"])
+def test_the_first_plan_is_drawn_and_written(capsys, tmp_path, ending):
+    picture, actions = tmp_path / f"plan.{ending}", tmp_path / "plan.csv"
+    answer(
+        capsys,
+        f"--config 7b --gpus 16 --pipeline-model-parallel-size 4 --timeline {picture} "
+        f"--num-virtual-stages-per-pipeline-rank 2 --schedule-csv {actions} "
+        "--micro-batch-size 4 --top 1 --timeline-microbatches 6",
+    )
+    schedule = Schedule.from_csv(actions.read_text())
+    check(schedule)
+    assert (schedule.num_ranks, schedule.num_stages) == (4, 8)
+    text = picture.read_bytes()
+    if ending == "html":
+        # Whole groups of microbatches are drawn, and how many.
+        assert b"4 of 128 microbatches" in text
+        assert b"0F3" in text
+        assert b"0F4" not in text
+
+
+# --- one schedule --------------------------------------------------------------------------------
+
+
+def test_the_papers_figure_is_drawn(capsys, tmp_path):
+    """Exits and stages 1:2, forward and backward 1:2: two exits and all fills, and no more time."""
+    plain = json.loads(answer(capsys, f"--schedule 1f1b {PAPER} --json"))
+    path = tmp_path / "filled.html"
+    filled = json.loads(answer(capsys, f"--schedule filled {PAPER} --json --timeline {path}"))
+    assert plain["step_s"] == filled["step_s"] == pytest.approx(39e-3)
+    assert filled["bubble_fraction"] < 0.6 * plain["bubble_fraction"]
+    assert "1Bw0" in path.read_text()
+    assert "0Bw1" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "interleaved --num-virtual-stages-per-pipeline-rank 2 --num-microbatches 8",
+        "zb-h1 --num-microbatches 6",
+        "tuning --num-microbatches 6 --exit-stages 0 2",
+    ],
+)
+def test_each_schedule_is_drawn(capsys, tmp_path, words):
+    path = tmp_path / "schedule.csv"
+    text = answer(
+        capsys, f"--schedule {words} --pipeline-model-parallel-size 4 --schedule-csv {path}"
+    )
+    assert text.startswith("step ")
+    assert "rank 3" in text
+    check(Schedule.from_csv(path.read_text()))
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--config 7b", "--gpus missing"),
+        ("--gpus 8", "--num-layers --hidden-size --num-attention-heads --vocab-size --seq-length"),
+        ("--config 8b --gpus 8", "--config 8b is neither a model nor a file, allowed: 1.3b, 7b"),
+        ("--config {folder} --gpus 8", "folder cannot be read: No such file or directory"),
+        ("--config {no_json} --gpus 8", "is not JSON"),
+        ("--config {experts} --gpus 8", "num_local_experts 8, allowed: dense models"),
+        ("--config {heads} --gpus 8", "head_dim 128, allowed: hidden_size / num_attention_heads"),
+        ("--config {less} --gpus 8", "vocab_size None is out of range, allowed: 1 or more"),
+        ("--config {llama} --gpus 8", "--global-batch-size missing"),
+        ("--config 7b --gpus 8 --num-attention-heads 7", "--num-attention-heads 7 is out of range"),
+        ("--config 7b --gpus 8 --exit-layer-nums 40", "--exit-layer-nums 40 is out of range"),
+        ("--config 7b --gpus 8 --use-exit-mlp --pre-exit", "--use-exit-mlp with --pre-exit"),
+        ("--config 7b --gpus 7", "--global-batch-size 2048 cannot be divided over replicas"),
+        ("--config 7b --gpus 8 --top 0", "--top 0 is out of range, allowed: 1 or more"),
+        ("--config 7b --gpus 8 --memory-headroom 1", "--memory-headroom 1 is out of range"),
+        ("--config 7b --gpus 8 --tflops 0", "--tflops 0 is out of range, allowed: above 0"),
+        ("--config 7b --gpus 8 --gpus-per-node 0", "--gpus-per-node 0 is out of range"),
+        ("--config 7b --gpus 8 --timeline x.gif", "allowed: .png, .svg, .html"),
+        ("--config 7b --gpus 8 --timeline {folder}/no/x.svg", "there is no folder"),
+        ("--config 7b --gpus 8 --schedule-csv {folder}/no/x.csv", "there is no folder"),
+        (
+            "--config 7b --gpus 8 --num-fill-warmup-microbatches 1",
+            "--num-fill-warmup-microbatches 1 has no effect without --fill-explicit-bubbles",
+        ),
+        (
+            "--config 7b --gpus 8 --fill-explicit-bubbles --num-virtual-stages-per-pipeline-rank 2",
+            "--fill-explicit-bubbles cannot be combined with",
+        ),
+        ("--config 7b --gpus 8 --fill-explicit-bubbles --max-fill-cost -1", "--max-fill-cost -1"),
+        ("--schedule 1f1b", "--pipeline-model-parallel-size missing"),
+        (f"--schedule 1f1b {PAPER} --config 7b", "--config 7b has no effect with --schedule 1f1b"),
+        (
+            f"--schedule filled {PAPER} --num-fill-cooldown-microbatches 9",
+            "--num-fill-cooldown-microbatches 9 is out of range",
+        ),
+        (f"--schedule 1f1b {PAPER} --exit-stages 4", "--exit-stages 4 is out of range"),
+        (f"--schedule 1f1b {PAPER} --exit-stage-ratio -1", "--exit-stage-ratio -1 is out of range"),
+        (
+            f"--schedule 1f1b {PAPER} --num-virtual-stages-per-pipeline-rank 2",
+            "has no effect with --schedule 1f1b",
+        ),
+        (
+            f"--schedule interleaved {PAPER} --num-virtual-stages-per-pipeline-rank 2",
+            "--num-microbatches 6 is out of range, allowed: multiples of the 4 ranks",
+        ),
+        (
+            "--schedule tuning --pipeline-model-parallel-size 2 --num-microbatches 2",
+            "--exit-stages is empty",
+        ),
+    ],
+)
+def test_refusals_are_one_sentence(capsys, tmp_path, words, message):
+    files = {
+        "folder": {},
+        "llama": LLAMA,
+        "experts": LLAMA | {"num_local_experts": 8},
+        "heads": LLAMA | {"head_dim": 128},
+        "less": {name: value for name, value in LLAMA.items() if name != "vocab_size"},
+    }
+    paths = {name: tmp_path / name for name in files} | {"no_json": tmp_path / "no_json"}
+    for name, content in files.items():
+        paths[name].mkdir()
+        if content:
+            (paths[name] / "config.json").write_text(json.dumps(content))
+    paths["no_json"].write_text("{")
+    assert main(words.format(**paths).split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_the_command_needs_neither_torch_nor_matplotlib():
+    command = [sys.executable, "-X", "importtime", "tools/plan_pipeline.py", "--config", "1.3b"]
+    done = subprocess.run(
+        [*command, "--gpus", "8", "--top", "1"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert not {"torch", "matplotlib", "numpy"} & imported

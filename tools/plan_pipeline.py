@@ -1,0 +1,194 @@
+"""Plan the training of a model with exits on paper: which layout is the fastest that fits?
+
+    python tools/plan_pipeline.py --config 30b --gpu a100-80gb --gpus 64
+
+ranks tensor x pipeline x data parallelism, chunks, microbatches and placements of exits by the step
+time that a simulator predicts, and prints the flags of the fastest; --fill-explicit-bubbles adds
+partial microbatches in the bubbles. --timeline draws its schedule, as a picture (.png, .svg) or as
+a page to zoom into (.html). --schedule draws one schedule on stages that take the same time:
+
+    python tools/plan_pipeline.py --schedule filled --pipeline-model-parallel-size 4 \\
+        --num-microbatches 6 --exit-stages 1 2 --timeline filled.html"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron.early_exit.pipeline.planning.filling import fill_bubbles
+from megatron.early_exit.pipeline.planning.model_flags import add_model_flags, read_model
+from megatron.early_exit.pipeline.planning.planner import Plan, Plans, find_plans
+from megatron.early_exit.pipeline.planning.report import (
+    LEGEND,
+    as_json,
+    flags,
+    one_flag_a_line,
+    table,
+)
+from megatron.early_exit.pipeline.planning.request import PlanRequest
+from megatron.early_exit.pipeline.planning.request_flags import (
+    add_fill_flags,
+    add_request_flags,
+    read_fill_request,
+    read_request,
+)
+from megatron.early_exit.pipeline.planning.schedule_flags import add_schedule_flags, read_schedule
+from megatron.early_exit.pipeline.schedule import Schedule
+from megatron.early_exit.pipeline.simulation import Timeline, simulate
+from megatron.early_exit.pipeline.simulation.text_drawing import draw_text
+from megatron.early_exit.pipeline.simulation.timeline_file import (
+    check_timeline_file,
+    write_timeline,
+)
+
+_INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_model_flags(parser)
+    add_request_flags(parser)
+    add_fill_flags(parser)
+    add_schedule_flags(parser)
+    add = parser.add_argument_group("answer").add_argument
+    add("--top", type=int, default=10, help="layouts to list (default: %(default)s)")
+    every = "list all chunks, microbatches, orders and placements, not only each layout's best"
+    add("--every-variant", action="store_true", help=every)
+    add("--json", action="store_true", help="print JSON")
+    add("--timeline", type=Path, help="draw the first: .png, .svg or .html")
+    drawn = "of the step that is drawn (default: up to 4 for each rank)"
+    add("--timeline-microbatches", type=int, help=drawn)
+    add("--schedule-csv", type=Path, help="write the first's actions, a line for each rank")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse flags about the answer before there is one.
+
+    Raises:
+        ValueError: one of them is out of range, or names a file that cannot be written.
+    """
+    for name in ("top", "timeline_microbatches"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {value} is out of range, allowed: 1 or more")
+    if args.timeline is not None:
+        check_timeline_file(args.timeline)
+    if args.schedule_csv is not None and not args.schedule_csv.parent.is_dir():
+        raise ValueError(
+            f"--schedule-csv {args.schedule_csv}: there is no folder {args.schedule_csv.parent}"
+        )
+
+
+def time_schedule(args: argparse.Namespace) -> None:
+    """Time one schedule, print it and write what is asked for.
+
+    Raises:
+        ValueError: a flag is missing or out of range.
+    """
+    one = read_schedule(args)
+    schedule = one.generator().build()
+    timeline = simulate(schedule, one.costs())
+    if args.json:
+        print(json.dumps(_timeline_json(timeline)))
+    else:
+        print(draw_text(timeline))
+    title = f"{args.schedule}, {one.num_ranks} ranks, {one.num_microbatches} microbatches"
+    _write_files(args, schedule, timeline, title)
+
+
+def _timeline_json(timeline: Timeline) -> dict[str, object]:
+    return {
+        "step_s": timeline.step_s,
+        "bubble_fraction": timeline.bubble_fraction,
+        "busy_s": timeline.busy_s,
+        "critical_path": [str(action) for action in timeline.critical_path],
+    }
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Find the fastest layouts, print them and write what is asked for.
+
+    Raises:
+        ValueError: a flag is missing or out of range, or no layout fits.
+    """
+    model = read_model(args)
+    request, fills = read_request(args, model), read_fill_request(args)
+    progress = partial(tqdm, desc="timing layouts", unit=" layouts", leave=False, disable=None)
+    plans = find_plans(request, args.top, args.every_variant, progress)
+    best = plans.best
+    if fills is not None:
+        best = fill_bubbles(best, fills, request.memory_limit_bytes)
+    if args.json:
+        print(json.dumps({"plans": [as_json(one, request) for one in best]}))
+    else:
+        title = f"{model.name} on {args.gpus} x {args.gpu}"
+        print(f"{title}: {_summary(plans, request)}\n")
+        print(f"{table(best, request)}\n\n{LEGEND}\n\nFlags of the first:\n")
+        print(one_flag_a_line(flags(best[0], request)))
+    if args.timeline is not None or args.schedule_csv is not None:
+        _write_plan_files(args, best[0], f"{model.name} on {args.gpus} x {args.gpu}")
+
+
+def _summary(plans: Plans, request: PlanRequest) -> str:
+    return (
+        f"{request.global_batch_size} sequences of {request.shape.seq_length} tokens a step; "
+        f"{plans.num_candidates} layouts, {plans.num_fitting} may fit into "
+        f"{request.memory_limit_bytes / 1e9:.0f} GB, {plans.num_simulated} simulated"
+    )
+
+
+def _write_plan_files(args: argparse.Namespace, best: Plan, title: str) -> None:
+    candidate = best.costing.candidate
+    num_ranks, whole = candidate.layout.num_ranks, candidate.num_microbatches
+    schedule = best.costing.generator(whole, best.fills).build()
+    number = min(args.timeline_microbatches or 4 * num_ranks, whole)
+    if candidate.num_chunks > 1:
+        # Those of an interleaved schedule come in groups.
+        number = max(number // num_ranks, 1) * num_ranks
+    drawn = best.costing.generator(number, best.fills).build()
+    timeline = simulate(drawn, best.costing.costs)
+    part = f", {number} of {whole} microbatches" if number < whole else ""
+    _write_files(args, schedule, timeline, title + part)
+
+
+def _write_files(
+    args: argparse.Namespace, schedule: Schedule, timeline: Timeline, title: str
+) -> None:
+    if args.schedule_csv is not None:
+        args.schedule_csv.write_text(schedule.to_csv(), encoding="utf-8")
+    if args.timeline is not None:
+        write_timeline(timeline, args.timeline, title)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        check(args)
+        if args.schedule is not None:
+            time_schedule(args)
+        else:
+            plan(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
