@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.compute.linear import make_addition, make_linear
+from megatron.early_exit.inference.compute.linear import make_addition, make_linear, rounded_up
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -15,7 +15,7 @@ def random(*shape: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 9, 40])
+@pytest.mark.parametrize("rows", [1, 2, 9, 17, 40, 131])
 def test_products(dtype, has_bias, rows):
     x, weight = random(rows, 24, dtype=dtype), random(56, 24, dtype=dtype)
     bias = random(56, dtype=dtype) if has_bias else None
@@ -24,6 +24,13 @@ def test_products(dtype, has_bias, rows):
     assert found.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=4 * tolerance)
+
+
+def test_many_numbers_of_rows_are_few_sizes():
+    sizes = {rows: rounded_up(rows) for rows in range(1, 8193)}
+    assert all(rows <= size <= max(16, 9 / 8 * rows) for rows, size in sizes.items())
+    assert all(sizes[rows] == rows for rows in (*range(1, 17), 32, 128, 8192))
+    assert len(set(sizes.values())) == 16 + 8 * 9
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

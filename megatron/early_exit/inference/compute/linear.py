@@ -11,6 +11,10 @@ Function = Callable[[Tensor], Tensor]
 Addition = Callable[[Tensor, Tensor], Tensor]
 
 _TYPICAL_ROWS = 8
+_FEW_ROWS = 16
+"""Up to here each number of rows is multiplied as it is."""
+_SIZES_OF_AN_OCTAVE = 8
+"""Numbers of rows beyond, from each power of two to the next."""
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> Function:
@@ -20,6 +24,8 @@ def make_linear(weight: Tensor, bias: Tensor | None = None) -> Function:
     torch's own compiler does when it freezes a model. One row is multiplied as fast as the memory
     gives the weights; eight take little more than the time of one, where plain products take
     several times as long: that is what makes batches, and a catch-up of pending positions, cheap.
+    oneDNN makes code for each number of rows, and keeps it: many rows are rounded up, so that the
+    code for a few sizes serves all, at all times.
     Where a compiler is at work, the product of a single row is a sum that it makes one loop of.
     """
     if torch.compiler.is_compiling():
@@ -27,8 +33,24 @@ def make_linear(weight: Tensor, bias: Tensor | None = None) -> Function:
     if weight.device.type == "cpu" and _packs(weight.dtype):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
         multiply = torch.ops.mkldnn._linear_pointwise.default
-        return lambda x: multiply(x, packed, bias, "none", [], "")
+
+        def product(x: Tensor) -> Tensor:
+            rows = x.shape[0]
+            if missing := rounded_up(rows) - rows:
+                x = functional.pad(x, (0, 0, 0, missing))
+                return multiply(x, packed, bias, "none", [], "")[:rows]
+            return multiply(x, packed, bias, "none", [], "")
+
+        return product
     return partial(functional.linear, weight=weight, bias=bias)
+
+
+def rounded_up(rows: int) -> int:
+    """The number of rows that are multiplied in the place of so many, at most an eighth more."""
+    if rows <= _FEW_ROWS:
+        return rows
+    step = (1 << (rows - 1).bit_length()) // (2 * _SIZES_OF_AN_OCTAVE)
+    return -(-rows // step) * step
 
 
 def make_addition(weight: Tensor, bias: Tensor | None, reduce: Function | None) -> Addition:
