@@ -169,6 +169,22 @@ def test_zoom_stays_at_the_pointer_and_dragging_moves(page):
     assert zoom_of(page) == 1
 
 
+def test_fingers_select_and_pinch(browser, timeline):
+    context = browser.new_context(viewport={"width": 360, "height": 700}, has_touch=True)
+    page = context.new_page()
+    page.goto(timeline.as_uri())
+    page.touchscreen.tap(*place(page, rank=3, at_ms=5))
+    expect(page.locator("#detail")).to_contain_text("3B0")
+    _, y = place(page, rank=1, at_ms=0)
+    fingers = context.new_cdp_session(page)
+    for kind, apart in (("Start", 40), ("Move", 60), ("Move", 120), ("End", None)):
+        sides = () if apart is None else (-apart / 2, apart / 2)
+        points = [{"x": 200 + side, "y": y} for side in sides]
+        fingers.send("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": points})
+    assert zoom_of(page) == pytest.approx(3, rel=0.1)
+    context.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_both_schemes_have_their_colours(page, scheme):
     page.emulate_media(color_scheme=scheme)

@@ -8,9 +8,10 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.pipeline.generators import FilledOneFOneB, OneFOneB
 from megatron.early_exit.pipeline.planning.paper import PAPER_MODELS, PaperModel
 from megatron.early_exit.pipeline.planning.placement import placed
-from megatron.early_exit.pipeline.simulation import CostModel, StageCost, Timeline, simulate
+from megatron.early_exit.pipeline.simulation import CostModel, StageCost, simulate
 from megatron.early_exit.pipeline.simulation.hardware import ACCELERATORS
 from megatron.early_exit.pipeline.simulation.layout import Layout
+from megatron.early_exit.pipeline.simulation.long_step import StepTime
 from megatron.early_exit.pipeline.simulation.model_costs import ExitExecution, model_costs
 from megatron.early_exit.pipeline.simulation.model_shape import ModelShape
 
@@ -20,7 +21,7 @@ DEFERRED, AT_ONCE = ExitExecution(deferred=True), ExitExecution(deferred=False)
 models = pytest.mark.parametrize("model", PAPER_MODELS.values(), ids=PAPER_MODELS)
 
 
-def changes(model: PaperModel, exits: Timeline, mapping: bool = True) -> tuple[float, float]:
+def changes(model: PaperModel, exits: StepTime, mapping: bool = True) -> tuple[float, float]:
     """Step time and peak memory over those of the standard model."""
     standard = model.step(NONE, DEFERRED, mapping)
     return (

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.pipeline.generators import Generator, OneFOneB
+from megatron.early_exit.pipeline.generators import FilledOneFOneB, OneFOneB
 from megatron.early_exit.pipeline.planning.named_models import NAMED_MODELS, NamedModel
-from megatron.early_exit.pipeline.simulation import Timeline, simulate
+from megatron.early_exit.pipeline.schedule import Schedule
 from megatron.early_exit.pipeline.simulation.hardware import ACCELERATORS
 from megatron.early_exit.pipeline.simulation.layout import Layout
+from megatron.early_exit.pipeline.simulation.long_step import StepTime, time_long_step
 from megatron.early_exit.pipeline.simulation.model_costs import ExitExecution, model_costs
 
 NUM_ACCELERATORS, NUM_RANKS = 64, 4
@@ -53,19 +54,23 @@ class PaperModel:
         exits: EarlyExitConfig,
         execution: ExitExecution,
         use_tp_pp_dp_mapping: bool = True,
-        schedule: Generator | None = None,
-    ) -> Timeline:
-        """A step of 1F1B, or of another schedule of as many microbatches."""
-        if schedule is None:
-            schedule = OneFOneB(num_ranks=NUM_RANKS, num_microbatches=self.num_microbatches)
-        costs = model_costs(
-            self.model.shape,
-            self.layout(use_tp_pp_dp_mapping),
-            ACCELERATORS["a100-80gb"],
-            exits,
-            execution,
-        )
-        return simulate(schedule.build(), costs)
+        fill_bubbles: bool = False,
+    ) -> StepTime:
+        """The pipeline's part of a step of 1F1B, with all fills that fit or with none."""
+        layout = self.layout(use_tp_pp_dp_mapping)
+        costs = model_costs(self.model.shape, layout, ACCELERATORS["a100-80gb"], exits, execution)
+
+        def build(num_microbatches: int) -> Schedule:
+            if not fill_bubbles:
+                return OneFOneB(num_ranks=NUM_RANKS, num_microbatches=num_microbatches).build()
+            return FilledOneFOneB(
+                num_ranks=NUM_RANKS,
+                num_microbatches=num_microbatches,
+                backward_forward_ratio=2.0,
+                exit_stages=frozenset(layout.exit_stages(exits)),
+            ).build()
+
+        return time_long_step(build, self.num_microbatches, costs)
 
 
 PAPER_MODELS: dict[str, PaperModel] = {

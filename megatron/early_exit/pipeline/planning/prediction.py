@@ -53,7 +53,7 @@ class Prediction:
     @property
     def peak_bytes(self) -> float:
         """The most memory that an accelerator takes."""
-        return max(rank.peak_bytes for rank in self.pipeline.ranks)
+        return max(self.pipeline.peak_bytes)
 
 
 @dataclass(frozen=True)

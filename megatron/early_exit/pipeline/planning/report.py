@@ -120,7 +120,7 @@ def as_json(plan: Plan, request: PlanRequest) -> dict[str, Any]:
         "pipeline_s": pipeline.step_s,
         "bubble_fraction": pipeline.bubble_fraction,
         "tokens_per_s_per_gpu": _tokens_per_s(plan, request),
-        "peak_bytes": [rank.peak_bytes for rank in pipeline.ranks],
+        "peak_bytes": list(pipeline.peak_bytes),
         "flags": flags(plan, request),
     }
 

@@ -68,6 +68,11 @@ class StepTime:
         """Seconds of the step."""
         return max(rank.end_s for rank in self.ranks)
 
+    @property
+    def peak_bytes(self) -> tuple[float, ...]:
+        """The most memory that each rank takes."""
+        return tuple(rank.peak_bytes for rank in self.ranks)
+
     @cached_property
     def bubble_fraction(self) -> float:
         """Idle time over all time, of all ranks together."""

@@ -252,59 +252,61 @@ function drawNames(h) {
 
 // --- pointers ----------------------------------------------------------------------------------
 
-const pointers = new Map();
-let dragStart = null;
-let pinchStart = null;
+let pressed = null;
+let pinch = null;
 
 function inside(event) {
   const box = chart.getBoundingClientRect();
   return [event.clientX - box.left - chart.clientLeft, event.clientY - box.top - chart.clientTop];
 }
 
-function spread() {
-  const [a, b] = [...pointers.values()];
-  return { distance: Math.max(Math.abs(a[0] - b[0]), 1), middle: (a[0] + b[0]) / 2 };
-}
-
 chart.addEventListener("pointerdown", (event) => {
   const at = inside(event);
   // Below the rows is the scroll bar.
-  if (at[1] > RULER + ROW * actions.length) return;
-  pointers.set(event.pointerId, at);
-  if (pointers.size === 2) pinchStart = { ...spread(), zoom };
-  dragStart = { at, scroll: chart.scrollLeft, moved: false };
+  if (event.isPrimary && at[1] <= RULER + ROW * actions.length) {
+    pressed = { at, scroll: chart.scrollLeft, isDrag: false };
+  }
 });
 
+// A finger scrolls by itself; what the browser takes for scrolling it cancels here.
 chart.addEventListener("pointermove", (event) => {
+  if (event.pointerType !== "mouse") return;
   const at = inside(event);
-  if (pointers.has(event.pointerId)) pointers.set(event.pointerId, at);
-  if (pointers.size === 2 && pinchStart) {
-    const now = spread();
-    zoomTo((pinchStart.zoom * now.distance) / pinchStart.distance, now.middle);
-  } else if (pointers.size === 1 && dragStart && event.pointerType === "mouse") {
-    const way = at[0] - dragStart.at[0];
-    if (Math.abs(way) > 3 && !dragStart.moved) {
-      dragStart.moved = true;
-      chart.setPointerCapture(event.pointerId);
-      chart.classList.add("dragged");
-    }
-    if (dragStart.moved) chart.scrollLeft = dragStart.scroll - way;
+  const way = pressed ? at[0] - pressed.at[0] : 0;
+  if (Math.abs(way) > 3 && !pressed.isDrag) {
+    pressed.isDrag = true;
+    chart.setPointerCapture(event.pointerId);
+    chart.classList.add("dragged");
   }
-  if (event.pointerType === "mouse") hover(pointers.size ? null : actionAt(...at), event);
+  if (pressed && pressed.isDrag) chart.scrollLeft = pressed.scroll - way;
+  hover(pressed ? null : actionAt(...at), event);
 });
 
-function endPointer(event) {
-  if (event.type === "pointerup" && pointers.size === 1 && dragStart && !dragStart.moved) {
-    select(actionAt(...inside(event)));
-  }
-  pointers.delete(event.pointerId);
-  pinchStart = null;
+function release(event) {
+  if (event.type === "pointerup" && pressed && !pressed.isDrag) select(actionAt(...inside(event)));
+  pressed = null;
   chart.classList.remove("dragged");
 }
 
-chart.addEventListener("pointerup", endPointer);
-chart.addEventListener("pointercancel", endPointer);
+for (const type of ["pointerup", "pointercancel"]) chart.addEventListener(type, release);
 chart.addEventListener("pointerleave", () => hover(null));
+
+function spread(touches) {
+  const [[left], [right]] = [inside(touches[0]), inside(touches[1])];
+  return { distance: Math.max(Math.abs(left - right), 1), middle: (left + right) / 2 };
+}
+
+chart.addEventListener("touchstart", (event) => {
+  pinch = event.touches.length === 2 ? { ...spread(event.touches), zoom } : null;
+  if (pinch) pressed = null;
+});
+
+chart.addEventListener("touchmove", (event) => {
+  if (!pinch || event.touches.length !== 2) return;
+  event.preventDefault();
+  const now = spread(event.touches);
+  zoomTo((pinch.zoom * now.distance) / pinch.distance, now.middle);
+}, { passive: false });
 
 function hover(one, event) {
   if (one !== hovered) {
@@ -389,6 +391,9 @@ byId("legend").append(
   ...data.kinds.map((kind) => legendItem(kind.name, kind.isFill ? "fill" : "", kind.color)),
   legendItem("critical path", "critical"),
 );
+if (actions.flat().some((one) => one.stage >= actions.length)) {
+  byId("legend").append(Object.assign(document.createElement("li"), { textContent: "paler: later chunks of a rank" }));
+}
 chart.addEventListener("scroll", requestDraw);
 new ResizeObserver(() => zoomTo(zoom)).observe(chart);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", readColors);

@@ -1,0 +1,116 @@
+"""What exits cost in the EE-LLM paper's setting, in the simulator: four models on 64 A100s.
+
+    python benchmarks/pipeline_paper.py
+
+Each optimisation of the exits on and off, over the standard model: deferral to the backward phase,
+chunks of logits, and placement before the next stage's first layer. Then what filling bubbles costs
+at 2 to 16 stages, and in the four models. Fails where exits cost more than 2 % of the step or any
+peak memory with neighbouring stages on one node, or fills more than 1 %."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.pipeline.generators import FilledOneFOneB, OneFOneB
+from megatron.early_exit.pipeline.planning.paper import PAPER_MODELS, PaperModel
+from megatron.early_exit.pipeline.planning.placement import placed
+from megatron.early_exit.pipeline.simulation import CostModel, simulate
+from megatron.early_exit.pipeline.simulation.model_costs import ExitExecution
+
+CHUNK_TOKENS = 1024
+BOUNDS = {"time": 0.02, "memory": 0.0, "fills": 0.01}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which optimisations are on."""
+
+    deferral: bool
+    chunks: bool
+    placement: bool
+
+    @property
+    def execution(self) -> ExitExecution:
+        """How losses of exits are computed."""
+        return ExitExecution(
+            deferred=self.deferral, chunk_tokens=CHUNK_TOKENS if self.chunks else None
+        )
+
+
+# Chunks are of what is deferred.
+VARIANTS = [
+    Variant(deferral, chunks, placement)
+    for placement in (False, True)
+    for deferral, chunks in ((False, False), (True, False), (True, True))
+]
+BEST = VARIANTS[-1]
+
+
+def changes(model: PaperModel, variant: Variant, near: bool = True) -> tuple[float, float]:
+    """Step time and peak memory of the fullest rank over those of the standard model, less one.
+
+    Args:
+        model: of the paper.
+        variant: how its exits are computed.
+        near: neighbouring stages are on one node (--use-tp-pp-dp-mapping) where they can be.
+    """
+    exits = placed(model.model.exits, variant.placement)
+    step = model.step(exits, variant.execution, near)
+    standard = model.step(EarlyExitConfig(), ExitExecution(), near)
+    time = step.step_s / standard.step_s - 1
+    return time, max(step.peak_bytes) / max(standard.peak_bytes) - 1
+
+
+def fill_cost(num_ranks: int, num_microbatches: int) -> float:
+    """What all fills that have room cost of a step, less one: even stages, a backward takes two
+    forwards, and a transfer a tenth of one."""
+    costs = CostModel.even(num_ranks, 1.0, 2.0, transfer_s=0.1)
+    plain = OneFOneB(num_ranks=num_ranks, num_microbatches=num_microbatches)
+    filled = FilledOneFOneB(
+        num_ranks=num_ranks, num_microbatches=num_microbatches, backward_forward_ratio=2.0
+    )
+    times = (simulate(one.build(), costs).step_s for one in (filled, plain))
+    return next(times) / next(times) - 1
+
+
+def model_fill_cost(model: PaperModel) -> float:
+    """The same of a model of the paper, with its exits placed and deferred."""
+    exits = placed(model.model.exits, BEST.placement)
+    filled, plain = (
+        model.step(exits, BEST.execution, fill_bubbles=filling).step_s for filling in (True, False)
+    )
+    return filled / plain - 1
+
+
+def main() -> int:
+    """Print the tables; returns the exit status."""
+    print(f"Exits over the standard model, {', '.join(PAPER_MODELS)}: step time, peak memory\n")
+    print("deferral  chunks  placement" + "".join(f"{name:>18}" for name in PAPER_MODELS))
+    for variant in VARIANTS:
+        switches = (variant.deferral, variant.chunks, variant.placement)
+        marks = [("on" if switch else "-").ljust(8) for switch in switches]
+        cells = [_cell(*changes(model, variant)) for model in PAPER_MODELS.values()]
+        print(f"{marks[0]}  {marks[1]}{marks[2]} " + "".join(cells))
+    far = [_cell(*changes(model, BEST, near=False)) for model in PAPER_MODELS.values()]
+    print(f"{'the same, default mapping':27}" + "".join(far))
+    best = [changes(model, BEST) for model in PAPER_MODELS.values()]
+    time, memory = (max(values) for values in zip(*best, strict=True))
+    fills = {ranks: fill_cost(ranks, ranks) for ranks in range(2, 17)}
+    print("\nAll fills that have room, r = 2, as many microbatches as stages: cost of the step")
+    print("  ".join(f"P={ranks} {cost:.2%}" for ranks, cost in fills.items()))
+    print("  ".join(f"{n} {model_fill_cost(model):.2%}" for n, model in PAPER_MODELS.items()))
+    found = {"time": time, "memory": memory, "fills": max(fills.values())}
+    print(
+        "\nbound: " + ", ".join(f"{n} {v:+.2%} (at most {BOUNDS[n]:.0%})" for n, v in found.items())
+    )
+    return 0 if all(found[name] <= bound for name, bound in BOUNDS.items()) else 1
+
+
+def _cell(time: float, memory: float) -> str:
+    return f"{time:+.1%}, {memory:+.1%}".rjust(18)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
