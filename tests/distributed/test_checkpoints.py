@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,11 +72,9 @@ class Runner:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+def run(ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Runner:
     folder = tmp_path_factory.mktemp("checkpoints")
-    data = write_documents(folder)
-    with WarmRanks() as ranks:
-        yield Runner(ranks, folder, data)
+    return Runner(ranks, folder, write_documents(folder))
 
 
 def check_same(

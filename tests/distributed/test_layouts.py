@@ -5,7 +5,6 @@ train on the same data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,11 +76,9 @@ class Trainer:
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+def trainer(ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     folder = tmp_path_factory.mktemp("layouts")
-    data = write_documents(folder)
-    with WarmRanks() as ranks:
-        yield Trainer(ranks, folder, data)
+    return Trainer(ranks, folder, write_documents(folder))
 
 
 def differences(found: Run, expected: Run) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,9 +53,8 @@ class Trainer:
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
-    with WarmRanks() as ranks:
-        yield Trainer(ranks, tmp_path_factory.mktemp("runs"))
+def trainer(ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return Trainer(ranks, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ One model is trained by one process; all runs tune exits on it."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,9 +120,8 @@ class Tuner:
 
 
 @pytest.fixture(scope="module")
-def tuner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuner]:
-    with WarmRanks() as ranks:
-        yield Tuner(ranks, tmp_path_factory.mktemp("tuning"))
+def tuner(ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Tuner:
+    return Tuner(ranks, tmp_path_factory.mktemp("tuning"))
 
 
 def exit_figures(run: Run) -> dict[str, list[float]]:

@@ -6,7 +6,6 @@ it is built or when it runs, would show."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,10 +49,9 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def runs(ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("zero")
-    with WarmRanks() as ranks:
-        yield Runs(ranks, folder, write_documents(folder))
+    return Runs(ranks, folder, write_documents(folder))
 
 
 @pytest.mark.parametrize("layout", ["", PP2, TP2], ids=["1", "pp2", "tp2"])

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.example_scripts import (
+    ENTRY,
     PATHS,
     ROOT,
-    TIMEOUT_S,
     ExampleScripts,
     input_paths,
     parse,
@@ -153,18 +153,21 @@ def test_dry_run_has_the_flags_of_the_real_run_but_for_what_it_says(paper, paths
 
 
 @pytest.fixture
-def short_folder() -> Iterator[str]:
+def short_folder() -> Iterator[Path]:
     """A temporary folder whose path leaves room for the sockets that checkpointing opens there."""
     with tempfile.TemporaryDirectory() as folder:
-        yield folder
+        yield Path(folder)
 
 
-@pytest.mark.timeout(TIMEOUT_S + 70)
 @each_model
-def test_dry_run_trains_every_exit(paper, short_folder):
-    process = EXAMPLES.run(f"{paper.name}.sh", DRY_RUN="1", TMPDIR=short_folder)
-    log = process.stdout
-    assert process.returncode == 0, (log + process.stderr)[-6000:]
+def test_dry_run_trains_every_exit(paper, short_folder, ranks):
+    """The command that a dry run starts, on ranks that have imported Megatron already; README.md,
+    which is tested as well, has one as it is."""
+    (command,) = EXAMPLES.recorded_dry_run(f"{paper.name}.sh", short_folder)
+    entry = command.index(str(ENTRY))
+    done = ranks.run(command[entry:], 4, short_folder / "log")
+    log = done.stdout
+    assert done.returncode == 0, log[-6000:]
 
     expected = {"lm loss"}
     for position, kind in itertools.product(paper.exits, ("loss", "accuracy", "weight")):
@@ -183,7 +186,6 @@ def test_dry_run_trains_every_exit(paper, short_folder):
     for name in ("lm loss", *(f"exit {position} loss" for position in paper.exits)):
         assert f"{name} value: " in validation
     assert "successfully saved checkpoint from iteration       3" in log
-    assert os.listdir(short_folder) == []
 
 
 # --- checks ----------------------------------------------------------------------------------

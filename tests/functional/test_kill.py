@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,12 +79,11 @@ class Training:
 
 @pytest.fixture(scope="module")
 def trainings(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Callable[[str], Training]]:
+    ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Training]:
     folder = tmp_path_factory.mktemp("kill")
     data = write_documents(folder)
-    with WarmRanks() as ranks:
-        yield lambda name: Training(ranks, folder / name, [*FLAGS, *data])
+    return lambda name: Training(ranks, folder / name, [*FLAGS, *data])
 
 
 # A moment is a question about a training, asked again and again until the answer is yes.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,12 +21,6 @@ from tests.helpers.warm_ranks import ENTRY, WarmRanks  # noqa: E402
 
 STEPS = ["--train-iters", 5]
 DIVERGE = [*STEPS, "--lr", 1e30, "--clip-grad", 0, "--exit-layer-nums", 2]
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[WarmRanks]:
-    with WarmRanks() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

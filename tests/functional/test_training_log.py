@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,12 +25,6 @@ from tests.helpers.warm_ranks import ENTRY, WarmRanks  # noqa: E402
 STEPS = 5
 EXITS = (1, 3)
 KEYS = ["lm loss", *(f"exit {n} {what}" for n in EXITS for what in ("loss", "accuracy", "weight"))]
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[WarmRanks]:
-    with WarmRanks() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -125,12 +125,6 @@ def paths(tmp_path: Path) -> dict[str, str]:
     return model_paths(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[WarmRanks]:
-    with WarmRanks() as started:
-        yield started
-
-
 @pytest.fixture
 def short_folder() -> Iterator[Path]:
     """A temporary folder whose path leaves room for the sockets that checkpointing opens there."""
@@ -277,24 +271,10 @@ def test_dry_run_has_the_flags_of_the_real_run_but_for_what_it_says(model, paths
     assert "a temporary model of random weights instead of BASE_DIR" in remarks
 
 
-RECORDER = """#!/bin/bash
-for word in "$@"; do printf '%s\\0' "$word"; done >>"$RECORD"
-printf '\\n' >>"$RECORD"
-"""
-
-
 def test_dry_run_tunes_the_exit(ranks, short_folder):
     """The two commands that a dry run starts, on ranks that have imported Megatron already."""
     model = next(model for model in MODELS if model.name == "llama2_70B_1_exit")
-    recorder, record = short_folder / "python", short_folder / "record"
-    recorder.write_text(RECORDER)
-    recorder.chmod(0o755)
-    (short_folder / "tmp").mkdir()
-    variables = {"TMPDIR": str(short_folder / "tmp"), "RECORD": str(record)}
-    done = EXAMPLES.run(model.script, PYTHON=str(recorder), DRY_RUN="1", **variables)
-    assert done.returncode == 0, done.stderr
-    assert list((short_folder / "tmp").iterdir()) == []
-    base, tuning = (line.split("\0")[:-1] for line in record.read_text().splitlines())
+    base, tuning = EXAMPLES.recorded_dry_run(model.script, short_folder)
 
     assert base[0] == str(ENTRY)
     assert not [flag for flag in group(base[1:]) if "exit" in flag]

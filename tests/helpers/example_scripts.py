@@ -23,6 +23,12 @@ _OWN_VARIABLES = re.compile(
 
 Flags = dict[str, tuple[str, ...]]
 
+_RECORDER = """#!/bin/bash
+for word in "$@"; do printf '%s\\0' "$word"; done >>"$RECORD"
+printf '\\n' >>"$RECORD"
+"""
+"""In the place of Python: writes its arguments down."""
+
 
 @dataclass(frozen=True)
 class ExampleScripts:
@@ -57,6 +63,18 @@ class ExampleScripts:
                 os.killpg(process.pid, signal.SIGTERM)
                 process.communicate(timeout=60)
         return subprocess.CompletedProcess(script, process.returncode, stdout, stderr)
+
+    def recorded_dry_run(self, script: str, folder: Path) -> list[list[str]]:
+        """The arguments of the Python commands that a dry run starts; nothing is left of it."""
+        recorder, record, scratch = folder / "python", folder / "record", folder / "tmp"
+        recorder.write_text(_RECORDER)
+        recorder.chmod(0o755)
+        scratch.mkdir()
+        variables = {"TMPDIR": str(scratch), "RECORD": str(record)}
+        done = self.run(script, PYTHON=str(recorder), DRY_RUN="1", **variables)
+        assert done.returncode == 0, done.stderr
+        assert list(scratch.iterdir()) == []
+        return [line.split("\0")[:-1] for line in record.read_text().splitlines()]
 
     def printed(self, script: str, *flags: str, **environment: str) -> tuple[Flags, Flags, str]:
         """What one would run: flags of torchrun, flags of the training, and its remarks."""

@@ -1,7 +1,10 @@
-"""Call a function on several ranks that talk over gloo."""
+"""Call a function on several ranks that talk over gloo.
+
+Ranks are forks of a process that has imported what takes seconds, and does nothing else."""
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,6 +15,8 @@ import torch
 
 from megatron.early_exit import platform
 
+_IMPORTED = ["megatron.early_exit.inference", "tests.helpers.huggingface_models"]
+
 
 def spawn(
     function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 250
@@ -20,9 +25,14 @@ def spawn(
 
     The function must be at the top level of its module. What it raises is raised here, with the
     rank's traceback."""
+    multiprocessing.set_forkserver_preload(_IMPORTED)
     with tempfile.TemporaryDirectory() as folder:
-        context = torch.multiprocessing.spawn(
-            _call, (function, world_size, folder, args), nprocs=world_size, join=False
+        context = torch.multiprocessing.start_processes(
+            _call,
+            (function, world_size, folder, args),
+            nprocs=world_size,
+            join=False,
+            start_method="forkserver",
         )
         try:
             deadline = time.monotonic() + timeout_s
