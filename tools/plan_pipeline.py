@@ -38,7 +38,11 @@ from megatron.early_exit.pipeline.planning.request_flags import (
     read_fill_request,
     read_request,
 )
-from megatron.early_exit.pipeline.planning.schedule_flags import add_schedule_flags, read_schedule
+from megatron.early_exit.pipeline.planning.schedule_flags import (
+    add_schedule_flags,
+    read_schedule,
+    refuse_schedule_flags,
+)
 from megatron.early_exit.pipeline.schedule import Schedule
 from megatron.early_exit.pipeline.simulation import Timeline, simulate
 from megatron.early_exit.pipeline.simulation.text_drawing import draw_text
@@ -86,6 +90,8 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} {value} is out of range, allowed: 1 or more")
     if args.timeline is not None:
         check_timeline_file(args.timeline)
+    elif args.timeline_microbatches is not None:
+        raise ValueError("--timeline-microbatches has no effect without --timeline")
     if args.schedule_csv is not None and not args.schedule_csv.parent.is_dir():
         raise ValueError(
             f"--schedule-csv {args.schedule_csv}: there is no folder {args.schedule_csv.parent}"
@@ -124,6 +130,7 @@ def plan(args: argparse.Namespace) -> None:
     Raises:
         ValueError: a flag is missing or out of range, or no layout fits.
     """
+    refuse_schedule_flags(args)
     model = read_model(args)
     request, fills = read_request(args, model), read_fill_request(args)
     progress = partial(tqdm, desc="timing layouts", unit=" layouts", leave=False, disable=None)

@@ -220,6 +220,12 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
             "--fill-explicit-bubbles cannot be combined with",
         ),
         ("--config 7b --gpus 8 --fill-explicit-bubbles --max-fill-cost -1", "--max-fill-cost -1"),
+        ("--config 7b --gpus 8 --exit-stages 1", "--exit-stages has no effect without --schedule"),
+        ("--config 7b --gpus 8 --timeline-microbatches 9", "has no effect without --timeline"),
+        (
+            f"--schedule 1f1b {PAPER} --num-fill-warmup-microbatches 1",
+            "--num-fill-warmup-microbatches 1 has no effect with --schedule 1f1b",
+        ),
         ("--schedule 1f1b", "--pipeline-model-parallel-size missing"),
         (f"--schedule 1f1b {PAPER} --config 7b", "--config 7b has no effect with --schedule 1f1b"),
         (

@@ -17,6 +17,18 @@ def add_schedule_flags(parser: ArgumentParser) -> None:
     add("--exit-stage-ratio", type=float, default=0.5, help=ratio)
 
 
+def refuse_schedule_flags(args: Namespace) -> None:
+    """Refuse the flags that only a schedule has, where none is asked for.
+
+    Raises:
+        ValueError: one of them is given.
+    """
+    given = {"--num-microbatches": args.num_microbatches, "--exit-stages": args.exit_stages}
+    for flag, value in given.items():
+        if value:
+            raise ValueError(f"{flag} has no effect without --schedule")
+
+
 def read_schedule(args: Namespace) -> EvenSchedule:
     """The schedule that the flags describe.
 
@@ -25,14 +37,22 @@ def read_schedule(args: Namespace) -> EvenSchedule:
     """
     for name in ("pipeline_model_parallel_size", "num_microbatches"):
         if getattr(args, name) is None:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} missing, allowed: 1 or more, with --schedule {args.schedule}")
+            raise ValueError(
+                f"{_flag(name)} missing, allowed: 1 or more, with --schedule {args.schedule}"
+            )
     for name in ("config", "gpus"):
         if getattr(args, name) is not None:
             raise ValueError(
                 f"--{name} {getattr(args, name)} has no effect with --schedule {args.schedule}, "
                 "whose stages take the same time"
             )
+    if args.schedule != "filled":
+        for name in ("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches"):
+            if getattr(args, name) is not None:
+                raise ValueError(
+                    f"{_flag(name)} {getattr(args, name)} has no effect with --schedule "
+                    f"{args.schedule}, allowed: with --schedule filled"
+                )
     return EvenSchedule(
         name=args.schedule,
         num_ranks=args.pipeline_model_parallel_size,
@@ -44,3 +64,7 @@ def read_schedule(args: Namespace) -> EvenSchedule:
         num_warmup_fills=args.num_fill_warmup_microbatches,
         num_cooldown_fills=args.num_fill_cooldown_microbatches,
     )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
