@@ -24,7 +24,7 @@ def draw_page(timeline: Timeline, path: Path, title: str) -> None:
     """
     if timeline.step_s <= 0:
         raise ValueError(f"a step of {timeline.step_s} s cannot be drawn, allowed: above 0 s")
-    parts = files(__package__) / "page"
+    parts = files(__package__) / "timeline_page"
     # What ends a script must not stand in the text of one.
     data = json.dumps(page_data(timeline, title)).replace("<", "\\u003c")
     page = (parts / "timeline.html").read_text(encoding="utf-8")
