@@ -74,7 +74,8 @@ LAYOUTS = {
     "tp2-pp2": (4, f"{TP} 2 {PP} 2 --sequence-parallel"),
     "pp2-dp2-overlap": (
         *(4,),
-        f"{PP} 2 --use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 2000",
+        f"{PP} 2 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
+        "--ddp-bucket-size 2000",
     ),
     "pp2-fp16-recompute": (
         *(2,),
@@ -117,6 +118,17 @@ def test_samples_may_come_from_the_batch(trainer):
     run = trainer.train(4, f"{PP} 4 {FILL} --fill-samples from-batch --global-batch-size 16")
     assert consumed(run) == [16 * step for step in range(1, STEPS + 1)]
     assert "2 microbatches in the warm-up and 2 in the cool-down of 8" in run.output
+
+
+def test_tensor_parallel_stages_are_filled_alike(trainer, tmp_path):
+    exits = "--exit-layer-nums 1 2 4"
+    trainer.train(1, f"{exits} --save {tmp_path} --save-interval 1", steps=1)
+    flags = f"{PP} 2 {ONE_EACH} {exits} --load {tmp_path} --no-load-optim --no-load-rng"
+    one, two = trainer.train(2, flags), trainer.train(4, f"{flags} {TP} 2 --sequence-parallel")
+    names = [name for name in one.scalars if name == "grad-norm" or name.endswith(" loss")]
+    assert len(names) == 5
+    for name in names:
+        assert two.scalars[name] == pytest.approx(one.scalars[name], rel=1e-3), name
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(trainer, tmp_path):
