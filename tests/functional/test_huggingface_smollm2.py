@@ -17,6 +17,8 @@ from tests.helpers.spawn import spawn
 GGUF = find_gguf()
 PROMPT = "The three largest cities of France are"
 COUNT = 64
+COUNT_DIVIDED = 16
+"""What several processes on two cores give in a moment."""
 
 pytestmark = pytest.mark.skipif(GGUF is None, reason=f"{PACKAGE} is not installed: make setup")
 
@@ -42,7 +44,12 @@ def engine(imported):
     return EarlyExitEngine.from_checkpoint(imported, max_sequence_length=256)
 
 
-def test_same_logits_and_same_text(twin, engine):
+@pytest.fixture(scope="session")
+def twins_tokens(twin, engine):
+    return twin_tokens(twin, engine.tokenizer.encode(PROMPT), COUNT)
+
+
+def test_same_logits_and_same_text(twin, twins_tokens, engine):
     text = "Liberté, égalité, fraternité: 1789 was the year\n\n  of the French Revolution. 🥐"
     tokens = engine.tokenizer.encode(text)
     original = transformers.AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name)
@@ -50,27 +57,25 @@ def test_same_logits_and_same_text(twin, engine):
     assert engine.tokenizer.decode(tokens) == text
     difference = engine_logits(engine, tokens) - twin_logits(twin, tokens)
     assert difference.abs().max() < 2e-4
-    prompt = engine.tokenizer.encode(PROMPT)
     result = engine.generate(PROMPT, SamplingParams(max_tokens=COUNT, ignore_eos=True))[0]
-    assert result.token_ids == twin_tokens(twin, prompt, COUNT)
+    assert result.token_ids == twins_tokens
     assert "Paris" in result.text
 
 
 def generate_divided(folder, layout):
     """The tokens on one of several ranks."""
     engine = EarlyExitEngine.from_checkpoint(folder, max_sequence_length=256, **layout)
-    (result,) = engine.generate(PROMPT, SamplingParams(max_tokens=COUNT, ignore_eos=True))
+    (result,) = engine.generate(PROMPT, SamplingParams(max_tokens=COUNT_DIVIDED, ignore_eos=True))
     engine.close()
     return result.token_ids
 
 
 # Nine heads in three groups: two tensor-parallel ranks cannot share them, three can.
 @pytest.mark.parametrize("layout", [{"pipeline_parallel": 2}, {"tensor_parallel": 3}], ids=str)
-def test_several_processes_give_the_same_text(twin, imported, engine, layout):
+def test_several_processes_give_the_same_text(twins_tokens, imported, layout):
     (count,) = layout.values()
     found = spawn(generate_divided, count, str(imported), layout)
-    expected = twin_tokens(twin, engine.tokenizer.encode(PROMPT), COUNT)
-    assert found == [expected] * count
+    assert found == [twins_tokens[:COUNT_DIVIDED]] * count
 
 
 def test_the_export_is_the_model(twin, imported, tmp_path):
