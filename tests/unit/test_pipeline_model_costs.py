@@ -14,6 +14,7 @@ from megatron.early_exit.pipeline.simulation.layout import Layout
 from megatron.early_exit.pipeline.simulation.long_step import StepTime
 from megatron.early_exit.pipeline.simulation.model_costs import ExitExecution, model_costs
 from megatron.early_exit.pipeline.simulation.model_shape import ModelShape
+from megatron.early_exit.pipeline.simulation.part_times import HardwareTimes
 
 NONE = EarlyExitConfig()
 DEFERRED, AT_ONCE = ExitExecution(deferred=True), ExitExecution(deferred=False)
@@ -139,7 +140,9 @@ TINY = ModelShape(
 
 
 def costs_of(layout: Layout, shape: ModelShape = TINY, exits: EarlyExitConfig = NONE) -> CostModel:
-    return model_costs(shape, layout, ACCELERATORS["h100"], exits, DEFERRED, achieved_share=1.0)
+    h100 = ACCELERATORS["h100"]
+    times = HardwareTimes(shape, exits, h100, achieved_share=1.0)
+    return model_costs(shape, layout, h100, exits, DEFERRED, times)
 
 
 def test_seven_billion_weights():
@@ -287,14 +290,7 @@ def test_stages_on_other_nodes_are_reached_over_the_network(options, leaves):
             "chunk_tokens 8 is out of range, allowed: 1 or more, for exits that are deferred",
         ),
         (
-            lambda: model_costs(
-                TINY,
-                Layout(layers_per_stage=(4,), num_ranks=1),
-                ACCELERATORS["h100"],
-                NONE,
-                DEFERRED,
-                achieved_share=1.5,
-            ),
+            lambda: HardwareTimes(TINY, NONE, ACCELERATORS["h100"], achieved_share=1.5),
             "achieved_share 1.5 is out of range, allowed: above 0, up to 1",
         ),
     ],

@@ -85,7 +85,7 @@ class Costing:
                 accelerator,
                 exits,
                 ExitExecution(),
-                request.achieved_share,
+                request.times(shape, exits),
                 request.pass_overhead_s,
             ),
             update_costs(shape, layout, accelerator, exits),

@@ -5,7 +5,13 @@ from dataclasses import dataclass, field
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.pipeline.planning.update import Overlap
 from megatron.early_exit.pipeline.simulation.hardware import Accelerator
+from megatron.early_exit.pipeline.simulation.layer_profile import LayerProfile
 from megatron.early_exit.pipeline.simulation.model_shape import ModelShape
+from megatron.early_exit.pipeline.simulation.part_times import (
+    HardwareTimes,
+    MeasuredTimes,
+    PartTimes,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +26,7 @@ class PlanRequest:
         global_batch_size: sequences of a step.
         memory_limit_bytes: of each accelerator.
         achieved_share: of the accelerator's peak, in matrix products.
+        profile: measured times that replace derived ones, if any.
         pass_overhead_s: see `model_costs`.
         overlap: what runs beside computations.
         tensor_parallel: where it is given, as are the following; None for any.
@@ -38,6 +45,7 @@ class PlanRequest:
     global_batch_size: int
     memory_limit_bytes: float
     achieved_share: float = 0.5
+    profile: LayerProfile | None = None
     pass_overhead_s: float = 0.0
     overlap: Overlap = field(default_factory=Overlap)
     tensor_parallel: int | None = None
@@ -61,6 +69,11 @@ class PlanRequest:
             )
         for exits in self.placements:
             exits.validate(self.shape.num_layers, self.shape.vocab_size)
+
+    def times(self, shape: ModelShape, exits: EarlyExitConfig) -> PartTimes:
+        """What the parts of the model take, with a padded vocabulary and one placement."""
+        derived = HardwareTimes(shape, exits, self.accelerator, self.achieved_share)
+        return derived if self.profile is None else MeasuredTimes(self.profile, derived)
 
 
 _FLAGS = {

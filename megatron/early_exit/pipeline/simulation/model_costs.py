@@ -1,8 +1,9 @@
-"""Derives what each stage of a model with exits costs, from its shape and the hardware.
+"""Derives what each stage of a model with exits costs, from the times of its parts.
 
-Matrix products run at a given share of the accelerator's peak; what is bound by memory there is
-counted for the logits only, whose cross entropy passes over them several times. Tensor parallelism
-adds two gathers and two scatters of the hidden state to each layer and pass, within the node.
+By default these are derived from the hardware: matrix products run at a given share of its peak;
+what is bound by memory there is counted for the logits only, whose cross entropy passes over them
+several times. Tensor parallelism divides times, and adds two gathers and two scatters of the hidden
+state to each layer and pass, within the node. Memory is derived whatever the times are.
 Weights are kept in bf16, gradients in fp32, and Adam's states in fp32, divided over the replicas:
 6 + 12 / d bytes for each parameter (Megatron's distributed optimizer).
 """
@@ -13,14 +14,12 @@ from functools import cached_property
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.pipeline.simulation.costs import CostModel, StageCost
 from megatron.early_exit.pipeline.simulation.hardware import Accelerator
+from megatron.early_exit.pipeline.simulation.layer_profile import Part
 from megatron.early_exit.pipeline.simulation.layout import Layout
 from megatron.early_exit.pipeline.simulation.model_shape import ModelShape
+from megatron.early_exit.pipeline.simulation.part_times import HardwareTimes, PartTimes
 from megatron.early_exit.pipeline.simulation.stage_weights import stage_weights
 
-# Bytes moved for each logit: forward writes bf16, reads it for the maximum, reads it and writes
-# fp32 for the softmax; backward reads the softmax and writes a bf16 gradient.
-_LOGIT_TRAFFIC_FORWARD = 2 + 2 + 2 + 4
-_LOGIT_TRAFFIC_BACKWARD = 4 + 2
 # Bytes kept for each logit until backward, the fp32 softmax; and beside it while it is computed.
 _LOGIT_KEPT = 4
 _LOGIT_EXTRA = 2
@@ -57,7 +56,7 @@ def model_costs(
     accelerator: Accelerator,
     exits: EarlyExitConfig,
     execution: ExitExecution,
-    achieved_share: float = 0.5,
+    times: PartTimes | None = None,
     pass_overhead_s: float = 0.0,
 ) -> CostModel:
     """What each stage costs.
@@ -68,28 +67,21 @@ def model_costs(
         accelerator: that it runs on.
         exits: of the model.
         execution: how the losses of exits are computed.
-        achieved_share: of the accelerator's peak, in matrix products. Measured on A100s for whole
-            steps: 0.42 to 0.56 (arXiv 2205.05198, section 6).
+        times: of the model's parts on one accelerator; None derives them from its data sheet.
         pass_overhead_s: seconds that each forward and each backward of a stage takes beside its
             work, to start kernels and messages.
 
     Raises:
-        ValueError: the layout has other layers than the model, an exit is beyond them, or
-            achieved_share is not a share.
+        ValueError: the layout has other layers than the model, or an exit is beyond them.
     """
-    if not 0 < achieved_share <= 1:
-        raise ValueError(
-            f"achieved_share {achieved_share} is out of range, allowed: above 0, up to 1"
-        )
     if sum(layout.layers_per_stage) != shape.num_layers:
         raise ValueError(
             f"layers_per_stage {layout.layers_per_stage} has {sum(layout.layers_per_stage)} "
             f"layers, allowed: the {shape.num_layers} of the model"
         )
     exits.validate(shape.num_layers, shape.vocab_size)
-    derive = _Derivation(
-        shape, layout, accelerator, exits, execution, achieved_share, pass_overhead_s
-    )
+    times = times or HardwareTimes(shape, exits, accelerator)
+    derive = _Derivation(shape, layout, accelerator, exits, execution, times, pass_overhead_s)
     exit_stages = layout.exit_stages(exits)
     weights = stage_weights(shape, layout, exits)
     stages = range(layout.num_stages)
@@ -108,7 +100,7 @@ class _Derivation:
     accelerator: Accelerator
     exits: EarlyExitConfig
     execution: ExitExecution
-    achieved_share: float
+    times: PartTimes
     pass_overhead_s: float
 
     @property
@@ -129,7 +121,7 @@ class _Derivation:
         parts = [self.layer] * self.layout.layers_per_stage[stage]
         parts += [self.exit] * num_exits
         if stage == 0:
-            parts.append(self._embedding())
+            parts.append(self._seconds("embedding"))
         if stage == self.layout.num_stages - 1:
             parts.append(self._head())
         parts.append(
@@ -141,74 +133,64 @@ class _Derivation:
         )
         return StageCost.combined(parts)
 
+    def _seconds(self, part: Part, collectives_s: float = 0.0) -> StageCost:
+        """What a part takes, with the collectives of each way that tokens go through it."""
+        whole = self.times.time(part, self.layout.microbatch_size)
+        divided_by = self.layout.tensor_parallel
+        return StageCost(
+            forward_s=whole.forward_s / divided_by + collectives_s,
+            backward_s=whole.backward_s / divided_by + 2 * collectives_s,
+            weight_gradient_s=whole.weight_gradient_s / divided_by,
+        )
+
+    @property
+    def _layer_collectives_s(self) -> float:
+        # Each of the four brings the other accelerators' tokens, or partial sums.
+        moved = 4 * (self.layout.tensor_parallel - 1) * self.tokens * 2 * self.shape.hidden_size
+        return moved / self.accelerator.node_bytes_per_s
+
     @cached_property
     def layer(self) -> StageCost:
         """What one layer costs."""
-        shape = self.shape
-        products_s = self._seconds(2 * shape.layer_weights)
-        # Each of the four collectives brings the other accelerators' tokens, or partial sums.
-        received = 4 * (self.layout.tensor_parallel - 1) * self.tokens * 2 * shape.hidden_size
-        rest_s = self._seconds(shape.attention_flops) + received / self.accelerator.node_bytes_per_s
-        return StageCost(
-            forward_s=products_s + rest_s,
-            # The gradients of inputs and of weights take a forward's operations each.
-            backward_s=2 * (products_s + rest_s),
-            weight_gradient_s=products_s,
-            activation_bytes=self.tokens * shape.layer_activation_bytes,
-            weight_gradient_bytes=self.tokens * shape.layer_weight_gradient_bytes,
+        return replace(
+            self._seconds("layer", self._layer_collectives_s),
+            activation_bytes=self.tokens * self.shape.layer_activation_bytes,
+            weight_gradient_bytes=self.tokens * self.shape.layer_weight_gradient_bytes,
         )
-
-    def _embedding(self) -> StageCost:
-        """Reads a row for each token and writes it; in backward, the other way round."""
-        moved = self.tokens * 4 * self.shape.hidden_size
-        seconds = moved / self.accelerator.memory_bytes_per_s
-        return StageCost(forward_s=seconds, backward_s=seconds)
 
     def _head(self) -> StageCost:
-        """The final norm is left out."""
-        return self._projection(self.shape.vocab_size)
+        return replace(self._seconds("head"), **self._logit_bytes(self.shape.vocab_size))
 
-    def _projection(self, vocab_size: int) -> StageCost:
-        """An output projection and its loss, whose logits live from forward to backward."""
-        products_s = self._seconds(2 * vocab_size * self.shape.hidden_size)
+    def _logit_bytes(self, vocab_size: int) -> dict[str, float]:
+        """Memory of an output projection whose logits live from forward to backward."""
         logits = self.tokens * vocab_size
-        bandwidth = self.accelerator.memory_bytes_per_s
-        return StageCost(
-            forward_s=products_s + logits * _LOGIT_TRAFFIC_FORWARD / bandwidth,
-            backward_s=2 * products_s + logits * _LOGIT_TRAFFIC_BACKWARD / bandwidth,
-            weight_gradient_s=products_s,
-            activation_bytes=logits * _LOGIT_KEPT,
-            weight_gradient_bytes=logits * _LOGIT_GRADIENT,
-            forward_extra_bytes=logits * _LOGIT_EXTRA,
-            backward_extra_bytes=logits * _LOGIT_EXTRA,
-        )
+        return {
+            "activation_bytes": logits * _LOGIT_KEPT,
+            "weight_gradient_bytes": logits * _LOGIT_GRADIENT,
+            "forward_extra_bytes": logits * _LOGIT_EXTRA,
+            "backward_extra_bytes": logits * _LOGIT_EXTRA,
+        }
 
     @cached_property
     def exit(self) -> StageCost:
         """What one exit costs, with all it does in the backward phase if it is deferred."""
-        parts = [self._projection(self.exits.exit_vocab_size or self.shape.vocab_size)]
-        if self.exits.use_exit_mlp:
-            seconds = self._seconds(2 * self.shape.mlp_weights)
-            kept = self.tokens * self.shape.mlp_activation_bytes
-            parts.append(
-                StageCost(forward_s=seconds, backward_s=2 * seconds, activation_bytes=kept)
-            )
-        if self.exits.use_exit_block:
-            parts.append(self.layer)
-        whole = StageCost.combined(parts)
-        exit_s = whole.forward_s + whole.backward_s
+        seconds = self._seconds("exit", self._layer_collectives_s * self.exits.use_exit_block)
+        logits = self._logit_bytes(self.exits.exit_vocab_size or self.shape.vocab_size)
+        branch = self.tokens * self.shape.mlp_activation_bytes * self.exits.use_exit_mlp
+        branch += self.layer.activation_bytes * self.exits.use_exit_block
+        exit_s = seconds.forward_s + seconds.backward_s
         if not self.execution.deferred:
-            return replace(whole, local_backward_s=exit_s)
+            logits["activation_bytes"] += branch
+            logits["weight_gradient_bytes"] += (
+                self.layer.weight_gradient_bytes * self.exits.use_exit_block
+            )
+            return replace(seconds, local_backward_s=exit_s, **logits)
         num_tokens = self.layout.microbatch_size * self.shape.seq_length
         chunk = min(self.execution.chunk_tokens or num_tokens, num_tokens) / num_tokens
-        logits = parts[0].activation_bytes + parts[0].backward_extra_bytes
-        branch = sum(part.activation_bytes for part in parts[1:])
+        chunk_bytes = chunk * (logits["activation_bytes"] + logits["backward_extra_bytes"])
         return StageCost(
             forward_s=0.0,
             backward_s=exit_s,
             local_backward_s=exit_s,
-            backward_extra_bytes=chunk * logits + branch,
+            backward_extra_bytes=chunk_bytes + branch,
         )
-
-    def _seconds(self, flops_per_token: float) -> float:
-        return self.tokens * flops_per_token / (self.accelerator.flops_per_s * self.achieved_share)
