@@ -84,10 +84,12 @@ def test_gradients_are_those_of_autograd(kind, chunk_tokens):
 @pytest.mark.parametrize("vocab_size", [None, 31])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_a_teacher_counts_beside_the_labels(temperature, vocab_size):
-    case = Case()
+    case = Case(tokens=24)
     own_options = options(chunk_tokens=5, vocab_size=vocab_size)
-    answers = torch.randn(TOKENS, VOCAB) * 2
-    teacher = Teacher.of(answers, 0.7, temperature, own_options)
+    answers = torch.randn(24, VOCAB) * 2
+    # As a model gives them, batch first.
+    by_batch = answers.view(8, 3, VOCAB).transpose(0, 1).contiguous()
+    teacher = Teacher.of(by_batch.transpose(0, 1), 0.7, temperature, own_options)
     _, found = head_loss(
         *(case.hidden, case.weight, case.labels),
         own_options,

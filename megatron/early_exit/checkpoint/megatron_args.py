@@ -77,6 +77,9 @@ def _backbone_args(a: Architecture) -> dict[str, Any]:
         "quick_geglu": a.activation == "quick_gelu",
         "bias_gelu_fusion": a.activation == "gelu_tanh",
         "add_bias_linear": a.add_bias_linear,
+        # Exits that are tuned on such a model have as much as it has.
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
         "add_qkv_bias": a.add_qkv_bias,
         "qk_layernorm": a.qk_layernorm,
         "softmax_scale": a.softmax_scale,

@@ -57,11 +57,15 @@ class HeadLossOptions:
     tp_group: torch.distributed.ProcessGroup
     vocab_size: int | None = None
 
-    def chunks(self, tokens: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
-        """Slices of at most the allowed number of tokens."""
+    def chunks(
+        self, tokens: int, vocab_size: int, device: torch.device, group: int = 1
+    ) -> Iterator[slice]:
+        """Slices of at most the allowed number of tokens; of groups of tokens, where these are
+        counted (a chunk then has one group at least)."""
         size = self.chunk_tokens
         if size is None:
-            size = max(1, _LOGITS_BYTES_PER_CHUNK[device.type] // (4 * vocab_size))
+            size = _LOGITS_BYTES_PER_CHUNK[device.type] // (4 * vocab_size)
+        size = max(1, size // group)
         count = -(-tokens // size)
         size = -(-tokens // max(count, 1))
         for start in range(0, tokens, max(size, 1)):
@@ -88,13 +92,17 @@ class Teacher:
     def of(
         cls, logits: Tensor, weight: float, temperature: float, options: HeadLossOptions
     ) -> "Teacher":
-        """From logits [n, v] over this rank's part of the whole vocabulary, in their dtype."""
-        vocabulary = LocalVocabulary(logits.shape[1], options.tp_group, options.vocab_size)
-        probabilities = logits.new_empty(len(logits), vocabulary.rows)
-        for rows in options.chunks(len(logits), logits.shape[1], logits.device):
-            tempered = logits[rows].float() / temperature
-            probabilities[rows] = vocabulary.answers_of(vocabulary.softmax(tempered))
-        return cls(probabilities, weight, temperature)
+        """From logits [s, b, v] over this rank's part of the whole vocabulary, in their dtype."""
+        sequence, batch, rows = logits.shape
+        vocabulary = LocalVocabulary(rows, options.tp_group, options.vocab_size)
+        probabilities = logits.new_empty(sequence, batch, vocabulary.rows)
+        # Logits come batch first: only a chunk of them is ever put into another order.
+        for steps in options.chunks(sequence, rows, logits.device, group=batch):
+            tempered = logits[steps].flatten(0, 1).float()
+            if temperature != 1:
+                tempered /= temperature
+            probabilities[steps].flatten(0, 1).copy_(vocabulary.answers_of(tempered))
+        return cls(probabilities.flatten(0, 1), weight, temperature)
 
 
 def head_loss(
@@ -141,11 +149,12 @@ def head_loss(
                 continue
             scale = coefficients[rows] * part.weight
             tempered = scale / options.temperature
+            if teacher is not None:
+                tempered *= 1 - teacher.weight
             exponentials *= (tempered / total).unsqueeze(1)
             gradient = vocabulary.subtract_at_labels(exponentials, labels[rows], tempered)
             if teacher is not None and divergence is not None:
-                divergence *= (scale * teacher.weight).unsqueeze(1)
-                gradient = gradient.mul_(1 - teacher.weight).add_(divergence)
+                gradient.addcmul_(divergence, (scale * teacher.weight).unsqueeze(1))
             gradient = gradient.to(hidden.dtype)
             torch.mm(gradient, frozen_weight, out=hidden_gradient[rows])
             if weight_gradient is not None:

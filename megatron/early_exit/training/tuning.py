@@ -73,7 +73,7 @@ class DistillingObjective(LocalObjective):
         logits, self._logits = self._logits, None
         assert logits is not None
         return Teacher.of(
-            logits.transpose(0, 1).flatten(0, 1),
+            logits.transpose(0, 1),
             self._options.exit_distillation_weight,
             self._options.exit_distillation_temperature,
             self.options(passed[0].exits, passed[0].position),

@@ -75,12 +75,15 @@ class LocalVocabulary:
             values[:, : self._answers] -= evenly.unsqueeze(1)
         return values
 
-    def answers_of(self, probabilities: Tensor) -> Tensor:
-        """Probabilities [c, r] of tokens, r at least `rows`, as those of the answers [c, rows]:
-        what the other tokens have is spread evenly."""
+    def answers_of(self, logits: Tensor) -> Tensor:
+        """Probabilities of the answers [c, rows] by logits [c, r] of all tokens, r at least `rows`:
+        what the other tokens have is spread evenly. The memory of `logits` is used."""
         if self._size is None:
-            return probabilities
-        own = probabilities[:, : self.rows].clone()
+            return self.softmax(logits)
+        largest, _ = self.largest(logits)
+        exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
+        total = self.sum(exponentials.sum(dim=-1))
+        own = exponentials[:, : self.rows] / total.unsqueeze(1)
         own[:, self._answers :] = 0
         rest = 1 - self.sum(own.sum(dim=-1))
         own[:, : self._answers] += (rest / self._size).unsqueeze(1)
