@@ -24,11 +24,13 @@ from tqdm import tqdm
 from megatron.early_exit.pipeline.planning.filling import fill_bubbles
 from megatron.early_exit.pipeline.planning.model_flags import add_model_flags, read_model
 from megatron.early_exit.pipeline.planning.planner import Plan, Plans, find_plans
+from megatron.early_exit.pipeline.planning.profile_flags import add_profile_flags
 from megatron.early_exit.pipeline.planning.report import (
     LEGEND,
     as_json,
     flags,
     one_flag_a_line,
+    origin_of_times,
     table,
 )
 from megatron.early_exit.pipeline.planning.request import PlanRequest
@@ -63,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_model_flags(parser)
     add_request_flags(parser)
+    add_profile_flags(parser)
     add_fill_flags(parser)
     add_schedule_flags(parser)
     add = parser.add_argument_group("answer").add_argument
@@ -138,12 +141,16 @@ def plan(args: argparse.Namespace) -> None:
     best = plans.best
     if fills is not None:
         best = fill_bubbles(best, fills, request.memory_limit_bytes)
+    origin = None if request.profile is None else origin_of_times(best, request.profile)
     if args.json:
-        print(json.dumps({"plans": [as_json(one, request) for one in best]}))
+        answer: dict[str, object] = {"plans": [as_json(one, request) for one in best]}
+        print(json.dumps(answer if origin is None else {**answer, "times": origin}))
     else:
         title = f"{model.name} on {args.gpus} x {args.gpu}"
-        print(f"{title}: {_summary(plans, request)}\n")
-        print(f"{table(best, request)}\n\n{LEGEND}\n\nFlags of the first:\n")
+        print(f"{title}: {_summary(plans, request)}")
+        if origin is not None:
+            print(origin)
+        print(f"\n{table(best, request)}\n\n{LEGEND}\n\nFlags of the first:\n")
         print(one_flag_a_line(flags(best[0], request)))
     if args.timeline is not None or args.schedule_csv is not None:
         _write_plan_files(args, best[0], f"{model.name} on {args.gpus} x {args.gpu}")

@@ -4,6 +4,7 @@ from typing import Any
 
 from megatron.early_exit.pipeline.planning.planner import Plan
 from megatron.early_exit.pipeline.planning.request import PlanRequest
+from megatron.early_exit.pipeline.simulation.layer_profile import LayerProfile
 from megatron.early_exit.pipeline.simulation.text_drawing import seconds_text
 
 _HEAD_SWITCHES = (
@@ -49,6 +50,15 @@ def table(plans: list[Plan], request: PlanRequest) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     )
+
+
+def origin_of_times(plans: list[Plan], profile: LayerProfile) -> str:
+    """What times of a profile were measured on, and for which of the plans there are none."""
+    text = f"times measured in {profile.dtype} with microbatches of {_list(profile.sizes)} on "
+    text += profile.machine
+    sizes = {plan.costing.candidate.layout.microbatch_size for plan in plans}
+    others = sorted(size for size in sizes if not profile.has_measured(size))
+    return f"{text}; extrapolated to {_list(others)}" if others else text
 
 
 LEGEND = (
@@ -129,6 +139,10 @@ def _tokens_per_s(plan: Plan, request: PlanRequest) -> float:
     """Of full samples, on each accelerator."""
     tokens = request.global_batch_size * request.shape.seq_length
     return tokens / plan.prediction.step_s / request.num_accelerators
+
+
+def _list(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _flag(name: str) -> str:

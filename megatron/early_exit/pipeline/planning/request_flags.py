@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from megatron.early_exit.pipeline.planning.filling import FillRequest
 from megatron.early_exit.pipeline.planning.model_flags import Model
+from megatron.early_exit.pipeline.planning.profile_flags import read_profile
 from megatron.early_exit.pipeline.planning.request import PlanRequest
 from megatron.early_exit.pipeline.planning.update import Overlap
 from megatron.early_exit.pipeline.simulation.hardware import ACCELERATORS, Accelerator
@@ -16,6 +17,7 @@ _HARDWARE: dict[str, tuple[str, float, str]] = {
     "node_bytes_per_s": ("--node-gb-per-s", 1e9, "GB/s to a GPU of the same node, one direction"),
     "network_bytes_per_s": ("--network-gb-per-s", 1e9, "GB/s of each GPU to other nodes"),
 }
+_ACHIEVED_SHARE = 0.5
 
 
 def add_request_flags(parser: ArgumentParser) -> None:
@@ -28,8 +30,8 @@ def add_request_flags(parser: ArgumentParser) -> None:
     add("--gpus-per-node", type=int, help="default: 8")
     share = "share of the memory left for libraries and fragments (default: %(default)s)"
     add("--memory-headroom", type=float, default=0.1, help=share)
-    share = "share of the peak that matrix products reach (default: %(default)s)"
-    add("--achieved-share", type=float, default=0.5, help=share)
+    share = f"share of the peak that matrix products reach (default: {_ACHIEVED_SHARE})"
+    add("--achieved-share", type=float, help=share)
     overhead = "what a pass of a stage takes to start kernels and messages (default: %(default)s)"
     add("--pass-overhead-us", type=float, default=50.0, help=overhead)
     group = parser.add_argument_group("layout", "what is given is kept, the rest is searched")
@@ -103,7 +105,8 @@ def read_request(args: Namespace, model: Model) -> PlanRequest:
         num_accelerators=args.gpus,
         global_batch_size=model.global_batch_size,
         memory_limit_bytes=accelerator.memory_bytes * (1 - args.memory_headroom),
-        achieved_share=args.achieved_share,
+        achieved_share=_ACHIEVED_SHARE if args.achieved_share is None else args.achieved_share,
+        profile=read_profile(args, model),
         pass_overhead_s=args.pass_overhead_us / 1e6,
         overlap=Overlap(not args.no_overlap_grad_reduce, args.overlap_param_gather),
         tensor_parallel=args.tensor_model_parallel_size,

@@ -40,7 +40,7 @@ def read_schedule(args: Namespace) -> EvenSchedule:
             raise ValueError(
                 f"{_flag(name)} missing, allowed: 1 or more, with --schedule {args.schedule}"
             )
-    for name in ("config", "gpus"):
+    for name in ("config", "gpus", "profile"):
         if getattr(args, name) is not None:
             raise ValueError(
                 f"--{name} {getattr(args, name)} has no effect with --schedule {args.schedule}, "

@@ -129,7 +129,9 @@ class LayerProfile:
 
 def _check_names(where: str, found: Mapping[Any, Any], wanted: tuple[str, ...]) -> None:
     if set(found) != set(wanted):
-        raise ValueError(f"{where} has {', '.join(found)}, allowed: {', '.join(wanted)}")
+        raise ValueError(
+            f"{where} has {', '.join(found) or 'nothing'}, allowed: {', '.join(wanted)}"
+        )
 
 
 def _is_time(value: object, may_be_zero: bool) -> bool:
