@@ -1,7 +1,11 @@
 """What holds for every test: one thread per process, no network, GPU tests only where one is."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch is imported, and for the processes that tests start: ranks share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,10 +14,22 @@ os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLEL
 import pytest
 from hypothesis import settings
 
+if TYPE_CHECKING:
+    from tests.helpers.warm_ranks import WarmRanks
+
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
 
 HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[WarmRanks]:
+    """Starts training commands quickly; all tests share what takes seconds to import."""
+    from tests.helpers.warm_ranks import WarmRanks
+
+    with WarmRanks() as ranks:
+        yield ranks
 
 
 @pytest.hookimpl(tryfirst=True)
