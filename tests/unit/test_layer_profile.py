@@ -246,7 +246,7 @@ def with_layer(content: dict, layer: object) -> dict:
     ("change", "message"),
     [
         (lambda c: [c], "is no profile of layers: it is no JSON object"),
-        (lambda c: without(c, "dtype"), "it has machine, shape, exit_heads, seconds_by_size, allo"),
+        (lambda c: without(c, "dtype"), "it has machine, shape, exit_heads, seconds_by_size, "),
         (
             lambda c: c | {"shape": {"hidden_size": 8}},
             "shape has hidden_size, allowed: hidden_size",
@@ -258,7 +258,7 @@ def with_layer(content: dict, layer: object) -> dict:
             lambda c: c | {"seconds_by_size": {"1": {}}},
             "microbatches of 1 has nothing, allowed: la",
         ),
-        (lambda c: with_layer(c, {"forward": 1}), "layer with microbatches of 1 has forward, allo"),
+        (lambda c: with_layer(c, {"forward": 1}), "layer with microbatches of 1 has forward, "),
         (
             lambda c: with_layer(c, {"forward": 0, "backward": 1}),
             "the forward of layer with microbatches of 1 takes 0 s, allowed: above 0",
