@@ -7,44 +7,31 @@ from typing import Any
 from torch import Tensor
 
 from megatron.early_exit.pipeline.actions import Action, Microbatch
-from megatron.early_exit.pipeline.execution.messages import Messages, together
+from megatron.early_exit.pipeline.execution.messages import Messages
 from megatron.early_exit.pipeline.execution.passes import Alive, Passes
 
 _GRADIENTS = ("B", "L")
 
 
 class Executor:
-    """Runs one rank's list of actions; what it computes is for `passes` to say.
+    """Runs one rank's list of actions, once; what it computes is for `passes` to say.
 
     Args:
+        actions: with sends and receives, see `with_communication`.
         passes: of the rank's model chunk.
         messages: with its neighbours.
+
+    Raises:
+        ValueError: there is a kind of action among them that cannot be run.
     """
 
-    def __init__(self, passes: Passes, messages: Messages) -> None:
-        self._passes = passes
-        self._messages = messages
-
-    def run(self, actions: Sequence[Action]) -> None:
-        """Run the list.
-
-        Args:
-            actions: with sends and receives, see `with_communication`.
-
-        Raises:
-            ValueError: there is a kind of action among them that cannot be run.
-        """
+    def __init__(self, actions: Sequence[Action], passes: Passes, messages: Messages) -> None:
         for action in actions:
             if action.kind in ("I", "W"):
                 raise ValueError(f"{action} cannot be run, allowed: F, B, L and messages")
-        _Run(self._passes, self._messages, actions).run()
-
-
-class _Run:
-    def __init__(self, passes: Passes, messages: Messages, actions: Sequence[Action]) -> None:
+        self._actions = actions
         self._passes = passes
         self._messages = messages
-        self._actions = actions
         self._kinds: dict[Microbatch, set[str]] = {}
         for action in actions:
             self._kinds.setdefault(action.microbatch, set()).add(action.kind)
@@ -56,18 +43,24 @@ class _Run:
         self._gradients: dict[Microbatch, Tensor] = {}
 
     def run(self) -> None:
+        """Run all of it."""
         self._sync.disable()
-        for batch in together(self._actions):
-            if batch[0].is_communication:
-                self._exchange(batch)
-            else:
-                self._compute(batch[0])
+        for action in self._actions:
+            self._act(action)
+        self._messages.end_all_sends()
         self._sync.finish()
 
-    def _compute(self, action: Action) -> None:
+    def _act(self, action: Action) -> None:
         if action == self._last_gradient:
             self._sync.enable_for_last()
         match action.kind:
+            case "SF":
+                free = self._passes.release if action.microbatch in self._alive else _drop
+                self._messages.send(action, self._outputs.pop(action.microbatch), free)
+            case "SB":
+                self._messages.send(action, self._gradients.pop(action.microbatch), _drop)
+            case "RF" | "RB":
+                self._messages.receive(action)
             case "F":
                 self._forward(action.microbatch)
             case "B":
@@ -78,7 +71,7 @@ class _Run:
     def _forward(self, microbatch: Microbatch) -> None:
         kinds = self._kinds[microbatch]
         sends, keeps = "SF" in kinds, "B" in kinds
-        hidden = self._messages.hidden.pop(microbatch, None)
+        hidden = self._messages.take("RF", microbatch)
         ends_at_exit = keeps and not sends and not self._passes.is_last_stage
         output = self._passes.forward(microbatch, hidden, keeps, ends_at_exit)
         if keeps:
@@ -89,16 +82,16 @@ class _Run:
             self._passes.release(output)
 
     def _backward(self, microbatch: Microbatch) -> None:
-        gradient = self._messages.gradients.pop(microbatch, None)
+        # Megatron wants the memory of what was sent to be free by now.
+        self._messages.end_send("SF", microbatch)
+        gradient = self._messages.take("RB", microbatch)
         result = self._passes.backward(microbatch, self._alive.pop(microbatch), gradient)
         if "SB" in self._kinds[microbatch]:
             self._gradients[microbatch] = result
 
-    def _exchange(self, batch: list[Action]) -> None:
-        self._messages.exchange(batch, self._outputs, self._gradients)
-        for action in batch:
-            if action.kind == "SF" and action.microbatch in self._alive:
-                self._passes.release(self._alive[action.microbatch].output)
+
+def _drop(_: Tensor) -> None:
+    """Nothing is left to do for a gradient that has been sent."""
 
 
 class _GradientSync:

@@ -1,62 +1,108 @@
-"""The messages of a rank, over Megatron's `P2PCommunicator`."""
+"""The messages of a rank, over Megatron's `P2PCommunicator`, beside its computations.
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+Nothing is waited for before it is needed: a send ends when the receiver has got round to it, and a
+receive when its computation begins. So a rank does not stop because its neighbour is busy with a
+microbatch that fills a bubble. Messages of one direction between two ranks are posted in the same
+order on both, which is what matches them.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
+from torch.distributed import ProcessGroup, Work
 
-from megatron.early_exit.pipeline.actions import Action, Microbatch
+from megatron.early_exit.pipeline.actions import Action, Kind, Microbatch
 
-Outgoing = dict[Microbatch, Tensor]
+Key = tuple[Kind, Microbatch]
 
 
-def together(actions: Sequence[Action]) -> Iterator[list[Action]]:
-    """Divide a list into computations, each alone, and neighbouring messages that are exchanged at
-    once: one at most in each direction with each neighbour."""
-    for is_communication, group in groupby(actions, lambda action: action.is_communication):
-        batch: list[Action] = []
-        for action in group:
-            if batch and (not is_communication or action.kind in {one.kind for one in batch}):
-                yield batch
-                batch = []
-            batch.append(action)
-        yield batch
+@dataclass
+class _Message:
+    """A tensor on its way.
+
+    Attributes:
+        tensor: what is sent or received.
+        work: tells when it has been.
+        when_sent: called then, for a send.
+    """
+
+    tensor: Tensor
+    work: Work
+    when_sent: Callable[[Tensor], None] | None = None
 
 
 class Messages:
-    """What a rank has received and not yet used.
+    """Posts the sends and receives of a rank's list, and keeps what is on its way.
 
     Args:
-        communicator: of the pipeline.
+        group: of the pipeline.
+        config: Megatron's.
         shape: [s, b, h] of every message.
     """
 
-    def __init__(self, communicator: P2PCommunicator, shape: Sequence[int]) -> None:
-        self._communicator = communicator
+    def __init__(self, group: ProcessGroup, config: Any, shape: Sequence[int]) -> None:
+        # Megatron's batched messages can only be waited for at once.
+        unbatched = copy.copy(config)
+        unbatched.batch_p2p_comm = False
+        self._communicator = P2PCommunicator(pp_group=group, config=unbatched)
         self._shape = list(shape)
-        self.hidden: Outgoing = {}
-        self.gradients: Outgoing = {}
+        self._messages: dict[Key, _Message] = {}
 
-    def exchange(self, batch: Sequence[Action], hidden: Outgoing, gradients: Outgoing) -> None:
-        """Send and receive at once, and wait for all of it.
+    def send(self, action: Action, tensor: Tensor, when_sent: Callable[[Tensor], None]) -> None:
+        """Post a send.
 
         Args:
-            batch: the messages, see `together`.
-            hidden: results of forwards; what is sent is taken out.
-            gradients: results of backwards; what is sent is taken out.
+            action: a send.
+            tensor: [s, b, h] that is sent.
+            when_sent: called with the tensor once it has been, some time later.
         """
-        by_kind = {action.kind: action.microbatch for action in batch}
-        # Megatron's annotations leave out that each part may be absent.
-        received = self._communicator.send_forward_backward_recv_forward_backward(
-            hidden.pop(by_kind["SF"]) if "SF" in by_kind else None,  # type: ignore[arg-type]
-            gradients.pop(by_kind["SB"]) if "SB" in by_kind else None,  # type: ignore[arg-type]
-            recv_prev="RF" in by_kind,
-            recv_next="RB" in by_kind,
-            tensor_shape=self._shape,
-        )
-        for kind, tensor, kept in zip(
-            ("RF", "RB"), received, (self.hidden, self.gradients), strict=True
-        ):
-            if kind in by_kind:
-                kept[by_kind[kind]] = tensor
+        self._end_sends()
+        post, end = self._ways(action.kind)
+        _, works = post(tensor, False, self._shape, overlap_p2p_comm=True)
+        self._messages[action.kind, action.microbatch] = _Message(tensor, works[end], when_sent)
+
+    def receive(self, action: Action) -> None:
+        """Post a receive."""
+        self._end_sends()
+        post, end = self._ways(action.kind)
+        tensor, works = post(None, True, self._shape, overlap_p2p_comm=True)
+        self._messages[action.kind, action.microbatch] = _Message(tensor, works[end])
+
+    def _ways(self, kind: Kind) -> tuple[Callable[..., Any], str]:
+        """Megatron's method for a kind of message, and its name for this end of it."""
+        return {
+            "SF": (self._communicator.send_forward_recv_forward, "send_next"),
+            "RF": (self._communicator.send_forward_recv_forward, "recv_prev"),
+            "SB": (self._communicator.send_backward_recv_backward, "send_prev"),
+            "RB": (self._communicator.send_backward_recv_backward, "recv_next"),
+        }[kind]
+
+    def take(self, kind: Kind, microbatch: Microbatch) -> Tensor | None:
+        """What has been received [s, b, h], waited for; None where no receive was posted."""
+        message = self._messages.pop((kind, microbatch), None)
+        if message is None:
+            return None
+        message.work.wait()
+        return message.tensor
+
+    def end_send(self, kind: Kind, microbatch: Microbatch) -> None:
+        """Wait for a send, if it is still on its way."""
+        message = self._messages.pop((kind, microbatch), None)
+        if message is not None:
+            message.work.wait()
+            assert message.when_sent is not None
+            message.when_sent(message.tensor)
+
+    def end_all_sends(self) -> None:
+        """Wait for all that is still on its way."""
+        for kind, microbatch in list(self._messages):
+            self.end_send(kind, microbatch)
+
+    def _end_sends(self) -> None:
+        for (kind, microbatch), message in list(self._messages.items()):
+            if message.when_sent is not None and message.work.is_completed():
+                self.end_send(kind, microbatch)

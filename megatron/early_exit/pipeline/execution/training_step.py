@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     clear_embedding_activation_buffer,
     finish_embedding_wgrad_compute,
@@ -51,8 +50,7 @@ def run_training_step(
     """
     config = get_model_config(model)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    communicator = P2PCommunicator(pp_group=groups.pp, config=config)
-    contributions, stage = Contributions.of(schedule), communicator.current_stage
+    contributions, stage = Contributions.of(schedule), groups.pp.rank()
     shapes = get_tensor_shapes(
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
@@ -70,15 +68,15 @@ def run_training_step(
         contributing=contributions.to_losses(stage),
         gradient_factor=contributions.gradient_factor(stage),
         context_parallel_size=groups.cp.size(),
-        is_first_stage=communicator.is_pp_first_stage,
-        is_last_stage=communicator.is_pp_last_stage,
+        is_first_stage=stage == 0,
+        is_last_stage=stage == groups.pp.size() - 1,
         shape=tuple(shapes[0]),
         clock=clock,
     )
     embedding = clear_embedding_activation_buffer(config, model, passes.is_last_stage)
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
-    Executor(passes, Messages(communicator, shapes[0])).run(schedule.ranks[stage])
+    Executor(schedule.ranks[stage], passes, Messages(groups.pp, config, shapes[0])).run()
     finish_embedding_wgrad_compute(config, embedding, passes.is_last_stage, groups.tp)
     if config.finalize_model_grads_func is not None:
         num_tokens = passes.num_tokens if config.calculate_per_token_loss else None
