@@ -4,7 +4,6 @@ use every sample once, and a stopped run goes on as if it had not been."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,10 +50,9 @@ class Trainer:
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+def trainer(ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     folder = tmp_path_factory.mktemp("filling")
-    with WarmRanks() as ranks:
-        yield Trainer(ranks, folder, write_documents(folder))
+    return Trainer(ranks, folder, write_documents(folder))
 
 
 def figures(run: Run) -> dict[str, list[float]]:
