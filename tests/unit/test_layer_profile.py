@@ -1,56 +1,12 @@
-"""Profiles of layers: their files, the lines between what was measured, and plans made of them."""
+"""Profiles of layers: the lines between what was measured, and their files."""
 
 import json
 from dataclasses import asdict, replace
-from typing import get_args
 
 import pytest
 
-from megatron.early_exit.pipeline.planning.model_flags import read_model
-from megatron.early_exit.pipeline.planning.planner import find_plans
-from megatron.early_exit.pipeline.planning.request_flags import read_request
-from megatron.early_exit.pipeline.simulation.hardware import ACCELERATORS
-from megatron.early_exit.pipeline.simulation.layer_profile import (
-    MEASURED_SIZES,
-    LayerProfile,
-    Part,
-)
-from megatron.early_exit.pipeline.simulation.layout import Layout
-from megatron.early_exit.pipeline.simulation.model_costs import ExitExecution, model_costs
-from megatron.early_exit.pipeline.simulation.part_times import HardwareTimes, MeasuredTimes
-from tools.plan_pipeline import build_parser, main
-
-# Padding for tensor parallelism leaves this vocabulary as it is.
-MODEL = (
-    "--num-layers 12 --hidden-size 1024 --num-attention-heads 16 --vocab-size 32768 "
-    "--seq-length 1024 --exit-layer-nums 3 6 --use-exit-block"
-)
-PLANNED = f"{MODEL} --global-batch-size 64 --gpus 8 --memory-gb 8 --top 4"
-A100 = ACCELERATORS["a100-80gb"]
-
-
-def derived_times(words: str = PLANNED) -> HardwareTimes:
-    model = read_model(build_parser().parse_args(words.split()))
-    return HardwareTimes(model.shape, model.placements[0], A100)
-
-
-def derived_profile(sizes: tuple[int, ...], factor: float = 1.0, words: str = PLANNED):
-    """What a machine would have measured that does what the data sheet says, or slower."""
-    times = derived_times(words)
-
-    def seconds(part: Part, size: int) -> dict[str, float]:
-        time = times.time(part, size)
-        return {"forward": factor * time.forward_s, "backward": factor * time.backward_s}
-
-    return LayerProfile(
-        machine="a machine",
-        dtype="bf16",
-        shape={name: getattr(times.shape, name) for name in MEASURED_SIZES},
-        exit_heads=times.exits.head_flags,
-        seconds_by_size={
-            size: {part: seconds(part, size) for part in get_args(Part)} for size in sizes
-        },
-    )
+from megatron.early_exit.pipeline.simulation.layer_profile import LayerProfile
+from tests.helpers.derived_profile import derived_profile
 
 
 def profile_with(layer_forward_s: dict[int, float]) -> LayerProfile:
@@ -70,13 +26,12 @@ def profile_with(layer_forward_s: dict[int, float]) -> LayerProfile:
     [
         ({1: 3.0, 2: 5.0, 4: 8.0}, 2, 5.0),
         ({1: 3.0, 2: 5.0, 4: 8.0}, 3, 6.5),
-        # Beyond, the last line goes on.
-        ({1: 3.0, 2: 5.0, 4: 8.0}, 8, 14.0),
-        # Below, nothing takes no time.
+        # Outside, a sequence takes as much as in the nearest.
+        ({1: 3.0, 2: 5.0, 4: 8.0}, 8, 16.0),
         ({4: 8.0, 8: 20.0}, 1, 2.0),
         ({2: 5.0}, 6, 15.0),
-        # Noise does not make times negative.
-        ({1: 3.0, 2: 1.0}, 4, 0.0),
+        # Noise makes nothing cheap, nor negative.
+        ({1: 3.0, 2: 1.0}, 4, 2.0),
     ],
 )
 def test_times_lie_on_lines(measured, asked, expected):
@@ -87,142 +42,6 @@ def test_times_lie_on_lines(measured, asked, expected):
 def test_only_sizes_between_measured_ones_are_measured():
     profile = profile_with({2: 5.0, 8: 20.0})
     assert [n for n in (1, 2, 4, 8, 16) if profile.has_measured(n)] == [2, 4, 8]
-
-
-# --- costs ---------------------------------------------------------------------------------------
-
-
-def test_tensor_parallelism_divides_measured_times_and_adds_collectives():
-    derived = derived_times()
-    shape, exits = derived.shape, derived.exits
-    times = MeasuredTimes(derived_profile((1, 2), factor=3.0), derived)
-
-    def layer(tensor_parallel: int, node_bytes_per_s: float):
-        layout = Layout(layers_per_stage=(6, 6), num_ranks=2, tensor_parallel=tensor_parallel)
-        accelerator = replace(A100, node_bytes_per_s=node_bytes_per_s)
-        costs = model_costs(shape, layout, accelerator, exits, ExitExecution(), times)
-        with_exits, _ = costs.stages
-        return with_exits
-
-    whole, quarter = layer(1, 1e15), layer(4, 1e15)
-    assert quarter.forward_s == pytest.approx(whole.forward_s / 4, rel=1e-3)
-    assert quarter.backward_s == pytest.approx(whole.backward_s / 4, rel=1e-3)
-    slow = layer(4, 1e9)
-    # Six layers, four times the other three quarters of 1024 tokens, in bf16.
-    received_s = 6 * 4 * 3 / 4 * 1024 * 2 * 1024 / 1e9
-    assert slow.forward_s - quarter.forward_s == pytest.approx(received_s, rel=1e-3)
-    # Twice as much in backward, and three times in each exit's block.
-    assert slow.backward_s - quarter.backward_s == pytest.approx(3 * received_s, rel=1e-3)
-
-
-def test_weight_gradients_keep_their_share_of_the_backward():
-    derived = derived_times()
-    measured = MeasuredTimes(derived_profile((1, 2), factor=3.0), derived)
-    for part in get_args(Part):
-        derived_s = derived.time(part, 2).weight_gradient_s
-        assert measured.time(part, 2).weight_gradient_s == pytest.approx(3 * derived_s)
-
-
-@pytest.mark.parametrize("sizes", [(1, 2, 4, 8), (2,), (1, 16)])
-def test_a_profile_of_derived_times_gives_the_derived_plan(sizes):
-    args = build_parser().parse_args(PLANNED.split())
-    request = read_request(args, read_model(args))
-    derived = find_plans(request, 4)
-    measured = find_plans(replace(request, profile=derived_profile(sizes)), 4)
-    layouts = [[plan.costing.candidate for plan in plans.best] for plans in (derived, measured)]
-    assert layouts[0] == layouts[1]
-    assert [plan.prediction.peak_bytes for plan in measured.best] == [
-        plan.prediction.peak_bytes for plan in derived.best
-    ]
-    assert [plan.prediction.step_s for plan in measured.best] == pytest.approx(
-        [plan.prediction.step_s for plan in derived.best]
-    )
-
-
-# --- the command ---------------------------------------------------------------------------------
-
-
-def plan(capsys: pytest.CaptureFixture[str], words: str) -> tuple[int, str, str]:
-    status = main(words.split())
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def test_plans_say_what_times_were_measured_on(capsys, tmp_path):
-    path = tmp_path / "profile.json"
-    derived_profile((1, 2), factor=2.0).write(path)
-    assert [one.name for one in tmp_path.iterdir()] == ["profile.json"]
-    status, text, _ = plan(capsys, f"{PLANNED} --profile {path} --micro-batch-size 2")
-    assert status == 0
-    line = "times measured in bf16 with microbatches of 1, 2 on a machine"
-    assert text.splitlines()[1] == line
-    _, text, _ = plan(capsys, f"{PLANNED} --profile {path} --micro-batch-size 8")
-    assert text.splitlines()[1] == f"{line}; extrapolated to 8"
-    _, text, _ = plan(capsys, f"{PLANNED} --profile {path} --micro-batch-size 2 --json")
-    slow = json.loads(text)
-    assert slow["times"] == line
-    _, text, _ = plan(capsys, f"{PLANNED} --micro-batch-size 2 --json")
-    fast = json.loads(text)
-    assert "times" not in fast
-    assert 1.5 < slow["plans"][0]["step_s"] / fast["plans"][0]["step_s"] < 2.0
-
-
-def test_models_without_exits_need_no_times_of_exits(capsys, tmp_path):
-    path = tmp_path / "profile.json"
-    derived_profile((1,)).write(path)
-    words = PLANNED.replace("--exit-layer-nums 3 6 --use-exit-block", "")
-    assert plan(capsys, f"{words} --profile {path}")[0] == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "more", "message"),
-    [
-        (
-            {},
-            "--seq-length 512",
-            "--seq-length 1024, allowed: those of the model, --seq-length 512",
-        ),
-        (
-            {},
-            "--hidden-size 2048 --num-query-groups 4",
-            "was measured with --hidden-size 1024 --ffn-hidden-size 2688 --num-query-groups 16, "
-            "allowed: those of the model, --hidden-size 2048 --ffn-hidden-size 5440 "
-            "--num-query-groups 4",
-        ),
-        ({"dtype": "fp32"}, "", "was measured with --fp32, allowed: --bf16, which plans are made"),
-        (
-            {},
-            "--use-exit-norm",
-            "was measured with exits with --use-exit-block, allowed: the model's exits, with "
-            "--use-exit-norm --use-exit-block",
-        ),
-        ({}, "--achieved-share 0.4", "--achieved-share 0.4 has no effect with --profile"),
-        ({}, "--tflops 400", "--tflops 400 has no effect with --profile"),
-    ],
-)
-def test_other_profiles_are_refused(capsys, tmp_path, change, more, message):
-    path = tmp_path / "profile.json"
-    replace(derived_profile((1, 2)), **change).write(path)
-    status, text, error = plan(capsys, f"{PLANNED} {more} --profile {path}")
-    assert (status, text, error.count("\n")) == (2, "", 1)
-    assert message in error
-
-
-def test_profiles_without_exits_are_refused_for_models_with_them(capsys, tmp_path):
-    profile = derived_profile((1,))
-    times = {part: profile.seconds_by_size[1][part] for part in ("layer", "embedding", "head")}
-    path = tmp_path / "profile.json"
-    replace(profile, exit_heads=None, seconds_by_size={1: times}).write(path)
-    status, _, error = plan(capsys, f"{PLANNED} --profile {path}")
-    assert status == 2
-    assert "was measured with no exits, allowed: the model's exits, with --use-exit-block" in error
-
-
-def test_schedules_of_even_stages_have_no_profile(capsys):
-    words = "--schedule 1f1b --pipeline-model-parallel-size 2 --num-microbatches 4"
-    status, _, error = plan(capsys, f"{words} --profile profile.json")
-    assert status == 2
-    assert "--profile profile.json has no effect with --schedule 1f1b" in error
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -273,21 +92,3 @@ def test_other_files_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError) as refusal:  # noqa: PT011
         LayerProfile.read(path)
     assert message in str(refusal.value)
-
-
-@pytest.mark.parametrize(("text", "message"), [(None, "cannot be read: No such"), ("{", "is not")])
-def test_what_is_no_file_is_refused(capsys, tmp_path, text, message):
-    path = tmp_path / "profile.json"
-    if text is not None:
-        path.write_text(text)
-    status, _, error = plan(capsys, f"{PLANNED} --profile {path}")
-    assert status == 2
-    assert f"--profile {path} {message}" in error
-
-
-def test_exits_of_the_papers_need_no_more_flags(capsys, tmp_path):
-    """A profile made with a name is one of the model of this name."""
-    words = "--config 1.3b --gpus 8 --top 1"
-    path = tmp_path / "profile.json"
-    derived_profile((1, 4), words=words).write(path)
-    assert plan(capsys, f"{words} --profile {path}")[0] == 0

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks import pipeline_paper
-from tools import plan_pipeline
+from tools import plan_pipeline, profile_layers
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "pipeline.md").read_text()
 BLOCKS = re.findall(r"^```console\n\$ python (\S+) ?(.*)\n((?:.*\n)*?)```", TEXT, re.MULTILINE)
+(MEASURED,) = re.findall(r"^```console measured\n(.*?)```", TEXT, re.MULTILINE | re.DOTALL)
 PROGRAMS = {
     "tools/plan_pipeline.py": plan_pipeline.main,
+    "tools/profile_layers.py": profile_layers.main,
     "benchmarks/pipeline_paper.py": lambda _: pipeline_paper.main(),
 }
 
@@ -32,14 +34,34 @@ def test_commands_print_what_is_there(program, flags, expected, tmp_path, capsys
         assert (ROOT / path.relative_to(tmp_path)).read_text().startswith("<?xml")
 
 
+def without_figures(text: str) -> list[list[str]]:
+    """Words of the lines that are the same on all machines, with a # for each number: neither what
+    the machine is, nor plans, nor their flags."""
+    machine = re.compile(r"(?<=^profile.json): .*|(?<=^times measured) .* on .*")
+    lines = [machine.sub("", line) for line in text.strip().splitlines()]
+    kept = [line for line in lines if not re.match(r"\d|    --", line)]
+    return [re.sub(r"\d+", "#", line).split() for line in kept]
+
+
+def test_commands_that_measure_print_lines_like_these(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^\$ python (\S+) (.*)\n((?:(?!\$ ).*\n)*)", MEASURED, re.MULTILINE)
+    assert [program for program, _, _ in commands] == [
+        "tools/profile_layers.py",
+        "tools/plan_pipeline.py",
+    ]
+    for program, words, expected in commands:
+        assert PROGRAMS[program](shlex.split(words)) == 0
+        assert without_figures(capsys.readouterr().out) == without_figures(expected)
+
+
 def test_there_are_commands():
     assert len(BLOCKS) == 6
 
 
 def test_flags_and_files_of_the_text_exist():
-    known = {
-        word for action in plan_pipeline.build_parser()._actions for word in action.option_strings
-    }
+    parsers = plan_pipeline.build_parser(), profile_layers.build_parser()
+    known = {word for one in parsers for action in one._actions for word in action.option_strings}
     # Megatron's and the training's own, which the text explains.
     known |= {"--use-tp-pp-dp-mapping", "--overlap-grad-reduce"}
     prose = re.sub(r"^```(?:.*\n)*?```", "", TEXT, flags=re.MULTILINE)

@@ -7,6 +7,7 @@ Chunks are as in training: gradients are added up in fp32, and an exit's loss is
 backward.
 """
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -123,8 +124,10 @@ class PartProfiler:
                 progress(part, size)
                 seconds = _differences(base, more, size, repeats)
                 found[size][part] = {name: share * s for name, s in seconds.items()}
-            # Before the next one is built: of large models few layers fit into memory.
+            # Before the next one is built: of large models few layers fit into memory. Gradients'
+            # hooks and the chunk know each other.
             del more
+            gc.collect()
         return found
 
     def _chunk(
@@ -186,12 +189,13 @@ class _Chunk:
         gradients = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
         self._model = DistributedDataParallel(config.transformer, gradients, self._module)
         self._config, self._embeds, self._ends = config, embeds, ends
+        self._positions = torch.arange(config.seq_length).cuda()
 
     def run(self, size: int, clock: PassClock) -> None:
         """A forward and a backward of a microbatch of so many sequences."""
-        config, length = self._config, self._config.seq_length
-        tokens = torch.randint(config.vocab_size or 1, (size, length)).cuda()
-        positions = torch.arange(length).cuda().expand(size, length)
+        length = self._config.seq_length
+        tokens = torch.empty((size, length), dtype=torch.long, device="cuda")
+        tokens.random_(self._module.vocab_size)
         hidden = self._hidden(size).requires_grad_()
         gradient = None if self._ends else self._hidden(size)
         self._module.set_input_tensor(None if self._embeds else hidden)
@@ -199,7 +203,7 @@ class _Chunk:
         if self._ends or self._module.exits.heads:
             targets = {"labels": tokens, "loss_mask": torch.ones_like(tokens)}
         with clock.time("forward"):
-            output = self._model(tokens, positions, None, **targets)
+            output = self._model(tokens, self._positions.expand(size, length), None, **targets)
             if self._ends:
                 output = output.float().mean()
         with clock.time("backward"):
@@ -209,4 +213,5 @@ class _Chunk:
         """Hidden states, or their gradients, [s, b, h]."""
         transformer = self._config.transformer
         shape = self._config.seq_length, size, transformer.hidden_size
-        return torch.randn(shape, dtype=transformer.params_dtype).cuda()
+        # Made on the device: a GPU that waits would have its start-up timed.
+        return torch.empty(shape, dtype=transformer.params_dtype, device="cuda").normal_()

@@ -2,8 +2,8 @@
 
 import json
 import os
-from bisect import bisect_left
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -78,14 +78,13 @@ class LayerProfile:
         return self.sizes[0] <= num_sequences <= self.sizes[-1]
 
     def seconds(self, part: Part, name: Pass, num_sequences: int) -> float:
-        """Of a pass: on straight lines from none at no sequences to the first measured number, from
-        each to the next, and on."""
-        known = {0: 0.0, **{n: self.seconds_by_size[n][part][name] for n in self.sizes}}
-        numbers = list(known)
-        after = min(max(bisect_left(numbers, num_sequences), 1), len(numbers) - 1)
-        low, high = numbers[after - 1], numbers[after]
-        slope = (known[high] - known[low]) / (high - low)
-        return max(known[low] + slope * (num_sequences - low), 0.0)
+        """Of a pass: on straight lines between measured numbers of sequences, and as much for each
+        sequence below and above them. No microbatch looks better for not having been measured."""
+        known = {n: self.seconds_by_size[n][part][name] for n in self.sizes}
+        nearest = min(max(num_sequences, self.sizes[0]), self.sizes[-1])
+        low, high = (at(self.sizes, nearest) for at in (_last_up_to, _first_from))
+        share = (nearest - low) / (high - low) if high > low else 0.0
+        return (known[low] + share * (known[high] - known[low])) * num_sequences / nearest
 
     def write(self, path: Path) -> None:
         """Write it as JSON; the file is whole or not there.
@@ -132,6 +131,14 @@ def _check_names(where: str, found: Mapping[Any, Any], wanted: tuple[str, ...]) 
         raise ValueError(
             f"{where} has {', '.join(found) or 'nothing'}, allowed: {', '.join(wanted)}"
         )
+
+
+def _last_up_to(ascending: Sequence[int], number: int) -> int:
+    return ascending[bisect_right(ascending, number) - 1]
+
+
+def _first_from(ascending: Sequence[int], number: int) -> int:
+    return ascending[bisect_left(ascending, number)]
 
 
 def _is_time(value: object, may_be_zero: bool) -> bool:
