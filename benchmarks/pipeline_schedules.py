@@ -3,20 +3,22 @@
     python benchmarks/pipeline_schedules.py [--layers 4] [--rounds 3] ...
 
 Two stages, each a process with one thread (or a GPU of its own), run training steps by lists of
-passes: 1F1B without exits, with an exit at the end of the first stage, with the same exit moved to
-the second by --pre-exit, and with a microbatch more in the bubble of the warm-up, of the
-cool-down, and of both. The simulator is given a profile of stages with one layer and with three,
-from which it gets the cost of a layer, of the embedding, of the head and of an exit; it never sees
-the stages that are timed. All take turns, so that noise meets all; figures are medians. A step is
-forwards, backwards and messages, without the optimizer. The bound is 10 % between the two.
+passes: 1F1B without exits, which Megatron's own schedule runs as well, with an exit at the end of
+the first stage, with the same exit moved to the second by --pre-exit, and with a microbatch more in
+the bubble of the warm-up, of the cool-down, and of both. The simulator is given what
+tools/profile_layers.py measures of a layer, of the embedding, of the head and of an exit, here on
+both stages at a time, which share the memory's bandwidth; it never sees the stages that are timed.
+All take turns, so that noise meets all; figures are medians. A step is forwards, backwards and
+messages, without the optimizer. The bound is 10 % between the two.
 """
 
 import argparse
+import logging
 import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -28,8 +30,12 @@ from megatron.early_exit.pipeline.communication import with_communication
 from megatron.early_exit.pipeline.generators import FilledOneFOneB
 from megatron.early_exit.pipeline.schedule import Schedule
 from megatron.early_exit.pipeline.simulation import CostModel, StageCost, simulate
+from megatron.early_exit.pipeline.simulation.layer_profile import Part, Pass
+from megatron.early_exit.pipeline.simulation.model_shape import ModelShape
 
 STAGES, BOUND = 2, 0.10
+# Of each part, in each turn of the steps.
+PROFILED_TURNS = 4
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Case:
     exit_at_boundary: bool = False
     pre_exit: bool = False
     fills: tuple[int, int] = (0, 0)
+    by_megatron: bool = False
 
     def exits(self, layers: int) -> EarlyExitConfig:
         """Exits of the model with so many layers on each stage."""
@@ -62,27 +69,18 @@ class Case:
         return with_communication(generator.build())
 
 
+EXIT = Case("exit at the end of stage 1", exit_at_boundary=True)
 CASES = (
     Case("1F1B, no exits"),
-    Case("exit at the end of stage 1", exit_at_boundary=True),
+    Case("the same, Megatron's schedule", by_megatron=True),
+    EXIT,
     Case("the same exit by --pre-exit", exit_at_boundary=True, pre_exit=True),
     Case("filled warm-up", exit_at_boundary=True, fills=(1, 0)),
     Case("filled cool-down", exit_at_boundary=True, fills=(0, 1)),
     Case("both filled", exit_at_boundary=True, fills=(1, 1)),
 )
-PROFILED = CASES[:3]
-PROFILED_LAYERS = (1, 3)
-
-
-@dataclass
-class Costs:
-    """Seconds of a forward and of a backward of one stage, of each turn."""
-
-    forward_s: list[float] = field(default_factory=list)
-    backward_s: list[float] = field(default_factory=list)
-
-    def medians(self) -> tuple[float, float]:
-        return median(self.forward_s), median(self.backward_s)
+Seconds = dict[Part, dict[Pass, float]]
+OPTIONS = {"transformer_impl": "local", "masked_softmax_fusion": False, "persist_layer_norm": False}
 
 
 def parse() -> argparse.Namespace:
@@ -105,20 +103,26 @@ class Stage:
     """This rank's chunk of a model, and the steps it takes."""
 
     def __init__(self, options: argparse.Namespace, exits: EarlyExitConfig, layers: int) -> None:
+        from megatron.core.distributed import DistributedDataParallelConfig
         from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.core.utils import unwrap_model
 
         from megatron.early_exit.training.data import BatchReader
         from megatron.early_exit.training.exit_loss import ExitObjective, LossNormalization
+        from megatron.early_exit.training.part_profile import llama_config
         from megatron.early_exit.training.step import ForwardStep, LossChecks
         from megatron.early_exit.training.training_schedule import ScheduledSteps
 
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        config = model_config(options, exits, layers * STAGES)
+        divided = OPTIONS | {"pipeline_model_parallel_size": STAGES}
+        shape = model_shape(options, layers * STAGES)
+        config = llama_config(shape, exits, torch.float32, divided)
+        gradients = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
         (self._chunk,) = config.get_builder_cls()(config).build_distributed_models(
-            groups, wrap_with_ddp=False, mixed_precision_wrapper=None
+            groups, gradients, mixed_precision_wrapper=None
         )
         normalization = LossNormalization(per_token=False, context_parallel_size=1)
-        self._chunk.exit_tap = objective = ExitObjective(exits, normalization)
+        unwrap_model(self._chunk).exit_tap = objective = ExitObjective(exits, normalization)
         self._chunk.config.deallocate_pipeline_outputs = True
         self._chunk.config.experimental_attention_variant_loss_scale_func = objective.set_loss_scale
         self._options = options
@@ -134,69 +138,49 @@ class Stage:
         self._steps = ScheduledSteps(objective, self._plan)
         self._data = random_batches(options)
 
-    def step(self, schedule: Schedule) -> tuple[float, float, float]:
-        """Seconds of a step, of its forwards and of its backwards."""
-        from megatron.early_exit.pipeline.execution.pass_clock import PassClock
+    def step(self, schedule: Schedule | None, microbatches: int) -> float:
+        """Seconds of a step by a schedule, or by Megatron's own for so many microbatches."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        self._plan.schedule, self._plan.clock = schedule, PassClock()
-        for parameter in self._chunk.parameters():
-            parameter.grad = None
+        run: Any = get_forward_backward_func()
+        if schedule is not None:
+            self._plan.schedule, run = schedule, self._steps
+        self._chunk.zero_grad_buffer()
         torch.distributed.barrier()
         begun = time.perf_counter()
-        self._steps(
+        run(
             forward_step_func=self._forward_step,
             data_iterator=self._data,
             model=[self._chunk],
-            num_microbatches=0,
+            num_microbatches=microbatches,
             seq_length=self._options.seq_length,
             micro_batch_size=self._options.micro_batch_size,
+            forward_only=False,
         )
         torch.cuda.synchronize()
         torch.distributed.barrier()
-        return time.perf_counter() - begun, *self._plan.clock.total_s()
+        return time.perf_counter() - begun
 
 
 class _Plan:
     schedule: Schedule
-    clock: Any = None
+    clock = None
 
     def __call__(self, num_microbatches: int, exit_stages: frozenset[int]) -> Schedule:
         del num_microbatches, exit_stages
         return self.schedule
 
 
-def model_config(options: argparse.Namespace, exits: EarlyExitConfig, num_layers: int) -> Any:
-    """A Llama-like model with a projection of its own."""
-    from megatron.core.transformer import TransformerConfig
-    from torch.nn import functional
-
-    from megatron.early_exit.model.gpt_builder import EarlyExitGPTModelConfig
-    from megatron.early_exit.model.layer_specs import gpt_layer_spec
-
-    return EarlyExitGPTModelConfig(
-        transformer=TransformerConfig(
-            num_layers=num_layers,
-            hidden_size=options.hidden,
-            num_attention_heads=options.heads,
-            pipeline_model_parallel_size=STAGES,
-            pipeline_dtype=torch.float32,
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-            transformer_impl="local",
-            normalization="RMSNorm",
-            add_bias_linear=False,
-            gated_linear_unit=True,
-            activation_func=functional.silu,
-            bias_dropout_fusion=False,
-            masked_softmax_fusion=False,
-            persist_layer_norm=False,
-        ),
-        transformer_layer_spec=gpt_layer_spec,
-        early_exit=exits,
+def model_shape(options: argparse.Namespace, num_layers: int) -> ModelShape:
+    """A Llama-like model."""
+    return ModelShape(
+        num_layers=num_layers,
+        hidden_size=options.hidden,
+        ffn_hidden_size=4 * options.hidden,
+        num_attention_heads=options.heads,
+        num_query_groups=options.heads,
         vocab_size=options.vocab,
         seq_length=options.seq_length,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
     )
 
 
@@ -216,7 +200,11 @@ def measure(rank: int, options: argparse.Namespace, port: int, answers: Any) -> 
     """On each rank: profile and time, in turns; rank 0 answers for all."""
     torch.set_num_threads(1)
     machine = platform.prepare()
+    # What it says of each chunk hides the turns.
+    logging.getLogger("megatron").setLevel(logging.WARNING)
     from megatron.core import parallel_state, tensor_parallel
+
+    from megatron.early_exit.training.part_profile import PartProfiler
 
     torch.distributed.init_process_group(
         machine.backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=STAGES
@@ -224,26 +212,30 @@ def measure(rank: int, options: argparse.Namespace, port: int, answers: Any) -> 
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=STAGES)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     stages = {case: Stage(options, case.exits(options.layers), options.layers) for case in CASES}
-    profiled = {
-        (case, layers): Stage(options, case.exits(layers), layers)
-        for case in PROFILED
-        for layers in PROFILED_LAYERS
-    }
+    profiler = PartProfiler(
+        shape=model_shape(options, 1),
+        exits=EXIT.exits(1),
+        dtype=torch.float32,
+        options=OPTIONS,
+    )
     times: dict[Case, list[float]] = {case: [] for case in CASES}
-    profile = {key: Costs() for key in profiled}
+    profiles: list[Seconds] = []
     for turn in range(options.rounds):
-        for key, stage in profiled.items():
-            _, forward_s, backward_s = stage.step(key[0].schedule(options.microbatches))
-            if turn:
-                profile[key].forward_s.append(forward_s / options.microbatches)
-                profile[key].backward_s.append(backward_s / options.microbatches)
+        size = options.micro_batch_size
+        found = profiler.measure([size], PROFILED_TURNS, lambda *_: torch.distributed.barrier())
+        if turn:
+            profiles.append(found[size])
         for case, stage in stages.items():
-            seconds, _, _ = stage.step(case.schedule(options.microbatches))
+            schedule = None if case.by_megatron else case.schedule(options.microbatches)
+            seconds = stage.step(schedule, options.microbatches)
             if turn:
                 times[case].append(seconds)
         if rank == 0:
             print(f"turn {turn + 1} of {options.rounds}", file=sys.stderr, flush=True)
-    own = {key: costs.medians() for key, costs in profile.items()}
+    own = {
+        part: {name: median(one[part][name] for one in profiles) for name in passes}
+        for part, passes in profiles[0].items()
+    }
     everyone: list[Any] = [None] * STAGES
     torch.distributed.all_gather_object(everyone, own)
     transfer_s = measure_transfer(rank, options)
@@ -271,17 +263,16 @@ def measure_transfer(rank: int, options: argparse.Namespace) -> float:
 
 
 def predicted_costs(
-    case: Case, profile: list[dict[Any, tuple[float, float]]], layers: int, transfer_s: float
+    case: Case, profile: list[Seconds], layers: int, transfer_s: float
 ) -> CostModel:
-    """The stages of a case, continued from their costs with fewer layers."""
-    few, more = PROFILED_LAYERS
-    like = next(p for p in PROFILED if case.exits(1) == p.exits(1))
+    """The stages of a case, made of their parts."""
     stages = []
-    for own in profile:
-        at_few, at_more = own[like, few], own[like, more]
+    for stage, seconds in enumerate(profile):
+        parts: list[Part] = ["layer"] * layers + ["head" if stage else "embedding"]
+        if case.exit_at_boundary and stage == int(case.pre_exit):
+            parts.append("exit")
         forward_s, backward_s = (
-            a + (b - a) * (layers - few) / (more - few)
-            for a, b in zip(at_few, at_more, strict=True)
+            sum(seconds[part][name] for part in parts) for name in ("forward", "backward")
         )
         stages.append(StageCost(forward_s=forward_s, backward_s=backward_s))
     return CostModel(stages=tuple(stages), transfer_s=(transfer_s,))
