@@ -18,6 +18,7 @@ import torch
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.parallel import heartbeat
+from tests.helpers.spawn import forkserver
 from tests.helpers.tiny_models import make_model, save_checkpoint
 
 END_S = 60
@@ -81,7 +82,7 @@ def drive_or_follow(
 @contextmanager
 def started(function: Callable[..., None], layout: tuple[int, int], folder: Path, *args: Any):
     """The processes of an engine that has been at work for a moment."""
-    context = torch.multiprocessing.get_context("fork")
+    context = forkserver()
     ranks = [
         context.Process(target=function, args=(rank, layout, args[0], str(folder), *args[1:]))
         for rank in range(math.prod(layout))

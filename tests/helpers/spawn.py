@@ -8,6 +8,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from megatron.early_exit import platform
 _IMPORTED = ["megatron.early_exit.inference", "tests.helpers.huggingface_models"]
 
 
+def forkserver() -> BaseContext:
+    """Starts processes that are forks of one without threads."""
+    multiprocessing.set_forkserver_preload(_IMPORTED)
+    return torch.multiprocessing.get_context("forkserver")
+
+
 def spawn(
     function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 250
 ) -> list[Any]:
@@ -25,14 +32,14 @@ def spawn(
 
     The function must be at the top level of its module. What it raises is raised here, with the
     rank's traceback."""
-    multiprocessing.set_forkserver_preload(_IMPORTED)
+    start_method = forkserver().get_start_method()
     with tempfile.TemporaryDirectory() as folder:
         context = torch.multiprocessing.start_processes(
             _call,
             (function, world_size, folder, args),
             nprocs=world_size,
             join=False,
-            start_method="forkserver",
+            start_method=start_method,
         )
         try:
             deadline = time.monotonic() + timeout_s
