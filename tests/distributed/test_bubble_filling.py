@@ -67,9 +67,7 @@ def consumed(run: Run) -> list[int]:
 
 
 LAYOUTS = {
-    "pp2": (2, f"{PP} 2"),
     "pp4": (4, f"{PP} 4 --calculate-per-token-loss"),
-    "tp2-pp2": (4, f"{TP} 2 {PP} 2 --sequence-parallel"),
     "pp2-dp2-overlap": (
         *(4,),
         f"{PP} 2 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
@@ -94,14 +92,11 @@ def test_1f1b_by_its_list_is_megatrons(trainer, layout):
 @pytest.mark.parametrize(
     ("nproc", "flags", "fills"),
     [
-        (2, f"{PP} 2 {ONE_EACH}", 2),
         (4, f"{PP} 2 {ONE_EACH} --use-distributed-optimizer --overlap-grad-reduce", 4),
-        # As many as fit; the second of the warm-up's still reaches the first stage's exit.
-        (4, f"{PP} 4 {FILL}", 4),
         # Exits on the second and the fourth stage: one of the warm-up's would reach none.
         (4, f"{PP} 4 {FILL} --pre-exit --exit-layer-nums 2 4", 3),
     ],
-    ids=["pp2", "pp2-dp2", "pp4", "pp4-pre-exit"],
+    ids=["pp2-dp2", "pp4-pre-exit"],
 )
 def test_extra_samples_are_counted(trainer, nproc, flags, fills):
     run = trainer.train(nproc, flags)
@@ -131,7 +126,10 @@ def test_tensor_parallel_stages_are_filled_alike(trainer, tmp_path):
 
 def test_a_resumed_run_is_the_uninterrupted_one(trainer, tmp_path):
     flags = f"{PP} 4 {FILL} --save {tmp_path} --save-interval 3"
-    whole = figures(trainer.train(4, flags))
+    # As many as fit; the second of the warm-up's still reaches the first stage's exit.
+    run = trainer.train(4, flags)
+    whole = figures(run)
+    assert consumed(run) == [16 * step for step in range(1, STEPS + 1)]
     flags = flags.replace(str(tmp_path), f"{tmp_path}/stopped")
     trainer.train(4, f"{flags} --exit-interval 3")
     rest = trainer.train(4, f"{flags} --load {tmp_path}/stopped")
@@ -157,16 +155,6 @@ def test_the_ratio_can_be_measured(trainer):
     ("nproc", "flags", "message"),
     [
         (1, FILL, "--fill-explicit-bubbles has no effect with --pipeline-model-parallel-size 1"),
-        (
-            2,
-            f"{PP} 2 {FILL} {FILLS.format('warmup', 2)}",
-            "--num-fill-warmup-microbatches 2 is out of range, allowed: 0 to 1 with 2 stages",
-        ),
-        (
-            2,
-            f"{PP} 2 {ONE_EACH} --fill-samples from-batch --global-batch-size 4",
-            "takes 2 of the 2 microbatches of a step and leaves none for the whole pipeline",
-        ),
         (
             2,
             f"{PP} 2 {FILL} --num-layers-per-virtual-pipeline-stage 1",

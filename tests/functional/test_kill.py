@@ -105,9 +105,14 @@ def during_a_save(*parts: str) -> Moment:
 
     def moment(training: Training) -> bool:
         newest = training.newest()
-        if newest is None or newest.stat().st_mtime < training.started:
+        if newest is None:
             return False
-        return all(any(newest.glob(part)) for part in parts)
+        try:
+            began = newest.stat().st_mtime
+        except FileNotFoundError:
+            # What the life before left unfinished is being put out of the way.
+            return False
+        return began >= training.started and all(any(newest.glob(part)) for part in parts)
 
     return moment
 
