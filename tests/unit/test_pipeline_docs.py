@@ -2,11 +2,13 @@
 
 import re
 import shlex
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 
 from benchmarks import pipeline_paper
+from megatron.early_exit.training.arguments import add_early_exit_arguments
 from tools import plan_pipeline, profile_layers
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +64,9 @@ def test_there_are_commands():
 def test_flags_and_files_of_the_text_exist():
     parsers = plan_pipeline.build_parser(), profile_layers.build_parser()
     known = {word for one in parsers for action in one._actions for word in action.option_strings}
-    # Megatron's and the training's own, which the text explains.
+    training = add_early_exit_arguments(ArgumentParser())
+    known |= {word for action in training._actions for word in action.option_strings}
+    # Megatron's own, which the text explains.
     known |= {"--use-tp-pp-dp-mapping", "--overlap-grad-reduce"}
     prose = re.sub(r"^```(?:.*\n)*?```", "", TEXT, flags=re.MULTILINE)
     assert set(re.findall(r"`(--[a-z0-9-]+)", prose)) <= known
