@@ -138,19 +138,19 @@ class EarlyExitConfig:
         if not self.exit_layer_nums:
             for name in _NEED_EXITS:
                 if getattr(self, name):
-                    raise ValueError(f"{_flag(name)} has no effect without --exit-layer-nums")
+                    raise ValueError(f"{as_flag(name)} has no effect without --exit-layer-nums")
         if self.exit_layer_weight_warmup_iters == 0:
             for name, default in (("weight_init", 0.0), ("weight_warmup_style", "linear")):
                 value = getattr(self, f"exit_layer_{name}")
                 values = (value,) if isinstance(value, str) else value
                 if any(one != default for one in values):
                     raise ValueError(
-                        f"{_flag(f'exit_layer_{name}')} {_join(values)} has no effect without "
+                        f"{as_flag(f'exit_layer_{name}')} {_join(values)} has no effect without "
                         "--exit-layer-weight-warmup-iters, allowed: 1 or more iterations"
                     )
 
     def _check_per_exit_values(self, name: str, default: float) -> None:
-        flag = _flag(name)
+        flag = as_flag(name)
         values = getattr(self, name)
         if not values:
             object.__setattr__(self, name, (default,) * len(self.exit_layer_nums))
@@ -212,7 +212,7 @@ class EarlyExitConfig:
     @property
     def head_flags(self) -> str:
         """The flags that say what the heads of exits are made of, for messages."""
-        given = [_flag(name) for name in _HEADS if getattr(self, name)]
+        given = [as_flag(name) for name in _HEADS if getattr(self, name)]
         if self.exit_vocab_size is not None:
             given.append(f"--exit-vocab-size {self.exit_vocab_size}")
         return " ".join(given) or "no flag of heads"
@@ -247,7 +247,8 @@ _NEED_EXITS = (
 )
 
 
-def _flag(name: str) -> str:
+def as_flag(name: str) -> str:
+    """The command-line flag of a field."""
     return "--" + name.replace("_", "-")
 
 

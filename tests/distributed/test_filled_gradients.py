@@ -67,6 +67,10 @@ class Case:
         return self.stage_of_layer(position + self.pre_exit)
 
     @property
+    def exit_stages(self) -> frozenset[int]:
+        return frozenset(map(self.stage_of_exit, self.exits))
+
+    @property
     def num_batches(self) -> int:
         return self.num_full + len(self.warmup_depths) + len(self.cooldown_depths)
 
@@ -139,7 +143,7 @@ def stage_of_pipeline(
     first_layer = sum(case.layers[: torch.distributed.get_rank()])
     fills = len(case.warmup_depths), len(case.cooldown_depths)
     backbone = {**case.backbone, "calculate_per_token_loss": case.per_token}
-    yield FilledStage(case.config, weights, first_layer, fills, backbone, batches)
+    yield FilledStage(case.config, weights, first_layer, fills, case.exit_stages, backbone, batches)
     parallel_state.destroy_model_parallel()
 
 

@@ -20,6 +20,7 @@ class FilledStage:
         weights: of the whole model.
         first_layer: of this stage, counted from 0.
         fills: microbatches in the warm-up and in the cool-down.
+        exit_stages: the stages that have exits.
         backbone: see `build_model`.
         data: microbatches for all steps, the same on all ranks.
     """
@@ -30,6 +31,7 @@ class FilledStage:
         weights: dict[str, Tensor],
         first_layer: int,
         fills: tuple[int, int],
+        exit_stages: frozenset[int],
         backbone: dict[str, Any],
         data: Iterator[Microbatch],
     ) -> None:
@@ -68,7 +70,7 @@ class FilledStage:
             num_fill_warmup_microbatches=fills[0],
             num_fill_cooldown_microbatches=fills[1],
         )
-        self._steps = ScheduledSteps(objective, FilledBubbles(options, stages))
+        self._steps = ScheduledSteps(objective, FilledBubbles(options, stages, exit_stages))
         self._data = (
             {
                 "tokens": batch.tokens,

@@ -11,12 +11,9 @@ from megatron.early_exit import platform
 platform.prepare()
 
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
-from megatron.early_exit.training import filling_options  # noqa: E402
-from megatron.early_exit.training.filling_options import (  # noqa: E402
-    FillingOptions,
-    exit_stages,
-    plan_fills,
-)
+from megatron.early_exit.training import exit_stages as stages_of_exits  # noqa: E402
+from megatron.early_exit.training.exit_stages import exit_stages  # noqa: E402
+from megatron.early_exit.training.filling_options import FillingOptions, plan_fills  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +33,7 @@ def _plain_transformer_config(monkeypatch):
             account_for_loss_in_pipeline_split=False,
         )
 
-    monkeypatch.setattr(filling_options, "core_transformer_config_from_args", config)
+    monkeypatch.setattr(stages_of_exits, "core_transformer_config_from_args", config)
 
 
 def arguments(**others):

@@ -112,5 +112,6 @@ def test_fills_have_flags(parse):
     # They come on top of the batch, as the plan has them.
     assert options.fill_samples == "extra"
     stages = frozenset(plan.costing.candidate.layout.exit_stages(plan.costing.candidate.exits))
-    assert options.fills(4, stages, options.assumed_ratio) == (2, 2)
+    places = options.places(4, stages, options.assumed_ratio)
+    assert (places.num_warmup_fills, places.num_cooldown_fills) == (2, 2)
     assert (plan.fills.num_warmup, plan.fills.num_cooldown) == (2, 2)

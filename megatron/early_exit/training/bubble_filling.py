@@ -21,17 +21,19 @@ class FilledBubbles:
     Args:
         options: how they are filled.
         stages: of the pipeline.
+        exit_stages: the stages that have exits.
     """
 
-    def __init__(self, options: FillingOptions, stages: int) -> None:
+    def __init__(self, options: FillingOptions, stages: int, exit_stages: frozenset[int]) -> None:
         self._options = options
         self._stages = stages
+        self._exit_stages = exit_stages
         self._steps = 0
         self._ratio = None if options.is_measured else options.assumed_ratio
         self._schedules: dict[tuple[int, float | None], Schedule] = {}
         self.clock: PassClock | None = None
 
-    def __call__(self, num_microbatches: int, exit_stages: frozenset[int]) -> Schedule:
+    def __call__(self, num_microbatches: int) -> Schedule:
         """The schedule of the next step; a collective call where the ratio is measured."""
         if self._ratio is None:
             self._measure()
@@ -42,7 +44,7 @@ class FilledBubbles:
                 self._schedules[key] = with_communication(plain.build())
             else:
                 filled = self._options.generator(
-                    self._stages, num_microbatches, exit_stages, self._ratio
+                    self._stages, num_microbatches, self._exit_stages, self._ratio
                 )
                 self._schedules[key] = with_communication(filled.build())
                 print_rank_last(

@@ -14,6 +14,8 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
+from megatron.early_exit.config import as_flag
+
 Blend = tuple[list[str], list[float] | None]
 """Prefixes of indexed data sets, and the weight of each."""
 
@@ -112,13 +114,13 @@ def read_blends(args: Any) -> tuple[Blend | None, list[Blend | None] | None]:
         given.append("mock_data")
     ways = [names for names in (*_WAYS, ("mock_data",)) if not {*names}.isdisjoint(given)]
     if len(ways) > 1:
-        first, second = (_flag(next(name for name in way if name in given)) for way in ways[:2])
+        first, second = (as_flag(next(name for name in way if name in given)) for way in ways[:2])
         raise ValueError(f"{first} cannot be combined with {second}")
     try:
         blend, per_split = get_blend_and_blend_per_split(args)
     except OSError as error:
         path = getattr(args, given[0])
-        raise ValueError(f"{_flag(given[0])} {path} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{as_flag(given[0])} {path} cannot be read: {error.strerror}") from error
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         wanted = "prefixes, or weights and prefixes in turn"
         if given == ["per_split_data_args_path"]:
@@ -130,11 +132,7 @@ def read_blends(args: Any) -> tuple[Blend | None, list[Blend | None] | None]:
 
 def _given(args: Any, name: str) -> str:
     value = getattr(args, name)
-    return " ".join([_flag(name), *(value if isinstance(value, list) else [str(value)])])
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return " ".join([as_flag(name), *(value if isinstance(value, list) else [str(value)])])
 
 
 def data_sources(args: Any) -> list[DataSource]:
@@ -152,7 +150,7 @@ def data_sources(args: Any) -> list[DataSource]:
     found: dict[str, DataSource] = {}
     for name, one in zip(flags, per_split or [blend], strict=True):
         for prefix in one[0] if one is not None else ():
-            found.setdefault(prefix, DataSource(_flag(name), prefix))
+            found.setdefault(prefix, DataSource(as_flag(name), prefix))
     return list(found.values())
 
 

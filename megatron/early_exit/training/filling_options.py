@@ -1,16 +1,12 @@
 """The flags of bubble filling (EE-LLM, arXiv 2312.04916), and what they do to a run's batches."""
 
-from argparse import Namespace
-from dataclasses import dataclass, field
-from functools import partial
+from argparse import ArgumentTypeError, Namespace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from megatron.core.transformer.enums import LayerType
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from megatron.training.arguments import core_transformer_config_from_args
-
-from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.config import EarlyExitConfig, as_flag
 from megatron.early_exit.pipeline.generators import FilledOneFOneB
+from megatron.early_exit.training.exit_stages import exit_stages
 
 MEASURED = "auto"
 """The ratio that is measured while training begins."""
@@ -35,7 +31,12 @@ _REFUSED: dict[str, tuple[object, str]] = {
 
 
 def _ratio(text: str) -> float | str:
-    return text if text == MEASURED else float(text)
+    if text == MEASURED:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text} is no number, allowed: 0.01 to 100, or auto") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class FillingOptions:
         for name in ("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(
-                    f"{_flag(name)} {getattr(self, name)} is out of range, allowed: 0 or more"
+                    f"{as_flag(name)} {getattr(self, name)} is out of range, allowed: 0 or more"
                 )
         if self.fill_explicit_bubbles:
             return
@@ -88,7 +89,7 @@ class FillingOptions:
             ("fill_samples", "extra"),
         ):
             if getattr(self, name) != default:
-                raise ValueError(f"{_flag(name)} has no effect without --fill-explicit-bubbles")
+                raise ValueError(f"{as_flag(name)} has no effect without --fill-explicit-bubbles")
 
     @classmethod
     def from_attributes(cls, source: object) -> "FillingOptions":
@@ -106,8 +107,8 @@ class FillingOptions:
         """The ratio as long as none has been measured."""
         return _ASSUMED_RATIO if self.is_measured else float(self.backward_forward_ratio)
 
-    def fills(self, stages: int, exit_stages: frozenset[int], ratio: float) -> tuple[int, int]:
-        """How many microbatches fill the warm-up and the cool-down.
+    def places(self, stages: int, exit_stages: frozenset[int], ratio: float) -> FilledOneFOneB:
+        """The fills of a step, beside a single full microbatch.
 
         Args:
             stages: of the pipeline.
@@ -117,24 +118,20 @@ class FillingOptions:
         Raises:
             ValueError: there are no places for as many as are asked for.
         """
-        generator = partial(
-            FilledOneFOneB,
-            num_ranks=stages,
-            num_microbatches=1,
-            backward_forward_ratio=ratio,
-            exit_stages=exit_stages,
-        )
         try:
-            asked = generator(
+            return FilledOneFOneB(
+                num_ranks=stages,
+                num_microbatches=1,
+                backward_forward_ratio=ratio,
                 num_warmup_fills=self.num_fill_warmup_microbatches,
                 num_cooldown_fills=self.num_fill_cooldown_microbatches,
+                exit_stages=exit_stages,
             )
         except ValueError as error:
             message = str(error)
             for name in ("warmup", "cooldown"):
                 message = message.replace(f"num_{name}_fills", f"--num-fill-{name}-microbatches")
             raise ValueError(message) from None
-        return len(asked.warmup_depths), len(asked.cooldown_depths)
 
     def generator(
         self, stages: int, microbatches: int, exit_stages: frozenset[int], ratio: float
@@ -148,24 +145,17 @@ class FillingOptions:
             ratio: time of a backward over that of a forward.
 
         Raises:
-            ValueError: see `fills`; or none would be left for the whole pipeline.
+            ValueError: see `places`; or none would be left for the whole pipeline.
         """
-        warmup, cooldown = self.fills(stages, exit_stages, ratio)
-        full = microbatches - warmup - cooldown
-        if full < 1:
+        filled = self.places(stages, exit_stages, ratio)
+        fills = len(filled.warmup_depths) + len(filled.cooldown_depths)
+        if microbatches <= fills:
             raise ValueError(
-                f"--fill-explicit-bubbles takes {warmup + cooldown} of the {microbatches} "
+                f"--fill-explicit-bubbles takes {fills} of the {microbatches} "
                 "microbatches of a step and leaves none for the whole pipeline: give a larger "
                 "--global-batch-size, or smaller numbers of fills"
             )
-        return FilledOneFOneB(
-            num_ranks=stages,
-            num_microbatches=full,
-            backward_forward_ratio=ratio,
-            num_warmup_fills=warmup,
-            num_cooldown_fills=cooldown,
-            exit_stages=exit_stages,
-        )
+        return replace(filled, num_microbatches=microbatches - fills)
 
 
 def plan_fills(args: Namespace, options: FillingOptions, exits: EarlyExitConfig) -> str:
@@ -182,7 +172,7 @@ def plan_fills(args: Namespace, options: FillingOptions, exits: EarlyExitConfig)
         if value != served:
             shown = "" if value is True else f" {value}"
             raise ValueError(
-                f"{_flag(name)}{shown} cannot be combined with --fill-explicit-bubbles: {reason}"
+                f"{as_flag(name)}{shown} cannot be combined with --fill-explicit-bubbles: {reason}"
             )
     stages = args.pipeline_model_parallel_size
     if stages < 2:
@@ -192,7 +182,8 @@ def plan_fills(args: Namespace, options: FillingOptions, exits: EarlyExitConfig)
         )
     samples = args.micro_batch_size * args.data_parallel_size
     own = exit_stages(args, exits)
-    warmup, cooldown = options.fills(stages, own, options.assumed_ratio)
+    filled = options.places(stages, own, options.assumed_ratio)
+    warmup, cooldown = len(filled.warmup_depths), len(filled.cooldown_depths)
     if options.fill_samples == "extra":
         args.global_batch_size += (warmup + cooldown) * samples
     microbatches = args.global_batch_size // samples
@@ -202,22 +193,3 @@ def plan_fills(args: Namespace, options: FillingOptions, exits: EarlyExitConfig)
         f"bubble filling:{until} {warmup} microbatches in the warm-up and {cooldown} in the "
         f"cool-down of {microbatches}, global batch size {args.global_batch_size}"
     )
-
-
-def exit_stages(args: Namespace, exits: EarlyExitConfig) -> frozenset[int]:
-    """The pipeline stages that exits lie on, by checked arguments without chunks."""
-    config = core_transformer_config_from_args(args)
-    layout = config.pipeline_model_parallel_layout
-    ends, last = [], 0
-    for stage in range(args.pipeline_model_parallel_size):
-        if layout is None:
-            last += get_num_layers_to_build(config, pp_rank=stage)
-        else:
-            last += layout.layout[stage][0].count(LayerType.decoder)
-        ends.append(last)
-    hosts = (position + exits.pre_exit for position in exits.positions)
-    return frozenset(next(s for s, end in enumerate(ends) if host <= end) for host in hosts)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -29,6 +29,7 @@ from megatron.early_exit.training.checks import check_arguments, check_data
 from megatron.early_exit.training.data import BatchReader, dataset_provider
 from megatron.early_exit.training.event_log import ProgressOnDisk
 from megatron.early_exit.training.exit_loss import ExitObjective, LossNormalization
+from megatron.early_exit.training.exit_stages import exit_stages
 from megatron.early_exit.training.filling_options import FillingOptions
 from megatron.early_exit.training.index_cache import (
     cache_folders,
@@ -176,9 +177,11 @@ class Session:
         log_exits(self.objective, self.progress)
         stages = self.args.pipeline_model_parallel_size
         if self.filling.fill_explicit_bubbles:
-            train_by(ScheduledSteps(self.objective, FilledBubbles(self.filling, stages)))
+            own = exit_stages(self.args, self.exits)
+            train_by(ScheduledSteps(self.objective, FilledBubbles(self.filling, stages, own)))
         if self.tuning.tune_exit:
-            train_by(ScheduledSteps(self.objective, TuningPlan(stages)))
+            own = exit_stages(self.args, self.exits)
+            train_by(ScheduledSteps(self.objective, TuningPlan(stages, own)))
             if rates := learning_rates(self.tuning, self.exits):
                 exit_learning_rates(rates)
         if self.args.use_distributed_optimizer and self.args.dist_ckpt_optim_fully_reshardable:

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import unwrap_model
 from megatron.training import training
 
 from megatron.early_exit.pipeline.actions import Microbatch
@@ -65,13 +64,12 @@ class StepPlan(Protocol):
 
     clock: PassClock | None
 
-    def __call__(self, num_microbatches: int, exit_stages: frozenset[int]) -> Schedule:
+    def __call__(self, num_microbatches: int) -> Schedule:
         """The schedule of the next step, with sends and receives; called once for each on all ranks
         alike.
 
         Args:
             num_microbatches: of the step.
-            exit_stages: the stages that have exits.
         """
         ...
 
@@ -87,7 +85,6 @@ class ScheduledSteps:
     def __init__(self, objective: ExitObjective, plan: StepPlan) -> None:
         self._objective = objective
         self._plan = plan
-        self._exit_stages: frozenset[int] | None = None
 
     def __call__(
         self,
@@ -99,25 +96,29 @@ class ScheduledSteps:
         seq_length: int,
         micro_batch_size: int,
         force_all_reduce: bool = False,
-        **_: Any,
+        **others: Any,
     ) -> list[Any]:
         """One step, with the arguments of Megatron's schedules.
 
         Returns:
             What the last stage's forwards reported, empty on the others.
+
+        Raises:
+            ValueError: an argument is given that these steps know nothing of.
         """
+        if unknown := sorted(name for name, value in others.items() if value is not None):
+            raise ValueError(f"steps by lists take no {', '.join(unknown)}")
         (chunk,) = model
-        if self._exit_stages is None:
-            self._exit_stages = _find_exit_stages(chunk)
-        schedule = self._plan(num_microbatches, self._exit_stages)
+        schedule = self._plan(num_microbatches)
         contributions = Contributions.of(schedule)
-        stage = _pipeline().rank()
+        stage = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["pp"]).pp.rank()
         on_last = contributions.to_losses(schedule.num_ranks - 1)
         self._objective.start_step(on_last / contributions.to_losses(stage))
         order = [a.microbatch for a in schedule.ranks[0] if a.kind == "F"]
         data = StepData(data_iterator, order)
         reports = run_training_step(
             schedule,
+            contributions,
             _Workload(data, self._objective),
             forward_step_func=forward_step_func,
             data=data,
@@ -143,16 +144,3 @@ class _Workload:
     def exits_backward(self, microbatch: Microbatch) -> None:
         del microbatch
         self._objective.backpropagate_passed_exits()
-
-
-def _pipeline() -> torch.distributed.ProcessGroup:
-    return ProcessGroupCollection.use_mpu_process_groups(required_pgs=["pp"]).pp
-
-
-def _find_exit_stages(chunk: torch.nn.Module) -> frozenset[int]:
-    """A collective call over the pipeline."""
-    group = _pipeline()
-    own: Any = unwrap_model(chunk)
-    everywhere: list[Any] = [None] * group.size()
-    torch.distributed.all_gather_object(everywhere, bool(own.exits.heads), group=group)
-    return frozenset(stage for stage, has_exits in enumerate(everywhere) if has_exits)

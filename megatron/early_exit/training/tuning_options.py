@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
-from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.config import EarlyExitConfig, as_flag
 
 _NEED_TUNING = (
     "tune_exit_pipeline_parallel_size",
@@ -76,7 +76,7 @@ class TuningOptions:
         if not self.tune_exit:
             for name in _NEED_TUNING:
                 if getattr(self, name):
-                    raise ValueError(f"{_flag(name)} has no effect without --tune-exit")
+                    raise ValueError(f"{as_flag(name)} has no effect without --tune-exit")
         weight, temperature = self.exit_distillation_weight, self.exit_distillation_temperature
         if not 0 <= weight <= 1:
             raise ValueError(
@@ -178,7 +178,9 @@ def _check(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) -> N
         value = getattr(args, name, served)
         if value != served:
             shown = "" if value is True else f" {value}"
-            raise ValueError(f"{_flag(name)}{shown} cannot be combined with --tune-exit: {reason}")
+            raise ValueError(
+                f"{as_flag(name)}{shown} cannot be combined with --tune-exit: {reason}"
+            )
 
 
 def learning_rates(options: TuningOptions, exits: EarlyExitConfig) -> dict[int, float]:
@@ -186,10 +188,6 @@ def learning_rates(options: TuningOptions, exits: EarlyExitConfig) -> dict[int, 
     if not options.exit_layer_lr:
         return {}
     return dict(zip(exits.exit_layer_nums, options.exit_layer_lr, strict=True))
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _join(values: Sequence[object]) -> str:

@@ -11,20 +11,23 @@ class TuningPlan:
 
     Args:
         stages: of the pipeline.
+        exit_stages: the stages that have exits.
     """
 
-    def __init__(self, stages: int) -> None:
+    def __init__(self, stages: int, exit_stages: frozenset[int]) -> None:
         self.clock: PassClock | None = None
         self._stages = stages
+        # Megatron asks the last stage how many tokens count, also where it has no exit.
+        self._tuned_stages = exit_stages | {stages - 1}
         self._schedules: dict[int, Schedule] = {}
 
-    def __call__(self, num_microbatches: int, exit_stages: frozenset[int]) -> Schedule:
+    def __call__(self, num_microbatches: int) -> Schedule:
         """Forwards through the pipeline, and the exits' own backwards."""
         if num_microbatches not in self._schedules:
-            # Megatron asks the last stage how many tokens count, also where it has no exit.
-            tuned = exit_stages | {self._stages - 1}
             tuning = Tuning(
-                num_ranks=self._stages, num_microbatches=num_microbatches, exit_stages=tuned
+                num_ranks=self._stages,
+                num_microbatches=num_microbatches,
+                exit_stages=self._tuned_stages,
             )
             self._schedules[num_microbatches] = with_communication(tuning.build())
         return self._schedules[num_microbatches]

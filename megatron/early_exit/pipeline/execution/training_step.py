@@ -22,6 +22,7 @@ from megatron.early_exit.pipeline.schedule import Schedule
 
 def run_training_step(
     schedule: Schedule,
+    contributions: Contributions,
     workload: Workload,
     *,
     forward_step_func: Callable[..., Any],
@@ -36,6 +37,7 @@ def run_training_step(
 
     Args:
         schedule: with sends and receives, one stage on each rank.
+        contributions: of its microbatches.
         workload: told of each microbatch.
         forward_step_func: as Megatron's schedules take it.
         data: what it reads from.
@@ -50,7 +52,7 @@ def run_training_step(
     """
     config = get_model_config(model)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    contributions, stage = Contributions.of(schedule), groups.pp.rank()
+    stage = groups.pp.rank()
     shapes = get_tensor_shapes(
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,

@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.config import EarlyExitConfig, as_flag
 from megatron.early_exit.pipeline.planning.model_config import read_model_config
 from megatron.early_exit.pipeline.planning.named_models import NAMED_MODELS
 from megatron.early_exit.pipeline.planning.placement import placed, placements
@@ -55,7 +55,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
         "Hugging Face's Llama family, or its folder",
     )
     for name, text in _SIZES.items():
-        add(_flag(name), type=int, help=text)
+        add(as_flag(name), type=int, help=text)
     add("--untie-embeddings-and-output-weights", action="store_true", help="as Megatron's flag")
     add("--global-batch-size", type=int, help="sequences of a step")
     group = parser.add_argument_group("exits")
@@ -68,7 +68,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
     )
     add("--pre-exit", action="store_true", help="plan this placement only (default: the better)")
     for name, text in _HEADS.items():
-        add(_flag(name), action="store_true", help=text)
+        add(as_flag(name), action="store_true", help=text)
     add("--exit-vocab-size", type=int, help="exits answer with the first so many tokens only")
 
 
@@ -125,7 +125,7 @@ def _shape(args: Namespace, known: dict[str, int | bool]) -> ModelShape:
     if args.ffn_hidden_size is None and (args.hidden_size is not None or not known):
         # Megatron's, of a gated MLP.
         sizes["ffn_hidden_size"] = int(4 * sizes.get("hidden_size", 1) * 2 / 3 / 64) * 64
-    missing = [_flag(name) for name in _SIZES if name not in sizes]
+    missing = [as_flag(name) for name in _SIZES if name not in sizes]
     if missing:
         raise ValueError(f"{' '.join(missing)} missing, allowed: these flags, or --config")
     if args.untie_embeddings_and_output_weights:
@@ -136,8 +136,4 @@ def _shape(args: Namespace, known: dict[str, int | bool]) -> ModelShape:
         return ModelShape(**sizes)
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
-        raise ValueError(f"{_flag(name)} {rest}") from None
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+        raise ValueError(f"{as_flag(name)} {rest}") from None

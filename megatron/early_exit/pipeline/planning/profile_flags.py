@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from megatron.early_exit.config import as_flag
 from megatron.early_exit.pipeline.planning.model_flags import Model
 from megatron.early_exit.pipeline.simulation.layer_profile import MEASURED_SIZES, LayerProfile
 
@@ -29,7 +30,7 @@ def read_profile(args: Namespace, model: Model) -> LayerProfile | None:
     for name in _REPLACED:
         value = getattr(args, name)
         if value is not None:
-            raise ValueError(f"{_flag(name)} {value:g} has no effect with --profile {path}")
+            raise ValueError(f"{as_flag(name)} {value:g} has no effect with --profile {path}")
     try:
         profile = LayerProfile.read(path)
     except ValueError as error:
@@ -48,7 +49,7 @@ def _check(profile: LayerProfile, path: Path, model: Model) -> None:
     differing = [name for name in MEASURED_SIZES if profile.shape[name] != wanted[name]]
     if differing:
         measured, allowed = (
-            " ".join(f"{_flag(name)} {sizes[name]}" for name in differing)
+            " ".join(f"{as_flag(name)} {sizes[name]}" for name in differing)
             for sizes in (profile.shape, wanted)
         )
         raise refuse(measured, f"those of the model, {allowed}")
@@ -56,7 +57,3 @@ def _check(profile: LayerProfile, path: Path, model: Model) -> None:
     if exits.positions and profile.exit_heads != exits.head_flags:
         measured = "no exits" if profile.exit_heads is None else f"exits with {profile.exit_heads}"
         raise refuse(measured, f"the model's exits, with {exits.head_flags}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron.early_exit.config import as_flag
 from megatron.early_exit.pipeline.planning.planner import Plan
 from megatron.early_exit.pipeline.planning.request import PlanRequest
 from megatron.early_exit.pipeline.simulation.layer_profile import LayerProfile
@@ -86,7 +87,7 @@ def flags(plan: Plan, request: PlanRequest) -> list[str]:
     words += ["--overlap-param-gather"] * request.overlap.param_gather
     if one.exits.positions:
         words += ["--exit-layer-nums", *one.exits.exit_layer_nums]
-        words += [_flag(name) for name in _HEAD_SWITCHES if getattr(one.exits, name)]
+        words += [as_flag(name) for name in _HEAD_SWITCHES if getattr(one.exits, name)]
         if one.exits.exit_vocab_size is not None:
             words += ["--exit-vocab-size", one.exits.exit_vocab_size]
     if plan.fills.number:
@@ -143,7 +144,3 @@ def _tokens_per_s(plan: Plan, request: PlanRequest) -> float:
 
 def _list(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

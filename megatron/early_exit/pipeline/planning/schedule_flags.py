@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from typing import get_args
 
+from megatron.early_exit.config import as_flag
 from megatron.early_exit.pipeline.planning.even_schedule import EvenSchedule, ScheduleName
 
 
@@ -38,7 +39,7 @@ def read_schedule(args: Namespace) -> EvenSchedule:
     for name in ("pipeline_model_parallel_size", "num_microbatches"):
         if getattr(args, name) is None:
             raise ValueError(
-                f"{_flag(name)} missing, allowed: 1 or more, with --schedule {args.schedule}"
+                f"{as_flag(name)} missing, allowed: 1 or more, with --schedule {args.schedule}"
             )
     for name in ("config", "gpus", "profile"):
         if getattr(args, name) is not None:
@@ -50,7 +51,7 @@ def read_schedule(args: Namespace) -> EvenSchedule:
         for name in ("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches"):
             if getattr(args, name) is not None:
                 raise ValueError(
-                    f"{_flag(name)} {getattr(args, name)} has no effect with --schedule "
+                    f"{as_flag(name)} {getattr(args, name)} has no effect with --schedule "
                     f"{args.schedule}, allowed: with --schedule filled"
                 )
     return EvenSchedule(
@@ -64,7 +65,3 @@ def read_schedule(args: Namespace) -> EvenSchedule:
         num_warmup_fills=args.num_fill_warmup_microbatches,
         num_cooldown_fills=args.num_fill_cooldown_microbatches,
     )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
