@@ -3,6 +3,7 @@
 import argparse
 import random
 from bisect import bisect_left
+from functools import partial
 from itertools import pairwise
 from statistics import median
 
@@ -74,7 +75,7 @@ def measure_batch(
     matrices = weights.layers(0, depth)
     settings: dict[str, Turn] = {"full 1": single.full, "full": decoder.full}
     for p in PROBABILITIES:
-        settings[f"mixed {p}"] = lambda p=p: decoder.leaving(lambda i: Coin(p, i))
+        settings[f"mixed {p}"] = partial(decoder.leaving, partial(Coin, p))
     settings |= {"long full": longer.full, "depths": lambda: longer.depths(positions)}
     settings["bare 1"] = timed(products([*matrices, weights.head], 1, packed=True), 3)
     for rows in ROWS:

@@ -1,6 +1,7 @@
 """The models of `decode.py`: weights, the bare products over them, and others that run them."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -13,7 +14,7 @@ from torch.nn import functional
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.description import describe
 from megatron.early_exit.checkpoint.location import locate
-from megatron.early_exit.checkpoint.reader import CheckpointReader
+from megatron.early_exit.checkpoint.model import model_weights
 from megatron.early_exit.checkpoint.weights import load_weights, weight_shapes
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference.compute.linear import make_linear
@@ -54,8 +55,10 @@ class Weights(NamedTuple):
 
     def layers(self, start: int, end: int) -> list[Tensor]:
         """The weight matrices of some layers, in the order in which they are used."""
-        names = ("self_attention.linear_qkv", "self_attention.linear_proj")
-        names += ("mlp.linear_fc1", "mlp.linear_fc2")
+        names = (
+            *("self_attention.linear_qkv", "self_attention.linear_proj"),
+            *("mlp.linear_fc1", "mlp.linear_fc2"),
+        )
         return [
             self.tensors[f"decoder.layers.{layer}.{name}.weight"]
             for layer in range(start, end)
@@ -89,8 +92,7 @@ def saved_weights(path: Path, dtype: torch.dtype) -> Weights:
     description = describe(location)
     architecture, early_exit = description.architecture, description.early_exit
     assert architecture is not None
-    reader = CheckpointReader(location.iteration_dir)
-    tensors = load_weights(reader, architecture, early_exit, dtype, torch.device("cpu"))
+    tensors = load_weights(model_weights(location, description), dtype, torch.device("cpu"))
     return Weights(architecture, early_exit, tensors)
 
 
@@ -101,7 +103,7 @@ def products(matrices: list[Tensor], rows: int, packed: bool) -> Callable[[], No
         functions = [(make_linear(matrix), inputs[matrix.shape[1]]) for matrix in matrices]
     else:
         functions = [
-            (lambda x, matrix=matrix: functional.linear(x, matrix), inputs[matrix.shape[1]])
+            (partial(functional.linear, weight=matrix), inputs[matrix.shape[1]])
             for matrix in matrices
         ]
 
@@ -136,12 +138,12 @@ class HuggingFace:
             num_key_value_heads=a.num_query_groups,
             max_position_embeddings=a.max_position_embeddings,
             rms_norm_eps=a.layernorm_epsilon,
-            rope_theta=a.rotary_base,
+            rope_parameters={"rope_type": "default", "rope_theta": a.rotary_base},
             tie_word_embeddings=a.share_embeddings_and_output_weights,
             dtype=weights.head.dtype,
         )
         with torch.device("meta"):
-            model = transformers.LlamaForCausalLM(config)
+            model: Any = transformers.LlamaForCausalLM(config)
         model.to_empty(device="cpu").to(weights.head.dtype)
         model.load_state_dict(_as_llama(weights), assign=True)
         model.model.rotary_emb = type(model.model.rotary_emb)(config)

@@ -86,13 +86,14 @@ def take_turn(
 ) -> Turn:
     """Load the server for its share of the time, and have the engine do the same."""
     place = urlsplit(url)
-    assert place.hostname is not None
+    host = place.hostname
+    assert host is not None
 
     async def watched() -> tuple[list[Record], float]:
         watcher = asyncio.create_task(memory.watch())
         try:
             clients = args.clients, args.seconds / args.rounds
-            return await load(place.hostname, place.port or 80, items, *clients)
+            return await load(host, place.port or 80, items, *clients)
         finally:
             watcher.cancel()
 

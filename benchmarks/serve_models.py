@@ -92,4 +92,6 @@ def _make_tokenizer(vocab_size: int) -> transformers.PreTrainedTokenizerFast:
         show_progress=False,
     )
     backend.train_from_iterator([f"{WORDS} {number}" for number in range(999)], trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, eos_token="</s>"
+    )

@@ -34,7 +34,7 @@ def served(checkpoint: Path, folder: Path, max_batch_size: int, threads: int) ->
         threads: that it computes with.
     """
     port = _free_port()
-    command = [sys.executable, TOOL, "--load", checkpoint, "--port", str(port)]
+    command = [sys.executable, str(TOOL), "--load", str(checkpoint), "--port", str(port)]
     command += ["--max-batch-size", str(max_batch_size)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with (

@@ -65,7 +65,10 @@ def make_questions(engine: EarlyExitEngine) -> list[Question]:
     for number in range(NUM_DISTINCT):
         way = _WAYS[number % len(_WAYS)]
         prompt = " ".join(generator.choices(words, k=generator.choice((1, 4, 16, 64))))
-        common = {"max_tokens": generator.choice((4, 16, 48, 96)), "ignore_eos": True}
+        common: dict[str, Any] = {
+            "max_tokens": generator.choice((4, 16, 48, 96)),
+            "ignore_eos": True,
+        }
         params = SamplingParams(**way, **common)
         body = {"prompt": prompt, "temperature": 0, **way, **common}
         (result,) = engine.generate(prompt, params)

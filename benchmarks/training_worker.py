@@ -12,7 +12,7 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -59,7 +59,8 @@ class Model:
         builder = config.get_builder_cls()(config)
         ddp = get_megatron_ddp_config(args)
         self.chunks = builder.build_distributed_models(groups, ddp_config=ddp)
-        optimizer_config, overrides = get_megatron_optimizer_config(args)
+        # Its annotation forgets the second value.
+        optimizer_config, overrides = cast(Any, get_megatron_optimizer_config(args))
         self.optimizer = get_megatron_optimizer(
             optimizer_config, self.chunks, config_overrides=overrides
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
+from megatron.early_exit.inference.decoding.request import Request
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
 from megatron.early_exit.server.client.exit_colours import ExitColours
 from megatron.early_exit.server.client.prompts import read_prompts
@@ -33,7 +34,12 @@ def _bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not TOKEN:NUMBER") from None
 
 
-_LISTS = {"stop": str, "stop_token_ids": int, "exit_layers": int, "logit_bias": _bias}
+_LISTS: dict[str, Callable[[str], Any]] = {
+    "stop": str,
+    "stop_token_ids": int,
+    "exit_layers": int,
+    "logit_bias": _bias,
+}
 _SWITCHES = ("ignore_eos", "echo", "exit_details")
 _INTEGERS = (
     *("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"),
@@ -95,7 +101,7 @@ def answers(
     engine: EarlyExitEngine, prompts: Sequence[str], params: SamplingParams, bar: tqdm[Any]
 ) -> Iterator[Answer]:
     """The answers in the order of the prompts, each as soon as it and those before it are there."""
-    requests = []
+    requests: list[Request | str] = []
     for prompt in prompts:
         try:
             requests.append(engine.submit(prompt, params))

@@ -93,8 +93,10 @@ def check(args: argparse.Namespace) -> None:
 
 def request_body(args: argparse.Namespace) -> dict[str, Any]:
     """The request that the command line makes, without its prompt."""
-    names = ("model", "mode", "early_exit_threshold", "exit_layers")
-    names += ("max_tokens", "temperature", "seed")
+    names = (
+        *("model", "mode", "early_exit_threshold", "exit_layers"),
+        *("max_tokens", "temperature", "seed"),
+    )
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 

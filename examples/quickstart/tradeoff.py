@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 
@@ -67,7 +68,7 @@ def measure(
 
 
 def _params(threshold: float | None, max_tokens: int) -> SamplingParams:
-    common = {"max_tokens": max_tokens, "ignore_eos": True}
+    common: dict[str, Any] = {"max_tokens": max_tokens, "ignore_eos": True}
     if threshold is None:
         return SamplingParams(mode="full", **common)
     return SamplingParams(mode="early_exit", early_exit_threshold=threshold, **common)

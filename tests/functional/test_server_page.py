@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -13,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
+from tests.helpers.browser import BROWSERS, INSTALLER
 from tests.helpers.page_server import (
     EARLY,
     FULL,
@@ -26,8 +26,6 @@ from tests.helpers.page_server import (
 )
 from tests.helpers.server_process import wait_until
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-INSTALLER = Path(__file__).parents[2] / "tools" / "setup" / "install_browser.sh"
 FIRST_DIFFERENCE = 20
 PROMPT = "A language model is"
 # What a browser itself writes when an answer is an error, or none comes.
@@ -35,18 +33,6 @@ NETWORK_NOISE = "Failed to load resource"
 # Milliseconds that a test which fails takes to say so.
 PATIENCE = 60_000
 expect.set_options(timeout=PATIENCE)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        stop = pytest.fail if os.environ.get("CI") else pytest.skip
-        stop(f"needs a Chromium: bash {INSTALLER.relative_to(INSTALLER.parents[2])}")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

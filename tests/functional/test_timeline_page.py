@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from tools.plan_pipeline import main
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 GUTTER, RULER, ROW = 64, 26, 30
 # Stages of 1 ms forward; of the exits' stages, 1 and 2, the backward takes 3.5 ms.
 FILLED = (
@@ -20,18 +17,6 @@ FILLED = (
     "--timeline"
 )
 STEP_MS = 39
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        stop = pytest.fail if os.environ.get("CI") else pytest.skip
-        stop("needs a Chromium: bash tools/setup/install_browser.sh")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

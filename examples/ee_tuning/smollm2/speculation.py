@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 
@@ -31,7 +32,7 @@ def measure_speculation(
 ) -> Iterator[Speculation]:
     """Answer every prompt both ways, in turns and twice each; the faster time counts."""
     for layer in engine.exit_layers:
-        common = {"max_tokens": max_tokens, "ignore_eos": True}
+        common: dict[str, Any] = {"max_tokens": max_tokens, "ignore_eos": True}
         settings = (
             SamplingParams(mode="full", **common),
             SamplingParams(

@@ -1,0 +1,8 @@
+"""Where the tests of pages find a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+INSTALLER = Path(__file__).parents[2] / "tools" / "setup" / "install_browser.sh"
