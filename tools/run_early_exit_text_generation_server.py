@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in {
         "early_exit_threshold": "least confidence to leave",
         "num_draft_tokens": "most drafts at a time",
-        "draft_confidence": "least confidence to draft",
+        "draft_confidence": "least product of the confidences of drafts",
     }.items():
         add(_flag(name), type=type(DEFAULTS[name]), default=DEFAULTS[name], help=f"{text} {SHOWN}")
     add("--exit-layers", type=int, nargs="+", help="exits to ask (default: all)")

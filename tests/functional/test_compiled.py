@@ -4,7 +4,9 @@ import functools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 
@@ -154,6 +156,22 @@ except ValueError as error:
 def test_refused_where_ranks_share_a_layer(tmp_path):
     with pytest.raises(ValueError, match="compile is not possible with tensor_parallel 2"):
         EarlyExitEngine.from_checkpoint(tmp_path, tensor_parallel=2, compile=True)
+
+
+@needs_compiler
+def test_a_step_touches_no_more_of_the_caches_than_it_needs():
+    """What it takes must not grow with the positions that there is room for."""
+    room = 2**17
+    model = compiled(make_model(replace(LLAMA, max_position_embeddings=room), exits=(2,)))
+    EarlyExitEngine(model, max_batch_size=1).generate([PROMPT], SamplingParams(max_tokens=5))
+    process = psutil.Process()
+    before = process.memory_info().rss
+    # Memory is there when it is touched. Nothing is compiled again.
+    engine = EarlyExitEngine(model, max_batch_size=1)
+    engine.generate([PROMPT], SamplingParams(max_tokens=5))
+    groups, size = LLAMA.num_query_groups, LLAMA.kv_channels
+    of_a_layer = room * 2 * groups * size * 4
+    assert process.memory_info().rss - before < of_a_layer / 2
 
 
 @needs_compiler

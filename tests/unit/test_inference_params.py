@@ -92,7 +92,7 @@ def test_what_is_measured_is_a_number(field, value):
         ("full", "exit_layers", (1,), None),
         ("full", "num_draft_tokens", 3, 4),
         ("early_exit", "draft_exit_layer", 2, None),
-        ("early_exit", "draft_confidence", 0.5, 0.0),
+        ("early_exit", "draft_confidence", 0.5, 0.2),
         ("self_speculative", "early_exit_threshold", 0.5, None),
         ("self_speculative", "exit_layers", (1,), None),
     ],

@@ -122,3 +122,18 @@ def test_an_unsure_exit_does_not_draft():
     mode = SelfSpeculativeMode(Chooser(params, sampler, [], (1, 2)), 0, 4, 0.99, room=100)
     assert mode.at_exit(0, assess(DRAFT[None])[0]) is Next.DEEPER
     assert mode.drafts == []
+
+
+def test_drafts_end_where_one_of_them_is_likely_to_be_wrong():
+    logits = torch.full((VOCAB,), -20.0)
+    logits[:2] = torch.log(torch.tensor([0.6, 0.4]))
+    params = SamplingParams(mode="self_speculative", max_tokens=100)
+    sampler = Sampler(params, [], (), VOCAB, torch.device("cpu"))
+    mode = SelfSpeculativeMode(Chooser(params, sampler, [], (1, 2)), 0, 9, 0.2, room=100)
+    (sure, other) = assess(torch.stack((logits, TARGET)))
+    # 0.6 ** 3 = 0.216, and 0.6 ** 4 = 0.13: also behind drafts that were not accepted.
+    for _ in range(2):
+        while mode.at_exit(0, sure) is Next.DRAFTED:
+            pass
+        assert len(mode.drafts) == 3
+        mode.at_end([other] * 4)

@@ -6,9 +6,6 @@ from typing import Any
 
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 
-DRAFT_CONFIDENCE = 0.25
-"""A draft that is less sure is hardly ever right, and asking for it costs more than it brings."""
-
 
 @dataclass(frozen=True)
 class Speculation:
@@ -35,12 +32,7 @@ def measure_speculation(
         common: dict[str, Any] = {"max_tokens": max_tokens, "ignore_eos": True}
         settings = (
             SamplingParams(mode="full", **common),
-            SamplingParams(
-                mode="self_speculative",
-                draft_exit_layer=layer,
-                draft_confidence=DRAFT_CONFIDENCE,
-                **common,
-            ),
+            SamplingParams(mode="self_speculative", draft_exit_layer=layer, **common),
         )
         for one in settings:
             engine.generate(prompts[0], one)

@@ -11,7 +11,7 @@ from examples.stages import follow_training
 
 EXIT_LAYERS = (12, 20)
 HEADS = "--use-exit-block --use-exit-norm --exit-vocab-size 8192"
-OBJECTIVE = "--exit-distillation-weight 0.9"
+OBJECTIVE = "--exit-distillation-weight 1"
 BATCH, SEQUENCE = 8, 256
 OPTIMIZATION = f"""
     --bf16 --micro-batch-size {BATCH} --global-batch-size {BATCH} --seq-length {SEQUENCE}

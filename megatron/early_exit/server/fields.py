@@ -124,7 +124,8 @@ class ExitFields(RequestModel):
         None, description="Most drafts before the whole model looks at them."
     )
     draft_confidence: Share | None = Field(
-        None, description="An exit that is less sure drafts nothing."
+        None,
+        description="Least product of the exit's confidences of a draft and of those before it.",
     )
     exit_details: bool = Field(
         False, description="Tell what each head on the way to a token found best."

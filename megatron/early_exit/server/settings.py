@@ -23,7 +23,7 @@ class ExitSettings:
     exit_layers: tuple[int, ...] | None = None
     draft_exit_layer: int | None = None
     num_draft_tokens: int = 4
-    draft_confidence: float = 0.25
+    draft_confidence: float = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

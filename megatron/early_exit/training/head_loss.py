@@ -104,6 +104,15 @@ class Teacher:
             probabilities[steps].flatten(0, 1).copy_(vocabulary.answers_of(tempered))
         return cls(probabilities.flatten(0, 1), weight, temperature)
 
+    def own_softmax(
+        self, logits: Tensor, temperature: float, vocabulary: LocalVocabulary
+    ) -> Tensor | None:
+        """Of a head, tempered like the teacher's; None where the head's own temperature is the
+        same, so that the loss by the labels has made it."""
+        if self.temperature == temperature:
+            return None
+        return vocabulary.softmax(logits / self.temperature)
+
 
 def head_loss(
     hidden: Tensor,
@@ -140,21 +149,26 @@ def head_loss(
     with torch.no_grad():
         for rows in slices:
             logits = vocabulary.mask(torch.mm(hidden[rows], frozen_weight.t()).float())
-            divergence = None
+            own = None
             if teacher is not None and coefficients is not None:
-                divergence = _divergence_gradient(logits, teacher, rows, vocabulary)
+                own = teacher.own_softmax(logits, options.temperature, vocabulary)
             part, exponentials, total = _chunk_loss(logits, labels[rows], options, vocabulary)
             parts.append(part)
             if coefficients is None or hidden_gradient is None:
                 continue
             scale = coefficients[rows] * part.weight
-            tempered = scale / options.temperature
+            by_label, by_teacher = scale / options.temperature, None
             if teacher is not None:
-                tempered *= 1 - teacher.weight
-            exponentials *= (tempered / total).unsqueeze(1)
-            gradient = vocabulary.subtract_at_labels(exponentials, labels[rows], tempered)
-            if teacher is not None and divergence is not None:
-                gradient.addcmul_(divergence, (scale * teacher.weight).unsqueeze(1))
+                by_label *= 1 - teacher.weight
+                by_teacher = scale * (teacher.weight * teacher.temperature)
+            # The gradient of both is a softmax minus what is to be learned.
+            by_own = by_label if own is not None or by_teacher is None else by_label + by_teacher
+            gradient = exponentials.mul_((by_own / total).unsqueeze(1))
+            gradient = vocabulary.subtract_at_labels(gradient, labels[rows], by_label)
+            if teacher is not None and by_teacher is not None:
+                if own is not None:
+                    gradient.addcmul_(own, by_teacher.unsqueeze(1))
+                gradient.addcmul_(teacher.probabilities[rows], by_teacher.neg().unsqueeze(1))
             gradient = gradient.to(hidden.dtype)
             torch.mm(gradient, frozen_weight, out=hidden_gradient[rows])
             if weight_gradient is not None:
@@ -179,14 +193,6 @@ def _chunk_loss(
     confidence = total.reciprocal()
     weight = confidence if options.confidence_weighted else torch.ones_like(confidence)
     return HeadLoss(total.log() - target, (choice == labels).float(), weight), exponentials, total
-
-
-def _divergence_gradient(
-    logits: Tensor, teacher: Teacher, rows: slice, vocabulary: LocalVocabulary
-) -> Tensor:
-    """d(temperature^2 * KL) / d(logits) of a chunk, [c, v]."""
-    own = vocabulary.softmax(logits / teacher.temperature)
-    return own.sub_(teacher.probabilities[rows]).mul_(teacher.temperature)
 
 
 class _WeightGradient:

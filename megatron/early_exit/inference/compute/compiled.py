@@ -9,7 +9,8 @@ Shapes: r rows, each the position of a sequence of its own; h hidden size, np qu
 key-value heads, hn head size, t positions that are looked at.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import FunctionType
 
 import torch
@@ -25,6 +26,25 @@ SHORTEST = 2
 
 _MOST_TOGETHER = 4
 """Layers that are compiled as one: each call takes some microseconds, each layer a second."""
+
+
+_Group = Callable[..., Tensor]
+"""Takes a hidden state through some layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What layers that are compiled for one row take for granted, besides the model.
+
+    Attributes:
+        size: number of layers.
+        shape: of each cache.
+        stride: of each cache.
+    """
+
+    size: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
 class LayerCompiler:
@@ -57,11 +77,10 @@ class LayerCompiler:
                 hidden = Mlp(architecture, weights, "mlp.")(attention(hidden, this))
             return hidden
 
-        # Weights are arguments, so it does not matter of which layers. PyTorch refuses to compile a
-        # function ever again; with a code object of its own, no model counts for another.
-        code = group.__code__.replace(co_name=f"group_of_{id(self)}")
-        own = FunctionType(code, globals(), "group", None, group.__closure__)
-        self._group = torch.compile(own, fullgraph=True)
+        # Weights are arguments, so it does not matter of which layers.
+        self._group = group
+        self._for_kind: dict[_Kind, _Group] = {}
+        self._for_rows = torch.compile(self._new_group("rows"), fullgraph=True)
 
     def run(
         self,
@@ -82,17 +101,45 @@ class LayerCompiler:
             positions: [r], of the rows.
             end: a position behind that of every row.
         """
+        size = next(n for n in range(_MOST_TOGETHER, 0, -1) if len(layers) % n == 0)
         seen = self.positions[:end]
-        torch._dynamo.mark_dynamic(seen, 0)
-        if slots is not None and len(hidden) > 1:
-            for tensor in (hidden, slots, positions):
+        if slots is None:
+            function = self._for_one_row(_Kind(size, caches[0].shape, caches[0].stride()), seen)
+        else:
+            function = self._for_rows
+            changing = (seen, hidden, slots, positions) if len(hidden) > 1 else (seen,)
+            for tensor in changing:
                 torch._dynamo.mark_dynamic(tensor, 0)
         rows = (slots, positions, seen, self._turns)
-        size = next(n for n in range(_MOST_TOGETHER, 0, -1) if len(layers) % n == 0)
         for first in range(0, len(layers), size):
             group = slice(first, first + size)
-            hidden = self._group(layers[group], caches[group], hidden, rows)
+            hidden = function(layers[group], caches[group], hidden, rows)
         return hidden
+
+    def _for_one_row(self, kind: _Kind, seen: Tensor) -> _Group:
+        """The function for passes over one row of one sequence.
+
+        PyTorch would look at every tensor in every call, whether it is what the function was
+        compiled for: for a small model that takes as long as its layers. `_Kind` says all that may
+        differ but for the length of `seen`, the only one that stays open, so nothing is looked at.
+        """
+        function = self._for_kind.get(kind)
+        if function is None:
+            function = torch.compile(
+                self._new_group(f"row_{len(self._for_kind)}"),
+                fullgraph=True,
+                options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+            )
+            self._for_kind[kind] = function
+            torch._dynamo.mark_dynamic(seen, 0)
+        return function
+
+    def _new_group(self, name: str) -> _Group:
+        """The group of layers as a function that has not been compiled yet. PyTorch goes by the
+        code object, and refuses to compile one ever again that it has compiled often."""
+        group = self._group
+        code = group.__code__.replace(co_name=f"{name}_of_{id(self)}")
+        return FunctionType(code, globals(), "group", None, group.__closure__)
 
 
 Rows = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
@@ -178,7 +225,7 @@ class _RowsPass:
         """Put keys and values [r, 2 ng, hn] into the cache; returns what they attend to,
         [r, t, 2 ng, hn]."""
         if self._slots is None:
-            self._cache[0][self._positions] = new
+            self._cache[:, self._positions] = new
             return self._cache[:, : self._seen.shape[0]]
         self._cache[self._slots, self._positions] = new
         return self._cache[self._slots[:, None], self._seen]

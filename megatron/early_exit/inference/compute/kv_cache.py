@@ -1,7 +1,26 @@
 """Keys and values of many sequences for a run of consecutive attentions."""
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
+
+
+_ALIGNMENT = 64
+
+
+def untouched_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that take no memory of a CPU before they are written over: long sequences have room,
+    and short ones do not pay for it."""
+    if device.type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    # PyTorch writes its zeros; NumPy asks the system for memory that is zero.
+    raw = torch.from_numpy(np.zeros(size + _ALIGNMENT, dtype=np.uint8))
+    start = -raw.data_ptr() % _ALIGNMENT
+    return raw[start : start + size].view(dtype).view(*shape)
 
 
 class KVCache:
@@ -30,8 +49,8 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (num_attentions, num_slots, capacity, 2 * num_groups, head_size)
-        # Zeros cost nothing until they are written over, and what is masked must be finite.
-        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        # What is masked must be finite.
+        self.data = untouched_zeros(shape, dtype, device)
         self.by_attention = self.data.unbind()
         self.by_slot = [slot.unbind() for slot in self.data.split(1, dim=1)]
         self.num_groups = num_groups

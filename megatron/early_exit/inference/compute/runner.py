@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.inference.compute.compiled import SHORTEST
-from megatron.early_exit.inference.compute.kv_cache import KVCache
+from megatron.early_exit.inference.compute.kv_cache import KVCache, untouched_zeros
 from megatron.early_exit.inference.compute.passes import Pass, index_of
 from megatron.early_exit.inference.compute.segments import SegmentedModel
 from megatron.early_exit.inference.compute.spans import Span, in_pass_order, row_ends
@@ -46,7 +46,7 @@ class SegmentRunner:
         ]
         self._block_lengths = [[0] * num_slots for _ in model.exits]
         shape = (len(model.exits), num_slots, capacity, model.architecture.hidden_size)
-        self._kept = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self._kept = untouched_zeros(shape, model.dtype, model.device)
         """The residual stream at the cut behind each segment but the last."""
         self._workspace: Workspace | None = None
         self._last: _Run | None = None

@@ -116,9 +116,10 @@ class SamplingParams:
     draft_exit_layer: int | None = None
     """The exit that drafts, named like `exit_layers`; None is the first one."""
 
-    draft_confidence: float = 0.0
-    """Where the exit's confidence is below this it drafts no token, and the drafts so far are
-    verified; 0 is off."""
+    draft_confidence: float = 0.2
+    """A token is drafted where the exit's confidences of it and of the drafts in front of it have a
+    product of this or more; else the drafts so far are verified. 0 is off: then the number of
+    drafts follows how many are accepted."""
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "exit_layers"):

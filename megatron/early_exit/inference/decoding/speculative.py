@@ -23,9 +23,10 @@ class SelfSpeculativeMode:
 
     Attributes:
         exit_index: the exit that drafts.
-        max_drafts: most drafts before a verification. How many there are at a time follows how many
-            of them are accepted.
-        least_confidence: a draft of less ends the drafting, and is not made.
+        max_drafts: most drafts before a verification.
+        least_confidence: how likely a draft and all those in front of it have to be the full
+            model's, by the exit's confidences; one that is less likely is not made, and ends the
+            drafting. Where this is 0, how many there are at a time follows how many are accepted.
         room: most tokens that the sequence may get in all.
         counts: how it has gone so far.
         details: what the exit and the final head say in the place of each token is put on record.
@@ -41,6 +42,8 @@ class SelfSpeculativeMode:
     counts: DraftCounts = field(default_factory=DraftCounts)
     drafts: list[int] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
+    _likelihood: float = 1.0
+    """That all drafts are accepted, by the exit's confidences."""
     _aim: int = 0
     _distributions: list[Tensor | None] = field(default_factory=list)
     _reports: list[HeadReport] = field(default_factory=list)
@@ -60,8 +63,10 @@ class SelfSpeculativeMode:
         left = self.room - len(self.chooser.generated)
         if len(self.drafts) >= min(self._aim, left - 1):
             return Next.DEEPER
-        if assessment.confidence < self.least_confidence or not assessment.is_finite:
+        likelihood = self._likelihood * assessment.confidence
+        if likelihood < self.least_confidence or not assessment.is_finite:
             return Next.DEEPER
+        self._likelihood = likelihood
         chooser = self.chooser
         if chooser.sampler.is_greedy(len(chooser.generated) + len(self.drafts)):
             self.drafts.append(assessment.best_token)
@@ -74,6 +79,7 @@ class SelfSpeculativeMode:
 
     def at_end(self, assessments: Sequence[Assessment]) -> Next:
         drafts, self.drafts = self.drafts, []
+        self._likelihood = 1.0
         distributions, self._distributions = self._distributions, []
         reports, self._reports = self._reports, []
         self._choose(drafts, distributions, assessments)
@@ -106,12 +112,17 @@ class SelfSpeculativeMode:
             layer = self.exit_index if token == draft else -1
             self.choices.append(self.chooser.take(assessment, layer, token))
             if token != draft:
-                self._aim = max(1, len(accepted) + 1)
+                self._adapt(max(1, len(accepted) + 1))
                 return
             accepted.append(token)
         # The last pass has given a token behind the drafts, too.
         self.choices.append(self.chooser.choose(assessments[len(drafts)], -1, accepted))
-        self._aim = min(self.max_drafts, len(drafts) + 1)
+        self._adapt(len(drafts) + 1)
+
+    def _adapt(self, aim: int) -> None:
+        """Draft no more than so many the next time, where the exit does not say when to stop."""
+        if not self.least_confidence:
+            self._aim = min(self.max_drafts, aim)
 
     def _verify(
         self, draft: int, distribution: Tensor | None, assessment: Assessment, accepted: list[int]
