@@ -122,9 +122,15 @@ def test_cuda_graphs(heads):
 def test_no_request_waits_for_the_compiler():
     model = make_model(LLAMA, exits=(2,))
     engine = EarlyExitEngine(compiled(model))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    # Two layers, of either segment, and all four.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    for threshold in (0.0, 0.5, 1.0):
+        engine.generate(
+            [PROMPT],
+            SamplingParams(mode="early_exit", early_exit_threshold=threshold, max_tokens=9),
+        )
     engine.generate([PROMPT], SamplingParams(max_tokens=5))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def test_a_machine_without_a_compiler_is_told_so():
@@ -175,13 +181,13 @@ def test_a_step_touches_no_more_of_the_caches_than_it_needs():
 
 
 @needs_compiler
-def test_two_layers_are_compiled_for_all():
+def test_few_layers_are_compiled_for_all():
     model = make_model(LLAMA, exits=(2,), use_exit_norm=True)
     engine = EarlyExitEngine(compiled(model))
     for length in (1, 2, 9, 30):
         engine.generate([PROMPT * 6][:1], SamplingParams(max_tokens=length))
         engine.generate([PROMPT[:1]], SamplingParams(max_tokens=length))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 @needs_compiler

@@ -23,10 +23,11 @@ class CountingRunner(SegmentRunner):
         self.passes = {index: [] for index in SEGMENTS}
         self.asked = []
 
-    def run(self, index, spans, tokens=None):
+    def run(self, index, spans, tokens=None, *, last):
         (span,) = spans
-        self.passes[index].append(range(span.start, span.end))
-        return super().run(index, spans, tokens)
+        for segment in range(index, last + 1):
+            self.passes[segment].append(range(span.start, span.end))
+        return super().run(index, spans, tokens, last=last)
 
     def exit_logits(self, index, spans):
         self.asked.append(index)

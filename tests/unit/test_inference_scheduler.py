@@ -40,7 +40,7 @@ class Simulation:
             for progress in self.scheduler.admit():
                 self.order.append(progress.key)
                 exits = range(self.scheduler.num_segments - 1)
-                self.scheduler.expect(progress, exits, self.run_on)
+                self.scheduler.expectations.start(progress, exits, self.run_on)
             step = self.scheduler.next()
             if step is None:
                 return
@@ -53,7 +53,8 @@ class Simulation:
                 self._check(step)
                 complete = self.scheduler.ran(step)
                 for index in complete:
-                    passed.setdefault(step.sequences[index].key, []).append(step.segment)
+                    own = passed.setdefault(step.sequences[index].key, [])
+                    own.extend(range(step.segment, step.last + 1))
                 step = self.scheduler.onward(step, complete)
             for key, segments in passed.items():
                 self._decide(key, segments)
@@ -70,7 +71,12 @@ class Simulation:
             assert span.start == progress.cached[step.segment] < span.end <= progress.limit
             before = step.segment - 1
             assert before < 0 or span.end <= progress.cached[before]
-            self.ran.setdefault((progress.key, step.segment), []).append((span.start, span.end))
+            for segment in range(step.segment, step.last + 1):
+                assert span.start == progress.cached[segment]
+                self.ran.setdefault((progress.key, segment), []).append((span.start, span.end))
+            assert progress.exits.isdisjoint(range(step.segment, step.last))
+        fronts = {one.front for one in scheduler.running.values() if one not in step.sequences}
+        assert fronts.isdisjoint(range(step.segment + 1, step.last + 1))
         slots = [progress.slot for progress in scheduler.running.values()]
         assert len(slots) == len(set(slots)) <= scheduler.num_slots
 
@@ -82,7 +88,7 @@ class Simulation:
         depth = self.depths[key][self.generated[key]]
         for segment in passed:
             if segment < SEGMENTS - 1 and segment < len(progress.chances) - 1:
-                self.scheduler.learn(progress, segment, segment == depth)
+                self.scheduler.expectations.learn(progress, segment, segment == depth)
             if segment == depth:
                 break
         else:

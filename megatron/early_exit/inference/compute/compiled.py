@@ -101,18 +101,18 @@ class LayerCompiler:
             positions: [r], of the rows.
             end: a position behind that of every row.
         """
-        size = next(n for n in range(_MOST_TOGETHER, 0, -1) if len(layers) % n == 0)
         seen = self.positions[:end]
-        if slots is None:
-            function = self._for_one_row(_Kind(size, caches[0].shape, caches[0].stride()), seen)
-        else:
-            function = self._for_rows
-            changing = (seen, hidden, slots, positions) if len(hidden) > 1 else (seen,)
-            for tensor in changing:
-                torch._dynamo.mark_dynamic(tensor, 0)
         rows = (slots, positions, seen, self._turns)
-        for first in range(0, len(layers), size):
-            group = slice(first, first + size)
+        for first in range(0, len(layers), _MOST_TOGETHER):
+            group = slice(first, first + _MOST_TOGETHER)
+            function = self._for_rows
+            if slots is None:
+                size = len(layers[group])
+                function = self._for_one_row(_Kind(size, caches[0].shape, caches[0].stride()), seen)
+            else:
+                changing = (seen, hidden, slots, positions) if len(hidden) > 1 else (seen,)
+                for tensor in changing:
+                    torch._dynamo.mark_dynamic(tensor, 0)
             hidden = function(layers[group], caches[group], hidden, rows)
         return hidden
 

@@ -1,12 +1,13 @@
 """Keys and values of many sequences for a run of consecutive attentions."""
 
+import copy
 import math
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
-
 
 _ALIGNMENT = 64
 
@@ -34,6 +35,7 @@ class KVCache:
         head_size: entries of a key or value.
 
     Attributes:
+        first: number of the first attention.
         data: [attentions, slots, positions, 2 ng, hn], keys before values.
         by_slot: for each slot, and in it for each attention, [1, positions, 2 ng, hn].
     """
@@ -50,10 +52,20 @@ class KVCache:
     ) -> None:
         shape = (num_attentions, num_slots, capacity, 2 * num_groups, head_size)
         # What is masked must be finite.
-        self.data = untouched_zeros(shape, dtype, device)
-        self.by_attention = self.data.unbind()
-        self.by_slot = [slot.unbind() for slot in self.data.split(1, dim=1)]
-        self.num_groups = num_groups
+        self._hold(untouched_zeros(shape, dtype, device))
+        self.num_groups, self.first = num_groups, 0
+
+    def _hold(self, data: Tensor) -> None:
+        self.data = data
+        self.by_attention = data.unbind()
+        self.by_slot = [slot.unbind() for slot in data.split(1, dim=1)]
+
+    def part(self, attentions: range) -> Self:
+        """The same memory, for some consecutive attentions, which keep their numbers."""
+        part = copy.copy(self)
+        part._hold(self.data[attentions.start - self.first : attentions.stop - self.first])
+        part.first = attentions.start
+        return part
 
     def rows(self, slot: int, start: int, end: int) -> tuple[Tensor, ...]:
         """For each attention [end - start, 2 ng, hn], to be filled with keys and values."""

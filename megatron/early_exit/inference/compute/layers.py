@@ -115,7 +115,7 @@ class Attention:
         architecture: shape of the model.
         weights: tensors by name, see `arrange`.
         prefix: what their names start with, such as `decoder.layers.0.self_attention.`.
-        number: which of the attentions that share a cache this is.
+        number: by which the cache knows it.
         reduce: see `TensorParallel`; None where the layer is whole.
     """
 

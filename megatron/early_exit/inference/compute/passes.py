@@ -163,7 +163,7 @@ class Pass:
         """Put keys and values into the cache, and attend to it.
 
         Args:
-            attention: which of those that share the cache.
+            attention: its number.
             qkv: [r, (np + 2 ng) hn], what it projects its input to.
 
         Returns:
@@ -171,6 +171,7 @@ class Pass:
         """
         if not self._targets:
             self._prepare()
+        attention -= self.cache.first
         work = self.workspace
         work.space.copy_(qkv)
         if work.turned is not None and self._turns is not None:

@@ -6,6 +6,7 @@ its result is needed, over all positions that wait in front of it, as one batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
@@ -40,9 +41,10 @@ class SegmentRunner:
     def __init__(self, model: SegmentedModel, num_slots: int, capacity: int) -> None:
         self.model = model
         self.num_slots, self.capacity = num_slots, capacity
-        self._caches = [self._cache(segment.num_attentions) for segment in model.segments]
+        self._cache = self._new_cache(model.segments[-1].attentions.stop)
+        self._parts: dict[tuple[int, int], KVCache] = {}
         self._block_caches = [
-            None if exit_.head.block is None else self._cache(1) for exit_ in model.exits
+            None if exit_.head.block is None else self._new_cache(1) for exit_ in model.exits
         ]
         self._block_lengths = [[0] * num_slots for _ in model.exits]
         shape = (len(model.exits), num_slots, capacity, model.architecture.hidden_size)
@@ -51,7 +53,7 @@ class SegmentRunner:
         self._workspace: Workspace | None = None
         self._last: _Run | None = None
 
-    def _cache(self, num_attentions: int) -> KVCache:
+    def _new_cache(self, num_attentions: int) -> KVCache:
         shape = self.model.architecture
         return KVCache(
             num_attentions,
@@ -75,8 +77,9 @@ class SegmentRunner:
         for count in (1, 2)[: self.num_slots]:
             spans = [Span(slot, 1, 2) for slot in range(count)]
             hidden = self._kept.new_zeros(count, self.model.architecture.hidden_size)
-            for segment, cache in zip(self.model.segments, self._caches, strict=True):
-                this = self._pass(cache, spans)
+            for first, last in combinations_with_replacement(range(len(self.model.segments)), 2):
+                segment = self.model.stretch(first, last)
+                this = self._pass(self._part(first, last), spans)
                 if segment.compiled is None or not segment.compiled.serves(this):
                     continue
                 try:
@@ -92,6 +95,7 @@ class SegmentRunner:
         spans: Sequence[Span],
         tokens: Sequence[int] | None = None,
         hidden: Tensor | None = None,
+        last: int | None = None,
     ) -> Tensor:
         """Run a segment over positions that have been through the one before it.
 
@@ -100,14 +104,17 @@ class SegmentRunner:
             spans: sorted by `in_pass_order`.
             tokens: of the positions in the order of the spans, for the first segment.
             hidden: [r, h], what another process has in front of the first segment, instead.
+            last: run all segments up to this one; nothing is kept between them, where no exit can
+                be asked about those positions, nor can they wait there.
 
         Returns:
             The residual stream [r, h] of those positions behind the segment.
         """
         spans = tuple(spans)
-        last, cache = self._last, self._caches[index]
-        if last is not None and last.spans == spans:
-            this = last.this
+        last = index if last is None else last
+        before, cache = self._last, self._part(index, last)
+        if before is not None and before.spans == spans:
+            this = before.this
             this.move_to(cache)
         else:
             this = self._pass(cache, spans)
@@ -116,15 +123,23 @@ class SegmentRunner:
         elif hidden is None:
             assert tokens is not None
             hidden = self._embed(spans, tokens)
-        hidden = self.model.segments[index](hidden, this)
-        self._last = _Run(index, spans, this, hidden)
-        if index < len(self._kept):
+        hidden = self.model.stretch(index, last)(hidden, this)
+        self._last = _Run(last, spans, this, hidden)
+        if last < len(self._kept):
             if this.index is None:
                 slot, start, end = spans[0]
-                self._kept[index, slot, start:end] = hidden
+                self._kept[last, slot, start:end] = hidden
             else:
-                self._kept[index].index_put_(this.index, hidden)
+                self._kept[last].index_put_(this.index, hidden)
         return hidden
+
+    def _part(self, first: int, last: int) -> KVCache:
+        """The keys and values of some segments."""
+        part = self._parts.get((first, last))
+        if part is None:
+            part = self._cache.part(self.model.stretch(first, last).attentions)
+            self._parts[first, last] = part
+        return part
 
     def _embed(self, spans: Sequence[Span], tokens: Sequence[int]) -> Tensor:
         device = self.model.device
@@ -205,6 +220,6 @@ class SegmentRunner:
         """Make everything in the slot finite again, after a sequence that was not."""
         self.truncate(slot, 0)
         self._last = None
-        for cache in (*self._caches, *filter(None, self._block_caches)):
+        for cache in (self._cache, *filter(None, self._block_caches)):
             cache.data[:, slot].zero_()
         self._kept[:, slot].zero_()

@@ -9,7 +9,6 @@ segments in order, but not in one go: the deeper ones may lag behind.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor, device, dtype
@@ -90,7 +89,8 @@ class Segment:
     """The half layers between two cuts."""
 
     steps: tuple[Step, ...]
-    num_attentions: int
+    attentions: range
+    """Their numbers, which are those of the layers."""
     compiled: CompiledLayers | GraphedLayers | None = None
     """Its whole layers, for the passes that they serve."""
     compiled_steps: tuple[Step | CompiledLayers | GraphedLayers, ...] = ()
@@ -140,7 +140,12 @@ class SegmentedModel:
         self._compiler = (
             LayerCompiler(architecture, self.rotary, self.device) if compile_rows else None
         )
-        self.segments = self._cut(early_exit, weights)
+        self._halves, self._layers = self._all_layers(weights)
+        behind = -1 if early_exit.use_exit_mlp else 0
+        exits = (2 * position + behind for position in early_exit.positions)
+        self._cuts = (0, *exits, len(self._halves))
+        self._stretches: dict[tuple[int, int], Segment] = {}
+        self.segments = tuple(self.stretch(i, i) for i in range(len(self._cuts) - 1))
         self.exit_vocab_size = early_exit.exit_vocab_size or architecture.vocab_size
         # One tensor for all exits, so that they share a product.
         self._answers = self.word_embeddings[: early_exit.exit_vocab_size]
@@ -164,36 +169,41 @@ class SegmentedModel:
         """Where the weights are."""
         return self.word_embeddings.device
 
-    def _cut(
-        self, early_exit: EarlyExitConfig, weights: Mapping[str, Tensor]
-    ) -> tuple[Segment, ...]:
-        num_steps = 2 * self.architecture.num_layers
-        behind = -1 if early_exit.use_exit_mlp else 0
-        cuts = [0, *(2 * position + behind for position in early_exit.positions), num_steps]
-        return tuple(self._segment(start, end, weights) for start, end in pairwise(cuts))
+    def stretch(self, first: int, last: int) -> Segment:
+        """The segments from `first` to `last` as one."""
+        found = self._stretches.get((first, last))
+        if found is None:
+            found = self._segment(self._cuts[first], self._cuts[last + 1])
+            self._stretches[first, last] = found
+        return found
 
-    def _segment(self, start: int, end: int, weights: Mapping[str, Tensor]) -> Segment:
-        steps: list[Step] = []
-        layers: list[dict[str, Tensor]] = []
-        num_attentions = 0
-        for step in range(start, end):
-            layer, is_mlp = divmod(step, 2)
+    def _all_layers(
+        self, weights: Mapping[str, Tensor]
+    ) -> tuple[tuple[Step, ...], tuple[Mapping[str, Tensor], ...]]:
+        """All half layers, and the tensors of each layer."""
+        halves: list[Step] = []
+        layers = []
+        for layer in range(self.architecture.num_layers):
             prefix = f"decoder.layers.{layer}."
             own = {n: t for n, t in weights.items() if n.startswith(prefix)}
-            if is_mlp:
-                steps.append(self._mlp(own, f"{prefix}mlp."))
-                continue
             own |= self._arrange(own, f"{prefix}self_attention.")
-            steps.append(self._attention(own, f"{prefix}self_attention.", num_attentions))
-            num_attentions += 1
-            if step + 1 < end:
-                layers.append({name.removeprefix(prefix): own[name] for name in own})
+            halves.append(self._attention(own, f"{prefix}self_attention.", layer))
+            halves.append(self._mlp(own, f"{prefix}mlp."))
+            layers.append({name.removeprefix(prefix): own[name] for name in own})
+        # Those that are not compiled have their own copies, on a CPU.
+        return tuple(halves), () if self._compiler is None else tuple(layers)
+
+    def _segment(self, start: int, end: int) -> Segment:
+        """The half layers from `start` to `end`."""
+        steps = self._halves[start:end]
+        attentions = range(-(-start // 2), -(-end // 2))
+        layers = self._layers[attentions.start : end // 2]
         if self._compiler is None or not layers:
-            return Segment(tuple(steps), num_attentions)
+            return Segment(steps, attentions)
         kind = GraphedLayers if self.device.type == "cuda" else CompiledLayers
         compiled = kind(self._compiler, layers)
         around = (*steps[: start % 2], compiled, *steps[len(steps) - end % 2 :])
-        return Segment(tuple(steps), num_attentions, compiled, around)
+        return Segment(steps, attentions, compiled, around)
 
     def _arrange(self, weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
         order = None if self.rotary is None else self.rotary.order

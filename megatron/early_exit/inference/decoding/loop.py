@@ -55,7 +55,7 @@ class DecodingLoop(RequestLoop):
             mode = self._mode(progress)
             mode.start(0)
             exits = [i for i in range(self.scheduler.num_segments - 1) if mode.asks(i)]
-            self.scheduler.expect(progress, exits, mode.asks_late)
+            self.scheduler.expectations.start(progress, exits, mode.asks_late)
         tokens: list[tuple[Request, GeneratedToken]] = []
         step = self.scheduler.next()
         if step is not None:
@@ -90,17 +90,17 @@ class DecodingLoop(RequestLoop):
         likely, unlikely = Questions(self.runner), Questions(self.runner)
         passed: dict[int, list[int]] = {}
         while step is not None:
-            hidden = self.runner.run(step.segment, step.spans, self._inputs(step))
+            hidden = self.runner.run(step.segment, step.spans, self._inputs(step), last=step.last)
             complete = self.scheduler.ran(step)
             first, later = [0] * len(step.spans), [0] * len(step.spans)
             for index in complete:
                 progress = step.sequences[index]
                 own = passed.setdefault(progress.key, [])
-                counts = first if self.scheduler.is_likely(progress, own) else later
-                counts[index] = self._num_asked(progress, step.segment)
-                own.append(step.segment)
-            likely.ask(step.segment, step.spans, first, hidden)
-            unlikely.ask(step.segment, step.spans, later, hidden)
+                counts = first if self.scheduler.expectations.is_likely(progress, own) else later
+                counts[index] = self._num_asked(progress, step.last)
+                own.append(step.last)
+            likely.ask(step.last, step.spans, first, hidden)
+            unlikely.ask(step.last, step.spans, later, hidden)
             step = self.scheduler.onward(step, complete)
         return passed, likely, unlikely
 
@@ -161,7 +161,7 @@ class DecodingLoop(RequestLoop):
             verdict = mode.at_end(found)
         else:
             verdict = mode.at_exit(segment, found[0])
-            self.scheduler.learn(progress, segment, verdict is not Next.DEEPER)
+            self.scheduler.expectations.learn(progress, segment, verdict is not Next.DEEPER)
         if verdict is not Next.DEEPER:
             self._go_on(progress, verdict, tokens)
         return verdict is not Next.DEEPER

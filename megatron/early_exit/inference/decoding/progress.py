@@ -18,6 +18,7 @@ class Progress:
         chances: for each segment, how likely the head behind it gives the next token; 0 where that
             head is not asked.
         answers: how many exits have given, or not given, a token.
+        exits: those that it may ask.
         runs_on: whether it may go through further segments before a head that it asks is asked.
     """
 
@@ -29,6 +30,7 @@ class Progress:
     since: int = 0
     tail: int = 1
     chances: list[float] = field(default_factory=list)
+    exits: frozenset[int] = frozenset()
     runs_on: bool = True
     answers: int = 0
 

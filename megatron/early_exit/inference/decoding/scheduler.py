@@ -9,23 +9,28 @@ the batch runs on, takes along those that wait on its way, and all its heads are
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron.early_exit.inference.compute.spans import Span, in_pass_order
-from megatron.early_exit.inference.decoding.policy import UNLIKELY, Costs, Front, Policy
+from megatron.early_exit.inference.decoding.expectations import Expectations
+from megatron.early_exit.inference.decoding.policy import Costs, Front, Policy
 from megatron.early_exit.inference.decoding.progress import Progress
-
-_MEMORY = 20
-"""Answers that count, about, for what is expected of an exit."""
-_PRIOR = 4
-"""Answers for which a sequence takes what is usual at an exit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A batch: spans of positions of some sequences, through one segment."""
+    """A batch: spans of positions of some sequences, through one segment, or through several where
+    nobody joins or leaves between them.
+
+    Attributes:
+        segment: the first one.
+        last: the last one.
+        sequences: whose positions they are.
+        spans: of each.
+    """
 
     segment: int
+    last: int
     sequences: tuple[Progress, ...]
     spans: tuple[Span, ...]
 
@@ -53,6 +58,8 @@ class Scheduler:
         quorum: share of the running sequences that does not wait for a deeper segment any longer.
         patience: steps that a sequence waits at most while others are preferred.
         costs: what running takes; None takes all segments for alike, and heads for nothing.
+        running: the sequences that have slots, by key.
+        expectations: of the exits.
     """
 
     num_segments: int
@@ -76,8 +83,7 @@ class Scheduler:
             raise ValueError(f"quorum {self.quorum} is out of range, allowed: 0 to 1")
         self._free = list(reversed(range(self.num_slots)))
         self._policy = Policy(self.costs or Costs((1.0,) * self.num_segments))
-        self._usual = [0.5] * (self.num_segments - 1)
-        """How likely an exit that is asked gives the token."""
+        self.expectations = Expectations(self.num_segments - 1)
 
     def add(self, key: int, length: int) -> None:
         """A sequence of `length` tokens has arrived."""
@@ -102,36 +108,10 @@ class Scheduler:
             progress = Progress(
                 arrival.key, self._free.pop(), arrival.length, cached, since=self._step
             )
-            self.expect(progress, range(self.num_segments - 1))
+            self.expectations.start(progress, range(self.num_segments - 1))
             self.running[arrival.key] = progress
             admitted.append(progress)
         return admitted
-
-    def expect(self, progress: Progress, exits: Iterable[int], runs_on: bool = True) -> None:
-        """Which exits a sequence asks.
-
-        Args:
-            exits: their indices.
-            runs_on: see `Progress`.
-        """
-        progress.chances = [0.0] * len(self._usual) + [1.0]
-        for index in exits:
-            progress.chances[index] = self._usual[index]
-        progress.runs_on = runs_on
-
-    def is_likely(self, progress: Progress, passed: Iterable[int]) -> bool:
-        """Whether a head is worth a question before those behind segments passed have spoken."""
-        stays = 1.0
-        for segment in passed:
-            stays *= 1 - progress.chances[segment]
-        return stays > UNLIKELY
-
-    def learn(self, progress: Progress, exit_index: int, left: bool) -> None:
-        """An exit has been asked, and it has given the token or not."""
-        progress.answers += 1
-        self._usual[exit_index] += (left - self._usual[exit_index]) / _MEMORY
-        count = min(progress.answers + _PRIOR, _MEMORY)
-        progress.chances[exit_index] += (left - progress.chances[exit_index]) / count
 
     def next(self) -> Step | None:
         """The next batch; None where nothing waits."""
@@ -143,10 +123,10 @@ class Scheduler:
         segments = self._segments(groups)
         self._step += 1
         self._end = segments[-1]
-        return self.batch(segments[0], groups[segments[0]])
+        return self._through(self.batch(segments[0], groups[segments[0]]))
 
     def _segments(self, groups: list[list[Progress]]) -> range:
-        if not any(any(one.chances[:-1]) for one in self.running.values()):
+        if not any(one.exits for one in self.running.values()):
             # Nobody leaves early.
             return range(next(i for i, group in enumerate(groups) if group), self.num_segments)
         fronts = [
@@ -176,14 +156,29 @@ class Scheduler:
         Args:
             complete: what `ran` has returned for it.
         """
-        if step.segment >= self._end:
+        if step.last >= self._end:
             return None
-        behind = step.segment + 1
+        behind = step.last + 1
         passed = [step.sequences[index] for index in complete]
-        asking = {one.key for one in passed if one.chances[step.segment] and not one.runs_on}
+        asking = {one.key for one in passed if step.last in one.exits and not one.runs_on}
         group = [one for one in self.running.values() if one.front == behind]
         group = [one for one in group if one.key not in asking]
-        return self.batch(behind, group) if group else None
+        return self._through(self.batch(behind, group)) if group else None
+
+    def _through(self, step: Step) -> Step:
+        """The same positions through all segments behind which none of them is asked about, or
+        waits for others, as far as this turn goes."""
+        own = {one.key for one in step.sequences}
+        pairs = list(zip(step.sequences, step.spans, strict=True))
+        if any(span.end != one.limit for one, span in pairs):
+            return step
+        others = {one.front for one in self.running.values() if one.key not in own}
+        last = step.segment
+        while last < self._end and last + 1 not in others:
+            if any(last in one.exits or one.cached[last + 1] != span.start for one, span in pairs):
+                break
+            last += 1
+        return replace(step, last=last)
 
     def batch(self, segment: int, group: Iterable[Progress]) -> Step:
         """Spans of the sequences of `group`, all in front of `segment`, as many as there is room
@@ -203,7 +198,8 @@ class Scheduler:
             room -= end - one.cached[segment]
         spans = [(Span(one.slot, one.cached[segment], end), one) for one, end in batch]
         spans.sort(key=lambda pair: in_pass_order(pair[0]))
-        return Step(segment, tuple(one for _, one in spans), tuple(span for span, _ in spans))
+        sequences = tuple(one for _, one in spans)
+        return Step(segment, segment, sequences, tuple(span for span, _ in spans))
 
     def ran(self, step: Step) -> list[int]:
         """Take note that a batch has been run. Sequences of which nothing waits for its segment any
@@ -214,10 +210,12 @@ class Scheduler:
         """
         complete = []
         for index, (progress, span) in enumerate(zip(step.sequences, step.spans, strict=True)):
-            progress.cached[step.segment] = span.end
-            if span.end == progress.limit:
+            is_complete = span.end == progress.limit
+            for segment in range(step.segment, step.last + 1):
+                progress.cached[segment] = span.end
+            if is_complete:
                 complete.append(index)
-                progress.front = min(step.segment + 1, self.num_segments - 1)
+                progress.front = min(step.last + 1, self.num_segments - 1)
                 progress.since = self._step
         return complete
 
