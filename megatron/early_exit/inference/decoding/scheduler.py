@@ -168,12 +168,14 @@ class Scheduler:
     def _through(self, step: Step) -> Step:
         """The same positions through all segments behind which none of them is asked about, or
         waits for others, as far as this turn goes."""
-        own = {one.key for one in step.sequences}
+        last = step.segment
+        if last >= self._end or any(last in one.exits for one in step.sequences):
+            return step
         pairs = list(zip(step.sequences, step.spans, strict=True))
         if any(span.end != one.limit for one, span in pairs):
             return step
+        own = {one.key for one in step.sequences}
         others = {one.front for one in self.running.values() if one.key not in own}
-        last = step.segment
         while last < self._end and last + 1 not in others:
             if any(last in one.exits or one.cached[last + 1] != span.start for one, span in pairs):
                 break
