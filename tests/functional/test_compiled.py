@@ -167,12 +167,12 @@ def test_refused_where_ranks_share_a_layer(tmp_path):
 @needs_compiler
 def test_a_step_touches_no_more_of_the_caches_than_it_needs():
     """What it takes must not grow with the positions that there is room for."""
-    room = 2**17
+    room = 2**19
     model = compiled(make_model(replace(LLAMA, max_position_embeddings=room), exits=(2,)))
     EarlyExitEngine(model, max_batch_size=1).generate([PROMPT], SamplingParams(max_tokens=5))
     process = psutil.Process()
     before = process.memory_info().rss
-    # Memory is there when it is touched. Nothing is compiled again.
+    # Memory is there when it is touched, 2 MiB at a time. Nothing is compiled again.
     engine = EarlyExitEngine(model, max_batch_size=1)
     engine.generate([PROMPT], SamplingParams(max_tokens=5))
     groups, size = LLAMA.num_query_groups, LLAMA.kv_channels
