@@ -289,16 +289,20 @@ def test_import_contract_sees_every_folder():
     assert not (package.parent / "__init__.py").exists()
 
 
-def test_type_checker_sees_the_package(package_copy):
+def test_type_checker_sees_all_that_is_run(package_copy):
     mypy = BIN / "mypy"
     if not mypy.exists():
         pytest.skip("mypy is not installed in this environment")
+    root = package_copy.parents[1]
     shutil.rmtree(package_copy)
-    package_copy.mkdir()
-    (package_copy / "planted.py").write_text(
-        "def f(x: int) -> str:\n    return x\n\n\ndef g(x): ...\n"
-    )
-    checked = run(mypy, "--cache-dir=/dev/null", cwd=package_copy.parents[1])
+    planted = ["pretrain_early_exit_gpt.py"]
+    for folder in ("megatron/early_exit", "tools", "examples", "benchmarks"):
+        (root / folder).mkdir()
+        planted.append(f"{folder}/planted_in_{Path(folder).name}.py")
+    for name in planted:
+        (root / name).write_text("def f(x: int) -> str:\n    return x\n\n\ndef g(x): ...\n")
+    checked = run(mypy, "--cache-dir=/dev/null", cwd=root)
     assert checked.returncode == 1
-    assert "[return-value]" in checked.stdout
-    assert "[no-untyped-def]" in checked.stdout
+    for name in planted:
+        assert f"{name}:2: error: Incompatible return value type" in checked.stdout
+        assert f"{name}:5: error: Function is missing a type annotation" in checked.stdout
