@@ -21,8 +21,11 @@ PROMPT = [5, 17, 3, 44, 8]
 
 
 @pytest.fixture(autouse=True)
-def fresh_counters():
+def fresh_compiler():
+    """Tests that prepare a CPU for training have turned it off for their process."""
     torch._dynamo.utils.counters.clear()
+    with torch.compiler.set_stance("default"):
+        yield
 
 
 def compiled(model):
