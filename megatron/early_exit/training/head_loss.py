@@ -113,6 +113,20 @@ class Teacher:
             return None
         return vocabulary.softmax(logits / self.temperature)
 
+    def add_gradient(
+        self, gradient: Tensor, own: Tensor | None, rows: slice, scale: Tensor
+    ) -> None:
+        """Add (softmax - teacher) * scale to the gradient of some rows' logits [c, v], or, without
+        `own`, only the teacher's part: then the softmax is in there already.
+
+        Args:
+            own: see `own_softmax`.
+            scale: [c, 1].
+        """
+        if own is not None:
+            gradient.addcmul_(own, scale)
+        gradient.addcmul_(self.probabilities[rows], -scale)
+
 
 def head_loss(
     hidden: Tensor,
@@ -156,19 +170,17 @@ def head_loss(
             parts.append(part)
             if coefficients is None or hidden_gradient is None:
                 continue
+            # The gradient of either loss is a softmax minus what is to be learned.
             scale = coefficients[rows] * part.weight
-            by_label, by_teacher = scale / options.temperature, None
+            by_label = by_softmax = scale / options.temperature
             if teacher is not None:
-                by_label *= 1 - teacher.weight
+                by_label = by_label * (1 - teacher.weight)
                 by_teacher = scale * (teacher.weight * teacher.temperature)
-            # The gradient of both is a softmax minus what is to be learned.
-            by_own = by_label if own is not None or by_teacher is None else by_label + by_teacher
-            gradient = exponentials.mul_((by_own / total).unsqueeze(1))
+                by_softmax = by_label + by_teacher if own is None else by_label
+            gradient = exponentials.mul_((by_softmax / total).unsqueeze(1))
             gradient = vocabulary.subtract_at_labels(gradient, labels[rows], by_label)
-            if teacher is not None and by_teacher is not None:
-                if own is not None:
-                    gradient.addcmul_(own, by_teacher.unsqueeze(1))
-                gradient.addcmul_(teacher.probabilities[rows], by_teacher.neg().unsqueeze(1))
+            if teacher is not None:
+                teacher.add_gradient(gradient, own, rows, by_teacher.unsqueeze(1))
             gradient = gradient.to(hidden.dtype)
             torch.mm(gradient, frozen_weight, out=hidden_gradient[rows])
             if weight_gradient is not None:

@@ -27,7 +27,6 @@ SHORTEST = 2
 _MOST_TOGETHER = 4
 """Layers that are compiled as one: each call takes some microseconds, each layer a second."""
 
-
 _Group = Callable[..., Tensor]
 """Takes a hidden state through some layers."""
 
@@ -105,11 +104,11 @@ class LayerCompiler:
         rows = (slots, positions, seen, self._turns)
         for first in range(0, len(layers), _MOST_TOGETHER):
             group = slice(first, first + _MOST_TOGETHER)
-            function = self._for_rows
             if slots is None:
                 size = len(layers[group])
                 function = self._for_one_row(_Kind(size, caches[0].shape, caches[0].stride()), seen)
             else:
+                function = self._for_rows
                 changing = (seen, hidden, slots, positions) if len(hidden) > 1 else (seen,)
                 for tensor in changing:
                     torch._dynamo.mark_dynamic(tensor, 0)
