@@ -1,6 +1,5 @@
-"""Layers compiled for single rows give what the plain ones give."""
+"""Compiled layers give what the plain ones give."""
 
-import functools
 import os
 import subprocess
 import sys
@@ -38,7 +37,7 @@ def compiled(model):
     [("llama", "all"), ("gpt2", "norm"), ("nemotron", "block"), ("qwen", "mlp")],
 )
 def test_same_as_the_oracle(architecture, heads):
-    model = make_model(ARCHITECTURES[architecture], exits=(1, 3), **HEADS[heads])
+    model = make_model(ARCHITECTURES[architecture], exits=(2,), **HEADS[heads])
     engine = EarlyExitEngine(compiled(model))
     for threshold in (0.6, None):
         params = SamplingParams(max_tokens=24)
@@ -55,17 +54,46 @@ def test_same_as_the_oracle(architecture, heads):
 
 @needs_compiler
 def test_alone_and_in_a_batch():
-    """Only passes over a single row are compiled: sequences change between both ways."""
-    model = make_model(LLAMA, exits=(1, 3), use_exit_norm=True)
-    engine = EarlyExitEngine(compiled(model))
-    prompts = [PROMPT, [7], [9, 9, 2], [1, 2, 3, 4, 5, 6, 7]]
+    """Sequences change between the ways for one row, for several, and for many."""
+    model = make_model(LLAMA, exits=(2,), use_exit_norm=True)
+    engine = EarlyExitEngine(compiled(model), max_batch_size=9)
+    prompts = [PROMPT, [7], [9, 9, 2], [1, 2, 3, 4, 5, 6, 7], *([n] * 9 for n in range(15))]
     params = [
         SamplingParams(max_tokens=n, mode="early_exit", early_exit_threshold=0.5)
-        for n in (30, 3, 12, 20)
+        for n in (30, 3, 12, 20, *range(1, 16))
     ]
     together = engine.generate(prompts, params)
     for prompt, one, result in zip(prompts, params, together, strict=True):
         assert engine.generate([prompt], one)[0].token_ids == result.token_ids
+
+
+@needs_compiler
+@pytest.mark.parametrize("heads", ["norm", "block", "mlp"])
+def test_verification_and_catch_up(heads):
+    """Several positions of a sequence, beside single ones of others."""
+    model = make_model(LLAMA, exits=(2,), **HEADS[heads])
+    engine = EarlyExitEngine(compiled(model), max_pending=5)
+    speculative = SamplingParams(max_tokens=20, mode="self_speculative", draft_confidence=0.0)
+    leaving = SamplingParams(max_tokens=20, mode="early_exit", early_exit_threshold=0.2)
+    prompts = [PROMPT, [7], [9, 9, 2]]
+    found = engine.generate([PROMPT], speculative)
+    found += engine.generate(prompts, [speculative, leaving, speculative])
+    for prompt, threshold, result in zip(
+        [PROMPT, *prompts], (None, None, 0.2, None), found, strict=True
+    ):
+        expected = generate(model, prompt, 20, threshold)
+        assert result.token_ids == [token.token_id for token in expected]
+
+
+@needs_compiler
+def test_room_for_few_positions():
+    """With all places in a cache, the compiler would take their number for a constant."""
+    room = 2
+    model = make_model(replace(LLAMA, max_position_embeddings=room), exits=(2,))
+    engine = EarlyExitEngine(compiled(model), max_batch_size=2)
+    (plain,) = EarlyExitEngine(model.segmented).generate([[7]], SamplingParams(max_tokens=room))
+    for result in engine.generate([[7], [7], [7]], SamplingParams(max_tokens=room)):
+        assert result.token_ids == plain.token_ids
 
 
 def replayed(model):
@@ -78,7 +106,7 @@ def replayed(model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "megatron.early_exit.inference.compute.segments.CompiledLayers",
-            functools.partial(GraphedLayers, capture=capture),
+            lambda compiler, layers, _: GraphedLayers(compiler, layers, capture),
         )
         return compiled(model)
 
@@ -89,7 +117,7 @@ def replayed(model):
 )
 def test_captured_layers_serve_batches(architecture, heads):
     """Rows and lengths are rounded up: what stands in for missing rows changes nothing."""
-    model = make_model(ARCHITECTURES[architecture], exits=(1, 3), **HEADS[heads])
+    model = make_model(ARCHITECTURES[architecture], exits=(2,), **HEADS[heads])
     segmented = replayed(model)
     prompts = [PROMPT, [7], [9, 9, 2], [1, 2, 3, 4, 5, 6, 7], [4, 4]]
     for threshold in (0.5, None):
@@ -125,15 +153,16 @@ def test_cuda_graphs(heads):
 def test_no_request_waits_for_the_compiler():
     model = make_model(LLAMA, exits=(2,))
     engine = EarlyExitEngine(compiled(model))
-    # Two layers, of either segment, and all four.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    # Two layers, of either segment, and all four; for one row, and for several.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     for threshold in (0.0, 0.5, 1.0):
         engine.generate(
             [PROMPT],
             SamplingParams(mode="early_exit", early_exit_threshold=threshold, max_tokens=9),
         )
-    engine.generate([PROMPT], SamplingParams(max_tokens=5))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    for prompts in ([PROMPT], [PROMPT, [4]], [[n] for n in range(9)]):
+        engine.generate(prompts, SamplingParams(max_tokens=5))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
 def test_a_machine_without_a_compiler_is_told_so():
@@ -190,15 +219,16 @@ def test_few_layers_are_compiled_for_all():
     for length in (1, 2, 9, 30):
         engine.generate([PROMPT * 6][:1], SamplingParams(max_tokens=length))
         engine.generate([PROMPT[:1]], SamplingParams(max_tokens=length))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    model = make_model(LLAMA, exits=(1, 3), use_exit_norm=True, dtype=dtype)
+    model = make_model(LLAMA, exits=(2,), use_exit_norm=True, dtype=dtype)
     params = SamplingParams(max_tokens=12)
     (plain,) = EarlyExitEngine(model.segmented).generate([PROMPT], params)
-    (result,) = EarlyExitEngine(compiled(model)).generate([PROMPT], params)
-    assert result.logprobs[:2] == pytest.approx(plain.logprobs[:2], abs=0.1)
-    assert result.token_ids[0] == plain.token_ids[0]
+    engine = EarlyExitEngine(compiled(model))
+    for result in engine.generate([PROMPT], params) + engine.generate([PROMPT] * 3, params):
+        assert result.logprobs[:2] == pytest.approx(plain.logprobs[:2], abs=0.1)
+        assert result.token_ids[0] == plain.token_ids[0]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.compute.linear import make_addition, make_linear, rounded_up
+from megatron.early_exit.inference.compute.linear import make_addition, make_linear
+from megatron.early_exit.inference.compute.packed import rounded_up
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -1,12 +1,12 @@
-"""Layers compiled for steps in which every sequence has a single position.
+"""Layers compiled for steps of decoding.
 
 Half of what PyTorch does around the products of a small model is calling kernels. Its compiler
-makes a layer a few loops instead: with one row each is over a whole weight matrix in the plain
-layout, with all that lies between the products inside them. A few layers are compiled as one
+makes a layer a few loops instead. With one row each is over a whole weight matrix in the plain
+layout, with all that lies between the products inside them; with several the products remain those
+with packed weights, and what lies between two of them is a loop. A few layers are compiled as one
 function of their weights, which serves all.
 
-Shapes: r rows, each the position of a sequence of its own; h hidden size, np query heads, ng
-key-value heads, hn head size, t positions that are looked at.
+Shapes: r rows, each a position of some sequence; h hidden size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +20,13 @@ from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.inference.compute.layers import Attention, Mlp
 from megatron.early_exit.inference.compute.passes import Pass
 from megatron.early_exit.inference.compute.rotary import RotaryTable
+from megatron.early_exit.inference.compute.rows_pass import Rows, RowsPass
 
 SHORTEST = 2
 """A length of 1 would make the compiler take lengths for constants."""
+
+_MOST_ROWS = 64
+"""Beyond, the plain layers' attention is the faster one."""
 
 _MOST_TOGETHER = 4
 """Layers that are compiled as one: each call takes some microseconds, each layer a second."""
@@ -33,15 +37,17 @@ _Group = Callable[..., Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What layers that are compiled for one row take for granted, besides the model.
+    """What compiled layers take for granted, besides the model.
 
     Attributes:
         size: number of layers.
+        is_single: there is one row.
         shape: of each cache.
         stride: of each cache.
     """
 
     size: int
+    is_single: bool
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
@@ -71,15 +77,15 @@ class LayerCompiler:
             rows: Rows,
         ) -> Tensor:
             for weights, cache in zip(layers, caches, strict=True):
-                this = _RowsPass(cache, architecture, *rows)
+                this = RowsPass(cache, architecture, *rows)
                 attention = Attention(architecture, weights, "self_attention.", 0)
                 hidden = Mlp(architecture, weights, "mlp.")(attention(hidden, this))
             return hidden
 
         # Weights are arguments, so it does not matter of which layers.
         self._group = group
-        self._for_kind: dict[_Kind, _Group] = {}
-        self._for_rows = torch.compile(self._new_group("rows"), fullgraph=True)
+        self._unguarded: dict[_Kind, _Group] = {}
+        self._guarded = torch.compile(self._new_group("rows"), fullgraph=True)
 
     def run(
         self,
@@ -89,48 +95,53 @@ class LayerCompiler:
         slots: Tensor | None,
         positions: Tensor,
         end: int,
+        is_captured: bool = False,
     ) -> Tensor:
         """Take rows through layers.
 
         Args:
             layers: the tensors of each, see `CompiledLayers`.
             caches: of each layer [slots, positions, 2 ng, hn].
-            hidden: [r, h], the residual stream.
+            hidden: [r, h], the residual stream; contiguous, as are slots and positions.
             slots: [r], of the rows; None where the caches are of the only row's sequence alone.
             positions: [r], of the rows.
             end: a position behind that of every row.
+            is_captured: the call is recorded, and what it takes does not matter.
         """
         seen = self.positions[:end]
         rows = (slots, positions, seen, self._turns)
         for first in range(0, len(layers), _MOST_TOGETHER):
             group = slice(first, first + _MOST_TOGETHER)
-            if slots is None:
-                size = len(layers[group])
-                function = self._for_one_row(_Kind(size, caches[0].shape, caches[0].stride()), seen)
+            function = self._guarded
+            if is_captured:
+                _leave_open(hidden, rows)
             else:
-                function = self._for_rows
-                changing = (seen, hidden, slots, positions) if len(hidden) > 1 else (seen,)
-                for tensor in changing:
-                    torch._dynamo.mark_dynamic(tensor, 0)
+                function = self._function(len(layers[group]), caches[0], hidden, rows)
             hidden = function(layers[group], caches[group], hidden, rows)
         return hidden
 
-    def _for_one_row(self, kind: _Kind, seen: Tensor) -> _Group:
-        """The function for passes over one row of one sequence.
+    def _function(self, size: int, cache: Tensor, hidden: Tensor, rows: Rows) -> _Group:
+        """The function for a number of layers.
 
         PyTorch would look at every tensor in every call, whether it is what the function was
         compiled for: for a small model that takes as long as its layers. `_Kind` says all that may
-        differ but for the length of `seen`, the only one that stays open, so nothing is looked at.
+        differ but for the numbers of rows and positions, the only ones that stay open, so nothing
+        is looked at.
         """
-        function = self._for_kind.get(kind)
+        kind = _Kind(size, len(hidden) == 1, cache.shape, cache.stride())
+        function = self._unguarded.get(kind)
         if function is None:
+            _leave_open(hidden, rows)
             function = torch.compile(
-                self._new_group(f"row_{len(self._for_kind)}"),
+                self._new_group(f"group_{len(self._unguarded)}"),
                 fullgraph=True,
-                options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+                # Packed weights have no strides that a call could look at.
+                options={
+                    "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+                    "size_asserts": False,
+                },
             )
-            self._for_kind[kind] = function
-            torch._dynamo.mark_dynamic(seen, 0)
+            self._unguarded[kind] = function
         return function
 
     def _new_group(self, name: str) -> _Group:
@@ -141,98 +152,51 @@ class LayerCompiler:
         return FunctionType(code, globals(), "group", None, group.__closure__)
 
 
-Rows = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
-"""Slots [r] or None, positions [r], all positions [t] that are looked at, and the rotary turns."""
+def _leave_open(hidden: Tensor, rows: Rows) -> None:
+    """The numbers of rows and positions are not what a function is compiled for; one row is."""
+    slots, positions, seen, _ = rows
+    several = () if len(hidden) == 1 else (hidden, slots, positions)
+    for tensor in (seen, *several):
+        torch._dynamo.mark_dynamic(tensor, 0)
 
 
 class CompiledLayers:
-    """Consecutive whole layers of a segment, for passes over one row.
+    """Consecutive whole layers of a segment on a CPU.
 
     Args:
         compiler: of the model's layers.
         layers: the tensors of each, named like those of layer N behind `decoder.layers.N.`; those
             of the attention as `arrange` gives them.
+        packed: the same, packed for several rows.
     """
-
-    def __init__(self, compiler: LayerCompiler, layers: Sequence[Mapping[str, Tensor]]) -> None:
-        self._compiler, self._layers = compiler, layers
-
-    def serves(self, this: Pass) -> bool:
-        """Whether a pass is over a single position, and not the first."""
-        (_, start, end), *others = this.spans
-        return not others and end == start + 1 and end >= SHORTEST
-
-    def __call__(self, hidden: Tensor, this: Pass) -> Tensor:
-        """Residual stream [1, h] in front of the layers -> behind them."""
-        slot, start, end = this.spans[0]
-        # The attention of a layer that another segment ends comes last.
-        caches = this.cache.by_slot[slot][: len(self._layers)]
-        position = self._compiler.positions[start:end]
-        return self._compiler.run(self._layers, caches, hidden, None, position, end)
-
-
-class _RowsPass:
-    """What `Pass` is, in operations that a compiler sees through.
-
-    Args:
-        cache: [slots, positions, 2 ng, hn], of the attention.
-        architecture: shape of the model.
-        slots: [r], of the rows; None where there is one row and one slot.
-        positions: [r], of the rows.
-        seen: [t], the positions that are looked at, up to the last row's or further.
-        turns: see `RotaryTable.real_turns`.
-    """
-
-    results: Tensor | None = None
 
     def __init__(
         self,
-        cache: Tensor,
-        architecture: Architecture,
-        slots: Tensor | None,
-        positions: Tensor,
-        seen: Tensor,
-        turns: Tensor | None,
+        compiler: LayerCompiler,
+        layers: Sequence[Mapping[str, Tensor]],
+        packed: Sequence[Mapping[str, Tensor]],
     ) -> None:
-        self._cache, self._seen = cache, seen
-        self._slots, self._positions = slots, positions
-        self._turns = None if turns is None else turns[positions]
-        self._num_heads = architecture.num_attention_heads
-        self._num_groups = architecture.num_query_groups
+        self._compiler, self._layers, self._packed = compiler, layers, packed
 
-    def attend(self, attention: int, qkv: Tensor, scale: float | None) -> Tensor:
-        """See `Pass`."""
-        size, groups = self._cache.shape[-1], self._num_groups
-        heads = qkv.view(qkv.shape[0], -1, size)
-        turned, values = heads.split((self._num_heads + groups, groups), dim=1)
-        if self._turns is not None:
-            turned = self._turn(turned, self._turns)
-        queries, keys = turned.split((self._num_heads, groups), dim=1)
-        window = self._keep(torch.cat((keys, values), dim=1))
-        all_keys, all_values = window.transpose(1, 2).float().split(groups, dim=1)
-        # [r, ng, np / ng, 1, hn] and [r, ng, 1, t, hn]: a sum over entries, one over positions.
-        grouped = queries.float().unflatten(1, (groups, -1)).unsqueeze(3)
-        scale = size**-0.5 if scale is None else scale
-        scores = (grouped * all_keys.unsqueeze(2)).sum(dim=-1) * scale
-        unseen = self._seen > self._positions[:, None]
-        scores = scores.masked_fill(unseen[:, None, None], -torch.inf)
-        weights = torch.softmax(scores, dim=-1).unsqueeze(-1)
-        attended = (weights * all_values.unsqueeze(2)).sum(dim=3)
-        return attended.flatten(1).to(qkv.dtype)
+    def serves(self, this: Pass) -> bool:
+        """Whether a pass is over few positions, and not only over first ones."""
+        fits = this.results is None and this.count <= _MOST_ROWS
+        return fits and any(end >= SHORTEST for _, _, end in this.spans)
 
-    def _keep(self, new: Tensor) -> Tensor:
-        """Put keys and values [r, 2 ng, hn] into the cache; returns what they attend to,
-        [r, t, 2 ng, hn]."""
-        if self._slots is None:
-            self._cache[:, self._positions] = new
-            return self._cache[:, : self._seen.shape[0]]
-        self._cache[self._slots, self._positions] = new
-        return self._cache[self._slots[:, None], self._seen]
-
-    @staticmethod
-    def _turn(heads: Tensor, turns: Tensor) -> Tensor:
-        """[r, heads, hn], pairs of neighbours turned like complex numbers."""
-        even, odd = heads.float().unflatten(2, (-1, 2)).unbind(-1)
-        real, imaginary = turns.unbind(-1)
-        turned = torch.stack((even * real - odd * imaginary, even * imaginary + odd * real), dim=-1)
-        return turned.flatten(2).to(heads.dtype)
+    def __call__(self, hidden: Tensor, this: Pass) -> Tensor:
+        """Residual stream [r, h] in front of the layers -> behind them."""
+        hidden = hidden.contiguous()
+        slot, start, end = this.spans[0]
+        # The attention of a layer that another segment ends comes last.
+        if this.count == 1:
+            caches = this.cache.by_slot[slot][: len(self._layers)]
+            position = self._compiler.positions[start:end]
+            return self._compiler.run(self._layers, caches, hidden, None, position, end)
+        caches = this.cache.by_attention[: len(self._layers)]
+        if this.index is None:
+            positions = self._compiler.positions[start:end]
+            slots = torch.full_like(positions, slot)
+        else:
+            slots, positions = this.index
+            end = max([span.end for span in this.spans])
+        return self._compiler.run(self._packed, caches, hidden, slots, positions, end)

@@ -60,7 +60,7 @@ class GraphedLayers:
 
     def serves(self, this: Pass) -> bool:
         """Whether a pass has a single position of each of its sequences."""
-        fits = this.cache.data.shape[2] >= SHORTEST
+        fits = this.cache.capacity >= SHORTEST
         return fits and all(end == start + 1 for _, start, end in this.spans)
 
     def __call__(self, hidden: Tensor, this: Pass) -> Tensor:
@@ -69,7 +69,7 @@ class GraphedLayers:
         spans = [*this.spans, *[this.spans[0]] * (rows - count)]
         places = torch.tensor([[s.slot for s in spans], [s.start for s in spans]])
         longest = max(span.end for span in spans)
-        length = min(max(_power_of_two(longest), _FEWEST_POSITIONS), this.cache.data.shape[2])
+        length = min(max(_power_of_two(longest), _FEWEST_POSITIONS), this.cache.capacity)
         graph = self._graphs.get((this.cache, rows, length))
         if graph is None:
             graph = self._record(
@@ -88,7 +88,9 @@ class GraphedLayers:
         caches = cache.by_attention[: len(self._layers)]
 
         def work() -> Tensor:
-            return self._compiler.run(self._layers, caches, hidden, slots, positions, length)
+            return self._compiler.run(
+                self._layers, caches, hidden, slots, positions, length, is_captured=True
+            )
 
         replay, result = self._capture(work)
         return _Graph(hidden, places, replay, result)

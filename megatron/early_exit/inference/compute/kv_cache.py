@@ -35,9 +35,10 @@ class KVCache:
         head_size: entries of a key or value.
 
     Attributes:
+        capacity: positions of each slot that are for use.
         first: number of the first attention.
-        data: [attentions, slots, positions, 2 ng, hn], keys before values.
-        by_slot: for each slot, and in it for each attention, [1, positions, 2 ng, hn].
+        data: [attentions, slots, capacity + 1, 2 ng, hn], keys before values.
+        by_slot: for each slot, and in it for each attention, [1, capacity + 1, 2 ng, hn].
     """
 
     def __init__(
@@ -50,10 +51,11 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_attentions, num_slots, capacity, 2 * num_groups, head_size)
+        # A place that is never used: a compiler would take all that there are for a constant.
+        shape = (num_attentions, num_slots, capacity + 1, 2 * num_groups, head_size)
         # What is masked must be finite.
         self._hold(untouched_zeros(shape, dtype, device))
-        self.num_groups, self.first = num_groups, 0
+        self.num_groups, self.capacity, self.first = num_groups, capacity, 0
 
     def _hold(self, data: Tensor) -> None:
         self.data = data

@@ -64,6 +64,7 @@ class Pass:
     Attributes:
         cache: where it is now, see `move_to`.
         spans: what is computed.
+        count: number of rows, r.
         index: slot and position of each row; None where the rows are a single span.
         results: the rows that need a result; None is all of them.
     """
@@ -82,14 +83,12 @@ class Pass:
         self.spans = spans
         device = cache.data.device
         self.index = index_of(spans, device)
-        count = sum([end - start for _, start, end in spans])
+        self.count = count = sum([end - start for _, start, end in spans])
         if workspace is None or workspace.count != count:
             workspace = Workspace(count, num_heads, cache, rotary is not None)
         self.workspace = workspace
+        self._rotary = rotary
         self._turns: Tensor | None = None
-        if rotary is not None:
-            positions = slice(*spans[0][1:]) if self.index is None else self.index[1]
-            self._turns = rotary.turns[positions]
         self.results: Tensor | None = None
         if last_only and count > len(spans):
             self.results = torch.tensor(row_ends(spans), device=device) - 1
@@ -107,6 +106,9 @@ class Pass:
         """See what the attentions need: not all passes have any that ask."""
         cache = self.cache
         self._targets = cache.rows(*self.spans[0]) if self.index is None else cache.by_attention
+        if self._rotary is not None and self._turns is None:
+            positions = slice(*self.spans[0][1:]) if self.index is None else self.index[1]
+            self._turns = self._rotary.turns[positions]
         self._calls = self._calls or self._plan(self._asking)
         for call in self._calls:
             last = call.first + call.num_slots
@@ -224,9 +226,10 @@ def index_of(spans: Sequence[Span], device: torch.device) -> tuple[Tensor, Tenso
     """Slot and position of each row of a pass; None where it is a single span."""
     if len(spans) == 1:
         return None
-    rows = [(slot, position) for slot, start, end in spans for position in range(start, end)]
-    slots, positions = torch.tensor(rows, device=device).unbind(1)
-    return slots, positions
+    slots = [slot for slot, start, end in spans for _ in range(start, end)]
+    positions = [position for _, start, end in spans for position in range(start, end)]
+    both = torch.tensor((slots, positions), device=device)
+    return both[0], both[1]
 
 
 def _best_together(spans: Sequence[Span]) -> int:

@@ -4,7 +4,7 @@ Each sequence has a slot. The residual stream is kept at every cut, so a segment
 its result is needed, over all positions that wait in front of it, as one batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
@@ -17,6 +17,9 @@ from megatron.early_exit.inference.compute.passes import Pass, index_of
 from megatron.early_exit.inference.compute.segments import SegmentedModel
 from megatron.early_exit.inference.compute.spans import Span, in_pass_order, row_ends
 from megatron.early_exit.inference.compute.workspace import Workspace
+
+_TYPICAL_ROWS, _TYPICAL_POSITIONS = 8, 128
+"""Of steps that are compiled: the compiler decides by them which loops the threads divide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +75,9 @@ class SegmentRunner:
         Raises:
             ValueError: the compiler does not work here.
         """
-        if self.capacity < SHORTEST:
-            return
-        for count in (1, 2)[: self.num_slots]:
-            spans = [Span(slot, 1, 2) for slot in range(count)]
-            hidden = self._kept.new_zeros(count, self.model.architecture.hidden_size)
+        for spans in self._typical_spans():
+            rows = sum(span.length for span in spans)
+            hidden = self._kept.new_zeros(rows, self.model.architecture.hidden_size)
             for first, last in combinations_with_replacement(range(len(self.model.segments)), 2):
                 segment = self.model.stretch(first, last)
                 this = self._pass(self._part(first, last), spans)
@@ -88,6 +89,16 @@ class SegmentRunner:
                     # Whatever goes wrong in there is of the machine, and many things can.
                     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                     raise ValueError(f"compile is not possible here: {reason}") from error
+
+    def _typical_spans(self) -> Iterator[list[Span]]:
+        """A single row, several of a sequence, and those of several sequences."""
+        end = min(self.capacity, _TYPICAL_POSITIONS)
+        if end < SHORTEST:
+            return
+        yield [Span(0, end - 1, end)]
+        yield [Span(0, max(end - _TYPICAL_ROWS, 0), end)]
+        if self.num_slots > 1:
+            yield [Span(slot, end - 1, end) for slot in range(2)]
 
     def run(
         self,

@@ -21,6 +21,7 @@ from megatron.early_exit.inference.compute.graphs import GraphedLayers
 from megatron.early_exit.inference.compute.layers import Attention, Mlp, Step, arrange
 from megatron.early_exit.inference.compute.linear import Function, make_linear
 from megatron.early_exit.inference.compute.norms import make_norm
+from megatron.early_exit.inference.compute.packed import pack
 from megatron.early_exit.inference.compute.passes import Pass
 from megatron.early_exit.inference.compute.rotary import RotaryTable
 from megatron.early_exit.inference.compute.tensor_parallel import TensorParallel
@@ -112,8 +113,8 @@ class SegmentedModel:
         early_exit: its exits.
         weights: tensors by name, see `megatron.early_exit.checkpoint.weights`.
         tensor_parallel: the ranks that share the model; None where it is whole.
-        compile_rows: compile the layers for steps of decoding, on a CPU for those of one sequence,
-            which takes the memory of the weights again.
+        compile_rows: compile the layers for steps of decoding; on a CPU that takes the memory of
+            the weights again.
 
     Attributes:
         segments: n + 1 segments of a model with n exits; the last ends at the final head.
@@ -140,7 +141,11 @@ class SegmentedModel:
         self._compiler = (
             LayerCompiler(architecture, self.rotary, self.device) if compile_rows else None
         )
-        self._halves, self._layers = self._all_layers(weights)
+        self._halves: list[Step] = []
+        self._layers: list[Mapping[str, Tensor]] = []
+        self._packed_layers: list[Mapping[str, Tensor]] = []
+        for layer in range(architecture.num_layers):
+            self._add_layer(layer, weights)
         behind = -1 if early_exit.use_exit_mlp else 0
         exits = (2 * position + behind for position in early_exit.positions)
         self._cuts = (0, *exits, len(self._halves))
@@ -177,31 +182,31 @@ class SegmentedModel:
             self._stretches[first, last] = found
         return found
 
-    def _all_layers(
-        self, weights: Mapping[str, Tensor]
-    ) -> tuple[tuple[Step, ...], tuple[Mapping[str, Tensor], ...]]:
-        """All half layers, and the tensors of each layer."""
-        halves: list[Step] = []
-        layers = []
-        for layer in range(self.architecture.num_layers):
-            prefix = f"decoder.layers.{layer}."
-            own = {n: t for n, t in weights.items() if n.startswith(prefix)}
-            own |= self._arrange(own, f"{prefix}self_attention.")
-            halves.append(self._attention(own, f"{prefix}self_attention.", layer))
-            halves.append(self._mlp(own, f"{prefix}mlp."))
-            layers.append({name.removeprefix(prefix): own[name] for name in own})
-        # Those that are not compiled have their own copies, on a CPU.
-        return tuple(halves), () if self._compiler is None else tuple(layers)
+    def _add_layer(self, layer: int, weights: Mapping[str, Tensor]) -> None:
+        prefix = f"decoder.layers.{layer}."
+        own = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        own |= self._arrange(own, f"{prefix}self_attention.")
+        packed = {n: pack(t) if t.dim() == 2 else t for n, t in own.items()}
+        self._halves.append(self._attention(packed, f"{prefix}self_attention.", layer))
+        self._halves.append(self._mlp(packed, f"{prefix}mlp."))
+        if self._compiler is not None:
+            # Weights that are plain, too, for a single row.
+            self._layers.append({n.removeprefix(prefix): t for n, t in own.items()})
+            self._packed_layers.append({n.removeprefix(prefix): t for n, t in packed.items()})
 
     def _segment(self, start: int, end: int) -> Segment:
         """The half layers from `start` to `end`."""
-        steps = self._halves[start:end]
+        steps = tuple(self._halves[start:end])
         attentions = range(-(-start // 2), -(-end // 2))
-        layers = self._layers[attentions.start : end // 2]
+        whole = slice(attentions.start, end // 2)
+        layers, packed = self._layers[whole], self._packed_layers[whole]
         if self._compiler is None or not layers:
             return Segment(steps, attentions)
-        kind = GraphedLayers if self.device.type == "cuda" else CompiledLayers
-        compiled = kind(self._compiler, layers)
+        compiled: CompiledLayers | GraphedLayers
+        if self.device.type == "cuda":
+            compiled = GraphedLayers(self._compiler, layers)
+        else:
+            compiled = CompiledLayers(self._compiler, layers, packed)
         around = (*steps[: start % 2], compiled, *steps[len(steps) - end % 2 :])
         return Segment(steps, attentions, compiled, around)
 
