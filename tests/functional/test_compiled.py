@@ -191,6 +191,14 @@ except ValueError as error:
     assert "no-such-compiler" in run.stdout
 
 
+def test_refused_where_the_compiler_is_off():
+    """Preparing a CPU for training turns it off for the process."""
+    model = compiled(make_model(LLAMA, exits=(2,)))
+    off = torch.compiler.set_stance("force_eager")
+    with off, pytest.raises(ValueError, match=r"the compiler .* is turned off"):
+        EarlyExitEngine(model)
+
+
 def test_refused_where_ranks_share_a_layer(tmp_path):
     with pytest.raises(ValueError, match="compile is not possible with tensor_parallel 2"):
         EarlyExitEngine.from_checkpoint(tmp_path, tensor_parallel=2, compile=True)

@@ -21,7 +21,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--compile",
         action="store_true",
-        help="compile the layers: some seconds at the start, then faster for one text at a time",
+        help="compile the layers: some seconds at the start, then faster decoding",
     )
     for name in ("tensor", "pipeline"):
         flag = f"--{name}-model-parallel-size"

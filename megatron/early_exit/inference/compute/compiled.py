@@ -76,6 +76,8 @@ class LayerCompiler:
             hidden: Tensor,
             rows: Rows,
         ) -> Tensor:
+            if not torch.compiler.is_compiling():
+                raise RuntimeError("the compiler of PyTorch is turned off in this process")
             for weights, cache in zip(layers, caches, strict=True):
                 this = RowsPass(cache, architecture, *rows)
                 attention = Attention(architecture, weights, "self_attention.", 0)
