@@ -4,7 +4,7 @@ SHELL := bash
 BIN := .venv/bin
 # Processes that run tests side by side.
 WORKERS ?= 2
-# Tests that start processes of their own stay in one group per folder (see tests/conftest.py).
+# Tests of a file that start processes stay together (see tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup
 
 .DEFAULT_GOAL := help

@@ -34,15 +34,23 @@ def ranks() -> Iterator[WarmRanks]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps tests that start processes in one worker per folder, and skips what needs a GPU."""
+    """Keeps tests of a file together, which share what takes long to prepare, and skips what needs
+    a GPU."""
     for item in items:
-        folder = item.path.relative_to(HERE).parts[0]
-        if folder != "unit":
-            item.add_marker(pytest.mark.xdist_group(folder))
+        file = item.path.relative_to(HERE)
+        if file.parts[0] != "unit":
+            item.add_marker(pytest.mark.xdist_group(file.stem))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items and not _has_gpu():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Says so where pytest-xdist does not keep together what it should."""
+    grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+    if session.config.getoption("loadgroup", False) and grouped and "@" not in grouped[0].nodeid:
+        raise pytest.UsageError("this pytest-xdist keeps no tests together with this pytest")
 
 
 def _has_gpu() -> bool:
