@@ -70,10 +70,11 @@ def measure_batch(
     tokens = args.tokens
     positions, depth = weights.early_exit.positions, weights.architecture.num_layers
     single, decoder = Decoder(model, 1, tokens), Decoder(model, batch, tokens)
+    plain = Decoder(SegmentedModel(*weights), batch, tokens)
     # Long enough for what waits to reach the engine's bound.
     longer = Decoder(model, batch, LONG, DEFAULT_MAX_PENDING)
     matrices = weights.layers(0, depth)
-    settings: dict[str, Turn] = {"full 1": single.full, "full": decoder.full}
+    settings: dict[str, Turn] = {"full 1": single.full, "full": decoder.full, "plain": plain.full}
     for p in PROBABILITIES:
         settings[f"mixed {p}"] = partial(decoder.leaving, partial(Coin, p))
     settings |= {"long full": longer.full, "depths": lambda: longer.depths(positions)}
@@ -90,6 +91,12 @@ def measure_batch(
         ratio(times, "full 1", "full"),
         4.0 if batch == 8 else None,
         batch * median(times["bare 1"]) / full,
+    )
+    report.add(
+        "  over that without compiled layers",
+        ratio(times, "plain", "full"),
+        None,
+        batch * median(times["plain"]) / full,
     )
     shares = [(end - start) / depth for start, end in pairwise([0, *positions, depth])]
     report.add(
