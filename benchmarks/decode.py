@@ -18,7 +18,7 @@ from decode_models import random_weights, saved_weights
 from decode_single import measure_single
 from decode_turns import Report
 
-from megatron.early_exit.inference.compute.segments import SegmentedModel
+from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
 
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "run" / "checkpoint"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -11,7 +11,7 @@ from best_schedule import Seconds, tokens_per_second
 from decode_models import Weights, products
 from decode_turns import Decoder, Report, Turn, ratio, take_turns, timed
 
-from megatron.early_exit.inference.compute.segments import SegmentedModel
+from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
 from megatron.early_exit.inference.engine import DEFAULT_MAX_PENDING
 
 PROBABILITIES = (0.5, 0.8)

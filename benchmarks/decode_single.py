@@ -9,7 +9,7 @@ from decode_models import HuggingFace, Weights, products
 from decode_turns import PROMPT_LENGTH, Decoder, Report, Turn, ratio, take_turns, timed
 
 from megatron.early_exit.inference.compute.runner import SegmentRunner
-from megatron.early_exit.inference.compute.segments import SegmentedModel
+from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
 from megatron.early_exit.inference.compute.spans import Span
 from megatron.early_exit.inference.decoding.confidence import assess
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
-from megatron.early_exit.inference.compute.segments import SegmentedModel
+from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
 
 PROMPT_LENGTH = 8
 Turn = Callable[[], float]

@@ -11,7 +11,7 @@ import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.compute.graphs import GraphedLayers
-from megatron.early_exit.inference.compute.segments import SegmentedModel
+from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
 from tests.helpers.compiler import needs_compiler
 from tests.helpers.reference_decoder import generate
 from tests.helpers.tiny_models import ARCHITECTURES, HEADS, LLAMA, make_model
@@ -105,7 +105,7 @@ def replayed(model):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "megatron.early_exit.inference.compute.segments.CompiledLayers",
+            "megatron.early_exit.inference.compute.segmented_model.CompiledLayers",
             lambda compiler, layers, _: GraphedLayers(compiler, layers, capture),
         )
         return compiled(model)
@@ -168,7 +168,7 @@ def test_no_request_waits_for_the_compiler():
 def test_a_machine_without_a_compiler_is_told_so():
     code = """
 from megatron.early_exit.inference import EarlyExitEngine
-from megatron.early_exit.inference.compute.segments import SegmentedModel
+from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
 from tests.helpers.tiny_models import make_model
 model = make_model()
 model = SegmentedModel(model.architecture, model.early_exit, model.weights, compile_rows=True)

@@ -17,7 +17,7 @@ from megatron.early_exit.checkpoint.weights import load_weights, stored_weights 
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
 from megatron.early_exit.inference.compute.passes import Span  # noqa: E402
 from megatron.early_exit.inference.compute.runner import SegmentRunner  # noqa: E402
-from megatron.early_exit.inference.compute.segments import SegmentedModel  # noqa: E402
+from megatron.early_exit.inference.compute.segmented_model import SegmentedModel  # noqa: E402
 from tests.helpers.exit_models import HEADS, HIDDEN, LAYERS, SEQUENCE, VOCAB, build_model  # noqa: E402
 from tests.helpers.single_process import model_parallel  # noqa: E402
 

@@ -8,7 +8,7 @@ import torch
 
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
 from megatron.early_exit.inference.compute.runner import SegmentRunner
-from megatron.early_exit.inference.compute.segments import SegmentedModel
+from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
 from megatron.early_exit.inference.decoding.params import SamplingParams
 from megatron.early_exit.inference.decoding.request import Request
 from megatron.early_exit.inference.decoding.request_factory import RequestFactory

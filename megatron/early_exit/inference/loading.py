@@ -11,7 +11,7 @@ from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.model import model_weights
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from megatron.early_exit.checkpoint.weights import load_weights
-from megatron.early_exit.inference.compute.segments import SegmentedModel
+from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
 from megatron.early_exit.inference.parallel.division import Division, divided_model
 from megatron.early_exit.inference.parallel.process_groups import join, own_part
 

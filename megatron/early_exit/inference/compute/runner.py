@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron.early_exit.inference.compute.compiled import SHORTEST
 from megatron.early_exit.inference.compute.kv_cache import KVCache, untouched_zeros
 from megatron.early_exit.inference.compute.passes import Pass, index_of
-from megatron.early_exit.inference.compute.segments import SegmentedModel
+from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
 from megatron.early_exit.inference.compute.spans import Span, in_pass_order, row_ends
 from megatron.early_exit.inference.compute.workspace import Workspace
 
@@ -75,12 +75,16 @@ class SegmentRunner:
         Raises:
             ValueError: the compiler does not work here.
         """
+        stretches = combinations_with_replacement(range(len(self.model.segments)), 2)
+        runs = [(self.model.stretch(*ends), self._part(*ends)) for ends in stretches]
+        for exit_, cache in zip(self.model.exits, self._block_caches, strict=True):
+            if exit_.head.block is not None and cache is not None:
+                runs.append((exit_.head.block, cache))
         for spans in self._typical_spans():
             rows = sum(span.length for span in spans)
             hidden = self._kept.new_zeros(rows, self.model.architecture.hidden_size)
-            for first, last in combinations_with_replacement(range(len(self.model.segments)), 2):
-                segment = self.model.stretch(first, last)
-                this = self._pass(self._part(first, last), spans)
+            for segment, cache in runs:
+                this = self._pass(cache, spans)
                 if segment.compiled is None or not segment.compiled.serves(this):
                     continue
                 try:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron.early_exit.inference.compute.heads import Head
 from megatron.early_exit.inference.compute.runner import SegmentRunner
-from megatron.early_exit.inference.compute.segments import Head
 from megatron.early_exit.inference.compute.spans import Span, row_ends
 from megatron.early_exit.inference.decoding.confidence import Assessment, assess
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.inference.compute.runner import SegmentRunner
-from megatron.early_exit.inference.compute.segments import SegmentedModel
+from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
 from megatron.early_exit.inference.compute.spans import Span
 from megatron.early_exit.inference.decoding.confidence import assess
 from megatron.early_exit.inference.decoding.results import PromptToken

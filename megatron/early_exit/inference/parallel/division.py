@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference.compute.runner import SegmentRunner
-from megatron.early_exit.inference.compute.segments import SegmentedModel
+from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
 from megatron.early_exit.inference.decoding.loop import DecodingLoop
 from megatron.early_exit.inference.parallel.control import ControlPlane
 from megatron.early_exit.inference.parallel.heartbeat import Heartbeat

@@ -6,103 +6,33 @@ and the MLP of that layer. What lies between two cuts is a segment. Every positi
 segments in order, but not in one go: the deeper ones may lag behind.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import Tensor, device, dtype
-from torch.nn import functional
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference.compute.compiled import CompiledLayers, LayerCompiler
 from megatron.early_exit.inference.compute.graphs import GraphedLayers
-from megatron.early_exit.inference.compute.layers import Attention, Mlp, Step, arrange
+from megatron.early_exit.inference.compute.heads import Head, ModelExit
+from megatron.early_exit.inference.compute.layers import Attention, Mlp, arrange
 from megatron.early_exit.inference.compute.linear import Function, make_linear
 from megatron.early_exit.inference.compute.norms import make_norm
 from megatron.early_exit.inference.compute.packed import pack
-from megatron.early_exit.inference.compute.passes import Pass
 from megatron.early_exit.inference.compute.rotary import RotaryTable
+from megatron.early_exit.inference.compute.segment import Segment
 from megatron.early_exit.inference.compute.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """The transformer layer that an exit may have; it attends over a cache of its own."""
+class _Layer:
+    """A layer, and its tensors where it is to be compiled, see `CompiledLayers`."""
 
-    attention: Attention
-    mlp: Mlp
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What turns the residual stream at one place into logits: [mlp] [block] [norm] projection."""
-
-    mlp: Mlp | None
-    block: Block | None
-    norm: Function | None
-    projection: Function
-    """[n, h] -> [n, v], without padding of the vocabulary; or this rank's part of it."""
-    gather: Function | None = None
-    """Brings together the logits of ranks that divide the projection."""
-    num_others: int = 0
-    """Tokens at the end of the vocabulary that it never answers with."""
-
-    def logits(self, hidden: Tensor, block_pass: Pass | None = None) -> Tensor:
-        """Logits [n, v] from the residual stream [r, h], see `features`."""
-        return self.project(self.features(hidden, block_pass))
-
-    def features(self, hidden: Tensor, block_pass: Pass | None = None) -> Tensor:
-        """What is projected, [n, h], from the residual stream [r, h].
-
-        With a block `hidden` holds every position that the block has not seen yet, `block_pass`
-        describes them, and n is the number of results that it asks for; else n is r.
-        """
-        if self.mlp is not None:
-            hidden = self.mlp(hidden)
-        if self.block is not None:
-            assert block_pass is not None
-            hidden = self.block.mlp(self.block.attention(hidden, block_pass))
-        return hidden if self.norm is None else self.norm(hidden)
-
-    def project(self, features: Tensor) -> Tensor:
-        """Logits [n, v]."""
-        logits = self.projection(features)
-        if self.gather is not None:
-            logits = self.gather(logits)
-        if self.num_others:
-            logits = functional.pad(logits, (0, self.num_others), value=-torch.inf)
-        return logits
-
-
-@dataclass(frozen=True, slots=True)
-class ModelExit:
-    """The exit behind one segment."""
-
-    position: int
-    """Number of backbone layers run before it."""
-    head: Head
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """The half layers between two cuts."""
-
-    steps: tuple[Step, ...]
-    attentions: range
-    """Their numbers, which are those of the layers."""
-    compiled: CompiledLayers | GraphedLayers | None = None
-    """Its whole layers, for the passes that they serve."""
-    compiled_steps: tuple[Step | CompiledLayers | GraphedLayers, ...] = ()
-    """The same with those, and the half layers that there may be at the ends."""
-
-    def __call__(self, hidden: Tensor, this: Pass) -> Tensor:
-        """Residual stream [r, h] at the start of the segment -> at its end."""
-        is_compiled = self.compiled is not None and self.compiled.serves(this)
-        for step in self.compiled_steps if is_compiled else self.steps:
-            hidden = step(hidden, this)
-        return hidden
+    halves: tuple[Attention, Mlp]
+    plain: Mapping[str, Tensor] = field(default_factory=dict)
+    packed: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class SegmentedModel:
@@ -141,14 +71,13 @@ class SegmentedModel:
         self._compiler = (
             LayerCompiler(architecture, self.rotary, self.device) if compile_rows else None
         )
-        self._halves: list[Step] = []
-        self._layers: list[Mapping[str, Tensor]] = []
-        self._packed_layers: list[Mapping[str, Tensor]] = []
-        for layer in range(architecture.num_layers):
-            self._add_layer(layer, weights)
+        self._layers = [
+            self._layer(weights, f"decoder.layers.{number}.", number)
+            for number in range(architecture.num_layers)
+        ]
         behind = -1 if early_exit.use_exit_mlp else 0
         exits = (2 * position + behind for position in early_exit.positions)
-        self._cuts = (0, *exits, len(self._halves))
+        self._cuts = (0, *exits, 2 * architecture.num_layers)
         self._stretches: dict[tuple[int, int], Segment] = {}
         self.segments = tuple(self.stretch(i, i) for i in range(len(self._cuts) - 1))
         self.exit_vocab_size = early_exit.exit_vocab_size or architecture.vocab_size
@@ -182,33 +111,42 @@ class SegmentedModel:
             self._stretches[first, last] = found
         return found
 
-    def _add_layer(self, layer: int, weights: Mapping[str, Tensor]) -> None:
-        prefix = f"decoder.layers.{layer}."
+    def _layer(self, weights: Mapping[str, Tensor], prefix: str, number: int) -> _Layer:
+        """The layer with some prefix, and its number among those that share a cache."""
         own = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
         own |= self._arrange(own, f"{prefix}self_attention.")
         packed = {n: pack(t) if t.dim() == 2 else t for n, t in own.items()}
-        self._halves.append(self._attention(packed, f"{prefix}self_attention.", layer))
-        self._halves.append(self._mlp(packed, f"{prefix}mlp."))
-        if self._compiler is not None:
-            # Weights that are plain, too, for a single row.
-            self._layers.append({n.removeprefix(prefix): t for n, t in own.items()})
-            self._packed_layers.append({n.removeprefix(prefix): t for n, t in packed.items()})
+        halves = (
+            self._attention(packed, f"{prefix}self_attention.", number),
+            self._mlp(packed, f"{prefix}mlp."),
+        )
+        if self._compiler is None:
+            return _Layer(halves)
+        # Weights that are plain, too, for a single row.
+        plain, packed = (
+            {n.removeprefix(prefix): t for n, t in tensors.items()} for tensors in (own, packed)
+        )
+        return _Layer(halves, plain, packed)
 
     def _segment(self, start: int, end: int) -> Segment:
         """The half layers from `start` to `end`."""
-        steps = tuple(self._halves[start:end])
+        halves = [half for layer in self._layers for half in layer.halves]
+        steps = tuple(halves[start:end])
         attentions = range(-(-start // 2), -(-end // 2))
-        whole = slice(attentions.start, end // 2)
-        layers, packed = self._layers[whole], self._packed_layers[whole]
-        if self._compiler is None or not layers:
+        compiled = self._compiled(self._layers[attentions.start : end // 2])
+        if compiled is None:
             return Segment(steps, attentions)
-        compiled: CompiledLayers | GraphedLayers
-        if self.device.type == "cuda":
-            compiled = GraphedLayers(self._compiler, layers)
-        else:
-            compiled = CompiledLayers(self._compiler, layers, packed)
         around = (*steps[: start % 2], compiled, *steps[len(steps) - end % 2 :])
         return Segment(steps, attentions, compiled, around)
+
+    def _compiled(self, layers: Sequence[_Layer]) -> CompiledLayers | GraphedLayers | None:
+        """Whole layers compiled, where there are any and they are to be."""
+        if self._compiler is None or not layers:
+            return None
+        plain = [layer.plain for layer in layers]
+        if self.device.type == "cuda":
+            return GraphedLayers(self._compiler, plain)
+        return CompiledLayers(self._compiler, plain, [layer.packed for layer in layers])
 
     def _arrange(self, weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
         order = None if self.rotary is None else self.rotary.order
@@ -221,7 +159,7 @@ class SegmentedModel:
         return Mlp(self.architecture, weights, prefix, self._reduce)
 
     def _head(
-        self, mlp: Mlp | None, block: Block | None, norm: Function | None, projection: Tensor
+        self, mlp: Mlp | None, block: Segment | None, norm: Function | None, projection: Tensor
     ) -> Head:
         shared = self._tensor_parallel
         gather = None
@@ -242,9 +180,10 @@ class SegmentedModel:
         if early_exit.use_exit_mlp:
             mlp = self._mlp(weights, f"{prefix}mlp.")
         if early_exit.use_exit_block:
-            name = f"{prefix}block.self_attention."
-            attention = self._attention(self._arrange(weights, name), name, 0)
-            block = Block(attention, self._mlp(weights, f"{prefix}block.mlp."))
+            layer = self._layer(weights, f"{prefix}block.", 0)
+            compiled = self._compiled([layer])
+            steps = layer.halves if compiled is None else (compiled,)
+            block = Segment(layer.halves, range(1), compiled, steps)
         if early_exit.use_exit_norm:
             norm = make_norm(self.architecture, weights, f"{prefix}norm.")
         projection = weights.get(f"{prefix}projection.weight")
