@@ -137,18 +137,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(trainer, tmp_path):
     assert consumed(rest) == [16 * step for step in range(4, STEPS + 1)]
 
 
-def test_the_ratio_can_be_measured(trainer):
-    run = trainer.train(4, f"{PP} 4 {FILL} --backward-forward-ratio auto")
-    (found,) = re.findall(
-        r"(\d) microbatches in the warm-up and (\d) in the cool-down of (\d), "
-        r"a backward takes ([\d.]+) forwards",
-        run.output,
-    )
+FILLED = re.compile(
+    r"(\d) microbatches in the warm-up and (\d) in the cool-down of (\d), "
+    r"a backward takes ([\d.]+) forwards"
+)
+
+
+def test_the_ratio_can_be_measured(trainer, tmp_path):
+    flags = f"{PP} 4 {FILL} --backward-forward-ratio auto --save {tmp_path} --save-interval {STEPS}"
+    run = trainer.train(4, f"{flags} --exit-interval {STEPS}", steps=STEPS + 1)
+    (found,) = FILLED.findall(run.output)
     warmup, cooldown, microbatches = map(int, found[:3])
     ratio = float(found[3])
     assert warmup == cooldown == int(3 * ratio / (1 + ratio))
     assert microbatches == 8
     assert consumed(run) == [16 * step for step in range(1, STEPS + 1)]
+    # A run that goes on does not measure anew, which might give another ratio.
+    rest = trainer.train(4, f"{flags} --load {tmp_path}", steps=STEPS + 1)
+    assert FILLED.findall(rest.output) == [found]
+    before, _ = rest.output.split("a backward takes", 1)
+    assert "iteration        7/" not in before
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,7 +71,8 @@ class FilledStage:
             num_fill_warmup_microbatches=fills[0],
             num_fill_cooldown_microbatches=fills[1],
         )
-        self._steps = ScheduledSteps(objective, FilledBubbles(options, stages, exit_stages))
+        bubbles = FilledBubbles(options, stages, exit_stages, Namespace())
+        self._steps = ScheduledSteps(objective, bubbles)
         self._data = (
             {
                 "tokens": batch.tokens,

@@ -1,5 +1,7 @@
 """Which list of passes a step runs where bubbles are filled, and the measured ratio behind it."""
 
+from argparse import Namespace
+
 import torch
 from megatron.training.utils import print_rank_last
 
@@ -7,7 +9,7 @@ from megatron.early_exit.pipeline.communication import with_communication
 from megatron.early_exit.pipeline.execution.pass_clock import PassClock
 from megatron.early_exit.pipeline.generators import OneFOneB
 from megatron.early_exit.pipeline.schedule import Schedule
-from megatron.early_exit.training.filling_options import FillingOptions
+from megatron.early_exit.training.filling_options import MEASURED_RATIO, FillingOptions
 
 _SKIPPED_STEPS = 1
 """The first step pays for allocations and compilation."""
@@ -22,12 +24,17 @@ class FilledBubbles:
         options: how they are filled.
         stages: of the pipeline.
         exit_stages: the stages that have exits.
+        args: Megatron's arguments. A ratio that has been measured is kept there: a run that goes on
+            from a checkpoint fills as the one that saved it.
     """
 
-    def __init__(self, options: FillingOptions, stages: int, exit_stages: frozenset[int]) -> None:
+    def __init__(
+        self, options: FillingOptions, stages: int, exit_stages: frozenset[int], args: Namespace
+    ) -> None:
         self._options = options
         self._stages = stages
         self._exit_stages = exit_stages
+        self._args = args
         self._steps = 0
         self._ratio = None if options.is_measured else options.assumed_ratio
         self._schedules: dict[tuple[int, float | None], Schedule] = {}
@@ -35,6 +42,8 @@ class FilledBubbles:
 
     def __call__(self, num_microbatches: int) -> Schedule:
         """The schedule of the next step; a collective call where the ratio is measured."""
+        if self._ratio is None:
+            self._ratio = getattr(self._args, MEASURED_RATIO, None)
         if self._ratio is None:
             self._measure()
         key = num_microbatches, self._ratio
@@ -65,4 +74,5 @@ class FilledBubbles:
             torch.distributed.all_reduce(seconds)
             forward_s, backward_s = seconds.tolist()
             self._ratio = min(max(round(backward_s / forward_s, 2), 0.01), 100.0)
+            setattr(self._args, MEASURED_RATIO, self._ratio)
         self._steps += 1

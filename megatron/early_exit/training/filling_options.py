@@ -11,6 +11,9 @@ from megatron.early_exit.training.exit_stages import exit_stages
 MEASURED = "auto"
 """The ratio that is measured while training begins."""
 
+MEASURED_RATIO = "measured_backward_forward_ratio"
+"""What has been measured: an attribute of Megatron's arguments, which are saved with the model."""
+
 _ASSUMED_RATIO = 2.0
 _ONE_LIST = "a step is one list of passes"
 

@@ -17,6 +17,7 @@ from megatron.early_exit.checkpoint.description import ModelDescription
 from megatron.early_exit.checkpoint.location import DESCRIPTION_NAME, TRACKER_NAME
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.training.checkpoint_directory import Checkpoint, CheckpointDirectory
+from megatron.early_exit.training.filling_options import MEASURED_RATIO
 from megatron.early_exit.training.stored_model import (
     StoredModel,
     check_same_architecture,
@@ -46,6 +47,8 @@ class Start:
     """The model whose exits are tuned, which is not what Megatron loads."""
     notes: tuple[str, ...] = ()
     """Lines for the user."""
+    measured_ratio: float | None = None
+    """What the run that saved it has measured for `--backward-forward-ratio auto`."""
 
     def apply_to(self, args: Any) -> None:
         """Tell Megatron, through its own options."""
@@ -56,6 +59,8 @@ class Start:
             args.ckpt_step = self.ckpt_step
         if self.weights_only:
             args.finetune = True
+        if self.measured_ratio is not None:
+            setattr(args, MEASURED_RATIO, self.measured_ratio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +209,7 @@ def start_from(source: Source, args: Any, exits: EarlyExitConfig, vocab_size: in
         fresh_exits=match.fresh,
         ckpt_step=source.ckpt_step,
         notes=tuple(notes),
+        measured_ratio=None if weights_only else getattr(stored.args, MEASURED_RATIO, None),
     )
 
 

@@ -178,7 +178,8 @@ class Session:
         stages = self.args.pipeline_model_parallel_size
         if self.filling.fill_explicit_bubbles:
             own = exit_stages(self.args, self.exits)
-            train_by(ScheduledSteps(self.objective, FilledBubbles(self.filling, stages, own)))
+            bubbles = FilledBubbles(self.filling, stages, own, self.args)
+            train_by(ScheduledSteps(self.objective, bubbles))
         if self.tuning.tune_exit:
             own = exit_stages(self.args, self.exits)
             train_by(ScheduledSteps(self.objective, TuningPlan(stages, own)))
