@@ -8,6 +8,7 @@ import struct
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from multiprocessing import current_process
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,6 +155,18 @@ def test_what_is_read_from_megatrons_skipped_batches_has_no_mask(parse):
     args = parse("--mock-data")
     dataset_provider(args, TOKENIZER)
     assert not args.create_attention_mask_in_dataloader
+
+
+def test_a_temporary_folder_in_which_no_checkpoint_can_be_written(parse, monkeypatch, tmp_path):
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    # Python remembers where it has made sockets before.
+    monkeypatch.delitem(current_process()._config, "tempdir", raising=False)
+    args = parse("--save", tmp_path)
+    with pytest.raises(ValueError, match=r"^TMPDIR .*long: .*allowed: .* at most 75 bytes"):
+        check_arguments(args, EarlyExitConfig())
+    check_arguments(parse(), EarlyExitConfig())
 
 
 @pytest.mark.parametrize(

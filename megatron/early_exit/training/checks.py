@@ -2,8 +2,10 @@
 
 import os
 import struct
+import tempfile
 from argparse import Namespace
 from importlib.util import find_spec
+from multiprocessing.connection import Listener
 
 import numpy as np
 import torch
@@ -75,6 +77,8 @@ def check_arguments(args: Namespace, exits: EarlyExitConfig) -> None:
         _check_learning_rate(args)
     if args.async_save and not torch.cuda.is_available():
         raise ValueError("--async-save needs a GPU, which this machine lacks: leave it out")
+    if args.save is not None:
+        _check_temporary_folder()
     if not exits.positions:
         return
     for flag in ("use_torch_fsdp2", "use_megatron_fsdp"):
@@ -118,6 +122,17 @@ def _check_learning_rate(args: Namespace) -> None:
             f"--lr-warmup-fraction {args.lr_warmup_fraction} is out of range, allowed: 0 to less "
             "than 1"
         )
+
+
+def _check_temporary_folder() -> None:
+    """Megatron's processes that write a checkpoint talk over a socket in there."""
+    try:
+        Listener(family="AF_UNIX").close()
+    except OSError as error:
+        raise ValueError(
+            f"TMPDIR {tempfile.gettempdir()}: checkpoints cannot be saved with it ({error}), "
+            "allowed: a folder to write to with a name of at most 75 bytes"
+        ) from None
 
 
 def _check_support(args: Namespace) -> None:
