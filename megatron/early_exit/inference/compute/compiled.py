@@ -182,11 +182,10 @@ class CompiledLayers:
 
     def serves(self, this: Pass) -> bool:
         """Whether a pass is over few positions, and not only over first ones."""
-        fits = this.results is None and this.count <= _MOST_ROWS
-        return fits and any(end >= SHORTEST for _, _, end in this.spans)
+        return this.count <= _MOST_ROWS and any(end >= SHORTEST for _, _, end in this.spans)
 
     def __call__(self, hidden: Tensor, this: Pass) -> Tensor:
-        """Residual stream [r, h] in front of the layers -> behind them."""
+        """Residual stream [r, h] in front of the layers -> behind them, the rows that ask."""
         hidden = hidden.contiguous()
         slot, start, end = this.spans[0]
         # The attention of a layer that another segment ends comes last.
@@ -201,4 +200,5 @@ class CompiledLayers:
         else:
             slots, positions = this.index
             end = max([span.end for span in this.spans])
-        return self._compiler.run(self._packed, caches, hidden, slots, positions, end)
+        hidden = self._compiler.run(self._packed, caches, hidden, slots, positions, end)
+        return hidden if this.results is None else hidden[this.results]
