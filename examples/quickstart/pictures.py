@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from examples.quickstart.tradeoff import Point
+from examples.quickstart.tradeoff import Point, by_layers
 
 
 def loss_curves(tensorboard: Path, picture: Path) -> None:
@@ -46,26 +46,37 @@ def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
 
 
 def tradeoff_curve(points: Sequence[Point], picture: Path) -> None:
-    """Draw agreement with the full model against speed-up, one mark for each threshold."""
+    """Draw agreement with the full model against speed, one mark for each threshold.
+
+    All speeds are over the first point's, the full model's with plain layers.
+    """
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    early = [point for point in points if point.threshold is not None]
-    axes.plot(
-        [point.speedup for point in early],
-        [100 * point.agreement for point in early],
-        marker="o",
-        label="early exit, by threshold",
-    )
-    for point in early:
-        axes.annotate(
-            f"{point.threshold:.2f}",
-            (point.speedup, 100 * point.agreement),
-            textcoords="offset points",
-            xytext=(6, 4),
-            fontsize=8,
+    slowest = points[0].tokens_per_second
+    for layers, own in by_layers(points).items():
+        full, *early = own
+        speeds = [point.tokens_per_second / slowest for point in early]
+        agreements = [100 * point.agreement for point in early]
+        (line,) = axes.plot(
+            speeds, agreements, marker="o", label=f"early exit by threshold, {layers} layers"
         )
-    axes.plot([1.0], [100.0], marker="s", linestyle="none", label="full model")
+        for point, speed, agreement in zip(early, speeds, agreements, strict=True):
+            axes.annotate(
+                f"{point.threshold:.2f}",
+                (speed, agreement),
+                textcoords="offset points",
+                xytext=(6, 4),
+                fontsize=8,
+            )
+        axes.plot(
+            [full.tokens_per_second / slowest],
+            [100.0],
+            marker="s",
+            linestyle="none",
+            color=line.get_color(),
+            label=f"full model, {layers} layers",
+        )
     axes.set(
-        xlabel="speed-up over the full model",
+        xlabel="speed, over the full model with plain layers",
         ylabel="tokens that the full model would choose (%)",
         title="Quality against speed",
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.quickstart.pictures import loss_curves, tradeoff_curve
-from examples.quickstart.tradeoff import best, measure, table
+from examples.quickstart.tradeoff import engines, measure, table, verdict
 from examples.quickstart.training import NUM_LAYERS, TrainingRun, train
 from examples.stages import run_command, stage
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
@@ -123,12 +123,13 @@ def main() -> None:
         stage("Training: two pipeline stages, exits after layers 2 and 4", lambda: train(run))
     else:
         print(f"Using the model in {args.work_dir} (--fresh trains a new one).")
-    engine = EarlyExitEngine.from_checkpoint(run.checkpoint)
-    stage(f"A sample, at threshold {SAMPLE_THRESHOLD}", lambda: show_sample(engine))
+    models: dict[str, EarlyExitEngine] = {}
+    stage("Loading the model, and compiling it", lambda: models.update(engines(run.checkpoint)))
+    stage(f"A sample, at threshold {SAMPLE_THRESHOLD}", lambda: show_sample(models["plain"]))
 
     def sweep() -> None:
         used = prompts(data / "validation.jsonl")
-        points = list(measure(engine, used, THRESHOLDS, MAX_TOKENS))
+        points = measure(models, used, THRESHOLDS, MAX_TOKENS)
         print(table(points))
         (args.work_dir / "tradeoff.json").write_text(
             json.dumps([asdict(point) for point in points], indent=1) + "\n"
@@ -138,12 +139,7 @@ def main() -> None:
         )
         loss_curves(run.tensorboard, args.work_dir / "losses.png")
         tradeoff_curve(points, args.work_dir / "tradeoff.png")
-        winner = best(points, LEAST_AGREEMENT)
-        where = "the full model" if winner.threshold is None else f"threshold {winner.threshold}"
-        print(
-            f"\nFastest with {LEAST_AGREEMENT:.0%} of the full model's choices or more: {where}, "
-            f"{winner.speedup:.2f} times the full model's speed, {winner.agreement:.1%} equal"
-        )
+        print(f"\n{verdict(points, LEAST_AGREEMENT)}")
 
     stage("Speed and quality by threshold", sweep)
     print(f"\nPictures: {args.work_dir}/losses.png and {args.work_dir}/tradeoff.png")

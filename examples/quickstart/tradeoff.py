@@ -1,9 +1,13 @@
 """The speed and quality of a model at different confidence thresholds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 from statistics import mean
 from typing import Any
+
+import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 
@@ -13,14 +17,16 @@ class Point:
     """What one threshold gives, against the full model measured beside it.
 
     Attributes:
+        layers: "plain" or "compiled".
         threshold: least confidence to leave at an exit; None is the full model.
         tokens_per_second: speed of decoding.
-        speedup: against the full model.
+        speedup: against the full model with the same layers.
         mean_exit_layer: number of layers run for a token, on average.
         agreement: share of tokens that the full model would choose after the same text.
         identical: share of tokens at the place where the full model's own answer has the same one.
     """
 
+    layers: str
     threshold: float | None
     tokens_per_second: float
     speedup: float
@@ -29,42 +35,65 @@ class Point:
     identical: float
 
 
+def engines(checkpoint: Path, dtype: torch.dtype | None = None) -> dict[str, EarlyExitEngine]:
+    """A model with plain and with compiled layers; without the latter where nothing compiles."""
+    found = {"plain": EarlyExitEngine.from_checkpoint(checkpoint, dtype=dtype)}
+    try:
+        found["compiled"] = EarlyExitEngine.from_checkpoint(checkpoint, dtype=dtype, compile=True)
+    except ValueError as error:
+        print(f"   only plain layers are measured: {error}")
+    return found
+
+
 def measure(
-    engine: EarlyExitEngine,
+    engines: Mapping[str, EarlyExitEngine],
     prompts: Sequence[str],
     thresholds: Sequence[float],
     max_tokens: int,
-) -> Iterator[Point]:
+) -> list[Point]:
     """Decode every prompt with the full model and at every threshold, all greedily.
 
     The settings take turns prompt by prompt, so that whatever else the machine does slows all of
-    them alike, and each answers every prompt twice, the faster time counts. Yields the full
-    model's point first.
+    them alike, and each answers every prompt twice, the faster time counts. The full model's point
+    comes first, of each engine.
     """
-    settings: list[float | None] = [None, *thresholds]
-    results: dict[float | None, list[GenerationResult]] = {one: [] for one in settings}
-    for warm_up in settings:
-        engine.generate(prompts[0], _params(warm_up, 8))
+    settings = list(product(engines, (None, *thresholds)))
+    results: dict[tuple[str, float | None], list[GenerationResult]] = {one: [] for one in settings}
+    for name, threshold in settings:
+        engines[name].generate(prompts[0], _params(threshold, 8))
     for prompt in prompts:
-        for threshold in settings:
+        for name, threshold in settings:
             params = _params(threshold, max_tokens)
-            twice = [*engine.generate(prompt, params), *engine.generate(prompt, params)]
-            results[threshold].append(min(twice, key=lambda one: one.statistics.decode_seconds))
-    full = results[None]
-    full_speed = _speed(full)
-    for threshold, answers in results.items():
-        yield Point(
-            threshold,
-            _speed(answers),
-            _speed(answers) / full_speed,
-            mean(layer for answer in answers for layer in answer.exit_layers),
-            mean(flag for answer in answers for flag in _agreement(engine, answer)),
-            mean(
-                a == b
-                for answer, reference in zip(answers, full, strict=True)
-                for a, b in zip(answer.token_ids, reference.token_ids, strict=False)
-            ),
-        )
+            twice = [engines[name].generate(prompt, params)[0] for _ in range(2)]
+            results[name, threshold].append(
+                min(twice, key=lambda one: one.statistics.decode_seconds)
+            )
+    return [
+        _point(engines[name], name, threshold, results[name, threshold], results[name, None])
+        for name, threshold in settings
+    ]
+
+
+def _point(
+    engine: EarlyExitEngine,
+    layers: str,
+    threshold: float | None,
+    answers: Sequence[GenerationResult],
+    full: Sequence[GenerationResult],
+) -> Point:
+    return Point(
+        layers,
+        threshold,
+        _speed(answers),
+        _speed(answers) / _speed(full),
+        mean(layer for answer in answers for layer in answer.exit_layers),
+        mean(flag for answer in answers for flag in _agreement(engine, answer)),
+        mean(
+            a == b
+            for answer, reference in zip(answers, full, strict=True)
+            for a, b in zip(answer.token_ids, reference.token_ids, strict=False)
+        ),
+    )
 
 
 def _params(threshold: float | None, max_tokens: int) -> SamplingParams:
@@ -86,18 +115,46 @@ def _agreement(engine: EarlyExitEngine, answer: GenerationResult) -> list[bool]:
     return [a == b for a, b in zip(answer.token_ids, best[first - 1 :], strict=False)]
 
 
-def best(points: Sequence[Point], least_agreement: float) -> Point:
-    """The fastest point with at least that agreement; the full model's agrees with itself."""
+def fastest(points: Sequence[Point], least_agreement: float) -> Point:
+    """The fastest point with at least that agreement, of those with the same layers; the full
+    model's agrees with itself."""
     return max((p for p in points if p.agreement >= least_agreement), key=lambda p: p.speedup)
 
 
+def by_layers(points: Sequence[Point]) -> dict[str, list[Point]]:
+    """The points of each engine."""
+    return {
+        layers: [point for point in points if point.layers == layers]
+        for layers in dict.fromkeys(point.layers for point in points)
+    }
+
+
 def table(points: Sequence[Point]) -> str:
-    """The points as text."""
-    head = "threshold   tokens/s   speed-up   mean exit layer   agrees with full   same text"
-    rows = [
-        f"{'full model' if p.threshold is None else format(p.threshold, '.2f'):>10} "
-        f"{p.tokens_per_second:9.1f} {p.speedup:9.2f}x {p.mean_exit_layer:15.1f} "
-        f"{p.agreement:17.1%} {p.identical:12.1%}"
-        for p in points
-    ]
-    return "\n".join([head, *rows])
+    """The points as text: a line for each threshold, with the speeds of each engine."""
+    columns = by_layers(points)
+    first = "".join(f"{layers + ' layers':>22}" for layers in columns)
+    head = "threshold " + "  tokens/s   speed-up" * len(columns)
+    rows = []
+    for row in zip(*columns.values(), strict=True):
+        speeds = "".join(f"{p.tokens_per_second:11.1f} {p.speedup:9.2f}x" for p in row)
+        p = row[0]
+        name = "full model" if p.threshold is None else format(p.threshold, ".2f")
+        rows.append(
+            f"{name:>10}{speeds} {p.mean_exit_layer:11.1f} {p.agreement:13.1%} {p.identical:10.1%}"
+        )
+    head = f"{head}   exit layer   agreement  same text"
+    return "\n".join([" " * 10 + first, head, *rows])
+
+
+def verdict(points: Sequence[Point], least_agreement: float) -> str:
+    """The fastest settings as sentences, one for each engine."""
+    lines = []
+    for layers, own in by_layers(points).items():
+        winner = fastest(own, least_agreement)
+        where = "the full model" if winner.threshold is None else f"threshold {winner.threshold}"
+        lines.append(
+            f"Fastest with {least_agreement:.0%} of the full model's choices or more, {layers} "
+            f"layers: {where}, {winner.speedup:.2f} times the full model's speed, "
+            f"{winner.agreement:.1%} equal"
+        )
+    return "\n".join(lines)

@@ -28,7 +28,7 @@ from examples.quickstart.corpus import (
     write_json_lines,
 )
 from examples.quickstart.pictures import tradeoff_curve
-from examples.quickstart.tradeoff import best, measure, table
+from examples.quickstart.tradeoff import engines, fastest, measure, table, verdict
 from examples.stages import run_command, stage
 from megatron.early_exit.config import as_flag
 from megatron.early_exit.inference import EarlyExitEngine
@@ -122,18 +122,15 @@ def held_out_prompts(validation: Path, count: int) -> list[str]:
     return [text[:PROMPT_CHARACTERS] for text in long[::step][:count]]
 
 
-def report(engine: EarlyExitEngine, work_dir: Path, count: int, max_tokens: int) -> None:
+def report(
+    layers: str, engine: EarlyExitEngine, work_dir: Path, count: int, max_tokens: int
+) -> None:
     """Measure, print and save."""
     prompts = held_out_prompts(work_dir / "data" / "validation.jsonl", count)
-    points = list(measure(engine, prompts, THRESHOLDS, max_tokens))
+    points = measure({layers: engine}, prompts, THRESHOLDS, max_tokens)
     print(table(points), flush=True)
-    winner = best(points, LEAST_AGREEMENT)
-    where = "the full model" if winner.threshold is None else f"threshold {winner.threshold}"
-    print(
-        f"\nFastest with {LEAST_AGREEMENT:.0%} of the full model's choices or more: {where}, "
-        f"{winner.speedup:.2f} times the full model's speed, {winner.agreement:.1%} equal "
-        f"({_verdict(winner.speedup, LEAST_SPEEDUP)})\n"
-    )
+    speedup = fastest(points, LEAST_AGREEMENT).speedup
+    print(f"\n{verdict(points, LEAST_AGREEMENT)} ({_verdict(speedup, LEAST_SPEEDUP)})\n")
     drafts = list(measure_speculation(engine, prompts, max_tokens))
     for one in drafts:
         print(
@@ -184,10 +181,16 @@ def main() -> None:
         print(f"Using the exits in {args.work_dir} (--fresh tunes new ones).")
     # In half precision one row and several round otherwise, and texts that are the full model's but
     # for a tie of two tokens would look like others.
-    engine = EarlyExitEngine.from_checkpoint(tuning.checkpoint, dtype=torch.float32)
+    found: dict[str, EarlyExitEngine] = {}
+    stage(
+        "Loading the model, and compiling it",
+        lambda: found.update(engines(tuning.checkpoint, torch.float32)),
+    )
+    # Against the full model at its fastest.
+    layers, engine = list(found.items())[-1]
     stage(
         "Speed and quality, on text that was held out",
-        lambda: report(engine, args.work_dir, args.prompts, args.max_tokens),
+        lambda: report(layers, engine, args.work_dir, args.prompts, args.max_tokens),
     )
     print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes.")
 
