@@ -48,7 +48,7 @@ def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
 def tradeoff_curve(points: Sequence[Point], picture: Path) -> None:
     """Draw agreement with the full model against speed, one mark for each threshold.
 
-    All speeds are over the first point's, the full model's with plain layers.
+    All speeds are over the first point's, a full model's.
     """
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     slowest = points[0].tokens_per_second
@@ -76,7 +76,7 @@ def tradeoff_curve(points: Sequence[Point], picture: Path) -> None:
             label=f"full model, {layers} layers",
         )
     axes.set(
-        xlabel="speed, over the full model with plain layers",
+        xlabel=f"speed, over the full model with {points[0].layers} layers",
         ylabel="tokens that the full model would choose (%)",
         title="Quality against speed",
     )
