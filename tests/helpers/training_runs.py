@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.helpers.warm_ranks import ENTRY, WarmRanks
+from tests.helpers.warm_ranks import ENTRY, WarmRanks, tails
 
 LAYERS, MICROBATCH, GLOBAL_BATCH, SEQUENCE, VOCAB = 4, 2, 8, 32, 64
 
@@ -85,7 +85,7 @@ def train(
     events = folder / "events"
     command = [script, *BACKBONE, *TOKENIZER, *SCHEDULE, "--tensorboard-dir", events, *flags]
     done = ranks.run(list(map(str, command)), nproc, folder, timeout_s, env)
-    assert done.returncode == 0, done.stdout[-6000:]
+    assert done.returncode == 0, f"status {done.returncode}\n{tails(done.stdout)}"
     run = Run(done.stdout, folder)
     read_events(events, run)
     return run

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import runpy
 import signal
 import subprocess
@@ -21,7 +22,14 @@ from typing import Any
 from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[2]
+_RANK = re.compile(r"^(?=\[rank\d+\]$)", re.MULTILINE)
 ENTRY = ROOT / "pretrain_early_exit_gpt.py"
+
+
+def tails(output: str, size: int = 3000) -> str:
+    """The ends of what each rank has said, in the output of all of them."""
+    parts = (part.split("\n", 1) for part in _RANK.split(output) if part)
+    return "\n".join(f"{name}\n{rest[-size:]}" for name, rest in parts)
 
 
 class WarmRanks:
