@@ -283,6 +283,18 @@ def test_two_thousand_tokens_stay_smooth(page, server, script):
 # --- two texts -----------------------------------------------------------------------------------
 
 
+def test_a_prompt_typed_before_the_models_are_known(page, server):
+    held = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.goto(server.url)
+    prompt = page.get_by_label("Prompt", exact=True)
+    prompt.fill(PROMPT)
+    prompt.blur()
+    held[0].continue_()
+    expect(page.get_by_role("radio", name="Early exit")).to_be_checked()
+    expect(prompt).to_have_value(PROMPT)
+
+
 def test_comparison_marks_the_first_difference(page, server, script):
     page.goto(server.url)
     page.get_by_label("Prompt", exact=True).fill(PROMPT)

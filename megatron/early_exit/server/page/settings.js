@@ -24,7 +24,8 @@ export class Settings {
     this.form = form;
     const threshold = form.elements.threshold;
     threshold.addEventListener("input", () => this.#showThreshold());
-    form.addEventListener("change", () => this.#showMode());
+    // A prompt may be typed before it is known what the model can do.
+    form.addEventListener("change", () => this.model && this.#showMode());
     this.#showThreshold();
   }
 
