@@ -39,7 +39,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, default=2)
     parser.add_argument("--microbatches", type=int, default=8, help="full ones of a step")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each, the first not timed")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"--rounds {args.rounds} is out of range, allowed: 2 or more")
+    return args
 
 
 def predicted_costs(

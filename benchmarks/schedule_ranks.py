@@ -80,7 +80,6 @@ class Stage:
             num_microbatches=microbatches,
             seq_length=self._options.seq_length,
             micro_batch_size=self._options.micro_batch_size,
-            forward_only=False,
         )
         torch.cuda.synchronize()
         torch.distributed.barrier()
