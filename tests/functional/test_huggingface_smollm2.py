@@ -10,7 +10,7 @@ from megatron.early_exit.checkpoint.huggingface import export_hf, import_hf
 from megatron.early_exit.checkpoint.source import open_checkpoint
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
-from tests.helpers.huggingface_models import engine_logits, twin_logits, twin_tokens
+from tests.helpers.huggingface_models import cache_of, engine_logits, twin_logits, twin_tokens
 from tests.helpers.smollm2 import PACKAGE, find_gguf
 from tests.helpers.spawn import spawn
 
@@ -122,5 +122,5 @@ def test_exits_choose_the_same_tokens_in_transformers(imported, tmp_path):
         return_dict_in_generate=True,
     )
     assert found.sequences[0, -COUNT:].tolist() == expected.token_ids
-    assert found.past_key_values.exit_layers == expected.exit_layers
+    assert cache_of(found).exit_layers == expected.exit_layers
     assert set(expected.exit_layers) == {24, 29, 30}

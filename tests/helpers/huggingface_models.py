@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from transformers.modeling_outputs import ModelOutput
 
 from megatron.early_exit.inference.compute.runner import SegmentRunner
 from megatron.early_exit.inference.compute.spans import Span
@@ -125,3 +127,8 @@ def save_tokenizer(folder: Path, size: int) -> None:
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="w0"
     ).save_pretrained(folder)
+
+
+def cache_of(result: ModelOutput) -> Any:
+    """Keys and values in what a model or its `generate` gave: transformers renamed them in 5.24."""
+    return result.cache if hasattr(result, "cache") else result.past_key_values

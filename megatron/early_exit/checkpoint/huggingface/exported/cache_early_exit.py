@@ -1,11 +1,32 @@
 """What early exit remembers of a sequence."""
 
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# What the installed transformers calls keys and values where it gives and takes them: `cache` since
+# 5.24, `past_key_values` before.
+CACHE_NAME = (
+    "cache"
+    if "cache" in {field.name for field in fields(CausalLMOutputWithPast)}
+    else "past_key_values"
+)
+
+
+def one_cache(cache: Any, past_key_values: Any) -> Any:
+    """The keys and values that were given by either of their two names.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache and past_key_values are two names of one thing: give one of them")
+    return past_key_values if cache is None else cache
 
 
 class EarlyExitCache(DynamicCache):

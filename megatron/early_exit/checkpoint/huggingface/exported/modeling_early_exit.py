@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .cache_early_exit import EarlyExitCache
+from .cache_early_exit import CACHE_NAME, EarlyExitCache, one_cache
 from .configuration_early_exit import EarlyExitConfig
 from .layers_early_exit import Exit, Layer, Place, RMSNorm, find_place
 
@@ -95,9 +95,10 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"exit_layers {min(unknown)} is no exit, allowed: {self.config.exit_layers}"
             )
-        if kwargs.pop("past_key_values", None) is not None:
-            raise ValueError("early_exit_threshold with past_key_values: allowed is one of the two")
-        return super().generate(*args, **kwargs, past_key_values=EarlyExitCache(threshold, enabled))
+        if one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None)) is not None:
+            raise ValueError(f"early_exit_threshold with {CACHE_NAME}: allowed is one of the two")
+        kwargs[CACHE_NAME] = EarlyExitCache(threshold, enabled)
+        return super().generate(*args, **kwargs)
 
     def forward(
         self,
@@ -110,6 +111,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        cache: DynamicCache | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of the last layer; with an `EarlyExitCache`, of the head that the rule chooses.
@@ -118,12 +120,14 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: [b, s].
             attention_mask: [b, all positions], 0 where there is padding; None is none.
             position_ids: [b, s]; by default they go on from those in the cache.
-            past_key_values: keys and values of earlier positions.
+            past_key_values: keys and values of earlier positions, as transformers before 5.24 calls
+                them.
             inputs_embeds: [b, s, h], instead of `input_ids`.
             labels: [b, s], tokens to compare each next one with, -100 where there is none.
             use_cache: give back keys and values.
             logits_to_keep: give logits for this many last positions; 0 is all.
             return_dict: False gives a tuple.
+            cache: the same as `past_key_values`, as transformers calls them since 5.24.
             others: what other models know; none may ask for anything.
 
         Returns:
@@ -132,13 +136,13 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: early exit of several sequences, or of padded ones, or other arguments.
         """
-        # transformers 4 gives `cache_position`, and the cache says the same.
+        # transformers 5.0 gives `cache_position`, and the cache says the same.
         others.pop("cache_position", None)
         for name, value in others.items():
             if value is not None and value is not False:
                 raise ValueError(f"{name} {value!r} is not supported by this model")
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values
+        cache = one_cache(cache, past_key_values)
         if isinstance(cache, EarlyExitCache):
             if labels is not None:
                 raise ValueError("early exit gives no loss: labels are for the whole model")
@@ -161,7 +165,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             loss = functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
             )
-        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache})
         return result.to_tuple() if return_dict is False else result
 
     def _choose(self, hidden: Tensor, cache: EarlyExitCache) -> Tensor:
