@@ -6,6 +6,8 @@
 
 import sys
 
+from megatron.early_exit.process_family import end_with_parent
+
 
 def main() -> int:
     """Run the command line; returns the exit status."""
@@ -42,5 +44,8 @@ def main() -> int:
     return 0
 
 
+if __name__ in ("__main__", "__mp_main__"):
+    # A rank, or a process that it has started to collect what a checkpoint's writers say.
+    end_with_parent()
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,6 +13,7 @@ sequences: as if their weights were read once for all of them.
 
 import argparse
 import os
+import sys
 import tempfile
 from dataclasses import replace
 from statistics import median
@@ -28,6 +29,7 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.parallel.division import divided_model
 from megatron.early_exit.inference.parallel.process_groups import join, own_part
+from megatron.early_exit.process_family import run_program
 
 STAGES = 2
 SEQUENCES = 4
@@ -142,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -22,6 +22,7 @@ from schedule_ranks import Seconds, measure
 
 from megatron.early_exit.pipeline.simulation import CostModel, StageCost, simulate
 from megatron.early_exit.pipeline.simulation.layer_profile import Part
+from megatron.early_exit.process_family import run_program
 
 BOUND = 0.10
 
@@ -103,4 +104,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import os
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -31,6 +32,7 @@ from serve_process import Memory, health, listener, served
 from serve_requests import Item, answer_all, endless_items, make_questions
 
 from megatron.early_exit.inference import EarlyExitEngine
+from megatron.early_exit.process_family import run_program
 from megatron.early_exit.server.client.figures import percentile
 
 THROUGHPUT_BOUND = 0.9
@@ -197,4 +199,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 import urllib.error
@@ -17,6 +16,8 @@ from statistics import linear_regression, median
 from typing import Any
 
 import psutil
+
+from megatron.early_exit.process_family import started
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "run_early_exit_text_generation_server.py"
 _SAMPLE_S = 0.5
@@ -39,18 +40,15 @@ def served(checkpoint: Path, folder: Path, max_batch_size: int, threads: int) ->
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with (
         (folder / "server.log").open("w") as log,
-        subprocess.Popen(command, stdout=log, stderr=log, env=environment) as process,
+        started(command, stdout=log, stderr=log, env=environment) as process,
     ):
-        try:
-            until = time.monotonic() + _START_S
-            url = f"http://127.0.0.1:{port}"
-            while health(url) is None:
-                if process.poll() is not None or time.monotonic() > until:
-                    raise SystemExit((folder / "server.log").read_text()[-2000:])
-                time.sleep(0.2)
-            yield url
-        finally:
-            process.terminate()
+        until = time.monotonic() + _START_S
+        url = f"http://127.0.0.1:{port}"
+        while health(url) is None:
+            if process.poll() is not None or time.monotonic() > until:
+                raise SystemExit((folder / "server.log").read_text()[-2000:])
+            time.sleep(0.2)
+        yield url
 
 
 def _free_port() -> int:

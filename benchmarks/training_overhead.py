@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megatron.early_exit.process_family import run_program
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 # glibc keeps freed blocks below its threshold, and raises the threshold by itself: what a process
 # holds would be what it once needed. With this, large tensors go back when they are freed.
@@ -150,4 +152,4 @@ def _quartiles(values: list[float]) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

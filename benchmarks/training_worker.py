@@ -17,6 +17,7 @@ from typing import Any, cast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.early_exit import platform
+from megatron.early_exit.process_family import end_with_parent
 
 MACHINE = platform.prepare()
 
@@ -177,4 +178,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main()

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from megatron.early_exit.process_family import run_program, started
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 TIME_BOUND, MEMORY_BOUND = 0.6, 0.5
 WARM_UP_STEPS = 2
@@ -82,7 +84,7 @@ def run(command_flags: list[str]) -> Measured:
         SystemExit: it failed.
     """
     command = [sys.executable, "pretrain_early_exit_gpt.py", *command_flags]
-    with subprocess.Popen(
+    with started(
         command,
         cwd=REPOSITORY,
         env={**os.environ, **ENVIRONMENT},
@@ -155,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

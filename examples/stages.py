@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from megatron.early_exit.process_family import started
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 _ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) ")
@@ -49,7 +51,7 @@ def follow_training(
     lines: list[str] = []
     with (
         log.open("w") as file,
-        subprocess.Popen(
+        started(
             command,
             cwd=REPOSITORY,
             env={**os.environ, **(environment or {})},
@@ -64,6 +66,7 @@ def follow_training(
             file.write(line)
             lines.append(line)
             printer.take(line)
+        process.wait()
     if process.returncode != 0:
         sys.stderr.writelines(lines[-_LAST_LINES:])
         raise SystemExit(f"error: training failed, its log is {log}")

@@ -14,6 +14,8 @@ os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLEL
 import pytest
 from hypothesis import settings
 
+from megatron.early_exit.process_family import start_family
+
 if TYPE_CHECKING:
     from tests.helpers.warm_ranks import WarmRanks
 
@@ -21,6 +23,11 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 HERE = Path(__file__).parent
+
+
+def pytest_configure() -> None:
+    """Servers and ranks end with the tests, however these end."""
+    start_family()
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from megatron.early_exit.config import as_flag
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 from megatron.early_exit.inference.decoding.request import Request
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
+from megatron.early_exit.process_family import end_with_parent
 from megatron.early_exit.server.client.exit_colours import ExitColours
 from megatron.early_exit.server.client.prompts import read_prompts
 
@@ -175,4 +176,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.exit(main())

@@ -23,6 +23,7 @@ from typing import Any, get_args
 from megatron.early_exit.config import as_flag
 from megatron.early_exit.inference.decoding.params import Mode
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
+from megatron.early_exit.process_family import end_with_parent
 from megatron.early_exit.server.api_key import API_KEY_VARIABLE
 from megatron.early_exit.server.app import create_app
 from megatron.early_exit.server.logs import configure, log
@@ -212,4 +213,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.exit(main())

@@ -21,6 +21,7 @@ from examples.quickstart.tradeoff import engines, measure, table, verdict
 from examples.quickstart.training import NUM_LAYERS, TrainingRun, train
 from examples.stages import run_command, stage
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.process_family import run_program
 
 VOCAB_SIZE = 2048
 THRESHOLDS = (0.9, 0.7, 0.5, 0.3, 0.2, 0.15, 0.1, 0.05, 0.0)
@@ -147,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main, "the next run starts anew what was not finished"))

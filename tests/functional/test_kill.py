@@ -1,5 +1,7 @@
 """Training that is killed at any moment goes on as if nothing had happened.
 
+Killing the program that launched torchrun ends the training with it.
+
 Two pipeline stages with dropout, a decaying learning rate and exits whose weights warm up are
 killed ten times, at moments that a fixed seed chooses: while starting, between two steps, and in
 every phase of writing a checkpoint. What they logged in the end equals the log of a run that nobody
@@ -8,11 +10,15 @@ disturbed, bit for bit and step for step."""
 from __future__ import annotations
 
 import random
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron.early_exit import platform
@@ -25,7 +31,7 @@ from tests.helpers.training_runs import (  # noqa: E402
     TOKENIZER,
     write_documents,
 )
-from tests.helpers.warm_ranks import ENTRY, Job, WarmRanks  # noqa: E402
+from tests.helpers.warm_ranks import ENTRY, ROOT, Job, WarmRanks  # noqa: E402
 
 ITERATIONS, SAVE_INTERVAL, NPROC = 60, 3, 2
 FLAGS = [
@@ -173,3 +179,46 @@ def wait_for(moment: Moment, training: Training, job: Job) -> None:
             looked = time.monotonic()
             assert looked < deadline
         time.sleep(0.0005)
+
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from examples.stages import follow_training
+from megatron.early_exit.process_family import run_program
+sys.exit(run_program(lambda: follow_training(sys.argv[2:], Path(sys.argv[1]))))
+"""
+
+
+def test_the_death_of_the_launcher_ends_torchrun_and_its_ranks(trainings, tmp_path):
+    log, save = tmp_path / "log.txt", tmp_path / "save"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    training = [ENTRY, *BACKBONE, *TOKENIZER, *SCHEDULE, *trainings("launched").flags]
+    endless = ["--train-iters", 10**6, "--num-workers", 1, "--save", save]
+    command = [*torchrun, "--nproc-per-node", NPROC, *training, *endless]
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, log, *map(str, command)], cwd=ROOT, text=True
+    )
+    try:
+        until = time.monotonic() + LIFE_TIMEOUT_S
+        # Torchrun, two ranks with their data workers, and who collects what was written.
+        while not any(save.glob("iter_*/metadata.json")):
+            assert launcher.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        started = [
+            one
+            for one in psutil.Process(launcher.pid).children(recursive=True)
+            # Whose job begins now.
+            if "process_family.py" not in " ".join(one.cmdline())
+        ]
+        assert len(started) >= 1 + NPROC
+        launcher.send_signal(signal.SIGKILL)
+        launcher.wait()
+        until = time.monotonic() + 60
+        while any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in started):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+    finally:
+        launcher.terminate()
+        launcher.wait()

