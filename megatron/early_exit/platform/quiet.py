@@ -27,6 +27,9 @@ WARNINGS = (
     "Please use DTensor instead and we are deprecating ShardedTensor",
     "torch.distributed is disabled, unavailable or uninitialized",
     "The argument order of load has been changed",
+    # Collectives of torch that have new names since 2.14 and that Megatron calls by the old ones.
+    "`torch.distributed.all_gather_into_tensor` is deprecated",
+    "`torch.distributed.reduce_scatter_tensor` is deprecated",
 )
 
 # The logger of each log record, and how its message starts.
