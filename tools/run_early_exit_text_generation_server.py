@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     limits = parser.add_argument_group("limits")
     add = limits.add_argument
     for name, text in {
-        "max_waiting": "sequences in the queue at which requests are turned away",
+        "max_waiting": "requests beyond --max-batch-size at which further ones are turned away",
         "max_sequences": "texts of one request",
         "max_body_bytes": "bytes of one request",
         "request_timeout": "seconds until an answer is given up",

@@ -210,6 +210,9 @@ class EarlyExitEngine:
                 self.loop.submit(request)
             while any(not request.is_finished for request in requests):
                 self.loop.step()
+            for request in requests:
+                if request.exception is not None:
+                    raise request.exception
         finally:
             for request in requests:
                 self.loop.cancel(request.key)
@@ -225,13 +228,23 @@ class EarlyExitEngine:
         """
         return self._tokens(self._request(prompt, params or SamplingParams()))
 
-    def submit(self, prompt: str | abc.Sequence[int], params: SamplingParams) -> Request:
+    def submit(
+        self,
+        prompt: str | abc.Sequence[int],
+        params: SamplingParams,
+        group: Request | None = None,
+    ) -> Request:
         """Take in a request, which `step` brings forward together with the others.
+
+        Args:
+            group: the first one of those that belong together: they have one turn among all.
 
         Raises:
             ValueError: as `generate`.
         """
         request = self._request(prompt, params)
+        if group is not None:
+            request.group = group.group
         self.loop.submit(request)
         return request
 
@@ -248,11 +261,19 @@ class EarlyExitEngine:
         finally:
             self.loop.cancel(request.key)
         if request.error is not None:
-            raise FloatingPointError(request.error)
+            raise request.exception or FloatingPointError(request.error)
 
     def step(self) -> list[tuple[Request, GeneratedToken]]:
         """Bring the submitted requests forward by one batch, and the scoring of prompts by one
-        piece; returns the tokens that came of it."""
+        piece; returns the tokens that came of it.
+
+        An exception that comes up in there ends those requests that were in the batch, or the one
+        that it is about: they have an `error` and that `exception`, and the others go on.
+
+        Raises:
+            Exception: such a one, where the engine is lost: it is divided over processes, which are
+                not at the same step any more, or its device computes no more.
+        """
         return self.loop.step()
 
     def cancel(self, request: Request) -> None:

@@ -95,6 +95,11 @@ class ApiError(Exception):
         return response
 
 
+def engine_error(reason: str) -> ApiError:
+    """The answer to a request that the engine could not bring to its end; others go on."""
+    return ApiError(500, f"there is no whole answer: {reason}", code="engine_error")
+
+
 def of_field(error: ValueError, names: Mapping[str, str] | None = None) -> ApiError:
     """The answer to a value that is refused with a sentence that begins with the field's name.
 

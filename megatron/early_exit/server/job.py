@@ -4,10 +4,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 
+from megatron.early_exit.inference.decoding.confidence import NOT_FINITE
 from megatron.early_exit.inference.decoding.params import SamplingParams
 from megatron.early_exit.inference.decoding.request import Request
 from megatron.early_exit.inference.decoding.results import GeneratedToken, GenerationResult
-from megatron.early_exit.server.errors import ApiError
+from megatron.early_exit.server.errors import ApiError, engine_error
 
 _POLL_S = 1.0
 """How often it is looked whether the client is still there."""
@@ -94,7 +95,7 @@ class Job:
         """A sequence has ended; returns whether it was the last one."""
         self._unfinished -= 1
         if request.error is not None:
-            self.fail(ApiError(500, f"the model cannot answer: {request.error}", code="not_finite"))
+            self.fail(_of_request(request.error))
         elif self._unfinished == 0:
             self._close(None)
         return self._unfinished == 0
@@ -156,3 +157,9 @@ class Job:
             if isinstance(news, ApiError):
                 raise news
             return news
+
+
+def _of_request(reason: str) -> ApiError:
+    if reason == NOT_FINITE:
+        return ApiError(500, f"the model cannot answer: {reason}", code="not_finite")
+    return engine_error(reason)

@@ -1,5 +1,6 @@
 """What every endpoint that generates text needs: the model by name, and the way to the engine."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from megatron.early_exit.server.settings import ServerSettings
 from megatron.early_exit.server.token_texts import TokenTexts
 from megatron.early_exit.server.worker import EngineWorker
 
+_LOG = logging.getLogger(__name__)
 _LONGEST_TOKEN = 256
 """Characters; a text of more per token of the context is too long without being looked at."""
 
@@ -161,13 +163,22 @@ class Service:
             try:
                 for event in events:
                     yield f"data: {event.translate(_LINE_ENDS)}\n\n"
-                yield "data: [DONE]\n\n"
+                # Before the last event: those that have it hang up at once.
                 outcome["end"] = "done"
+                yield "data: [DONE]\n\n"
             except ApiError as error:
                 outcome["end"] = error.body.error.code
                 yield f"data: {error.body.model_dump_json()}\n\n"
             except ClientGone:
-                return
+                outcome["end"] = "client_gone"
+            except GeneratorExit:
+                outcome.setdefault("end", "client_gone")
+                raise
+            except Exception as error:
+                _LOG.exception("a stream could not be made")
+                outcome["end"] = "internal"
+                broken = ApiError(500, f"{type(error).__name__} in the server", code="internal")
+                yield f"data: {broken.body.model_dump_json()}\n\n"
             finally:
                 outcome["completion_tokens"] = job.num_tokens
                 self.worker.cancel(job)

@@ -34,7 +34,7 @@ class ServerSettings:
         model_name: under which the model is served.
         exits: how exits are used where neither a request nor its model's name says it.
         api_key: what clients have to send; None lets everyone in.
-        max_waiting: where so many sequences wait for their turn, requests are turned away (429).
+        max_waiting: requests under way beyond the sequences that run; more are turned away (429).
         max_sequences: prompts, times answers to each, in one request.
         max_body_bytes: size of a request.
         request_timeout: seconds until an answer is given up.

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
+from megatron.early_exit.inference.decoding.failures import reason_of, release
 from megatron.early_exit.inference.decoding.request import Request
 from megatron.early_exit.inference.engine import EarlyExitEngine
-from megatron.early_exit.server.errors import ApiError, of_field
+from megatron.early_exit.server.errors import ApiError, engine_error, of_field
 from megatron.early_exit.server.job import Job, Tokens
 from megatron.early_exit.server.metrics import Metrics
 
@@ -20,6 +21,8 @@ _EXPIRY_INTERVAL_S = 0.5
 _LOOK_INTERVAL_S = 0.02
 _SILENCE_S = 60.0
 """Longer than any batch takes: an engine that has not come round for so long hangs."""
+_MOST_FAILED_STEPS = 8
+"""In a row: an engine that cannot bring anybody a token is not well, and has to be started anew."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -29,7 +32,7 @@ class EngineWorker:
     Args:
         engine: belongs to this from now on.
         max_batch_size: sequences that the engine runs at a time.
-        max_waiting: where so many sequences wait for their turn, no job is taken in.
+        max_waiting: so many jobs are taken in beyond the number of the sequences that run.
         metrics: counts.
 
     Attributes:
@@ -46,7 +49,7 @@ class EngineWorker:
         self._running: dict[int, tuple[Job, int, Request]] = {}
         self._jobs: set[Job] = set()
         self._lock = threading.Lock()
-        self._num_sequences = 0
+        self._num_sequences = self._num_failed_steps = 0
         self._refuses = self._leaves = False
         self._next_expiry = self._next_look = 0.0
         self._pulse = time.monotonic()
@@ -98,12 +101,12 @@ class EngineWorker:
                 raise self._failed()
             if self._refuses:
                 raise ApiError(503, "the server is about to stop", code="shutting_down")
-            # Whatever its size: else small ones would take each place before a large one fits.
-            if self._num_sequences >= self._max_batch_size + self._max_waiting:
+            # Whatever their sizes: they take turns, so that large ones do not keep small ones out.
+            if len(self._jobs) >= self._max_batch_size + self._max_waiting:
                 raise ApiError(
                     429,
-                    f"{self.num_waiting} sequences wait already, the server's limit is "
-                    f"{self._max_waiting}: try again later",
+                    f"{len(self._jobs)} requests are under way, the server's limit is "
+                    f"{self._max_batch_size + self._max_waiting}: try again later",
                     code="queue_full",
                     retry_after=1,
                 )
@@ -170,12 +173,14 @@ class EngineWorker:
         requests: list[Request] = []
         try:
             for prompt, params in zip(job.prompts, job.params, strict=True):
-                requests.append(self.engine.submit(prompt, params))
-        except ValueError as error:
+                group = requests[0] if requests else None
+                requests.append(self.engine.submit(prompt, params, group))
+        except Exception as error:
             for request in requests:
                 self.engine.cancel(request)
             self._forget(job, job.size)
-            job.fail(of_field(error))
+            is_refusal = isinstance(error, ValueError)
+            job.fail(of_field(error) if is_refusal else self._of_exception(error))
             return
         job.begin(requests)
         for index, request in enumerate(requests):
@@ -183,10 +188,17 @@ class EngineWorker:
         self.metrics.began(requests)
         self._end_finished()
 
+    def _of_exception(self, error: Exception) -> ApiError:
+        """Log an exception that is about one job; what it is told."""
+        _LOG.error("an exception while a request was under way", exc_info=error)
+        release(error, self.engine.model.device)
+        return engine_error(reason_of(error))
+
     def _forward(self) -> None:
         news: dict[Job, Tokens] = {}
         has_end = False
-        for request, token in self.engine.step():
+        found = self.engine.step()
+        for request, token in found:
             if request.key in self._running:
                 job, index, _ = self._running[request.key]
                 news.setdefault(job, []).append((index, token))
@@ -194,14 +206,24 @@ class EngineWorker:
                 has_end = has_end or token.finish_reason is not None
         now = time.monotonic()
         for job, tokens in news.items():
-            job.add(tokens, now)
+            self._hand_over(job, tokens, now)
         # Those that fail, or only wanted scores, end without a token.
         if has_end or now >= self._next_look:
             self._next_look = now + _LOOK_INTERVAL_S
             self._end_finished()
+        if found:
+            self._num_failed_steps = 0
+
+    def _hand_over(self, job: Job, tokens: Tokens, now: float) -> None:
+        try:
+            job.add(tokens, now)
+        except Exception as error:
+            job.fail(self._of_exception(error))
+            self._drop(job)
 
     def _end_finished(self) -> None:
         ended = [one for _, _, one in self._running.values() if one.is_finished]
+        self._log_failures(ended)
         for request in ended:
             # One that has failed takes the others of its job along.
             if request.key in self._running:
@@ -211,6 +233,19 @@ class EngineWorker:
                 self._forget(job if is_last else None, 1)
                 if request.error is not None:
                     self._drop(job)
+
+    def _log_failures(self, ended: list[Request]) -> None:
+        """Log the exceptions of a step, each once.
+
+        Raises:
+            Exception: the last one, where there have been too many steps like this in a row.
+        """
+        failures = {id(one.exception): one.exception for one in ended if one.exception}
+        for failure in failures.values():
+            _LOG.error("an exception in a step of the engine", exc_info=failure)
+            self._num_failed_steps += 1
+            if self._num_failed_steps >= _MOST_FAILED_STEPS:
+                raise failure
 
     def _drop(self, job: Job) -> None:
         own = [request for other, _, request in self._running.values() if other is job]

@@ -231,10 +231,14 @@ class SegmentRunner:
         for lengths in self._block_lengths:
             lengths[slot] = min(lengths[slot], length)
 
-    def clear(self, slot: int) -> None:
-        """Make everything in the slot finite again, after a sequence that was not."""
+    def clear(self, slot: int, length: int | None = None) -> None:
+        """Make a slot as good as new, after a sequence that was not finite or broke off in a pass.
+
+        Args:
+            length: positions that the sequence has had; None is all that there are.
+        """
         self.truncate(slot, 0)
         self._last = None
         for cache in (self._cache, *filter(None, self._block_caches)):
-            cache.data[:, slot].zero_()
-        self._kept[:, slot].zero_()
+            cache.data[:, slot, :length].zero_()
+        self._kept[:, slot, :length].zero_()

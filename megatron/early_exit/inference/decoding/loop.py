@@ -4,6 +4,7 @@ import torch
 
 from megatron.early_exit.inference.compute.runner import SegmentRunner
 from megatron.early_exit.inference.decoding.confidence import NOT_FINITE, Assessment
+from megatron.early_exit.inference.decoding.failures import is_usable, reason_of, release
 from megatron.early_exit.inference.decoding.modes import DecodingMode, Next
 from megatron.early_exit.inference.decoding.policy import Costs
 from megatron.early_exit.inference.decoding.progress import Progress
@@ -22,9 +23,12 @@ class DecodingLoop(RequestLoop):
 
     Args:
         runner: the model and its caches.
+        is_alone: no other process makes the same steps. Then an exception ends the requests that it
+            is about, and the loop goes on; else the processes would not be at the same step any
+            more, so `step` raises it. It also does where the device computes no more.
     """
 
-    def __init__(self, runner: SegmentRunner) -> None:
+    def __init__(self, runner: SegmentRunner, is_alone: bool = True) -> None:
         model = runner.model
         heads = [*(exit_.head for exit_ in model.exits), model.final_head]
         costs = Costs.of(
@@ -36,7 +40,10 @@ class DecodingLoop(RequestLoop):
         )
         super().__init__(Scheduler(len(model.segments), runner.num_slots, costs=costs))
         self.runner = runner
+        self._is_alone = is_alone
         self._scorers: dict[int, TextScorer] = {}
+        self._at_work: set[int] = set()
+        """Whose state is unknown if there is an exception now."""
 
     def cancel(self, key: int) -> None:
         """End a request that is under way; nothing happens where there is none."""
@@ -50,28 +57,66 @@ class DecodingLoop(RequestLoop):
         Returns:
             The tokens that came of it. A request that failed has none, and an `error`.
         """
+        tokens: list[tuple[Request, GeneratedToken]] = []
+        try:
+            self._decode(tokens)
+        except Exception as error:
+            self._contain(error)
+        try:
+            self._score()
+        except Exception as error:
+            self._contain(error)
+        return tokens
+
+    def _decode(self, tokens: list[tuple[Request, GeneratedToken]]) -> None:
+        """Run a batch, and add what comes of it to `tokens`."""
         for progress in self.scheduler.admit():
+            self._start(progress)
+        self._at_work = set(self.scheduler.running)
+        step = self.scheduler.next()
+        self._at_work = set()
+        if step is None:
+            return
+        with torch.inference_mode():
+            passed, likely, unlikely = self._run(step)
+            undecided = self._decide(passed, likely.answers(), tokens)
+            self._at_work = set(undecided)
+            if undecided:
+                self._decide(undecided, unlikely.answers(), tokens)
+        self._at_work = set()
+
+    def _start(self, progress: Progress) -> None:
+        self._at_work = {progress.key}
+        try:
             self.runner.truncate(progress.slot, 0)
             mode = self._mode(progress)
             mode.start(0)
             exits = [i for i in range(self.scheduler.num_segments - 1) if mode.asks(i)]
             self.scheduler.expectations.start(progress, exits, mode.asks_late)
-        tokens: list[tuple[Request, GeneratedToken]] = []
-        step = self.scheduler.next()
-        if step is not None:
-            with torch.inference_mode():
-                passed, likely, unlikely = self._run(step)
-                undecided = self._decide(passed, likely.answers(), tokens)
-                if undecided:
-                    self._decide(undecided, unlikely.answers(), tokens)
-        self._score()
-        return tokens
+        except Exception as error:
+            self._contain(error)
+
+    def _contain(self, error: Exception) -> None:
+        """End the requests that an exception is about, with all that is kept for them.
+
+        Raises:
+            Exception: the same one, where the loop cannot go on.
+        """
+        failed, self._at_work = self._at_work, set()
+        if not (self._is_alone and failed):
+            raise error
+        release(error, self.runner.model.device)
+        if not is_usable(self.runner.model.device):
+            raise error
+        for key in failed:
+            self._fail(key, reason_of(error), error)
 
     def _score(self) -> None:
         """Score the next piece of the prompt that waits first."""
-        if not self.unscored:
+        key = self._next_to_score()
+        if key is None:
             return
-        key, scoring = next(iter(self.unscored.items()))
+        scoring, self._at_work = self.unscored[key], {key}
         if key not in self._scorers:
             length = len(scoring.tokens)
             self._scorers[key] = TextScorer(self.runner.model, length, scoring.rule)
@@ -79,6 +124,7 @@ class DecodingLoop(RequestLoop):
         if scoring.is_given:
             del self._scorers[key]
         self._take_scores(self.requests[key], scores)
+        self._at_work = set()
 
     def _run(self, step: Step | None) -> tuple[dict[int, list[int]], Questions, Questions]:
         """Run a batch as far as the scheduler wants.
@@ -90,6 +136,7 @@ class DecodingLoop(RequestLoop):
         likely, unlikely = Questions(self.runner), Questions(self.runner)
         passed: dict[int, list[int]] = {}
         while step is not None:
+            self._at_work.update(progress.key for progress in step.sequences)
             hidden = self.runner.run(step.segment, step.spans, self._inputs(step), last=step.last)
             complete = self.scheduler.ran(step)
             first, later = [0] * len(step.spans), [0] * len(step.spans)
@@ -141,9 +188,26 @@ class DecodingLoop(RequestLoop):
                 if found is None:
                     undecided[key] = segments[place:]
                     break
-                if self._hear(progress, segment, found, tokens):
+                if self._hears(progress, segment, found, tokens):
                     break
         return undecided
+
+    def _hears(
+        self,
+        progress: Progress,
+        segment: int,
+        found: list[Assessment],
+        tokens: list[tuple[Request, GeneratedToken]],
+    ) -> bool:
+        """See `_hear`; an exception is about this sequence alone."""
+        try:
+            return self._hear(progress, segment, found, tokens)
+        except Exception as error:
+            others = self._at_work
+            self._at_work = {progress.key}
+            self._contain(error)
+            self._at_work = others - {progress.key}
+            return True
 
     def _hear(
         self,
@@ -155,7 +219,7 @@ class DecodingLoop(RequestLoop):
         """Whether the sequence does not go on behind a segment, by what the head there says."""
         mode = self._mode(progress)
         if not all(one.is_finite for one in found):
-            self._fail(progress)
+            self._fail(progress.key, NOT_FINITE)
             return True
         if segment == self.scheduler.num_segments - 1:
             verdict = mode.at_end(found)
@@ -185,8 +249,9 @@ class DecodingLoop(RequestLoop):
             request.mode.start(progress.num_pending)
         self.scheduler.go_on(progress, request.length, tail=len(request.mode.drafts) + 1)
 
-    def _fail(self, progress: Progress) -> None:
-        request = self.requests[progress.key]
-        request.fail(NOT_FINITE)
-        self.runner.clear(progress.slot)
-        self.cancel(progress.key)
+    def _fail(self, key: int, reason: str, error: Exception | None = None) -> None:
+        if (progress := self.scheduler.running.get(key)) is not None:
+            self.runner.clear(progress.slot, progress.length)
+        if (request := self.requests.get(key)) is not None:
+            request.fail(reason, error)
+        self.cancel(key)

@@ -19,6 +19,7 @@ class Progress:
             head is not asked.
         answers: how many exits have given, or not given, a token.
         exits: those that it may ask.
+        group: those that one client has asked for together.
         runs_on: whether it may go through further segments before a head that it asks is asked.
     """
 
@@ -33,6 +34,7 @@ class Progress:
     exits: frozenset[int] = frozenset()
     runs_on: bool = True
     answers: int = 0
+    group: int = 0
 
     @property
     def limit(self) -> int:

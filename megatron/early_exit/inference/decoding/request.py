@@ -33,6 +33,9 @@ class Request:
     Attributes:
         tokens: what it has got so far.
         error: why it failed; None where it did not.
+        exception: what made it fail, where that was one.
+        group: those of a group take turns with other groups, however many they are; by default each
+            request is one of its own.
     """
 
     def __init__(
@@ -51,6 +54,8 @@ class Request:
         self.tokens: list[GeneratedToken] = []
         self.scoring = scoring
         self.error: str | None = None
+        self.exception: Exception | None = None
+        self.group = key
         self._stopping, self._echo = stopping, echo
         self._is_cancelled = False
         self._times = [perf_counter()] * 3
@@ -117,9 +122,9 @@ class Request:
         if not self.scoring.is_finite:
             self.fail(NOT_FINITE)
 
-    def fail(self, error: str) -> None:
+    def fail(self, error: str, exception: Exception | None = None) -> None:
         """End it with an error; what it has got so far stays."""
-        self.error = error
+        self.error, self.exception = error, exception
 
     def cancel(self) -> None:
         """End it because nobody wants it any more; what it has got so far stays."""

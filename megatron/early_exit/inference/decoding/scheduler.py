@@ -7,12 +7,13 @@ next one (dynamic rebatching, arXiv 2512.15705). Where an exit is not worth a qu
 the batch runs on, takes along those that wait on its way, and all its heads are asked at its end.
 """
 
-from collections import deque
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from megatron.early_exit.inference.compute.spans import Span, in_pass_order
 from megatron.early_exit.inference.decoding.expectations import Expectations
+from megatron.early_exit.inference.decoding.fair_queue import FairQueue
 from megatron.early_exit.inference.decoding.policy import Costs, Front, Policy
 from megatron.early_exit.inference.decoding.progress import Progress
 
@@ -35,15 +36,13 @@ class Step:
     spans: tuple[Span, ...]
 
 
-@dataclass(slots=True)
-class _Arrival:
-    key: int
-    length: int
-
-
 @dataclass
 class Scheduler:
-    """Admits sequences in the order of their arrival, and picks the next batch.
+    """Admits sequences, and picks the next batch.
+
+    Sequences come in groups, those that one client has asked for together. Groups take turns: a
+    free slot goes to the one that has the fewest. Who has a slot keeps it to the end, so none gets
+    all of them: of four or more slots a group leaves a quarter to those that come later.
 
     What runs next is what promises the most tokens for its time, see `Policy`. It includes a deeper
     segment when `quorum`, a share of all sequences, waits for that: who waits gets no tokens. In
@@ -69,7 +68,11 @@ class Scheduler:
     patience: int = 16
     costs: Costs | None = None
     running: dict[int, Progress] = field(default_factory=dict)
-    _arrivals: deque[_Arrival] = field(default_factory=deque)
+    _arrivals: FairQueue = field(default_factory=FairQueue)
+    _lengths: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Of those that wait: their tokens, and their groups."""
+    _began: dict[int, int] = field(default_factory=dict)
+    """For each group that runs the step at which its last sequence has begun."""
     _free: list[int] = field(default_factory=list)
     _step: int = 0
     _end: int = 0
@@ -85,31 +88,41 @@ class Scheduler:
         self._policy = Policy(self.costs or Costs((1.0,) * self.num_segments))
         self.expectations = Expectations(self.num_segments - 1)
 
-    def add(self, key: int, length: int) -> None:
-        """A sequence of `length` tokens has arrived."""
-        self._arrivals.append(_Arrival(key, length))
+    def add(self, key: int, length: int, group: int | None = None) -> None:
+        """A sequence of `length` tokens has arrived; without a group it is one of its own."""
+        group = key if group is None else group
+        self._lengths[key] = (length, group)
+        self._arrivals.add(key, group)
 
     def remove(self, key: int) -> None:
         """A sequence has ended, or is no longer wanted; what is pending of it is never run."""
         progress = self.running.pop(key, None)
         if progress is None:
-            self._arrivals = deque(one for one in self._arrivals if one.key != key)
+            self._arrivals.remove(key)
+            self._lengths.pop(key, None)
         else:
+            if all(one.group != progress.group for one in self.running.values()):
+                self._began.pop(progress.group, None)
             self._free.append(progress.slot)
             # The lowest first keeps the slots in use together.
             self._free.sort(reverse=True)
 
     def admit(self) -> list[Progress]:
-        """Give free slots to those that have waited longest."""
-        admitted = []
-        while self._free and self._arrivals:
-            arrival = self._arrivals.popleft()
+        """Give free slots to those whose turn it is."""
+        admitted: list[Progress] = []
+        if not (self._free and self._arrivals):
+            return admitted
+        held = Counter(progress.group for progress in self.running.values())
+        most = self.num_slots - self.num_slots // 4
+        while self._free and (key := self._arrivals.take(held, most)) is not None:
+            length, group = self._lengths.pop(key)
+            held[group] += 1
             cached = [0] * self.num_segments
             progress = Progress(
-                arrival.key, self._free.pop(), arrival.length, cached, since=self._step
+                key, self._free.pop(), length, cached, since=self._step, group=group
             )
             self.expectations.start(progress, range(self.num_segments - 1))
-            self.running[arrival.key] = progress
+            self.running[key] = progress
             admitted.append(progress)
         return admitted
 
@@ -184,9 +197,9 @@ class Scheduler:
 
     def batch(self, segment: int, group: Iterable[Progress]) -> Step:
         """Spans of the sequences of `group`, all in front of `segment`, as many as there is room
-        for: single tokens first, then parts of prompts and catch-ups, the longest-waiting first."""
+        for: single tokens first, then parts of prompts and catch-ups, see `_in_turn`."""
         singles = [one for one in group if one.waiting == 1]
-        longer = sorted((one for one in group if one.waiting > 1), key=lambda one: one.since)
+        longer = self._in_turn(segment, [one for one in group if one.waiting > 1])
         if len(singles) > self.max_rows:
             singles = sorted(singles, key=lambda one: one.since)[: self.max_rows]
         # Long ones come forward however many single tokens there are.
@@ -203,6 +216,20 @@ class Scheduler:
         sequences = tuple(one for _, one in spans)
         return Step(segment, segment, sequences, tuple(span for span, _ in spans))
 
+    def _in_turn(self, segment: int, longer: list[Progress]) -> list[Progress]:
+        """Those that have begun, the longest-waiting first; then the next one of each group, that
+        first of which none has begun for longest, then the second of each, and so on."""
+        longer.sort(key=lambda one: one.since)
+        places: Counter[int] = Counter()
+        order: dict[int, tuple[int, int]] = {}
+        for one in longer:
+            if one.cached[segment] > 0:
+                order[one.key] = (-1, one.since)
+            else:
+                order[one.key] = (places[one.group], self._began.get(one.group, one.since))
+                places[one.group] += 1
+        return sorted(longer, key=lambda one: order[one.key])
+
     def ran(self, step: Step) -> list[int]:
         """Take note that a batch has been run. Sequences of which nothing waits for its segment any
         more wait for the next one, if there is one; `go_on` calls them back.
@@ -213,6 +240,8 @@ class Scheduler:
         complete = []
         for index, (progress, span) in enumerate(zip(step.sequences, step.spans, strict=True)):
             is_complete = span.end == progress.limit
+            if span.start == 0 == step.segment:
+                self._began[progress.group] = self._step
             for segment in range(step.segment, step.last + 1):
                 progress.cached[segment] = span.end
             if is_complete:

@@ -114,7 +114,7 @@ class Division:
     def _own_loop(self, runner: SegmentRunner) -> Loop:
         control, place = self._control, self.place
         if place.num_stages == 1:
-            loop = DecodingLoop(runner)
+            loop = DecodingLoop(runner, is_alone=False)
             if control is None or place.rank > 0:
                 return loop
             self._closing = TensorDriver(loop, control, place.num_ranks)

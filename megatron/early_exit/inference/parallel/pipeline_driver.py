@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron.early_exit.inference.compute.spans import Span
 from megatron.early_exit.inference.decoding.confidence import NOT_FINITE, Assessment
+from megatron.early_exit.inference.decoding.failures import is_usable, reason_of, release
 from megatron.early_exit.inference.decoding.modes import Next
 from megatron.early_exit.inference.decoding.params import SamplingParams
 from megatron.early_exit.inference.decoding.progress import Progress
@@ -93,10 +94,12 @@ class PipelineDriver(RequestLoop):
     def _score(self) -> bool:
         """Score a piece of a prompt, if there is one and not every stage has one to do; whether
         that was so."""
-        given = [pair for pair in self.unscored.items() if not pair[1].is_given]
-        if not given or self._pieces.num_pieces >= self.stage.place.num_stages:
+        if self._pieces.num_pieces >= self.stage.place.num_stages:
             return False
-        key, scoring = given[0]
+        key = self._next_to_score()
+        if key is None:
+            return False
+        scoring = self.unscored[key]
         piece = scoring.next_piece()
         order = order_message(key, scoring, piece)
         self._tell_stages(order)
@@ -178,10 +181,21 @@ class PipelineDriver(RequestLoop):
         request = self.requests.get(work.key)
         if request is None:
             return
+        try:
+            self._decide(request, work, logits)
+        except Exception as error:
+            # It is about this request alone, and what has been told of it to the others is whole.
+            device = self.stage.runner.model.device
+            release(error, device)
+            if not is_usable(device):
+                raise
+            self._fail(request, reason_of(error), error)
+
+    def _decide(self, request: Request, work: Work, logits: Tensor) -> None:
         *earlier, last = work.findings
         assessment = last.assessment(logits)
         if not assessment.is_finite:
-            self._fail(request)
+            self._fail(request, NOT_FINITE)
         elif work.verify:
             self._speculate(request, last.head, assessment)
         else:
@@ -227,10 +241,11 @@ class PipelineDriver(RequestLoop):
         self.scheduler.go_on(progress, request.length)
         self._ready.append(progress)
 
-    def _fail(self, request: Request) -> None:
-        self._damaged.add(self.scheduler.running[request.key].slot)
-        request.fail(NOT_FINITE)
-        self._tell({"kind": "failed", "key": request.key, "error": NOT_FINITE})
+    def _fail(self, request: Request, reason: str, error: Exception | None = None) -> None:
+        if (progress := self.scheduler.running.get(request.key)) is not None:
+            self._damaged.add(progress.slot)
+        request.fail(reason, error)
+        self._tell({"kind": "failed", "key": request.key, "error": reason})
         self.cancel(request.key)
 
     def _tell_stages(self, message: Message) -> None:

@@ -34,7 +34,7 @@ class TensorDriver:
         if not request.is_finished:
             params = asdict(request.params)
             order = {"kind": "submit", "key": request.key, "prompt": request.prompt}
-            self._tell({**order, "params": params})
+            self._tell({**order, "params": params, "group": request.group})
             self.loop.submit(request)
 
     def cancel(self, key: int) -> None:
@@ -74,7 +74,9 @@ def repeat_calls(loop: Loop, control: ControlPlane, build: BuildRequest) -> None
         match message["kind"]:
             case "submit":
                 params = SamplingParams(**message["params"])
-                loop.submit(build(message["prompt"], params, message["key"]))
+                request = build(message["prompt"], params, message["key"])
+                request.group = message["group"]
+                loop.submit(request)
             case "cancel":
                 loop.cancel(message["key"])
             case "step":
