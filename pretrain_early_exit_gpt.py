@@ -34,9 +34,12 @@ def main() -> int:
             lambda args: platform.check_arguments(args, machine),
         )
         session = Session(args, get_tokenizer())
+        remark = platform.dtype_remark(args, machine) if args.rank == 0 else None
     except (ValueError, AssertionError, OSError, RuntimeError, ImportError) as error:
         return refuse(error)
     print_rank_0(machine.describe())
+    if remark is not None:
+        print_rank_0(remark)
     try:
         session.run()
     except CheckpointError as error:

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import torch
 from decode_batch import measure_batch
+from decode_dtypes import BENCHMARKED, benchmarked_dtypes
 from decode_models import random_weights, saved_weights
 from decode_single import measure_single
 from decode_turns import Report
 
+from megatron.early_exit.hardware.dtypes import DTYPES
 from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
 
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "run" / "checkpoint"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def parse() -> argparse.Namespace:
@@ -36,7 +37,12 @@ def parse() -> argparse.Namespace:
         default=["demo", "shape"],
         help="the demo's checkpoint, or random weights of SmolLM2-135M's shape",
     )
-    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=BENCHMARKED,
+        help="default: fp32, and bf16 where that is fast on this machine's CPU",
+    )
     parser.add_argument("--batch", nargs="+", type=int, choices=(1, 8, 32), default=[1, 8, 32])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
@@ -44,6 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="3 rounds of 20 tokens")
     parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
     args = parser.parse_args()
+    args.dtype = args.dtype or benchmarked_dtypes()
     if args.quick:
         args.rounds, args.tokens = 3, 20
     return args

@@ -20,12 +20,14 @@ from statistics import median
 from time import perf_counter
 
 import torch
+from decode_dtypes import BENCHMARKED, benchmarked_dtypes
 from decode_models import SMOLLM2_135M
 from torch import distributed
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.weights import weight_shapes
 from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.hardware.dtypes import DTYPES
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.parallel.division import divided_model
 from megatron.early_exit.inference.parallel.process_groups import join, own_part
@@ -35,7 +37,6 @@ STAGES = 2
 SEQUENCES = 4
 EXIT_LAYER = SMOLLM2_135M.num_layers // STAGES
 EXITS = EarlyExitConfig(exit_layer_nums=(EXIT_LAYER,), use_exit_norm=True)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LATENCY_TARGET, THROUGHPUT_TARGET = 0.65, 1.5
 
 
@@ -130,10 +131,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=BENCHMARKED,
+        help="default: fp32, and bf16 where that is fast on this machine's CPU",
+    )
     parser.add_argument("--vocab-size", type=int, default=13888)
     parser.add_argument("--quick", action="store_true", help="a tenth of the work")
     args = parser.parse_args()
+    args.dtype = args.dtype or benchmarked_dtypes()
     tokens, turns = (24, 1) if args.quick else (48, 5)
     os.environ["OMP_NUM_THREADS"] = "1"
     for dtype in args.dtype:

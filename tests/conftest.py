@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 # Before torch is imported, and for the processes that tests start: ranks share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing that a test checks depends on a measurement, and nothing is computed slowly for it.
+os.environ.setdefault("EARLY_EXIT_FAST_DTYPES", "fp32")
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false")
 
 import pytest

@@ -40,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     sizes = "sequences of a microbatch, each of these (default: 1 2 4)"
     add("--micro-batch-size", type=int, nargs="+", default=[1, 2, 4], help=sizes)
     dtype = parser.add_mutually_exclusive_group()
-    dtype.add_argument("--bf16", action="store_true", help="as plans need it (the default)")
+    dtype.add_argument(
+        "--bf16", action="store_true", help="as plans need it (the default, even where it is slow)"
+    )
     dtype.add_argument("--fp32", action="store_true", help="to compare; no plans are made of it")
     repeats = "times that each pass is measured; the median counts (default: %(default)s)"
     add("--repeats", type=int, default=10, help=repeats)
@@ -80,8 +82,12 @@ def profile(args: argparse.Namespace, model: Model) -> LayerProfile:
     logging.getLogger("megatron").setLevel(logging.WARNING)
     import torch
 
+    from megatron.early_exit.hardware.dtypes import dtype_speed, say_once
     from megatron.early_exit.training.part_profile import PartProfiler
 
+    dtype = torch.float32 if args.fp32 else torch.bfloat16
+    if not (speed := dtype_speed(dtype, machine.device)).is_fast:
+        say_once(f"{speed.finding}: plans with this profile are plans for such machines")
     exits, sizes = model.placements[0], sorted(set(args.micro_batch_size))
     measuring = ""
 
@@ -93,7 +99,7 @@ def profile(args: argparse.Namespace, model: Model) -> LayerProfile:
     profiler = PartProfiler(
         shape=model.shape,
         exits=exits,
-        dtype=torch.float32 if args.fp32 else torch.bfloat16,
+        dtype=dtype,
         options=_layer_options(machine),
     )
     with _one_process(machine):

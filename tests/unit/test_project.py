@@ -257,6 +257,7 @@ def package_copy(tmp_path: Path) -> Path:
         ("config", "model"),
         ("model", "training"),
         ("model", "platform"),
+        ("hardware", "config"),
         ("checkpoint", "inference"),
         ("inference", "training"),
         ("inference", "pipeline"),

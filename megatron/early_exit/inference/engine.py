@@ -102,7 +102,8 @@ class EarlyExitEngine:
         Args:
             path: a save directory, or one iteration in it.
             dtype: torch.float32, torch.bfloat16 or torch.float16; by default what the model was
-                trained in.
+                trained in, or float32 where this machine is slow in that and has the memory (a
+                line says so; of several processes the first one decides).
             device: where to run; by default the first GPU if there is one (of several processes,
                 each its own), else the CPU.
             max_pending, max_batch_size, max_sequence_length: see the class.

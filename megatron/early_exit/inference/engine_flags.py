@@ -3,11 +3,8 @@
 import argparse
 from pathlib import Path
 
-import torch
-
+from megatron.early_exit.hardware.dtypes import DTYPES
 from megatron.early_exit.inference.engine import DEFAULT_MAX_BATCH_SIZE, EarlyExitEngine
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +13,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--load", type=Path, required=True, help="save directory, or one iteration")
     group = parser.add_argument_group("engine")
     add = group.add_argument
-    add("--dtype", choices=_DTYPES, help="default: what the model was trained in")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="default: what the model was trained in, or fp32 where that is slow here",
+    )
     add("--device", help="default: the first GPU if there is one, else cpu")
     add(
         "--compile",
@@ -48,7 +49,7 @@ def load_engine(
     """
     return EarlyExitEngine.from_checkpoint(
         args.load,
-        dtype=None if args.dtype is None else _DTYPES[args.dtype],
+        dtype=None if args.dtype is None else DTYPES[args.dtype],
         device=args.device,
         max_batch_size=args.max_batch_size,
         max_sequence_length=max_sequence_length,

@@ -12,6 +12,7 @@ from megatron.early_exit.checkpoint.model import model_weights
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from megatron.early_exit.checkpoint.weights import load_weights
 from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
+from megatron.early_exit.inference.dtype import decide_dtype
 from megatron.early_exit.inference.parallel.division import Division, divided_model
 from megatron.early_exit.inference.parallel.process_groups import join, own_part
 
@@ -63,8 +64,7 @@ def load_model(
         place.check(architecture)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype is None:
-        dtype = getattr(torch, architecture.params_dtype)
+    dtype = decide_dtype(dtype, architecture, early_exit, torch.device(device), place)
     weights = load_weights(
         model_weights(location, description),
         dtype,

@@ -14,14 +14,25 @@ import importlib
 import os
 import sys
 
-from megatron.early_exit.platform.arguments import check_arguments, set_argument_defaults
+from megatron.early_exit.platform.arguments import (
+    check_arguments,
+    dtype_remark,
+    set_argument_defaults,
+)
 from megatron.early_exit.platform.cpu import emulate_cuda
 from megatron.early_exit.platform.machine import Platform, detect
 from megatron.early_exit.platform.optimizer import repair_distributed_optimizer
 from megatron.early_exit.platform.quiet import silence, silence_prints
 from megatron.early_exit.platform.replace import replace
 
-__all__ = ["Platform", "check_arguments", "detect", "prepare", "set_argument_defaults"]
+__all__ = [
+    "Platform",
+    "check_arguments",
+    "detect",
+    "dtype_remark",
+    "prepare",
+    "set_argument_defaults",
+]
 
 
 @functools.cache

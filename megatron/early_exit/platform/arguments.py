@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from argparse import ArgumentParser, Namespace
 
+from megatron.early_exit.hardware.dtypes import DTYPES, dtype_speed
 from megatron.early_exit.platform.machine import Platform
 
 
@@ -84,6 +85,20 @@ def check_arguments(args: Namespace, platform: Platform) -> None:
         for flag, value in _cuda_flags(args).items():
             if value:
                 raise ValueError(f"{flag} needs a GPU, which this machine lacks; leave it out")
+
+
+def dtype_remark(args: Namespace, platform: Platform) -> str | None:
+    """A sentence for those who ask for a number format that is slow on this machine.
+
+    Raises:
+        ValueError: the variable that says which formats are fast has an unknown value.
+    """
+    for name in ("bf16", "fp16"):
+        if getattr(args, name):
+            speed = dtype_speed(DTYPES[name], platform.device)
+            if not speed.is_fast:
+                return f"{speed.finding}: without --{name} training may be faster here"
+    return None
 
 
 def _transformer_engine_flags(args: Namespace) -> dict[str, bool]:

@@ -1,0 +1,5 @@
+"""What this machine can do, found by measuring it or by asking the system, never by its name.
+
+`dtypes` says in which number formats it multiplies fast, `resources` how many cores and how much
+memory this process may use, `compiler` whether PyTorch can compile for its CPU. Everything in the
+package may ask; nothing here changes anything or remembers more than what was measured."""
