@@ -17,12 +17,17 @@ import pytest
 from hypothesis import settings
 
 from megatron.early_exit.process_family import start_family
+from tests.helpers.speed import patient
 
 if TYPE_CHECKING:
     from tests.helpers.warm_ranks import WarmRanks
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
+
+# pytest-timeout reads it, here and in the workers of pytest-xdist. The file's own `timeout` is for
+# whoever runs a test without this file.
+os.environ.setdefault("PYTEST_TIMEOUT", f"{patient(300):.0f}")
 
 HERE = Path(__file__).parent
 

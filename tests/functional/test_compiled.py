@@ -14,6 +14,7 @@ from megatron.early_exit.inference.compute.graphs import GraphedLayers
 from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
 from tests.helpers.compiler import needs_compiler
 from tests.helpers.reference_decoder import generate
+from tests.helpers.speed import patient
 from tests.helpers.tiny_models import ARCHITECTURES, HEADS, LLAMA, make_model
 
 PROMPT = [5, 17, 3, 44, 8]
@@ -190,7 +191,11 @@ except ValueError as error:
         "PYTHONPATH": ".",
     }
     run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=patient(120),
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("compile is not possible here: ")

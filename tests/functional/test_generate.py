@@ -15,6 +15,7 @@ from megatron.early_exit.checkpoint.description import ModelDescription, write_d
 from megatron.early_exit.checkpoint.tokenizer import TokenizerDescription
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers.compiler import needs_compiler
+from tests.helpers.speed import patient
 from tests.helpers.tiny_models import LLAMA, make_model, save_checkpoint
 from tools.generate import main
 
@@ -62,7 +63,7 @@ def test_two_processes_print_the_text_once(checkpoint, capsys, kind):
         [*torchrun, "--standalone", "tools/generate.py", *flags, *layout],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patient(120),
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

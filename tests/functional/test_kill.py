@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from megatron.early_exit import platform
+from tests.helpers.speed import patient
 
 platform.prepare()
 
@@ -41,7 +42,7 @@ FLAGS = [
     *("--train-iters", ITERATIONS, "--save-interval", SAVE_INTERVAL),
     *("--eval-interval", 5, "--eval-iters", 1),
 ]
-LIFE_TIMEOUT_S = 200
+LIFE_TIMEOUT_S = patient(200)
 
 
 @dataclass
@@ -144,7 +145,7 @@ def moments(random_: random.Random) -> list[tuple[str, Moment, float]]:
     return chosen
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(patient(1200))
 def test_a_run_killed_ten_times_equals_one_that_was_not(trainings):
     undisturbed = trainings("undisturbed")
     undisturbed.finish(0)

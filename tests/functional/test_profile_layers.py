@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron.early_exit.pipeline.simulation.layer_profile import LayerProfile
+from tests.helpers.speed import patient
 from tools import plan_pipeline, profile_layers
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +20,7 @@ MODEL = (
 
 def run(words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "tools/profile_layers.py", *words.split()]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patient(120))
 
 
 def test_a_plan_from_a_profile(tmp_path, capsys):

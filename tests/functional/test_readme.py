@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.speed import patient
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text()
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -43,7 +45,7 @@ def as_run(kind: str, text: str) -> list[str]:
     return ["bash", "-euo", "pipefail", "-c", re.sub(r"^make ", "make -o setup ", text, flags=re.M)]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(patient(600))
 def test_every_command_of_the_readme_works(clone):
     blocks = [block for block in BLOCK.findall(README) if block[1] not in NOT_RUN]
     assert len(blocks) >= 4
@@ -55,7 +57,7 @@ def test_every_command_of_the_readme_works(clone):
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=patient(400),
             check=False,
         )
         assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

@@ -13,6 +13,7 @@ import requests
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers.server_process import wait_until
+from tests.helpers.speed import patient
 from tests.helpers.text_checkpoint import CONTEXT, EXITS, VOCAB_SIZE, save_text_checkpoint
 from tests.helpers.text_server import NAME, text_server
 
@@ -339,18 +340,18 @@ def test_what_clients_of_ee_llm_send(server, engine):
         "exit_layers": [],
     }
     url = f"{server.url}/api"
-    answer = requests.put(url, json=body, timeout=60).json()
+    answer = requests.put(url, json=body, timeout=patient(60)).json()
     eos = {"ignore_eos": False}
     (full,) = engine.generate(PROMPT, SamplingParams(max_tokens=12, **eos))
     assert answer["text"] == [full.text]
     assert answer["logprobs"][0] == pytest.approx(full.logprobs, abs=1e-4)
     assert answer["requst_time"] == answer["request_time"] > 0
     assert answer["max_probs"] is None
-    off = requests.put(url, json={**body, "use_early_exit": False}, timeout=60).json()
+    off = requests.put(url, json={**body, "use_early_exit": False}, timeout=patient(60)).json()
     assert off["text"] == [full.text]
     on = {**body, "use_early_exit": True, "early_exit_thres": 0, "exit_layers": [3]}
     on |= {"print_max_prob": True, "echo_prompts": True}
-    answer = requests.post(url, json=on, timeout=60).json()
+    answer = requests.post(url, json=on, timeout=patient(60)).json()
     assert set(answer["exit_layers"][0]) == {3}
     assert answer["text"][0].startswith(PROMPT)
     assert "".join(answer["segments"][0]).startswith(PROMPT)
@@ -364,11 +365,11 @@ def test_what_clients_of_ee_llm_send(server, engine):
         "top_p": 0.5,
         "early_exit_thres": 40,
     }.items():
-        refused = requests.put(url, json={**body, name: value}, timeout=60)
+        refused = requests.put(url, json={**body, name: value}, timeout=patient(60))
         assert refused.status_code == 400, name
         assert refused.json()["error"]["param"] == name
     begun = {"prompts": [""], "add_BOS": True, "tokens_to_generate": 2}
-    assert requests.put(url, json=begun, timeout=60).json()["tokens"][0][0] == 1
+    assert requests.put(url, json=begun, timeout=patient(60)).json()["tokens"][0][0] == 1
 
 
 def test_tokens_and_back(server, engine):

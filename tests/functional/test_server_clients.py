@@ -14,6 +14,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from tests.helpers.speed import patient
 from tests.helpers.text_checkpoint import save_text_checkpoint
 from tests.helpers.text_server import NAME, text_server
 
@@ -177,7 +178,7 @@ def test_every_answer_is_as_documented(server, mode):
                     if isinstance(case.body.get(name), int):
                         case.body[name] = min(case.body[name], 8)
             # Some bodies of the right shape ask for what this model does not have.
-            case.call_and_validate(timeout=60, excluded_checks=[positive_data_acceptance])
+            case.call_and_validate(timeout=patient(60), excluded_checks=[positive_data_acceptance])
 
         check()
     assert server.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 2}).ok

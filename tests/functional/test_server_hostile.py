@@ -12,6 +12,7 @@ import pytest
 from megatron.early_exit.server.chat_models import ChatRequest
 from megatron.early_exit.server.completion_models import CompletionRequest
 from megatron.early_exit.server.generate_models import GenerateRequest
+from tests.helpers.speed import patient
 from tests.helpers.text_checkpoint import save_text_checkpoint
 from tests.helpers.text_server import NAME, text_server
 
@@ -197,7 +198,7 @@ def test_paths_and_methods(server):
         assert_refused(server.get(path), 404)
     place = urlparse(server.url)
     for path in ("/static/../app.py", "/static/..%2fapp.py", "//etc/passwd", "/static//etc/passwd"):
-        connection = http.client.HTTPConnection(place.hostname, place.port, timeout=30)
+        connection = http.client.HTTPConnection(place.hostname, place.port, timeout=patient(30))
         connection.request("GET", path)
         response = connection.getresponse()
         assert response.status in (308, 404), path
@@ -239,7 +240,7 @@ def test_headers_cannot_be_smuggled_in(server):
 )
 def test_requests_that_are_no_http(server, raw, answer):
     place = urlparse(server.url)
-    with socket.create_connection((place.hostname, place.port), timeout=60) as connection:
+    with socket.create_connection((place.hostname, place.port), timeout=patient(60)) as connection:
         connection.sendall(raw)
         assert connection.recv(64).startswith(answer)
     assert_serves(server)
@@ -247,7 +248,7 @@ def test_requests_that_are_no_http(server, raw, answer):
 
 def test_a_client_that_says_nothing_more_is_let_go(server):
     place = urlparse(server.url)
-    with socket.create_connection((place.hostname, place.port), timeout=60) as connection:
+    with socket.create_connection((place.hostname, place.port), timeout=patient(60)) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 5\r\n\r\n{")
         connection.shutdown(socket.SHUT_WR)
         assert connection.recv(64) == b""

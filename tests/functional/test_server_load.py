@@ -9,18 +9,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.speed import patient
+
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "serve_load.py"
 SECONDS = 15
 GROWTH = 0.15
 """Of memory: within so short a time threads still get their first requests."""
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(patient(280))
 def test_all_are_answered_rightly_under_load(tmp_path):
     target = tmp_path / "figures.json"
     command = [sys.executable, BENCHMARK, "--model", "tiny", "--rounds", "1"]
     command += ["--seconds", str(SECONDS), "--json", target]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=270, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=patient(270), check=False
+    )
     assert target.exists(), done.stdout + done.stderr[-4000:]
     figures = json.loads(target.read_text())
     assert figures["requests"] > 64

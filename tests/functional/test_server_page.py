@@ -25,13 +25,14 @@ from tests.helpers.page_server import (
     text_of,
 )
 from tests.helpers.server_process import wait_until
+from tests.helpers.speed import patient
 
 FIRST_DIFFERENCE = 20
 PROMPT = "A language model is"
 # What a browser itself writes when an answer is an error, or none comes.
 NETWORK_NOISE = "Failed to load resource"
 # Milliseconds that a test which fails takes to say so.
-PATIENCE = 60_000
+PATIENCE = patient(60_000)
 expect.set_options(timeout=PATIENCE)
 
 
@@ -609,5 +610,5 @@ def install_browser(folder: Path) -> subprocess.CompletedProcess[str]:
         env={"PATH": str(folder)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patient(60),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from tests.helpers.speed import patient
 from tools.plan_pipeline import main
 
 GUTTER, RULER, ROW = 64, 26, 30
@@ -31,7 +32,7 @@ def page(browser: Browser, timeline: Path) -> Iterator[Page]:
     """The open page; whatever a test does, it must not complain, or ask for another file."""
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     page = context.new_page()
-    page.set_default_timeout(8000)
+    page.set_default_timeout(patient(8000))
     complaints: list[str] = []
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on(

@@ -11,10 +11,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.helpers.speed import patient
+
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "pretrain_early_exit_gpt.py"
 PATHS = ("DATA_PATH", "TOKENIZER_MODEL", "CHECKPOINT_DIR", "TENSORBOARD_DIR")
-TIMEOUT_S = 400  # several times what a dry run takes on two free cores
+TIMEOUT_S = patient(280)  # several times what a dry run takes on two free cores
 
 _OWN_VARIABLES = re.compile(
     r"BASE_DIR|DATA_PATH|TOKENIZER_.*|CHECKPOINT_DIR|TENSORBOARD_DIR|GPUS_PER_NODE|NNODES"
@@ -61,7 +63,7 @@ class ExampleScripts:
             if process.poll() is None:
                 # The whole group: torchrun, told so, ends its workers.
                 os.killpg(process.pid, signal.SIGTERM)
-                process.communicate(timeout=60)
+                process.communicate(timeout=patient(60))
         return subprocess.CompletedProcess(script, process.returncode, stdout, stderr)
 
     def recorded_dry_run(self, script: str, folder: Path) -> list[list[str]]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron.early_exit import platform
+from tests.helpers.speed import patient
 
 _IMPORTED = ["megatron.early_exit.inference", "tests.helpers.huggingface_models"]
 
@@ -25,9 +26,7 @@ def forkserver() -> BaseContext:
     return torch.multiprocessing.get_context("forkserver")
 
 
-def spawn(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 250
-) -> list[Any]:
+def spawn(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Call `function(*args)` on every rank of a fresh gloo group; returns the ranks' results.
 
     The function must be at the top level of its module. What it raises is raised here, with the
@@ -42,10 +41,11 @@ def spawn(
             start_method=start_method,
         )
         try:
+            timeout_s = patient(250)
             deadline = time.monotonic() + timeout_s
             while not context.join(timeout=1):
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"{function.__name__} ran longer than {timeout_s} s")
+                    raise TimeoutError(f"{function.__name__} ran longer than {timeout_s:.0f} s")
         finally:
             for process in context.processes:
                 process.kill()

@@ -16,6 +16,7 @@ from megatron.early_exit.server.metrics import Metrics
 from megatron.early_exit.server.settings import ExitSettings, ServerSettings
 from megatron.early_exit.server.web import WebServer, bound_sockets
 from megatron.early_exit.server.worker import EngineWorker
+from tests.helpers.speed import patient
 
 NAME = "tiny"
 
@@ -36,11 +37,11 @@ class TextServer:
         """Send a body as JSON, or `data` as it is."""
         if body is not None:
             options["json"] = body
-        return requests.post(self.url + path, timeout=60, **options)
+        return requests.post(self.url + path, timeout=patient(60), **options)
 
     def get(self, path: str, **options: Any) -> requests.Response:
         """Fetch a page."""
-        return requests.get(self.url + path, timeout=60, **options)
+        return requests.get(self.url + path, timeout=patient(60), **options)
 
 
 @contextmanager

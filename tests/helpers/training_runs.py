@@ -75,7 +75,6 @@ def train(
     flags: Sequence[object],
     script: Path = ENTRY,
     env: Mapping[str, str] | None = None,
-    timeout_s: float = 280,
 ) -> Run:
     """Run `script` on `nproc` processes with `flags` added to a tiny model's; it must succeed.
 
@@ -84,7 +83,7 @@ def train(
     """
     events = folder / "events"
     command = [script, *BACKBONE, *TOKENIZER, *SCHEDULE, "--tensorboard-dir", events, *flags]
-    done = ranks.run(list(map(str, command)), nproc, folder, timeout_s, env)
+    done = ranks.run(list(map(str, command)), nproc, folder, env)
     assert done.returncode == 0, f"status {done.returncode}\n{tails(done.stdout)}"
     run = Run(done.stdout, folder)
     read_events(events, run)

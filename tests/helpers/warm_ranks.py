@@ -21,6 +21,8 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
+from tests.helpers.speed import patient
+
 ROOT = Path(__file__).parents[2]
 _RANK = re.compile(r"^(?=\[rank\d+\]$)", re.MULTILINE)
 ENTRY = ROOT / "pretrain_early_exit_gpt.py"
@@ -107,12 +109,11 @@ class WarmRanks:
         script_args: Sequence[str | Path],
         nproc: int,
         folder: Path,
-        timeout_s: float = 250,
         env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Start and wait; the result's `stdout` is the output of all ranks, one after the other."""
         job = self.start(script_args, nproc, folder, env)
-        returncode = job.wait(timeout_s)
+        returncode = job.wait(patient(250))
         return subprocess.CompletedProcess([*script_args], returncode, job.output(), "")
 
 

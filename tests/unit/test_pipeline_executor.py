@@ -24,8 +24,9 @@ from megatron.early_exit.pipeline.communication import (  # noqa: E402
 from megatron.early_exit.pipeline.execution import Executor  # noqa: E402
 from megatron.early_exit.pipeline.generators import FilledOneFOneB, Tuning  # noqa: E402
 from tests.helpers.pipeline_schedules import overfilled, tuning  # noqa: E402
+from tests.helpers.speed import patient  # noqa: E402
 
-TIMEOUT_S = 60
+TIMEOUT_S = patient(60)
 
 
 class Mail:

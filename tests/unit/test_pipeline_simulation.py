@@ -27,6 +27,7 @@ from tests.helpers.pipeline_schedules import (
     num_ranks,
     ratios,
 )
+from tests.helpers.speed import patient
 
 seconds = st.floats(0.1, 10)
 
@@ -285,7 +286,7 @@ def test_planning_needs_neither_torch_nor_matplotlib():
         "import megatron.early_exit.pipeline.generators, megatron.early_exit.pipeline.validation\n"
         "sys.exit(bool({'torch', 'matplotlib', 'numpy'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=patient(60)).returncode == 0
 
 
 @given(ratios)

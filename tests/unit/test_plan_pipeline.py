@@ -11,6 +11,7 @@ from megatron.early_exit.pipeline.planning.model_flags import read_model
 from megatron.early_exit.pipeline.planning.named_models import NAMED_MODELS
 from megatron.early_exit.pipeline.schedule import Schedule
 from megatron.early_exit.pipeline.validation import check
+from tests.helpers.speed import patient
 from tools.plan_pipeline import build_parser, main
 
 BY_FLAGS = (
@@ -277,7 +278,7 @@ def test_the_command_needs_neither_torch_nor_matplotlib():
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patient(60),
     )
     assert done.returncode == 0, done.stderr
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}

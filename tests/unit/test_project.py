@@ -17,6 +17,8 @@ from types import ModuleType
 import pytest
 from packaging.requirements import Requirement
 
+from tests.helpers.speed import patient
+
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = ROOT / "tools" / "setup"
 BIN = Path(sys.executable).parent
@@ -35,7 +37,7 @@ def run(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=patient(280),
     )
 
 

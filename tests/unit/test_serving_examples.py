@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.speed import patient
 from tools import request_client
 from tools.run_early_exit_text_generation_server import build_parser
 
@@ -46,7 +47,7 @@ def slurm(*flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
         env=inherited | variables,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=patient(30),
         check=False,
     )
 
