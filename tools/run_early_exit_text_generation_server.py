@@ -80,6 +80,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--shutdown-timeout", type=float, default=30.0, help=f"seconds to finish at the end {SHOWN}"
     )
     add("--log-prompts", action="store_true", help="put what users write into the log")
+    add(
+        "--example-prompt",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="what the server's page offers to begin with; give it once for each prompt (default: "
+        "what suits any model)",
+    )
     return parser
 
 
@@ -146,6 +154,7 @@ def settings_of(args: argparse.Namespace, exit_layers: Sequence[int]) -> ServerS
         max_body_bytes=args.max_body_bytes,
         request_timeout=args.request_timeout,
         log_prompts=args.log_prompts,
+        example_prompts=tuple(args.example_prompt),
     )
 
 

@@ -166,13 +166,15 @@ def test_token_tells_what_is_known_of_it(page, server, script):
     details = page.locator("#inspector")
     expect(details).to_contain_text(f"Token {place + 1}")
     expect(details).to_contain_text("layer 4 of 8")
-    expect(details).to_contain_text(f"{100 * EARLY[place].confidence:.1f} %")
+    expect(details).to_contain_text(f"{EARLY[place].confidence:.3f}")
     expect(details).to_contain_text("Log-probability")
     heads = details.locator("tbody tr")
     assert heads.count() == 2
     expect(heads.nth(0)).to_contain_text("␣it")
-    expect(heads.nth(0)).to_contain_text("12.0 %")
+    expect(heads.nth(0)).to_contain_text("0.120")
     expect(heads.nth(1)).to_have_class("chosen")
+    expect(details).to_contain_text("The tick is the threshold, 0.80")
+    assert "%" not in details.inner_text()
     expect(details.locator(".candidates")).to_contain_text("⏎")
 
 
@@ -185,6 +187,8 @@ def test_controls_are_sent(page, server, script):
     page.get_by_label("Max tokens").fill("12")
     page.get_by_label("Temperature").fill("0.7")
     page.get_by_label("Seed").fill("5")
+    page.get_by_label("Top-p").fill("0.9")
+    page.get_by_label("Stop at").fill("\\n\\n\n END")
     page.get_by_role("button", name="Generate").click()
     finish(page)
     assert script.requests == [
@@ -194,6 +198,8 @@ def test_controls_are_sent(page, server, script):
             "max_tokens": 12,
             "temperature": 0.7,
             "seed": 5,
+            "top_p": 0.9,
+            "stop": ["\n\n", " END"],
             "mode": "early_exit",
             "early_exit_threshold": 0.35,
             "exit_layers": [2],
@@ -329,6 +335,58 @@ def test_comparison_says_when_the_texts_are_the_same(page, server, script):
     assert page.locator(".token.differs").count() == 0
 
 
+# --- no gain -------------------------------------------------------------------------------------
+
+
+def compare(page: Page, server: PageServer) -> None:
+    page.goto(server.url)
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_role("switch", name="Compare with the full model").check()
+    page.get_by_role("button", name="Generate").click()
+    finish(page)
+
+
+def test_answer_without_a_gain_says_why_and_suggests_a_threshold(page, server, script):
+    # Two of three tokens run all layers; exit 4 was 0.58 sure of the half that is easiest to give.
+    script.early = [replace(token, layer=8 if i % 3 else 2) for i, token in enumerate(EARLY)]
+    script.unsure, script.full_speed = 0.291, 120.0
+    compare(page, server)
+    verdict = page.locator("#verdict")
+    expect(verdict).to_contain_text(
+        "Slower than the full model: 90.3 against 120 tokens/s (0.75\u00d7)"
+    )
+    assert page.locator(".speed-up").count() == 0
+    advice = page.locator("#advice-text")
+    expect(advice).to_contain_text("67 % of the tokens ran all 8 layers")
+    expect(advice).to_contain_text("At a threshold of 0.58, half of these tokens would have left")
+    expect(advice).to_contain_text("If the server has just started")
+    page.get_by_role("button", name="Ask again with 0.58").click()
+    wait_until(lambda: len(script.requests) == 4)
+    finish(page)
+    assert script.requests[2]["early_exit_threshold"] == 0.58
+    expect(page.locator("#threshold-value")).to_have_text("0.58")
+    expect(advice).not_to_contain_text("If the server has just started")
+
+
+def test_costs_of_exits_and_of_drafts_are_named(page, server, script):
+    script.full_speed = 90.25
+    compare(page, server)
+    expect(page.locator("#verdict")).to_contain_text("About as fast as the full model")
+    expect(page.locator("#advice-text")).to_contain_text("The tokens skipped 53 % of the layers")
+    page.get_by_role("button", name="Ask again with exit 2 alone").click()
+    wait_until(lambda: len(script.requests) == 4)
+    finish(page)
+    assert script.requests[2]["exit_layers"] == [2]
+    script.acceptance = 0.25
+    page.get_by_label("Lossless").check()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#advice-text")).to_contain_text("Only 25 % of the drafts were accepted")
+    page.get_by_role("button", name="Ask again with drafts from layer 4").click()
+    wait_until(lambda: len(script.requests) == 8)
+    assert script.requests[6]["draft_exit_layer"] == 4
+    finish(page)
+
+
 # --- errors --------------------------------------------------------------------------------------
 
 
@@ -339,7 +397,7 @@ def test_server_that_goes_away_is_called_unreachable(page, server, script, conte
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
     context.set_offline(False)
-    page.get_by_role("button", name="Generate").click()
+    page.get_by_role("button", name="Try again").click()
     finish(page)
     expect(page.get_by_role("alert")).to_be_hidden()
 
@@ -363,6 +421,9 @@ def test_key_is_asked_for_and_kept_for_the_tab(page, server, script):
     key.fill("wrong")
     key.press("Enter")
     expect(page.get_by_role("alert")).to_contain_text("refuses this API key")
+    key.fill("schlüssel€")
+    key.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("ASCII characters")
     key.fill("secret")
     key.press("Enter")
     expect(page.locator("#model-facts")).to_contain_text("8 layers")
@@ -376,30 +437,63 @@ def test_key_is_asked_for_and_kept_for_the_tab(page, server, script):
     ("refusal", "words"),
     [
         ((429, "64 requests wait already."), "The server is busy: 64 requests wait already."),
-        ((400, "prompt is too long"), "The server refuses this request: prompt is too long"),
-        ((503, "the engine has died"), "The server failed: the engine has died"),
+        ((400, "prompt is too long"), "The server refuses this request: prompt is too long."),
+        ((503, "the engine has died"), "The server failed: the engine has died."),
     ],
 )
 def test_refusal_is_shown_in_words(page, server, script, refusal, words):
     script.refusal = refusal
-    generate(page, server)
+    page.goto(server.url)
+    page.get_by_role("switch", name="Compare with the full model").check()
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_role("button", name="Generate").click()
     expect(page.get_by_role("alert")).to_contain_text(words)
-    expect(pane(page).locator(".state")).to_have_text("failed")
+    expect(pane(page, 0).locator(".state")).to_have_text("failed")
+    expect(pane(page, 0).locator(".outcome")).to_contain_text(words)
+    expect(pane(page, 1).locator(".state")).to_have_text("not asked")
+    expect(pane(page, 1).locator(".outcome")).to_contain_text("because the first text failed")
+    script.refusal = None
+    page.get_by_role("button", name="Try again").click()
+    finish(page)
+    assert [body["mode"] for body in script.requests] == ["early_exit", "early_exit", "full"]
+    assert text_in(page, 0) == text_of(EARLY)
+    assert pane(page, 1).locator(".outcome").inner_text() == ""
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_full_model_alone_is_asked_again_where_it_alone_failed(page, server, script):
+    script.refusal, script.refused_mode = (429, "64 requests wait already."), "full"
+    page.goto(server.url)
+    page.get_by_role("switch", name="Compare with the full model").check()
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_role("button", name="Generate").click()
+    expect(pane(page, 1).locator(".state")).to_have_text("failed")
+    script.refusal = None
+    page.get_by_role("button", name="Try again").click()
+    finish(page)
+    assert [body["mode"] for body in script.requests] == ["early_exit", "full", "full"]
+    assert page.locator(".token.differs").count() == 2
+    expect(page.locator("#verdict")).to_contain_text("2.17\u00d7")
 
 
 @pytest.mark.parametrize(
     ("failure", "words"),
     [
-        ({"error_after": 7}, "The server broke off the text: out of memory"),
-        ({"cut_after": 7}, "The connection ended before the text did."),
+        ({"error_after": 7}, "The server broke off the text: out of memory."),
+        ({"cut_after": 7}, "The connection ended before the text did. "),
     ],
 )
 def test_text_so_far_stays_when_the_stream_breaks(page, server, script, failure, words):
     server.script = replace(script, **failure)
     generate(page, server)
-    expect(page.get_by_role("alert")).to_have_text(words)
+    expect(page.get_by_role("alert")).to_contain_text(words)
     expect(pane(page).locator(".token")).to_have_count(7)
     assert text_in(page) == text_of(EARLY[:7])
+    expect(pane(page).locator(".outcome")).to_contain_text(words)
+    server.script = script
+    page.get_by_role("button", name="Try again").click()
+    finish(page)
+    assert text_in(page) == text_of(EARLY)
 
 
 # --- models that can do less ---------------------------------------------------------------------
@@ -433,6 +527,59 @@ def test_model_without_text_takes_token_ids(page, server, script):
     assert all(word.isdecimal() for word in ids)
 
 
+# --- prompts and conversations -------------------------------------------------------------------
+
+
+def test_examples_suit_the_model(page, server, script):
+    page.goto(server.url)
+    page.get_by_role("button", name="The capital of France is").click()
+    finish(page)
+    assert script.requests[0]["prompt"] == "The capital of France is"
+    script.example_prompts = ["def main():\n    "]
+    page.reload()
+    examples = page.locator("#example-list")
+    expect(examples).to_have_text("def main():")
+    examples.get_by_role("button").click()
+    finish(page)
+    assert script.requests[1]["prompt"] == "def main():\n    "
+
+
+def test_conversation_goes_on_with_coloured_answers(page, server, script):
+    script.has_chat_template = True
+    script.held_back = frozenset({3, 10})
+    page.goto(server.url)
+    page.get_by_label("System prompt").fill("Be short.")
+    page.get_by_role("button", name="Why is the sky blue?").click()
+    finish(page)
+    tokens = pane(page).locator(".token")
+    assert tokens.all_text_contents() == [token.text for token in EARLY]
+    assert tokens.evaluate_all("all => new Set(all.map(one => one.style.cssText)).size") == 3
+    tokens.nth(1).hover()
+    expect(page.locator("#inspector .candidates")).to_contain_text("⏎")
+    page.get_by_role("button", name="Reply").click()
+    message = page.get_by_label("Message")
+    expect(message).to_be_focused()
+    message.fill("And red?")
+    page.get_by_role("button", name="Generate").click()
+    wait_until(lambda: len(script.requests) == 2)
+    finish(page)
+    first, second = script.requests
+    asked = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Why is the sky blue?"},
+    ]
+    assert first["messages"] == asked
+    assert (first["logprobs"], first["top_logprobs"], first["exit_details"]) == (True, 4, True)
+    answer = {"role": "assistant", "content": text_of(EARLY).strip()}
+    assert second["messages"] == [*asked, answer, {"role": "user", "content": "And red?"}]
+    expect(page.locator("#turns li")).to_have_count(2)
+    page.get_by_role("button", name="New conversation").click()
+    expect(page.locator("#turns")).to_be_hidden()
+    page.get_by_label("Text to go on with").check()
+    expect(page.get_by_label("Prompt", exact=True)).to_be_visible()
+    expect(page.get_by_role("button", name="The capital of France is")).to_be_visible()
+
+
 # --- everybody -----------------------------------------------------------------------------------
 
 
@@ -445,9 +592,11 @@ def test_keyboard_is_enough(page, server, script):
     keys.press("Control+Enter")
     finish(page)
     stops = []
-    for _ in range(20):
+    for _ in range(25):
         keys.press("Tab")
-        stops.append(page.evaluate("document.activeElement.className || document.activeElement.id"))
+        stops.append(
+            page.evaluate("document.activeElement.classList[0] || document.activeElement.id")
+        )
         if stops[-1] == "token":
             break
     # The whole text is one stop, behind the controls.
@@ -458,7 +607,7 @@ def test_keyboard_is_enough(page, server, script):
     keys.press("ArrowRight")
     expect(inspector).to_contain_text("Token 3 ")
     focused = page.locator(":focus")
-    expect(focused).to_have_attribute("aria-describedby", "inspector")
+    expect(focused).to_have_attribute("aria-describedby", "token")
     assert focused.evaluate("it => getComputedStyle(it).outlineStyle") == "solid"
     top = focused.evaluate("it => it.getBoundingClientRect().top")
     keys.press("ArrowDown")
@@ -482,7 +631,8 @@ def test_escape_stops_and_no_comparison_follows(page, server, script):
     page.keyboard.press("Escape")
     expect(page.locator("#status")).to_contain_text("Stopped")
     assert len(script.requests) == 1
-    expect(pane(page, 1).locator(".state")).to_have_text("waiting for its turn")
+    expect(pane(page, 1).locator(".state")).to_have_text("not asked")
+    expect(pane(page, 1).locator(".outcome")).to_contain_text("because you stopped before")
     assert page.locator("#verdict").inner_text() == ""
 
 
@@ -567,21 +717,60 @@ CONTRASTS = """() => {
 }"""
 
 
-def test_narrow_screen_needs_no_sideways_scrolling(page, server, script):
-    page.set_viewport_size({"width": 360, "height": 740})
-    page.goto(server.url)
-    page.get_by_label("Prompt", exact=True).fill(PROMPT)
-    page.get_by_role("switch", name="Compare with the full model").check()
-    page.get_by_role("button", name="Generate").click()
-    finish(page)
-    token = pane(page).locator(".token").nth(3)
-    token.click()
-    inspector = page.locator("#inspector")
+@pytest.fixture
+def phone(browser: Browser) -> Iterator[Page]:
+    context = browser.new_context(
+        viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True
+    )
+    context.set_default_timeout(PATIENCE)
+    yield context.new_page()
+    context.close()
+
+
+# Checkboxes and radio buttons lie in labels, which are touched as well; tokens have other ways.
+SMALL_TARGETS = """() =>
+  [...document.querySelectorAll("button, a, input, select, textarea, summary")]
+  .filter(one => one.offsetParent && getComputedStyle(one).opacity > 0)
+  .map(one => (/checkbox|radio/.test(one.type) ? one.closest("label") : one))
+  .map(one => [one.id || one.textContent, one.getBoundingClientRect()])
+  .filter(([, box]) => box.width < 24 || box.height < 24)
+  .map(([name, box]) => `${name}: ${box.width} x ${box.height}`)"""
+
+
+def test_phone_shows_tokens_on_a_sheet_that_closes(phone, server, script):
+    script.has_chat_template = True
+    phone.goto(server.url)
+    expect(phone.get_by_role("button", name="Generate")).to_have_text("Generate Ctrl ⏎")
+    expect(phone.locator("#shortcut")).to_be_hidden()
+    phone.get_by_role("switch", name="Compare with the full model").tap()
+    phone.get_by_role("button", name="Why is the sky blue?").tap()
+    finish(phone)
+    token = pane(phone).locator(".token").nth(3)
+    inspector = phone.locator("#inspector")
+    token.tap()
     expect(inspector).to_be_in_viewport()
     assert bottom(token) <= inspector.bounding_box()["y"]
-    assert page.evaluate("document.documentElement.scrollWidth") == 360
-    page.locator("#legend-name").click()
+    phone.get_by_role("button", name="Next").tap()
+    expect(inspector).to_contain_text("Token 5 ")
+    phone.get_by_text("Settings", exact=True).tap()
     expect(inspector).to_be_hidden()
+    expect(phone.get_by_label("Confidence threshold")).to_be_visible()
+    token.tap()
+    assert phone.evaluate(SMALL_TARGETS) == []
+    assert phone.evaluate("document.documentElement.scrollWidth") == 360
+    phone.get_by_role("button", name="Close").tap()
+    expect(inspector).to_be_hidden()
+    token.tap()
+    expect(inspector).to_contain_text("Token 4 ")
+
+
+def test_desktop_has_large_targets_and_leads_to_the_documentation(page, server, script):
+    script.has_chat_template = True
+    page.goto(server.url)
+    expect(page.locator("#model-facts")).to_contain_text("8 layers")
+    assert page.evaluate(SMALL_TARGETS) == []
+    links = page.get_by_role("link").evaluate_all("all => all.map(link => link.href)")
+    assert links == [f"{server.url}docs", f"{server.url}openapi.json"]
 
 
 # --- the browser itself --------------------------------------------------------------------------

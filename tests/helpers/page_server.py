@@ -30,6 +30,15 @@ from megatron.early_exit.server.answer_models import (  # noqa: E402
     SpeculativeDecoding,
 )
 from megatron.early_exit.server.blueprints.models import ModelCard, ModelList  # noqa: E402
+from megatron.early_exit.server.chat_models import (  # noqa: E402
+    Candidate,
+    ChatChunk,
+    ChatLogprobs,
+    ChatRequest,
+    ChatToken,
+    ChunkChoice,
+    Delta,
+)
 from megatron.early_exit.server.completion_models import (  # noqa: E402
     CompletionChoice,
     CompletionLogprobs,
@@ -104,13 +113,22 @@ class Script:
     full: list[ScriptedToken] = field(default_factory=lambda: list(FULL))
     exit_layers: list[int] = field(default_factory=lambda: list(EXIT_LAYERS))
     has_text: bool = True
+    has_chat_template: bool = False
+    example_prompts: list[str] = field(default_factory=list)
     seconds_per_token: float = 0.0
     tokens_per_event: int = 1
     held_back: frozenset[int] = frozenset()
     """Tokens whose text comes with the next one's."""
     api_key: str | None = None
     refusal: tuple[int, str] | None = None
-    """Status and message that every completion gets."""
+    """Status and message that every completion gets, or only those of `refused_mode`."""
+    refused_mode: str | None = None
+    full_speed: float = 41.5
+    """Tokens per second of the full model; exits give 90.25."""
+    acceptance: float = 0.75
+    """Share of the drafts."""
+    unsure: float = 0.12
+    """How sure an exit is that does not give the token."""
     error_after: int | None = None
     """So many tokens, then an error in the stream."""
     cut_after: int | None = None
@@ -151,6 +169,7 @@ class PageServer:
         app.get("/static/<name>")(self._file)
         app.get("/v1/models")(self._models)
         app.post("/v1/completions")(self._completions)
+        app.post("/v1/chat/completions")(self._completions)
         app.before_request(self._check_key)
         app.after_request(_add_policy)
         return app
@@ -178,7 +197,8 @@ class PageServer:
                 num_layers=NUM_LAYERS,
                 exit_layers=script.exit_layers,
                 has_text=script.has_text,
-                has_chat_template=False,
+                has_chat_template=script.has_chat_template,
+                example_prompts=script.example_prompts,
                 default_mode="early_exit" if script.exit_layers else "full",
             )
             for alias in aliases
@@ -187,14 +207,16 @@ class PageServer:
 
     def _completions(self) -> Response:
         self.script.requests.append(request.get_json())
-        body = CompletionRequest.model_validate(request.get_json())
-        if self.script.refusal:
+        is_chat = "messages" in request.get_json()
+        model = ChatRequest if is_chat else CompletionRequest
+        body = model.model_validate(request.get_json())
+        if self.script.refusal and self.script.refused_mode in (None, body.mode):
             status, message = self.script.refusal
             kind = "rate_limit_error" if status == 429 else "invalid_request_error"
             return _error(status, message, kind)
         return Response(self._stream(body), mimetype="text/event-stream")
 
-    def _stream(self, body: CompletionRequest) -> Iterator[str]:
+    def _stream(self, body: CompletionRequest | ChatRequest) -> Iterator[str]:
         """The events, at the script's pace; the full model is half as fast."""
         script = self.script
         is_full = body.mode == "full"
@@ -221,12 +243,15 @@ class PageServer:
                     finish_reason="length" if end == len(tokens) else None,
                     token_ids=[_token_id(token) for token in tokens[start:end]],
                 )
-                yield _event(_response(choices=[choice]).model_dump_json())
+                event = _response(choices=[choice])
+                is_chat = isinstance(body, ChatRequest)
+                yield _event((_as_chat(event) if is_chat else event).model_dump_json())
                 start = end
         except GeneratorExit:
             script.left_at.append(start)
             raise
-        yield _event(_response(choices=[], metrics=_metrics(tokens, body)).model_dump_json())
+        metrics = _metrics(tokens, body, script)
+        yield _event(_response(choices=[], metrics=metrics).model_dump_json())
         yield _event("[DONE]")
 
     def _logprobs(
@@ -239,7 +264,7 @@ class PageServer:
             [
                 Head(layer=layer, token=name, confidence=token.confidence)
                 if layer == token.layer
-                else Head(layer=layer, token=" it", confidence=0.06 * layer)
+                else Head(layer=layer, token=" it", confidence=self.script.unsure * layer / 2)
                 for layer in (*self.script.exit_layers, NUM_LAYERS)
                 if layer <= token.layer
             ]
@@ -256,14 +281,52 @@ class PageServer:
         )
 
 
-def _metrics(tokens: list[ScriptedToken], body: CompletionRequest) -> RequestMetrics:
+def _as_chat(event: CompletionResponse) -> ChatChunk:
+    """The same event of a conversation."""
+    (choice,) = event.choices
+    given = choice.logprobs
+    assert given is not None
+    tokens = [
+        ChatToken(
+            token=name,
+            logprob=given.token_logprobs[i] or 0.0,
+            bytes=list(name.encode()),
+            top_logprobs=[
+                Candidate(token=other, logprob=logprob, bytes=list(other.encode()))
+                for other, logprob in (given.top_logprobs[i] or {}).items()
+            ],
+            exit_layer=given.exit_layers[i] or 0,
+            confidence=given.confidences[i] or 0.0,
+            heads=given.heads[i] if given.heads else None,
+        )
+        for i, name in enumerate(given.tokens)
+    ]
+    return ChatChunk(
+        id="chatcmpl-1",
+        created=0,
+        model="scripted",
+        choices=[
+            ChunkChoice(
+                index=0,
+                delta=Delta(content=choice.text),
+                finish_reason=choice.finish_reason,
+                logprobs=ChatLogprobs(content=tokens),
+                token_ids=choice.token_ids,
+            )
+        ],
+    )
+
+
+def _metrics(
+    tokens: list[ScriptedToken], body: CompletionRequest | ChatRequest, script: Script
+) -> RequestMetrics:
     layers = [token.layer for token in tokens]
     drafting = SpeculativeDecoding(
         num_spec_steps=10,
         num_draft_tokens=40,
         num_accepted_draft_tokens=30,
         mean_acceptance_length=4.0,
-        draft_acceptance_rate=0.75,
+        draft_acceptance_rate=script.acceptance,
     )
     return RequestMetrics(
         mode=str(body.mode),
@@ -273,7 +336,7 @@ def _metrics(tokens: list[ScriptedToken], body: CompletionRequest) -> RequestMet
         exit_tokens={str(layer): layers.count(layer) for layer in sorted(set(layers))},
         time_to_first_token_seconds=0.02,
         decode_seconds=1.0,
-        tokens_per_second=41.5 if body.mode == "full" else 90.25,
+        tokens_per_second=script.full_speed if body.mode == "full" else 90.25,
         speculative_decoding=drafting if body.mode == "self_speculative" else None,
     )
 

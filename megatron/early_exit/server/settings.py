@@ -39,6 +39,7 @@ class ServerSettings:
         max_body_bytes: size of a request.
         request_timeout: seconds until an answer is given up.
         log_prompts: put what clients send into the log.
+        example_prompts: what the server's page offers to begin with; none: what suits any model.
     """
 
     model_name: str
@@ -49,3 +50,4 @@ class ServerSettings:
     max_body_bytes: int = 4 * 2**20
     request_timeout: float = 600.0
     log_prompts: bool = False
+    example_prompts: tuple[str, ...] = ()

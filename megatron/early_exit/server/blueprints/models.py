@@ -6,7 +6,7 @@ from typing import Literal
 from flask import Response
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from megatron.early_exit.server.errors import ERRORS
 from megatron.early_exit.server.service import Service, answer
@@ -26,6 +26,7 @@ class ModelCard(BaseModel):
     has_text: bool
     has_chat_template: bool
     default_mode: str
+    example_prompts: list[str] = Field(description="The operator's, for the server's page.")
 
 
 class ModelList(BaseModel):
@@ -60,6 +61,7 @@ def models(service: Service) -> APIBlueprint:
             has_text=tokenizer is not None,
             has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
             default_mode=service.model.settings(name).mode,
+            example_prompts=list(service.settings.example_prompts),
         )
 
     @blueprint.get("/v1/models", responses={200: ModelList})

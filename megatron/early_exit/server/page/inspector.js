@@ -2,25 +2,45 @@
  * What is known of one token.
  */
 
-import { make } from "./elements.js";
+import { byId, make } from "./elements.js";
 
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
+// Confidences are from 0 to 1, like the threshold. Rounded down: none may look as if it reached it.
+const share = (value) => (Math.floor(1000 * value + 1e-6) / 1000).toFixed(3);
 const VISIBLE = { " ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥" };
 
 /** A token's text with its blanks made visible. */
 const visible = (text) => text.replace(/[ \n\r\t]/g, (blank) => VISIBLE[blank]) || "∅";
 
+const isTouched = matchMedia("(pointer: coarse)");
+// As in results.css.
+const isNarrow = matchMedia("(max-width: 60rem)");
+
 export class Inspector {
-  constructor(element) {
+  /**
+   * @param {HTMLElement} element
+   * @param {object} does
+   * @param {(steps: number) => void} does.step goes on to another token
+   * @param {() => void} does.close puts the token away
+   */
+  constructor(element, { step, close }) {
     this.element = element;
+    this.details = byId("token");
+    byId("previous-token").addEventListener("click", () => step(-1));
+    byId("next-token").addEventListener("click", () => step(1));
+    byId("close-token").addEventListener("click", close);
+  }
+
+  /** Whether it lies over the page. */
+  get isSheet() {
+    return isNarrow.matches && !this.element.classList.contains("empty");
   }
 
   clear() {
     this.element.classList.add("empty");
-    this.element.replaceChildren(
-      make("h2", {}, "Token"),
-      make("p", {}, "Point at a token, or move through the text with the arrow keys."),
-    );
+    const how = isTouched.matches
+      ? "Tap a token to see how sure each exit was of it."
+      : "Point at a token, or move through the text with the arrow keys.";
+    this.details.replaceChildren(make("h2", {}, "Token"), make("p", {}, how));
   }
 
   /**
@@ -48,16 +68,16 @@ export class Inspector {
     parts.push(facts(token, depths, request));
     if (token.heads.length > 0) parts.push(headTable(token, depths, request));
     if (token.candidates.length > 0) parts.push(candidateList(token.candidates));
-    this.element.replaceChildren(...parts);
+    this.details.replaceChildren(...parts);
   }
 }
 
 function facts(token, depths, request) {
   const rows = [["Came from", origin(token, depths, request)]];
-  if (token.confidence !== null) rows.push(["Confidence", percent(token.confidence)]);
+  if (token.confidence !== null) rows.push(["Confidence", share(token.confidence)]);
   if (token.logprob !== null) {
-    const probability = percent(Math.exp(token.logprob));
-    rows.push(["Log-probability", `${token.logprob.toFixed(3)} (${probability})`]);
+    rows.push(["Probability", share(Math.exp(token.logprob))]);
+    rows.push(["Log-probability", token.logprob.toFixed(3)]);
   }
   const entries = rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]);
   return make("dl", { className: "facts" }, ...entries);
@@ -71,11 +91,12 @@ function origin(token, depths, request) {
 
 /** Each head on the way, how sure it was, and in mode early exit how sure it had to be. */
 function headTable(token, depths, request) {
+  const hasThreshold = request.mode === "early_exit";
   const rows = token.heads.map((head) => {
     const bar = depths.paint(make("span", { className: "confidence" }), head.layer);
-    bar.style.setProperty("--confidence", percent(head.confidence).replace(" ", ""));
+    bar.style.setProperty("--confidence", `${100 * head.confidence}%`);
     const isExit = head.layer < depths.numLayers;
-    if (request.mode === "early_exit" && isExit) {
+    if (hasThreshold && isExit) {
       bar.classList.add("has-threshold");
       bar.style.setProperty("--threshold", `${100 * request.early_exit_threshold}%`);
     }
@@ -85,23 +106,28 @@ function headTable(token, depths, request) {
       make("th", { scope: "row" }, `${head.layer}`),
       make("td", {}, make("code", {}, visible(head.token))),
       make("td", {}, bar),
-      make("td", { className: "number" }, percent(head.confidence)),
+      make("td", { className: "number" }, share(head.confidence)),
     );
   });
-  const names = ["Layer", "Best token", "", "Sure"];
-  return make(
+  const scale = make("span", { className: "scale", ariaHidden: "true" }, "0", make("span", {}, "1"));
+  const names = ["After layer", "Guess", scale, "Confidence"];
+  const table = make(
     "table",
     {},
-    make("caption", {}, "What each head found best"),
+    make("caption", {}, "The guess after each layer that was asked"),
     make("thead", {}, make("tr", {}, ...names.map((name) => make("th", { scope: "col" }, name)))),
     make("tbody", {}, ...rows),
   );
+  if (!hasThreshold) return table;
+  const tick = make("span", { className: "tick-mark", ariaHidden: "true" });
+  const says = `The tick is the threshold, ${request.early_exit_threshold.toFixed(2)}: an exit that reaches it gives the token.`;
+  return make("div", {}, table, make("p", { className: "tick-says" }, tick, says));
 }
 
 function candidateList(candidates) {
   const entries = candidates.flatMap(({ token, logprob }) => [
     make("dt", {}, make("code", {}, visible(token))),
-    make("dd", {}, percent(Math.exp(logprob))),
+    make("dd", {}, share(Math.exp(logprob))),
   ]);
   return make(
     "div",

@@ -6,19 +6,23 @@ import { apiKey, ServerError } from "./api.js";
 import { byId } from "./elements.js";
 
 export class Notice {
-  /** @param {() => void} retry is called when the reader gave a key or asks to try again */
-  constructor(retry) {
+  #retry;
+
+  /** @param {() => void} reload what a key is for that nothing had asked for */
+  constructor(reload) {
+    this.reload = this.#retry = reload;
+    this.box = byId("notice");
     this.retryButton = byId("retry");
     this.keyForm = byId("key-form");
     this.keyButton = byId("key-button");
-    this.retryButton.addEventListener("click", retry);
+    this.retryButton.addEventListener("click", () => this.#retry());
     this.keyButton.addEventListener("click", () => this.askForKey(this.keyForm.hidden));
     this.keyForm.addEventListener("submit", (event) => {
       event.preventDefault();
       apiKey.set(byId("key").value.trim());
       this.askForKey(false);
       this.keyButton.focus();
-      retry();
+      this.#retry();
     });
   }
 
@@ -32,21 +36,27 @@ export class Notice {
   }
 
   clear() {
-    byId("notice").hidden = true;
+    this.#retry = this.reload;
+    this.box.hidden = true;
     byId("notice-text").textContent = "";
   }
 
-  say(message, canRetry = false) {
-    byId("notice").hidden = false;
+  /** @param {(() => void)|null} retry what a button offers to do again */
+  say(message, retry = null) {
+    if (retry) this.#retry = retry;
+    this.retryButton.hidden = !retry;
+    this.box.hidden = false;
     byId("notice-text").textContent = message;
-    this.retryButton.hidden = !canRetry;
+    this.box.scrollIntoView({ block: "nearest" });
   }
 
   /** Shows what went wrong. */
-  showError(error, canRetry = false) {
+  showError(error, retry) {
     const isOurs = !(error instanceof ServerError);
-    this.say(isOurs ? `This page made a mistake: ${error}` : error.message, canRetry && error.kind !== "key");
-    if (isOurs) throw error;
+    this.say(isOurs ? `This page made a mistake: ${error}. Reload it to go on.` : error.message, retry);
+    // The form for the key is the way on then.
+    this.retryButton.hidden ||= error.kind === "key";
     this.askForKey(error.kind === "key");
+    if (isOurs) throw error;
   }
 }

@@ -2,38 +2,56 @@
  * The page: a prompt and settings go in, one text or two come out.
  */
 
-import { addressOf, apiKey, servedModels } from "./api.js";
+import { addressOf, apiKey, pathOf, servedModels } from "./api.js";
+import { Chat } from "./chat.js";
 import { copy } from "./clipboard.js";
 import { Comparison } from "./comparison.js";
 import { Depths } from "./depths.js";
 import { byId, make } from "./elements.js";
+import { showExamples } from "./examples.js";
 import { Inspector } from "./inspector.js";
 import { Notice } from "./notice.js";
 import { curlCommand, fullModelBody, promptProblem, requestBody } from "./request.js";
 import { Run } from "./run.js";
 import { modeName, Settings } from "./settings.js";
-import { showVerdict } from "./verdict.js";
+import { Verdict } from "./verdict.js";
 
 const form = byId("request");
 const promptField = byId("prompt");
 const settings = new Settings(form);
-const inspector = new Inspector(byId("inspector"));
+const chat = new Chat(showForm);
+const inspector = new Inspector(byId("inspector"), {
+  step: (steps) => shown?.text.step(steps),
+  close: () => shown?.text.release(),
+});
 const notice = new Notice(loadModels);
-const run = new Run(byId("panes"), showToken);
-const twin = new Run(byId("panes"), showToken);
+const verdict = new Verdict((changes) => {
+  settings.change(changes);
+  generate();
+});
+const onReply = ({ body, answer }) => {
+  chat.goOn(body.messages, answer);
+  promptField.value = "";
+  promptField.focus();
+};
+const run = new Run(byId("panes"), showToken, onReply);
+const twin = new Run(byId("panes"), showToken, onReply);
 
 let models = [];
 let model = null;
 let depths = null;
 let difference = null;
 let transfer = null;
+/** The run whose token is looked at. */
+let shown = null;
 
-async function loadModels() {
+/** Asks what is served; `again` is what a retry does. */
+async function loadModels(again = loadModels) {
   notice.clear();
   try {
     models = await servedModels();
   } catch (error) {
-    notice.showError(error, true);
+    notice.showError(error, () => again());
     return;
   }
   const kept = model?.id;
@@ -41,7 +59,7 @@ async function loadModels() {
   byId("model").disabled = models.length < 2;
   if (models.some(({ id }) => id === kept)) byId("model").value = kept;
   if (models.length > 0) showModel();
-  else notice.say("The server serves no model.", true);
+  else notice.say("The server serves no model.", () => again());
 }
 
 function showModel() {
@@ -51,24 +69,45 @@ function showModel() {
   model = chosen;
   depths = new Depths(model.exit_layers, model.num_layers);
   settings.showModel(model);
-  byId("models").hidden = byId("settings").hidden = false;
+  chat.showModel(model);
+  byId("models").hidden = byId("settings-fold").hidden = false;
   depths.showLegend(byId("legend"));
   const exits = model.exit_layers.length > 0 ? `exits after ${model.exit_layers.join(", ")}` : "no exits";
   const context = model.max_model_len.toLocaleString("en");
   byId("model-facts").textContent = `${model.num_layers} layers · ${exits} · context ${context}`;
-  byId("prompt-label").textContent = model.has_text ? "Prompt" : "Prompt, as token ids";
-  promptField.placeholder = model.has_text ? "The three laws of robotics are" : "12 7 301";
-  byId("results").hidden = true;
-  inspector.clear();
+  showForm();
+  hideResults();
   showBusy();
+}
+
+/** A conversation, a text to go on with, or token ids. */
+function showForm() {
+  byId("chat").hidden = !chat.isOn;
+  const [label, placeholder] = chat.isOn
+    ? ["Message", "Ask something"]
+    : model.has_text
+      ? ["Prompt", "A text that the model goes on with"]
+      : ["Prompt, as token ids", "12 7 301"];
+  byId("prompt-label").textContent = label;
+  promptField.placeholder = placeholder;
+  showExamples(model, chat.isOn, (prompt) => {
+    if (transfer) return;
+    promptField.value = prompt;
+    generate();
+  });
 }
 
 /** The body that the controls ask for, or null after saying why there is none. */
 function bodyOfControls() {
-  if (!model || !form.reportValidity()) return null;
+  if (!model) return null;
+  // A field that is folded away could not say what is wrong with it.
+  if (!form.checkValidity()) settings.unfold();
+  if (!form.reportValidity()) return null;
   const prompt = promptField.value;
   const problem = promptProblem(model, prompt) || settings.problem();
-  if (problem === "") return requestBody(model, settings.read(), prompt);
+  if (problem === "") {
+    return requestBody(model, settings.read(), prompt, chat.isOn ? chat.messages(prompt) : null);
+  }
   notice.say(problem);
   if (promptProblem(model, prompt)) promptField.focus();
   return null;
@@ -82,29 +121,51 @@ async function generate() {
   const compares = settings.read().compare;
   // Only with the same seed can sampled texts be compared at all.
   if (compares && body.temperature > 0) body.seed ??= Math.floor(Math.random() * 2 ** 31);
-  transfer = new AbortController();
   prepare(body, compares);
+  await perform(compares ? [run, twin] : [run]);
+}
+
+/** Has texts written one behind the other, so that each has the machine to itself. */
+async function perform(runs) {
+  transfer = new AbortController();
+  const left = [...runs];
   showBusy();
   try {
-    announce(`Generating: ${run.title}.`);
-    await run.perform(transfer.signal);
-    if (compares) await compare(transfer.signal);
+    for (; left.length > 0; left.shift()) {
+      announce(left[0] === run ? `Generating: ${run.title}.` : `${run.summary} Now the full model.`);
+      await (left[0] === run ? run.perform(transfer.signal) : compare(transfer.signal));
+    }
+    const compares = runs.includes(twin);
+    verdict.show(run, compares ? twin : null, difference);
     announce(`Finished. ${run.summary}${compares ? ` ${twin.summary}` : ""}`);
   } catch (error) {
     const isStopped = error.name === "AbortError";
-    announce(isStopped ? `Stopped. ${run.summary}` : "");
-    if (!isStopped) notice.showError(error);
+    left[1]?.skip(isStopped ? "Not asked, because you stopped before." : "Not asked, because the first text failed. To try again asks for both.");
+    announce(isStopped ? `Stopped. ${left[0].summary}` : "");
+    if (!isStopped) notice.showError(error, () => retry(left));
   } finally {
     transfer = null;
     showBusy();
   }
 }
 
+/** Has the texts written that failed or were not begun, if the server still has their model. */
+async function retry(runs) {
+  if (transfer) return;
+  const { id } = model;
+  await loadModels(() => retry(runs));
+  if (!byId("notice").hidden || model.id !== id) return;
+  difference = null;
+  for (const { text } of [run, twin]) text.markDifference(null);
+  await perform(runs);
+}
+
 function prepare(body, compares) {
   difference = null;
+  shown = null;
   inspector.clear();
+  verdict.clear();
   byId("results").hidden = false;
-  byId("verdict").replaceChildren();
   byId("panes").classList.toggle("two", compares);
   twin.pane.hidden = !compares;
   const common = { model, depths, prompt: promptField.value };
@@ -114,13 +175,21 @@ function prepare(body, compares) {
   if (isBelow) byId("results").scrollIntoView();
 }
 
-/** Runs the full model behind the other run, so that each has the machine to itself. */
+function hideResults() {
+  byId("results").hidden = true;
+  shown = null;
+  inspector.clear();
+}
+
 async function compare(signal) {
-  announce(`${run.summary} Now the full model.`);
-  const comparison = new Comparison(run.transcript, twin.transcript);
-  await twin.perform(signal, () => markDifference(comparison.update()));
-  markDifference(comparison.finish());
-  showVerdict(byId("verdict"), { run, full: twin, difference });
+  const comparison = () => new Comparison(run.transcript, twin.transcript);
+  let current = null;
+  await twin.perform(signal, () => {
+    // Made when the text begins, for a second try begins a new one.
+    current ??= comparison();
+    markDifference(current.update());
+  });
+  markDifference((current ?? comparison()).finish());
 }
 
 function markDifference(index) {
@@ -132,6 +201,7 @@ function markDifference(index) {
 function showToken(owner, index) {
   const other = owner === run ? twin : run;
   if (!twin.pane.hidden) other.text.outline(index);
+  shown = index === null ? null : owner;
   if (index === null) inspector.clear();
   else {
     inspector.show(owner.transcript.tokens[index], {
@@ -158,7 +228,7 @@ function announce(text) {
 async function copyCommand() {
   const body = bodyOfControls();
   if (!body) return;
-  const command = curlCommand(addressOf("v1/completions"), body, apiKey.get() !== "");
+  const command = curlCommand(addressOf(pathOf(body)), body, apiKey.get() !== "");
   announce((await copy(command)) ? "Copied the command." : "The browser does not allow copying.");
 }
 
@@ -170,12 +240,22 @@ byId("stop").addEventListener("click", () => transfer?.abort());
 byId("curl").addEventListener("click", copyCommand);
 byId("model").addEventListener("change", showModel);
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") transfer?.abort();
+  if (event.key === "Escape") {
+    if (transfer) transfer.abort();
+    else if (inspector.isSheet) shown?.text.release();
+  }
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
     form.requestSubmit();
   }
 });
+// Where the token lies over the foot of the page, whatever else is used puts it away.
+for (const kind of ["pointerdown", "focusin"]) {
+  document.addEventListener(kind, ({ target }) => {
+    const isElsewhere = !target.closest(".text, #inspector");
+    if (isElsewhere && inspector.isSheet) shown?.text.release(false);
+  });
+}
 
 if (navigator.platform.startsWith("Mac")) byId("shortcut").textContent = "⌘ ⏎";
 inspector.clear();

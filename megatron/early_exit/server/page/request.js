@@ -11,16 +11,19 @@ const CANDIDATES = 4;
  * @param {object} model as the server describes it
  * @param {object} settings see settings.js
  * @param {string} prompt as it was typed
+ * @param {object[]|null} messages the conversation that the prompt is the last message of
  */
-export function requestBody(model, settings, prompt) {
+export function requestBody(model, settings, prompt, messages) {
   const { mode } = settings;
   const body = {
     model: model.id,
-    prompt: model.has_text ? prompt : tokenIds(prompt),
+    ...(messages ? { messages } : { prompt: model.has_text ? prompt : tokenIds(prompt) }),
     max_tokens: settings.maxTokens,
     temperature: settings.temperature,
     mode,
   };
+  if (settings.topP < 1) body.top_p = settings.topP;
+  if (settings.stop.length > 0) body.stop = settings.stop;
   if (settings.seed !== null) body.seed = settings.seed;
   if (mode === "early_exit") {
     body.early_exit_threshold = settings.threshold;
@@ -29,7 +32,7 @@ export function requestBody(model, settings, prompt) {
   if (mode === "self_speculative") body.draft_exit_layer = settings.draftExit;
   return {
     ...body,
-    logprobs: CANDIDATES,
+    ...(messages ? { logprobs: true, top_logprobs: CANDIDATES } : { logprobs: CANDIDATES }),
     exit_details: settings.details,
     return_token_ids: true,
     stream: true,

@@ -4,6 +4,7 @@
 
 import { byId, make } from "./elements.js";
 
+const MOST_STOPS = 16;
 const MODES = {
   early_exit: {
     name: "Early exit",
@@ -27,6 +28,15 @@ export class Settings {
     // A prompt may be typed before it is known what the model can do.
     form.addEventListener("change", () => this.model && this.#showMode());
     this.#showThreshold();
+    // Where all is in one column, the answer comes right below the prompt.
+    const isNarrow = matchMedia("(max-width: 60rem)");
+    this.fold = byId("settings-fold");
+    this.fold.open = !isNarrow.matches;
+    isNarrow.addEventListener("change", () => (this.fold.open = !isNarrow.matches));
+  }
+
+  unfold() {
+    this.fold.open = true;
   }
 
   /** Offers what a model can do. */
@@ -38,17 +48,33 @@ export class Settings {
     byId("modes").replaceChildren(
       ...modes.map((mode) => choice("radio", "mode", mode, modeName(mode), mode === first)),
     );
-    const { exit_layers: layers, num_layers: numLayers } = model;
+    const { exit_layers: layers } = model;
     byId("exits").replaceChildren(
       ...layers.map((layer) => choice("checkbox", "exit", layer, `${layer}`, true)),
     );
     byId("draft-exits").replaceChildren(
       ...layers.map((layer, i) => choice("radio", "draft-exit", layer, `${layer}`, i === 0)),
     );
-    for (const hint of document.querySelectorAll(".num-layers")) hint.textContent = numLayers;
     byId("no-exits").hidden = hasExits;
-    this.form.elements["max-tokens"].max = model.max_model_len;
+    const field = this.form.elements["max-tokens"];
+    field.max = model.max_model_len;
+    // A short context has to hold the prompt, too.
+    if (field.valueAsNumber >= model.max_model_len) field.value = Math.ceil(model.max_model_len / 2);
     this.#showMode();
+  }
+
+  /** Sets what advice says. */
+  change({ threshold, exits, draftExit }) {
+    if (threshold !== undefined) {
+      this.form.elements.threshold.value = threshold;
+      this.#showThreshold();
+    }
+    for (const box of this.form.querySelectorAll("[name=exit]")) {
+      if (exits) box.checked = exits.includes(Number(box.value));
+    }
+    for (const button of this.form.querySelectorAll("[name=draft-exit]")) {
+      if (draftExit) button.checked = Number(button.value) === draftExit;
+    }
   }
 
   /** What the controls say now. */
@@ -62,6 +88,8 @@ export class Settings {
       draftExit: Number(elements["draft-exit"]?.value),
       maxTokens: elements["max-tokens"].valueAsNumber,
       temperature: elements.temperature.valueAsNumber,
+      topP: elements["top-p"].valueAsNumber,
+      stop: stopTexts(elements["stop-texts"].value),
       seed: elements.seed.value === "" ? null : elements.seed.valueAsNumber,
       details: this.model.exit_layers.length > 0 && elements.details.checked,
       compare: this.mode !== "full" && elements.compare.checked,
@@ -70,7 +98,8 @@ export class Settings {
 
   /** Why the settings cannot be sent; empty if they can. */
   problem() {
-    const { mode, exits } = this.read();
+    const { mode, exits, stop } = this.read();
+    if (stop.length > MOST_STOPS) return `Give at most ${MOST_STOPS} texts to stop at.`;
     if (mode !== "early_exit" || exits.length > 0) return "";
     return "Choose at least one exit, or the full model.";
   }
@@ -92,6 +121,15 @@ export class Settings {
     byId("details-row").hidden = this.model.exit_layers.length === 0;
     byId("details-cost").hidden = mode !== "full";
   }
+}
+
+/** A text a line, where `\n` and `\t` stand for what cannot be typed there. */
+function stopTexts(lines) {
+  const blanks = { n: "\n", t: "\t", "\\": "\\" };
+  return lines
+    .split("\n")
+    .filter((line) => line !== "")
+    .map((line) => line.replace(/\\([nt\\])/g, (_, name) => blanks[name]));
 }
 
 function choice(type, name, value, text, checked) {

@@ -13,7 +13,11 @@ const PAINT_MS = 40;
 export class TokenText {
   #dirtyFrom = Infinity;
   #timer = 0;
+  /** The token that is shown on its own, until another one is or nobody looks. */
   #chosen = null;
+  /** The token that the Tab key comes to. */
+  #stop = 0;
+  #isQuiet = false;
 
   /**
    * @param {HTMLElement} element holds the spans
@@ -25,9 +29,13 @@ export class TokenText {
     this.show = show;
     this.spans = [];
     element.addEventListener("keydown", (event) => this.#onKey(event));
-    element.addEventListener("focusin", ({ target }) => this.#choose(this.#indexOf(target)));
-    element.addEventListener("pointerover", ({ target }) => this.#hover(this.#indexOf(target)));
-    element.addEventListener("pointerleave", () => this.show(this.#chosen));
+    for (const kind of ["focusin", "click"]) {
+      element.addEventListener(kind, ({ target }) => this.#choose(this.#indexOf(target)));
+    }
+    element.addEventListener("pointerover", (event) => this.#hover(event));
+    element.addEventListener("pointerleave", (event) => {
+      if (event.pointerType !== "touch") this.show(this.#chosen);
+    });
   }
 
   /** Starts anew behind a prompt. */
@@ -37,6 +45,8 @@ export class TokenText {
     this.#dirtyFrom = Infinity;
     this.#timer = 0;
     this.#chosen = null;
+    this.#stop = 0;
+    this.marked = null;
     this.element.replaceChildren(make("span", { className: "prompt" }, prompt));
     this.element.scrollTop = 0;
   }
@@ -47,10 +57,32 @@ export class TokenText {
     this.#timer ||= setTimeout(() => requestAnimationFrame(() => this.paint()), PAINT_MS);
   }
 
-  /** Marks the token where the text leaves its twin. */
+  /** Marks the token where the text leaves its twin, or none. */
   markDifference(index) {
+    this.marked?.classList.remove("differs");
+    if (index === null) return;
     this.paint();
-    this.spans[index]?.classList.add("differs");
+    this.marked = this.spans[index];
+    this.marked?.classList.add("differs");
+  }
+
+  /** Goes on to the token so many places behind the one that is shown. */
+  step(steps) {
+    if (this.#chosen === null) return;
+    this.#choose(Math.min(Math.max(0, this.#chosen + steps), this.spans.length - 1));
+  }
+
+  /** Shows no token any more; the focus comes back to where it was in the text. */
+  release(focuses = true) {
+    const chosen = this.spans[this.#chosen];
+    chosen?.classList.remove("chosen");
+    chosen?.removeAttribute("aria-describedby");
+    this.#chosen = null;
+    this.show(null);
+    if (!focuses) return;
+    this.#isQuiet = true;
+    this.spans[this.#stop]?.focus({ preventScroll: true });
+    this.#isQuiet = false;
   }
 
   /** Outlines the token at a place, and no other. */
@@ -90,28 +122,33 @@ export class TokenText {
     return index === undefined ? null : Number(index);
   }
 
-  #hover(index) {
+  #hover({ target, pointerType }) {
+    // A finger that comes down may be about to scroll; what it taps is chosen.
+    if (pointerType === "touch") return;
+    const index = this.#indexOf(target);
     if (index !== null) this.show(index);
   }
 
   #choose(index) {
-    if (index === null) return;
-    for (const i of [this.#chosen ?? 0, index]) {
+    if (index === null || this.#isQuiet) return;
+    for (const i of [this.#stop, index]) {
       this.spans[i].tabIndex = i === index ? 0 : -1;
+      this.spans[i].classList.toggle("chosen", i === index);
       this.spans[i].removeAttribute("aria-describedby");
     }
-    this.spans[index].setAttribute("aria-describedby", "inspector");
-    this.spans[index].scrollIntoView({ block: "nearest" });
-    this.#chosen = index;
+    this.spans[index].setAttribute("aria-describedby", "token");
+    this.#chosen = this.#stop = index;
     this.show(index);
+    // Behind `show`, which may lay the token's own sheet over the foot of the page.
+    this.spans[index].scrollIntoView({ block: "nearest" });
   }
 
   #onKey(event) {
-    if (event.altKey || event.ctrlKey || event.metaKey || this.#chosen === null) return;
+    if (event.altKey || event.ctrlKey || event.metaKey || this.#indexOf(event.target) === null) return;
     const last = this.spans.length - 1;
     const target = {
-      ArrowLeft: () => Math.max(0, this.#chosen - 1),
-      ArrowRight: () => Math.min(last, this.#chosen + 1),
+      ArrowLeft: () => Math.max(0, this.#stop - 1),
+      ArrowRight: () => Math.min(last, this.#stop + 1),
       ArrowUp: () => this.#inNextLine(-1),
       ArrowDown: () => this.#inNextLine(1),
       Home: () => 0,
@@ -124,11 +161,11 @@ export class TokenText {
 
   /** The token of the line above or below that is nearest to the chosen one. */
   #inNextLine(step) {
-    const start = this.spans[this.#chosen].getClientRects()[0];
-    let best = this.#chosen;
+    const start = this.spans[this.#stop].getClientRects()[0];
+    let best = this.#stop;
     let bestDistance = Infinity;
     let line = null;
-    for (let i = this.#chosen + step; this.spans[i]; i += step) {
+    for (let i = this.#stop + step; this.spans[i]; i += step) {
       const box = this.spans[i].getClientRects()[0];
       if (Math.abs(box.top - start.top) < box.height / 2) continue;
       line ??= box.top;

@@ -67,11 +67,16 @@ export class Transcript {
       layer: logprobs.exit_layers[i],
       confidence: logprobs.confidences[i],
       logprob: logprobs.token_logprobs[i],
-      // In order, for objects of JavaScript put keys that look like numbers first.
-      candidates: Object.entries(logprobs.top_logprobs[i] ?? {})
-        .map(([name, logprob]) => ({ token: name, logprob }))
-        .sort((a, b) => b.logprob - a.logprob),
+      candidates: candidatesOf(logprobs.top_logprobs[i] ?? []),
       heads: logprobs.heads?.[i] ?? [],
     };
   }
+}
+
+/** The most probable first: objects of JavaScript put keys that look like numbers first. */
+function candidatesOf(best) {
+  const pairs = Array.isArray(best) ? best.map((one) => [one.token, one.logprob]) : Object.entries(best);
+  return pairs
+    .map(([token, logprob]) => ({ token, logprob }))
+    .sort((a, b) => b.logprob - a.logprob);
 }
