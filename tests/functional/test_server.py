@@ -185,11 +185,18 @@ def test_offsets_are_places_in_the_text(server):
     logprobs, text = choice["logprobs"], choice["text"]
     count = answer["usage"]["prompt_tokens"]
     assert logprobs["text_offset"][count] == len(prompt)
-    # What the model adds is no text that begins and ends with characters.
-    places = list(zip(logprobs["tokens"], logprobs["text_offset"], strict=True))
-    for token, offset in places[:count]:
-        if "\ufffd" not in token:
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        if not token.startswith(("bytes:", "<")):
             assert text[offset:].startswith(token), (token, offset)
+
+
+def test_parts_of_characters_have_names_of_their_own(server):
+    answer = complete(server, prompt="日 the", echo=True, logprobs=20, max_tokens=8)
+    logprobs = answer["choices"][0]["logprobs"]
+    assert logprobs["tokens"][:3] == ["bytes:\\xe6", "bytes:\\x97", "bytes:\\xa5"]
+    assert logprobs["text_offset"][:4] == [0, 0, 0, 1]
+    assert all(len(best) >= 20 for best in logprobs["top_logprobs"][1:])
+    assert "\ufffd" not in "".join(name for best in logprobs["top_logprobs"][1:] for name in best)
 
 
 def test_the_largest_seed_has_successors(server):

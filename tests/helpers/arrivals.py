@@ -30,6 +30,9 @@ class Syllables:
     def decode(self, token_ids: list[int]) -> str:
         return "".join(("a", "b", "c", "ab", "ca")[token % 5] for token in token_ids if token)
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        return None if token_id else b""
+
 
 @dataclass(frozen=True)
 class Arrival:

@@ -27,6 +27,9 @@ class Letters:
     def decode(self, token_ids):
         return "".join(chr(64 + token) for token in token_ids if token)
 
+    def token_bytes(self, token_id):
+        return None if token_id else b""
+
 
 def early_exit(**fields):
     return SamplingParams(mode="early_exit", early_exit_threshold=0.8, **fields)

@@ -21,11 +21,15 @@ class Letters:
         return [ord(letter) - ord("a") + 1 for letter in text]
 
     def decode(self, token_ids):
-        parts = [
-            b"" if token == EOD else bytes([token - 200 if token >= 200 else token + 96])
-            for token in token_ids
-        ]
-        return b"".join(parts).decode(errors="replace")
+        return b"".join(map(self.token_bytes, token_ids)).decode(errors="replace")
+
+    def token_bytes(self, token_id):
+        if token_id == EOD:
+            return b""
+        return bytes([token_id - 200 if token_id >= 200 else token_id + 96])
+
+    def unfinished_length(self, data):
+        return 1
 
 
 def cut(text, stops, num_free=0):
@@ -105,6 +109,9 @@ LETTERS = Letters().encode("abcabf")
         # Half a character at the end.
         ([1, 200 + 0xF0, 200 + 0x9F], {"room": 3}, "length", None, "a\ufffd", 3),
         ([1, 200 + 0xF0, EOD], {}, "stop", None, "a\ufffd", 3),
+        # A stop string behind an invalid byte, and one of a character in parts.
+        ([1, 455, 440, 359, 352, 328, 2], {"stop": "b"}, "stop", "b", "a\ufffd😀", 7),
+        ([1, 455, 440, 359, 352, 328, 2], {"stop": "😀"}, "stop", "😀", "a\ufffd", 6),
     ],
 )
 def test_end(tokens, fields, reason, stop_reason, text, num_tokens):
@@ -120,6 +127,17 @@ def test_end_is_that_of_the_text_letter_by_letter(text, stops, min_tokens):
     stopping, given_out = run(Letters().encode(text), room, stop=stops, min_tokens=min_tokens)
     assert (given_out, stopping.stop_reason) == cut(text, stops, num_free=min_tokens)
     assert stopping.finish_reason == ("length" if stopping.stop_reason is None else "stop")
+
+
+def test_offsets_are_places_in_the_text():
+    params = SamplingParams(stop="bcdx")
+    stopping = Stopping(params, frozenset(), 100, TextStream(Letters(), [1]))
+    offsets = []
+    # Parts of a character, one that is left unfinished, and letters that a stop string holds back.
+    for token in [1, 440, 359, 352, 328, 1, 440, 359, 2, 3, 4, 5]:
+        stopping.add(token)
+        offsets.append(stopping.offset)
+    assert offsets == [0, 1, 1, 1, 1, 2, 3, 3, 4, 5, 6, 7]
 
 
 def test_nothing_to_generate():

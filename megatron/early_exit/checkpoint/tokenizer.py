@@ -4,12 +4,14 @@ The libraries are Megatron's own (SentencePiece, transformers) with the settings
 give them, so a text gets the very ids that it got in the training data.
 """
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from megatron.early_exit.checkpoint.huggingface_text import HuggingFaceText
+from megatron.early_exit.checkpoint.sentencepiece_text import SentencePieceText
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 HUGGINGFACE_TYPE = "HuggingFaceTokenizer"
@@ -79,7 +81,32 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text of tokens; bytes that are no complete character become U+FFFD."""
+        """The text of tokens; bytes that are no complete character become U+FFFD.
+
+        That of a beginning is the beginning of the whole, but for its last character where that is
+        unfinished.
+        """
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """What a token is that may be a part of a character, or come between such parts.
+
+        Returns:
+            Its bytes; none for a token that `decode` leaves out as if it were not there. None for a
+            token of whole characters, which leaves a character before it unfinished for good.
+        """
+        ...
+
+    def unfinished_length(self, data: bytes) -> int:
+        """The characters U+FFFD that `decode` gives for the unfinished character at the end.
+
+        Args:
+            data: its bytes, the first 1 to 3 of a character.
+        """
+        ...
+
+    def token_name(self, token_id: int) -> str | None:
+        """What the vocabulary calls a token; None for one that it lacks."""
         ...
 
 
@@ -121,92 +148,6 @@ class TokenizerDescription:
         )
 
 
-class _SentencePieceTokenizer:
-    def __init__(self, path: Path, eod_id: int | None) -> None:
-        import sentencepiece
-
-        try:
-            self._processor: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"tokenizer {path}: is not a SentencePiece model") from error
-        begin, end = self._processor.bos_id(), self._processor.eos_id()
-        self.bos_id = None if begin < 0 else begin
-        self.eod_id = eod_id if eod_id is not None or end < 0 else end
-        self.chat_template = None
-        self.vocab_size: int = self._processor.get_piece_size()
-
-    def drops_extra_spaces(self) -> bool:
-        """The model itself folds runs of spaces."""
-        return bool(self.encode("x  y") == self.encode("x y"))
-
-    @property
-    def special_tokens(self) -> dict[str, str | None]:
-        own = self._processor
-        ids = {"bos_token": own.bos_id(), "eos_token": own.eos_id(), "pad_token": own.pad_id()}
-        return {name: None if one < 0 else own.id_to_piece(one) for name, one in ids.items()}
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        # Megatron frames texts with no tokens of SentencePiece's.
-        return list(self._processor.encode(text))
-
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        raise ValueError("a SentencePiece tokenizer has no chat template")
-
-    def decode(self, token_ids: list[int]) -> str:
-        # Megatron may have given a model more tokens than its SentencePiece file has pieces.
-        pieces = [token for token in token_ids if token < self.vocab_size]
-        return str(self._processor.decode(pieces))
-
-
-class _HuggingFaceTokenizer:
-    def __init__(self, path: Path, eod_id: int | None, adds_special_tokens: bool) -> None:
-        try:
-            from transformers import AutoTokenizer
-        except ImportError as error:
-            raise ValueError(
-                f"tokenizer {path}: {HUGGINGFACE_TYPE} needs the transformers package"
-            ) from error
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        except (OSError, ValueError, json.JSONDecodeError) as error:
-            raise ValueError(f"tokenizer {path}: {error}") from error
-        self._adds_special_tokens = adds_special_tokens
-        self.eod_id: int | None = self._tokenizer.eos_token_id if eod_id is None else eod_id
-        self.bos_id: int | None = self._tokenizer.bos_token_id
-        template = self._tokenizer.chat_template
-        # There may be several under names of their own.
-        is_named = isinstance(template, dict)
-        self.chat_template: str | None = template.get("default") if is_named else template
-        self.vocab_size = len(self._tokenizer)
-
-    @property
-    def special_tokens(self) -> dict[str, str | None]:
-        names = ("bos_token", "eos_token", "pad_token")
-        return {name: getattr(self._tokenizer, name) for name in names}
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        framed = add_special_tokens and self._adds_special_tokens
-        return list(self._tokenizer(text, add_special_tokens=framed).input_ids)
-
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        if self.chat_template is None:
-            raise ValueError("the tokenizer has no chat template")
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:
-            # Templates are programs of the model's makers, and may raise anything.
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
-        return self.encode(text, add_special_tokens=False)
-
-    def decode(self, token_ids: list[int]) -> str:
-        text = self._tokenizer.decode(
-            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return str(text)
-
-
 def load_tokenizer(description: TokenizerDescription, folder: Path) -> Tokenizer | None:
     """Load a tokenizer, or None where its kind has no text or is not supported by inference.
 
@@ -226,10 +167,10 @@ def load_tokenizer(description: TokenizerDescription, folder: Path) -> Tokenizer
     if not path.exists():
         raise ValueError(f"tokenizer {path}: there is no such file or folder")
     if description.type == HUGGINGFACE_TYPE:
-        return _HuggingFaceTokenizer(path, description.eod_id, description.adds_special_tokens)
+        return HuggingFaceText(path, description.eod_id, description.adds_special_tokens)
     if description.legacy:
         raise ValueError("--tokenizer-sentencepiece-legacy is not supported by inference")
-    tokenizer = _SentencePieceTokenizer(path, description.eod_id)
+    tokenizer = SentencePieceText(path, description.eod_id)
     if description.keeps_extra_spaces and tokenizer.drops_extra_spaces():
         raise ValueError(
             "--no-tokenizer-sentencepiece-ignore-extra-whitespaces is not supported by inference "

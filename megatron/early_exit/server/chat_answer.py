@@ -89,12 +89,11 @@ class ChatAnswer(JobAnswer[ChatRequest]):
         )
 
     def _candidate(self, token_id: int, logprob: float) -> Candidate:
-        text = self._service.texts.of(token_id)
-        is_whole = "\ufffd" not in text
+        data = self._service.texts.bytes_of(token_id)
         return Candidate(
-            token=text,
+            token=self._service.texts.of(token_id),
             logprob=as_number(logprob),
-            bytes=list(text.encode()) if is_whole else None,
+            bytes=None if data is None else list(data),
         )
 
 

@@ -73,9 +73,9 @@ class ChatRequest(SamplingFields):
 class Candidate(BaseModel):
     """A token that might have been chosen."""
 
-    token: str
+    token: str = Field(description="Its text; `bytes:\\xe6` and the like for parts of characters.")
     logprob: float
-    bytes: list[int] | None = Field(description="null for a token that is a part of a character.")
+    bytes: list[int] | None = Field(description="Of its text; null for a token that has none.")
 
 
 class ChatToken(Candidate):

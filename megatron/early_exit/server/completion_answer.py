@@ -1,7 +1,6 @@
 """From tokens to the bodies of `/v1/completions`."""
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 
 from megatron.early_exit.inference.decoding.params import SamplingParams
 from megatron.early_exit.inference.decoding.results import (
@@ -17,7 +16,7 @@ from megatron.early_exit.server.completion_models import (
 from megatron.early_exit.server.job import Job, Tokens
 from megatron.early_exit.server.job_answer import JobAnswer
 from megatron.early_exit.server.service import Service
-from megatron.early_exit.server.token_texts import as_number
+from megatron.early_exit.server.token_texts import as_number, as_token_id
 
 
 class CompletionAnswer(JobAnswer[CompletionRequest]):
@@ -29,8 +28,8 @@ class CompletionAnswer(JobAnswer[CompletionRequest]):
         self, body: CompletionRequest, params: SamplingParams, service: Service, job: Job
     ) -> None:
         super().__init__(body, params, service, job)
-        self._lengths = [0] * job.size
-        """Characters of each text that have been given."""
+        self._echoed = [0] * job.size
+        """Characters of the prompt in front of each text."""
         self._held: dict[int, list[GeneratedToken]] = {i: [] for i in range(job.size)}
         """Tokens that wait for the scores of their prompts."""
         self._open = set(range(job.size))
@@ -77,7 +76,7 @@ class CompletionAnswer(JobAnswer[CompletionRequest]):
         if is_first and self._body.echo:
             prompt = self._echo(index)
             text = prompt + text
-            self._lengths[index] = len(prompt)
+            self._echoed[index] = len(prompt)
             if logprobs is not None:
                 self._add_prompt(logprobs, request.prompt_tokens or [])
         if logprobs is not None:
@@ -131,8 +130,7 @@ class CompletionAnswer(JobAnswer[CompletionRequest]):
             logprobs.confidences.append(token.confidence)
             if logprobs.heads is not None:
                 logprobs.heads.append(None)
-        lengths = self._service.texts.lengths([token.token_id for token in tokens])
-        logprobs.text_offset += accumulate(lengths[:-1], initial=0)
+        logprobs.text_offset += self._service.texts.offsets([token.token_id for token in tokens])
 
     def _add_tokens(
         self, logprobs: CompletionLogprobs, index: int, tokens: Sequence[GeneratedToken]
@@ -146,16 +144,17 @@ class CompletionAnswer(JobAnswer[CompletionRequest]):
             logprobs.confidences.append(token.confidence)
             if logprobs.heads is not None:
                 logprobs.heads.append(self._service.texts.heads(token.heads))
-            logprobs.text_offset.append(self._lengths[index])
-            self._lengths[index] += len(token.text or "")
+            logprobs.text_offset.append(self._echoed[index] + token.offset)
 
     def _best(
         self, token_id: int, logprob: float, best: Sequence[tuple[int, float]]
     ) -> dict[str, float]:
-        """The most probable tokens and the chosen one; of equal texts the more probable counts."""
+        """The most probable tokens and the chosen one: of equal names, that of the more probable
+        stays, and the others are numbers."""
         found: dict[str, float] = {}
-        for one, value in (*best, (token_id, logprob)):
-            text = self._service.texts.of(one)
-            number = as_number(value)
-            found[text] = max(number, found.get(text, number))
+        tokens = dict((*best, (token_id, logprob)))
+        for one in sorted(tokens, key=tokens.__getitem__, reverse=True):
+            name = self._service.texts.of(one)
+            name = as_token_id(one) if name in found else name
+            found[name] = as_number(tokens[one])
         return found

@@ -14,7 +14,7 @@ _ANCHOR = "a"
 
 
 class TokenTexts:
-    """The text of each token by itself.
+    """Each token by itself: its text, or a name in the place of one.
 
     Args:
         tokenizer: None where the model knows no text: a token then is its number.
@@ -27,16 +27,38 @@ class TokenTexts:
         self.of = lru_cache(maxsize=2**16)(self._of)
 
     def _of(self, token_id: int) -> str:
+        """The text of a token. A part of a character is its bytes, as OpenAI writes them; a token
+        without a text, the end of a document say, is what the vocabulary calls it."""
         if self._tokenizer is None:
             return str(token_id)
-        return self._tokenizer.decode([*self._before, token_id])[self._length :]
+        data = self.bytes_of(token_id)
+        if data is None:
+            return self._tokenizer.token_name(token_id) or as_token_id(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(map(_as_ascii, data))
 
-    def lengths(self, token_ids: Sequence[int]) -> list[int]:
-        """How many characters each token adds to the text of them all."""
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """The bytes of a token's text; None where it has none."""
+        if self._tokenizer is None:
+            return None
+        data = self._tokenizer.token_bytes(token_id)
+        if data is None:
+            text = self._tokenizer.decode([*self._before, token_id])
+            data = text[self._length :].encode()
+        return data or None
+
+    def offsets(self, token_ids: Sequence[int]) -> list[int]:
+        """Where each token begins in the text of them all."""
         if self._tokenizer is None:
             return [0] * len(token_ids)
-        stream = TextStream(self._tokenizer, [])
-        return [len(stream.add(token_id)) for token_id in token_ids]
+        stream, length, found = TextStream(self._tokenizer, []), 0, []
+        for token_id in token_ids:
+            piece = stream.add(token_id)
+            found.append(length + stream.num_before)
+            length += len(piece)
+        return found
 
     def heads(self, reports: Sequence[HeadReport]) -> list[Head]:
         """What the heads on the way to a token found best."""
@@ -49,3 +71,13 @@ class TokenTexts:
 def as_number(logprob: float) -> float:
     """A logarithm of probability that JSON has a number for: that of 0 is -9999, as in vLLM."""
     return max(logprob, _LEAST_LOGPROB)
+
+
+def as_token_id(token_id: int) -> str:
+    """A token's number where a name is wanted, as in vLLM."""
+    return f"token_id:{token_id}"
+
+
+def _as_ascii(byte: int) -> str:
+    is_plain = 0x20 <= byte < 0x7F and byte != ord("\\")
+    return chr(byte) if is_plain else f"\\x{byte:02x}"

@@ -111,6 +111,7 @@ class Request:
             self._stopping.finish_reason,
             choice.top_logprobs,
             choice.heads,
+            self._stopping.offset,
         )
         self.tokens.append(token)
         return token

@@ -51,6 +51,9 @@ class GeneratedToken:
     """The most probable tokens and their log-probabilities, as many as were asked for."""
     heads: tuple[HeadReport, ...] = ()
     """With `exit_details`, what each head on the way found best."""
+    offset: int = 0
+    """Where the token begins: characters of the text before it, or before the character that it is
+    a part of; those that are held back, or cut with a stop string, count."""
 
 
 @dataclass(slots=True)

@@ -98,6 +98,8 @@ class Stopping:
 
     Attributes:
         num_tokens: tokens added.
+        offset: characters of the text, a stop string's among them, before the last token; where
+            that is a part of a character, before the character.
         finish_reason: why the last token was the last; None while it is not.
         stop_reason: the stop string, or the one of `params.stop_token_ids`, that ended the
             sequence; None for other ends, the end of document among them.
@@ -116,12 +118,15 @@ class Stopping:
                 "has none, allowed: ()"
             )
         self.num_tokens = 0
+        self.offset = 0
         self.finish_reason: FinishReason | None = "length" if room <= 0 else None
         self.stop_reason: str | int | None = None
         self._params = params
         self._token_ids = token_ids
         self._room = room
         self._text = text
+        self._length = 0
+        """Characters of the text, those held back for stop strings among them."""
         self._strings = StopStrings(params.stop)
 
     @property
@@ -137,6 +142,7 @@ class Stopping:
         """
         assert self.finish_reason is None
         self.num_tokens += 1
+        self.offset = self._length
         may_stop = self.num_tokens > self._params.min_tokens
         if may_stop and token_id in self._token_ids:
             self.finish_reason = "stop"
@@ -149,6 +155,9 @@ class Stopping:
         is_last = self.finish_reason is not None
         stopped = self.finish_reason == "stop"
         piece = text.flush() if stopped else text.add(token_id, is_last)
+        if not stopped:
+            self.offset += text.num_before
+        self._length += len(piece)
         piece = self._strings.add(piece, may_stop)
         if self._strings.matched is not None:
             self.finish_reason, self.stop_reason = "stop", self._strings.matched
