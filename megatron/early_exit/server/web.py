@@ -8,12 +8,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
 
 from flask import Flask
-from waitress.channel import HTTPChannel
-from waitress.server import create_server
+from waitress.adjustments import Adjustments
 
+from megatron.early_exit.server.connections import ConnectionLimits, Connections
 from megatron.early_exit.server.settings import ServerSettings
 from megatron.early_exit.server.worker import EngineWorker
 
@@ -69,9 +68,10 @@ class WebServer:
         settings: the operator's.
         sockets: see `bound_sockets`.
         max_batch_size: sequences that the engine runs at a time.
+        limits: of the connections.
 
     Raises:
-        ValueError: somebody else has come to listen there.
+        OSError: somebody else has come to listen there.
     """
 
     def __init__(
@@ -81,38 +81,33 @@ class WebServer:
         settings: ServerSettings,
         sockets: Sequence[socket.socket],
         max_batch_size: int,
+        limits: ConnectionLimits | None = None,
     ) -> None:
-        # A thread is with a request until its end. There is one for all that may run or wait.
-        threads = max_batch_size + settings.max_waiting + _SPARE_THREADS
-        self._sockets: dict[int, Any] = {}
-        try:
-            self._server = create_server(
-                app,
-                map=self._sockets,
-                sockets=sockets,
-                threads=threads,
-                connection_limit=4 * threads,
-                backlog=1024,
-                # To learn that a client has gone away while its request is under way.
-                channel_request_lookahead=1,
-                max_request_body_size=max(_LARGEST_BODY, 2 * settings.max_body_bytes),
-                # What a client does not read goes into a file: no thread waits for it to be read.
-                outbuf_high_watermark=2**60,
-                asyncore_use_poll=True,
-                ident="early-exit",
-                clear_untrusted_proxy_headers=True,
-            )
-        except OSError as error:
-            raise ValueError(f"--port cannot be used any more: {error}") from error
+        adj = Adjustments(
+            sockets=sockets,
+            # A thread is with a request until its end. There is one for all that may be under way.
+            threads=max_batch_size + settings.max_waiting + _SPARE_THREADS,
+            backlog=1024,
+            # To learn that a client has gone away while its request is under way.
+            channel_request_lookahead=1,
+            max_request_body_size=max(_LARGEST_BODY, 2 * settings.max_body_bytes),
+            # What a client does not read goes into a file: no thread waits for it to be read.
+            outbuf_high_watermark=2**60,
+            ident="early-exit",
+            clear_untrusted_proxy_headers=False,
+        )
+        # One more than is allowed tells the application that it is too large.
+        adj.kept_body_bytes = settings.max_body_bytes + 1
+        refused = worker.metrics.answered
+        self._connections = Connections(app, adj, sockets, limits or ConnectionLimits(), refused)
         self._worker = worker
         self._is_told_to_end = threading.Event()
-        self._thread = threading.Thread(target=self._server.run, name="web", daemon=True)
+        self._thread = threading.Thread(target=self._connections.run, name="web", daemon=True)
 
     @property
     def port(self) -> int:
         """Where it listens."""
-        places = getattr(self._server, "effective_listen", None)
-        return int(places[0][1] if places else self._server.effective_port)
+        return int(self._connections.listeners[0].effective_port)
 
     def start(self) -> None:
         """Begin to serve."""
@@ -158,8 +153,7 @@ class WebServer:
 
     def _is_sending(self) -> bool:
         """Whether a connection has a request without an answer, or an answer not yet read."""
-        channels = (one for one in list(self._sockets.values()) if isinstance(one, HTTPChannel))
-        return any(one.requests or one.total_outbufs_len for one in channels)
+        return any(one.is_served or one.total_outbufs_len for one in self._connections.all)
 
     def fail(self, reason: str) -> None:
         """Tell all clients that the engine is lost, and give the answers time to go out.
