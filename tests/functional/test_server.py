@@ -34,7 +34,7 @@ def engine(checkpoint):
 
 @pytest.fixture(scope="module")
 def server(checkpoint):
-    with text_server(checkpoint) as running:
+    with text_server(checkpoint, example_prompts=("def main():",)) as running:
         yield running
 
 
@@ -99,6 +99,7 @@ def test_the_default_is_lossless(server):
     }
     card = server.get(f"/v1/models/{NAME}:threshold=0.25").json()
     assert (card["max_model_len"], card["num_layers"]) == (CONTEXT, 4)
+    assert card["example_prompts"] == ["def main():"]
 
 
 def test_names_choose_the_exits(server):

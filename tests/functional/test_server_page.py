@@ -580,6 +580,24 @@ def test_conversation_goes_on_with_coloured_answers(page, server, script):
     expect(page.get_by_role("button", name="The capital of France is")).to_be_visible()
 
 
+@pytest.mark.parametrize("is_chat", [True, False], ids=["chat", "text"])
+def test_parts_of_a_character_are_tokens_of_their_own(page, server, script, is_chat):
+    script.has_chat_template = is_chat
+    parts = [(b"\xe6", ""), (b"\x97", ""), (b"\xa5", "\u65e5")]
+    script.early = [
+        ScriptedToken("A", 2, 0.9),
+        *(ScriptedToken(text, 4, 0.9, data) for data, text in parts),
+        ScriptedToken(" day", 2, 0.9),
+    ]
+    page.goto(server.url)
+    page.get_by_role("button", name="sky" if is_chat else "France").click()
+    finish(page)
+    tokens = pane(page).locator(".token")
+    assert tokens.all_text_contents() == ["A", "", "", "\u65e5", " day"]
+    tokens.nth(1).hover()
+    expect(page.locator("#token h2")).to_contain_text("bytes E6")
+
+
 # --- everybody -----------------------------------------------------------------------------------
 
 

@@ -65,6 +65,19 @@ class ScriptedToken:
     text: str
     layer: int
     confidence: float
+    data: bytes | None = None
+    """Of a part of a character, whose text comes with the last part."""
+
+    @property
+    def name(self) -> str:
+        """The token by itself."""
+        if self.data is None:
+            return self.text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.data)
+
+    @property
+    def bytes(self) -> bytes:
+        return self.text.encode() if self.data is None else self.data
 
 
 def text_of(tokens: list[ScriptedToken]) -> str:
@@ -245,7 +258,9 @@ class PageServer:
                 )
                 event = _response(choices=[choice])
                 is_chat = isinstance(body, ChatRequest)
-                yield _event((_as_chat(event) if is_chat else event).model_dump_json())
+                yield _event(
+                    (_as_chat(event, tokens[start:end]) if is_chat else event).model_dump_json()
+                )
                 start = end
         except GeneratorExit:
             script.left_at.append(start)
@@ -259,7 +274,7 @@ class PageServer:
     ) -> CompletionLogprobs:
         new = tokens[start:end]
         has_text = self.script.has_text
-        names = [token.text if has_text else str(_token_id(token)) for token in new]
+        names = [token.name if has_text else str(_token_id(token)) for token in new]
         heads = [
             [
                 Head(layer=layer, token=name, confidence=token.confidence)
@@ -281,16 +296,16 @@ class PageServer:
         )
 
 
-def _as_chat(event: CompletionResponse) -> ChatChunk:
+def _as_chat(event: CompletionResponse, tokens: list[ScriptedToken]) -> ChatChunk:
     """The same event of a conversation."""
     (choice,) = event.choices
     given = choice.logprobs
     assert given is not None
-    tokens = [
+    content = [
         ChatToken(
             token=name,
             logprob=given.token_logprobs[i] or 0.0,
-            bytes=list(name.encode()),
+            bytes=list(tokens[i].bytes),
             top_logprobs=[
                 Candidate(token=other, logprob=logprob, bytes=list(other.encode()))
                 for other, logprob in (given.top_logprobs[i] or {}).items()
@@ -310,7 +325,7 @@ def _as_chat(event: CompletionResponse) -> ChatChunk:
                 index=0,
                 delta=Delta(content=choice.text),
                 finish_reason=choice.finish_reason,
-                logprobs=ChatLogprobs(content=tokens),
+                logprobs=ChatLogprobs(content=content),
                 token_ids=choice.token_ids,
             )
         ],

@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers.speed import patient
 from tools import request_client
-from tools.run_early_exit_text_generation_server import build_parser
+from tools.run_early_exit_text_generation_server import build_parser, settings_of
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "serving"
 TOOL = "tools/run_early_exit_text_generation_server.py"
@@ -117,3 +117,11 @@ def test_the_readme_names_flags_and_files_that_exist():
     assert request_client.build_parser().parse_args(shlex.split(asking)).compare
     for name in re.findall(r"`?([\w-]+\.(?:sh|service))`", text):
         assert (FOLDER / name).is_file(), name
+
+
+def test_the_operator_gives_the_page_its_examples():
+    flags = ["--load", "model", "--example-prompt", "def main():", "--example-prompt", "import "]
+    settings = settings_of(build_parser().parse_args(flags), exit_layers=())
+    assert settings.example_prompts == ("def main():", "import ")
+    settings = settings_of(build_parser().parse_args(flags[:2]), exit_layers=())
+    assert settings.example_prompts == ()

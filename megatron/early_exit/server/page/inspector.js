@@ -8,8 +8,13 @@ import { byId, make } from "./elements.js";
 const share = (value) => (Math.floor(1000 * value + 1e-6) / 1000).toFixed(3);
 const VISIBLE = { " ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥" };
 
-/** A token's text with its blanks made visible. */
-const visible = (text) => text.replace(/[ \n\r\t]/g, (blank) => VISIBLE[blank]) || "∅";
+/** A token's text with its blanks made visible; of a part of a character, its bytes. */
+function visible(text) {
+  const bytes = /^bytes:((?:\\x[0-9a-f]{2})+)$/i.exec(text)?.[1];
+  if (bytes) return `bytes ${bytes.replaceAll("\\x", " ").trim().toUpperCase()}`;
+  if (text === "\ufffd") return "part of a character";
+  return text.replace(/[ \n\r\t]/g, (blank) => VISIBLE[blank]) || "∅";
+}
 
 const isTouched = matchMedia("(pointer: coarse)");
 // As in results.css.
