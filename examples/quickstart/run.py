@@ -1,13 +1,15 @@
-"""From nothing to a model that answers faster with early exits, in a few minutes on two cores.
+"""From nothing to a model that answers faster with early exits, in ten minutes on two cores.
 
     make demo            (or: python examples/quickstart/run.py --help)
 
 Text of this machine's Python -> SentencePiece tokenizer -> indexed data -> training with two
 pipeline stages -> a sample coloured by exit -> speed and quality by threshold -> two pictures.
+How long the training is, and how much is measured, follows from the time and this machine's speed.
 """
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -16,16 +18,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from examples.budget import Budget, Measuring, guard_minutes
 from examples.quickstart.pictures import loss_curves, tradeoff_curve
 from examples.quickstart.tradeoff import engines, measure, table, verdict
-from examples.quickstart.training import NUM_LAYERS, TrainingRun, train
+from examples.quickstart.training import NUM_LAYERS, TrainingRun, train, training_dtype, trial
 from examples.stages import run_command, stage
+from megatron.early_exit.hardware.dtypes import NAMES
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.process_family import run_program
 
 VOCAB_SIZE = 2048
-THRESHOLDS = (0.9, 0.7, 0.5, 0.3, 0.2, 0.15, 0.1, 0.05, 0.0)
-PROMPTS, PROMPT_CHARACTERS, MAX_TOKENS = 8, 80, 88
+LEAST_STEPS, MOST_STEPS = 2, 1200
+MEASURED = Measuring(
+    prompts=8, tokens=88, repeats=2, thresholds=(0.9, 0.7, 0.5, 0.3, 0.2, 0.15, 0.1, 0.05, 0.0)
+)
+PROMPT_CHARACTERS = 80
 LEAST_AGREEMENT = 0.9
 SAMPLE_THRESHOLD = 0.1
 SAMPLE_PROMPT = 'def main():\n    """'
@@ -39,18 +46,36 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work-dir", type=Path, default=Path("demo"), help="default: %(default)s")
-    steps = os.environ.get("DEMO_STEPS", "600")
-    parser.add_argument("--steps", type=int, default=steps, help="default: %(default)s")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10.0,
+        help="that all takes at most; fast machines need less (default: %(default)s)",
+    )
+    steps = os.environ.get("DEMO_STEPS")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=steps,
+        help="train so many, however long that takes (default: $DEMO_STEPS, else as --minutes "
+        f"allows, up to {MOST_STEPS})",
+    )
     parser.add_argument("--global-batch-size", type=int, default=16, help="default: %(default)s")
     parser.add_argument(
         "--fresh", action="store_true", help="train again even if a finished run is there"
     )
     args = parser.parse_args()
-    if args.steps < 2:
-        parser.error(f"--steps {args.steps} is out of range, allowed: 2 or more")
+    if not 1 <= args.minutes < math.inf:
+        parser.error(f"--minutes {args.minutes} is out of range, allowed: 1 or more")
+    if args.steps is not None and args.steps < LEAST_STEPS:
+        parser.error(f"--steps {args.steps} is out of range, allowed: {LEAST_STEPS} or more")
     if args.global_batch_size < 4 or args.global_batch_size % 4:
         size = args.global_batch_size
         parser.error(f"--global-batch-size {size} is out of range, allowed: multiples of 4")
+    try:
+        args.dtype = training_dtype()
+    except ValueError as error:
+        parser.error(str(error))
     args.work_dir = args.work_dir.resolve()
     return args
 
@@ -100,28 +125,45 @@ def prompts(validation: Path) -> list[str]:
     """The beginnings of some texts that the model has not seen."""
     texts = [json.loads(line)["text"] for line in validation.open()]
     long = [text for text in texts if len(text) > 2 * PROMPT_CHARACTERS]
-    step = max(1, len(long) // PROMPTS)
-    return [text[:PROMPT_CHARACTERS] for text in long[::step][:PROMPTS]]
+    step = max(1, len(long) // MEASURED.prompts)
+    return [text[:PROMPT_CHARACTERS] for text in long[::step][: MEASURED.prompts]]
+
+
+def train_within(run: TrainingRun, budget: Budget) -> None:
+    """Train for as many steps as the time allows, by the speed of a few."""
+    found = trial(run)
+    seconds = budget.left_for_training()
+    steps = found.steps_within(seconds, LEAST_STEPS, MOST_STEPS)
+    print(
+        f"   {steps} steps of {found.step_seconds:.2f} s in {NAMES[run.dtype]}: "
+        f"{seconds / 60:.1f} minutes are left for training",
+        flush=True,
+    )
+    train(run, steps, guard_minutes(seconds))
 
 
 def main() -> None:
     """Run all stages."""
     args = parse()
-    data, start = args.work_dir / "data", time.monotonic()
+    data, budget = args.work_dir / "data", Budget.of_minutes(args.minutes)
     run = TrainingRun(
         train_data=data / "train_text_document",
         validation_data=data / "validation_text_document",
         tokenizer_model=data / "tokenizer.model",
         directory=args.work_dir / "run",
-        iterations=args.steps,
+        length=f"--minutes {args.minutes:g}" if args.steps is None else f"--steps {args.steps}",
         global_batch_size=args.global_batch_size,
+        dtype=args.dtype,
     )
     if args.fresh or not run.is_finished:
         stage(
             "Text, tokenizer and data sets from Python's standard library",
             lambda: prepare_data(data),
         )
-        stage("Training: two pipeline stages, exits after layers 2 and 4", lambda: train(run))
+        stage(
+            "Training: two pipeline stages, exits after layers 2 and 4",
+            lambda: train_within(run, budget) if args.steps is None else train(run, args.steps),
+        )
     else:
         print(f"Using the model in {args.work_dir} (--fresh trains a new one).")
     models: dict[str, EarlyExitEngine] = {}
@@ -130,7 +172,7 @@ def main() -> None:
 
     def sweep() -> None:
         used = prompts(data / "validation.jsonl")
-        points = measure(models, used, THRESHOLDS, MAX_TOKENS)
+        points = measure(models, used, MEASURED, budget.left_for_measuring())
         print(table(points))
         (args.work_dir / "tradeoff.json").write_text(
             json.dumps([asdict(point) for point in points], indent=1) + "\n"
@@ -144,7 +186,7 @@ def main() -> None:
 
     stage("Speed and quality by threshold", sweep)
     print(f"\nPictures: {args.work_dir}/losses.png and {args.work_dir}/tradeoff.png")
-    print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes.")
+    print(f"Done in {(time.monotonic() - budget.start) / 60:.1f} minutes.")
 
 
 if __name__ == "__main__":

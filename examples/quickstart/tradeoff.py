@@ -1,14 +1,17 @@
 """The speed and quality of a model at different confidence thresholds."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean
+from time import monotonic
 from typing import Any
 
 import torch
 
+from examples.budget import LEAST_PROMPTS, Measuring
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 
 
@@ -48,34 +51,69 @@ def engines(checkpoint: Path, dtype: torch.dtype | None = None) -> dict[str, Ear
 def measure(
     engines: Mapping[str, EarlyExitEngine],
     prompts: Sequence[str],
-    thresholds: Sequence[float],
-    max_tokens: int,
+    most: Measuring,
+    seconds: float = math.inf,
 ) -> list[Point]:
-    """Decode every prompt with the full model and at every threshold, all greedily.
+    """Decode prompts with the full model and at every threshold, all greedily.
 
     The settings take turns prompt by prompt, so that whatever else the machine does slows all of
-    them alike, and each answers every prompt twice, the faster time counts. The full model's point
-    comes first, of each engine.
+    them alike, and each answers every prompt several times, the fastest time counts. The full
+    model's point comes first, of each engine.
+
+    Args:
+        engines: see `engines`.
+        prompts: texts that the model has not seen.
+        most: what is measured if the time allows.
+        seconds: that it may take; less is measured where more would not fit, and said.
     """
-    settings = list(product(engines, (None, *thresholds)))
+    start = monotonic()
+    token_seconds = 0.0
+    for engine in engines.values():
+        # The first answers pay for allocations.
+        warm = [engine.generate(prompts[0], _params(None, 16))[0] for _ in range(2)]
+        token_seconds += 1 / _speed(warm[1:])
+    part = most.within(seconds - (monotonic() - start), token_seconds)
+    if part != most:
+        print(f"   measured in part, for want of time: {part.describe()}", flush=True)
+    settings = list(product(engines, (None, *part.thresholds)))
     results: dict[tuple[str, float | None], list[GenerationResult]] = {one: [] for one in settings}
     for name, threshold in settings:
         engines[name].generate(prompts[0], _params(threshold, 8))
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts[: part.prompts]):
+        if number >= LEAST_PROMPTS and monotonic() - start > seconds:
+            print(f"   time is up with {number} prompts: others run here", flush=True)
+            break
         for name, threshold in settings:
-            params = _params(threshold, max_tokens)
-            twice = [engines[name].generate(prompt, params)[0] for _ in range(2)]
+            params = _params(threshold, part.tokens)
+            answers = [engines[name].generate(prompt, params)[0] for _ in range(part.repeats)]
             results[name, threshold].append(
-                min(twice, key=lambda one: one.statistics.decode_seconds)
+                min(answers, key=lambda one: one.statistics.decode_seconds)
             )
+    agreements = {name: _Agreement(engine) for name, engine in engines.items()}
     return [
-        _point(engines[name], name, threshold, results[name, threshold], results[name, None])
+        _point(agreements[name], name, threshold, results[name, threshold], results[name, None])
         for name, threshold in settings
     ]
 
 
+class _Agreement:
+    """Which tokens of an answer are the full model's choices, each text looked at once: answers at
+    neighbouring thresholds are often the same."""
+
+    def __init__(self, engine: EarlyExitEngine) -> None:
+        self.engine = engine
+        self._found: dict[tuple[int, ...], list[bool]] = {}
+
+    def of(self, answer: GenerationResult) -> list[bool]:
+        text = (*answer.prompt_token_ids, *answer.token_ids)
+        if text not in self._found:
+            best = self.engine.argmax_tokens(text)[len(answer.prompt_token_ids) - 1 :]
+            self._found[text] = [a == b for a, b in zip(answer.token_ids, best, strict=False)]
+        return self._found[text]
+
+
 def _point(
-    engine: EarlyExitEngine,
+    agreement: _Agreement,
     layers: str,
     threshold: float | None,
     answers: Sequence[GenerationResult],
@@ -87,7 +125,7 @@ def _point(
         _speed(answers),
         _speed(answers) / _speed(full),
         mean(layer for answer in answers for layer in answer.exit_layers),
-        mean(flag for answer in answers for flag in _agreement(engine, answer)),
+        mean(flag for answer in answers for flag in agreement.of(answer)),
         mean(
             a == b
             for answer, reference in zip(answers, full, strict=True)
@@ -107,12 +145,6 @@ def _speed(answers: Sequence[GenerationResult]) -> float:
     seconds = sum(answer.statistics.decode_seconds for answer in answers)
     tokens = sum(answer.statistics.num_generated_tokens - 1 for answer in answers)
     return tokens / seconds
-
-
-def _agreement(engine: EarlyExitEngine, answer: GenerationResult) -> list[bool]:
-    first = len(answer.prompt_token_ids)
-    best = engine.argmax_tokens([*answer.prompt_token_ids, *answer.token_ids])
-    return [a == b for a, b in zip(answer.token_ids, best[first - 1 :], strict=False)]
 
 
 def fastest(points: Sequence[Point], least_agreement: float) -> Point:
@@ -147,7 +179,7 @@ def table(points: Sequence[Point]) -> str:
 
 
 def verdict(points: Sequence[Point], least_agreement: float) -> str:
-    """The fastest settings as sentences, one for each engine."""
+    """The fastest setting of each engine as a sentence; where that is the full model, and why."""
     lines = []
     for layers, own in by_layers(points).items():
         winner = fastest(own, least_agreement)
@@ -157,4 +189,22 @@ def verdict(points: Sequence[Point], least_agreement: float) -> str:
             f"layers: {where}, {winner.speedup:.2f} times the full model's speed, "
             f"{winner.agreement:.1%} equal"
         )
+        if winner.threshold is None:
+            lines.append(_why_none(own, least_agreement))
     return "\n".join(lines)
+
+
+def _why_none(points: Sequence[Point], least_agreement: float) -> str:
+    """What keeps every threshold from being faster than the full model."""
+    quick = [p for p in points if p.threshold is not None and p.speedup > 1]
+    if not quick:
+        return (
+            "   No threshold is faster here: to ask an exit takes as long as the layers that it "
+            "saves, of which a model this small has too few."
+        )
+    best = max(quick, key=lambda p: p.agreement)
+    return (
+        f"   Thresholds that are faster keep less: {best.threshold} is {best.speedup:.2f} times as "
+        f"fast with {best.agreement:.1%} equal, less than {least_agreement:.0%}. Exits that were "
+        "trained for longer agree more."
+    )

@@ -4,12 +4,15 @@ import os
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from examples.budget import Trial
 from examples.stages import follow_training
+from megatron.early_exit.hardware.dtypes import best_training_dtype
 
 EXIT_LAYERS = (2, 4)
 NUM_LAYERS = 8
@@ -22,10 +25,11 @@ MODEL = f"""
     --exit-layer-nums {" ".join(map(str, EXIT_LAYERS))} --exit-layer-weight 0.3 0.3 --use-exit-norm
 """
 OPTIMIZATION = """
-    --bf16 --micro-batch-size 4 --lr 2e-3 --min-lr 1e-4 --lr-decay-style cosine
+    --micro-batch-size 4 --lr 2e-3 --min-lr 1e-4 --lr-decay-style cosine
     --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0
 """
 STAGES = 2
+TRIAL_STEPS = 6
 PARALLELISM = f"--pipeline-model-parallel-size {STAGES}"
 
 
@@ -37,16 +41,18 @@ class TrainingRun:
         train_data, validation_data: prefixes of indexed data sets.
         tokenizer_model: SentencePiece model.
         directory: gets `checkpoint/`, `tensorboard/` and `log.txt`.
-        iterations: optimizer steps.
+        length: how long it is, in the words of the demo's command line.
         global_batch_size: samples in a step.
+        dtype: torch.bfloat16 or torch.float32.
     """
 
     train_data: Path
     validation_data: Path
     tokenizer_model: Path
     directory: Path
-    iterations: int
+    length: str
     global_batch_size: int
+    dtype: torch.dtype
 
     @property
     def checkpoint(self) -> Path:
@@ -61,57 +67,108 @@ class TrainingRun:
     @property
     def is_finished(self) -> bool:
         """Whether this very run has been made before."""
-        return self._made.exists() and self._made.read_text() == shlex.join(self.command())
+        return self._made.exists() and self._made.read_text() == self._recipe()
 
     @property
     def _made(self) -> Path:
         return self.directory / "command.txt"
 
+    def _recipe(self) -> str:
+        return f"{shlex.join(self._flags())} # {self.length}"
+
     def mark_finished(self) -> None:
         """Remember the run for `is_finished`."""
-        self._made.write_text(shlex.join(self.command()))
+        self._made.write_text(self._recipe())
 
-    def command(self) -> list[str]:
-        """The command line, ready to be run by hand from the repository's root."""
-        data = [
+    def steps_done(self) -> int:
+        """Of the checkpoint that was saved last."""
+        return int((self.checkpoint / "latest_checkpointed_iteration.txt").read_text())
+
+    def _flags(self) -> list[str]:
+        """All but where and how long."""
+        return [
+            *f"{MODEL} {OPTIMIZATION} {PARALLELISM}".split(),
+            *(["--bf16"] if self.dtype == torch.bfloat16 else []),
+            *("--global-batch-size", str(self.global_batch_size)),
             *("--tokenizer-type", "SentencePieceTokenizer"),
             *("--tokenizer-model", str(self.tokenizer_model)),
             *("--train-data-path", str(self.train_data)),
             *("--valid-data-path", str(self.validation_data)),
             *("--test-data-path", str(self.validation_data)),
         ]
-        schedule = [
-            *("--train-iters", str(self.iterations)),
-            *("--global-batch-size", str(self.global_batch_size)),
-            *("--lr-warmup-iters", str(max(1, self.iterations // 20))),
-            *("--eval-interval", str(self.iterations), "--eval-iters", "4"),
-            *("--log-interval", "10"),
-            *("--save", str(self.checkpoint), "--save-interval", str(self.iterations)),
+
+    def command(self, steps: int, log_interval: int = 10) -> list[str]:
+        """The command line, ready to be run by hand from the repository's root.
+
+        Args:
+            steps: optimizer steps; the learning rate rises over the first of them, and has fallen
+                to its least value at the last.
+            log_interval: steps from one line of the log to the next.
+        """
+        return [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(STAGES), "pretrain_early_exit_gpt.py", *self._flags()),
+            *("--train-iters", str(steps), "--lr-warmup-iters", str(max(1, steps // 20))),
+            *("--eval-interval", str(steps), "--eval-iters", "2"),
+            *("--log-interval", str(log_interval)),
+            *("--save", str(self.checkpoint), "--save-interval", str(steps)),
             *("--tensorboard-dir", str(self.tensorboard)),
         ]
-        flags = f"{MODEL} {OPTIMIZATION} {PARALLELISM}".split()
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        return [
-            *launcher,
-            *("--nproc-per-node", str(STAGES), "pretrain_early_exit_gpt.py"),
-            *flags,
-            *data,
-            *schedule,
-        ]
 
 
-def train(run: TrainingRun) -> None:
-    """Train from the start (what an earlier run left in its directory goes); print a line of
-    progress now and then; keep the whole log.
+def training_dtype() -> torch.dtype:
+    """The fast one of the device that the stages run on.
+
+    Raises:
+        ValueError: the variable that says which formats are fast has an unknown value.
+    """
+    return best_training_dtype("cuda" if torch.cuda.device_count() >= STAGES else "cpu")
+
+
+def trial(run: TrainingRun) -> Trial:
+    """Time a few steps of a run; nothing is left of them.
 
     Raises:
         SystemExit: the training failed; the end of its log is printed.
     """
+    start = time.monotonic()
+    short = replace(run, directory=run.directory.with_name("trial"))
+    log = _follow(short, short.command(TRIAL_STEPS, log_interval=1))
+    found = Trial.of(log.read_text(), time.monotonic() - start)
+    shutil.rmtree(short.directory)
+    return found
+
+
+def train(run: TrainingRun, steps: int, minutes: int | None = None) -> None:
+    """Train from the start (what an earlier run left in its directory goes); print a line of
+    progress now and then; keep the whole log.
+
+    Args:
+        run: the run.
+        steps: optimizer steps.
+        minutes: after which it ends and saves whatever step it has come to.
+
+    Raises:
+        SystemExit: the training failed; the end of its log is printed.
+    """
+    guard = [] if minutes is None else ["--exit-duration-in-mins", str(minutes)]
+    _follow(run, [*run.command(steps), *guard])
+    if (done := run.steps_done()) < steps:
+        print(
+            f"   The machine became slower than it was: training ended after {done} of {steps} "
+            "steps, with a learning rate that had not fallen all the way."
+        )
+    run.mark_finished()
+
+
+def _follow(run: TrainingRun, command: list[str]) -> Path:
+    """Run a training command from the start; returns its log."""
     shutil.rmtree(run.directory, ignore_errors=True)
     run.directory.mkdir(parents=True)
     environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     if 0 < torch.cuda.device_count() < STAGES:
         print(f"   this machine has fewer GPUs than the {STAGES} stages: they run on its CPU")
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    follow_training(run.command(), run.directory / "log.txt", environment)
-    run.mark_finished()
+    log = run.directory / "log.txt"
+    follow_training(command, log, environment)
+    return log

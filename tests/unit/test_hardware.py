@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from megatron.early_exit import platform
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.hardware import dtypes, resources
+from megatron.early_exit.hardware import cuda_remark, dtypes, resources
 from megatron.early_exit.hardware.compiler import has_cpp_compiler
 from megatron.early_exit.hardware.dtypes import (
     VARIABLE,
@@ -22,6 +23,7 @@ from megatron.early_exit.hardware.dtypes import (
     fastest_times,
 )
 from megatron.early_exit.inference import dtype as inference_dtype
+from megatron.early_exit.inference.compute.compiled import LayerCompiler
 from megatron.early_exit.inference.dtype import decide_dtype
 from megatron.early_exit.platform.machine import Platform
 
@@ -285,3 +287,20 @@ def test_the_compiler_is_the_one_that_is_named(monkeypatch, tmp_path) -> None:
     compiler.touch(mode=0o755)
     monkeypatch.setenv("CXX", str(compiler))
     assert has_cpp_compiler()
+
+
+# --- what PyTorch says of the machine --------------------------------------------------------
+
+
+def test_compiling_says_nothing_of_a_missing_gpu(caplog) -> None:
+    """In a process that has not prepared Megatron's platform, as an engine's."""
+    logger = logging.getLogger(cuda_remark.LOGGER)
+    before = logger.filters[:]
+    logger.filters.clear()
+    try:
+        LayerCompiler(STORED_IN_BF16, None, CPU)
+        logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local")
+        logger.warning("Something else")
+    finally:
+        logger.filters[:] = before
+    assert [record.getMessage() for record in caplog.records] == ["Something else"]

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct becomes an early-exit model, on two cores in 40 minutes.
+"""SmolLM2-135M-Instruct becomes an early-exit model, on two cores in 50 minutes.
 
     python examples/ee_tuning/smollm2/run.py            (--help lists the options)
 
@@ -9,9 +9,10 @@ decoding, which loses nothing; and the curve as a picture.
 
 import argparse
 import json
+import math
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
@@ -19,8 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+from examples.budget import Budget, Measuring, guard_minutes
 from examples.ee_tuning.smollm2.speculation import Speculation, measure_speculation
-from examples.ee_tuning.smollm2.tuning import EXIT_LAYERS, Tuning
+from examples.ee_tuning.smollm2.tuning import EXIT_LAYERS, TRIAL_STEPS, Tuning
 from examples.quickstart.corpus import (
     is_prose_or_code,
     split,
@@ -31,6 +33,7 @@ from examples.quickstart.pictures import tradeoff_curve
 from examples.quickstart.tradeoff import engines, fastest, measure, table, verdict
 from examples.stages import run_command, stage
 from megatron.early_exit.config import as_flag
+from megatron.early_exit.hardware.dtypes import NAMES, best_training_dtype
 from megatron.early_exit.inference import EarlyExitEngine
 from megatron.early_exit.process_family import run_program
 
@@ -56,7 +59,7 @@ def parse() -> argparse.Namespace:
         f"holds, else {HUB_NAME})",
     )
     parser.add_argument(
-        "--minutes", type=float, default=27.0, help="of tuning (default: %(default)s)"
+        "--minutes", type=float, default=50.0, help="that all takes at most (default: %(default)s)"
     )
     parser.add_argument("--steps", type=int, help="tune so many steps instead")
     parser.add_argument(
@@ -69,12 +72,16 @@ def parse() -> argparse.Namespace:
         "--fresh", action="store_true", help="tune again even if tuned exits are there"
     )
     args = parser.parse_args()
-    if args.minutes <= 0:
-        parser.error(f"--minutes {args.minutes} is out of range, allowed: above 0")
+    if not 1 <= args.minutes < math.inf:
+        parser.error(f"--minutes {args.minutes} is out of range, allowed: 1 or more")
     for name, least in (("steps", 1), ("prompts", 1), ("max_tokens", 2)):
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f"{as_flag(name)} {value} is out of range, allowed: {least} or more")
+    try:
+        args.dtype = best_training_dtype()
+    except ValueError as error:
+        parser.error(str(error))
     args.work_dir = args.work_dir.resolve()
     if args.model is not None:
         if (args.work_dir / "base").exists():
@@ -124,15 +131,30 @@ def held_out_prompts(validation: Path, count: int) -> list[str]:
 
 
 def report(
-    layers: str, engine: EarlyExitEngine, work_dir: Path, count: int, max_tokens: int
+    layers: str, engine: EarlyExitEngine, work_dir: Path, most: Measuring, seconds: float
 ) -> None:
-    """Measure, print and save."""
-    prompts = held_out_prompts(work_dir / "data" / "validation.jsonl", count)
-    points = measure({layers: engine}, prompts, THRESHOLDS, max_tokens)
+    """Measure, print and save.
+
+    Args:
+        layers, engine: what is measured.
+        work_dir: of the example.
+        most: what is measured if the time allows.
+        seconds: that it may take.
+    """
+    prompts = held_out_prompts(work_dir / "data" / "validation.jsonl", most.prompts)
+    start = time.monotonic()
+    # Drafts at each exit are measured beside the full model, thresholds together.
+    curve = 1 + len(most.thresholds)
+    share = curve / (curve + 2 * len(engine.exit_layers))
+    points = measure({layers: engine}, prompts, most, share * seconds)
     print(table(points), flush=True)
     speedup = fastest(points, LEAST_AGREEMENT).speedup
     print(f"\n{verdict(points, LEAST_AGREEMENT)} ({_verdict(speedup, LEAST_SPEEDUP)})\n")
-    drafts = list(measure_speculation(engine, prompts, max_tokens))
+    # A token of the full model, by which the rest of the time is spent.
+    token_seconds = 1 / points[0].tokens_per_second
+    pairs = replace(most, thresholds=(0.0,) * (2 * len(engine.exit_layers) - 1))
+    part = pairs.within(seconds - (time.monotonic() - start), token_seconds)
+    drafts = list(measure_speculation(engine, prompts[: part.prompts], part.tokens))
     for one in drafts:
         print(
             f"self-speculative, drafts of layer {one.exit_layer}: {one.speedup:.2f} times the full "
@@ -162,19 +184,28 @@ def _check_lossless(drafts: list[Speculation]) -> None:
 def main() -> None:
     """Run all stages."""
     args = parse()
-    start = time.monotonic()
+    budget = Budget.of_minutes(args.minutes)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     base, data = args.work_dir / "base", args.work_dir / "data"
-    tuning = Tuning(base=base, data=data, directory=args.work_dir / "run")
+    tuning = Tuning(base=base, data=data, directory=args.work_dir / "run", dtype=args.dtype)
     if not base.exists():
         stage("The model becomes a checkpoint", lambda: import_model(args.model, base))
     if args.fresh or not tuning.is_finished:
         stage("Text of Python's standard library", lambda: prepare_data(data, base / "tokenizer"))
 
         def tune() -> None:
-            steps = args.steps or tuning.steps_within(args.minutes * 60)
-            print(f"   {steps} steps", flush=True)
-            tuning.run(steps)
+            if args.steps is not None:
+                tuning.run(args.steps)
+                return
+            trial = tuning.trial()
+            seconds = budget.left_for_training()
+            steps = trial.steps_within(seconds, TRIAL_STEPS)
+            print(
+                f"   {steps} steps of {trial.step_seconds:.2f} s in {NAMES[tuning.dtype]}: "
+                f"{seconds / 60:.1f} minutes are left for tuning",
+                flush=True,
+            )
+            tuning.run(steps, guard_minutes(seconds))
 
         layers = " and ".join(map(str, EXIT_LAYERS))
         stage(f"Tuning the exits after layers {layers}", tune)
@@ -187,13 +218,14 @@ def main() -> None:
         "Loading the model, and compiling it",
         lambda: found.update(engines(tuning.checkpoint, torch.float32)),
     )
+    most = Measuring(prompts=args.prompts, tokens=args.max_tokens, repeats=2, thresholds=THRESHOLDS)
     # Against the full model at its fastest.
     layers, engine = list(found.items())[-1]
     stage(
         "Speed and quality, on text that was held out",
-        lambda: report(layers, engine, args.work_dir, args.prompts, args.max_tokens),
+        lambda: report(layers, engine, args.work_dir, most, budget.left_for_measuring()),
     )
-    print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes.")
+    print(f"Done in {(time.monotonic() - budget.start) / 60:.1f} minutes.")
 
 
 if __name__ == "__main__":

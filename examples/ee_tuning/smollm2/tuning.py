@@ -1,26 +1,28 @@
 """The tuning stage: which exits SmolLM2 gets, and how many steps fit into a time."""
 
 import os
-import re
 import shutil
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
+from examples.budget import Trial
 from examples.stages import follow_training
+from megatron.early_exit.hardware.resources import usable_cores
 
 EXIT_LAYERS = (12, 20)
 HEADS = "--use-exit-block --use-exit-norm --exit-vocab-size 8192"
 OBJECTIVE = "--exit-distillation-weight 1"
 BATCH, SEQUENCE = 8, 256
 OPTIMIZATION = f"""
-    --bf16 --micro-batch-size {BATCH} --global-batch-size {BATCH} --seq-length {SEQUENCE}
+    --micro-batch-size {BATCH} --global-batch-size {BATCH} --seq-length {SEQUENCE}
     --lr 3e-3 --min-lr 1e-4 --lr-decay-style cosine --adam-beta2 0.95 --weight-decay 0
     --clip-grad 1.0
 """
 TRIAL_STEPS = 8
-
-_STEP_MS = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +33,13 @@ class Tuning:
         base: the imported model.
         data: folder of the indexed data sets.
         directory: gets `checkpoint/`, `tensorboard/` and `log.txt`.
+        dtype: torch.bfloat16 or torch.float32.
     """
 
     base: Path
     data: Path
     directory: Path
+    dtype: torch.dtype
 
     @property
     def checkpoint(self) -> Path:
@@ -47,30 +51,33 @@ class Tuning:
         """Whether there are tuned exits."""
         return (self.checkpoint / "latest_checkpointed_iteration.txt").exists()
 
-    def run(self, steps: int, directory: Path | None = None) -> Path:
+    def run(self, steps: int, minutes: int | None = None) -> Path:
         """Tune from the start; what an earlier run left goes. Returns the log.
+
+        Args:
+            steps: optimizer steps.
+            minutes: after which it ends and saves whatever step it has come to.
 
         Raises:
             SystemExit: it failed.
         """
-        directory = directory or self.directory
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        log = directory / "log.txt"
-        threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
-        follow_training(self.command(steps, directory), log, {"OMP_NUM_THREADS": threads})
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.mkdir(parents=True)
+        log = self.directory / "log.txt"
+        threads = os.environ.get("OMP_NUM_THREADS", str(usable_cores()))
+        guard = [] if minutes is None else ["--exit-duration-in-mins", str(minutes)]
+        follow_training([*self.command(steps), *guard], log, {"OMP_NUM_THREADS": threads})
         return log
 
-    def steps_within(self, seconds: float) -> int:
-        """How many steps take that long, by a short trial."""
-        trial = self.directory.with_name("trial")
-        log = self.run(TRIAL_STEPS, trial).read_text()
-        # Steps become faster for a while: the fastest of few is what most of many take.
-        fastest = min(float(found) for found in _STEP_MS.findall(log))
-        shutil.rmtree(trial)
-        return max(TRIAL_STEPS, int(seconds * 1000 / fastest))
+    def trial(self) -> Trial:
+        """Time a few steps; nothing is left of them."""
+        start = time.monotonic()
+        short = replace(self, directory=self.directory.with_name("trial"))
+        found = Trial.of(short.run(TRIAL_STEPS).read_text(), time.monotonic() - start)
+        shutil.rmtree(short.directory)
+        return found
 
-    def command(self, steps: int, directory: Path) -> list[str]:
+    def command(self, steps: int) -> list[str]:
         """The command line, ready to be run by hand from the repository's root."""
         train, validation = (
             str(self.data / f"{split}_text_document") for split in ("train", "validation")
@@ -84,9 +91,10 @@ class Tuning:
         """
         return [
             *(sys.executable, "pretrain_early_exit_gpt.py", *text.split()),
+            *(["--bf16"] if self.dtype == torch.bfloat16 else []),
             *("--load", str(self.base), "--use-checkpoint-args"),
-            *("--save", str(directory / "checkpoint")),
-            *("--tensorboard-dir", str(directory / "tensorboard")),
+            *("--save", str(self.checkpoint)),
+            *("--tensorboard-dir", str(self.directory / "tensorboard")),
             *("--train-data-path", train, "--valid-data-path", validation),
             *("--test-data-path", validation),
         ]

@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from megatron.early_exit.hardware import cuda_remark
+
 # How each Python warning starts.
 WARNINGS = (
     # Said once for every module that could use them; the start-up line already tells.
@@ -41,7 +43,7 @@ LOG_RECORDS = (
     ("megatron.core.rerun_state_machine", "Setting RerunStateMachine mode"),
     ("megatron.core.rerun_state_machine", "Result validation enabled"),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
-    ("torch.utils.cpp_extension", "No CUDA runtime is found"),
+    (cuda_remark.LOGGER, cuda_remark.START),
 )
 
 # What a module prints, and how it starts.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.hardware.cuda_remark import silence_cuda_remark
 from megatron.early_exit.inference.compute.layers import Attention, Mlp
 from megatron.early_exit.inference.compute.passes import Pass
 from megatron.early_exit.inference.compute.rotary import RotaryTable
@@ -67,6 +68,7 @@ class LayerCompiler:
     def __init__(
         self, architecture: Architecture, rotary: RotaryTable | None, device: torch.device
     ) -> None:
+        silence_cuda_remark()
         self._turns = None if rotary is None else rotary.real_turns
         self.positions = torch.arange(architecture.max_position_embeddings, device=device)
 
