@@ -26,6 +26,7 @@ class Syllables:
 
     vocab_size = LLAMA.vocab_size
     eod_id = 0
+    other_end_ids = ()
 
     def decode(self, token_ids: list[int]) -> str:
         return "".join(("a", "b", "c", "ab", "ca")[token % 5] for token in token_ids if token)

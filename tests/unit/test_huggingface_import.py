@@ -1,6 +1,7 @@
 """Models of Hugging Face's Llama family, imported: the engine computes what transformers does."""
 
 import json
+from types import SimpleNamespace
 
 import gguf
 import numpy
@@ -10,10 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.description import read_description
-from megatron.early_exit.checkpoint.huggingface import import_hf
+from megatron.early_exit.checkpoint.huggingface import export_hf, import_hf
 from megatron.early_exit.checkpoint.huggingface.families import read_architecture
+from megatron.early_exit.checkpoint.inspection import inspect
 from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.reader import CheckpointReader
+from megatron.early_exit.checkpoint.tokenizer import TokenizerDescription
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers.huggingface_models import (
     KINDS,
@@ -138,10 +141,42 @@ def test_tokenizer(tmp_path):
         3,
     ]
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
-    # Of several ends the tokenizer's own counts.
-    assert import_hf(folder).description.tokenizer.eod_id is None
+    # Of several ends the tokenizer's own is that of a document.
+    found = import_hf(folder).description.tokenizer
+    assert (found.eod_id, found.other_end_ids) == (None, (7, 8, 2))
     (folder / "generation_config.json").write_text('{"eos_token_id": [7]}')
-    assert import_hf(folder).description.tokenizer.eod_id == 7
+    found = import_hf(folder).description.tokenizer
+    assert (found.eod_id, found.other_end_ids) == (7, (2,))
+
+
+def test_all_ends_of_a_text_come_along(tmp_path):
+    folder = save_twin(make_twin("Llama 2"), tmp_path / "hf")
+    save_tokenizer(folder, 61)
+    settings = {"eos_token_id": [7, 8], "temperature": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    import_hf(folder).write(ours)
+    engine = EarlyExitEngine.from_checkpoint(ours)
+    assert (engine.eod_id, set(engine.other_end_ids)) == (2, {7, 8})
+    assert "other_end_ids (7, 8, 2)" in " ".join(" ".join(inspect(ours).lines()).split())
+    export_hf(ours, back)
+    config, generation = (
+        json.loads((back / name).read_text()) for name in ("config.json", "generation_config.json")
+    )
+    assert set(config["eos_token_id"]) == set(generation["eos_token_id"]) == {2, 7, 8}
+    assert generation["temperature"] == 0.6
+    assert set(import_hf(back).description.tokenizer.other_end_ids) == {2, 7, 8}
+    # As it was written before descriptions had them; the files know them still.
+    path = ours / "early_exit_model.json"
+    values = json.loads(path.read_text())
+    del values["tokenizer"]["other_end_ids"]
+    path.write_text(json.dumps(values))
+    assert set(EarlyExitEngine.from_checkpoint(ours).other_end_ids) == {7, 8}
+    # Training reads the same folder.
+    args = SimpleNamespace(
+        tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(ours / "tokenizer")
+    )
+    assert set(TokenizerDescription.from_args(args, 2).other_end_ids) == {7, 8}
 
 
 def test_a_vocabulary_larger_than_the_tokenizers(tmp_path):

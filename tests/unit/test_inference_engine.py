@@ -20,6 +20,7 @@ class Letters:
 
     vocab_size = LLAMA.vocab_size
     eod_id = 0
+    other_end_ids = ()
 
     def encode(self, text):
         return [ord(letter) - 64 for letter in text]
@@ -60,6 +61,13 @@ def test_stops(params):
     by_id = dataclasses.replace(params, stop_token_ids=(stop,))
     result = EarlyExitEngine(MODEL.segmented).generate([PROMPT], by_id)[0]
     assert (result.token_ids, result.finish_reason) == (expected, "stop")
+    by_turn = EarlyExitEngine(MODEL.segmented, eod_id=0, other_end_ids=(stop, 1))
+    (result,) = by_turn.generate([PROMPT], params)
+    assert (result.token_ids, result.stop_reason) == (expected, stop)
+    ignored = dataclasses.replace(params, ignore_eos=True)
+    assert by_turn.generate([PROMPT], ignored)[0].token_ids == free
+    forbidden = dataclasses.replace(params, min_tokens=len(expected))
+    assert stop not in by_turn.generate([PROMPT], forbidden)[0].token_ids[: len(expected)]
     by_document = EarlyExitEngine(MODEL.segmented, eod_id=stop)
     assert by_document.generate([PROMPT], params)[0].token_ids == expected
     ignoring = dataclasses.replace(params, ignore_eos=True)

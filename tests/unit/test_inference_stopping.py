@@ -16,6 +16,7 @@ class Letters:
 
     vocab_size = 512
     eod_id = EOD
+    other_end_ids = ()
 
     def encode(self, text):
         return [ord(letter) - ord("a") + 1 for letter in text]
@@ -131,7 +132,7 @@ def test_end_is_that_of_the_text_letter_by_letter(text, stops, min_tokens):
 
 def test_offsets_are_places_in_the_text():
     params = SamplingParams(stop="bcdx")
-    stopping = Stopping(params, frozenset(), 100, TextStream(Letters(), [1]))
+    stopping = Stopping(params, {}, 100, TextStream(Letters(), [1]))
     offsets = []
     # Parts of a character, one that is left unfinished, and letters that a stop string holds back.
     for token in [1, 440, 359, 352, 328, 1, 440, 359, 2, 3, 4, 5]:
@@ -142,7 +143,7 @@ def test_offsets_are_places_in_the_text():
 
 def test_nothing_to_generate():
     params = SamplingParams(max_tokens=0, echo=True)
-    assert Stopping(params, frozenset(), 0, None).finish_reason == "length"
+    assert Stopping(params, {}, 0, None).finish_reason == "length"
 
 
 def test_tokens_without_text():
@@ -154,10 +155,12 @@ def test_tokens_without_text():
 
 def test_stop_strings_need_a_tokenizer():
     with pytest.raises(ValueError, match=r"stop \('x',\) needs a tokenizer .*, allowed: \(\)"):
-        Stopping(SamplingParams(stop="x"), frozenset(), 16, None)
+        Stopping(SamplingParams(stop="x"), {}, 16, None)
 
 
 def test_which_tokens_end_a_sequence():
-    assert stop_token_ids(SamplingParams(stop_token_ids=(3, 4)), 5) == {3, 4, 5}
-    assert stop_token_ids(SamplingParams(ignore_eos=True), 5) == set()
-    assert stop_token_ids(SamplingParams(), None) == set()
+    asked = SamplingParams(stop_token_ids=(3, 4))
+    assert stop_token_ids(asked, 5) == {3: 3, 4: 4, 5: None}
+    assert stop_token_ids(asked, 5, (6, 5)) == {3: 3, 4: 4, 5: None, 6: 6}
+    assert stop_token_ids(SamplingParams(ignore_eos=True, stop_token_ids=(5,)), 5, (6,)) == {5: 5}
+    assert stop_token_ids(SamplingParams(), None) == {}

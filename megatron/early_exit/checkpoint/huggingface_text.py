@@ -19,12 +19,19 @@ class HuggingFaceText:
         path: a folder that transformers loads.
         eod_id: the token that ends a document; None is the tokenizer's own.
         adds_special_tokens: prompts get those that the tokenizer frames texts with.
+        other_end_ids: tokens that end a text, beside this one and the tokenizer's own.
 
     Raises:
         ValueError: transformers is not there, or finds no tokenizer that it can load.
     """
 
-    def __init__(self, path: Path, eod_id: int | None, adds_special_tokens: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        eod_id: int | None,
+        adds_special_tokens: bool,
+        other_end_ids: tuple[int, ...],
+    ) -> None:
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
@@ -36,7 +43,10 @@ class HuggingFaceText:
         except (OSError, ValueError, json.JSONDecodeError) as error:
             raise ValueError(f"tokenizer {path}: {error}") from error
         self._adds_special_tokens = adds_special_tokens
-        self.eod_id: int | None = self._tokenizer.eos_token_id if eod_id is None else eod_id
+        own_end: int | None = self._tokenizer.eos_token_id
+        self.eod_id = own_end if eod_id is None else eod_id
+        ends = (*other_end_ids, *(() if own_end is None else (own_end,)))
+        self.other_end_ids = tuple(one for one in dict.fromkeys(ends) if one != self.eod_id)
         self.bos_id: int | None = self._tokenizer.bos_token_id
         template = self._tokenizer.chat_template
         # There may be several under names of their own.

@@ -182,7 +182,7 @@ def _joined(values: Mapping[str, Any] | None) -> str | None:
     if values is None:
         return None
     known: Iterable[tuple[str, Any]] = values.items()
-    return ", ".join(f"{name} {value}" for name, value in known if value not in (None, False))
+    return ", ".join(f"{name} {value}" for name, value in known if value not in (None, False, ()))
 
 
 def _or_unknown(value: object) -> str:

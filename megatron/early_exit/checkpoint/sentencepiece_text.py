@@ -27,6 +27,7 @@ class SentencePieceText:
         begin, end = self._processor.bos_id(), self._processor.eos_id()
         self.bos_id = None if begin < 0 else begin
         self.eod_id = eod_id if eod_id is not None or end < 0 else end
+        self.other_end_ids: tuple[int, ...] = ()
         self.chat_template = None
         self.vocab_size: int = self._processor.get_piece_size()
 

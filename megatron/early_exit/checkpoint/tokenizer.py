@@ -6,10 +6,11 @@ give them, so a text gets the very ids that it got in the training data.
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron.early_exit.checkpoint.end_tokens import end_tokens_in
 from megatron.early_exit.checkpoint.huggingface_text import HuggingFaceText
 from megatron.early_exit.checkpoint.sentencepiece_text import SentencePieceText
 
@@ -43,6 +44,11 @@ class Tokenizer(Protocol):
     @property
     def eod_id(self) -> int | None:
         """The token that ends a document."""
+        ...
+
+    @property
+    def other_end_ids(self) -> tuple[int, ...]:
+        """Further tokens that end a text: of the turn of a conversation, say."""
         ...
 
     @property
@@ -127,6 +133,12 @@ class TokenizerDescription:
     """SentencePiece: `--tokenizer-sentencepiece-legacy` was given."""
     adds_special_tokens: bool = True
     """HuggingFace: prompts get the special tokens that the tokenizer frames texts with."""
+    other_end_ids: tuple[int, ...] = ()
+    """Further tokens that end a text."""
+
+    def __post_init__(self) -> None:
+        # JSON has lists only.
+        object.__setattr__(self, "other_end_ids", tuple(self.other_end_ids))
 
     @classmethod
     def from_args(cls, args: object, eod_id: int | None = None) -> "TokenizerDescription | None":
@@ -136,15 +148,20 @@ class TokenizerDescription:
             return None
         if eod_id is None and kind == "NullTokenizer":
             eod_id = getattr(args, "null_tokenizer_eod_id", None)
+        model = getattr(args, "tokenizer_model", None)
+        ends: tuple[int, ...] = ()
+        if kind == HUGGINGFACE_TYPE and model is not None and Path(model).is_dir():
+            ends = end_tokens_in(Path(model))
         return cls(
             type=kind,
-            model=getattr(args, "tokenizer_model", None),
+            model=model,
             eod_id=eod_id,
             keeps_extra_spaces=not getattr(
                 args, "tokenizer_sentencepiece_ignore_extra_whitespaces", True
             ),
             legacy=bool(getattr(args, "tokenizer_sentencepiece_legacy", False)),
             adds_special_tokens=not getattr(args, "tokenizer_hf_no_include_special_tokens", False),
+            other_end_ids=tuple(one for one in ends if one != eod_id),
         )
 
 
@@ -167,7 +184,13 @@ def load_tokenizer(description: TokenizerDescription, folder: Path) -> Tokenizer
     if not path.exists():
         raise ValueError(f"tokenizer {path}: there is no such file or folder")
     if description.type == HUGGINGFACE_TYPE:
-        return HuggingFaceText(path, description.eod_id, description.adds_special_tokens)
+        return HuggingFaceText(
+            path,
+            description.eod_id,
+            description.adds_special_tokens,
+            # Models that were imported before descriptions had them have the files.
+            (*description.other_end_ids, *end_tokens_in(path)),
+        )
     if description.legacy:
         raise ValueError("--tokenizer-sentencepiece-legacy is not supported by inference")
     tokenizer = SentencePieceText(path, description.eod_id)
@@ -198,14 +221,7 @@ def install_tokenizer(description: TokenizerDescription, folder: Path) -> Tokeni
             _swap(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return TokenizerDescription(
-        type=description.type,
-        model=model,
-        eod_id=description.eod_id,
-        keeps_extra_spaces=description.keeps_extra_spaces,
-        legacy=description.legacy,
-        adds_special_tokens=description.adds_special_tokens,
-    )
+    return replace(description, model=model)
 
 
 def _copy(description: TokenizerDescription, target: Path) -> str:

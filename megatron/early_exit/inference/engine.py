@@ -32,6 +32,7 @@ class EarlyExitEngine:
         max_batch_size: sequences that run at a time; others wait for their turn.
         max_sequence_length: most tokens of a sequence; by default as many as the model can.
         division: how a model is divided of which `model` is a part; None where it is whole.
+        other_end_ids: further tokens that end a text, beside the tokenizer's.
 
     Raises:
         ValueError: a size is out of range, or the model is to be compiled and that is not possible.
@@ -46,6 +47,7 @@ class EarlyExitEngine:
         max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
         max_sequence_length: int | None = None,
         division: Division | None = None,
+        other_end_ids: abc.Sequence[int] = (),
     ) -> None:
         context = model.architecture.max_position_embeddings
         length = context if max_sequence_length is None else max_sequence_length
@@ -60,6 +62,8 @@ class EarlyExitEngine:
         self.model = model
         self.tokenizer = tokenizer
         self.eod_id = tokenizer.eod_id if eod_id is None and tokenizer is not None else eod_id
+        ends = (*other_end_ids, *(() if tokenizer is None else tokenizer.other_end_ids))
+        self.other_end_ids = tuple(one for one in dict.fromkeys(ends) if one != self.eod_id)
         self.max_pending = max_pending
         self.max_sequence_length = length
         self._division = Undivided(model) if division is None else division
@@ -75,6 +79,7 @@ class EarlyExitEngine:
             max_pending=max_pending,
             tokenizer=tokenizer,
             eod_id=self.eod_id,
+            other_end_ids=self.other_end_ids,
             device=model.device,
             draw_seed=self._division.draw_seed,
         )
@@ -125,7 +130,8 @@ class EarlyExitEngine:
             path, dtype, device, tensor_parallel, pipeline_parallel, compile, driven
         )
         sizes = (max_pending, max_batch_size, max_sequence_length)
-        return cls(loaded.model, loaded.tokenizer, loaded.eod_id, *sizes, loaded.division)
+        ends = loaded.other_end_ids
+        return cls(loaded.model, loaded.tokenizer, loaded.eod_id, *sizes, loaded.division, ends)
 
     @property
     def is_follower(self) -> bool:

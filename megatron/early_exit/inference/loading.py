@@ -25,12 +25,14 @@ class LoadedModel:
         model: the model, or a part of it.
         tokenizer: None where the checkpoint has none that inference supports.
         eod_id: the token that ends a document; None where it is unknown.
+        other_end_ids: further tokens that end a text.
         division: how the model is divided of which `model` is a part; None where it is whole.
     """
 
     model: SegmentedModel
     tokenizer: Tokenizer | None
     eod_id: int | None
+    other_end_ids: tuple[int, ...]
     division: Division | None
 
 
@@ -72,13 +74,15 @@ def load_model(
         None if place is None else partial(own_part, place, architecture),
     )
     tokenizer, eod_id, division = None, None, None
+    other_end_ids: tuple[int, ...] = ()
     if description.tokenizer is not None:
         tokenizer = load_tokenizer(description.tokenizer, location.tokenizer_dir)
         eod_id = description.tokenizer.eod_id
+        other_end_ids = description.tokenizer.other_end_ids
     if place is None:
         model = SegmentedModel(architecture, early_exit, weights, compile_rows=compile_rows)
     else:
         model, division = divided_model(
             place, architecture, early_exit, weights, compile_rows, driven
         )
-    return LoadedModel(model, tokenizer, eod_id, division)
+    return LoadedModel(model, tokenizer, eod_id, other_end_ids, division)

@@ -10,6 +10,11 @@ from torch import Tensor
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.base import is_of_exit
+from megatron.early_exit.checkpoint.end_tokens import (
+    CONFIG_NAME,
+    GENERATION_NAME,
+    as_end_tokens,
+)
 from megatron.early_exit.checkpoint.huggingface.exit_config import (
     copy_modelling,
     write_exit_config,
@@ -17,12 +22,8 @@ from megatron.early_exit.checkpoint.huggingface.exit_config import (
 from megatron.early_exit.checkpoint.huggingface.families import write_config
 from megatron.early_exit.checkpoint.huggingface.layouts import Layout
 from megatron.early_exit.checkpoint.huggingface.shard_writer import write_shards
-from megatron.early_exit.checkpoint.huggingface.shards import open_shards
-from megatron.early_exit.checkpoint.huggingface.tokenizers import (
-    CONFIG_NAME,
-    GENERATION_NAME,
-    export_tokenizer,
-)
+from megatron.early_exit.checkpoint.huggingface.shards import open_shards, read_json
+from megatron.early_exit.checkpoint.huggingface.tokenizers import export_tokenizer
 from megatron.early_exit.checkpoint.huggingface.weight_map import origin
 from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights
 from megatron.early_exit.checkpoint.source import open_checkpoint
@@ -78,14 +79,25 @@ class Export:
         with new_directory(target) as partial:
             if self.tokenizer is not None:
                 self.tokenizer(partial)
-            if not (partial / GENERATION_NAME).exists():
-                ends = {name: self.config[name] for name in ("bos_token_id", "eos_token_id")}
-                _write_json(partial / GENERATION_NAME, ends)
+            self._write_generation(partial / GENERATION_NAME)
             _write_json(partial / CONFIG_NAME, self.config)
             if self.needs_remote_code:
                 copy_modelling(partial)
             hashes = write_shards(partial, self.weights, max_shard_bytes, report)
             check_written(open_shards(partial), hashes, report)
+
+    def _write_generation(self, path: Path) -> None:
+        """The settings for generation: those that came with the tokenizer, and all tokens that end
+        a text."""
+        names = ("bos_token_id", "eos_token_id")
+        is_there = path.exists()
+        settings = read_json(path) if is_there else {name: self.config[name] for name in names}
+        ends = as_end_tokens(settings.get("eos_token_id"))
+        all_ends = as_end_tokens(self.config["eos_token_id"])
+        if not is_there or not set(all_ends) <= set(ends):
+            merged = list(dict.fromkeys((*ends, *all_ends)))
+            value = merged if len(merged) > 1 else next(iter(merged), None)
+            _write_json(path, {**settings, "eos_token_id": value})
 
 
 def export_hf(

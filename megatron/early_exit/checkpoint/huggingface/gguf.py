@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.early_exit.checkpoint.end_tokens import CONFIG_NAME, as_end_tokens
 from megatron.early_exit.checkpoint.huggingface.families import FAMILIES
-from megatron.early_exit.checkpoint.huggingface.tokenizers import CONFIG_NAME, SPECIAL_TOKENS
+from megatron.early_exit.checkpoint.huggingface.tokenizers import SPECIAL_TOKENS
 from megatron.early_exit.checkpoint.lazy import LazyTensor
 
 _READ = tuple(family.model_type for family in FAMILIES)
+_ENDS_OF_TURNS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+"""Fields that transformers does not read."""
 
 
 class GgufModel:
@@ -36,7 +39,7 @@ class GgufModel:
     """
 
     def __init__(self, path: Path) -> None:
-        context, num_stored = _check(path)
+        context, num_stored, ends = _check(path)
         model = _load(path, "AutoModelForCausalLM", dtype=torch.float32)
         self._tensors: Mapping[str, Tensor] = dict(model.named_parameters())
         if len(self._tensors) != num_stored:
@@ -50,6 +53,9 @@ class GgufModel:
         self.config.pop("quantization_config", None)
         self.config["architectures"] = [type(model).__name__]
         self.config["max_position_embeddings"] = context
+        if ends:
+            known = as_end_tokens(self.config.get("eos_token_id"))
+            self.config["eos_token_id"] = list(dict.fromkeys((*known, *ends)))
         self.tokenizer_dir = Path(tempfile.mkdtemp(prefix="early_exit_gguf_"))
         weakref.finalize(self, shutil.rmtree, self.tokenizer_dir, ignore_errors=True)
         _load(path, "AutoTokenizer").save_pretrained(str(self.tokenizer_dir))
@@ -80,9 +86,9 @@ def _load(path: Path, name: str, **options: Any) -> Any:
         raise ValueError(f"{path} cannot be read by transformers: {reason}") from error
 
 
-def _check(path: Path) -> tuple[int, int]:
-    """The longest sequence, and how many tensors there are, of a file whose rotary embeddings
-    transformers will not get wrong."""
+def _check(path: Path) -> tuple[int, int, tuple[int, ...]]:
+    """The longest sequence, how many tensors there are, and the tokens that end a turn, of a file
+    whose rotary embeddings transformers will not get wrong."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -93,7 +99,7 @@ def _check(path: Path) -> tuple[int, int]:
             name: field.contents()
             for name, field in reader.fields.items()
             # Its lists of tokens are long, and of no interest here.
-            if not name.startswith("tokenizer.")
+            if not name.startswith("tokenizer.") or name in _ENDS_OF_TURNS
         }
         names = [tensor.name for tensor in reader.tensors]
     except (OSError, ValueError, IndexError, KeyError) as error:
@@ -114,7 +120,8 @@ def _check(path: Path) -> tuple[int, int]:
             f"{path}: sliding_window {window} is not supported, allowed: context_length {context} "
             "or more"
         )
-    return context, len(names)
+    ends = as_end_tokens([fields.get(name) for name in _ENDS_OF_TURNS])
+    return context, len(names), ends
 
 
 def _join(values: tuple[str, ...]) -> str:

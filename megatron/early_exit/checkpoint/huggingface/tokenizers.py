@@ -7,6 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron.early_exit.checkpoint.end_tokens import (
+    CONFIG_NAME,
+    GENERATION_NAME,
+    as_end_tokens,
+    end_tokens,
+)
 from megatron.early_exit.checkpoint.huggingface.sentencepiece_tokenizer import (
     convert_sentencepiece,
 )
@@ -17,8 +23,6 @@ from megatron.early_exit.checkpoint.tokenizer import (
     TokenizerDescription,
 )
 
-CONFIG_NAME = "config.json"
-GENERATION_NAME = "generation_config.json"
 _TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -45,11 +49,13 @@ def find_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerDescript
     generation: Mapping[str, Any] = {}
     if (folder / GENERATION_NAME).is_file():
         generation = read_json(folder / GENERATION_NAME)
-    ends = generation.get("eos_token_id", config.get("eos_token_id"))
-    if isinstance(ends, list):
-        # Of several the tokenizer knows which one ends a text.
-        ends = ends[0] if len(ends) == 1 else None
-    return TokenizerDescription(type=HUGGINGFACE_TYPE, model=str(folder.resolve()), eod_id=ends)
+    first = generation if generation.get("eos_token_id") is not None else config
+    mains = as_end_tokens(first.get("eos_token_id"))
+    # Of several the tokenizer knows which one ends a document.
+    main = mains[0] if len(mains) == 1 else None
+    others = tuple(one for one in end_tokens(config, generation) if one != main)
+    model = str(folder.resolve())
+    return TokenizerDescription(HUGGINGFACE_TYPE, model, main, other_end_ids=others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +81,7 @@ def export_tokenizer(tokenizer: TokenizerDescription | None) -> TokenizerExport:
     ids: dict[str, Any] = dict.fromkeys(SPECIAL_TOKENS)
     if tokenizer is None:
         return TokenizerExport(ids, None)
-    ids["eos_token_id"] = tokenizer.eod_id
+    ids["eos_token_id"] = _all_ends(tokenizer, tokenizer.eod_id)
     if tokenizer.model is None or tokenizer.legacy:
         return TokenizerExport(ids, None)
     path = Path(tokenizer.model)
@@ -86,6 +92,7 @@ def export_tokenizer(tokenizer: TokenizerDescription | None) -> TokenizerExport:
             # Of an imported model: what it said of them then.
             kept = read_json(path / CONFIG_NAME)
             ids = {name: kept.get(name) for name in SPECIAL_TOKENS}
+            ids["eos_token_id"] = _all_ends(tokenizer, ids["eos_token_id"])
         return TokenizerExport(ids, partial(_copy, path))
     converted = None
     if tokenizer.type in SENTENCEPIECE_TYPES:
@@ -95,7 +102,15 @@ def export_tokenizer(tokenizer: TokenizerDescription | None) -> TokenizerExport:
     if tokenizer.eod_id is not None:
         converted.eos_token = converted.convert_ids_to_tokens(tokenizer.eod_id)
     ids = {name: getattr(converted, name) for name in SPECIAL_TOKENS}
+    ids["eos_token_id"] = _all_ends(tokenizer, ids["eos_token_id"])
     return TokenizerExport(ids, lambda target: converted.save_pretrained(str(target)))
+
+
+def _all_ends(tokenizer: TokenizerDescription, known: object) -> int | list[int] | None:
+    """What is to stand under `eos_token_id`: one token, a list of several, or nothing."""
+    main = () if tokenizer.eod_id is None else (tokenizer.eod_id,)
+    ends = list(dict.fromkeys((*as_end_tokens(known), *main, *tokenizer.other_end_ids)))
+    return ends if len(ends) > 1 else next(iter(ends), None)
 
 
 def _copy(folder: Path, target: Path) -> None:

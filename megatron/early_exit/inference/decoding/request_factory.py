@@ -33,6 +33,7 @@ class RequestFactory:
         max_pending: see `EarlyExitMode`.
         tokenizer: None where prompts are token ids only.
         eod_id: the token that ends a document, if there is one.
+        other_end_ids: further tokens that end a text.
         device: where logits are.
         draw_seed: gives seeds to requests that sample and have none.
     """
@@ -47,6 +48,7 @@ class RequestFactory:
         max_pending: int,
         tokenizer: Tokenizer | None,
         eod_id: int | None,
+        other_end_ids: tuple[int, ...],
         device: torch.device,
         draw_seed: Callable[[], int],
     ) -> None:
@@ -54,7 +56,8 @@ class RequestFactory:
         self.vocab_size, self.num_layers = vocab_size, num_layers
         self.exit_layers = exit_layers
         self.max_sequence_length, self.max_pending = max_sequence_length, max_pending
-        self.tokenizer, self.eod_id, self.device = tokenizer, eod_id, device
+        self.tokenizer, self.device = tokenizer, device
+        self.eod_id, self.other_end_ids = eod_id, other_end_ids
         self._keys = count(1)
 
     def build(
@@ -77,7 +80,7 @@ class RequestFactory:
         room = min(params.max_tokens, self.max_sequence_length - len(tokens))
         self._check_tokens("stop_token_ids", params.stop_token_ids)
         self._check_tokens("logit_bias", (token for token, _ in params.logit_bias))
-        stops = stop_token_ids(params, self.eod_id)
+        stops = stop_token_ids(params, self.eod_id, self.other_end_ids)
         sampler = Sampler(params, tokens, stops, self.vocab_size, self.device)
         chooser = Chooser(params, sampler, [], (*self.exit_layers, self.num_layers))
         text = None if self.tokenizer is None else TextStream(self.tokenizer, tokens)

@@ -109,7 +109,7 @@ class GenerationResult:
     finish_reason: FinishReason
     statistics: GenerationStatistics
     stop_reason: str | int | None = None
-    """The stop string, or the one of the request's stop tokens, that ended it."""
+    """The stop string or the token that ended it; None for the end of a document."""
     error: str | None = None
     """What went wrong, where `finish_reason` is `error`."""
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)

@@ -1,22 +1,27 @@
 """When a sequence ends, and what of its text is certain before that."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from megatron.early_exit.inference.decoding.params import SamplingParams
 from megatron.early_exit.inference.decoding.results import FinishReason
 from megatron.early_exit.inference.decoding.text import TextStream
 
 
-def stop_token_ids(params: SamplingParams, eod_id: int | None) -> frozenset[int]:
-    """The tokens that end a sequence.
+def stop_token_ids(
+    params: SamplingParams, eod_id: int | None, other_end_ids: Iterable[int] = ()
+) -> dict[int, int | None]:
+    """The tokens that end a sequence, each with the `stop_reason` for it, as in vLLM.
 
     Args:
         params: the request.
         eod_id: the token that ends a document; None where the model has none.
+        other_end_ids: further tokens that end a text.
     """
-    if eod_id is None or params.ignore_eos:
-        return frozenset(params.stop_token_ids)
-    return frozenset((*params.stop_token_ids, eod_id))
+    found: dict[int, int | None] = {}
+    if not params.ignore_eos:
+        found |= {one: one for one in other_end_ids}
+        found |= {} if eod_id is None else {eod_id: None}
+    return found | {one: one for one in params.stop_token_ids}
 
 
 class StopStrings:
@@ -101,14 +106,14 @@ class Stopping:
         offset: characters of the text, a stop string's among them, before the last token; where
             that is a part of a character, before the character.
         finish_reason: why the last token was the last; None while it is not.
-        stop_reason: the stop string, or the one of `params.stop_token_ids`, that ended the
-            sequence; None for other ends, the end of document among them.
+        stop_reason: the stop string or the token that ended the sequence; None for other ends, the
+            end of a document among them.
     """
 
     def __init__(
         self,
         params: SamplingParams,
-        token_ids: frozenset[int],
+        token_ids: Mapping[int, int | None],
         room: int,
         text: TextStream | None,
     ) -> None:
@@ -146,7 +151,7 @@ class Stopping:
         may_stop = self.num_tokens > self._params.min_tokens
         if may_stop and token_id in self._token_ids:
             self.finish_reason = "stop"
-            self.stop_reason = token_id if token_id in self._params.stop_token_ids else None
+            self.stop_reason = self._token_ids[token_id]
         elif self.num_tokens >= self._room:
             self.finish_reason = "length"
         return None if self._text is None else self._piece(self._text, token_id, may_stop)
