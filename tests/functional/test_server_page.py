@@ -461,6 +461,19 @@ def test_refusal_is_shown_in_words(page, server, script, refusal, words):
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
+def test_refused_setting_is_shown_and_asked_anew_with_its_change(page, server, script):
+    script.refusal, script.refused_param = (400, "max_tokens 128: allowed: up to 48"), "max_tokens"
+    generate(page, server)
+    expect(page.get_by_role("alert")).to_contain_text("max_tokens 128: allowed: up to 48.")
+    field = page.get_by_label("Max tokens")
+    expect(field).to_be_focused()
+    field.fill("48")
+    script.refusal = None
+    page.get_by_role("button", name="Try again").click()
+    finish(page)
+    assert [body["max_tokens"] for body in script.requests] == [128, 48]
+
+
 def test_full_model_alone_is_asked_again_where_it_alone_failed(page, server, script):
     script.refusal, script.refused_mode = (429, "64 requests wait already."), "full"
     page.goto(server.url)

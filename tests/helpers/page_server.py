@@ -136,6 +136,8 @@ class Script:
     refusal: tuple[int, str] | None = None
     """Status and message that every completion gets, or only those of `refused_mode`."""
     refused_mode: str | None = None
+    refused_param: str | None = None
+    """The field that a refusal names."""
     full_speed: float = 41.5
     """Tokens per second of the full model; exits give 90.25."""
     acceptance: float = 0.75
@@ -226,7 +228,7 @@ class PageServer:
         if self.script.refusal and self.script.refused_mode in (None, body.mode):
             status, message = self.script.refusal
             kind = "rate_limit_error" if status == 429 else "invalid_request_error"
-            return _error(status, message, kind)
+            return _error(status, message, kind, self.script.refused_param)
         return Response(self._stream(body), mimetype="text/event-stream")
 
     def _stream(self, body: CompletionRequest | ChatRequest) -> Iterator[str]:
@@ -368,8 +370,8 @@ def _event(data: str) -> str:
     return f"data: {data}\n\n"
 
 
-def _error(status: int, message: str, kind: str) -> Response:
-    answer = jsonify({"error": {"message": message, "type": kind, "param": None, "code": None}})
+def _error(status: int, message: str, kind: str, param: str | None = None) -> Response:
+    answer = jsonify({"error": {"message": message, "type": kind, "param": param, "code": None}})
     answer.status_code = status
     return answer
 

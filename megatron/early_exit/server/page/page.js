@@ -142,19 +142,31 @@ async function perform(runs) {
     const isStopped = error.name === "AbortError";
     left[1]?.skip(isStopped ? "Not asked, because you stopped before." : "Not asked, because the first text failed. To try again asks for both.");
     announce(isStopped ? `Stopped. ${left[0].summary}` : "");
-    if (!isStopped) notice.showError(error, () => retry(left));
+    if (!isStopped) fail(error, left);
   } finally {
     transfer = null;
     showBusy();
   }
 }
 
-/** Has the texts written that failed or were not begun, if the server still has their model. */
+function fail(error, left) {
+  // What the server refuses has to be changed; what has not begun may be.
+  const isAnew = error.kind === "request" || left[0] === run;
+  notice.showError(error, () => retry(isAnew ? [] : left));
+  if (error.param === "prompt" || error.param === "messages") promptField.focus({ preventScroll: true });
+  else if (error.param) settings.focus(error.param);
+}
+
+/** Has the texts written that are left, or all anew, if the server still has their model. */
 async function retry(runs) {
   if (transfer) return;
   const { id } = model;
   await loadModels(() => retry(runs));
   if (!byId("notice").hidden || model.id !== id) return;
+  if (runs.length === 0) {
+    await generate();
+    return;
+  }
   difference = null;
   for (const { text } of [run, twin]) text.markDifference(null);
   await perform(runs);

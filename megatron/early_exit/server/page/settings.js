@@ -63,6 +63,15 @@ export class Settings {
     this.#showMode();
   }
 
+  /** Brings the reader to the control of a request's field, if there is one. */
+  focus(param) {
+    const names = { stop: "stop-texts", early_exit_threshold: "threshold" };
+    const field = this.form.elements[names[param] ?? param.replaceAll("_", "-")];
+    if (!(field instanceof HTMLElement) || !this.fold.contains(field)) return;
+    this.unfold();
+    field.focus({ preventScroll: true });
+  }
+
   /** Sets what advice says. */
   change({ threshold, exits, draftExit }) {
     if (threshold !== undefined) {
