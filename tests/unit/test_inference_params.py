@@ -86,22 +86,22 @@ def test_what_is_measured_is_a_number(field, value):
 
 
 @pytest.mark.parametrize(
-    ("mode", "field", "value", "default"),
+    ("mode", "field", "value", "needed"),
     [
-        ("full", "early_exit_threshold", 0.5, None),
-        ("full", "exit_layers", (1,), None),
-        ("full", "num_draft_tokens", 3, 4),
-        ("early_exit", "draft_exit_layer", 2, None),
-        ("early_exit", "draft_confidence", 0.5, 0.2),
-        ("self_speculative", "early_exit_threshold", 0.5, None),
-        ("self_speculative", "exit_layers", (1,), None),
+        ("full", "early_exit_threshold", 0.5, "early_exit"),
+        ("full", "exit_layers", (1,), "early_exit"),
+        ("full", "num_draft_tokens", 3, "self_speculative"),
+        ("early_exit", "draft_exit_layer", 2, "self_speculative"),
+        ("early_exit", "draft_confidence", 0.5, "self_speculative"),
+        ("self_speculative", "early_exit_threshold", 0.5, "early_exit"),
+        ("self_speculative", "exit_layers", (1,), "early_exit"),
     ],
 )
-def test_a_field_without_effect_in_the_mode_is_refused(mode, field, value, default):
+def test_a_field_without_effect_in_the_mode_is_refused(mode, field, value, needed):
     with pytest.raises(ValueError, match=field) as error:
         SamplingParams(mode=mode, **{field: value})
     assert str(error.value) == (
-        f"{field} {value!r} is out of range, allowed: {default} with mode={mode!r}"
+        f"{field} {value!r} has no effect with mode={mode!r}, allowed: with mode={needed!r}"
     )
 
 

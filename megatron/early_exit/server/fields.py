@@ -1,5 +1,6 @@
 """Fields that several kinds of request have in common, and what they ask of the engine."""
 
+import json
 from typing import Annotated, Any
 
 from pydantic import (
@@ -150,10 +151,33 @@ class ExitFields(RequestModel):
         }
         given = {name: value for name, value in given.items() if value is not None}
         mode = self._mode(given) or settings.mode
+        self._check_name(given if mode == settings.mode else {**given, "mode": mode}, settings)
         if mode != "full" and num_exits == 0:
             raise ApiError(400, f"mode {mode}: the model has no exits, allowed: full", "mode")
         defaults = {name: getattr(settings, name) for name in _MODE_FIELDS[mode]}
         return {**defaults, **given, "mode": mode, "exit_details": self.exit_details}
+
+    def _check_name(self, given: dict[str, Any], settings: ExitSettings) -> None:
+        """Refuse what the model's name decides otherwise."""
+        if "mode" in given and "mode" in settings.decided:
+            # The field that asks for the mode, be it by its name or by being there.
+            names = [name for name in ("mode", "use_early_exit") if name in self.model_fields_set]
+            names += [name for name in _MODE_FIELDS["early_exit"] if name in given]
+            self._contradicts(names[0], given, f"means mode {settings.mode}", settings)
+        for name in given.keys() & settings.decided:
+            decided = getattr(settings, name)
+            if given[name] != decided:
+                value = list(decided) if isinstance(decided, tuple) else decided
+                self._contradicts(name, given, f"means {value}", settings)
+
+    def _contradicts(
+        self, name: str, given: dict[str, Any], meaning: str, settings: ExitSettings
+    ) -> None:
+        if name == "early_exit_threshold" and self.early_exit_threshold is None:
+            name = "early_exit_thres"
+        value = json.dumps(getattr(self, name))
+        message = f"{name} {value}: contradicts model {settings.model!r}, which {meaning}"
+        raise ApiError(400, message, name)
 
     def _threshold(self) -> float | None:
         names = (self.early_exit_threshold, self.early_exit_thres)

@@ -7,6 +7,7 @@ no field for it, such as evaluation harnesses.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron.early_exit.inference.decoding.params import DEFAULT_THRESHOLD
 from megatron.early_exit.server.errors import ApiError
@@ -46,30 +47,30 @@ class ServedModel:
         if name is None or name == self.name:
             return self.exits
         end = name.removeprefix(f"{self.name}:")
-        found = None if end == name else self._named(end)
-        if found is None:
+        decided = None if end == name else self._named(end)
+        if decided is None:
             raise ApiError(
                 404,
                 f"model {name[:200]!r}: does not exist, allowed: {', '.join(self.names())}",
                 "model",
                 "model_not_found",
             )
-        return found
+        return replace(self.exits, **decided, model=name, decided=frozenset(decided))
 
-    def _named(self, end: str) -> ExitSettings | None:
+    def _named(self, end: str) -> dict[str, Any] | None:
+        """The fields that the end of a name decides; None where it means nothing."""
         if end == "full":
-            return replace(self.exits, mode="full")
+            return {"mode": "full"}
         if not self.exit_layers:
             return None
         if end == "lossless":
-            return replace(self.exits, mode="self_speculative")
+            return {"mode": "self_speculative"}
         kind, _, value = end.partition("=")
         if kind == "exit" and value in map(str, self.exit_layers):
-            return replace(
-                self.exits, mode="early_exit", early_exit_threshold=0.0, exit_layers=(int(value),)
-            )
+            layers = (int(value),)
+            return {"mode": "early_exit", "early_exit_threshold": 0.0, "exit_layers": layers}
         if kind == "threshold" and (threshold := _share(value)) is not None:
-            return replace(self.exits, mode="early_exit", early_exit_threshold=threshold)
+            return {"mode": "early_exit", "early_exit_threshold": threshold}
         return None
 
 

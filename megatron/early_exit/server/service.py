@@ -103,6 +103,27 @@ class Service:
             raise self._too_long(param, f"{len(tokens)} tokens", longest)
         return tokens
 
+    def check_limit(self, name: str, value: int | None, prompts: Sequence[list[int]]) -> None:
+        """Refuse more tokens than the context has room for behind the longest prompt.
+
+        Args:
+            name: the field.
+            value: None where the request leaves it out: then a text gets what fits.
+
+        Raises:
+            ApiError: they do not fit.
+        """
+        longest = max(map(len, prompts))
+        room = self.max_model_len - longest
+        if value is not None and value > room:
+            raise ApiError(
+                400,
+                f"{name} {value}: does not fit behind a prompt of {longest} tokens in a context of "
+                f"{self.max_model_len}, allowed: up to {room}",
+                name,
+                "context_length_exceeded",
+            )
+
     def submit(
         self,
         prompts: Sequence[list[int]],

@@ -16,6 +16,8 @@ class ExitSettings:
         draft_exit_layer: for mode `self_speculative`; None is the first exit.
         num_draft_tokens: for mode `self_speculative`.
         draft_confidence: for mode `self_speculative`.
+        model: the model's name, where what is written behind it decides.
+        decided: the fields that it decides; no request may say otherwise.
     """
 
     mode: Mode
@@ -24,6 +26,8 @@ class ExitSettings:
     draft_exit_layer: int | None = None
     num_draft_tokens: int = 4
     draft_confidence: float = 0.2
+    model: str | None = None
+    decided: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -186,8 +186,13 @@ class SamplingParams:
         if self.mode != "early_exit" and not asks_exits:
             unused.append("exit_layers")
         for name in unused:
-            default = defaults[name]
-            self._check(name, getattr(self, name) == default, f"{default} with mode={self.mode!r}")
+            value = getattr(self, name)
+            if value != defaults[name]:
+                needed = _MODE_OF_FIELD.get(name, "early_exit")
+                raise ValueError(
+                    f"{name} {value!r} has no effect with mode={self.mode!r}, "
+                    f"allowed: with mode={needed!r}"
+                )
 
     def _check_integer(self, name: str, least: int, allowed: str, most: float = math.inf) -> None:
         value = getattr(self, name)

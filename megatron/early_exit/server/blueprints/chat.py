@@ -21,6 +21,8 @@ def chat(service: Service) -> APIBlueprint:
         """Answer the last message of a conversation."""
         tokens = service.encode(_prompt(body, service), "messages", room=1)
         params = _params(body, service, len(tokens))
+        for name in ("max_completion_tokens", "max_tokens"):
+            service.check_limit(name, getattr(body, name), [tokens])
         job = service.submit([tokens], params, body.n, body.stream)
         pieces = ChatAnswer(body, params, service, job)
         if body.stream:

@@ -26,6 +26,7 @@ def completions(service: Service) -> APIBlueprint:
         params = _params(body, service)
         room = min(params.max_tokens, 1)
         prompts = service.encode_all(body.prompt, body.n, "prompt", room)
+        service.check_limit("max_tokens", body.max_tokens, prompts)
         job = service.submit(prompts, params, body.n, body.stream)
         pieces = CompletionAnswer(body, params, service, job)
         if body.stream:
@@ -45,6 +46,10 @@ def _params(body: CompletionRequest, service: Service) -> SamplingParams:
     if body.exit_details and body.logprobs is None:
         raise ApiError(400, "exit_details true: has no effect without logprobs", "exit_details")
     settings = service.model.settings(body.model)
+    if body.max_tokens == 0 and not body.echo:
+        raise ApiError(
+            400, "max_tokens 0: gives nothing, allowed: 1 or more, or 0 with echo", "max_tokens"
+        )
     scores_prompt = body.echo and body.logprobs is not None
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     try:

@@ -42,6 +42,8 @@ def generate(service: Service) -> APIBlueprint:
         begin = perf_counter()
         params = _params(body, service)
         prompts = _prompts(body, service)
+        if "tokens_to_generate" in body.model_fields_set:
+            service.check_limit("tokens_to_generate", body.tokens_to_generate, prompts)
         job = service.submit(prompts, params, answers=1, is_streamed=False)
         service.finish(job)
         return answer(_response(body, service, job, perf_counter() - begin))
