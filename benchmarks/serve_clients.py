@@ -46,18 +46,21 @@ class Record:
 
     def is_right(self) -> bool:
         """The answer is what the question alone gets, or as much of it as was waited for."""
-        answer = self.item.question.answer
+        question = self.item.question
         if self.status != 200:
             return False
         if not self.item.is_streamed:
-            return bool(json.loads(b"".join(self.parts))["choices"][0]["text"] == answer)
+            return question.accepts(json.loads(b"".join(self.parts))["choices"])
         events = self.events()
         if any("error" in event for event in events):
             return False
-        text = "".join(event["choices"][0]["text"] for event in events)
+        texts = [""] * question.n
+        for event in events:
+            texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
         if self.is_cancelled:
-            return answer.startswith(text)
-        return text == answer and self.parts[-1].endswith(b"data: [DONE]\n\n")
+            return all(question.answer.startswith(text) for text in texts)
+        is_whole = self.parts[-1].endswith(b"data: [DONE]\n\n")
+        return is_whole and question.accepts([{"text": text} for text in texts])
 
     @property
     def num_tokens(self) -> int:
@@ -96,15 +99,20 @@ class Client:
         while perf_counter() < until:
             record = Record(next(items))
             records.append(record)
-            try:
-                async with asyncio.timeout(PATIENCE_S):
-                    await self._ask(record)
-            except (OSError, asyncio.IncompleteReadError, ValueError):
-                record.status = 0
-                self._close()
-        self._close()
+            await self.ask(record)
+        self.close()
 
-    def _close(self) -> None:
+    async def ask(self, record: Record) -> None:
+        """Ask one item."""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                await self._ask(record)
+        except (OSError, asyncio.IncompleteReadError, ValueError):
+            record.status = 0
+            self.close()
+
+    def close(self) -> None:
+        """Go away."""
         if self._pair is not None:
             self._pair[1].close()
             self._pair = None
@@ -129,7 +137,7 @@ class Client:
             self._add(record, (await reader.readexactly(size + 2))[:-2])
             if record.is_cancelled:
                 break
-        self._close()
+        self.close()
 
     @staticmethod
     def _add(record: Record, part: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The server of `serve_load.py`: its process, its health, its memory."""
+"""The server of `serve_load.py` and `soak.py`: its process, its health, its memory."""
 
 import asyncio
 import contextlib
@@ -78,10 +78,12 @@ def listener(port: int) -> psutil.Process:
 
 @dataclass
 class Memory:
-    """Resident memory of a process while there is load."""
+    """Resident memory of a process while there is load, its threads and its open files."""
 
     process: psutil.Process
     samples: list[tuple[float, float]] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
+    descriptors: list[int] = field(default_factory=list)
 
     async def watch(self) -> None:
         """Take samples until cancelled; seconds of load count, not those in between."""
@@ -89,6 +91,8 @@ class Memory:
         while True:
             mebibytes = self.process.memory_info().rss / 2**20
             self.samples.append((time.perf_counter() - begin, mebibytes))
+            self.threads.append(self.process.num_threads())
+            self.descriptors.append(self.process.num_fds())
             await asyncio.sleep(_SAMPLE_S)
 
     def figures(self) -> dict[str, float]:
@@ -101,4 +105,8 @@ class Memory:
             "memory_last_mib": last,
             "memory_growth": last / middle - 1,
             "memory_slope_mib_per_minute": 60 * linear_regression(seconds, sizes).slope,
+            "threads_middle": median(self.threads[third : 2 * third]),
+            "threads_last": median(self.threads[2 * third :]),
+            "descriptors_middle": median(self.descriptors[third : 2 * third]),
+            "descriptors_last": median(self.descriptors[2 * third :]),
         }

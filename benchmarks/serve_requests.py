@@ -14,6 +14,8 @@ from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 NUM_DISTINCT = 64
 CANCELLED = 0.2
 """Of the streams, which are half of all requests."""
+_LOGPROBS_APART = 1e-3
+"""Sums of a batch are rounded otherwise than those of one sequence."""
 _WAYS: tuple[dict[str, Any], ...] = (
     {"mode": "full"},
     {"mode": "early_exit", "early_exit_threshold": 0.0},
@@ -33,12 +35,28 @@ class Question:
         params: how to continue it.
         body: the same for the server.
         answer: the text that it gets alone.
+        n: texts that it asks for.
+        logprobs: of the prompt's tokens, where it asks for no more than to score them.
     """
 
     prompt: str
     params: SamplingParams
     body: bytes
     answer: str
+    n: int = 1
+    logprobs: tuple[float | None, ...] | None = None
+
+    def accepts(self, choices: Sequence[dict[str, Any]]) -> bool:
+        """Whether these are the choices that it is to get."""
+        if len(choices) != self.n or any(one["text"] != self.answer for one in choices):
+            return False
+        if self.logprobs is None:
+            return True
+        found = choices[0]["logprobs"]["token_logprobs"]
+        return len(found) == len(self.logprobs) and all(
+            a is b if a is None or b is None else abs(a - b) < _LOGPROBS_APART
+            for a, b in zip(found, self.logprobs, strict=True)
+        )
 
 
 @dataclass(frozen=True)

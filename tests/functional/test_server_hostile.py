@@ -249,7 +249,9 @@ def test_requests_that_are_no_http(server, raw, answer):
 def test_a_client_that_says_nothing_more_is_let_go(server):
     place = urlparse(server.url)
     with socket.create_connection((place.hostname, place.port), timeout=patient(60)) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n{")
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n{"
+        )
         connection.shutdown(socket.SHUT_WR)
         assert connection.recv(64) == b""
     assert_serves(server)

@@ -118,24 +118,28 @@ class WarmRanks:
 
 
 class Job:
-    """The ranks of one command."""
+    """The ranks of one command.
+
+    Attributes:
+        pids: their processes; each leads a session.
+    """
 
     def __init__(self, server: WarmRanks, pids: list[int], folder: Path, store: TCPStore) -> None:
         self._server = server
         self._store = store
-        self._pids = pids
+        self.pids = pids
         self._folder = folder
         self._statuses: dict[int, int] = {}
 
     def poll(self) -> int | None:
         """None while all ranks are well; the status of the first that failed, or 0 at the end."""
-        alive = [pid for pid in self._pids if pid not in self._statuses]
+        alive = [pid for pid in self.pids if pid not in self._statuses]
         for pid, status in self._server.ask({"poll": alive}).items():
             self._statuses[int(pid)] = status
         failed = [status for status in self._statuses.values() if status]
         if failed:
             return failed[0]
-        return 0 if len(self._statuses) == len(self._pids) else None
+        return 0 if len(self._statuses) == len(self.pids) else None
 
     def wait(self, timeout_s: float) -> int:
         """The status when the job has ended; what is left of it is killed."""
@@ -151,12 +155,12 @@ class Job:
 
     def kill(self) -> None:
         """SIGKILL every rank and all that it started."""
-        for pid in self._pids:
+        for pid in self.pids:
             try:
                 os.killpg(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        while any(pid not in self._statuses for pid in self._pids):
+        while any(pid not in self._statuses for pid in self.pids):
             self.poll()
 
     def output(self) -> str:

@@ -1,0 +1,110 @@
+"""Hours of the worst that training and the server meet, and whether they keep their promises.
+
+    python benchmarks/soak.py [--parts kills hostile clients connections] [--json FILE]
+
+Parts, each with a server or trainings of its own on 127.0.0.1, random but repeatable by --seed:
+kills: training under torchrun, and with ranks forked from a warm process, killed at random moments;
+hostile: requests that nobody should send; clients: many of them, who think, leave, stream, score;
+connections: thousands that say nothing, half of something, or do not read. Ends with a table, and
+with status 1 if a promise was broken. Parts can run side by side, as commands of their own.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from serve_models import SIZES
+from soak_clients import run_clients
+from soak_connections import run_connections
+from soak_hostile import run_hostile
+from soak_kills import run_kills
+from soak_report import Report, table
+
+from megatron.early_exit.process_family import run_program
+
+PARTS: dict[str, Callable[[argparse.Namespace, Path], Report]] = {
+    "kills": run_kills,
+    "hostile": run_hostile,
+    "clients": run_clients,
+    "connections": run_connections,
+}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    add("--seed", type=int, default=0, help="of all that is random (default: %(default)s)")
+    add("--json", type=Path, help="also write promises and figures here")
+    add("--model", choices=tuple(SIZES), default="tiny", help="random weights to serve")
+    add("--max-batch-size", type=int, default=16, help="of the server (default: %(default)s)")
+    add("--threads", type=int, default=1, help="that it computes with (default: %(default)s)")
+    group = parser.add_argument_group("lengths")
+    add = group.add_argument
+    add("--kills", type=int, default=100, help="default: %(default)s")
+    add("--torchrun-every", type=int, default=5, help="of the lives to kill (default: %(default)s)")
+    add("--steps", type=int, default=60, help="of a training (default: %(default)s)")
+    add("--requests", type=int, default=10_000, help="hostile ones (default: %(default)s)")
+    add("--clients", type=int, default=64, help="default: %(default)s")
+    add("--seconds", type=float, default=3600.0, help="of clients (default: %(default)s)")
+    add("--think", type=float, default=2.0, help="mean seconds of a client (default: %(default)s)")
+    add("--connections", type=int, default=2000, help="default: %(default)s")
+    add("--hold", type=float, default=120.0, help="seconds with all of them (default: %(default)s)")
+    args = parser.parse_args()
+    for name, least in (("kills", 1), ("torchrun_every", 1), ("steps", 6), ("requests", 10)):
+        _check(parser, args, name, least)
+    for name, least in (("clients", 1), ("seconds", 1), ("connections", 1), ("hold", 1)):
+        _check(parser, args, name, least)
+    _check(parser, args, "think", 0)
+    return args
+
+
+def _check(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, name: str, least: int
+) -> None:
+    value = getattr(args, name)
+    if value < least:
+        flag = f"--{name.replace('_', '-')}"
+        parser.error(f"{flag} {value} is out of range, allowed: {least} or more")
+
+
+def main() -> int:
+    """Run the parts; returns the exit status."""
+    args = parse()
+    reports = []
+    with tempfile.TemporaryDirectory(prefix="soak-") as name:
+        for part in args.parts:
+            folder = Path(name) / part
+            folder.mkdir()
+            begin = time.monotonic()
+            report = PARTS[part](args, folder)
+            report.seconds = time.monotonic() - begin
+            print(table([report]), flush=True)
+            reports.append(report)
+    broken = sum(one.holds is False for report in reports for one in report.promises)
+    if len(reports) > 1:
+        print(f"\n{table(reports)}")
+    print(f"{broken} promises broken, in {sum(one.seconds for one in reports) / 60:.1f} minutes")
+    if args.json is not None:
+        record = {
+            "load_average": os.getloadavg(),
+            "cores": os.cpu_count(),
+            "flags": {k: v for k, v in vars(args).items() if k != "json"},
+            "parts": {one.name: one.as_dict() for one in reports},
+        }
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    return int(broken > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
