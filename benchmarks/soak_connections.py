@@ -161,7 +161,8 @@ async def _besiege(soaked: Soaked, args: argparse.Namespace, tally: Tally) -> in
             asyncio.create_task(_ask(soaked, random_, tally)),
         ]
         try:
-            while perf_counter() < begin + whole:
+            # At least until one good client has its answer, or has lost its patience.
+            while perf_counter() < begin + whole or not tally.seconds:
                 done, _ = await asyncio.wait(tasks, timeout=1, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()

@@ -182,7 +182,8 @@ def _serve() -> None:
     from megatron.early_exit.training import command_line, session  # noqa: F401
 
     # Else every rank starts a process that imports torch, to hand a list over to itself.
-    filesystem_async._results_queue = queue.Queue()
+    writers: Any = filesystem_async
+    writers._results_queue = queue.Queue()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:
