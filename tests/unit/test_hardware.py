@@ -304,3 +304,27 @@ def test_compiling_says_nothing_of_a_missing_gpu(caplog) -> None:
     finally:
         logger.filters[:] = before
     assert [record.getMessage() for record in caplog.records] == ["Something else"]
+
+
+# --- the engine over several processes ------------------------------------------------------
+
+
+def test_the_first_rank_decides_for_all_and_says_it(slow_bf16, monkeypatch, lines) -> None:
+    said = []
+
+    def broadcast(box, src, group) -> None:
+        assert (src, group) == (0, "everyone")
+        if box[0] is None:
+            box[:] = said
+        else:
+            said[:] = box
+
+    monkeypatch.setattr(inference_dtype.distributed, "broadcast_object_list", broadcast)
+    ranks = [Namespace(rank=rank, num_ranks=2, group="everyone") for rank in range(2)]
+    exits = EarlyExitConfig()
+    assert decide_dtype(None, STORED_IN_BF16, exits, CPU, ranks[0]) is torch.float32
+    assert len(lines) == 1
+    # Another one would find otherwise, and is not asked.
+    monkeypatch.setattr(dtypes, "_measured_factor", lambda dtype: 0.2)
+    assert decide_dtype(None, STORED_IN_BF16, exits, CPU, ranks[1]) is torch.float32
+    assert len(lines) == 1
