@@ -1,5 +1,6 @@
 """Exits in transformers: the folder's own class chooses the tokens that our engine chooses."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from tests.unit.test_checkpoint_writer import lazy
 
 PROMPT = [5, 17, 3, 44, 8, 8, 1]
 COUNT = 40
+ON = {"early_exit_threshold": 0.5}
 BACKBONES = {
     "llama": LLAMA,
     "tied, stretched": replace(
@@ -168,12 +170,10 @@ def test_what_early_exit_refuses(tmp_path):
     two = [PROMPT, PROMPT]
     for message, prompts, options in (
         ("one sequence at a time, 2 are given", two, on),
-        ("one sequence at a time, 3 are given", [PROMPT], {**on, "num_beams": 3}),
         ("without padding only", [PROMPT], {**on, "attention_mask": torch.tensor([[0] + [1] * 6])}),
         ("threshold 1.5 is out of range, allowed: 0 to 1", [PROMPT], {"early_exit_threshold": 1.5}),
         (r"exit_layers 2 is no exit, allowed: \[1, 3\]", [PROMPT], {**on, "exit_layers": [2]}),
         ("has no effect without early_exit_threshold", [PROMPT], {"exit_layers": [1]}),
-        ("take tokens back", [PROMPT], {**on, "prompt_lookup_num_tokens": 3}),
         (
             "allowed is one of the two",
             [PROMPT],
@@ -183,3 +183,117 @@ def test_what_early_exit_refuses(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             generate(model, prompts, **options)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model with exits; no test changes it."""
+    return export(tmp_path_factory.mktemp("exported"), LLAMA)[1]
+
+
+def config_with(**options):
+    return {"generation_config": transformers.GenerationConfig(max_new_tokens=COUNT, **options)}
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        (
+            "early_exit_threshold '0.5' is no number, allowed: 0 to 1",
+            {"early_exit_threshold": "0.5"},
+        ),
+        ("early_exit_threshold True is no number", {"early_exit_threshold": True}),
+        ("early_exit_threshold nan is out of range", {"early_exit_threshold": math.nan}),
+        ("exit_layers 3 is no list, allowed: some of", {**ON, "exit_layers": 3}),
+        ("exit_layers '13' is no list", {**ON, "exit_layers": "13"}),
+        ("exit_layers '1' is no exit, allowed:", {**ON, "exit_layers": [3, "1"]}),
+        ("use_cache False is not supported by early_exit_threshold", {**ON, "use_cache": False}),
+        ("use_cache False is not supported", {**ON, **config_with(use_cache=False)}),
+        ("num_beams 3 is not supported by early_exit_threshold", {**ON, "num_beams": 3}),
+        (
+            "num_return_sequences 2 is not supported by early_exit_threshold, allowed: None, 1",
+            {**ON, "num_return_sequences": 2, "do_sample": True},
+        ),
+        ("prompt_lookup_num_tokens 3 is not", {**ON, "prompt_lookup_num_tokens": 3}),
+        ("assistant_model Linear is not", {**ON, "assistant_model": torch.nn.Linear(1, 1)}),
+        (
+            "guidance_scale 1.5 is not supported by early_exit_threshold",
+            {**ON, "guidance_scale": 1.5},
+        ),
+        ("prefill_chunk_size 4 is not supported by early", {**ON, "prefill_chunk_size": 4}),
+        ("cache_implementation 'dynamic' is not", {**ON, "cache_implementation": "dynamic"}),
+        (
+            "cache_implementation 'static' is not supported by this model, allowed: None, 'dyn",
+            {"cache_implementation": "static"},
+        ),
+        ("cache_implementation 'static' is not", config_with(cache_implementation="static")),
+        ("assistant_early_exit 1 is not supported by this model", {"assistant_early_exit": 1}),
+        ("output_hidden_states True is not supported", {"output_hidden_states": True}),
+        ("StaticCache is not supported by this model", {"static": True}),
+        ("not used by the model", {"early_exit_treshold": 0.5}),
+    ],
+)
+def test_options_of_generate_that_are_refused(exported, message, options):
+    if options.pop("static", False):
+        cache = transformers.StaticCache(config=exported.config, max_cache_len=64)
+        options["past_key_values"] = cache
+    with pytest.raises(ValueError, match=message):
+        generate(exported, **options)
+
+
+class Listener:
+    """A streamer."""
+
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, tokens):
+        self.tokens += tokens.flatten().tolist()
+
+    def end(self):
+        self.tokens.append(None)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.4])
+def test_options_of_generate_that_work(exported, threshold):
+    on = {} if threshold is None else {"early_exit_threshold": threshold}
+    expected = generate(exported, **on).sequences
+    listener = Listener()
+    prompt = torch.tensor([PROMPT])
+    for options in (
+        {"attention_mask": torch.ones_like(prompt)},
+        {"streamer": listener},
+        {"max_time": 600.0},
+        {"do_sample": True, "top_k": 1},
+        {"output_scores": True, "output_logits": True},
+        {"generation_config": transformers.GenerationConfig(use_cache=True)},
+    ):
+        assert torch.equal(generate(exported, **on, **options).sequences, expected), options
+    assert listener.tokens == [*expected[0].tolist(), None]
+    scored = generate(exported, **on, output_scores=True)
+    assert [int(scores.argmax()) for scores in scored.scores] == expected[0, len(PROMPT) :].tolist()
+    embedded = exported.generate(
+        inputs_embeds=exported.model.embed_tokens(prompt),
+        max_new_tokens=COUNT,
+        do_sample=False,
+        eos_token_id=None,
+        **on,
+    )
+    assert torch.equal(embedded[:, -COUNT:], expected[:, len(PROMPT) :])
+    if threshold is None:
+        without = generate(exported, use_cache=False).sequences
+        assert torch.equal(without, expected)
+        assert generate(exported, num_beams=2, num_return_sequences=2).sequences.shape[0] == 2
+        unused = min(set(range(LLAMA.vocab_size)) - set(expected[0].tolist()))
+        drafted = generate(exported, assistant_model=exported, eos_token_id=unused).sequences
+        assert torch.equal(drafted, expected)
+
+
+def test_what_generate_hands_on_does_not_reach_the_model(exported):
+    """A release of transformers may hand on more than this one does: the tokenizer of stop strings
+    is handed on by all."""
+    inputs = exported.prepare_inputs_for_generation(
+        torch.tensor([PROMPT]), tokenizer=object(), of_a_later_release=1, output_attentions=True
+    )
+    assert {"input_ids", "output_attentions"} <= inputs.keys()
+    assert not {"tokenizer", "of_a_later_release"} & inputs.keys()

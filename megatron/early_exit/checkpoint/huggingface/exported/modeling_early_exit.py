@@ -8,7 +8,10 @@ catch up when a later token gets there.
 Shapes: b batch, s positions, h hidden size, v vocabulary.
 """
 
+import functools
+import inspect
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -31,6 +34,30 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+# What `generate` may be told with `early_exit_threshold`, where not everything goes with it.
+ALLOWED_WITH_THRESHOLD: dict[str, tuple[Any, ...]] = {
+    # Which layers have the keys and values of which token is in a cache of early exit's own.
+    "use_cache": (None, True),
+    "cache_implementation": (None,),
+    "prefill_chunk_size": (None,),
+    # It continues one sequence.
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    # It cannot take tokens back, since some layers do not have them yet.
+    "assistant_model": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    # It would run all layers for the text to be guided away from.
+    "guidance_scale": (None, 1),
+}
+# And what always.
+ALLOWED: dict[str, tuple[Any, ...]] = {
+    # Drafts of the first layers: the exits are not asked for them.
+    "assistant_early_exit": (None,),
+    # Attention reads keys and values in the order of their positions, with no room behind them.
+    "cache_implementation": (None, "dynamic"),
+}
 
 
 class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
@@ -83,22 +110,79 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         threshold = early_exit_threshold
         if threshold is None:
             threshold = self.config.early_exit_threshold
+        given = inspect.signature(super().generate).bind_partial(*args, **kwargs).arguments
+        self._check_options({**given, **given.pop("kwargs", {})}, ALLOWED, "this model")
         if threshold is None:
             if exit_layers is not None:
                 raise ValueError("exit_layers has no effect without early_exit_threshold")
             return super().generate(*args, **kwargs)
+        if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
+            raise ValueError(f"early_exit_threshold {threshold!r} is no number, allowed: 0 to 1")
         if not 0 <= threshold <= 1:
             raise ValueError(f"early_exit_threshold {threshold} is out of range, allowed: 0 to 1")
-        enabled = None if exit_layers is None else tuple(exit_layers)
-        unknown = set(enabled or ()) - set(self.config.exit_layers)
-        if unknown:
-            raise ValueError(
-                f"exit_layers {min(unknown)} is no exit, allowed: {self.config.exit_layers}"
-            )
+        enabled = self._known_exits(exit_layers)
+        self._check_options({**given, **kwargs}, ALLOWED_WITH_THRESHOLD, "early_exit_threshold")
         if one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None)) is not None:
             raise ValueError(f"early_exit_threshold with {CACHE_NAME}: allowed is one of the two")
         kwargs[CACHE_NAME] = EarlyExitCache(threshold, enabled)
         return super().generate(*args, **kwargs)
+
+    def _known_exits(self, exit_layers: Iterable[int] | None) -> tuple[int, ...] | None:
+        """The exits that are asked for.
+
+        Raises:
+            ValueError: there is no such exit.
+        """
+        if exit_layers is None:
+            return None
+        known = self.config.exit_layers
+        if isinstance(exit_layers, str) or not isinstance(exit_layers, Iterable):
+            raise ValueError(
+                f"exit_layers {exit_layers!r} is no list, allowed are lists of {known}"
+            )
+        enabled = tuple(exit_layers)
+        for layer in enabled:
+            if layer not in known:
+                raise ValueError(f"exit_layers {layer!r} is no exit, allowed: {known}")
+        return enabled
+
+    def _check_options(
+        self, given: dict[str, Any], allowed: dict[str, tuple[Any, ...]], by: str
+    ) -> None:
+        """Refuse what does not work, wherever `generate` would take it from.
+
+        Args:
+            given: what `generate` was called with, by name.
+            allowed: the values of some names.
+            by: what would not support others.
+
+        Raises:
+            ValueError: another value is asked for.
+        """
+        configs = (given.get("generation_config"), self.generation_config)
+        for name, values in allowed.items():
+            asked = [given.get(name), *(getattr(config, name, None) for config in configs)]
+            value = next((value for value in asked if value is not None), None)
+            if not any(value is one or (value == one and one is not None) for one in values):
+                shown = type(value).__name__ if isinstance(value, nn.Module) else repr(value)
+                among = ", ".join(map(repr, values))
+                raise ValueError(f"{name} {shown} is not supported by {by}, allowed: {among}")
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What `forward` gets of what `generate` has.
+
+        transformers hands on some of its own, such as the tokenizer that stop strings need, and
+        other things in other releases: what `forward` does not name is for `generate` alone,
+        but for what asks for a result.
+        """
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        names = inspect.signature(type(self).forward).parameters
+        return {
+            name: value
+            for name, value in inputs.items()
+            if name in names or name.startswith("output_")
+        }
 
     def forward(
         self,
@@ -143,6 +227,18 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{name} {value!r} is not supported by this model")
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = one_cache(cache, past_key_values)
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise ValueError(
+                f"{CACHE_NAME} {type(cache).__name__} is not supported by this model, "
+                "allowed: DynamicCache"
+            )
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask of {attention_mask.dim()} dimensions is not supported by this "
+                "model, allowed: 2"
+            )
+        if isinstance(cache, EarlyExitCache) and use_cache is False:
+            raise ValueError("use_cache False is not supported by early exit, allowed: True")
         if isinstance(cache, EarlyExitCache):
             if labels is not None:
                 raise ValueError("early exit gives no loss: labels are for the whole model")
