@@ -6,15 +6,27 @@ BIN := .venv/bin
 WORKERS ?= 2
 # Tests of a file that start processes stay together (see tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup
+# What touches the libraries whose ranges have ends: Megatron's patches and torch's collectives,
+# checkpoints, the exported folder in transformers, the server, plots.
+RANGE_TESTS := tests/unit/test_platform.py tests/unit/test_checkpoint_writer.py \
+	tests/unit/test_inference_megatron.py tests/unit/test_exit_gradients.py \
+	tests/unit/test_huggingface_import.py tests/unit/test_huggingface_export.py \
+	tests/unit/test_data_tokenizer.py tests/unit/test_pipeline_drawing.py \
+	tests/functional/test_huggingface_exits.py tests/functional/test_server.py \
+	tests/distributed/test_stock_training.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check lint types imports format clean
+.PHONY: help setup lock demo test test-fast test-oldest test-newest check lint types imports format
+.PHONY: clean
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: ## Install everything into .venv (PYTHON=/path/to/python chooses the interpreter)
 	@PYTHON='$(PYTHON)' bash tools/setup/make_venv.sh
+
+lock: ## Raise every dependency to the newest release in its range (requirements.lock)
+	@bash tools/setup/make_lock.sh
 
 demo: setup ## Train a small early-exit model on this machine's own text and generate with it
 	@$(BIN)/python examples/quickstart/run.py
@@ -26,6 +38,13 @@ test: setup ## Run every check and test (tests/unit/test_project.py runs lint, t
 
 test-fast: setup ## Run the checks and the unit tests, under three minutes
 	@$(PYTEST) tests/unit
+
+test-oldest test-newest: test-%:
+	@bash tools/setup/make_range_venv.sh $*
+	@.venv-$*/bin/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup $(RANGE_TESTS)
+
+test-oldest: ## Try the oldest releases that the ranges in pyproject.toml allow
+test-newest: ## Try the newest
 
 check: lint types imports ## Run the checks alone
 
@@ -45,6 +64,6 @@ format: setup ## Rewrite files in the project's format
 	@$(BIN)/ruff format --quiet .
 
 clean: ## Delete .venv, caches and build products
-	@rm -rf .venv build dist *.egg-info
+	@rm -rf .venv .venv-* build dist *.egg-info
 	@rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

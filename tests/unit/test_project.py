@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import zipfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -16,12 +17,14 @@ from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.helpers.speed import patient
 
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = ROOT / "tools" / "setup"
 BIN = Path(sys.executable).parent
+LOCK = ROOT / "requirements.lock"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -165,7 +168,7 @@ def test_megatron_and_its_extension_import_from_anywhere(module, tmp_path):
 def offline_setup(tmp_path: Path) -> tuple[list[str], dict[str, str]]:
     """The set-up of a bare copy of the project, where pip cannot reach anything."""
     shutil.copytree(SETUP, tmp_path / "tools" / "setup")
-    for name in ("pyproject.toml", "setup.py"):
+    for name in ("pyproject.toml", "setup.py", LOCK.name):
         shutil.copy(ROOT / name, tmp_path)
     offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PYTHON": sys.executable}
     return ["bash", str(tmp_path / "tools" / "setup" / "make_venv.sh")], offline
@@ -173,8 +176,19 @@ def offline_setup(tmp_path: Path) -> tuple[list[str], dict[str, str]]:
 
 def test_failed_setup_says_so_and_is_not_taken_for_done(tmp_path, offline_setup):
     command, offline = offline_setup
-    made = run(*command, **offline)
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for number in (version("setuptools"), "999"):
+        info = f"setuptools-{number}.dist-info"
+        with zipfile.ZipFile(wheels / f"setuptools-{number}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{info}/METADATA", f"Name: setuptools\nVersion: {number}\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
+            wheel.writestr(f"{info}/RECORD", "")
+    made = run(*command, **{**offline, "PIP_FIND_LINKS": str(wheels)})
     assert made.returncode == 1
+    # It was the lock that chose among the two.
+    found = [info.name for info in tmp_path.glob(".venv/lib/*/site-packages/setuptools*")]
+    assert found == [f"setuptools-{version('setuptools')}.dist-info"]
     assert "error: pip could not install the project" in made.stderr
     assert not (tmp_path / ".venv" / ".setup-done").exists()
 
@@ -218,15 +232,69 @@ def write_package(site: Path, name: str, version: str, requires: str = "", recor
 
 
 def test_damaged_environment_is_noticed(tmp_path, check_venv, monkeypatch):
+    lock = tmp_path / "ee.lock"
+    lock.write_text(
+        "# Pins\nee-a==2.0\nee-b==1.1 ; python_version >= '3'\nee-b==1.0 ; os_name == ''"
+    )
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     write_package(tmp_path, "megatron_early_exit", "0.1.0", "ee-a>=1,<2\nee-b; extra == 'dev'")
-    write_package(tmp_path, "ee_a", "2.0", "ee-c")
+    write_package(tmp_path, "ee_a", "2.0", "ee-c\nee-d")
+    write_package(tmp_path, "ee_d", "1.0")
     write_package(tmp_path, "ee_b", "1.0", record="ee_b/__init__.py,,\n")
-    assert set(check_venv.faults()) == {
+    assert set(check_venv.faults(lock)) == {
         "ee-a 2.0 is installed, <2,>=1 is needed",
         "ee-b is installed in part",
+        "ee-b 1.0 is installed, ee.lock has 1.1",
         "ee-c is not installed",
+        "ee-d is not in ee.lock: run make lock",
     }
+
+
+SYSTEMS = [
+    {"sys_platform": system, "platform_machine": machine, "python_full_version": f"{python}.1"}
+    for system, machine in (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"))
+    for python in ("3.12", "3.13")
+]
+
+
+def test_lock_pins_every_requirement_once_within_its_range():
+    """On each system that it is for; in lines that say nothing of where packages come from."""
+    lines = [line for line in LOCK.read_text().splitlines() if not line.startswith("#")]
+    for line in lines:
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*( ; [\w '\"().=<>!]+)?", line), line
+    pins = [Requirement(line) for line in lines]
+    project = PYPROJECT["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    for wanted in map(Requirement, itertools.chain(*groups)):
+        same = [pin for pin in pins if pin.name == canonicalize_name(wanted.name)]
+        for system in SYSTEMS:
+            valid = [pin for pin in same if pin.marker is None or pin.marker.evaluate(system)]
+            assert len(valid) == 1, wanted
+            (pinned,) = valid[0].specifier
+            assert wanted.specifier.contains(pinned.version), valid[0]
+
+
+def test_everything_installed_is_what_the_lock_says():
+    checked = run(sys.executable, "-E", SETUP / "check_venv.py")
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_another_lock_is_installed_anew(tmp_path):
+    """What the set-up remembers an environment by depends on the lock."""
+    source = (SETUP / "make_venv.sh").read_text()
+    names, function = (
+        "\n".join(re.findall(pattern, source, re.MULTILINE | re.DOTALL))
+        for pattern in (r"^lock=\S+$", r"^fingerprint\(\) \{\n.*?^\}$")
+    )
+    for name in ("pyproject.toml", "setup.py", LOCK.name):
+        shutil.copy(ROOT / name, tmp_path)
+    script = f"set -eu; cd {tmp_path}; here={SETUP}; root=r\n{names}\n{function}\nfingerprint"
+    seen = [run("bash", "-c", script).stdout]
+    with (tmp_path / LOCK.name).open("a") as lock:
+        lock.write("another==1.0\n")
+    seen += [run("bash", "-c", script).stdout]
+    assert seen[0].startswith("r\n")
+    assert seen[0] != seen[1]
 
 
 # --- the checks ------------------------------------------------------------------------------

