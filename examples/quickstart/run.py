@@ -155,15 +155,19 @@ def main() -> None:
         global_batch_size=args.global_batch_size,
         dtype=args.dtype,
     )
+
+    def learn() -> None:
+        if args.steps is None:
+            train_within(run, budget)
+        else:
+            train(run, args.steps)
+
     if args.fresh or not run.is_finished:
         stage(
             "Text, tokenizer and data sets from Python's standard library",
             lambda: prepare_data(data),
         )
-        stage(
-            "Training: two pipeline stages, exits after layers 2 and 4",
-            lambda: train_within(run, budget) if args.steps is None else train(run, args.steps),
-        )
+        stage("Training: two pipeline stages, exits after layers 2 and 4", learn)
     else:
         print(f"Using the model in {args.work_dir} (--fresh trains a new one).")
     models: dict[str, EarlyExitEngine] = {}
