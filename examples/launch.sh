@@ -267,6 +267,14 @@ find_python() {
     fi
 }
 
+# Passes a signal on; torchrun ends its workers.
+end_dry_run() { # PID STATUS
+    trap '' INT TERM
+    kill -TERM "$1" || :
+    wait "$1" || :
+    exit "$2"
+}
+
 launch() { # MODEL_FLAG... -- [FLAG...]
     flags=()
     while [[ $1 != -- ]]; do
@@ -317,7 +325,12 @@ launch() { # MODEL_FLAG... -- [FLAG...]
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     if [[ -n ${scratch-} ]]; then
         prepare_dry_run
-        "${command[@]}" # not exec: the temporary folder has to go afterwards
+        # Not exec: the temporary folder has to go afterwards. Nor in the foreground: this shell would
+        # heed signals only when it has ended.
+        "${command[@]}" &
+        trap "end_dry_run $! 130" INT
+        trap "end_dry_run $! 143" TERM
+        wait $!
     else
         exec "${command[@]}"
     fi

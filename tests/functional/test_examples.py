@@ -4,7 +4,10 @@ import itertools
 import math
 import os
 import re
+import signal
+import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,7 @@ from tests.helpers.example_scripts import (
     parse,
     table_rows,
 )
+from tests.helpers.speed import patient
 
 EXAMPLES = ExampleScripts(
     ROOT / "examples" / "ee_training", frozenset({"--save", "--load", "--tensorboard-dir"})
@@ -315,3 +319,31 @@ def test_slurm_starts_the_script_on_every_node(paths, tmp_path):
     assert process.returncode == 2
     assert "examples/ee_training/8B.sh: call sbatch in the project's root" in process.stderr
     assert "error: SLURM_JOB_ID is not set" in EXAMPLES.run("slurm.sh", "7B", **paths).stderr
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_shell_ends_a_dry_run(tmp_path, number, status):
+    python, pid, scratch = tmp_path / "python", tmp_path / "pid", tmp_path / "tmp"
+    python.write_text(f"#!/bin/bash\necho $$ >{pid}.new; mv {pid}.new {pid}\nexec sleep 600\n")
+    python.chmod(0o755)
+    scratch.mkdir()
+    variables = {"PYTHON": str(python), "DRY_RUN": "1", "TMPDIR": str(scratch)}
+    # A shell cannot heed what was ignored when it began.
+    script = subprocess.Popen(
+        [EXAMPLES.folder / "1.3B.sh"],
+        env=os.environ | variables,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    until = time.monotonic() + patient(60)
+    while not pid.exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    try:
+        script.send_signal(number)
+        assert script.wait(patient(60)) == status
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)
+        assert list(scratch.iterdir()) == []
+    finally:
+        script.kill()
+        script.wait()
