@@ -49,11 +49,11 @@ def name_of(value):
 FIELDS = [
     *(("max_tokens", value) for value in (-1, "16", 1.5, True, HUGE, [1], {}, 0)),
     *(("temperature", value) for value in (-0.1, "1", True, [], 101)),
-    *(("top_p", value) for value in (0, 1.01, -1, "a", False)),
-    *(("top_k", value) for value in (-1, 1.5, True, HUGE)),
+    *(("top_p", value) for value in (1.01, -1, "a", False)),
+    *(("top_k", value) for value in (-2, 1.5, True, HUGE)),
     *(("n", value) for value in (0, -1, 17, 1.0, True, HUGE)),
     *(("logprobs", value) for value in (-1, 21, True, "1", 0.5)),
-    *(("seed", value) for value in (-1, HUGE, 2**63, True, 1.0)),
+    *(("seed", value) for value in (HUGE, 2**64, -(2**63) - 1, True, 1.0)),
     *(("stop", value) for value in ("", [""], [1], 5, ["a"] * 17, {"a": 1}, [["a"]])),
     *(("stop_token_ids", value) for value in (5, [-1], [10**6], [True], [1] * 65)),
     *(("echo", value) for value in (1, "true", [])),
@@ -163,6 +163,7 @@ BODIES = {
     "deep lists": b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "deep objects": b'{"prompt": "the", "logit_bias": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_001,
     "a long number": b'{"prompt": "the", "seed": ' + b"9" * 5000 + b"}",
+    "equal names": b'{"prompt": "the", "max_tokens": 1, "max_tokens": 2}',
     "UTF-16": '{"prompt": "the"}'.encode("utf-16"),
 }
 

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import hmac
+import json
 import logging
 from time import perf_counter
 from typing import Any
@@ -49,10 +50,23 @@ _GONE = 499
 
 
 class _StrictJson(DefaultJSONProvider):
-    """JSON without what is none (NaN, Infinity), and no deeper than the parser's limit."""
+    """JSON without what is none (NaN, Infinity), no deeper than the parser's limit, and without
+    names that are given twice."""
 
     def loads(self, s: str | bytes, **kwargs: Any) -> Any:
-        return from_json(s, allow_inf_nan=False)
+        found = from_json(s, allow_inf_nan=False)
+        # The strict parser keeps the last of equal names and does not tell.
+        json.loads(s, object_pairs_hook=_refuse_twins)
+        return found
+
+
+def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twin = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twin[:80]!r} is there twice")
+    return found
 
 
 def create_app(worker: EngineWorker, settings: ServerSettings) -> OpenAPI:

@@ -1,17 +1,16 @@
 """The bodies of `/v1/chat/completions`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from megatron.early_exit.server.answer_models import FinishReason, Head, RequestMetrics, Usage
 from megatron.early_exit.server.fields import RequestModel, SamplingFields
+from megatron.early_exit.server.ranges import Range
 from megatron.early_exit.server.stream_options import StreamOptions
+from megatron.early_exit.server.unsupported import CHAT, MESSAGE, PARTS
 
-Count = Annotated[int, Field(ge=1, le=2**63 - 1)]
-Nothing = Annotated[
-    Annotated[list[Any], Field(max_length=0)] | None, Field(description="Not supported.")
-]
+Count = Annotated[int, Range(1, 2**63 - 1)]
 
 
 class TextPart(RequestModel):
@@ -21,14 +20,27 @@ class TextPart(RequestModel):
     text: str
 
 
+def _refuse_other_parts(value: object) -> object:
+    for part in value if isinstance(value, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind in PARTS:
+            raise PARTS[kind].refusal(f"messages: content of type {kind}", "messages")
+    return value
+
+
+Content = Annotated[str | list[TextPart], BeforeValidator(_refuse_other_parts)]
+
+
 class Message(RequestModel):
     """One turn of a conversation."""
 
+    unsupported = MESSAGE
+    within = "messages"
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = Field(None, description="Only an assistant's may lack.")
+    content: Content | None = Field(None, description="Only an assistant's may lack.")
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: Nothing = None
 
     @model_validator(mode="after")
     def _check_content(self) -> "Message":
@@ -45,29 +57,21 @@ class Message(RequestModel):
         return {"role": self.role, "content": text, **given}
 
 
-class ResponseFormat(RequestModel):
-    """Only plain text is supported."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(SamplingFields):
     """OpenAI's request for the next turn of a conversation, and early-exit fields."""
+
+    unsupported = CHAT
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     model: str | None = None
     max_tokens: Count | None = Field(None, description="Default: what the context has room for.")
     max_completion_tokens: Count | None = Field(None, description="The same under its new name.")
-    n: Annotated[int, Field(ge=1, le=16)] = 1
+    n: Annotated[int, Range(1, 16)] = 1
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Range(0, 20)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
     return_token_ids: bool = False
-    tools: Nothing = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = Field(None, description="There are no tools to call.")
 
 
 class Candidate(BaseModel):

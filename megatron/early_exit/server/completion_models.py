@@ -6,7 +6,9 @@ from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
 from megatron.early_exit.server.answer_models import FinishReason, Head, RequestMetrics, Usage
 from megatron.early_exit.server.fields import Natural, SamplingFields
+from megatron.early_exit.server.ranges import Range
 from megatron.early_exit.server.stream_options import StreamOptions
+from megatron.early_exit.server.unsupported import COMPLETION
 
 _TEXT_OR_TOKENS = "a text, a list of texts, a list of token ids, or a list of such lists"
 
@@ -55,19 +57,23 @@ Prompts = Annotated[
 class CompletionRequest(SamplingFields):
     """OpenAI's request for the continuation of texts, and early-exit fields."""
 
+    unsupported = COMPLETION
+
     prompt: Prompts
     model: str | None = None
     max_tokens: Natural | None = Field(None, description="Default: 16.")
-    n: Annotated[int, Field(ge=1, le=16)] = 1
-    best_of: Annotated[int, Field(ge=1, le=16)] | None = Field(
+    n: Annotated[int, Range(1, 16)] = 1
+    best_of: Annotated[int, Range(1, 16)] | None = Field(
         None, description="Not supported but for the value of n."
     )
-    suffix: Literal[""] | None = Field(None, description="Not supported.")
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Range(0, 20)] | None = None
     echo: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
+    add_special_tokens: bool = Field(
+        True, description="Frame texts as the tokenizer does; false gives their own tokens alone."
+    )
 
 
 class CompletionLogprobs(BaseModel):

@@ -1,10 +1,10 @@
 """Fields that several kinds of request have in common, and what they ask of the engine."""
 
 import json
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -18,7 +18,9 @@ from pydantic_core import CoreSchema
 
 from megatron.early_exit.inference.decoding.params import Mode
 from megatron.early_exit.server.errors import ApiError
+from megatron.early_exit.server.ranges import Range
 from megatron.early_exit.server.settings import ExitSettings
+from megatron.early_exit.server.unsupported import Unsupported, drop_unsupported, schema_of
 
 _LARGEST_INT = 2**63 - 1
 _ABOUT = {"title", "default", "description"}
@@ -36,6 +38,12 @@ class RequestModel(BaseModel):
     `null` is the same as nothing, for whatever field is not required.
     """
 
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {}
+    """The fields that are known, but not supported."""
+
+    within: ClassVar[str | None] = None
+    """The field that such objects are in; None for a whole body."""
+
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -43,6 +51,7 @@ class RequestModel(BaseModel):
     def _drop_nulls(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
+        body = drop_unsupported(body, cls.unsupported, cls.within)
         required = {name for name, field in cls.model_fields.items() if field.is_required()}
         return {
             name: value for name, value in body.items() if value is not None or name in required
@@ -61,6 +70,8 @@ class RequestModel(BaseModel):
                 own = dict(field)
                 field.clear()
                 field.update(about, anyOf=[own, {"type": "null"}])
+        for name, unsupported in cls.unsupported.items():
+            schema.setdefault("properties", {})[name] = schema_of(unsupported)
         return schema
 
 
@@ -83,11 +94,11 @@ Stops = Annotated[
 ]
 """One text, several, or none."""
 
-Natural = Annotated[int, Field(ge=0, le=_LARGEST_INT)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
+Natural = Annotated[int, Range(0, _LARGEST_INT)]
+Share = Annotated[float, Range(0, 1)]
+Penalty = Annotated[float, Range(-2, 2)]
 TokenName = Annotated[str, Field(pattern="^[0-9]{1,18}$")]
-Bias = Annotated[float, Field(ge=-100, le=100)]
+Bias = Annotated[float, Range(-100, 100)]
 
 
 def not_supported(value: bool) -> bool:
@@ -121,7 +132,7 @@ class ExitFields(RequestModel):
         None, description="The exits that are asked, each named by the layers before it."
     )
     draft_exit_layer: Natural | None = Field(None, description="The exit that drafts.")
-    num_draft_tokens: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+    num_draft_tokens: Annotated[int, Range(1, 1024)] | None = Field(
         None, description="Most drafts before the whole model looks at them."
     )
     draft_confidence: Share | None = Field(
@@ -207,16 +218,20 @@ class ExitFields(RequestModel):
 class SamplingFields(ExitFields):
     """How tokens are chosen, and when a text ends: OpenAI's fields and the usual extras."""
 
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(
+    temperature: Annotated[float, Range(0, 100)] | None = Field(
         None, description="Default: 1; 0 takes the most probable token."
     )
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Natural | None = Field(None, description="0: no limit.")
+    top_p: Share | None = Field(None, description="0 takes the most probable token.")
+    top_k: Annotated[int, Range(-1, _LARGEST_INT)] | None = Field(
+        None, description="0 and -1: no limit."
+    )
     min_p: Share | None = None
-    top_p_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p_decay: Annotated[float, Range(0, 1, above=True)] | None = None
     top_p_bound: Share | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    seed: Natural | None = None
+    repetition_penalty: Annotated[float, Range(0, 100, above=True)] | None = None
+    seed: Annotated[int, Range(-(2**63), 2**64 - 1)] | None = Field(
+        None, description="Modulo 2**63; -1 draws one, as none does."
+    )
     stop: Stops = None
     stop_token_ids: Annotated[list[Natural], Field(max_length=64)] | None = None
     min_tokens: Natural | None = None
@@ -229,7 +244,12 @@ class SamplingFields(ExitFields):
     user: str | None = Field(None, description="Of the client's own use.")
     safety_identifier: str | None = Field(None, description="Of the client's own use.")
     metadata: dict[str, str] | None = Field(None, description="Of the client's own use.")
-    store: Annotated[bool, AfterValidator(not_supported)] = False
+    prompt_cache_key: str | None = Field(None, description="Of the client's own use.")
+    prompt_cache_retention: str | None = Field(None, description="Of the client's own use.")
+    prompt_cache_options: dict[str, Any] | None = Field(
+        None, description="Of the client's own use."
+    )
+    cache_salt: str | None = Field(None, description="Requests share no caches here in any case.")
 
     def sampling_params(self) -> dict[str, Any]:
         """The fields of `SamplingParams` that are about the choice of tokens.
@@ -248,8 +268,15 @@ class SamplingFields(ExitFields):
             *("seed", "min_tokens", "presence_penalty", "frequency_penalty"),
         )
         given = {name: getattr(self, name) for name in names}
+        temperature = 1.0 if self.temperature is None else self.temperature
+        if self.top_p == 0:
+            temperature, given["top_p"] = 0.0, None
+        if self.top_k == -1:
+            given["top_k"] = None
+        if self.seed is not None:
+            given["seed"] = None if self.seed == -1 else self.seed % 2**63
         return {
-            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "temperature": temperature,
             "stop": tuple(self.stop or ()),
             "stop_token_ids": tuple(self.stop_token_ids or ()),
             "ignore_eos": self.ignore_eos,

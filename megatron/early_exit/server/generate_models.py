@@ -6,6 +6,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from megatron.early_exit.server.answer_models import Head
 from megatron.early_exit.server.fields import Natural, RequestModel, Share, Stops, not_supported
+from megatron.early_exit.server.ranges import Range
 
 _NO_BEAMS = "there is no beam search here, as in Megatron 0.19"
 
@@ -21,10 +22,10 @@ class GenerateRequest(RequestModel):
     """Megatron's request, with EE-LLM's fields."""
 
     prompts: Annotated[list[str], Field(min_length=1, max_length=128)]
-    tokens_to_generate: Annotated[int, Field(ge=0, le=2**31)] = 64
+    tokens_to_generate: Annotated[int, Range(0, 2**31)] = 64
     logprobs: bool = False
-    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
-    top_k: Annotated[int, Field(ge=0, le=1000)] = Field(
+    temperature: Annotated[float, Range(0, 100, above=True)] = 1.0
+    top_k: Annotated[int, Range(0, 1000)] = Field(
         0, description="1 takes the most probable token, 0 is no limit."
     )
     top_p: Share = Field(0.0, description="0: no limit. Not together with top_k.")

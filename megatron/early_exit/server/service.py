@@ -46,7 +46,12 @@ class Service:
         self.max_model_len = engine.max_sequence_length
 
     def encode_all(
-        self, prompts: Sequence[str | list[int]], answers: int, param: str, room: int
+        self,
+        prompts: Sequence[str | list[int]],
+        answers: int,
+        param: str,
+        room: int,
+        add_special_tokens: bool = True,
     ) -> list[list[int]]:
         """The tokens of a request's prompts; see `encode`.
 
@@ -61,7 +66,7 @@ class Service:
             raise ApiError(
                 400, f"{param}: asks for {count} texts, allowed: up to {most} in a request", param
             )
-        return [self.encode(prompt, param, room) for prompt in prompts]
+        return [self.encode(prompt, param, room, add_special_tokens) for prompt in prompts]
 
     def encode_text(self, text: str, param: str, add_special_tokens: bool = True) -> list[int]:
         """The tokens of a text, however many.
@@ -75,19 +80,22 @@ class Service:
             raise self._too_long(param, f"{len(text)} characters", self.max_model_len)
         return self.tokenizer.encode(text, add_special_tokens)
 
-    def encode(self, prompt: str | list[int], param: str, room: int) -> list[int]:
+    def encode(
+        self, prompt: str | list[int], param: str, room: int, add_special_tokens: bool = True
+    ) -> list[int]:
         """The tokens of a prompt.
 
         Args:
             param: the field that it came in, for errors.
             room: tokens that must have room behind it.
+            add_special_tokens: frame a text as the tokenizer does.
 
         Raises:
             ApiError: it is empty, too long, or has unknown tokens.
         """
         longest = self.max_model_len - room
         if isinstance(prompt, str):
-            tokens = self.encode_text(prompt, param)
+            tokens = self.encode_text(prompt, param, add_special_tokens)
         else:
             tokens = prompt
             unknown = next((token for token in tokens if not 0 <= token < self.vocab_size), None)

@@ -2,14 +2,23 @@
 
 from typing import Protocol
 
+from pydantic import Field
+
 from megatron.early_exit.server.errors import ApiError
 from megatron.early_exit.server.fields import RequestModel
+from megatron.early_exit.server.unsupported import STREAM_OPTIONS
 
 
 class StreamOptions(RequestModel):
     """What a stream ends with."""
 
+    unsupported = STREAM_OPTIONS
+    within = "stream_options"
+
     include_usage: bool = False
+    include_obfuscation: bool | None = Field(
+        None, description="Nothing is ever added to events here."
+    )
 
 
 class _Streamable(Protocol):

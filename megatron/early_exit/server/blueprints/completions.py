@@ -25,7 +25,8 @@ def completions(service: Service) -> APIBlueprint:
         """Continue texts."""
         params = _params(body, service)
         room = min(params.max_tokens, 1)
-        prompts = service.encode_all(body.prompt, body.n, "prompt", room)
+        framed = body.add_special_tokens
+        prompts = service.encode_all(body.prompt, body.n, "prompt", room, framed)
         service.check_limit("max_tokens", body.max_tokens, prompts)
         job = service.submit(prompts, params, body.n, body.stream)
         pieces = CompletionAnswer(body, params, service, job)
