@@ -20,37 +20,6 @@ from megatron.early_exit.config import EarlyExitConfig, as_flag
 from megatron.early_exit.training.data import DataSource, data_sources, read_blends
 from megatron.early_exit.training.resume import handles
 
-_WHOLE_SEQUENCE = "attention goes over the whole sequence"
-_NO_FIM = "there are no fill-in-the-middle data"
-_ONE_VALIDATION_SET = "validation takes --eval-iters batches of one set"
-
-# Megatron's flags about data that are not served: the one value that is, and why.
-UNSUPPORTED: dict[str, tuple[object, str]] = {
-    "reset_attention_mask": (False, _WHOLE_SEQUENCE),
-    "dataloader_inter_document_masking": (False, _WHOLE_SEQUENCE),
-    "hybrid_context_parallel": (False, _WHOLE_SEQUENCE),
-    "sft": (False, "data sets are indexed text"),
-    "fim_data": (False, _NO_FIM),
-    "fim_rate": (0.5, _NO_FIM),
-    "fim_spm_rate": (0.5, _NO_FIM),
-    "fim_split_sample": (None, _NO_FIM),
-    "fim_fragment_rate": (None, _NO_FIM),
-    "fim_no_prefix": (None, _NO_FIM),
-    "fim_prefix_token": ("<fim_prefix>", _NO_FIM),
-    "fim_middle_token": ("<fim_middle>", _NO_FIM),
-    "fim_suffix_token": ("<fim_suffix>", _NO_FIM),
-    "fim_pad_token": ("<fim_pad>", _NO_FIM),
-    "fim_eod_token": ("<|endoftext|>", _NO_FIM),
-    "sample_rate": (1.0, "GPTs train on every sample"),
-    "mask_prob": (0.15, "GPTs have no masked tokens"),
-    "short_seq_prob": (0.1, "GPTs have no short sequences"),
-    "decoder_seq_length": (None, "GPTs have --seq-length only"),
-    # In Megatron they need one another, microbatches of one, and no test set.
-    "full_validation": (False, _ONE_VALIDATION_SET),
-    "multiple_validation_sets": (False, _ONE_VALIDATION_SET),
-    "validation_set_names": (None, _ONE_VALIDATION_SET),
-}
-
 _SAMPLED_DOCUMENTS = 16
 _SAMPLED_TOKENS = 4096
 
@@ -136,11 +105,6 @@ def _check_temporary_folder() -> None:
 
 
 def _check_support(args: Namespace) -> None:
-    for name, (served, reason) in UNSUPPORTED.items():
-        value = getattr(args, name)
-        if value != served:
-            given = "" if value is True else f" {value}"
-            raise ValueError(f"--{name.replace('_', '-')}{given} is not supported: {reason}")
     if args.dataloader_type not in ("single", "cyclic"):
         raise ValueError(
             f"--dataloader-type {args.dataloader_type} is not supported, allowed: single, cyclic"

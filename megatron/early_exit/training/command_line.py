@@ -23,7 +23,9 @@ from megatron.early_exit.checkpoint.location import TOKENIZER_NAME
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.data.tokenizer import check_tokenizer_arguments
 from megatron.early_exit.training.arguments import add_early_exit_arguments
+from megatron.early_exit.training.dependent_flags import check_dependent
 from megatron.early_exit.training.filling_options import FillingOptions, plan_fills
+from megatron.early_exit.training.given_flags import given_arguments
 from megatron.early_exit.training.reshardable_optimizer import IS_KNOWN_VERSION
 from megatron.early_exit.training.resume import (
     find_checkpoint,
@@ -32,6 +34,7 @@ from megatron.early_exit.training.resume import (
 )
 from megatron.early_exit.training.stored_model import StoredModel, describe_exits
 from megatron.early_exit.training.tuning_options import TuningOptions, plan_depth
+from megatron.early_exit.training.unsupported_flags import check_unsupported
 
 _SHARED_DIRECTORY_TIMEOUT_S = 120.0
 _HEAD_START_S = 15.0
@@ -99,7 +102,8 @@ def parse_arguments(
     if any(argument.split("=")[0] == "--yaml-cfg" for argument in sys.argv[1:]):
         raise ValueError("--yaml-cfg is not supported, give the flags themselves")
     args = parse_args(add_arguments)
-    given = _given(parsers[0])
+    given = given_arguments(parsers[0])
+    check_unsupported(parsers[0], args, given)
     stored = _restore_from_checkpoint(args, given) if args.use_checkpoint_args else None
     if stored is None:
         exits = EarlyExitConfig.from_attributes(args)
@@ -114,6 +118,7 @@ def parse_arguments(
     if tuning.tune_exit:
         plan_depth(args, tuning, exits)
     check_machine(args)
+    check_dependent(parsers[0], args, given)
     validate_args(args)
     filling = FillingOptions.from_attributes(args)
     if filling.fill_explicit_bubbles:
@@ -161,14 +166,6 @@ def _add_checkpoint_arguments(parser: ArgumentParser) -> None:
         "tensor and pipeline parallel sizes that saved it (default: it loads at any).",
     )
     parser.set_defaults(dist_ckpt_optim_fully_reshardable=IS_KNOWN_VERSION)
-
-
-def _given(parser: ArgumentParser) -> frozenset[str]:
-    """Names of the arguments that are on the command line."""
-    absent = object()
-    names = {action.dest for action in parser._actions}
-    parsed = parser.parse_args(namespace=Namespace(**dict.fromkeys(names, absent)))
-    return frozenset(name for name in names if getattr(parsed, name, absent) is not absent)
 
 
 def _restore_from_checkpoint(args: Namespace, given: frozenset[str]) -> EarlyExitConfig | None:

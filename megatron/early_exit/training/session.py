@@ -105,6 +105,8 @@ class Session:
         config = gpt_config_from_args(self.args, model_config_cls=EarlyExitGPTModelConfig)
         assert isinstance(config, EarlyExitGPTModelConfig)
         config.early_exit = self.exits
+        # Megatron hands over --use-rope-scaling without it, and would always scale by 8.
+        config.rope_scaling_factor = self.args.rope_scaling_factor
         # Megatron's annotation forgets the virtual stage, which it passes.
         config.transformer_layer_spec = gpt_layer_spec  # type: ignore[assignment]
         config.transformer.experimental_attention_variant_loss_scale_func = (

@@ -1,0 +1,29 @@
+"""Which flags are on the command line, and how they are written there."""
+
+import enum
+import sys
+from argparse import ArgumentParser, Namespace
+
+
+def given_arguments(parser: ArgumentParser) -> frozenset[str]:
+    """Names of the arguments that are on the command line."""
+    absent = object()
+    names = {action.dest for action in parser._actions}
+    parsed = parser.parse_args(namespace=Namespace(**dict.fromkeys(names, absent)))
+    return frozenset(name for name in names if getattr(parsed, name, absent) is not absent)
+
+
+def given_option(parser: ArgumentParser, name: str, value: object) -> str:
+    """The flag that sets the argument `name`, as it is on the command line, and its value."""
+    words = {word.split("=")[0] for word in sys.argv[1:]}
+    options = [
+        (option, action)
+        for action in parser._actions
+        if action.dest == name
+        for option in action.option_strings
+    ]
+    option, action = next((one for one in options if one[0] in words), options[0])
+    if action.nargs == 0:
+        return option
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return " ".join([option, *(v.name if isinstance(v, enum.Enum) else str(v) for v in values)])
