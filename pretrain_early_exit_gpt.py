@@ -25,7 +25,7 @@ def main() -> int:
         run_as_one_process_without_launcher,
     )
     from megatron.early_exit.training.loading import CheckpointError
-    from megatron.early_exit.training.session import Session
+    from megatron.early_exit.training.session import Session, SetupError
 
     run_as_one_process_without_launcher()
     try:
@@ -35,14 +35,14 @@ def main() -> int:
         )
         session = Session(args, get_tokenizer())
         remark = platform.dtype_remark(args, machine) if args.rank == 0 else None
-    except (ValueError, AssertionError, OSError, RuntimeError, ImportError) as error:
+    except Exception as error:
         return refuse(error)
     print_rank_0(machine.describe())
     if remark is not None:
         print_rank_0(remark)
     try:
         session.run()
-    except CheckpointError as error:
+    except (CheckpointError, SetupError) as error:
         return refuse(error)
     return 0
 

@@ -5,7 +5,7 @@
 # shellcheck source=/dev/null
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 
-# EE-Tuning's recipe (arXiv 2402.00518 and the settings published with it) for Llama 2: MLP exits
+# EE-Tuning's recipe (arXiv 2402.00518 and the settings published with it) for Llama 2 and its successors: MLP exits
 # with a norm and a projection of their own, 40,000 iterations of 16 sequences of 2048 tokens.
 recipe_flags=(
     --tune-exit
@@ -21,7 +21,6 @@ recipe_flags=(
     --hidden-dropout 0
     --attention-dropout 0
     --seq-length 2048
-    --max-position-embeddings 4096
     --tensor-model-parallel-size 1
     --pipeline-model-parallel-size 4
     --global-batch-size 16

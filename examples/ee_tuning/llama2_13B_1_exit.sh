@@ -8,6 +8,7 @@ model_flags=(
     --hidden-size 5120
     --ffn-hidden-size 13824
     --num-attention-heads 40
+    --max-position-embeddings 4096
     --exit-layer-nums 10
     --tune-exit-pipeline-parallel-size 1 # of 4 stages: the other layers are not built
     --micro-batch-size 2 # x 8 replicas

@@ -8,6 +8,7 @@ model_flags=(
     --hidden-size 5120
     --ffn-hidden-size 13824
     --num-attention-heads 40
+    --max-position-embeddings 4096
     --exit-layer-nums 5 10 15 20 25 30 35 40
     --micro-batch-size 4 # x 2 replicas x 2 microbatches
 )

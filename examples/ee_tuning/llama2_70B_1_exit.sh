@@ -10,6 +10,7 @@ model_flags=(
     --num-attention-heads 64
     --group-query-attention
     --num-query-groups 8
+    --max-position-embeddings 4096
     --exit-layer-nums 20
     --tune-exit-pipeline-parallel-size 1 # of 4 stages: the other layers are not built
     --micro-batch-size 2 # x 8 replicas

@@ -10,6 +10,7 @@ model_flags=(
     --num-attention-heads 64
     --group-query-attention
     --num-query-groups 8
+    --max-position-embeddings 4096
     --exit-layer-nums 10 20 30 40 50 60 70 80
     --micro-batch-size 4 # x 2 replicas x 2 microbatches
 )

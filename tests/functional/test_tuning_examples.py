@@ -25,7 +25,6 @@ EXAMPLES = ExampleScripts(
     ROOT / "examples" / "ee_tuning",
     frozenset({"--save", "--load", "--tensorboard-dir", "--pretrained-checkpoint"}),
 )
-VOCABULARY = 32_000
 GPUS = 8
 TOKENS = 40_000 * 16 * 2048
 A100_FLOPS = 312e12 / 2  # half of the peak
@@ -33,7 +32,7 @@ A100_FLOPS = 312e12 / 2  # half of the peak
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """One of the settings of EE-Tuning (arXiv 2402.00518) for Llama 2."""
+    """The settings of EE-Tuning (arXiv 2402.00518) for a Llama."""
 
     name: str
     layers: int
@@ -44,6 +43,9 @@ class Model:
     exits: tuple[int, ...]
     stages: int
     microbatch: int
+    vocabulary: int = 32_000
+    positions: int = 4096
+    rotary_base: float | None = None
 
     @property
     def script(self) -> str:
@@ -55,7 +57,7 @@ class Model:
         return attention + self._mlp() + 2 * self.hidden
 
     def whole(self) -> int:
-        """Parameters of Llama 2."""
+        """Parameters of the model."""
         return self.layers * self.layer() + self.hidden + 2 * self._projection()
 
     def tuned(self) -> int:
@@ -92,21 +94,28 @@ class Model:
         return 3 * self.hidden * self.mlp
 
     def _projection(self) -> int:
-        return VOCABULARY * self.hidden
+        return self.vocabulary * self.hidden
 
 
 def eighths(layers: int) -> tuple[int, ...]:
     return tuple(layers // 8 * n for n in range(1, 9))
 
 
+LLAMA_7B = {"layers": 32, "hidden": 4096, "mlp": 11008, "heads": 32, "groups": 32}
 LLAMA_13B = {"layers": 40, "hidden": 5120, "mlp": 13824, "heads": 40, "groups": 40}
 LLAMA_70B = {"layers": 80, "hidden": 8192, "mlp": 28672, "heads": 64, "groups": 8}
+LLAMA_8B = {"layers": 32, "hidden": 4096, "mlp": 14336, "heads": 32, "groups": 8}
+LLAMA_8B |= {"vocabulary": 128_256, "positions": 131_072, "rotary_base": 500_000}
 # fmt: off
 MODELS = (
+    Model(name="llama2_7B_1_exit", **LLAMA_7B, exits=(8,), stages=1, microbatch=2),
+    Model(name="llama2_7B_8_exits", **LLAMA_7B, exits=eighths(32), stages=4, microbatch=4),
     Model(name="llama2_13B_1_exit", **LLAMA_13B, exits=(10,), stages=1, microbatch=2),
     Model(name="llama2_13B_8_exits", **LLAMA_13B, exits=eighths(40), stages=4, microbatch=4),
     Model(name="llama2_70B_1_exit", **LLAMA_70B, exits=(20,), stages=1, microbatch=2),
     Model(name="llama2_70B_8_exits", **LLAMA_70B, exits=eighths(80), stages=4, microbatch=4),
+    Model(name="llama3.1_8B_1_exit", **LLAMA_8B, exits=(8,), stages=1, microbatch=2),
+    Model(name="llama3.1_8B_8_exits", **LLAMA_8B, exits=eighths(32), stages=4, microbatch=4),
 )
 # fmt: on
 each_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
@@ -147,7 +156,7 @@ def test_script_has_the_settings_of_the_paper(model, paths):
         "--num-attention-heads": model.heads,
         "--norm-epsilon": 1e-5,
         "--seq-length": 2048,
-        "--max-position-embeddings": 4096,
+        "--max-position-embeddings": model.positions,
         "--tensor-model-parallel-size": 1,
         "--pipeline-model-parallel-size": 4,
         "--micro-batch-size": model.microbatch,
@@ -162,6 +171,10 @@ def test_script_has_the_settings_of_the_paper(model, paths):
     }
     if model.groups != model.heads:
         numbers["--num-query-groups"] = model.groups
+    if model.rotary_base is not None:
+        # Llama 3.1's own; Megatron knows the rest of its scaling.
+        numbers |= {"--rotary-base": model.rotary_base, "--rope-scaling-factor": 8}
+    assert ("--use-rope-scaling" in flags) is (model.rotary_base is not None)
     if model.stages == 1:
         numbers["--tune-exit-pipeline-parallel-size"] = 1
     assert {flag: float(flags[flag][0]) for flag in numbers} == numbers
@@ -206,7 +219,10 @@ def accepted(
     for model in MODELS:
         _, flags, _ = EXAMPLES.printed(model.script, **model_paths(folder))
         del flags["--tokenizer-model"]
-        flags |= {"--tokenizer-type": ("NullTokenizer",), "--vocab-size": (str(VOCABULARY - 1),)}
+        flags |= {
+            "--tokenizer-type": ("NullTokenizer",),
+            "--vocab-size": (str(model.vocabulary - 1),),
+        }
         words = [word for flag, values in flags.items() for word in (flag, *values)]
         env = {"WORLD_SIZE": str(GPUS), "LOCAL_WORLD_SIZE": str(GPUS)}
         jobs[model.name] = ranks.start([probe, *words], 1, folder / model.name, env)
@@ -271,9 +287,10 @@ def test_dry_run_has_the_flags_of_the_real_run_but_for_what_it_says(model, paths
     assert "a temporary model of random weights instead of BASE_DIR" in remarks
 
 
-def test_dry_run_tunes_the_exit(ranks, short_folder):
+@pytest.mark.parametrize("name", ["llama2_70B_1_exit", "llama3.1_8B_1_exit"])
+def test_dry_run_tunes_the_exit(ranks, short_folder, name):
     """The two commands that a dry run starts, on ranks that have imported Megatron already."""
-    model = next(model for model in MODELS if model.name == "llama2_70B_1_exit")
+    model = next(model for model in MODELS if model.name == name)
     base, tuning = EXAMPLES.recorded_dry_run(model.script, short_folder)
 
     assert base[0] == str(ENTRY)

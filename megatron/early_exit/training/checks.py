@@ -126,6 +126,7 @@ def check_data(args: Namespace) -> None:
     Raises:
         ValueError: naming the flag, the data set and what is wrong with it.
     """
+    _check_cache(args)
     if args.mock_data:
         return
     sources = data_sources(args)
@@ -140,6 +141,22 @@ def check_data(args: Namespace) -> None:
         documents = _check_files(source, args.padded_vocab_size)
         if args.split is not None:
             _check_shares(source, documents, args.split)
+
+
+def _check_cache(args: Namespace) -> None:
+    """Megatron would fail there once the model is built."""
+    folder = args.data_cache_path
+    if folder is None:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--data-cache-path {folder} cannot be used: {error.strerror}, allowed: a folder to "
+            "write to"
+        ) from error
 
 
 def _check_splits(args: Namespace) -> None:

@@ -20,12 +20,18 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.utils import print_rank_0
 
 from megatron.early_exit.checkpoint.location import TOKENIZER_NAME
-from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.config import EarlyExitConfig, as_flag
 from megatron.early_exit.data.tokenizer import check_tokenizer_arguments
 from megatron.early_exit.training.arguments import add_early_exit_arguments
 from megatron.early_exit.training.dependent_flags import check_dependent
 from megatron.early_exit.training.filling_options import FillingOptions, plan_fills
 from megatron.early_exit.training.given_flags import given_arguments
+from megatron.early_exit.training.misuse import explain
+from megatron.early_exit.training.number_ranges import (
+    check_batch_size_schedule,
+    check_combinations,
+    check_numbers,
+)
 from megatron.early_exit.training.reshardable_optimizer import IS_KNOWN_VERSION
 from megatron.early_exit.training.resume import (
     find_checkpoint,
@@ -39,6 +45,14 @@ from megatron.early_exit.training.unsupported_flags import check_unsupported
 _SHARED_DIRECTORY_TIMEOUT_S = 120.0
 _HEAD_START_S = 15.0
 _EVAL_INTERVAL = 1000
+
+# Functions of Megatron's that set something up, and the flags that say what.
+_SET_UP_BY = {
+    "_build_tokenizer": ("the tokenizer", ("tokenizer_type", "tokenizer_model")),
+    "_set_tensorboard_writer": ("TensorBoard", ("tensorboard_dir",)),
+    "_set_wandb_writer": ("W&B", ("wandb_project", "wandb_exp_name", "wandb_save_dir")),
+    "_set_timers": ("timers", ("timing_log_level", "timing_log_option")),
+}
 
 
 def run_as_one_process_without_launcher() -> None:
@@ -60,14 +74,15 @@ def refuse(error: BaseException) -> int:
 
     Returns:
         The exit status.
+
+    Raises:
+        BaseException: `error` itself, where no flag and no file is at fault.
     """
+    message = explain(error)
+    if message is None:
+        raise error
     if os.environ.get("RANK", "0") != "0":
         time.sleep(_HEAD_START_S)
-    message = " ".join(str(error).split())
-    if not message:
-        # Megatron refuses some flags by an assertion that has no text but its condition.
-        line = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
-        message = f"the arguments do not fit together, required: {line.removeprefix('assert ')}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     return 2
 
@@ -119,7 +134,10 @@ def parse_arguments(
         plan_depth(args, tuning, exits)
     check_machine(args)
     check_dependent(parsers[0], args, given)
+    check_numbers(args)
+    check_combinations(args)
     validate_args(args)
+    check_batch_size_schedule(args)
     filling = FillingOptions.from_attributes(args)
     if filling.fill_explicit_bubbles:
         print_rank_0(plan_fills(args, filling, exits))
@@ -135,12 +153,14 @@ def _set_up_globals(args: Namespace) -> None:
     try:
         set_global_variables(args)
     except Exception as error:
+        names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        blamed = next((what for function, what in _SET_UP_BY.items() if function in names), None)
+        if blamed is None:
+            raise
+        subject, flags = blamed
+        values = [f"{as_flag(name)} {getattr(args, name)}" for name in flags]
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"the tokenizer (--tokenizer-type {args.tokenizer_type} --tokenizer-model "
-            f"{args.tokenizer_model}), TensorBoard (--tensorboard-dir {args.tensorboard_dir}) or "
-            f"W&B (--wandb-project {args.wandb_project}) cannot be set up: {reason}"
-        ) from error
+        raise ValueError(f"{subject} ({' '.join(values)}) cannot be set up: {reason}") from error
 
 
 def _raise(message: str) -> NoReturn:

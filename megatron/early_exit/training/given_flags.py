@@ -2,7 +2,7 @@
 
 import enum
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Action, ArgumentParser, Namespace
 
 
 def given_arguments(parser: ArgumentParser) -> frozenset[str]:
@@ -16,13 +16,29 @@ def given_arguments(parser: ArgumentParser) -> frozenset[str]:
 def given_option(parser: ArgumentParser, name: str, value: object) -> str:
     """The flag that sets the argument `name`, as it is on the command line, and its value."""
     words = {word.split("=")[0] for word in sys.argv[1:]}
-    options = [
+    options = _options(parser, name)
+    return _written(*next((one for one in options if one[0] in words), options[0]), value)
+
+
+def option_with_value(parser: ArgumentParser, name: str, value: object) -> str | None:
+    """A flag and its value; None where there is no such flag, or it would not be given for that."""
+    options = _options(parser, name)
+    is_switch = isinstance(value, bool) and value == parser.get_default(name)
+    if not options or value is None or is_switch:
+        return None
+    return _written(*options[0], value)
+
+
+def _options(parser: ArgumentParser, name: str) -> list[tuple[str, Action]]:
+    return [
         (option, action)
         for action in parser._actions
         if action.dest == name
         for option in action.option_strings
     ]
-    option, action = next((one for one in options if one[0] in words), options[0])
+
+
+def _written(option: str, action: Action, value: object) -> str:
     if action.nargs == 0:
         return option
     values = value if isinstance(value, (list, tuple)) else [value]

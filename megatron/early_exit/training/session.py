@@ -42,6 +42,7 @@ from megatron.early_exit.training.loading import (
     load_all_but,
 )
 from megatron.early_exit.training.logging import log_exits
+from megatron.early_exit.training.misuse import explain
 from megatron.early_exit.training.reshardable_optimizer import repair_fully_reshardable_format
 from megatron.early_exit.training.resume import Start, clear_way, decide, handles, share
 from megatron.early_exit.training.step import (
@@ -56,6 +57,11 @@ from megatron.early_exit.training.tuning_learning_rates import exit_learning_rat
 from megatron.early_exit.training.tuning_options import TuningOptions, learning_rates
 from megatron.early_exit.training.tuning_schedule import TuningPlan
 from megatron.early_exit.training.tuning_start import decide_tuning
+
+
+class SetupError(Exception):
+    """Megatron refuses flags once it builds the model from them, or lacks a package for them; the
+    text says which."""
 
 
 class Session:
@@ -88,6 +94,7 @@ class Session:
         )
         self._provide_datasets = dataset_provider(args, tokenizer)
         self._random_state = LoadedRandomState()
+        self._has_model = False
         self._start = self._prepare_files(tokenizer) if args.rank == 0 else None
 
     def _objective(self) -> ExitObjective:
@@ -146,6 +153,7 @@ class Session:
 
     def _before_loading(self, chunks: list[Any]) -> list[Any]:
         """The model exists and so do the process groups: Megatron loads next."""
+        self._has_model = True
         for chunk in chunks:
             chunk.exit_tap = self.objective
         if self._start is not None:
@@ -175,6 +183,7 @@ class Session:
 
         Raises:
             CheckpointError: a checkpoint turned out not to be loadable, or cannot be written.
+            SetupError: Megatron refuses a flag while it builds the model, or lacks a package.
         """
         log_exits(self.objective, self.progress)
         stages = self.args.pipeline_model_parallel_size
@@ -197,13 +206,18 @@ class Session:
             return self._provide_datasets(num_samples)
 
         datasets.is_distributed = True  # type: ignore[attr-defined]
-        with checkpoint_errors(), rejected_results():
-            pretrain(
-                pretrain_cfg_container_from_args(self.args, self.model_config),
-                datasets,
-                ModelType.encoder_or_decoder,
-                self.forward_step,
-            )
+        try:
+            with checkpoint_errors(), rejected_results():
+                pretrain(
+                    pretrain_cfg_container_from_args(self.args, self.model_config),
+                    datasets,
+                    ModelType.encoder_or_decoder,
+                    self.forward_step,
+                )
+        except (AssertionError, ValueError, ImportError) as error:
+            if self._has_model and not isinstance(error, ImportError):
+                raise
+            raise SetupError(explain(error)) from error
         self.progress.flush()
 
     @cached_property

@@ -1,0 +1,131 @@
+"""Ranges of the numbers among Megatron's flags, and of those that have to fit together.
+
+Megatron divides by some, and indexes by others, long after the start."""
+
+import math
+from argparse import Namespace
+
+from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
+from megatron.early_exit.config import as_flag
+
+_POSITIVE = (
+    *("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels"),
+    *("num_query_groups", "seq_length", "max_position_embeddings", "make_vocab_size_divisible_by"),
+    *("vocab_size", "padded_vocab_size", "micro_batch_size", "global_batch_size"),
+    *("eval_micro_batch_size", "eval_global_batch_size", "tensor_model_parallel_size"),
+    *("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"),
+    *("expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage"),
+    *("num_virtual_stages_per_pipeline_rank", "moe_router_topk", "moe_ffn_hidden_size"),
+    *("log_interval", "tensorboard_log_interval", "save_interval", "save_retain_interval"),
+    *("non_persistent_save_interval", "exit_interval", "exit_duration_in_mins"),
+    *("log_memory_interval", "distributed_timeout_minutes", "num_dataset_builder_threads"),
+    *("train_sync_interval", "check_weight_hash_across_dp_replicas_interval", "rotary_base"),
+    *("rotary_percent", "rope_scaling_factor", "recompute_num_layers", "adam_eps"),
+    *("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"),
+)
+_NOT_NEGATIVE = (
+    *("train_iters", "train_samples", "eval_iters", "num_workers", "lr", "weight_decay"),
+    *("clip_grad", "seed", "manual_gc_interval", "num_experts", "init_method_std"),
+    *("lr_warmup_iters", "lr_warmup_samples", "start_eval_at_iter", "mtp_num_layers"),
+)
+_SHARES = ("hidden_dropout", "attention_dropout", "rotary_percent")
+_LESS_THAN_ONE = ("adam_beta1", "adam_beta2")
+
+_SCHEDULE_FORM = (
+    "allowed: 'TOKENS:BATCH TOKENS:BATCH ...', the first from 0 tokens on, more tokens each time, "
+    "numbers with or without K, M, B or T behind them"
+)
+
+
+def check_numbers(args: Namespace) -> None:
+    """Refuse numbers that are out of range; best called before Megatron's own validation.
+
+    Raises:
+        ValueError: naming the flag, its value and the range.
+    """
+    for names, lowest, allowed in (
+        (_POSITIVE, None, "more than 0"),
+        (_NOT_NEGATIVE, 0, "0 or more"),
+    ):
+        for name in names:
+            value = getattr(args, name)
+            if value is None or (value > 0 if lowest is None else value >= lowest):
+                continue
+            raise ValueError(f"{as_flag(name)} {value} is out of range, allowed: {allowed}")
+    for name in _SHARES:
+        if not 0 <= (value := getattr(args, name)) <= 1:
+            raise ValueError(f"{as_flag(name)} {value} is out of range, allowed: 0 to 1")
+    for name in _LESS_THAN_ONE:
+        if not 0 <= (value := getattr(args, name)) < 1:
+            raise ValueError(f"{as_flag(name)} {value} is out of range, allowed: 0 to less than 1")
+
+
+def check_combinations(args: Namespace) -> None:
+    """Refuse what Megatron would stop at in words that do not say which flag is meant; best called
+    before its own validation.
+
+    Raises:
+        ValueError: naming the flags, their values and what is allowed.
+    """
+    if args.save is not None and args.save_interval is None:
+        raise ValueError(f"--save {args.save} needs --save-interval: how many iterations apart")
+    if args.wandb_project and not (args.wandb_save_dir or args.save):
+        raise ValueError(f"--wandb-project {args.wandb_project} needs --wandb-save-dir or --save")
+    topk, experts = args.moe_router_topk, args.num_experts
+    if experts and topk > experts:
+        raise ValueError(
+            f"--moe-router-topk {topk} is out of range, allowed: 1 to --num-experts {experts}"
+        )
+    sizes = {
+        "--tensor-model-parallel-size": args.tensor_model_parallel_size,
+        "--pipeline-model-parallel-size": args.pipeline_model_parallel_size,
+        "--context-parallel-size": args.context_parallel_size,
+    }
+    product = math.prod(sizes.values())
+    if args.world_size % product:
+        named = " x ".join(f"{flag} {size}" for flag, size in sizes.items() if size > 1)
+        raise ValueError(
+            f"{named} takes multiples of {product} processes, and there are {args.world_size}"
+        )
+    batch, microbatch = args.global_batch_size, args.micro_batch_size
+    if batch is None or microbatch is None or args.decrease_batch_size_if_needed:
+        return
+    if batch % (microbatch * (replicas := args.world_size // product)):
+        raise ValueError(
+            f"--global-batch-size {batch} is out of range, allowed: multiples of "
+            f"--micro-batch-size {microbatch} x {replicas} replicas"
+        )
+
+
+def check_batch_size_schedule(args: Namespace) -> None:
+    """Refuse a schedule of batch sizes that cannot be read or kept; after Megatron's validation.
+
+    Raises:
+        ValueError: naming the flag, its value and what is allowed.
+    """
+    text = args.step_batch_size_schedule
+    if text is None:
+        return
+    flag = f"--step-batch-size-schedule {text!r}"
+    if args.decrease_batch_size_if_needed:
+        raise ValueError(f"{flag} cannot be combined with --decrease-batch-size-if-needed")
+    multiple = args.micro_batch_size * args.data_parallel_size
+    try:
+        schedule = StepBatchsizeNumMicroBatchesCalculator._parse_schedule(text, args.seq_length)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{flag} cannot be understood ({error}), {_SCHEDULE_FORM}") from error
+    starts = [start for start, _ in schedule]
+    if not starts or starts[0] != 0 or len(set(starts)) < len(starts):
+        raise ValueError(
+            f"{flag} is out of range (it changes after {starts} samples of --seq-length "
+            f"{args.seq_length} tokens), {_SCHEDULE_FORM}"
+        )
+    # A run that goes on may have left the first sizes behind, with fewer replicas than now.
+    sizes = [size for _, size in schedule]
+    for size in sizes if args.load is None else sizes[-1:]:
+        if size < 1 or size % multiple:
+            raise ValueError(
+                f"{flag}: a batch of {size} is out of range, allowed: multiples of "
+                f"--micro-batch-size {args.micro_batch_size} x {args.data_parallel_size} replicas"
+            )
