@@ -13,7 +13,7 @@ from tools import plan_pipeline, profile_layers
 
 ROOT = Path(__file__).parents[2]
 MODEL = (
-    "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --vocab-size 4096 --seq-length 128 "
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --vocab-size 1024 --seq-length 32 "
     "--exit-layer-nums 2"
 )
 
