@@ -5,7 +5,8 @@
 answers OpenAI's clients at /v1, those of EE-LLM and Megatron at /api, and shows a page at /.
 Over several processes: torchrun --nproc-per-node 2 tools/run_early_exit_text_generation_server.py
 --pipeline-model-parallel-size 2 --load checkpoint. SIGTERM ends it when all requests under way have
-been answered."""
+been answered. It ends with the status 0 after that, 1 when the engine is lost, 2 for flags or a
+checkpoint that cannot be used, and 75 where the port or memory is taken by somebody else."""
 
 from __future__ import annotations
 
@@ -18,7 +19,10 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from ipaddress import ip_address
 from typing import Any, get_args
+
+import torch
 
 from megatron.early_exit.config import as_flag
 from megatron.early_exit.inference.decoding.params import Mode
@@ -26,12 +30,15 @@ from megatron.early_exit.inference.engine_flags import add_engine_flags, load_en
 from megatron.early_exit.process_family import end_with_parent
 from megatron.early_exit.server.api_key import API_KEY_VARIABLE
 from megatron.early_exit.server.app import create_app
+from megatron.early_exit.server.client_address import trusted_networks
+from megatron.early_exit.server.exit_status import status_of
 from megatron.early_exit.server.logs import configure, log
 from megatron.early_exit.server.metrics import Metrics
 from megatron.early_exit.server.settings import ExitSettings, ServerSettings
 from megatron.early_exit.server.web import WebServer, bound_sockets
 from megatron.early_exit.server.worker import EngineWorker
 
+LOG = logging.getLogger("server")
 DEFAULTS: dict[str, Any] = {
     one.name: one.default for one in (*fields(ExitSettings), *fields(ServerSettings))
 }
@@ -79,6 +86,13 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--shutdown-timeout", type=float, default=30.0, help=f"seconds to finish at the end {SHOWN}"
     )
+    add(
+        "--forwarded-allow-ips",
+        default="",
+        metavar="ADDRESSES",
+        help="proxies whose X-Forwarded-For says in the log who asks: addresses and networks with "
+        "commas, or * (default: none)",
+    )
     add("--log-prompts", action="store_true", help="put what users write into the log")
     add(
         "--example-prompt",
@@ -113,6 +127,12 @@ def check_limits(args: argparse.Namespace) -> None:
             f"--api-key (or {API_KEY_VARIABLE}) is empty or has characters that no header carries, "
             "allowed: ASCII without spaces"
         )
+    trusted_networks(args.forwarded_allow_ips)
+    if args.device is not None:
+        try:
+            torch.device(args.device)
+        except RuntimeError as error:
+            raise ValueError(f"--device {args.device} is unknown, allowed: cpu, cuda") from error
     _check(args, "port", 0 <= args.port < 2**16, "0 to 65535")
     for name in ("early_exit_threshold", "draft_confidence"):
         _check(args, name, 0 <= getattr(args, name) <= 1, "0 to 1")
@@ -154,6 +174,7 @@ def settings_of(args: argparse.Namespace, exit_layers: Sequence[int]) -> ServerS
         max_body_bytes=args.max_body_bytes,
         request_timeout=args.request_timeout,
         log_prompts=args.log_prompts,
+        trusted_proxies=trusted_networks(args.forwarded_allow_ips),
         example_prompts=tuple(args.example_prompt),
     )
 
@@ -169,6 +190,7 @@ def serve(args: argparse.Namespace) -> int:
 
     Raises:
         ValueError: a flag or what it names cannot be used.
+        OSError: there is no listening at that address.
     """
     check_limits(args)
     if int(os.environ.get("RANK", "0")) > 0:
@@ -187,17 +209,31 @@ def follow(args: argparse.Namespace) -> int:
     return 0
 
 
+def warn_of_open_doors(args: argparse.Namespace, sockets: Sequence[socket.socket]) -> None:
+    """Say that everybody may ask, where others than this machine's users can."""
+    hosts = [str(one.getsockname()[0]) for one in sockets]
+    if api_key_of(args) is None and not all(ip_address(one).is_loopback for one in hosts):
+        LOG.warning(
+            "--host %s lets everybody who reaches it use the model without a key: set %s or "
+            "--api-key",
+            args.host,
+            API_KEY_VARIABLE,
+        )
+
+
 def serve_at(args: argparse.Namespace, sockets: Sequence[socket.socket]) -> int:
     """Load the model and serve it at an address."""
+    configure()
+    warn_of_open_doors(args, sockets)
+    log(LOG, "loading the model; it is served when it is ready", load=str(args.load))
     engine = load_engine(args, args.max_model_len)
     settings = settings_of(args, engine.exit_layers)
-    configure()
     worker = EngineWorker(engine, args.max_batch_size, settings.max_waiting, Metrics())
     server = WebServer(create_app(worker, settings), worker, settings, sockets, args.max_batch_size)
     engine.on_death(server.fail)
     exits = settings.exits
     log(
-        logging.getLogger("server"),
+        LOG,
         f"serving {settings.model_name} at http://{args.host}:{server.port}",
         layers=engine.num_layers,
         exit_layers=list(engine.exit_layers),
@@ -218,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(args)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return status_of(error)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ hn head size, v vocabulary size.
 - `linear_fc1.weight` of a gated MLP is [2 f, h]: gate rows, then the rows they gate.
 """
 
+import logging
 from collections.abc import Callable
+from time import monotonic
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ Shapes = dict[str, tuple[int, ...]]
 Weights = dict[str, Tensor]
 
 LAYERS = "decoder.layers."
+_SILENCE_S = 2.0
+"""How long the log says nothing while weights are read."""
+_LOG = logging.getLogger(__name__)
 VOCABULARY_ENDINGS = ("word_embeddings.weight", "output_layer.weight", "projection.weight")
 
 
@@ -106,7 +111,11 @@ def load_weights(
         ValueError: one cannot be read.
     """
     weights: Weights = {}
-    for name, lazy in tensors.items():
+    next_word = monotonic() + _SILENCE_S
+    for number, (name, lazy) in enumerate(tensors.items()):
+        if monotonic() > next_word:
+            next_word = monotonic() + _SILENCE_S
+            _LOG.info("read %d of %d tensors", number, len(tensors))
         tensor = lazy.read()
         wanted = tensor if part is None else part(name, tensor)
         if wanted is not None:

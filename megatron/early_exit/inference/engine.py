@@ -1,5 +1,6 @@
 """The engine: a model, in one process or divided over several, that continues prompts."""
 
+import logging
 from collections import abc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron.early_exit.inference.parallel.division import Division, Undivided
 
 Prompts = str | abc.Sequence[str] | abc.Sequence[abc.Sequence[int]]
 DEFAULT_MAX_PENDING = 64
+_LOG = logging.getLogger(__name__)
 DEFAULT_MAX_BATCH_SIZE = 16
 
 
@@ -68,6 +70,7 @@ class EarlyExitEngine:
         self.max_sequence_length = length
         self._division = Undivided(model) if division is None else division
         runner = SegmentRunner(model, max_batch_size, length)
+        _LOG.info("warming up, which includes compiling where that is asked for")
         runner.warm_up()
         self.loop = self._division.loop(runner)
         whole = self._division.architecture

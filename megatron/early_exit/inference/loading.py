@@ -1,5 +1,6 @@
 """From a checkpoint to a model that an engine can run, or to this process's part of one."""
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,8 @@ from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
 from megatron.early_exit.inference.dtype import decide_dtype
 from megatron.early_exit.inference.parallel.division import Division, divided_model
 from megatron.early_exit.inference.parallel.process_groups import join, own_part
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +70,14 @@ def load_model(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = decide_dtype(dtype, architecture, early_exit, torch.device(device), place)
+    _LOG.info("reading weights in %s for %s", str(dtype).removeprefix("torch."), device)
     weights = load_weights(
         model_weights(location, description),
         dtype,
         torch.device(device),
         None if place is None else partial(own_part, place, architecture),
     )
+    _LOG.info("weights are read; preparing layers")
     tokenizer, eod_id, division = None, None, None
     other_end_ids: tuple[int, ...] = ()
     if description.tokenizer is not None:

@@ -5,7 +5,6 @@ import hashlib
 import hmac
 import json
 import logging
-from time import perf_counter
 from typing import Any
 
 from flask import Response, g, jsonify, request
@@ -24,7 +23,7 @@ from megatron.early_exit.server.blueprints.page import page
 from megatron.early_exit.server.blueprints.tokens import tokens
 from megatron.early_exit.server.errors import ApiError, ErrorResponse, of_validation
 from megatron.early_exit.server.job import ClientGone
-from megatron.early_exit.server.logs import log
+from megatron.early_exit.server.request_log import record
 from megatron.early_exit.server.service import Service
 from megatron.early_exit.server.settings import ServerSettings
 from megatron.early_exit.server.worker import EngineWorker
@@ -94,7 +93,7 @@ def create_app(worker: EngineWorker, settings: ServerSettings) -> OpenAPI:
     app.register_blueprint(page())
     needs_key = settings.api_key is not None
     app.add_url_rule("/openapi.json", view_func=lambda: jsonify(_description(app, needs_key)))
-    _record(app, worker, settings)
+    record(app, worker, settings)
     _guard(app, settings)
     _explain_errors(app)
     return app
@@ -146,39 +145,6 @@ def _guard(app: OpenAPI, settings: ServerSettings) -> None:
         if request.path != "/" and not request.path.startswith("/static/"):
             response.headers["Cache-Control"] = "no-store"
         return response
-
-
-def _record(app: OpenAPI, worker: EngineWorker, settings: ServerSettings) -> None:
-    """Count each request, and log it when its answer is out."""
-
-    @app.before_request
-    def note_begin() -> None:
-        g.begin, g.body, g.outcome = perf_counter(), None, {}
-
-    @app.after_request
-    def log_end(response: Response) -> Response:
-        worker.metrics.answered(response.status_code)
-        fields: dict[str, object] = {
-            "method": request.method,
-            "path": request.path,
-            "status": response.status_code,
-            "client": request.remote_addr,
-        }
-        if settings.log_prompts and not _wants_no_log(g.body):
-            fields["body"] = g.body
-        begin, outcome = g.begin, g.outcome
-
-        def write() -> None:
-            seconds = round(perf_counter() - begin, 4)
-            log(_LOG, "request", **fields, **outcome, seconds=seconds)
-
-        response.call_on_close(write)
-        return response
-
-
-def _wants_no_log(body: object) -> bool:
-    """Megatron's way to keep a prompt to oneself."""
-    return isinstance(body, dict) and body.get("no_log") is True
 
 
 def _digest(key: str) -> bytes:

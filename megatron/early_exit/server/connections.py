@@ -68,6 +68,8 @@ def make_room_for_files() -> int:
 class _Task(WSGITask):  # type: ignore[misc]
     """An answer; behind a stream, too, the connection serves further requests."""
 
+    close_on_finish: bool
+
     def build_response_header(self) -> bytes:
         is_last = self.close_on_finish
         head: bytes = super().build_response_header()
@@ -194,6 +196,8 @@ class Connections:
         self._most = min(limits.most, max(make_room_for_files() - _SPARE_FILES, 64))
         self._next_look = 0.0
         self._adj = adj
+        # Each request has a line of its own, whether its client stays to the end or not.
+        logging.getLogger("waitress").setLevel(logging.WARNING)
         threads, reserve = ThreadedTaskDispatcher(), ThreadedTaskDispatcher()
         threads.set_thread_count(adj.threads)
         reserve.set_thread_count(_RESERVED_THREADS)

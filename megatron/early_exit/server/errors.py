@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from flask import Response, current_app, request
+from flask import Response, current_app, g, request
 from flask_openapi3.types import ResponseDict
 from pydantic import BaseModel, ValidationError
 
@@ -23,6 +23,7 @@ _TYPES: dict[int, ErrorType] = {
     504: "timeout_error",
 }
 _LONGEST_VALUE = 80
+_LONGEST_REASON = 300
 
 
 class ErrorBody(BaseModel):
@@ -75,13 +76,22 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.retry_after = status, retry_after
+        self.logged = message
+        """The same without what users write."""
         kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.body = ErrorResponse(
             error=ErrorBody(message=message, type=kind, param=param, code=code)
         )
 
+    def note(self) -> None:
+        """Put why it was refused into the line of the request in the log."""
+        g.outcome["reason"] = self.logged[:_LONGEST_REASON]
+        if self.body.error.code is not None:
+            g.outcome["code"] = self.body.error.code
+
     def response(self) -> Response:
         """The HTTP response."""
+        self.note()
         body = self.body
         if request.path == GENERATE_PATH:
             body = GenerateErrorResponse(error=body.error, message=body.error.message)
@@ -119,6 +129,7 @@ def of_validation(error: ValidationError) -> Response:
     first = error.errors(include_url=False, include_context=False)[0]
     body = request.get_json(silent=True)
     place = _place(first["loc"], body)
+    logged = None
     if not first["loc"]:
         message = "the body has to be a JSON object"
     elif first["type"] == "missing":
@@ -129,8 +140,11 @@ def of_validation(error: ValidationError) -> Response:
         value = json.dumps(first.get("input"), ensure_ascii=False)
         reason = first["msg"].removeprefix("Value error, ")
         message = f"{place} {_shortened(value)}: {reason}"
+        logged = f"{place}: {reason}"
     name = _shortened(str(first["loc"][0])) if first["loc"] else None
-    return ApiError(400, message, name).response()
+    refusal = ApiError(400, message, name)
+    refusal.logged = logged or message
+    return refusal.response()
 
 
 def _place(parts: Sequence[str | int], body: object) -> str:

@@ -41,6 +41,8 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
         began: when its first byte came, by `time.time`.
     """
 
+    error: Any
+
     def __init__(self, adj: Any) -> None:
         super().__init__(adj)
         self.began = time.time()

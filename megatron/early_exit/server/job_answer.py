@@ -4,6 +4,8 @@ import time
 import uuid
 from typing import Any
 
+from flask import g
+
 from megatron.early_exit.inference.decoding.params import SamplingParams
 from megatron.early_exit.server.chat_models import ChatRequest
 from megatron.early_exit.server.completion_models import CompletionRequest
@@ -33,6 +35,7 @@ class JobAnswer[Body: (CompletionRequest, ChatRequest)]:
             "created": int(time.time()),
             "model": body.model or service.model.name,
         }
+        g.outcome |= {"id": self._head["id"], "model": self._head["model"][:200]}
 
     @property
     def _ends_with_figures(self) -> bool:

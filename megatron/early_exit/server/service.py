@@ -11,6 +11,7 @@ from megatron.early_exit.inference.decoding.params import SamplingParams
 from megatron.early_exit.server.errors import ApiError
 from megatron.early_exit.server.job import ClientGone, Job
 from megatron.early_exit.server.names import ServedModel
+from megatron.early_exit.server.request_log import note_end
 from megatron.early_exit.server.settings import ServerSettings
 from megatron.early_exit.server.token_texts import TokenTexts
 from megatron.early_exit.server.worker import EngineWorker
@@ -158,6 +159,7 @@ class Service:
             self.settings.request_timeout,
             is_streamed,
         )
+        g.outcome["mode"] = params.mode
         g.outcome["prompt_tokens"] = sum(map(len, prompts))
         self.worker.submit(job)
         try:
@@ -181,7 +183,7 @@ class Service:
             self.worker.cancel(job)
             raise
         finally:
-            g.outcome["completion_tokens"] = job.num_tokens
+            note_end(g.outcome, job)
 
     def stream(self, job: Job, events: Iterator[str]) -> Response:
         """Send what `events` makes of a job as server-sent events."""
@@ -196,7 +198,7 @@ class Service:
                 outcome["end"] = "done"
                 yield "data: [DONE]\n\n"
             except ApiError as error:
-                outcome["end"] = error.body.error.code
+                outcome["end"], outcome["reason"] = error.body.error.code, error.logged
                 yield f"data: {error.body.model_dump_json()}\n\n"
             except ClientGone:
                 outcome["end"] = "client_gone"
@@ -209,7 +211,7 @@ class Service:
                 broken = ApiError(500, f"{type(error).__name__} in the server", code="internal")
                 yield f"data: {broken.body.model_dump_json()}\n\n"
             finally:
-                outcome["completion_tokens"] = job.num_tokens
+                note_end(outcome, job)
                 self.worker.cancel(job)
 
         return Response(lines(), mimetype="text/event-stream", headers={"X-Accel-Buffering": "no"})

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from megatron.early_exit.inference.decoding.params import DEFAULT_THRESHOLD, Mode
+from megatron.early_exit.server.client_address import Network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,7 @@ class ServerSettings:
         max_body_bytes: size of a request.
         request_timeout: seconds until an answer is given up.
         log_prompts: put what clients send into the log.
+        trusted_proxies: whose `X-Forwarded-For` is believed.
         example_prompts: what the server's page offers to begin with; none: what suits any model.
     """
 
@@ -54,4 +56,5 @@ class ServerSettings:
     max_body_bytes: int = 4 * 2**20
     request_timeout: float = 600.0
     log_prompts: bool = False
+    trusted_proxies: tuple[Network, ...] = ()
     example_prompts: tuple[str, ...] = ()

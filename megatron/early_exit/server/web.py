@@ -38,7 +38,7 @@ def bound_sockets(host: str, port: int) -> Iterator[list[socket.socket]]:
         port: 0 takes any free one.
 
     Raises:
-        ValueError: it cannot be listened on.
+        OSError: it cannot be listened on.
     """
     with ExitStack() as stack:
         found: list[socket.socket] = []
@@ -54,7 +54,9 @@ def bound_sockets(host: str, port: int) -> Iterator[list[socket.socket]]:
                 one.bind(place)
                 found.append(one)
         except OSError as error:
-            raise ValueError(f"--host {host} --port {port} cannot be used: {error}") from error
+            refusal = OSError(f"--host {host} --port {port} cannot be used: {error}")
+            refusal.errno = error.errno
+            raise refusal from error
         yield found
         stack.pop_all()
 

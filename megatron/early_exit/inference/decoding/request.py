@@ -85,6 +85,11 @@ class Request:
         """Whether nothing more will come."""
         return self.finish_reason is not None
 
+    @property
+    def seconds_to_first_token(self) -> float:
+        """From its making to its first token, where it has one."""
+        return self._times[1] - self._times[0]
+
     def token_ids(self, start: int, end: int) -> list[int]:
         """The tokens at some positions."""
         first = len(self.prompt)
