@@ -179,8 +179,10 @@ class EngineWorker:
             for request in requests:
                 self.engine.cancel(request)
             self._forget(job, job.size)
-            is_refusal = isinstance(error, ValueError)
-            job.fail(of_field(error) if is_refusal else self._of_exception(error))
+            if isinstance(error, ValueError):
+                job.fail(of_field(error))
+            else:
+                job.fail(self._of_exception(error))
             return
         job.begin(requests)
         for index, request in enumerate(requests):
