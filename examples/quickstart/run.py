@@ -21,7 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from examples.budget import Budget, Measuring, guard_minutes
 from examples.quickstart.pictures import loss_curves, tradeoff_curve
 from examples.quickstart.tradeoff import engines, measure, table, verdict
-from examples.quickstart.training import NUM_LAYERS, TrainingRun, train, training_dtype, trial
+from examples.quickstart.training import (
+    NUM_LAYERS,
+    TRIAL_STEPS,
+    TrainingRun,
+    train,
+    training_dtype,
+    trial,
+)
 from examples.stages import run_command, stage
 from megatron.early_exit.hardware.dtypes import NAMES
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
@@ -131,6 +138,7 @@ def prompts(validation: Path) -> list[str]:
 
 def train_within(run: TrainingRun, budget: Budget) -> None:
     """Train for as many steps as the time allows, by the speed of a few."""
+    print(f"   {TRIAL_STEPS} steps tell how fast this machine is:", flush=True)
     found = trial(run)
     seconds = budget.left_for_training()
     steps = found.steps_within(seconds, LEAST_STEPS, MOST_STEPS)
