@@ -1,6 +1,7 @@
 """Tokenizers give the ids and texts of the libraries that Megatron uses."""
 
 import io
+from argparse import ArgumentParser
 
 import pytest
 import sentencepiece
@@ -12,6 +13,7 @@ from megatron.early_exit.checkpoint.tokenizer import (
     install_tokenizer,
     load_tokenizer,
 )
+from megatron.early_exit.data.tokenizer import add_tokenizer_arguments, build_text_tokenizer
 
 TEXTS = ["def main():\n    return 1", "a  b", " lead", "trail ", "naïve 😀", ""]
 
@@ -69,11 +71,39 @@ def test_sentencepiece_ids_are_megatrons(kind, request):
 
 
 def test_settings_that_are_not_supported(exact, folding):
-    with pytest.raises(ValueError, match="--tokenizer-sentencepiece-legacy"):
-        load(exact, legacy=True)
     with pytest.raises(ValueError, match="ignore-extra-whitespaces is not supported"):
         load(folding, keeps_extra_spaces=True)
     assert load(exact, keeps_extra_spaces=True).encode("a  b") == load(exact).encode("a  b")
+
+
+@pytest.mark.parametrize("kind", ["exact", "folding"])
+def test_the_special_tokens_of_ee_llm(kind, request):
+    path = request.getfixturevalue(kind)
+    tokenizer = load(path, legacy=True, num_extra_ids=2)
+    size = load(path).vocab_size
+    added = ["<CLS>", "<SEP>", "<EOD>", "<MASK>", "<PAD>", "<extra_id_0>", "<extra_id_1>"]
+    assert [tokenizer.token_name(size + i) for i in range(len(added))] == added
+    assert (tokenizer.vocab_size, tokenizer.eod_id) == (size + len(added), size + 2)
+    assert tokenizer.bos_id == 1
+    parser = ArgumentParser()
+    add_tokenizer_arguments(parser)
+    flags = ["--tokenizer-type=SentencePieceTokenizer", f"--tokenizer-model={path}"]
+    flags += ["--tokenizer-sentencepiece-legacy", "--vocab-extra-ids=2"]
+    megatrons = build_text_tokenizer(parser.parse_args(flags))
+    assert (megatrons.vocab_size, megatrons.eod) == (tokenizer.vocab_size, tokenizer.eod_id)
+    for text in (*TEXTS, "one<EOD>two <MASK> three<CLS>", "<SEP> x</s>y<s>", "a<extra_id_1> <PAD>"):
+        assert tokenizer.encode(text) == list(megatrons.tokenize(text))
+    ids = tokenizer.encode("one two")
+    assert tokenizer.decode([*ids, size + 2]) == "one two"
+    assert tokenizer.token_bytes(size + 2) == b""
+    for more, match in (
+        (["--tokenizer-special-tokens", "<x>"], "--tokenizer-special-tokens cannot be combined"),
+        (["--tokenizer-type=NullTokenizer", "--vocab-size=9"], "has no effect with"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            build_text_tokenizer(parser.parse_args([*flags, *more]))
+    with pytest.raises(ValueError, match="--vocab-extra-ids 2: has no effect without"):
+        build_text_tokenizer(parser.parse_args([*flags[:2], flags[3]]))
 
 
 def test_kinds_without_text():

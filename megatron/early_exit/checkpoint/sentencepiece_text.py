@@ -1,9 +1,11 @@
 """Texts by a SentencePiece model, as Megatron reads it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from megatron.early_exit.checkpoint.utf8 import fallback_byte
+from megatron.early_exit.legacy_tokens import number_legacy_tokens
 
 
 class SentencePieceText:
@@ -12,12 +14,16 @@ class SentencePieceText:
     Args:
         path: the model's file.
         eod_id: the token that ends a document; None is the model's own.
+        legacy: texts have the special tokens of older Megatron, see `legacy_special_tokens`.
+        num_extra_ids: `--vocab-extra-ids`, which count in legacy mode.
 
     Raises:
         ValueError: the file is not a SentencePiece model.
     """
 
-    def __init__(self, path: Path, eod_id: int | None) -> None:
+    def __init__(
+        self, path: Path, eod_id: int | None, legacy: bool = False, num_extra_ids: int = 0
+    ) -> None:
         import sentencepiece
 
         try:
@@ -25,11 +31,17 @@ class SentencePieceText:
         except (OSError, RuntimeError) as error:
             raise ValueError(f"tokenizer {path}: is not a SentencePiece model") from error
         begin, end = self._processor.bos_id(), self._processor.eos_id()
+        self._num_pieces: int = self._processor.get_piece_size()
+        self._special = number_legacy_tokens(self._processor, num_extra_ids) if legacy else {}
+        self._added = {one: text for text, one in self._special.items() if one >= self._num_pieces}
+        if legacy:
+            end = self._special["<EOD>"]
+            begin = self._special["<BOS>"] if begin < 0 else begin
         self.bos_id = None if begin < 0 else begin
         self.eod_id = eod_id if eod_id is not None or end < 0 else end
         self.other_end_ids: tuple[int, ...] = ()
         self.chat_template = None
-        self.vocab_size: int = self._processor.get_piece_size()
+        self.vocab_size = self._num_pieces + len(self._added)
 
     def drops_extra_spaces(self) -> bool:
         """The model itself folds runs of spaces."""
@@ -43,18 +55,36 @@ class SentencePieceText:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         # Megatron frames texts with no tokens of SentencePiece's.
-        return list(self._processor.encode(text))
+        ids: list[int] = []
+        rest = text
+        while match := self._next_special(rest):
+            ids += [*self._encode_part(rest[: match.start()], ids), self._special[match[0]]]
+            rest = rest[match.end() :]
+        return [*ids, *self._processor.encode(rest)]
+
+    def _next_special(self, text: str) -> re.Match[str] | None:
+        if not self._special:
+            return None
+        return re.search("|".join(map(re.escape, self._special)), text)
+
+    def _encode_part(self, text: str, before: list[int]) -> list[int]:
+        """Of a text between special tokens: a space by itself behind one is left out."""
+        part = list(self._processor.encode(text))
+        is_behind_special = bool(before) and before[-1] in self._special.values()
+        if is_behind_special and part[:1] == [self._processor.piece_to_id("\u2581")]:
+            return part[1:]
+        return part
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         raise ValueError("a SentencePiece tokenizer has no chat template")
 
     def decode(self, token_ids: list[int]) -> str:
         # Megatron may have given a model more tokens than its SentencePiece file has pieces.
-        pieces = [token for token in token_ids if token < self.vocab_size]
+        pieces = [token for token in token_ids if token < self._num_pieces]
         return str(self._processor.decode(pieces))
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        if token_id >= self.vocab_size:
+        if token_id >= self._num_pieces:
             return b""
         if not self._processor.is_byte(token_id):
             return None
@@ -65,4 +95,6 @@ class SentencePieceText:
         return len(data)
 
     def token_name(self, token_id: int) -> str | None:
-        return self._processor.id_to_piece(token_id) if token_id < self.vocab_size else None
+        if token_id < self._num_pieces:
+            return str(self._processor.id_to_piece(token_id))
+        return self._added.get(token_id)

@@ -135,6 +135,8 @@ class TokenizerDescription:
     """HuggingFace: prompts get the special tokens that the tokenizer frames texts with."""
     other_end_ids: tuple[int, ...] = ()
     """Further tokens that end a text."""
+    num_extra_ids: int = 0
+    """SentencePiece: `--vocab-extra-ids`, which count with `legacy`."""
 
     def __post_init__(self) -> None:
         # JSON has lists only.
@@ -162,6 +164,7 @@ class TokenizerDescription:
             legacy=bool(getattr(args, "tokenizer_sentencepiece_legacy", False)),
             adds_special_tokens=not getattr(args, "tokenizer_hf_no_include_special_tokens", False),
             other_end_ids=tuple(one for one in ends if one != eod_id),
+            num_extra_ids=getattr(args, "vocab_extra_ids", 0) or 0,
         )
 
 
@@ -191,9 +194,9 @@ def load_tokenizer(description: TokenizerDescription, folder: Path) -> Tokenizer
             # Models that were imported before descriptions had them have the files.
             (*description.other_end_ids, *end_tokens_in(path)),
         )
-    if description.legacy:
-        raise ValueError("--tokenizer-sentencepiece-legacy is not supported by inference")
-    tokenizer = SentencePieceText(path, description.eod_id)
+    tokenizer = SentencePieceText(
+        path, description.eod_id, description.legacy, description.num_extra_ids
+    )
     if description.keeps_extra_spaces and tokenizer.drops_extra_spaces():
         raise ValueError(
             "--no-tokenizer-sentencepiece-ignore-extra-whitespaces is not supported by inference "

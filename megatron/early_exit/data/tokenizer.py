@@ -14,13 +14,15 @@ from megatron.core.tokenizers.utils.build_tokenizer import (
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.config import TokenizerConfig
 
+from megatron.early_exit.legacy_tokens import legacy_special_tokens
+
 MODEL_FILE_TOKENIZERS = (*SP_TOKENIZERS, "HuggingFaceTokenizer", "TikTokenizer")
 # Their vocabulary is as large as --vocab-size says; every other one brings its size along.
 SIZED_BY_FLAG = ("TikTokenizer", "NullTokenizer")
 TEXT_TOKENIZERS = (*MODEL_FILE_TOKENIZERS, *MEGATRON_TOKENIZERS, "NullTokenizer")
 
 # They speak of the model or of chats, and have no say in how a text becomes ids.
-NOT_FOR_TEXT = ["padded_vocab_size", "pad_vocab_size", "vocab_extra_ids", "chat_template"]
+NOT_FOR_TEXT = ["padded_vocab_size", "pad_vocab_size", "chat_template"]
 
 
 class TextTokenizer(Protocol):
@@ -61,6 +63,41 @@ def check_tokenizer_arguments(args: Namespace) -> None:
         raise ValueError("--vocab-size is required with --tokenizer-type NullTokenizer")
 
 
+def complete_tokenizer_arguments(args: Namespace) -> None:
+    """Give `--tokenizer-sentencepiece-legacy` the special tokens of EE-LLM and older Megatron,
+    which megatron-core leaves to its callers.
+
+    Raises:
+        ValueError: a flag contradicts it, or the model cannot be read.
+    """
+    if not args.tokenizer_sentencepiece_legacy:
+        if args.vocab_extra_ids:
+            raise ValueError(
+                f"--vocab-extra-ids {args.vocab_extra_ids}: has no effect without "
+                "--tokenizer-sentencepiece-legacy, allowed: 0"
+            )
+        return
+    if args.tokenizer_type not in SP_TOKENIZERS:
+        raise ValueError(
+            "--tokenizer-sentencepiece-legacy has no effect with --tokenizer-type "
+            f"{args.tokenizer_type}, allowed with: {', '.join(SP_TOKENIZERS)}"
+        )
+    if isinstance(args.special_tokens, list):
+        raise ValueError(
+            "--tokenizer-special-tokens cannot be combined with --tokenizer-sentencepiece-legacy, "
+            "which adds those of older Megatron"
+        )
+    import sentencepiece
+
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=args.tokenizer_model)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"--tokenizer-model {args.tokenizer_model}: is not a SentencePiece model"
+        ) from error
+    args.special_tokens = legacy_special_tokens(model, args.vocab_extra_ids or 0)
+
+
 def build_text_tokenizer(args: Namespace) -> TextTokenizer:
     """The tokenizer that training builds from the same flags.
 
@@ -69,6 +106,7 @@ def build_text_tokenizer(args: Namespace) -> TextTokenizer:
             tokenizer.
     """
     check_tokenizer_arguments(args)
+    complete_tokenizer_arguments(args)
     kind: str = args.tokenizer_type
     try:
         chosen = Namespace(**vars(args), pad_vocab_size=False, chat_template=None)

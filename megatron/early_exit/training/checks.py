@@ -255,6 +255,7 @@ def _check_files(source: DataSource, vocabulary: int) -> int:
             if not 0 <= token < vocabulary:
                 raise ValueError(
                     f"{source} has the token {token}, which is out of range, allowed: 0 to "
-                    f"{vocabulary - 1}, is it made with another tokenizer?"
+                    f"{vocabulary - 1}, is it made with another tokenizer? (with that of EE-LLM "
+                    "and older Megatron: --tokenizer-sentencepiece-legacy)"
                 )
     return len(lengths)

@@ -21,7 +21,10 @@ from megatron.training.utils import print_rank_0
 
 from megatron.early_exit.checkpoint.location import TOKENIZER_NAME
 from megatron.early_exit.config import EarlyExitConfig, as_flag
-from megatron.early_exit.data.tokenizer import check_tokenizer_arguments
+from megatron.early_exit.data.tokenizer import (
+    check_tokenizer_arguments,
+    complete_tokenizer_arguments,
+)
 from megatron.early_exit.training.arguments import add_early_exit_arguments
 from megatron.early_exit.training.dependent_flags import check_dependent
 from megatron.early_exit.training.filling_options import FillingOptions, plan_fills
@@ -142,6 +145,7 @@ def parse_arguments(
     if filling.fill_explicit_bubbles:
         print_rank_0(plan_fills(args, filling, exits))
     check_tokenizer_arguments(args)
+    complete_tokenizer_arguments(args)
     _set_up_globals(args)
     for name, value in exits.to_dict().items():
         setattr(args, name, value)
@@ -212,6 +216,8 @@ def _restore_from_checkpoint(args: Namespace, given: frozenset[str]) -> EarlyExi
         # The copy that travels with the checkpoint, not the file that it was made from.
         kept = description.tokenizer
         args.tokenizer_type = kept.type
+        args.tokenizer_sentencepiece_legacy |= kept.legacy
+        args.vocab_extra_ids = args.vocab_extra_ids or kept.num_extra_ids
         if kept.model is not None:
             args.tokenizer_model = str(path.parent / TOKENIZER_NAME / kept.model)
     if args.vocab_size is None:

@@ -107,37 +107,18 @@ def tokenizer_of(
             f"the checkpoint's tokenizer {model} is not there: give its file with --tokenizer-model"
         )
     path = str(Path(model).resolve())
-    tokenizer = load_tokenizer(TokenizerDescription(kind, path), Path())
+    # Its other tokenizers add no tokens.
+    is_legacy = kind == "SentencePieceTokenizer"
+    num_extra = getattr(args, "vocab_extra_ids", 0) or 0 if is_legacy else 0
+    description = TokenizerDescription(kind, path, legacy=is_legacy, num_extra_ids=num_extra)
+    tokenizer = load_tokenizer(description, Path())
     if tokenizer is None:
         raise ValueError(
             f"--tokenizer-type {kind} is not supported, allowed: HuggingFaceTokenizer, "
             f"{', '.join(SENTENCEPIECE_TYPES)}"
         )
-    vocab_size, eod_id = tokenizer.vocab_size, tokenizer.eod_id
-    if kind == "SentencePieceTokenizer":
-        vocab_size, eod_id = _with_special_tokens(path, getattr(args, "vocab_extra_ids", 0) or 0)
-    _check_padding(args, vocab_size, model)
-    return TokenizerDescription(kind, path, eod_id), vocab_size
-
-
-def _with_special_tokens(path: str, extra: int) -> tuple[int, int]:
-    """The size of the vocabulary and the end of a document, with the tokens that the Megatron of
-    2023 adds behind a SentencePiece model's own where the model lacks them."""
-    import sentencepiece
-
-    model: Any = sentencepiece.SentencePieceProcessor(model_file=path)
-    pieces = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
-    added = ["<CLS>", "<SEP>", "<EOD>", "<MASK>"]
-    for name, token_id in (
-        ("<PAD>", model.pad_id()),
-        ("<BOS>", model.bos_id()),
-        ("<EOS>", model.eos_id()),
-    ):
-        added += [name] if token_id < 0 else []
-    added += [f"<extra_id_{i}>" for i in range(extra)]
-    for token in added:
-        pieces.setdefault(token, len(pieces))
-    return len(pieces), pieces["<EOD>"]
+    _check_padding(args, tokenizer.vocab_size, model)
+    return replace(description, eod_id=tokenizer.eod_id), tokenizer.vocab_size
 
 
 def _check_padding(args: Namespace, vocab_size: int, model: str | Path) -> None:
