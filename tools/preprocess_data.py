@@ -119,8 +119,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="JSON-lines files or quoted glob patterns, read in this order; .gz, .bz2 and .xz are "
-        "decompressed, - is the standard input",
+        help="JSON-lines files or quoted glob patterns, read in this order; what is compressed "
+        "(.gz, .bz2, .xz, .zst) is decompressed, - is the standard input",
     )
     source.add_argument(
         "--json-keys",

@@ -5,10 +5,12 @@ import gzip
 import json
 import lzma
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,7 +54,7 @@ def test_a_malformed_line_is_refused_with_its_reason(line: bytes, reason: str) -
 
 
 @given(
-    files=st.lists(st.lists(st.binary(max_size=30).map(lambda b: b.replace(b"\n", b"")))),
+    files=st.lists(st.lists(st.binary(max_size=30).map(lambda b: b"{" + b.replace(b"\n", b"")))),
     batch_bytes=st.integers(1, 100),
 )
 def test_batches_hold_every_line_with_its_number(
@@ -83,7 +85,18 @@ def test_batches_hold_every_line_with_its_number(
 
 @pytest.mark.parametrize(
     ("suffix", "compress"),
-    [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)],
+    [
+        (".gz", gzip.compress),
+        (".GZ", gzip.compress),
+        (".bz2", bz2.compress),
+        (".xz", lzma.compress),
+        (".zst", zstandard.compress),
+        # Two frames, as pzstd writes them.
+        (".zst", lambda data: zstandard.compress(data[:9]) + zstandard.compress(data[9:])),
+        # Names that say nothing, or another thing.
+        ("", zstandard.compress),
+        (".bz2", gzip.compress),
+    ],
 )
 def test_compressed_files_are_read(
     tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]
@@ -98,8 +111,20 @@ def test_compressed_files_are_read(
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"lines\.jsonl.*: cannot be read from line"):
         list(JsonLinesReader([str(path)], 10_000))
-    path.write_bytes(b"not compressed\n")
-    with pytest.raises(ValueError, match=r"lines\.jsonl.*: cannot be read from line 1 on"):
+    if suffix:
+        path.write_bytes(b"not compressed\n")
+        with pytest.raises(ValueError, match=r"lines\.jsonl.*: cannot be read from line 1 on"):
+            list(JsonLinesReader([str(path)]))
+    path.write_bytes(b'{"text": "plain, whatever its name"}')
+    assert [batch.lines for batch in JsonLinesReader([str(path)])] == [[path.read_bytes()]]
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.jsonl"])
+def test_what_cannot_be_decompressed_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a", "{}")
+    with pytest.raises(ValueError, match=r"files like \.zip are not supported, allowed: .*\.zst"):
         list(JsonLinesReader([str(path)]))
 
 

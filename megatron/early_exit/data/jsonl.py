@@ -4,26 +4,18 @@ file and number, whatever is wrong with it."""
 
 from __future__ import annotations
 
-import bz2
 import glob
-import gzip
 import json
-import lzma
 import os
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-STDIN = "-"
+from megatron.early_exit.data.compression import ERRORS, decompressed
 
-DECOMPRESSORS: Mapping[str, Callable[[IO[bytes]], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-}
+STDIN = "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +34,7 @@ class LineBatch:
 class JsonLinesReader:
     """Iterates over input files as `LineBatch`es of about `batch_bytes`, in the given order.
 
-    `-` is the standard input; files that end in .gz, .bz2 or .xz are decompressed. Iterating
+    `-` is the standard input; what is compressed (gz, bz2, xz, zst) is decompressed. Iterating
     raises ValueError where a file cannot be read."""
 
     paths: Sequence[str]
@@ -60,11 +52,11 @@ class JsonLinesReader:
             line_number = 1
             try:
                 with _open_stored(path) as stored:
-                    for lines in _batched(_decompressed(path, stored), self.batch_bytes):
+                    for lines in _batched(decompressed(path, stored), self.batch_bytes):
                         yield LineBatch(path, line_number, lines, finished + _position(stored))
                         line_number += len(lines)
                     finished += _position(stored)
-            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            except (*ERRORS, ValueError) as error:
                 raise ValueError(
                     f"--input {path}: cannot be read from line {line_number} on ({error})"
                 ) from error
@@ -78,11 +70,6 @@ def _open_stored(path: str) -> IO[bytes]:
 
 def _position(stored: IO[bytes]) -> int:
     return stored.tell() if stored.seekable() else 0
-
-
-def _decompressed(path: str, stored: IO[bytes]) -> IO[bytes]:
-    decompress = DECOMPRESSORS.get(Path(path).suffix)
-    return cast(IO[bytes], decompress(stored)) if decompress else stored
 
 
 def _batched(lines: Iterable[bytes], batch_bytes: int) -> Iterator[list[bytes]]:
