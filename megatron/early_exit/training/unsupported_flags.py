@@ -73,11 +73,7 @@ UNSUPPORTED = (
         reason=f"{_NOT_READ}; use --outer-dp-sharding-strategy",
     ),
     Unsupported(
-        names=(
-            "apply_residual_connection_post_layernorm",
-            "onnx_safe",
-            "vocab_extra_ids",
-        ),
+        names=("apply_residual_connection_post_layernorm", "onnx_safe"),
         reason=_NOT_READ,
     ),
     # Of Megatron's other programs.
