@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -64,7 +63,7 @@ def health(url: str) -> dict[str, Any] | None:
         with urllib.request.urlopen(f"{url}/health", timeout=10) as response:
             found: dict[str, Any] = json.load(response)
             return found
-    except (urllib.error.URLError, ConnectionError):
+    except OSError:
         return None
 
 

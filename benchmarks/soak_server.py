@@ -73,7 +73,7 @@ class Soaked:
         grown, and its log has no traceback."""
         last = health(self.url)
         until = time.monotonic() + _SETTLE_S
-        while _left(last) and time.monotonic() < until:
+        while (last is None or _left(last)) and time.monotonic() < until:
             time.sleep(0.5)
             last = health(self.url)
         is_alive = last is not None and self.memory.process.is_running()
