@@ -11,9 +11,11 @@ checkpoint that cannot be used, and 75 where the port or memory is taken by some
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -42,6 +44,8 @@ LOG = logging.getLogger("server")
 DEFAULTS: dict[str, Any] = {
     one.name: one.default for one in (*fields(ExitSettings), *fields(ServerSettings))
 }
+_PORT_VARIABLE = "EARLY_EXIT_PORT"
+_ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 SHOWN = "(default: %(default)s)"
 
 
@@ -53,10 +57,24 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_engine_flags(parser)
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=int, default=5000, help="0 takes any free one (default: %(default)s)")
+    add(
+        "--port",
+        type=int,
+        default=os.environ.get(_PORT_VARIABLE, "5000"),
+        help=f"0 takes any free one (default: ${_PORT_VARIABLE}, else 5000)",
+    )
     add("--served-model-name", help="default: the name of the folder of --load")
     add("--api-key", help=f"clients have to send it (default: ${API_KEY_VARIABLE}, else none)")
     add("--max-model-len", type=int, help="tokens of a sequence (default: what the model can)")
+    add(
+        "--allowed-origins",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="ORIGIN",
+        help="pages elsewhere that may use the server (CORS): https://example.org and the like, a "
+        "JSON list of them, or * for all (default: none)",
+    )
     exits = parser.add_argument_group("exits", "what applies where a request does not say it")
     add = exits.add_argument
     add(
@@ -133,6 +151,7 @@ def check_limits(args: argparse.Namespace) -> None:
             torch.device(args.device)
         except RuntimeError as error:
             raise ValueError(f"--device {args.device} is unknown, allowed: cpu, cuda") from error
+    origins_of(args)
     _check(args, "port", 0 <= args.port < 2**16, "0 to 65535")
     for name in ("early_exit_threshold", "draft_confidence"):
         _check(args, name, 0 <= getattr(args, name) <= 1, "0 to 1")
@@ -142,6 +161,29 @@ def api_key_of(args: argparse.Namespace) -> str | None:
     """The key that clients have to send; None lets everyone in."""
     key: str | None = args.api_key
     return os.environ.get(API_KEY_VARIABLE) if key is None else key
+
+
+def origins_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """The origins of pages that may use the server.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    found: list[object] = []
+    for text in args.allowed_origins:
+        try:
+            found += json.loads(text) if text.startswith("[") else [text]
+        except ValueError:
+            raise ValueError(f"--allowed-origins {text} is no JSON list") from None
+    origins = [one for one in found if isinstance(one, str)]
+    for origin in found:
+        # Browsers send them in lower case, and compare letter by letter.
+        if not isinstance(origin, str) or not (origin == "*" or _ORIGIN.fullmatch(origin)):
+            raise ValueError(
+                f"--allowed-origins {origin} is no origin, allowed: * or "
+                "http(s)://HOST[:PORT] in lower case without a path"
+            )
+    return tuple(origins)
 
 
 def settings_of(args: argparse.Namespace, exit_layers: Sequence[int]) -> ServerSettings:
@@ -175,6 +217,7 @@ def settings_of(args: argparse.Namespace, exit_layers: Sequence[int]) -> ServerS
         request_timeout=args.request_timeout,
         log_prompts=args.log_prompts,
         trusted_proxies=trusted_networks(args.forwarded_allow_ips),
+        allowed_origins=origins_of(args),
         example_prompts=tuple(args.example_prompt),
     )
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers.speed import patient
 from tools import request_client
-from tools.run_early_exit_text_generation_server import build_parser, settings_of
+from tools.run_early_exit_text_generation_server import build_parser, origins_of, settings_of
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "serving"
 TOOL = "tools/run_early_exit_text_generation_server.py"
@@ -59,7 +59,36 @@ def test_docker_starts_the_server():
     assert (args.host, args.port) == ("0.0.0.0", 5000)
     assert args.load == Path("/checkpoint")
     assert f"EXPOSE {args.port}" in read("Dockerfile")
-    assert f"http://127.0.0.1:{args.port}/health" in read("Dockerfile")
+    assert f"ENV EARLY_EXIT_PORT={args.port}\n" in read("Dockerfile")
+
+
+def test_the_port_of_the_variable_is_the_servers_and_the_health_checks(monkeypatch):
+    monkeypatch.setenv("EARLY_EXIT_PORT", "8123")
+    assert build_parser().parse_args(["--load", "x"]).port == 8123
+    (words,) = re.findall(r"^HEALTHCHECK .*\n +CMD (\[.*\])$", read("Dockerfile"), re.MULTILINE)
+    asked = []
+    monkeypatch.setattr("urllib.request.urlopen", asked.append)
+    exec(json.loads(words)[-1])
+    assert asked == ["http://127.0.0.1:8123/health"]
+
+
+def test_docker_is_sent_what_it_copies_and_nothing_else():
+    ignored = (FOLDER.parents[1] / ".dockerignore").read_text().split()
+    assert ignored[0] == "*"
+    copied = re.findall(r"^COPY (.*) \S+$", read("Dockerfile"), re.MULTILINE)
+    sources = {source for line in copied for source in line.split()}
+    assert {line[1:] for line in ignored if line.startswith("!")} == sources
+
+
+def test_origins_are_words_or_a_list():
+    def origins(*words: str) -> tuple[str, ...]:
+        return origins_of(build_parser().parse_args(["--load", "x", "--allowed-origins", *words]))
+
+    assert origins("https://a.example:8443", "*") == ("https://a.example:8443", "*")
+    assert origins('["http://localhost:3000"]') == ("http://localhost:3000",)
+    for wrong in ("a.example", "https://a.example/", "https://A.example", "[5]", "[", "null"):
+        with pytest.raises(ValueError, match=r"--allowed-origins .* is no "):
+            origins(wrong)
 
 
 def test_docker_copies_what_there_is():

@@ -1,13 +1,12 @@
 """The Flask application: endpoints, who may use them, and what every answer has."""
 
-import copy
 import hashlib
 import hmac
 import json
 import logging
 from typing import Any
 
-from flask import Response, g, jsonify, request
+from flask import Response, g, request
 from flask.json.provider import DefaultJSONProvider
 from flask_openapi3.models.info import Info
 from flask_openapi3.openapi import OpenAPI
@@ -16,11 +15,13 @@ from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
 
 from megatron.early_exit.server.blueprints.chat import chat
 from megatron.early_exit.server.blueprints.completions import completions
+from megatron.early_exit.server.blueprints.docs import NAMES, add_docs
 from megatron.early_exit.server.blueprints.generate import generate
 from megatron.early_exit.server.blueprints.models import models
 from megatron.early_exit.server.blueprints.operations import operations
 from megatron.early_exit.server.blueprints.page import page
 from megatron.early_exit.server.blueprints.tokens import tokens
+from megatron.early_exit.server.cross_origin import allow_origins
 from megatron.early_exit.server.errors import ApiError, ErrorResponse, of_validation
 from megatron.early_exit.server.job import ClientGone
 from megatron.early_exit.server.request_log import record
@@ -30,7 +31,6 @@ from megatron.early_exit.server.worker import EngineWorker
 
 _LOG = logging.getLogger(__name__)
 _OPEN_TO_ALL = ("page.index", "page.static_file", "operations.health")
-_STREAMS = ("/v1/completions", "/v1/chat/completions")
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; "
     "frame-ancestors 'none'; object-src 'none'",
@@ -82,7 +82,7 @@ def create_app(worker: EngineWorker, settings: ServerSettings) -> OpenAPI:
         validation_error_model=ErrorResponse,
         validation_error_callback=of_validation,
         security_schemes={"key": {"type": "http", "scheme": "bearer"}},
-        doc_prefix="/docs",
+        doc_ui=False,
         static_folder=None,
     )
     app.json = _StrictJson(app)
@@ -92,22 +92,12 @@ def create_app(worker: EngineWorker, settings: ServerSettings) -> OpenAPI:
         app.register_api(endpoints(service))
     app.register_blueprint(page())
     needs_key = settings.api_key is not None
-    app.add_url_rule("/openapi.json", view_func=lambda: jsonify(_description(app, needs_key)))
+    add_docs(app, needs_key)
     record(app, worker, settings)
+    allow_origins(app, settings.allowed_origins)
     _guard(app, settings)
     _explain_errors(app)
     return app
-
-
-def _description(app: OpenAPI, needs_key: bool) -> dict[str, Any]:
-    """The OpenAPI document."""
-    document = copy.deepcopy(app.api_doc)
-    for path in _STREAMS:
-        content = document["paths"][path]["post"]["responses"]["200"]["content"]
-        content["text/event-stream"] = {"schema": {"type": "string"}}
-    if needs_key:
-        document["security"] = [{"key": []}]
-    return document
 
 
 def _guard(app: OpenAPI, settings: ServerSettings) -> None:
@@ -115,7 +105,7 @@ def _guard(app: OpenAPI, settings: ServerSettings) -> None:
 
     @app.before_request
     def check_key() -> None:
-        if expected is None or request.endpoint in _OPEN_TO_ALL:
+        if expected is None or request.endpoint in _OPEN_TO_ALL or request.blueprint in NAMES:
             return
         given = request.headers.get("Authorization", "")
         scheme, _, key = given.partition(" ")

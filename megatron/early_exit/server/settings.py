@@ -45,6 +45,7 @@ class ServerSettings:
         request_timeout: seconds until an answer is given up.
         log_prompts: put what clients send into the log.
         trusted_proxies: whose `X-Forwarded-For` is believed.
+        allowed_origins: of pages elsewhere that may use the server; `*` is all.
         example_prompts: what the server's page offers to begin with; none: what suits any model.
     """
 
@@ -57,4 +58,5 @@ class ServerSettings:
     request_timeout: float = 600.0
     log_prompts: bool = False
     trusted_proxies: tuple[Network, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     example_prompts: tuple[str, ...] = ()
