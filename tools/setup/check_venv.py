@@ -28,7 +28,7 @@ def locked(lock: Path) -> dict[str, str]:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    versions = {}
+    versions: dict[str, str] = {}
     for line in lock.read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
             pinned = Requirement(line)

@@ -172,7 +172,8 @@ class ExitFields(RequestModel):
         """Refuse what the model's name decides otherwise."""
         if "mode" in given and "mode" in settings.decided:
             # The field that asks for the mode, be it by its name or by being there.
-            names = [name for name in ("mode", "use_early_exit") if name in self.model_fields_set]
+            switches = ("mode", "use_early_exit")
+            names: list[str] = [name for name in switches if name in self.model_fields_set]
             names += [name for name in _MODE_FIELDS["early_exit"] if name in given]
             self._contradicts(names[0], given, f"means mode {settings.mode}", settings)
         for name in given.keys() & settings.decided:

@@ -261,7 +261,8 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             loss = functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
             )
-        result = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache})
+        named: dict[str, Any] = {CACHE_NAME: cache}
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, **named)
         return result.to_tuple() if return_dict is False else result
 
     def _choose(self, hidden: Tensor, cache: EarlyExitCache) -> Tensor:
