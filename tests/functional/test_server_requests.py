@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.helpers.text_checkpoint import CONTEXT, save_text_checkpoint
@@ -106,3 +108,19 @@ def test_where_no_limit_is_said_a_text_gets_what_fits(server):
 def test_no_tokens_at_all_are_for_scoring(server):
     error = refusal(server, COMPLETIONS, {"prompt": PROMPT, "max_tokens": 0})
     assert error["message"] == "max_tokens 0: gives nothing, allowed: 1 or more, or 0 with echo"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_each_event_of_a_stream_counts_the_tokens_until_then(server, path):
+    options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": True}
+    body = {"max_tokens": 5, "ignore_eos": True, "stream": True, "stream_options": options}
+    body |= {"prompt": "the", "messages": [{"role": "user", "content": "the"}]}
+    del body["messages" if path == "/v1/completions" else "prompt"]
+    lines = server.post(path, body).text.splitlines()
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts)
+    assert counts[-2:] == [5, 5]
+    assert len(set(counts)) > 1
+    assert all(event["usage"]["prompt_tokens"] > 0 for event in events)
+    assert all("obfuscation" in event for event in events)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import string
+
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
@@ -11,6 +14,7 @@ from megatron.early_exit.server.chat_models import ChatRequest
 from megatron.early_exit.server.completion_models import CompletionRequest
 from megatron.early_exit.server.errors import ApiError
 from megatron.early_exit.server.generate_models import GenerateRequest
+from megatron.early_exit.server.stream_options import StreamOptions, with_options
 
 USER = {"role": "user", "content": "hi"}
 BASES = {
@@ -128,10 +132,18 @@ def test_messages_are_texts(message, said):
     assert raised.value.body.error.param == "messages"
 
 
-def test_usage_of_every_event_is_refused():
-    options = {"continuous_usage_stats": True}
-    with pytest.raises(ApiError, match=r"^stream_options: continuous_usage_stats is not"):
-        CompletionRequest.model_validate({"prompt": "a", "stream": True, "stream_options": options})
+ALPHABET = {*string.ascii_letters, *string.digits, "-", "_"}
+
+
+def test_obfuscated_events_have_lengths_in_blocks():
+    events = ['{"a":1}', '{"text":"' + "x" * 100 + '"}']
+    options = StreamOptions(include_obfuscation=True)
+    for event, filled in zip(events, with_options(iter(events), options), strict=True):
+        assert len(filled) % 64 == 0
+        parsed = json.loads(filled)
+        assert set(parsed.pop("obfuscation")) <= ALPHABET
+        assert parsed == json.loads(event)
+    assert list(with_options(iter(events), StreamOptions())) == events
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,16 +61,39 @@ def test_docker_starts_the_server():
     assert args.load == Path("/checkpoint")
     assert f"EXPOSE {args.port}" in read("Dockerfile")
     assert f"ENV EARLY_EXIT_PORT={args.port}\n" in read("Dockerfile")
+    assert 'CMD ["python", "health_check.py"]' in read("Dockerfile")
 
 
-def test_the_port_of_the_variable_is_the_servers_and_the_health_checks(monkeypatch):
+def test_the_port_may_come_from_a_variable(monkeypatch):
     monkeypatch.setenv("EARLY_EXIT_PORT", "8123")
     assert build_parser().parse_args(["--load", "x"]).port == 8123
-    (words,) = re.findall(r"^HEALTHCHECK .*\n +CMD (\[.*\])$", read("Dockerfile"), re.MULTILINE)
-    asked = []
-    monkeypatch.setattr("urllib.request.urlopen", asked.append)
-    exec(json.loads(words)[-1])
-    assert asked == ["http://127.0.0.1:8123/health"]
+
+
+def test_the_health_check_finds_the_port_of_the_server():
+    program = "\n".join(
+        (
+            "from http.server import BaseHTTPRequestHandler, HTTPServer",
+            "class Healthy(BaseHTTPRequestHandler):",
+            "    def do_GET(self):",
+            "        self.send_response(200 if self.path == '/health' else 404)",
+            "        self.end_headers()",
+            "server = HTTPServer(('127.0.0.1', 0), Healthy)",
+            "print('ready', flush=True)",
+            "server.serve_forever()",
+        )
+    )
+    check = [sys.executable, FOLDER / "health_check.py"]
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        server.stdout.readline()
+        found = subprocess.run([*check, str(server.pid)], timeout=patient(30), check=False)
+        server.kill()
+    assert found.returncode == 0
+    silent = subprocess.run(
+        [*check, str(os.getpid())], capture_output=True, timeout=patient(30), check=False
+    )
+    assert silent.returncode == 1
+    assert silent.stderr == b"the server does not answer yet: no port is open\n"
 
 
 def test_docker_is_sent_what_it_copies_and_nothing_else():

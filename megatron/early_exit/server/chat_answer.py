@@ -41,8 +41,7 @@ class ChatAnswer(JobAnswer[ChatRequest]):
         ]
         return ChatResponse(**self._head, choices=choices, **self._figures())
 
-    def events(self, batches: Iterator[Tokens]) -> Iterator[str]:
-        """The stream's events."""
+    def _events(self, batches: Iterator[Tokens]) -> Iterator[str]:
         for index in range(self._job.size):
             yield self._event(index, Delta(role="assistant", content=""))
         for batch in batches:
@@ -68,7 +67,8 @@ class ChatAnswer(JobAnswer[ChatRequest]):
             choice.token_ids = [token.token_id for token in tokens]
         if reason is not None:
             choice.stop_reason = self._job.requests[index].result().stop_reason
-        return ChatChunk(**self._head, choices=[choice]).model_dump_json()
+        chunk = ChatChunk(**self._head, choices=[choice], usage=self._running_usage())
+        return chunk.model_dump_json()
 
     def _logprobs(self, tokens: Sequence[GeneratedToken]) -> ChatLogprobs | None:
         if not self._body.logprobs:

@@ -42,8 +42,7 @@ class CompletionAnswer(JobAnswer[CompletionRequest]):
         ]
         return CompletionResponse(**self._head, choices=choices, **self._figures())
 
-    def events(self, batches: Iterator[Tokens]) -> Iterator[str]:
-        """The stream's events."""
+    def _events(self, batches: Iterator[Tokens]) -> Iterator[str]:
         for batch in batches:
             for index, token in batch:
                 self._held[index].append(token)
@@ -63,7 +62,10 @@ class CompletionAnswer(JobAnswer[CompletionRequest]):
             self._held[index] = []
             if choice.finish_reason is not None:
                 self._open.discard(index)
-            yield CompletionResponse(**self._head, choices=[choice]).model_dump_json()
+            response = CompletionResponse(
+                **self._head, choices=[choice], usage=self._running_usage()
+            )
+            yield response.model_dump_json()
 
     def _choice(self, index: int, tokens: Sequence[GeneratedToken]) -> CompletionChoice:
         request = self._job.requests[index]

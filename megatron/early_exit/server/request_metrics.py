@@ -8,15 +8,13 @@ from megatron.early_exit.inference.decoding.results import GenerationResult
 from megatron.early_exit.server.answer_models import RequestMetrics, SpeculativeDecoding, Usage
 
 
-def usage(results: Sequence[GenerationResult], answers: int) -> Usage:
+def usage(prompts: int, generated: int) -> Usage:
     """The tokens of a request.
 
     Args:
-        results: of all its sequences.
-        answers: to each prompt, which counts once.
+        prompts: tokens of its prompts, each of which counts once.
+        generated: tokens of all answers.
     """
-    prompts = sum(len(one.prompt_token_ids) for one in results[::answers])
-    generated = sum(len(one.token_ids) for one in results)
     return Usage(
         prompt_tokens=prompts, completion_tokens=generated, total_tokens=prompts + generated
     )

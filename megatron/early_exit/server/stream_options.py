@@ -1,23 +1,29 @@
-"""What a stream ends with."""
+"""What the events of a stream have besides the text."""
 
+import secrets
+from collections.abc import Iterator
 from typing import Protocol
 
 from pydantic import Field
 
 from megatron.early_exit.server.errors import ApiError
 from megatron.early_exit.server.fields import RequestModel
-from megatron.early_exit.server.unsupported import STREAM_OPTIONS
+
+_BLOCK = 64
+"""Events are filled up to multiples of so many characters."""
 
 
 class StreamOptions(RequestModel):
-    """What a stream ends with."""
+    """What the events of a stream have besides the text."""
 
-    unsupported = STREAM_OPTIONS
-    within = "stream_options"
-
-    include_usage: bool = False
-    include_obfuscation: bool | None = Field(
-        None, description="Nothing is ever added to events here."
+    include_usage: bool = Field(False, description="End with an event that has the figures.")
+    continuous_usage_stats: bool = Field(
+        False, description="Each event has the number of tokens until then."
+    )
+    include_obfuscation: bool = Field(
+        False,
+        description="Fill events up with random characters, so that their lengths do not tell on "
+        "the network how long the tokens are.",
     )
 
 
@@ -34,3 +40,20 @@ def check_stream_options(body: _Streamable) -> None:
     """
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: has no effect without stream", "stream_options")
+
+
+def with_options(events: Iterator[str], options: StreamOptions | None) -> Iterator[str]:
+    """The events of a stream as its options want them.
+
+    Args:
+        events: JSON objects.
+    """
+    if options is None or not options.include_obfuscation:
+        return events
+    return map(_filled_up, events)
+
+
+def _filled_up(event: str) -> str:
+    begin = f'{event[:-1]},"obfuscation":"'
+    missing = -(len(begin) + 2) % _BLOCK
+    return f'{begin}{secrets.token_urlsafe(_BLOCK)[:missing]}"}}'

@@ -106,9 +106,6 @@ MESSAGE: Mapping[str, Unsupported] = {
     "refusal": Unsupported("write it into content", ("",)),
     "audio": Unsupported(_AUDIO),
 }
-STREAM_OPTIONS: Mapping[str, Unsupported] = {
-    "continuous_usage_stats": Unsupported("use include_usage, for the last event", (False,)),
-}
 PARTS: Mapping[str, Unsupported] = {
     kind: Unsupported("messages are texts")
     for kind in ("image_url", "input_audio", "audio_url", "video_url", "file", "refusal")
