@@ -167,7 +167,8 @@ def run(args: argparse.Namespace) -> int:
         open(args.output or os.devnull, "w", encoding="utf-8") as file,
         tqdm(total=len(prompts), unit=" prompts", disable=None) as bar,
     ):
-        asked = ask(client, body, prompts, args.concurrency, args.compare)
+        full = f"{card['root']}:full" if args.compare else None
+        asked = ask(client, body, prompts, args.concurrency, full)
         for number, outcome in enumerate(asked, start=1):
             if outcome.error is not None and len(prompts) == 1:
                 raise RequestFailed(outcome.error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -70,15 +71,28 @@ def test_each_token_has_the_colour_of_its_exit(ask, engine, monkeypatch):
     terminal = Terminal()
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys, "stdout", terminal)
-    assert ask("--prompt", PROMPTS[0], "--mode", "self_speculative", "--max-tokens", "30") == 0
+    assert ask("--prompt", PROMPTS[3], "--mode", "self_speculative", "--max-tokens", "30") == 0
     params = SamplingParams(mode="self_speculative", draft_confidence=0.25, max_tokens=30)
-    (result,) = engine.generate(PROMPTS[0], params)
+    (result,) = engine.generate(PROMPTS[3], params)
     marks = {1: "\x1b[42m\x1b[30m", 4: "\x1b[43m\x1b[30m"}
-    expected = "".join(
-        "\n".join(f"{marks[layer]}{part}\x1b[0m" if part else "" for part in text.split("\n"))
+    shown = re.sub(r"\x1b\[0m", "", terminal.getvalue())
+    first, *parts = re.split(r"(\x1b\[4[23]m\x1b\[30m)", shown)
+    characters = [
+        (mark, one)
+        for mark, text in zip(parts[::2], parts[1::2], strict=True)
+        for one in text.replace("\n", "")
+    ]
+    expected = [
+        (marks[layer], one)
         for text, layer in zip(result.token_texts, result.exit_layers, strict=True)
-    )
-    assert terminal.getvalue() == expected + "\n"
+        for one in text.replace("\n", "")
+    ]
+    assert first + "".join(parts[1::2]) == result.text + "\n"
+    # Bytes that are no text are seen at the next token, and have the colour of their own.
+    assert [one for one in characters if one[1] != "\ufffd"] == [
+        one for one in expected if one[1] != "\ufffd"
+    ]
+    assert {mark for mark, _ in characters} == set(marks.values())
 
 
 @pytest.mark.parametrize("concurrency", ["1", "4"])
@@ -218,7 +232,7 @@ class Broken(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        cards = {"data": [{"id": "broken", "num_layers": 2, "exit_layers": []}]}
+        cards = {"data": [{"id": "broken", "root": "broken", "num_layers": 2, "exit_layers": []}]}
         self._send(json.dumps(cards if self.server.knows_models else {"data": []}), ends=True)
 
     def do_POST(self):

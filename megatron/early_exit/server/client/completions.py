@@ -82,7 +82,7 @@ class CompletionClient:
             with self._send("GET", path) as response:
                 found = response.json()
             card: dict[str, Any] = found["data"][0] if model is None else found
-            if not {"id", "num_layers", "exit_layers"} <= card.keys():
+            if not {"id", "root", "num_layers", "exit_layers"} <= card.keys():
                 raise KeyError
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise RequestFailed(f"{self._url} is not an early-exit server") from error

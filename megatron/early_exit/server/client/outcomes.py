@@ -11,7 +11,7 @@ from megatron.early_exit.server.client.completions import (
     RequestFailed,
 )
 
-_EXIT_FIELDS = ("early_exit_threshold", "exit_layers")
+_EXIT_FIELDS = ("mode", "early_exit_threshold", "exit_layers")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def ask(
     body: dict[str, Any],
     prompts: Sequence[str],
     concurrency: int,
-    compare: bool,
+    compare_with: str | None,
 ) -> Iterator[Outcome]:
     """What comes of each prompt, in their order, as soon as it and those before it are there.
 
@@ -54,7 +54,8 @@ def ask(
         body: the request without its prompt.
         prompts: the prompts.
         concurrency: requests at a time.
-        compare: ask each in mode `full` as well, right after the first answer.
+        compare_with: ask each of this model as well, right after the first answer, without what the
+            request says of exits; None compares with nothing.
 
     Raises:
         Unreachable: the server has gone away.
@@ -65,8 +66,8 @@ def ask(
         try:
             answer = client.complete({**body, "prompt": prompt})
             full = None
-            if compare:
-                full = client.complete({**in_full, "mode": "full", "prompt": prompt})
+            if compare_with is not None:
+                full = client.complete({**in_full, "model": compare_with, "prompt": prompt})
         except RequestFailed as error:
             return Outcome(prompt, error=str(error))
         return Outcome(prompt, answer, full)

@@ -137,9 +137,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             return None
         known = self.config.exit_layers
         if isinstance(exit_layers, str) or not isinstance(exit_layers, Iterable):
-            raise ValueError(
-                f"exit_layers {exit_layers!r} is no list, allowed are lists of {known}"
-            )
+            raise ValueError(f"exit_layers {exit_layers!r} is no list, allowed: some of {known}")
         enabled = tuple(exit_layers)
         for layer in enabled:
             if layer not in known:
