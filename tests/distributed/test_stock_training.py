@@ -47,7 +47,7 @@ class Trainer:
         """The output of all ranks."""
         self.runs += 1
         arguments = " ".join([MODEL, f"--train-iters {iters}", *map(str, flags)]).split()
-        done = self.ranks.run([SCRIPT, *arguments], nproc, self.folder / f"run{self.runs}", 200)
+        done = self.ranks.run([SCRIPT, *arguments], nproc, self.folder / f"run{self.runs}")
         assert done.returncode == 0, done.stdout[-6000:]
         return done.stdout
 

@@ -107,7 +107,7 @@ def test_a_file_of_prompts_gives_a_file_of_results(checkpoint, tmp_path):
     ("flags", "message"),
     [
         (["--prompt", "a", "--top-p", "2"], "--top-p 2.0 is out of range, allowed: above 0"),
-        (["--prompt", "a", "--exit-layers", "1"], "--exit-layers (1,) is out of range"),
+        (["--prompt", "a", "--exit-layers", "1"], "--exit-layers (1,) has no effect with"),
         (
             ["--prompt", "a", "--mode", "early_exit", "--exit-layers", "2"],
             "exit_layers 2 is unknown, allowed: 1, 3",
