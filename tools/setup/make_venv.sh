@@ -93,7 +93,7 @@ pip_install() {
 }
 
 install() {
-    echo "Installing into .venv (2 to 4 minutes and 6 GB the first time)"
+    echo "Installing into .venv (2 to 6 minutes and 7 GB the first time)"
     touch "$unfinished"
     rm -f "$stamp"
     # Without isolation, for what pip would fetch to build a package with is not held to the lock.
