@@ -82,12 +82,15 @@ def profile(args: argparse.Namespace, model: Model) -> LayerProfile:
     logging.getLogger("megatron").setLevel(logging.WARNING)
     import torch
 
-    from megatron.early_exit.hardware.dtypes import dtype_speed, say_once
+    from megatron.early_exit.hardware.dtypes import dtype_speed
     from megatron.early_exit.training.part_profile import PartProfiler
 
     dtype = torch.float32 if args.fp32 else torch.bfloat16
     if not (speed := dtype_speed(dtype, machine.device)).is_fast:
-        say_once(f"{speed.finding}: plans with this profile are plans for such machines")
+        print(
+            f"{speed.finding}: plans with this profile are plans for such machines",
+            file=sys.stderr,
+        )
     exits, sizes = model.placements[0], sorted(set(args.micro_batch_size))
     measuring = ""
 
