@@ -96,7 +96,7 @@ def test_the_death_of_the_launcher_ends_torchrun_and_its_ranks(trainings, tmp_pa
     log, save = tmp_path / "log.txt", tmp_path / "save"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     training = trainings("launched").command()
-    endless = ["--train-iters", 10**6, "--num-workers", 1, "--save", save]
+    endless = ["--train-iters", 10**6, "--num-workers", 1, "--save", save, "--load", save]
     command = [*torchrun, "--nproc-per-node", NPROC, *training, *endless]
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, log, *map(str, command)], cwd=ROOT, text=True
