@@ -56,8 +56,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--minutes",
         type=float,
-        default=10.0,
-        help="that all takes at most; fast machines need less (default: %(default)s)",
+        default=os.environ.get("DEMO_MINUTES", "10"),
+        help="that all takes at most; fast machines need less (default: $DEMO_MINUTES, else 10)",
     )
     steps = os.environ.get("DEMO_STEPS")
     parser.add_argument(

@@ -11,7 +11,7 @@ import time
 
 VARIABLE = "EARLY_EXIT_TEST_PATIENCE"
 """Environment variable with the factor, for the processes that a test run starts."""
-_FAST_S = 0.05
+_FAST_S = 0.025
 """Seconds that `_work` takes on the machine that limits are written down for."""
 _MOST = 8.0
 """Nothing is waited for longer than this many times, however slow the machine seems."""

@@ -199,3 +199,10 @@ def test_the_document_has_both_ends_of_every_number(kind):
             if one.get("type") in ("integer", "number"):
                 assert "maximum" in one, name
                 assert {"minimum", "exclusiveMinimum"} & one.keys(), name
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_field_that_nobody_knows_is_refused_even_if_it_is_null(kind):
+    kind.model_validate({**BASES[kind], "seed": None})
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        kind.model_validate({**BASES[kind], "sead": None})

@@ -52,9 +52,10 @@ class RequestModel(BaseModel):
         if not isinstance(body, dict):
             return body
         body = drop_unsupported(body, cls.unsupported, cls.within)
-        required = {name for name, field in cls.model_fields.items() if field.is_required()}
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        # An unknown field stays, and is refused, whatever its value is.
         return {
-            name: value for name, value in body.items() if value is not None or name in required
+            name: value for name, value in body.items() if value is not None or name not in optional
         }
 
     @classmethod
