@@ -103,7 +103,7 @@ class Client:
         self.close()
 
     async def ask(self, record: Record) -> None:
-        """Ask one item."""
+        """Send one request and fill its record with the answer."""
         try:
             async with asyncio.timeout(PATIENCE_S):
                 await self._ask(record)
@@ -112,7 +112,7 @@ class Client:
             self.close()
 
     def close(self) -> None:
-        """Go away."""
+        """Close the connection, if there is one."""
         if self._pair is not None:
             self._pair[1].close()
             self._pair = None

@@ -41,7 +41,7 @@ class Tally:
     firsts: list[float] = field(default_factory=list)
 
     def add(self, record: Record) -> None:
-        """Judge one."""
+        """Count an answer, and whether it is the expected one."""
         self.statuses[record.status] += 1
         try:
             is_right = record.is_right()

@@ -136,7 +136,7 @@ async def _probe(soaked: Soaked, tally: Tally) -> None:
 
 
 async def _ask(soaked: Soaked, random_: random.Random, tally: Tally) -> None:
-    """A good client."""
+    """Send ordinary requests, one after the other, and count their answers."""
     while True:
         question = random_.choice(soaked.questions)
         begin = perf_counter()

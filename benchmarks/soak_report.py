@@ -38,7 +38,7 @@ class Report:
     seconds: float = 0.0
 
     def promise(self, text: str, found: object, holds: bool | None) -> None:
-        """Add one."""
+        """Record a promise, what was found, and whether it holds (None: not judged)."""
         self.promises.append(Promise(text, str(found), holds))
 
     def as_dict(self) -> dict[str, Any]:

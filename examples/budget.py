@@ -16,7 +16,7 @@ MEASURING = 1 / 3
 """Most of the time that measuring takes."""
 
 LEAST_PROMPTS = 3
-"""Fewer would be anecdotes."""
+"""With fewer prompts the agreement would depend on single texts."""
 
 _STEP_MS = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
 _RESERVE = 0.9
@@ -110,7 +110,7 @@ class Measuring:
     thresholds: tuple[float, ...]
 
     def describe(self) -> str:
-        """In words."""
+        """Return what will be measured, for the line that is printed."""
         return (
             f"{self.prompts} prompts, {self.tokens} tokens, {self.repeats} times, "
             f"{len(self.thresholds)} thresholds"

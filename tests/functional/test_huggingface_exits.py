@@ -242,7 +242,7 @@ def test_options_of_generate_that_are_refused(exported, message, options):
 
 
 class Listener:
-    """A streamer."""
+    """A streamer for `generate` that keeps the tokens it is given."""
 
     def __init__(self):
         self.tokens = []

@@ -118,7 +118,7 @@ PHASES = {
     "index": during_a_save(".metadata"),
     "finished, not named": during_a_save("metadata.json"),
 }
-"""Of a save."""
+"""Moments within a save, by what has been written."""
 
 
 def moments(random_: random.Random) -> list[tuple[str, Moment, float]]:
