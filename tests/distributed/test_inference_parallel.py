@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
+from megatron.early_exit.hardware.compiler import has_cpp_compiler
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 from megatron.early_exit.inference.decoding import scoring
 from megatron.early_exit.inference.decoding.confidence import NOT_FINITE
@@ -21,7 +22,7 @@ from megatron.early_exit.inference.decoding.results import PromptToken
 from megatron.early_exit.inference.parallel.division import divided_model
 from megatron.early_exit.inference.parallel.process_groups import join, own_part
 from tests.helpers.arrivals import CONTEXT, Arrival, Syllables, assert_oracles, examples, play
-from tests.helpers.compiler import HAS_COMPILER, needs_compiler
+from tests.helpers.compiler import needs_compiler
 from tests.helpers.reference_decoder import generate
 from tests.helpers.spawn import spawn
 from tests.helpers.tiny_models import GPT2, HEADS, LLAMA, TinyModel, make_model, save_checkpoint
@@ -84,7 +85,7 @@ def generate_everything(folder: str, arriving: list[list[Arrival]]) -> dict[Any,
             if (kind, head) == ONE:
                 found[layout, "more"] = more_of_one(engine)
             engine.close()
-        if layout[0] == 1 and HAS_COMPILER:
+        if layout[0] == 1 and has_cpp_compiler():
             engine = divided_engine(folder, *ONE, layout, compile=True)
             pairs = zip(*greedy_requests(0), strict=True)
             found[layout, "compiled"] = [engine.generate([prompt], one)[0] for prompt, one in pairs]

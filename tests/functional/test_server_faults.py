@@ -15,6 +15,7 @@ import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers.server_process import free_port, server_process, wait_until
+from tests.helpers.speed import patient
 from tests.helpers.text_checkpoint import save_text_checkpoint
 from tests.helpers.text_server import text_server
 from tools.run_early_exit_text_generation_server import main
@@ -62,8 +63,9 @@ def assert_error(body, code, *parts):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_what_is_under_way_is_finished_before_the_end(checkpoint, engine, tmp_path, number):
+    flags = ["--max-batch-size", "1", "--shutdown-timeout", str(patient(100))]
     with (
-        server_process(checkpoint, tmp_path, "--max-batch-size", "1") as server,
+        server_process(checkpoint, tmp_path, *flags) as server,
         ThreadPoolExecutor() as pool,
     ):
         _, lines = begun_stream(server, LONG)

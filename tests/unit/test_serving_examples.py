@@ -89,9 +89,11 @@ def test_the_health_check_finds_the_port_of_the_server():
         found = subprocess.run([*check, str(server.pid)], timeout=patient(30), check=False)
         server.kill()
     assert found.returncode == 0
-    silent = subprocess.run(
-        [*check, str(os.getpid())], capture_output=True, timeout=patient(30), check=False
-    )
+    with subprocess.Popen(["sleep", "1000"]) as deaf:
+        silent = subprocess.run(
+            [*check, str(deaf.pid)], capture_output=True, timeout=patient(30), check=False
+        )
+        deaf.kill()
     assert silent.returncode == 1
     assert silent.stderr == b"the server does not answer yet: no port is open\n"
 
