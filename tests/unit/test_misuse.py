@@ -167,4 +167,4 @@ def test_a_folder_for_indices_that_cannot_be_written(parser, tmp_path):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "cache"
     with pytest.raises(ValueError, match=r"^--data-cache-path .* a folder to write to$"):
-        check_data(parse(parser, f"--mock-data --data-cache-path {folder}"))
+        check_data(parse(parser, f"--mock-data --data-cache-path {folder}"), 8)

@@ -245,9 +245,9 @@ def test_every_flag_of_megatrons_data_group_is_known(monkeypatch):
 
 
 def test_whole_data_are_taken(parse, data):
-    check_data(parse("--data-path", data, "--split", "98,2,0"))
-    check_data(parse("--train-data-path", data, "--valid-data-path", data))
-    check_data(parse("--mock-data"))
+    check_data(parse("--data-path", data, "--split", "98,2,0"), VOCAB)
+    check_data(parse("--train-data-path", data, "--valid-data-path", data), VOCAB)
+    check_data(parse("--mock-data"), VOCAB)
 
 
 def broken(data: Path, how: str) -> None:
@@ -298,12 +298,24 @@ def broken(data: Path, how: str) -> None:
 )
 def test_damaged_data_are_refused_under_the_flag_that_gave_them(parse, data, how, words):
     broken(data, how)
-    message = refusal(lambda: check_data(parse("--data-path", data, "--split", "98,2,0")))
+    message = refusal(lambda: check_data(parse("--data-path", data, "--split", "98,2,0"), VOCAB))
     assert message.startswith(f"--data-path {data}")
     assert words in message
     flags = ["--train-data-path", data, "--valid-data-path", data]
-    message = refusal(lambda: check_data(parse(*flags)))
+    message = refusal(lambda: check_data(parse(*flags), VOCAB))
     assert message.startswith(f"--train-data-path {data}")
+
+
+@pytest.mark.parametrize("length", [2, 5000])
+def test_the_end_of_documents_must_be_a_token_of_the_tokenizer(parse, tmp_path, length):
+    """EE-LLM appends its own to SentencePiece's; padded rows may have room for them."""
+    end = VOCAB - 1
+    data = write_documents(tmp_path / "appended", [[1] * length + [end]] * 20)
+    args = parse("--data-path", data, "--split", "50,50,0")
+    check_data(args, VOCAB)
+    message = refusal(lambda: check_data(args, VOCAB - 3))
+    assert f"has the token {end}, which is out of range, allowed: 0 to {VOCAB - 4}," in message
+    assert "--tokenizer-sentencepiece-legacy" in message
 
 
 @pytest.mark.parametrize(
@@ -328,7 +340,7 @@ def test_damaged_data_are_refused_under_the_flag_that_gave_them(parse, data, how
 )
 def test_data_that_leave_nothing_to_do_are_refused(parse, data, flags, words):
     flags = [data if flag == "DATA" else flag for flag in flags]
-    message = refusal(lambda: check_data(parse(*flags)))
+    message = refusal(lambda: check_data(parse(*flags), VOCAB))
     assert all(word in message for word in words), message
 
 

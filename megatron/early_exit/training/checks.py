@@ -118,10 +118,15 @@ def _check_support(args: Namespace) -> None:
         raise ValueError("--phase-transition-iterations needs --train-samples")
 
 
-def check_data(args: Namespace) -> None:
+def check_data(args: Namespace, vocabulary: int) -> None:
     """Refuse data sets that are missing, damaged, empty or for another vocabulary.
 
     Only looks at a few documents of each; for rank 0.
+
+    Args:
+        args: what the run was started with.
+        vocabulary: the number of the tokenizer's tokens. The model may have more rows than that,
+            which stand for no token.
 
     Raises:
         ValueError: naming the flag, the data set and what is wrong with it.
@@ -138,7 +143,7 @@ def check_data(args: Namespace) -> None:
         if is_object_storage_path(source.prefix):
             _check_object_storage(args, source)
             continue
-        documents = _check_files(source, args.padded_vocab_size)
+        documents = _check_files(source, min(vocabulary, args.padded_vocab_size))
         if args.split is not None:
             _check_shares(source, documents, args.split)
 
@@ -249,9 +254,12 @@ def _check_files(source: DataSource, vocabulary: int) -> int:
     if (found := os.path.getsize(data)) < size:
         raise ValueError(f"{source}: {data} is cut short, it has {found} bytes of {size}")
     for document in np.linspace(0, len(lengths) - 1, _SAMPLED_DOCUMENTS, dtype=int):
-        count = min(int(lengths[document]), _SAMPLED_TOKENS)
-        tokens = np.fromfile(data, index.dtype, count, offset=int(offsets[document]))
-        for token in (tokens.min(initial=0), tokens.max(initial=0)):
+        length, offset = int(lengths[document]), int(offsets[document])
+        tokens = np.fromfile(data, index.dtype, min(length, _SAMPLED_TOKENS), offset=offset)
+        # The token that ends documents is often the largest.
+        end = offset + max(length - 1, 0) * index.dtype_size
+        ends = np.fromfile(data, index.dtype, min(length, 1), offset=end)
+        for token in (tokens.min(initial=0), max(tokens.max(initial=0), ends.max(initial=0))):
             if not 0 <= token < vocabulary:
                 raise ValueError(
                     f"{source} has the token {token}, which is out of range, allowed: 0 to "
