@@ -8,8 +8,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 
 from examples.quickstart.tradeoff import Point, by_layers
+
+_LABEL_WIDTH, _LABEL_HEIGHT = 32, 14
+"""Pixels that the name of a threshold needs at the figure's own 100 for an inch."""
 
 
 def loss_curves(tensorboard: Path, picture: Path) -> None:
@@ -45,13 +49,15 @@ def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
     return smoothed
 
 
-def tradeoff_curve(points: Sequence[Point], picture: Path) -> None:
+def tradeoff_curve(points: Sequence[Point], picture: Path, least_agreement: float) -> None:
     """Draw agreement with the full model against speed, one mark for each threshold.
 
-    All speeds are over the first point's, a full model's.
+    All speeds are over the first point's, a full model's. The agreement that is wanted is in the
+    picture, so that a difference of some tokens looks as small as it is.
     """
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     slowest = points[0].tokens_per_second
+    marks: list[tuple[str, tuple[float, float]]] = []
     for layers, own in by_layers(points).items():
         full, *early = own
         speeds = [point.tokens_per_second / slowest for point in early]
@@ -59,14 +65,8 @@ def tradeoff_curve(points: Sequence[Point], picture: Path) -> None:
         (line,) = axes.plot(
             speeds, agreements, marker="o", label=f"early exit by threshold, {layers} layers"
         )
-        for point, speed, agreement in zip(early, speeds, agreements, strict=True):
-            axes.annotate(
-                f"{point.threshold:.2f}",
-                (speed, agreement),
-                textcoords="offset points",
-                xytext=(6, 4),
-                fontsize=8,
-            )
+        names = [f"{point.threshold:.2f}" for point in early]
+        marks += zip(names, zip(speeds, agreements, strict=True), strict=True)
         axes.plot(
             [full.tokens_per_second / slowest],
             [100.0],
@@ -75,12 +75,27 @@ def tradeoff_curve(points: Sequence[Point], picture: Path) -> None:
             color=line.get_color(),
             label=f"full model, {layers} layers",
         )
+    axes.axhline(100 * least_agreement, color="gray", linestyle="dashed", linewidth=1)
     axes.set(
         xlabel=f"speed, over the full model with {points[0].layers} layers",
         ylabel="tokens that the full model would choose (%)",
         title="Quality against speed",
     )
+    axes.margins(x=0.08)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=len(by_layers(points)))
+    figure.draw_without_rendering()
+    _label(axes, marks)
     figure.savefig(picture, dpi=120)
     pyplot.close(figure)
+
+
+def _label(axes: Axes, marks: Sequence[tuple[str, tuple[float, float]]]) -> None:
+    """Write the lowest thresholds' names beside their marks, and of others where there is room."""
+    taken: list[tuple[float, float]] = []
+    for name, place in sorted(marks):
+        x, y = axes.transData.transform(place)
+        if any(abs(x - a) < _LABEL_WIDTH and abs(y - b) < _LABEL_HEIGHT for a, b in taken):
+            continue
+        taken.append((x, y))
+        axes.annotate(name, place, textcoords="offset points", xytext=(6, 4), fontsize=8)

@@ -193,7 +193,7 @@ def main() -> None:
             "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in used)
         )
         loss_curves(run.tensorboard, args.work_dir / "losses.png")
-        tradeoff_curve(points, args.work_dir / "tradeoff.png")
+        tradeoff_curve(points, args.work_dir / "tradeoff.png", LEAST_AGREEMENT)
         print(f"\n{verdict(points, LEAST_AGREEMENT)}")
 
     stage("Speed and quality by threshold", sweep)

@@ -178,6 +178,13 @@ def table(points: Sequence[Point]) -> str:
     return "\n".join([" " * 10 + first, head, *rows])
 
 
+_WHY_ALL = (
+    "   Every threshold keeps as much, down to the lowest: after so short a training the layers "
+    "behind the first exit\n   add little that it lacks. With more steps they do, and thresholds "
+    "have to choose (--minutes)."
+)
+
+
 def verdict(points: Sequence[Point], least_agreement: float) -> str:
     """The fastest setting of each engine as a sentence; where that is the full model, and why."""
     lines = []
@@ -191,6 +198,8 @@ def verdict(points: Sequence[Point], least_agreement: float) -> str:
         )
         if winner.threshold is None:
             lines.append(_why_none(own, least_agreement))
+    if all(point.agreement >= least_agreement for point in points):
+        lines.append(_WHY_ALL)
     return "\n".join(lines)
 
 

@@ -272,11 +272,20 @@ def point(threshold: float | None, speedup: float, agreement: float) -> tradeoff
 
 def test_the_verdict_says_why_nothing_is_gained() -> None:
     full = point(None, 1.0, 1.0)
-    assert "threshold 0.1, 1.20 times" in tradeoff.verdict([full, point(0.1, 1.2, 0.95)], 0.9)
+    gained = tradeoff.verdict([full, point(0.1, 1.2, 0.95), point(0.0, 1.5, 0.8)], 0.9)
+    assert "threshold 0.1, 1.20 times" in gained
+    assert "\n" not in gained
     slow = tradeoff.verdict([full, point(0.1, 0.9, 0.95), point(0.0, 0.95, 0.5)], 0.9)
     assert "No threshold is faster here" in slow
     rough = tradeoff.verdict([full, point(0.1, 0.9, 0.95), point(0.0, 1.5, 0.8)], 0.9)
     assert "0.0 is 1.50 times as fast with 80.0% equal, less than 90%" in rough
+
+
+def test_the_verdict_says_where_a_short_training_makes_every_threshold_good() -> None:
+    points = [point(None, 1.0, 1.0), point(0.1, 1.2, 0.99), point(0.0, 2.0, 0.98)]
+    found = tradeoff.verdict(points, 0.9)
+    assert "threshold 0.0, 2.00 times" in found
+    assert "the layers behind the first exit\n   add little" in found
 
 
 # --- the command line ------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def report(
             f"model's speed, {one.drafted:.0%} of the tokens drafted, {one.identical:.0%} of the "
             f"texts identical ({_verdict(one.speedup, LEAST_LOSSLESS)})"
         )
-    tradeoff_curve(points, work_dir / "tradeoff.png")
+    tradeoff_curve(points, work_dir / "tradeoff.png", LEAST_AGREEMENT)
     figures = {
         "thresholds": [asdict(point) for point in points],
         "self_speculative": [asdict(one) for one in drafts],
