@@ -275,9 +275,10 @@ def serve_at(args: argparse.Namespace, sockets: Sequence[socket.socket]) -> int:
     server = WebServer(create_app(worker, settings), worker, settings, sockets, args.max_batch_size)
     engine.on_death(server.fail)
     exits = settings.exits
+    host = f"[{args.host}]" if ":" in args.host else args.host
     log(
         LOG,
-        f"serving {settings.model_name} at http://{args.host}:{server.port}",
+        f"serving {settings.model_name} at http://{host}:{server.port}",
         layers=engine.num_layers,
         exit_layers=list(engine.exit_layers),
         max_model_len=engine.max_sequence_length,

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import requests
+from waitress.channel import HTTPChannel
 
-from megatron.early_exit.server.connections import ConnectionLimits
+from megatron.early_exit.server.connections import Connection, ConnectionLimits
 from megatron.early_exit.server.settings import ExitSettings, ServerSettings
 from megatron.early_exit.server.web import WebServer, bound_sockets
 from tests.helpers.server_process import wait_until
@@ -230,6 +231,56 @@ def test_a_body_that_is_too_large_is_not_kept():
         assert connection.recv(15).startswith(b"HTTP/1.1 200")
 
 
+def test_a_body_beyond_all_bounds_is_refused_before_it_is_sent():
+    with web_server() as server:
+        head = HEAD + b"Expect: 100-continue\r\nContent-Length: 1000000000\r\n\r\n"
+        head, _, body = whole_answer(connect(server, head)).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 413 ")
+        error = json.loads(body)["error"]
+        assert error["message"] == "body: is too large, allowed: up to 1024 bytes"
+        assert (error["type"], error["param"]) == ("invalid_request_error", "body")
+        assert server.statuses == [413]
+
+
+def test_bodies_that_are_being_answered_count():
+    with web_server() as server:
+        head = HEAD.replace(b"/echo", b"/wait") + b"Content-Length: 1000\r\n\r\n"
+        connection = connect(server, head + bytes(1000))
+        wait_until(lambda: server.app.bodies)
+        assert server.connections.all[0].num_bytes == 1000
+        connection.close()
+
+
+def test_those_that_still_read_an_answer_give_way_last():
+    with web_server() as server:
+        reader = connect(server, HEAD.replace(b"/echo", b"/large") + b"\r\n")
+        wait_until(lambda: any(one.is_sending for one in server.connections.all))
+        held = [connect(server) for _ in range(100)]
+        assert is_ended(held[0])
+        read = reader.recv(2**16)
+        while len(read) < LARGE and (piece := reader.recv(2**16)):
+            read += piece
+        assert len(read.partition(b"\r\n\r\n")[2]) >= LARGE - 2**16
+        for one in (*held, reader):
+            one.close()
+
+
+def test_a_client_is_given_time_to_read_from_when_there_is_something(monkeypatch):
+    seen = []
+    connection = Connection.__new__(Connection)
+    connection.total_outbufs_len, connection.last_activity = 0, time.time() - 600
+
+    def write_soon(self, data):
+        # As waitress does, before a thread may change.
+        self.total_outbufs_len += len(data)
+        seen.append(self.is_late(time.time(), PATIENT))
+        return len(data)
+
+    monkeypatch.setattr(HTTPChannel, "write_soon", write_soon)
+    assert connection.write_soon(b"late, but whole") == 15
+    assert seen == [False]
+
+
 LENGTH, CHUNKED = b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n"
 CHUNKS = b"\r\n0\r\n\r\n"
 REFUSED = {
@@ -255,6 +306,9 @@ REFUSED = {
     "no host": b"GET / HTTP/1.1\r\n\r\n",
     "two hosts": HEAD + b"Host: b\r\n\r\n",
     "a host with a space": b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n",
+    "no host, and a body on demand": (
+        b"POST /echo HTTP/1.1\r\nExpect: 100-continue\r\n" + LENGTH + b"\r\n"
+    ),
     "no first line": b"hello\r\n\r\n",
     "a chunk's size that is no number": HEAD + CHUNKED + b"\r\nxyz\r\n",
     "a chunk's size with a sign": HEAD + CHUNKED + b"\r\n-5\r\nhello",

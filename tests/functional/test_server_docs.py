@@ -75,7 +75,13 @@ def test_a_page_elsewhere_may_use_the_server(server, browser, elsewhere):
     ask = """async (url) => {
         const response = await fetch(url + "/tokenize", {
             method: "POST",
-            headers: {"Content-Type": "application/json", "Authorization": "Bearer sesame"},
+            headers: {
+                "Content-Type": "application/json",
+                "Authorization": "Bearer sesame",
+                // OpenAI's client for JavaScript sends these.
+                "X-Stainless-Lang": "js",
+                "X-Stainless-OS": "Linux",
+            },
             body: JSON.stringify({prompt: "the"}),
         });
         return [response.status, await response.json()];

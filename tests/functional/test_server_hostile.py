@@ -164,6 +164,11 @@ BODIES = {
     "deep objects": b'{"prompt": "the", "logit_bias": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_001,
     "a long number": b'{"prompt": "the", "seed": ' + b"9" * 5000 + b"}",
     "equal names": b'{"prompt": "the", "max_tokens": 1, "max_tokens": 2}',
+    "many names, one of them twice": (
+        b'{"prompt": "the", '
+        + b"".join(b'"a%d": 0, ' % number for number in range(100_000))
+        + b'"prompt": "the"}'
+    ),
     "UTF-16": '{"prompt": "the"}'.encode("utf-16"),
 }
 
@@ -174,6 +179,16 @@ def test_a_body_that_is_not_right(server, path, name):
     response = server.post(path, data=BODIES[name], headers={"Content-Type": "application/json"})
     assert_refused(response)
     assert_serves(server)
+
+
+def test_a_body_that_cannot_be_read_is_told_in_one_sentence(server):
+    json_type = {"Content-Type": "application/json"}
+    for name, said in (
+        ("no JSON", "the body is not JSON: expected value at line 1 column 1"),
+        ("equal names", "the body has the name 'max_tokens' twice"),
+    ):
+        error = server.post(COMPLETIONS, data=BODIES[name], headers=json_type).json()["error"]
+        assert error["message"] == said
 
 
 def test_other_kinds_of_bodies(server):

@@ -611,6 +611,20 @@ def test_parts_of_a_character_are_tokens_of_their_own(page, server, script, is_c
     expect(page.locator("#token h2")).to_contain_text("bytes E6")
 
 
+def test_a_special_token_in_a_conversation_has_a_name_and_no_text(page, server, script):
+    script.has_chat_template = True
+    script.early = [
+        ScriptedToken("A", 2, 0.9),
+        ScriptedToken("", 4, 0.9, b""),
+        ScriptedToken(" day", 2, 0.9),
+        ScriptedToken(" off", 2, 0.9),
+    ]
+    page.goto(server.url)
+    page.get_by_role("button", name="sky").click()
+    finish(page)
+    assert pane(page).locator(".token").all_text_contents() == ["A", "", " day", " off"]
+
+
 # --- everybody -----------------------------------------------------------------------------------
 
 

@@ -66,13 +66,15 @@ class ScriptedToken:
     layer: int
     confidence: float
     data: bytes | None = None
-    """Of a part of a character, whose text comes with the last part."""
+    """Of a part of a character, whose text comes with the last part; of a special token none."""
 
     @property
     def name(self) -> str:
         """The token by itself."""
         if self.data is None:
             return self.text
+        if not self.data:
+            return "<|special|>"
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.data)
 
     @property
@@ -307,7 +309,7 @@ def _as_chat(event: CompletionResponse, tokens: list[ScriptedToken]) -> ChatChun
         ChatToken(
             token=name,
             logprob=given.token_logprobs[i] or 0.0,
-            bytes=list(tokens[i].bytes),
+            bytes=list(tokens[i].bytes) or None,
             top_logprobs=[
                 Candidate(token=other, logprob=logprob, bytes=list(other.encode()))
                 for other, logprob in (given.top_logprobs[i] or {}).items()

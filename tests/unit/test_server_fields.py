@@ -136,14 +136,18 @@ ALPHABET = {*string.ascii_letters, *string.digits, "-", "_"}
 
 
 def test_obfuscated_events_have_lengths_in_blocks():
-    events = ['{"a":1}', '{"text":"' + "x" * 100 + '"}']
+    texts = ("x" * 100, "\u00e9\u8bed\u8a00", "one\u2028two")
+    events = ['{"a":1}', *(f'{{"text":"{text}"}}' for text in texts)]
     options = StreamOptions(include_obfuscation=True)
     for event, filled in zip(events, with_options(iter(events), options), strict=True):
-        assert len(filled) % 64 == 0
+        assert len(filled.encode()) % 64 == 0
+        assert len(filled.splitlines()) == 1
         parsed = json.loads(filled)
         assert set(parsed.pop("obfuscation")) <= ALPHABET
         assert parsed == json.loads(event)
-    assert list(with_options(iter(events), StreamOptions())) == events
+    plain = list(with_options(iter(events), StreamOptions()))
+    assert [json.loads(event) for event in plain] == [json.loads(event) for event in events]
+    assert all(len(event.splitlines()) == 1 for event in plain)
 
 
 @pytest.mark.parametrize(

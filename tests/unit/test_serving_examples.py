@@ -77,7 +77,13 @@ def test_the_health_check_finds_the_port_of_the_server():
             "    def do_GET(self):",
             "        self.send_response(200 if self.path == '/health' else 404)",
             "        self.end_headers()",
-            "server = HTTPServer(('127.0.0.1', 0), Healthy)",
+            "import socketserver, threading",
+            "class Other(socketserver.BaseRequestHandler):",
+            "    def handle(self):",
+            "        self.request.sendall(b'no HTTP\\r\\n\\r\\n')",
+            "other = socketserver.TCPServer(('127.0.0.1', 0), Other)",
+            "threading.Thread(target=other.serve_forever, daemon=True).start()",
+            "server = HTTPServer(('127.0.0.2', 0), Healthy)",
             "print('ready', flush=True)",
             "server.serve_forever()",
         )
@@ -86,7 +92,13 @@ def test_the_health_check_finds_the_port_of_the_server():
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as server:
         assert server.stdout is not None
         server.stdout.readline()
-        found = subprocess.run([*check, str(server.pid)], timeout=patient(30), check=False)
+        proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")
+        found = subprocess.run(
+            [*check, str(server.pid)],
+            timeout=patient(30),
+            check=False,
+            env=os.environ | proxies,
+        )
         server.kill()
     assert found.returncode == 0
     with subprocess.Popen(["sleep", "1000"]) as deaf:

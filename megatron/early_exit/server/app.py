@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import json
 import logging
+from collections import Counter
 from typing import Any
 
 from flask import Response, g, request
@@ -22,7 +23,7 @@ from megatron.early_exit.server.blueprints.operations import operations
 from megatron.early_exit.server.blueprints.page import page
 from megatron.early_exit.server.blueprints.tokens import tokens
 from megatron.early_exit.server.cross_origin import allow_origins
-from megatron.early_exit.server.errors import ApiError, ErrorResponse, of_validation
+from megatron.early_exit.server.errors import ApiError, ErrorResponse, body_too_large, of_validation
 from megatron.early_exit.server.job import ClientGone
 from megatron.early_exit.server.request_log import record
 from megatron.early_exit.server.service import Service
@@ -53,7 +54,10 @@ class _StrictJson(DefaultJSONProvider):
     names that are given twice."""
 
     def loads(self, s: str | bytes, **kwargs: Any) -> Any:
-        found = from_json(s, allow_inf_nan=False)
+        try:
+            found = from_json(s, allow_inf_nan=False)
+        except ValueError as error:
+            raise ValueError(f"is not JSON: {error}") from None
         # The strict parser keeps the last of equal names and does not tell.
         json.loads(s, object_pairs_hook=_refuse_twins)
         return found
@@ -62,10 +66,16 @@ class _StrictJson(DefaultJSONProvider):
 def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twin[:80]!r} is there twice")
+        counts = Counter(name for name, _ in pairs)
+        twin = next(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"has the name {twin[:80]!r} twice")
     return found
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Flask and Werkzeug wrap what the parser says in sentences of their own."""
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return error if cause is None else _first_cause(cause)
 
 
 def create_app(worker: EngineWorker, settings: ServerSettings) -> OpenAPI:
@@ -120,11 +130,9 @@ def _guard(app: OpenAPI, settings: ServerSettings) -> None:
             try:
                 g.body = request.get_json()
             except RequestEntityTooLarge as error:
-                most = settings.max_body_bytes
-                message = f"body: is too large, allowed: up to {most} bytes"
-                raise ApiError(413, message, "body") from error
+                raise body_too_large(settings.max_body_bytes) from error
             except BadRequest as error:
-                raise ApiError(400, f"the body is not JSON: {error.__context__}") from error
+                raise ApiError(400, f"the body {_first_cause(error)}") from error
 
     @app.after_request
     def add_headers(response: Response) -> Response:

@@ -4,13 +4,13 @@ waitress reads requests and writes answers in one thread, so that a slow client 
 it learns to end what takes too long. It accepts always: what is new is most likely in earnest.
 """
 
-import json
 import logging
 import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 from waitress import wasyncore
@@ -18,6 +18,7 @@ from waitress.channel import HTTPChannel
 from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
+from megatron.early_exit.server.errors import ApiError, body_too_large
 from megatron.early_exit.server.http_parser import RequestParser
 from megatron.early_exit.server.logs import log
 
@@ -85,15 +86,18 @@ class _Refusal(ErrorTask):  # type: ignore[misc]
 
     def execute(self) -> None:
         error = self.request.error
-        body = {"message": str(error.body), "type": "invalid_request_error"}
-        text = json.dumps({"error": {**body, "param": None, "code": "bad_http"}}).encode()
+        if error.code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            refusal = body_too_large(self.channel.adj.kept_body_bytes - 1)
+        else:
+            refusal = ApiError(error.code, str(error.body), code="bad_http")
+        text = refusal.body.model_dump_json().encode()
         self.status = f"{error.code} {error.reason}"
         self.response_headers.append(("Content-Type", "application/json"))
         self.set_close_on_finish()
         self.content_length = len(text)
         self.channel.server.refused(error.code)
         client = self.channel.addr[0]
-        log(_LOG, "request", status=error.code, client=client, reason=str(error.body))
+        log(_LOG, "request", status=error.code, client=client, reason=refusal.logged)
         self.write(text)
 
 
@@ -112,6 +116,17 @@ class Connection(HTTPChannel):  # type: ignore[misc]
         super().service()
         self.served_until = time.time()
 
+    def write_soon(self, data: Any) -> int:
+        """Have bytes sent; a client's silence counts from when there is something to read."""
+        if not self.total_outbufs_len:
+            self.last_activity = time.time()
+        return int(super().write_soon(data))
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether something of an answer waits for its client."""
+        return bool(self.total_outbufs_len)
+
     @property
     def is_served(self) -> bool:
         """Whether a thread has a request of it, or will have."""
@@ -120,13 +135,13 @@ class Connection(HTTPChannel):  # type: ignore[misc]
     @property
     def num_bytes(self) -> int:
         """What is kept for it."""
-        body = getattr(self.request, "body_rcv", None)
-        return int(self.total_outbufs_len) + (0 if body is None else len(body))
+        bodies = [getattr(one, "body_rcv", None) for one in (*self.requests, self.request)]
+        return int(self.total_outbufs_len) + sum(len(one) for one in bodies if one is not None)
 
     def is_late(self, now: float, limits: ConnectionLimits) -> bool:
         """Whether what it waits for has taken too long."""
         silence = now - self.last_activity
-        if self.total_outbufs_len:
+        if self.is_sending:
             return bool(silence > limits.unread_seconds)
         if self.is_served:
             return False
@@ -232,7 +247,7 @@ class Connections:
             self._next_look = now + 1.0
             self._end_late(now)
         if len(self._map) > self._most:
-            self._give_way(now)
+            self._give_way()
 
     def _end_late(self, now: float) -> None:
         everyone = self.all
@@ -248,12 +263,16 @@ class Connections:
                 excess -= one.num_bytes
                 one.handle_close()
 
-    def _give_way(self, now: float) -> None:
-        """Close so many that there is room for some time: finding them takes a look at all."""
+    def _give_way(self) -> None:
+        """Close so many that there is room for some time: finding them takes a look at all.
+
+        Those that still read an answer go last; never, and unread answers would hold all places.
+        """
         idle = [one for one in self.all if not one.is_served]
         per_address = Counter(one.addr[0] for one in idle)
-        idle.sort(key=lambda one: (-per_address[one.addr[0]], one.last_activity))
+        idle.sort(key=lambda one: (one.is_sending, -per_address[one.addr[0]], one.last_activity))
         excess = len(self._map) - self._most + self._most // 16
         for one in idle[:excess]:
             one.handle_close()
-        log(_LOG, "connections have given way to new ones", number=len(idle[:excess]))
+        if idle:
+            log(_LOG, "connections have given way to new ones", number=len(idle[:excess]))

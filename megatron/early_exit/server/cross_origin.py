@@ -37,6 +37,9 @@ def allow_origins(app: Flask, origins: Collection[str]) -> None:
         response.headers["Access-Control-Expose-Headers"] = _EXPOSED
         if request.method == "OPTIONS":
             response.headers["Access-Control-Allow-Methods"] = _METHODS
-            response.headers["Access-Control-Allow-Headers"] = _HEADERS
+            # OpenAI's clients send further ones, and a key is no cookie that pages could misuse.
+            asked = request.headers.get("Access-Control-Request-Headers")
+            response.headers["Access-Control-Allow-Headers"] = asked or _HEADERS
+            response.vary.add("Access-Control-Request-Headers")
             response.headers["Access-Control-Max-Age"] = _LIFETIME_S
         return response

@@ -105,6 +105,11 @@ class ApiError(Exception):
         return response
 
 
+def body_too_large(most: int) -> ApiError:
+    """The answer to a body of more than `most` bytes."""
+    return ApiError(413, f"body: is too large, allowed: up to {most} bytes", "body")
+
+
 def engine_error(reason: str) -> ApiError:
     """The answer to a request that the engine could not bring to its end; others go on."""
     return ApiError(500, f"there is no whole answer: {reason}", code="engine_error")

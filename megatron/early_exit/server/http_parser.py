@@ -77,6 +77,9 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
     def received(self, data: bytes) -> int:
         """Take bytes in; returns how many of them belong to this request."""
         consumed: int = super().received(data)
+        if self.error is not None:
+            # Waitress would ask for the body first, and answer after it.
+            self.expect_continue = False
         body = self.body_rcv
         if isinstance(body, ChunkedReceiver) and self.error is None:
             line, trailer = len(body.control_line), len(body.trailer)

@@ -20,9 +20,6 @@ _LOG = logging.getLogger(__name__)
 _LONGEST_TOKEN = 256
 """Characters; a text of more per token of the context is too long without being looked at."""
 
-_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
-"""Some clients end the lines of a stream at these, too; in JSON they may as well be escaped."""
-
 
 class Service:
     """The engine as the endpoints see it.
@@ -193,7 +190,7 @@ class Service:
         def lines() -> Iterator[str]:
             try:
                 for event in events:
-                    yield f"data: {event.translate(_LINE_ENDS)}\n\n"
+                    yield f"data: {event}\n\n"
                 # Before the last event: those that have it hang up at once.
                 outcome["end"] = "done"
                 yield "data: [DONE]\n\n"

@@ -10,7 +10,9 @@ from megatron.early_exit.server.errors import ApiError
 from megatron.early_exit.server.fields import RequestModel
 
 _BLOCK = 64
-"""Events are filled up to multiples of so many characters."""
+"""Events are filled up to multiples of so many bytes."""
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
+"""Some clients end the lines of a stream at these, too; in JSON they may as well be escaped."""
 
 
 class StreamOptions(RequestModel):
@@ -43,17 +45,18 @@ def check_stream_options(body: _Streamable) -> None:
 
 
 def with_options(events: Iterator[str], options: StreamOptions | None) -> Iterator[str]:
-    """The events of a stream as its options want them.
+    """The events of a stream as its options want them, each on one line.
 
     Args:
         events: JSON objects.
     """
+    lines = (event.translate(_LINE_ENDS) for event in events)
     if options is None or not options.include_obfuscation:
-        return events
-    return map(_filled_up, events)
+        return lines
+    return map(_filled_up, lines)
 
 
 def _filled_up(event: str) -> str:
     begin = f'{event[:-1]},"obfuscation":"'
-    missing = -(len(begin) + 2) % _BLOCK
+    missing = -(len(begin.encode()) + 2) % _BLOCK
     return f'{begin}{secrets.token_urlsafe(_BLOCK)[:missing]}"}}'

@@ -155,7 +155,7 @@ class WebServer:
 
     def _is_sending(self) -> bool:
         """Whether a connection has a request without an answer, or an answer not yet read."""
-        return any(one.is_served or one.total_outbufs_len for one in self._connections.all)
+        return any(one.is_served or one.is_sending for one in self._connections.all)
 
     def fail(self, reason: str) -> None:
         """Tell all clients that the engine is lost, and give the answers time to go out.

@@ -209,12 +209,12 @@ class EngineWorker:
         now = time.monotonic()
         for job, tokens in news.items():
             self._hand_over(job, tokens, now)
+        if found:
+            self._num_failed_steps = 0
         # Those that fail, or only wanted scores, end without a token.
         if has_end or now >= self._next_look:
             self._next_look = now + _LOOK_INTERVAL_S
             self._end_finished()
-        if found:
-            self._num_failed_steps = 0
 
     def _hand_over(self, job: Job, tokens: Tokens, now: float) -> None:
         try:
@@ -245,9 +245,10 @@ class EngineWorker:
         failures = {id(one.exception): one.exception for one in ended if one.exception}
         for failure in failures.values():
             _LOG.error("an exception in a step of the engine", exc_info=failure)
+        if failures:
             self._num_failed_steps += 1
             if self._num_failed_steps >= _MOST_FAILED_STEPS:
-                raise failure
+                raise failures.popitem()[1]
 
     def _drop(self, job: Job) -> None:
         own = [request for other, _, request in self._running.values() if other is job]

@@ -134,9 +134,9 @@ class Session:
     def _prepare_files(self, tokenizer: Any) -> Start:
         """On rank 0: decide what to load, and describe what will be saved."""
         args = self.args
-        end = getattr(tokenizer, "eod", None)
-        # --null-tokenizer-eod-id may lie beyond --vocab-size.
-        check_data(args, max(tokenizer.vocab_size, 0 if end is None else end + 1))
+        # NullTokenizer stands for any that the data were made with.
+        is_known = args.tokenizer_type != "NullTokenizer"
+        check_data(args, tokenizer.vocab_size if is_known else args.padded_vocab_size)
         start = Start()
         if self.tuning.tune_exit:
             start = decide_tuning(args, self.tuning, self.exits, tokenizer.vocab_size)
@@ -146,7 +146,9 @@ class Session:
             print_rank_0(line)
         for path in remove_unfinished_indices(cache_folders(args)):
             print_rank_0(f"removed {path}: it was cut short, and is built again")
-        description = ModelDescription.from_args(args, self.exits, tokenizer.vocab_size, end)
+        description = ModelDescription.from_args(
+            args, self.exits, tokenizer.vocab_size, getattr(tokenizer, "eod", None)
+        )
         if args.save is not None and not args.skip_train:
             write_description(args.save, replace(description, base=start.base))
         return start

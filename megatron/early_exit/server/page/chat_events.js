@@ -5,7 +5,6 @@
 export class ChatEvents {
   // Characters may be cut between tokens, and offsets count the whole ones.
   #decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-  #encoder = new TextEncoder();
   #offset = 0;
 
   /** The choice of a conversation's event as that of a text's. */
@@ -28,9 +27,10 @@ export class ChatEvents {
   }
 
   /** Where a token begins in the answer, in code points. */
-  #place({ token, bytes }) {
+  #place({ bytes }) {
     const start = this.#offset;
-    const own = bytes ? Uint8Array.from(bytes) : this.#encoder.encode(token);
+    // A special token has a name, and no text.
+    const own = Uint8Array.from(bytes ?? []);
     for (const _ of this.#decoder.decode(own, { stream: true })) this.#offset += 1;
     return start;
   }
