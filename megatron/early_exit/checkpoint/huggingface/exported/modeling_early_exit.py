@@ -55,8 +55,9 @@ ALLOWED_WITH_THRESHOLD: dict[str, tuple[Any, ...]] = {
 ALLOWED: dict[str, tuple[Any, ...]] = {
     # Drafts of the first layers: the exits are not asked for them.
     "assistant_early_exit": (None,),
-    # Attention reads keys and values in the order of their positions, with no room behind them.
-    "cache_implementation": (None, "dynamic"),
+    # Attention reads keys and values in the order of their positions, with no room behind them;
+    # transformers itself asks for "dynamic_full" where another model drafts.
+    "cache_implementation": (None, "dynamic", "dynamic_full"),
 }
 
 
