@@ -33,7 +33,7 @@ from megatron.early_exit.process_family import end_with_parent
 from megatron.early_exit.server.api_key import API_KEY_VARIABLE
 from megatron.early_exit.server.app import create_app
 from megatron.early_exit.server.client_address import trusted_networks
-from megatron.early_exit.server.exit_status import status_of
+from megatron.early_exit.server.exit_status import exit_status_of
 from megatron.early_exit.server.logs import configure, log
 from megatron.early_exit.server.metrics import Metrics
 from megatron.early_exit.server.settings import ExitSettings, ServerSettings
@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(args)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return status_of(error)
+        return exit_status_of(error)
 
 
 if __name__ == "__main__":

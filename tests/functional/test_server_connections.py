@@ -20,9 +20,13 @@ from tests.helpers.server_process import wait_until
 
 HEAD = b"POST /echo HTTP/1.1\r\nHost: a\r\n"
 QUICK = ConnectionLimits(
-    most=40, header_seconds=0.5, idle_seconds=0.5, body_seconds=0.5, unread_seconds=0.5
+    max_connections=40,
+    header_timeout_seconds=0.5,
+    keep_alive_seconds=0.5,
+    body_timeout_seconds=0.5,
+    write_timeout_seconds=0.5,
 )
-PATIENT = ConnectionLimits(most=40)
+PATIENT = ConnectionLimits(max_connections=40)
 LARGE = 2**24
 
 
@@ -185,7 +189,7 @@ def test_a_client_that_does_not_read_is_let_go_in_time(path):
 
 
 def test_unread_answers_and_bodies_have_a_limit_together():
-    limits = ConnectionLimits(most=40, most_bytes=2**20)
+    limits = ConnectionLimits(max_connections=40, max_buffered_bytes=2**20)
     with web_server(limits) as server:
         held = [connect(server, HEAD.replace(b"/echo", b"/large") + b"\r\n") for _ in range(4)]
         wait_until(lambda: len(server.app.bodies) == 4)

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.early_exit.server.exit_status import CONFIGURATION, FOR_NOW, LOST, status_of
+from megatron.early_exit.server.exit_status import (
+    EXIT_CONFIGURATION,
+    EXIT_FAILURE,
+    EXIT_TEMPORARY,
+    exit_status_of,
+)
 from tools import run_early_exit_text_generation_server as tool
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "serving"
@@ -28,28 +33,28 @@ def log_as_before():
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (ValueError("--port 70000 is out of range"), CONFIGURATION),
-        (FileNotFoundError(errno.ENOENT, "no such file"), CONFIGURATION),
-        (PermissionError(errno.EACCES, "not yours"), CONFIGURATION),
-        (socket.gaierror(socket.EAI_NONAME, "no such name"), CONFIGURATION),
-        (socket.gaierror(socket.EAI_AGAIN, "later"), FOR_NOW),
-        (OSError(errno.EADDRINUSE, "taken"), FOR_NOW),
-        (OSError(errno.EADDRNOTAVAIL, "not yet"), FOR_NOW),
-        (OSError(errno.EIO, "a disk that stutters"), FOR_NOW),
-        (MemoryError(), FOR_NOW),
-        (torch.OutOfMemoryError("CUDA out of memory"), FOR_NOW),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), FOR_NOW),
-        (RuntimeError("a cable is loose"), LOST),
+        (ValueError("--port 70000 is out of range"), EXIT_CONFIGURATION),
+        (FileNotFoundError(errno.ENOENT, "no such file"), EXIT_CONFIGURATION),
+        (PermissionError(errno.EACCES, "not yours"), EXIT_CONFIGURATION),
+        (socket.gaierror(socket.EAI_NONAME, "no such name"), EXIT_CONFIGURATION),
+        (socket.gaierror(socket.EAI_AGAIN, "later"), EXIT_TEMPORARY),
+        (OSError(errno.EADDRINUSE, "taken"), EXIT_TEMPORARY),
+        (OSError(errno.EADDRNOTAVAIL, "not yet"), EXIT_TEMPORARY),
+        (OSError(errno.EIO, "a disk that stutters"), EXIT_TEMPORARY),
+        (MemoryError(), EXIT_TEMPORARY),
+        (torch.OutOfMemoryError("CUDA out of memory"), EXIT_TEMPORARY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), EXIT_TEMPORARY),
+        (RuntimeError("a cable is loose"), EXIT_FAILURE),
     ],
     ids=str,
 )
 def test_only_what_lasts_is_a_matter_of_configuration(error, status):
-    assert status_of(error) == status
+    assert exit_status_of(error) == status
 
 
 def test_systemd_gives_up_on_nothing_else():
     unit = (FOLDER / "early-exit-server.service").read_text().splitlines()
-    assert f"RestartPreventExitStatus={CONFIGURATION}" in unit
+    assert f"RestartPreventExitStatus={EXIT_CONFIGURATION}" in unit
     assert "StartLimitIntervalSec=0" in unit[: unit.index("[Service]")]
 
 
@@ -58,7 +63,7 @@ def test_a_model_that_finds_no_memory_may_find_it_later(monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(tool, "load_engine", load)
-    assert tool.main(["--load", "/no/such", "--port", "0"]) == FOR_NOW
+    assert tool.main(["--load", "/no/such", "--port", "0"]) == EXIT_TEMPORARY
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: CUDA out of memory")
 
 
@@ -80,7 +85,7 @@ def test_a_door_that_is_open_to_all_is_said_before_the_model_is_read(
     monkeypatch.setattr(tool, "load_engine", load)
     monkeypatch.delenv("EARLY_EXIT_API_KEY", raising=False)
     flags = [] if key is None else ["--api-key", key]
-    assert tool.main(["--load", "/x", "--port", "0", "--host", host, *flags]) == CONFIGURATION
+    assert tool.main(["--load", "/x", "--port", "0", "--host", host, *flags]) == EXIT_CONFIGURATION
     said = capsys.readouterr().err
     assert ("without a key" in said) == warns
     assert '"loading the model; it is served when it is ready"' in said

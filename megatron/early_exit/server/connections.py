@@ -1,7 +1,8 @@
 """The connections of a server: how long each may take, and who gives way where there are too many.
 
 waitress reads requests and writes answers in one thread, so that a slow client holds no other; here
-it learns to end what takes too long. It accepts always: what is new is most likely in earnest.
+it learns to end what takes too long. New connections are always accepted; old idle ones are closed
+instead.
 """
 
 import logging
@@ -25,7 +26,7 @@ from megatron.early_exit.server.logs import log
 _ACCEPTED_AT_A_TIME = 128
 _RESERVED_THREADS = 2
 _RESERVED_PATHS = ("/health", "/metrics")
-_SPARE_FILES = 512
+_RESERVED_FILES = 512
 """Descriptors for all but connections: the model's files, large bodies, connections that have just
 been accepted."""
 _WANTED_FILES = 16384
@@ -37,23 +38,25 @@ class ConnectionLimits:
     """What connections may take.
 
     Attributes:
-        most: connections; above, those give way that nothing is done for, of the address with the
-            most of them first the one that has been idle for longest.
-        header_seconds: from a connection's or a request's first byte to the end of its headers.
-        idle_seconds: between two requests.
-        body_seconds: for a body, beside the time that `body_rate` gives it.
-        body_rate: bytes per second that a longer body comes with at least.
-        unread_seconds: in which a client takes nothing of what waits for it.
-        most_bytes: that are kept for all of them, of bodies and of answers.
+        max_connections: open connections. Above it idle ones are closed: first those of the
+            address that has most of them, the longest idle first.
+        header_timeout_seconds: from a connection's or a request's first byte to the end of its
+            headers.
+        keep_alive_seconds: between two requests.
+        body_timeout_seconds: for a body, beside the time that `min_body_bytes_per_second` gives it.
+        min_body_bytes_per_second: the rate that a longer body comes with at least.
+        write_timeout_seconds: in which a client takes nothing of what waits for it.
+        max_buffered_bytes: request bodies and answers not yet sent, of all connections together;
+            above it the connections that have been silent for longest are closed.
     """
 
-    most: int = 2048
-    header_seconds: float = 20.0
-    idle_seconds: float = 75.0
-    body_seconds: float = 30.0
-    body_rate: float = 2**14
-    unread_seconds: float = 60.0
-    most_bytes: int = 2**29
+    max_connections: int = 2048
+    header_timeout_seconds: float = 20.0
+    keep_alive_seconds: float = 75.0
+    body_timeout_seconds: float = 30.0
+    min_body_bytes_per_second: float = 2**14
+    write_timeout_seconds: float = 60.0
+    max_buffered_bytes: int = 2**29
 
 
 def make_room_for_files() -> int:
@@ -82,7 +85,7 @@ class _Task(WSGITask):  # type: ignore[misc]
 
 
 class _Refusal(ErrorTask):  # type: ignore[misc]
-    """The answer to what is no request; the connection is closed behind it."""
+    """The error response to bytes that are no valid HTTP request; closes the connection."""
 
     def execute(self) -> None:
         error = self.request.error
@@ -142,19 +145,19 @@ class Connection(HTTPChannel):  # type: ignore[misc]
         """Whether what it waits for has taken too long."""
         silence = now - self.last_activity
         if self.is_sending:
-            return bool(silence > limits.unread_seconds)
+            return bool(silence > limits.write_timeout_seconds)
         if self.is_served:
             return False
         request = self.request
         if request is None:
-            most = limits.idle_seconds if self.num_served else limits.header_seconds
+            most = limits.keep_alive_seconds if self.num_served else limits.header_timeout_seconds
             return bool(silence > most)
         # A request that has come early begins to count when the one before it is answered.
         taken = now - max(request.began, self.served_until)
         if not request.headers_finished:
-            return bool(taken > limits.header_seconds)
-        rate = request.body_bytes_received / limits.body_rate
-        return bool(taken > limits.body_seconds + rate)
+            return bool(taken > limits.header_timeout_seconds)
+        rate = request.body_bytes_received / limits.min_body_bytes_per_second
+        return bool(taken > limits.body_timeout_seconds + rate)
 
 
 class _Listener(TcpWSGIServer):  # type: ignore[misc]
@@ -208,7 +211,7 @@ class Connections:
     ) -> None:
         self._map: dict[int, Any] = {}
         self._limits = limits
-        self._most = min(limits.most, max(make_room_for_files() - _SPARE_FILES, 64))
+        self._most = min(limits.max_connections, max(make_room_for_files() - _RESERVED_FILES, 64))
         self._next_look = 0.0
         self._adj = adj
         # Each request has a line of its own, whether its client stays to the end or not.
@@ -222,7 +225,7 @@ class Connections:
             options = {"dispatcher": threads, "adj": adj, "bind_socket": False, "sockinfo": where}
             listener = _Listener(app, self._map, True, one, **options)
             listener.reserve, listener.refused = reserve, refused
-            listener.most = self._most + _SPARE_FILES // 2
+            listener.most = self._most + _RESERVED_FILES // 2
             self.listeners.append(listener)
 
     @property
@@ -231,12 +234,12 @@ class Connections:
         return [one for one in list(self._map.values()) if isinstance(one, Connection)]
 
     def run(self) -> None:
-        """Attend to them, for ever."""
+        """Run the I/O loop; returns only when there is nothing left to listen to."""
         while self._map:
-            self._tend()
+            self._close_overdue_and_excess()
             wasyncore.poll2(self._adj.asyncore_loop_timeout, self._map)
 
-    def _tend(self) -> None:
+    def _close_overdue_and_excess(self) -> None:
         """End what has to be ended, between two looks at what there is to read and to write.
 
         Not while events are handled: the descriptor of one that is closed then could be given to a
@@ -247,7 +250,7 @@ class Connections:
             self._next_look = now + 1.0
             self._end_late(now)
         if len(self._map) > self._most:
-            self._give_way()
+            self._evict_idle()
 
     def _end_late(self, now: float) -> None:
         everyone = self.all
@@ -255,7 +258,7 @@ class Connections:
         for one in late:
             one.handle_close()
         rest = sorted((o for o in everyone if o.connected), key=lambda one: one.last_activity)
-        excess = sum(one.num_bytes for one in rest) - self._limits.most_bytes
+        excess = sum(one.num_bytes for one in rest) - self._limits.max_buffered_bytes
         for one in rest:
             if excess <= 0:
                 break
@@ -263,7 +266,7 @@ class Connections:
                 excess -= one.num_bytes
                 one.handle_close()
 
-    def _give_way(self) -> None:
+    def _evict_idle(self) -> None:
         """Close so many that there is room for some time: finding them takes a look at all.
 
         Those that still read an answer go last; never, and unread answers would hold all places.

@@ -5,13 +5,13 @@ import socket
 
 from megatron.early_exit.inference.decoding.failures import is_out_of_memory
 
-LOST = 1
+EXIT_FAILURE = 1
 """The engine is lost, or there is an error in the program."""
-CONFIGURATION = 2
+EXIT_CONFIGURATION = 2
 """A flag or what it names cannot be used, and will not the next time either."""
-FOR_NOW = 75
+EXIT_TEMPORARY = 75
 """It could not start now, but may the next time: the port or memory is taken (`EX_TEMPFAIL`)."""
-_LASTING = {
+_PERMANENT_ERRNOS = {
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
@@ -24,15 +24,18 @@ _LASTING = {
 }
 
 
-def status_of(error: Exception) -> int:
-    """The status for an error at the start."""
+def exit_status_of(error: Exception) -> int:
+    """The status for an error at the start.
+
+    Memory that is used up comes first, since systems report it as errors of several kinds.
+    """
     if is_out_of_memory(error):
-        return FOR_NOW
+        return EXIT_TEMPORARY
     if isinstance(error, ValueError):
-        return CONFIGURATION
+        return EXIT_CONFIGURATION
     if isinstance(error, OSError):
         number = error.errno or 0
         # Negative ones are of names that cannot be resolved.
-        is_lasting = number in _LASTING or (number < 0 and number != socket.EAI_AGAIN)
-        return CONFIGURATION if is_lasting else FOR_NOW
-    return LOST
+        is_permanent = number in _PERMANENT_ERRNOS or (number < 0 and number != socket.EAI_AGAIN)
+        return EXIT_CONFIGURATION if is_permanent else EXIT_TEMPORARY
+    return EXIT_FAILURE

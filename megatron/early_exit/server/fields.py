@@ -65,7 +65,7 @@ class RequestModel(BaseModel):
         schema = handler.resolve_ref_schema(handler(core_schema))
         for name, field in schema.get("properties", {}).items():
             kinds = field.get("anyOf", ())
-            is_nullable = {"type": "null"} in (field, *kinds) or field.get("type") == "null"
+            is_nullable = {"type": "null"} in kinds or field.get("type") == "null"
             if name not in schema.get("required", ()) and not is_nullable:
                 about = {key: field.pop(key) for key in _ABOUT & field.keys()}
                 own = dict(field)

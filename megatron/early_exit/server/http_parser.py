@@ -1,4 +1,4 @@
-"""What of a connection's bytes is a request: as waitress reads them, and stricter."""
+"""HTTP request parser: waitress', with checks against request smuggling, and bounded bodies."""
 
 import re
 import time
@@ -15,7 +15,7 @@ _HOST = re.compile(rb"[\x21-\x7e]*")
 
 
 class _CappedBuffer(OverflowableBuffer):  # type: ignore[misc]
-    """Keeps the beginning of a body, and forgets what is beyond the size that is answered."""
+    """Keeps the first `most` bytes of a body, and forgets the rest."""
 
     def __init__(self, overflow: int, most: int) -> None:
         super().__init__(overflow)

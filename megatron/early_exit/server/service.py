@@ -54,7 +54,11 @@ class Service:
         """The tokens of a request's prompts; see `encode`.
 
         Args:
-            answers: to each.
+            prompts: texts, or token ids.
+            answers: texts per prompt; all together may be as many as `max_sequences`.
+            param: the request's field that holds the prompts.
+            room: tokens of the context that the prompts leave free at least.
+            add_special_tokens: whether the tokenizer frames texts as it does for prompts.
 
         Raises:
             ApiError: there are too many, or one of them is refused.

@@ -45,7 +45,7 @@ class EngineWorker:
         self.engine, self.metrics = engine, metrics
         self.failure: str | None = None
         self._max_batch_size, self._max_waiting = max_batch_size, max_waiting
-        self._orders: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._running: dict[int, tuple[Job, int, Request]] = {}
         self._jobs: set[Job] = set()
         self._lock = threading.Lock()
@@ -73,7 +73,7 @@ class EngineWorker:
         capacity = self._max_batch_size * self.engine.max_sequence_length
         return sum(request.length for _, _, request in running) / capacity
 
-    def ailment(self) -> str | None:
+    def unhealthy_reason(self) -> str | None:
         """Why requests are not answered now; None where they are."""
         if self.failure is not None:
             return f"the engine has failed: {self.failure}"
@@ -113,11 +113,11 @@ class EngineWorker:
             self._num_sequences += job.size
             self._jobs.add(job)
             # Within the lock: whoever stops the thread finds it behind all jobs.
-            self._orders.put(lambda: self._begin(job))
+            self._commands.put(lambda: self._begin(job))
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for a job any more."""
-        self._orders.put(lambda: self._drop(job))
+        self._commands.put(lambda: self._drop(job))
 
     def stop(self, seconds: float) -> None:
         """Take nothing new in, finish what is under way, and leave the engine.
@@ -130,7 +130,7 @@ class EngineWorker:
         until = time.monotonic() + seconds
         while self._num_sequences and time.monotonic() < until and self._thread.is_alive():
             time.sleep(0.05)
-        self._orders.put(self._leave)
+        self._commands.put(self._leave)
         self._thread.join(max(5.0, until - time.monotonic()))
 
     def fail(self, reason: str) -> None:
@@ -149,7 +149,7 @@ class EngineWorker:
         try:
             while not self._leaves:
                 self._pulse = time.monotonic()
-                self._obey(wait=not self._running)
+                self._drain_commands(wait=not self._running)
                 self._expire()
                 if self._running:
                     self._forward()
@@ -159,13 +159,13 @@ class EngineWorker:
             _LOG.exception("an exception in the engine's thread")
             self.fail(type(error).__name__)
 
-    def _obey(self, wait: bool) -> None:
+    def _drain_commands(self, wait: bool) -> None:
         """Do what the other threads have asked for."""
         try:
-            order = self._orders.get(wait, timeout=_EXPIRY_INTERVAL_S)
+            command = self._commands.get(wait, timeout=_EXPIRY_INTERVAL_S)
             while True:
-                order()
-                order = self._orders.get(False)
+                command()
+                command = self._commands.get(False)
         except Empty:
             return
 
