@@ -258,7 +258,7 @@ def test_bodies_that_are_being_answered_count():
 def test_those_that_still_read_an_answer_give_way_last():
     with web_server() as server:
         reader = connect(server, HEAD.replace(b"/echo", b"/large") + b"\r\n")
-        wait_until(lambda: any(one.is_sending for one in server.connections.all))
+        wait_until(lambda: any(o.is_sending and not o.is_served for o in server.connections.all))
         held = [connect(server) for _ in range(100)]
         assert is_ended(held[0])
         read = reader.recv(2**16)
