@@ -29,6 +29,7 @@ from megatron.early_exit.training.dependent_flags import (  # noqa: E402
     check_dependent,
 )
 from megatron.early_exit.training.given_flags import given_arguments  # noqa: E402
+from megatron.early_exit.training.number_ranges import check_numbers  # noqa: E402
 from megatron.early_exit.training.unsupported_flags import (  # noqa: E402
     UNSUPPORTED,
     Unsupported,
@@ -188,6 +189,9 @@ def test_flags_that_nothing_reads_are_refused(parser, monkeypatch, words, messag
         (["--fp8-margin", "5"], "without --fp8-format"),
         (["--wandb-exp-name", "x"], "without --wandb-project"),
         (["--log-timers-to-tensorboard"], "^--log-timers-to-tensorboard has"),
+        (["--expert-tensor-parallel-size", "2"], "without --num-experts"),
+        (["--yarn-beta-fast", "16", "--multi-latent-attention"], "^--yarn-beta-fast 16.0 has no"),
+        (["--loss-scale", "8"], "without --fp16, --bf16 or --use-distributed-optimizer"),
         (["--lr-wsd-decay-iters", "5"], "without --lr-decay-style WSD"),
     ],
 )
@@ -208,10 +212,22 @@ def test_flags_that_lack_another_are_refused(parser, monkeypatch, words, message
         "--mask-prob 0.15",
         "--use-mcore-models --no-create-attention-mask-in-dataloader --use-dist-ckpt",
         "--log-timers-to-tensorboard --tensorboard-dir x --save-interval 5 --save x",
+        # As scripts for Megatron-LM have them.
+        "--use-dist-ckpt --dist-ckpt-format torch_dist",
+        "--log-timers-to-tensorboard --wandb-project x",
+        "--expert-model-parallel-size 1 --expert-tensor-parallel-size 1",
+        "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0",
+        "--bf16 --loss-scale 0 --hysteresis 2 --min-loss-scale 1",
+        "--loss-scale 0 --exit-interval 0 --exit-duration-in-mins 0 --train-sync-interval 0",
+        "--moe-layer-recompute --num-experts 4 --recompute-modules moe_act",
+        "--load x --ckpt-convert-format torch_dist --ckpt-convert-save y --no-save-optim",
+        "--loss-scale 8 --use-distributed-optimizer",
+        "--yarn-beta-fast 16 --position-embedding-type yarn",
     ],
 )
 def test_flags_that_do_something_are_taken(parser, monkeypatch, words):
     args, given = parsed(parser, monkeypatch, *words.split())
+    check_numbers(args)
     check_unsupported(parser, args, given)
     check_dependent(parser, args, given)
 

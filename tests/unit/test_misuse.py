@@ -42,6 +42,7 @@ def parser() -> ArgumentParser:
 def parse(parser: ArgumentParser, words: str, processes: int = 1) -> Namespace:
     args = parser.parse_args([*ALWAYS.split(), *words.split()])
     args.world_size, args.data_parallel_size = processes, processes
+    args.gtp_weight_remat_size = 1
     return args
 
 
@@ -54,7 +55,7 @@ def parse(parser: ArgumentParser, words: str, processes: int = 1) -> Namespace:
         ("--num-workers -1", "--num-workers -1 is out of range, allowed: 0 or more"),
         ("--hidden-dropout 2", "--hidden-dropout 2.0 is out of range, allowed: 0 to 1"),
         ("--adam-beta1 1", "--adam-beta1 1.0 is out of range, allowed: 0 to less than 1"),
-        ("--loss-scale 0", "--loss-scale 0.0"),
+        ("--loss-scale -1", "--loss-scale -1.0 is out of range, allowed: 0 or more"),
     ],
 )
 def test_numbers_out_of_range(parser, words, message):

@@ -110,7 +110,6 @@ def _transformer_engine_flags(args: Namespace) -> dict[str, bool]:
         "--moe-grouped-gemm": args.moe_grouped_gemm,
         "--tp-comm-overlap": args.tp_comm_overlap,
         "--te-rng-tracker": args.te_rng_tracker,
-        "--use-flash-attn": args.use_flash_attn,
         f"--attention-backend {args.attention_backend.name}": args.attention_backend.name != "auto",
     }
 

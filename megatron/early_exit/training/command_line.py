@@ -194,6 +194,11 @@ def _add_checkpoint_arguments(parser: ArgumentParser) -> None:
 
 def _restore_from_checkpoint(args: Namespace, given: frozenset[str]) -> EarlyExitConfig | None:
     """Set the backbone's arguments from the checkpoint; returns the exits stored in it."""
+    if args.moe_use_upcycling:
+        raise ValueError(
+            "--use-checkpoint-args cannot be combined with --moe-use-upcycling: give the new "
+            "model's flags themselves"
+        )
     if not handles(args):
         raise ValueError(
             f"--use-checkpoint-args cannot be combined with --ckpt-format {args.ckpt_format}, "

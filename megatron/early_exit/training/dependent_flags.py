@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.early_exit.training.given_flags import given_option
+from megatron.early_exit.training.given_flags import given_option, has_default
 
 _ROTARY = ("rope", "mrope", "yarn")
 
@@ -55,10 +55,6 @@ def _is_rotary(args: Namespace) -> bool:
     )
 
 
-def _is_yarn(args: Namespace) -> bool:
-    return args.position_embedding_type == "yarn" or bool(args.multi_latent_attention)
-
-
 DEPENDENT = (
     # The model.
     Dependent(
@@ -78,9 +74,14 @@ DEPENDENT = (
     ),
     Dependent(
         needs="--position-embedding-type yarn or --multi-latent-attention",
-        met=_is_yarn,
-        families=("yarn_", "mscale"),
+        met=lambda args: args.position_embedding_type == "yarn" or args.multi_latent_attention,
+        families=("mscale",),
         names=("rotary_scaling_factor",),
+    ),
+    Dependent(
+        needs="--position-embedding-type yarn, and with --multi-latent-attention at all",
+        met=lambda args: args.position_embedding_type == "yarn" and not args.multi_latent_attention,
+        families=("yarn_",),
     ),
     Dependent(
         needs="--position-embedding-type mrope",
@@ -115,9 +116,17 @@ DEPENDENT = (
             *("overlap_moe_expert_parallel_comm", "overlap_dispatch_backward_with_experts_wgrad"),
             *("ep_overlap_early_attn_memory_release", "high_priority_a2a_comm_stream"),
             *("use_grouped_gemm_for_shared_expert", "use_fused_weighted_squared_relu"),
-            *("save_tokens_per_expert_interval", "expert_tensor_parallel_size"),
-            "expert_tensor_parallel_num_weight_shards",
+            *("save_tokens_per_expert_interval", "expert_tensor_parallel_num_weight_shards"),
         ),
+    ),
+    Dependent(
+        needs="--num-experts",
+        # Scripts for dense models give what it would be anyway.
+        met=lambda args: (
+            args.num_experts
+            or args.expert_tensor_parallel_size in (1, args.tensor_model_parallel_size)
+        ),
+        names=("expert_tensor_parallel_size",),
     ),
     Dependent(
         needs="--mtp-num-layers",
@@ -139,7 +148,11 @@ DEPENDENT = (
     ),
     Dependent(
         needs="--recompute-granularity selective or --recompute-activations",
-        met=lambda args: args.recompute_granularity == "selective" or args.recompute_activations,
+        met=lambda args: (
+            args.recompute_granularity == "selective"
+            or args.recompute_activations
+            or args.moe_layer_recompute
+        ),
         names=("recompute_modules",),
     ),
     Dependent(
@@ -147,7 +160,14 @@ DEPENDENT = (
         met=_given("fp16"),
         names=("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"),
     ),
-    Dependent(needs="--fp16 or --bf16", met=_given("fp16", "bf16"), names=("loss_scale",)),
+    Dependent(
+        needs="--fp16, --bf16 or --use-distributed-optimizer",
+        # 0 is Megatron's own choice.
+        met=lambda args: (
+            not args.loss_scale or args.fp16 or args.bf16 or args.use_distributed_optimizer
+        ),
+        names=("loss_scale",),
+    ),
     Dependent(
         needs="--fp8-format or --fp4-format",
         met=_given("fp8", "fp4"),
@@ -249,9 +269,13 @@ DEPENDENT = (
         names=(
             *("save_interval", "save_retain_interval", "non_persistent_save_interval"),
             *("save_params_interval", "save_activations_interval", "save_wgrads_interval"),
-            *("save_dgrads_interval", "no_save_optim", "no_save_rng", "async_save"),
-            "log_progress",
+            *("save_dgrads_interval", "async_save", "log_progress"),
         ),
+    ),
+    Dependent(
+        needs="--save or --ckpt-convert-format: nothing would be saved",
+        met=_given("save", "ckpt_convert_format"),
+        names=("no_save_optim", "no_save_rng"),
     ),
     Dependent(
         needs="--load or --pretrained-checkpoint: nothing would be loaded",
@@ -298,10 +322,14 @@ DEPENDENT = (
         families=("tensorboard_",),
         but=("tensorboard_dir",),
         names=(
-            *("log_timers_to_tensorboard", "log_loss_scale_to_tensorboard"),
-            *("log_validation_ppl_to_tensorboard", "log_memory_to_tensorboard"),
-            "log_world_size_to_tensorboard",
+            *("log_loss_scale_to_tensorboard", "log_validation_ppl_to_tensorboard"),
+            *("log_memory_to_tensorboard", "log_world_size_to_tensorboard"),
         ),
+    ),
+    Dependent(
+        needs="--tensorboard-dir or --wandb-project",
+        met=_given("tensorboard_dir", "wandb_project"),
+        names=("log_timers_to_tensorboard",),
     ),
     Dependent(
         needs="--wandb-project",
@@ -411,7 +439,7 @@ def check_dependent(parser: ArgumentParser, args: Namespace, given: Collection[s
         ValueError: naming the flag, its value and what it needs.
     """
     for name in sorted(given):
-        if getattr(args, name) == parser.get_default(name):
+        if has_default(parser, args, name):
             continue
         for one in DEPENDENT:
             if one.covers(name) and not one.met(args):

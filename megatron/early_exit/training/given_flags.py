@@ -13,6 +13,13 @@ def given_arguments(parser: ArgumentParser) -> frozenset[str]:
     return frozenset(name for name in names if getattr(parsed, name, absent) is not absent)
 
 
+def has_default(parser: ArgumentParser, args: Namespace, name: str) -> bool:
+    """Whether the argument `name` has its default value, which asks for nothing new."""
+    value, default = getattr(args, name), parser.get_default(name)
+    # Some of Megatron's flags take lists and have defaults that are none.
+    return bool(value == default or value == [default])
+
+
 def given_option(parser: ArgumentParser, name: str, value: object) -> str:
     """The flag that sets the argument `name`, as it is on the command line, and its value."""
     words = {word.split("=")[0] for word in sys.argv[1:]}

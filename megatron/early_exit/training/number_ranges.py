@@ -18,16 +18,18 @@ _POSITIVE = (
     *("expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage"),
     *("num_virtual_stages_per_pipeline_rank", "moe_router_topk", "moe_ffn_hidden_size"),
     *("log_interval", "tensorboard_log_interval", "save_interval", "save_retain_interval"),
-    *("non_persistent_save_interval", "exit_interval", "exit_duration_in_mins"),
     *("log_memory_interval", "distributed_timeout_minutes", "num_dataset_builder_threads"),
-    *("train_sync_interval", "check_weight_hash_across_dp_replicas_interval", "rotary_base"),
+    *("check_weight_hash_across_dp_replicas_interval", "rotary_base"),
     *("rotary_percent", "rope_scaling_factor", "recompute_num_layers", "adam_eps"),
-    *("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"),
+    *("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"),
 )
 _NOT_NEGATIVE = (
     *("train_iters", "train_samples", "eval_iters", "num_workers", "lr", "weight_decay"),
     *("clip_grad", "seed", "manual_gc_interval", "num_experts", "init_method_std"),
     *("lr_warmup_iters", "lr_warmup_samples", "start_eval_at_iter", "mtp_num_layers"),
+    # 0 is off.
+    *("non_persistent_save_interval", "exit_interval", "exit_duration_in_mins"),
+    *("train_sync_interval", "loss_scale"),
 )
 _SHARES = ("hidden_dropout", "attention_dropout", "rotary_percent")
 _LESS_THAN_ONE = ("adam_beta1", "adam_beta2")
@@ -110,7 +112,8 @@ def check_batch_size_schedule(args: Namespace) -> None:
     flag = f"--step-batch-size-schedule {text!r}"
     if args.decrease_batch_size_if_needed:
         raise ValueError(f"{flag} cannot be combined with --decrease-batch-size-if-needed")
-    multiple = args.micro_batch_size * args.data_parallel_size
+    replicas = args.data_parallel_size * args.gtp_weight_remat_size
+    multiple = args.micro_batch_size * replicas
     try:
         schedule = StepBatchsizeNumMicroBatchesCalculator._parse_schedule(text, args.seq_length)
     except (ValueError, OverflowError) as error:
@@ -127,5 +130,5 @@ def check_batch_size_schedule(args: Namespace) -> None:
         if size < 1 or size % multiple:
             raise ValueError(
                 f"{flag}: a batch of {size} is out of range, allowed: multiples of "
-                f"--micro-batch-size {args.micro_batch_size} x {args.data_parallel_size} replicas"
+                f"--micro-batch-size {args.micro_batch_size} x {replicas} replicas"
             )

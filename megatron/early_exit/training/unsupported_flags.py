@@ -6,10 +6,10 @@ table with what the installed Megatron reads.
 """
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from megatron.early_exit.training.given_flags import given_option
+from megatron.early_exit.training.given_flags import given_option, has_default
 
 _NOT_READ = "Megatron no longer reads it"
 _WHOLE_SEQUENCE = "attention goes over the whole sequence"
@@ -27,12 +27,14 @@ class Unsupported:
         names: the flags one by one.
         families: what the names of all such flags begin with.
         but: names of a family that are supported.
+        unless: whether what these arguments ask for is so in any case.
     """
 
     reason: str
     names: tuple[str, ...] = ()
     families: tuple[str, ...] = ()
     but: tuple[str, ...] = ()
+    unless: Callable[[Namespace], bool] = lambda args: False
 
     def covers(self, name: str) -> bool:
         """Whether the flag `name` is one of them."""
@@ -65,7 +67,12 @@ UNSUPPORTED = (
         reason=f"{_NOT_READ}; --exit-signal-handler keeps data loaders from the signal too",
     ),
     Unsupported(
-        names=("dist_ckpt_format_deprecated", "dist_ckpt_save_pre_mcore_014"),
+        names=("dist_ckpt_save_pre_mcore_014",),
+        reason=f"{_NOT_READ}; --ckpt-format chooses the format of checkpoints",
+    ),
+    Unsupported(
+        names=("dist_ckpt_format_deprecated",),
+        unless=lambda args: args.dist_ckpt_format_deprecated == args.ckpt_format,
         reason=f"{_NOT_READ}; --ckpt-format chooses the format of checkpoints",
     ),
     Unsupported(
@@ -176,9 +183,9 @@ def check_unsupported(parser: ArgumentParser, args: Namespace, given: Collection
         ValueError: naming the flag, its value and the reason.
     """
     for name in sorted(given):
-        if getattr(args, name) == parser.get_default(name):
+        if has_default(parser, args, name):
             continue
         for one in UNSUPPORTED:
-            if one.covers(name):
+            if one.covers(name) and not one.unless(args):
                 flag = given_option(parser, name, getattr(args, name))
                 raise ValueError(f"{flag} is not supported: {one.reason}")
