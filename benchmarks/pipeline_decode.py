@@ -96,7 +96,7 @@ def measure(rank: int, folder: str, dtype: str, vocab_size: int, tokens: int, tu
 def report(
     dtype: str, architecture: Architecture, tokens: int, times: dict[str, list[float]]
 ) -> None:
-    """Print ratios, bounds and targets."""
+    """Print ratios, limits and bounds."""
     shapes = weight_shapes(architecture, EXITS)
     sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     layers = sum(size for name, size in sizes.items() if name.startswith("decoder.layers."))
@@ -121,7 +121,7 @@ def report(
         ratio = median(ratios)
         holds = ratio < target if sign == "<" else ratio > target
         print(
-            f"  {what:34} {ratio:5.2f}  (bound {limit:.2f}, target {sign} {target}: "
+            f"  {what:34} {ratio:5.2f}  (limit {limit:.2f}, bound {sign} {target}: "
             f"{'holds' if holds else 'MISSED'})"
         )
 
