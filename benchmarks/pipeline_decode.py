@@ -5,9 +5,9 @@
 The layers of SmolLM2-135M (random weights) with an exit at the end of the first stage, on two
 processes with one thread each. By default the vocabulary is such that a projection is 7 % of the
 weights, as in Llama-3-8B; with SmolLM2's own 49152 tokens it is 21 %. All settings run in one
-process group and take turns; figures are medians of the turns' ratios. The bound of the exit's
+process group and take turns; figures are medians of the turns' ratios. The limit of the exit's
 latency is the share of the weights that a token has to wait for: the first stage's layers and the
-exit's projection, over all layers and the final one. The bound of the throughput is the number of
+exit's projection, over all layers and the final one. The limit of the throughput is the number of
 sequences: as if their weights were read once for all of them.
 """
 
