@@ -152,7 +152,6 @@ def test_defaults_for_flags_that_megatron_dropped_are_an_error() -> None:
         ("--te-rng-tracker", CPU),
         ("--attention-backend flash", CPU),
         ("--attention-backend flash", BARE_GPU),
-        ("--use-flash-attn", BARE_GPU),
         ("--use-nccl-ub", CPU),
         ("--optimizer-cpu-offload", CPU),
         ("--optimizer-cuda-graph", CPU),

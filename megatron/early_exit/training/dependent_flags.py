@@ -79,7 +79,8 @@ DEPENDENT = (
         names=("rotary_scaling_factor",),
     ),
     Dependent(
-        needs="--position-embedding-type yarn, and with --multi-latent-attention at all",
+        needs="--position-embedding-type yarn on plain attention (--multi-latent-attention has "
+        "no flags for it)",
         met=lambda args: args.position_embedding_type == "yarn" and not args.multi_latent_attention,
         families=("yarn_",),
     ),
