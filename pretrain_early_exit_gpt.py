@@ -1,4 +1,4 @@
-"""Pre-train a GPT with early exits. Takes every flag of Megatron's and those of the exits.
+"""Pre-train a GPT with early exits. Takes Megatron's flags and those of the exits.
 
     torchrun --nproc-per-node 2 pretrain_early_exit_gpt.py --pipeline-model-parallel-size 2 \
         --exit-layer-nums 3 6 ... (see README.md and examples/)
@@ -25,6 +25,7 @@ def main() -> int:
         run_as_one_process_without_launcher,
     )
     from megatron.early_exit.training.loading import CheckpointError
+    from megatron.early_exit.training.misuse import explain
     from megatron.early_exit.training.session import Session, SetupError
 
     run_as_one_process_without_launcher()
@@ -36,14 +37,17 @@ def main() -> int:
         session = Session(args, get_tokenizer())
         remark = platform.dtype_remark(args, machine) if args.rank == 0 else None
     except Exception as error:
-        return refuse(error)
+        message = explain(error)
+        if message is None:
+            raise
+        return refuse(message)
     print_rank_0(machine.describe())
     if remark is not None:
         print_rank_0(remark)
     try:
         session.run()
     except (CheckpointError, SetupError) as error:
-        return refuse(error)
+        return refuse(" ".join(str(error).split()))
     return 0
 
 

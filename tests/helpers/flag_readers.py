@@ -29,7 +29,7 @@ _UNREACHED = [
     *(TRAINING / name for name in ("yaml_arguments.py", "theoretical_memory_usage.py")),
     TRAINING / "models" / "hybrid.py",
     *(TRAINING / "datasets" / name for name in ("fim_dataset.py", "sft_dataset.py")),
-    *(OURS / "training" / f"{name}_flags.py" for name in ("unsupported", "dependent")),
+    OURS / "training" / "flag_rules",
     *(OURS / name for name in ("inference", "server", "pipeline", "checkpoint")),
 ]
 

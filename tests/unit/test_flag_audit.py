@@ -1,7 +1,7 @@
 """Every flag of the installed Megatron does something in a run, or is refused, or is known here.
 
 A Megatron that brings a flag which nothing reads, or stops reading one, fails these tests: the flag
-then belongs into `unsupported_flags.py`, or below with its reason."""
+then belongs into `flag_rules/unsupported.py`, or below with its reason."""
 
 from __future__ import annotations
 
@@ -23,18 +23,11 @@ from megatron.training.arguments import parse_args  # noqa: E402
 from megatron.early_exit.model.gpt_builder import EarlyExitGPTModelConfig  # noqa: E402
 from megatron.early_exit.training import session  # noqa: E402
 from megatron.early_exit.training.arguments import add_early_exit_arguments  # noqa: E402
-from megatron.early_exit.training.dependent_flags import (  # noqa: E402
-    DEPENDENT,
-    Dependent,
-    check_dependent,
-)
+from megatron.early_exit.training.flag_rules.dependent import DEPENDENT  # noqa: E402
+from megatron.early_exit.training.flag_rules.rule import FlagRule, check_rules  # noqa: E402
+from megatron.early_exit.training.flag_rules.unsupported import UNSUPPORTED  # noqa: E402
 from megatron.early_exit.training.given_flags import given_arguments  # noqa: E402
 from megatron.early_exit.training.number_ranges import check_numbers  # noqa: E402
-from megatron.early_exit.training.unsupported_flags import (  # noqa: E402
-    UNSUPPORTED,
-    Unsupported,
-    check_unsupported,
-)
 from tests.helpers.flag_readers import read_flags  # noqa: E402
 
 # Flags that are read only where Megatron derives others from them or checks them.
@@ -128,12 +121,12 @@ def test_every_flag_is_read_or_refused_or_known(names, read):
 def test_what_is_known_is_known_once(names, read):
     assert not flat(DERIVED) & flat(FULFILLED)
     for name in sorted(names):
-        reasons = [one.reason for one in UNSUPPORTED if one.covers(name)]
+        reasons = [one.refusal for one in UNSUPPORTED if one.covers(name)]
         assert len(reasons) <= 1, name
 
 
 @pytest.mark.parametrize("one", [*UNSUPPORTED, *DEPENDENT], ids=lambda one: str(one.names[:1]))
-def test_the_tables_name_flags_that_there_are(names, one: Unsupported | Dependent):
+def test_the_tables_name_flags_that_there_are(names, one: FlagRule):
     assert {*one.names, *one.but} <= names
     for family in one.families:
         assert any(name.startswith(family) for name in names), family
@@ -173,14 +166,14 @@ def parsed(parser: ArgumentParser, monkeypatch, *words: str) -> tuple[Namespace,
 def test_flags_that_nothing_reads_are_refused(parser, monkeypatch, words, message):
     args, given = parsed(parser, monkeypatch, *words)
     with pytest.raises(ValueError, match=message):
-        check_unsupported(parser, args, given)
+        check_rules(UNSUPPORTED, parser, args, given)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--num-query-groups", "2"], "^--num-query-groups 2 has no .* --group-query-attention$"),
-        (["--rotary-base", "500000"], "without --position-embedding-type rope"),
+        (["--rotary-base", "500000"], "without rotary embeddings"),
         (["--moe-router-topk", "1"], "without --num-experts"),
         (["--no-tp-comm-bulk-wgrad"], "^--no-tp-comm-bulk-wgrad has no .* --tp-comm-overlap"),
         (["--initial-loss-scale", "8", "--bf16"], "without --fp16"),
@@ -189,6 +182,9 @@ def test_flags_that_nothing_reads_are_refused(parser, monkeypatch, words, messag
         (["--fp8-margin", "5"], "without --fp8-format"),
         (["--wandb-exp-name", "x"], "without --wandb-project"),
         (["--log-timers-to-tensorboard"], "^--log-timers-to-tensorboard has"),
+        (["--use-rope-scaling", "--position-embedding-type", "yarn"], "^--use-rope-scaling has no"),
+        (["--num-layers-at-start-in-bf16", "2", "--fp8-format", "e4m3"], "--first-last-layers"),
+        (["--adam-beta2", "0.9", "--optimizer", "lion"], "^--adam-beta2 0.9 has no effect"),
         (["--expert-tensor-parallel-size", "2"], "without --num-experts"),
         (["--yarn-beta-fast", "16", "--multi-latent-attention"], "^--yarn-beta-fast 16.0 has no"),
         (["--loss-scale", "8"], "without --fp16, --bf16 or --use-distributed-optimizer"),
@@ -198,7 +194,7 @@ def test_flags_that_nothing_reads_are_refused(parser, monkeypatch, words, messag
 def test_flags_that_lack_another_are_refused(parser, monkeypatch, words, message):
     args, given = parsed(parser, monkeypatch, *words)
     with pytest.raises(ValueError, match=message):
-        check_dependent(parser, args, given)
+        check_rules(DEPENDENT, parser, args, given)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +210,6 @@ def test_flags_that_lack_another_are_refused(parser, monkeypatch, words, message
         "--log-timers-to-tensorboard --tensorboard-dir x --save-interval 5 --save x",
         # As scripts for Megatron-LM have them.
         "--use-dist-ckpt --dist-ckpt-format torch_dist",
-        "--log-timers-to-tensorboard --wandb-project x",
         "--expert-model-parallel-size 1 --expert-tensor-parallel-size 1",
         "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0",
         "--bf16 --loss-scale 0 --hysteresis 2 --min-loss-scale 1",
@@ -228,8 +223,8 @@ def test_flags_that_lack_another_are_refused(parser, monkeypatch, words, message
 def test_flags_that_do_something_are_taken(parser, monkeypatch, words):
     args, given = parsed(parser, monkeypatch, *words.split())
     check_numbers(args)
-    check_unsupported(parser, args, given)
-    check_dependent(parser, args, given)
+    check_rules(UNSUPPORTED, parser, args, given)
+    check_rules(DEPENDENT, parser, args, given)
 
 
 def test_no_flag_is_lost_on_its_way_into_the_models_configuration(names):

@@ -55,6 +55,7 @@ def parse(parser: ArgumentParser, words: str, processes: int = 1) -> Namespace:
         ("--num-workers -1", "--num-workers -1 is out of range, allowed: 0 or more"),
         ("--hidden-dropout 2", "--hidden-dropout 2.0 is out of range, allowed: 0 to 1"),
         ("--adam-beta1 1", "--adam-beta1 1.0 is out of range, allowed: 0 to less than 1"),
+        ("--seed 0", "--seed 0 is out of range, allowed: more than 0"),
         ("--loss-scale -1", "--loss-scale -1.0 is out of range, allowed: 0 or more"),
     ],
 )
@@ -69,6 +70,7 @@ def test_numbers_out_of_range(parser, words, message):
     [
         ("--save x", "--save x needs --save-interval"),
         ("--wandb-project p", "--wandb-project p needs --wandb-save-dir or --save"),
+        ("--wandb-project p --wandb-save-dir d", "--wandb-project p needs --tensorboard-dir"),
         ("--num-experts 4 --moe-router-topk 9", "--moe-router-topk 9 .* 1 to --num-experts 4"),
         ("--tensor-model-parallel-size 3", "--tensor-model-parallel-size 3 takes .* there are 2"),
         ("--global-batch-size 6", "--global-batch-size 6 .* --micro-batch-size 2 x 2 replicas"),
@@ -140,11 +142,8 @@ def test_exceptions_are_blamed_on_the_flags_that_the_failing_statement_reads(par
     assert explain(ValueError("--x 3 is out of range")) == "--x 3 is out of range"
 
 
-def test_exceptions_that_no_flag_explains_stay_what_they_are(parser):
-    error = caught(lambda: {}["absent"])
-    assert explain(error) is None
-    with pytest.raises(KeyError, match="absent"):
-        command_line.refuse(error)
+def test_exceptions_that_no_flag_explains_stay_what_they_are():
+    assert explain(caught(lambda: {}["absent"])) is None
 
 
 def test_what_fails_while_megatron_sets_itself_up_is_named(parser, monkeypatch):

@@ -38,8 +38,8 @@ from megatron.early_exit.training.data import (  # noqa: E402
     dataset_config,
     dataset_provider,
 )
+from megatron.early_exit.training.flag_rules.unsupported import UNSUPPORTED  # noqa: E402
 from megatron.early_exit.training.step import LossChecks, final_loss, rejected_results  # noqa: E402
-from megatron.early_exit.training.unsupported_flags import UNSUPPORTED  # noqa: E402
 
 VOCAB = 50
 TOKENIZER = SimpleNamespace(vocab_size=VOCAB)

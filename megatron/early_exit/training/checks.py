@@ -4,6 +4,7 @@ import os
 import struct
 import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
 from importlib.util import find_spec
 from multiprocessing.connection import Listener
 
@@ -253,17 +254,23 @@ def _check_files(source: DataSource, vocabulary: int) -> int:
     size = int(offsets[-1]) + int(lengths[-1]) * index.dtype_size
     if (found := os.path.getsize(data)) < size:
         raise ValueError(f"{source}: {data} is cut short, it has {found} bytes of {size}")
+    for token in _sampled_tokens(data, index):
+        if not 0 <= token < vocabulary:
+            raise ValueError(
+                f"{source} has the token {token}, which is out of range, allowed: 0 to "
+                f"{vocabulary - 1}, is it made with another tokenizer? (with that of EE-LLM "
+                "and older Megatron: --tokenizer-sentencepiece-legacy)"
+            )
+    return len(lengths)
+
+
+def _sampled_tokens(data: str, index: _IndexReader) -> Iterator[int]:
+    """The least and the largest tokens of some documents."""
+    lengths, offsets = index.sequence_lengths, index.sequence_pointers
     for document in np.linspace(0, len(lengths) - 1, _SAMPLED_DOCUMENTS, dtype=int):
         length, offset = int(lengths[document]), int(offsets[document])
-        tokens = np.fromfile(data, index.dtype, min(length, _SAMPLED_TOKENS), offset=offset)
+        begin = np.fromfile(data, index.dtype, min(length, _SAMPLED_TOKENS), offset=offset)
         # The token that ends documents is often the largest.
-        end = offset + max(length - 1, 0) * index.dtype_size
-        ends = np.fromfile(data, index.dtype, min(length, 1), offset=end)
-        for token in (tokens.min(initial=0), max(tokens.max(initial=0), ends.max(initial=0))):
-            if not 0 <= token < vocabulary:
-                raise ValueError(
-                    f"{source} has the token {token}, which is out of range, allowed: 0 to "
-                    f"{vocabulary - 1}, is it made with another tokenizer? (with that of EE-LLM "
-                    "and older Megatron: --tokenizer-sentencepiece-legacy)"
-                )
-    return len(lengths)
+        last = offset + max(length - 1, 0) * index.dtype_size
+        tokens = np.append(begin, np.fromfile(data, index.dtype, min(length, 1), offset=last))
+        yield from (int(tokens.min(initial=0)), int(tokens.max(initial=0)))

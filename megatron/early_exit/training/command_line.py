@@ -26,10 +26,11 @@ from megatron.early_exit.data.tokenizer import (
     complete_tokenizer_arguments,
 )
 from megatron.early_exit.training.arguments import add_early_exit_arguments
-from megatron.early_exit.training.dependent_flags import check_dependent
 from megatron.early_exit.training.filling_options import FillingOptions, plan_fills
+from megatron.early_exit.training.flag_rules.dependent import DEPENDENT
+from megatron.early_exit.training.flag_rules.rule import check_rules
+from megatron.early_exit.training.flag_rules.unsupported import UNSUPPORTED
 from megatron.early_exit.training.given_flags import given_arguments
-from megatron.early_exit.training.misuse import explain
 from megatron.early_exit.training.number_ranges import (
     check_batch_size_schedule,
     check_combinations,
@@ -43,7 +44,6 @@ from megatron.early_exit.training.resume import (
 )
 from megatron.early_exit.training.stored_model import StoredModel, describe_exits
 from megatron.early_exit.training.tuning_options import TuningOptions, plan_depth
-from megatron.early_exit.training.unsupported_flags import check_unsupported
 
 _SHARED_DIRECTORY_TIMEOUT_S = 120.0
 _HEAD_START_S = 15.0
@@ -69,7 +69,7 @@ def run_as_one_process_without_launcher() -> None:
     os.environ.setdefault("MASTER_PORT", "0")
 
 
-def refuse(error: BaseException) -> int:
+def refuse(message: str) -> int:
     """Say what is wrong with the command line or the files it names, once for all ranks.
 
     What every rank has found, rank 0 says, and torchrun then ends the others; so they wait. One
@@ -77,13 +77,7 @@ def refuse(error: BaseException) -> int:
 
     Returns:
         The exit status.
-
-    Raises:
-        BaseException: `error` itself, where no flag and no file is at fault.
     """
-    message = explain(error)
-    if message is None:
-        raise error
     if os.environ.get("RANK", "0") != "0":
         time.sleep(_HEAD_START_S)
     print(f"error: {message}", file=sys.stderr, flush=True)
@@ -121,7 +115,7 @@ def parse_arguments(
         raise ValueError("--yaml-cfg is not supported, give the flags themselves")
     args = parse_args(add_arguments)
     given = given_arguments(parsers[0])
-    check_unsupported(parsers[0], args, given)
+    check_rules(UNSUPPORTED, parsers[0], args, given)
     stored = _restore_from_checkpoint(args, given) if args.use_checkpoint_args else None
     if stored is None:
         exits = EarlyExitConfig.from_attributes(args)
@@ -136,7 +130,7 @@ def parse_arguments(
     if tuning.tune_exit:
         plan_depth(args, tuning, exits)
     check_machine(args)
-    check_dependent(parsers[0], args, given)
+    check_rules(DEPENDENT, parsers[0], args, given)
     check_numbers(args)
     check_combinations(args)
     validate_args(args)

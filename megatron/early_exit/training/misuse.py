@@ -29,7 +29,7 @@ def explain(error: BaseException) -> str | None:
     """What to tell whoever has given the flags, in one line; None where no flag is at fault."""
     message = " ".join(str(error).split())
     if "--" in message or (message and isinstance(error.__cause__, _REFUSALS)):
-        # One of this package's own, which says what there is to say.
+        # It names its flag, or was worded for the user where it was caught.
         return message
     frames = list(_frames(error))
     flags = next((found for frame, code in frames if (found := _flags(frame, code))), [])

@@ -12,7 +12,7 @@ from megatron.early_exit.config import as_flag
 _POSITIVE = (
     *("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels"),
     *("num_query_groups", "seq_length", "max_position_embeddings", "make_vocab_size_divisible_by"),
-    *("vocab_size", "padded_vocab_size", "micro_batch_size", "global_batch_size"),
+    *("vocab_size", "padded_vocab_size", "micro_batch_size", "global_batch_size", "seed"),
     *("eval_micro_batch_size", "eval_global_batch_size", "tensor_model_parallel_size"),
     *("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"),
     *("expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage"),
@@ -25,7 +25,7 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     *("train_iters", "train_samples", "eval_iters", "num_workers", "lr", "weight_decay"),
-    *("clip_grad", "seed", "manual_gc_interval", "num_experts", "init_method_std"),
+    *("clip_grad", "manual_gc_interval", "num_experts", "init_method_std"),
     *("lr_warmup_iters", "lr_warmup_samples", "start_eval_at_iter", "mtp_num_layers"),
     # 0 is off.
     *("non_persistent_save_interval", "exit_interval", "exit_duration_in_mins"),
@@ -74,6 +74,11 @@ def check_combinations(args: Namespace) -> None:
         raise ValueError(f"--save {args.save} needs --save-interval: how many iterations apart")
     if args.wandb_project and not (args.wandb_save_dir or args.save):
         raise ValueError(f"--wandb-project {args.wandb_project} needs --wandb-save-dir or --save")
+    if args.wandb_project and not args.tensorboard_dir:
+        raise ValueError(
+            f"--wandb-project {args.wandb_project} needs --tensorboard-dir: Megatron sends losses "
+            "to W&B only where it writes them for TensorBoard, too"
+        )
     topk, experts = args.moe_router_topk, args.num_experts
     if experts and topk > experts:
         raise ValueError(

@@ -5,11 +5,7 @@ They would be taken without a word and change nothing. `tests/unit/test_flag_aud
 table with what the installed Megatron reads.
 """
 
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
-
-from megatron.early_exit.training.given_flags import given_option, has_default
+from megatron.early_exit.training.flag_rules.rule import unsupported
 
 _NOT_READ = "Megatron no longer reads it"
 _WHOLE_SEQUENCE = "attention goes over the whole sequence"
@@ -17,79 +13,55 @@ _NO_FIM = "there are no fill-in-the-middle data"
 _ONE_VALIDATION_SET = "validation takes --eval-iters batches of one set"
 _DEPTH = "a GPT has --num-layers only"
 
-
-@dataclass(frozen=True, kw_only=True)
-class Unsupported:
-    """Flags that are refused, by their names in Megatron's arguments.
-
-    Attributes:
-        reason: why, and what to use instead.
-        names: the flags one by one.
-        families: what the names of all such flags begin with.
-        but: names of a family that are supported.
-        unless: whether what these arguments ask for is so in any case.
-    """
-
-    reason: str
-    names: tuple[str, ...] = ()
-    families: tuple[str, ...] = ()
-    but: tuple[str, ...] = ()
-    unless: Callable[[Namespace], bool] = lambda args: False
-
-    def covers(self, name: str) -> bool:
-        """Whether the flag `name` is one of them."""
-        return name in self.names or (name.startswith(self.families) and name not in self.but)
-
-
 UNSUPPORTED = (
     # Without a reader anywhere.
-    Unsupported(
+    unsupported(
         names=("rampup_batch_size",),
         reason=f"{_NOT_READ}; use --step-batch-size-schedule 'TOKENS:BATCH TOKENS:BATCH ...', for "
         "example '0:32 1B:64 4B:128'",
     ),
-    Unsupported(
+    unsupported(
         names=("use_flash_attn",),
         reason=f"{_NOT_READ}; --attention-backend flash asks Transformer Engine for it, and local "
         "layers use PyTorch's fused attention anyway: leave it out",
     ),
-    Unsupported(
+    unsupported(
         names=("checkpoint_activations",),
         reason="use --recompute-activations, or --recompute-granularity and --recompute-method",
     ),
-    Unsupported(
+    unsupported(
         names=("openai_gelu",),
         reason=f"{_NOT_READ}; the activation is GELU, or with --swiglu, --squared-relu or "
         "--quick-geglu another",
     ),
-    Unsupported(
+    unsupported(
         names=("exit_signal_handler_for_dataloader",),
         reason=f"{_NOT_READ}; --exit-signal-handler keeps data loaders from the signal too",
     ),
-    Unsupported(
+    unsupported(
         names=("dist_ckpt_save_pre_mcore_014",),
         reason=f"{_NOT_READ}; --ckpt-format chooses the format of checkpoints",
     ),
-    Unsupported(
+    unsupported(
         names=("dist_ckpt_format_deprecated",),
-        unless=lambda args: args.dist_ckpt_format_deprecated == args.ckpt_format,
+        met=lambda args: args.dist_ckpt_format_deprecated == args.ckpt_format,
         reason=f"{_NOT_READ}; --ckpt-format chooses the format of checkpoints",
     ),
-    Unsupported(
+    unsupported(
         names=("enable_full_sharding_in_hsdp",),
         reason=f"{_NOT_READ}; use --outer-dp-sharding-strategy",
     ),
-    Unsupported(
+    unsupported(
         names=("apply_residual_connection_post_layernorm", "onnx_safe"),
         reason=_NOT_READ,
     ),
     # Of Megatron's other programs.
-    Unsupported(
+    unsupported(
         families=("rl_", "grpo_"),
         names=("perform_rl_step", "refit_method", "langrl_env_config"),
         reason="reinforcement learning is another program of Megatron",
     ),
-    Unsupported(
+    unsupported(
         families=("dino_", "vision_"),
         names=(
             *("num_classes", "img_h", "img_w", "num_channels", "patch_dim", "classes_fraction"),
@@ -98,7 +70,7 @@ UNSUPPORTED = (
         ),
         reason="training on images is another program of Megatron",
     ),
-    Unsupported(
+    unsupported(
         families=("bert_", "biencoder_", "ict_", "retriever_", "indexer_", "output_bert_"),
         names=(
             *("titles_data_path", "query_in_block_prob", "use_one_sent_docs", "embedding_path"),
@@ -106,17 +78,17 @@ UNSUPPORTED = (
         ),
         reason="BERT and retrieval are other programs of Megatron",
     ),
-    Unsupported(names=("decoder_num_layers",), reason=_DEPTH),
-    Unsupported(
+    unsupported(names=("decoder_num_layers",), reason=_DEPTH),
+    unsupported(
         names=("relative_attention_num_buckets", "relative_attention_max_distance"),
         reason="only T5 has relative positions",
     ),
-    Unsupported(
+    unsupported(
         families=("mamba_", "hybrid_layer_", "hybrid_override_", "mtp_hybrid_"),
         names=("is_hybrid_model", "use_mamba_mem_eff_path"),
         reason="exits are those of a GPT, not of a hybrid model with Mamba layers",
     ),
-    Unsupported(
+    unsupported(
         families=("inference_",),
         # A random number generator that training uses too.
         but=("inference_rng_tracker",),
@@ -130,62 +102,41 @@ UNSUPPORTED = (
         reason="this command trains; tools/generate.py and "
         "tools/run_early_exit_text_generation_server.py have flags of their own",
     ),
-    Unsupported(
+    unsupported(
         families=("inprocess_",),
         reason="runs are not restarted inside their processes; torchrun --max-restarts does it "
         "from outside",
     ),
-    Unsupported(
+    unsupported(
         families=("one_logger_", "app_tag_run_", "adlr_autoresume"),
         reason="it belongs to NVIDIA's own clusters",
     ),
-    Unsupported(
+    unsupported(
         families=("logits_load_",),
         reason="exits learn from the data, or with --tune-exit from the model's own final head "
         "(--exit-distillation-weight)",
     ),
-    Unsupported(
+    unsupported(
         names=("spec",),
         reason="--transformer-impl chooses the layers",
     ),
     # About data.
-    Unsupported(
+    unsupported(
         names=(
             *("reset_attention_mask", "dataloader_inter_document_masking"),
             *("hybrid_context_parallel", "max_seqlen_per_dp_cp_rank"),
         ),
         reason=_WHOLE_SEQUENCE,
     ),
-    Unsupported(names=("sft", "sft_tokenizer_prompt_format"), reason="data sets are indexed text"),
-    Unsupported(families=("fim_",), reason=_NO_FIM),
-    Unsupported(names=("sample_rate",), reason="GPTs train on every sample"),
-    Unsupported(names=("mask_prob",), reason="GPTs have no masked tokens"),
-    Unsupported(names=("short_seq_prob",), reason="GPTs have no short sequences"),
-    Unsupported(names=("decoder_seq_length",), reason="GPTs have --seq-length only"),
+    unsupported(names=("sft", "sft_tokenizer_prompt_format"), reason="data sets are indexed text"),
+    unsupported(families=("fim_",), reason=_NO_FIM),
+    unsupported(names=("sample_rate",), reason="GPTs train on every sample"),
+    unsupported(names=("mask_prob",), reason="GPTs have no masked tokens"),
+    unsupported(names=("short_seq_prob",), reason="GPTs have no short sequences"),
+    unsupported(names=("decoder_seq_length",), reason="GPTs have --seq-length only"),
     # In Megatron they need one another, microbatches of one, and no test set.
-    Unsupported(
+    unsupported(
         names=("full_validation", "multiple_validation_sets", "validation_set_names"),
         reason=_ONE_VALIDATION_SET,
     ),
 )
-
-
-def check_unsupported(parser: ArgumentParser, args: Namespace, given: Collection[str]) -> None:
-    """Refuse flags that would change nothing.
-
-    Args:
-        parser: of the command line.
-        args: what it has parsed.
-        given: names of the arguments that are on the command line; those with their default value
-            are taken.
-
-    Raises:
-        ValueError: naming the flag, its value and the reason.
-    """
-    for name in sorted(given):
-        if has_default(parser, args, name):
-            continue
-        for one in UNSUPPORTED:
-            if one.covers(name) and not one.unless(args):
-                flag = given_option(parser, name, getattr(args, name))
-                raise ValueError(f"{flag} is not supported: {one.reason}")
