@@ -37,7 +37,7 @@ STAGES = 2
 SEQUENCES = 4
 EXIT_LAYER = SMOLLM2_135M.num_layers // STAGES
 EXITS = EarlyExitConfig(exit_layer_nums=(EXIT_LAYER,), use_exit_norm=True)
-LATENCY_TARGET, THROUGHPUT_TARGET = 0.65, 1.5
+LATENCY_BOUND, THROUGHPUT_BOUND = 0.65, 1.5
 
 
 def make_engine(dtype: torch.dtype, architecture: Architecture) -> EarlyExitEngine:
@@ -101,7 +101,7 @@ def report(
     sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     layers = sum(size for name, size in sizes.items() if name.startswith("decoder.layers."))
     head = sizes["embedding.word_embeddings.weight"]
-    bound = (layers / STAGES + head) / (layers + head)
+    share = (layers / STAGES + head) / (layers + head)
     milliseconds = {name: 1000 * median(taken) / (tokens - 1) for name, taken in times.items()}
     print(
         f"{dtype}, vocabulary {architecture.vocab_size}, {STAGES} stages, exit after layer "
@@ -110,18 +110,18 @@ def report(
     for name, figure in milliseconds.items():
         print(f"  {name:14} {figure:7.2f} ms from token to token")
     rows: list[tuple[str, str, str, int, float, float, str]] = [
-        ("latency at the exit over full", "exit", "full", 1, bound, LATENCY_TARGET, "<")
+        ("latency at the exit over full", "exit", "full", 1, share, LATENCY_BOUND, "<")
     ]
     for mode in ("full", "exit"):
         what = f"throughput of {SEQUENCES} over 1, {mode}"
         several, limit = f"{mode}, several", float(SEQUENCES)
-        rows.append((what, mode, several, SEQUENCES, limit, THROUGHPUT_TARGET, ">"))
-    for what, above, below, factor, limit, target, sign in rows:
+        rows.append((what, mode, several, SEQUENCES, limit, THROUGHPUT_BOUND, ">"))
+    for what, above, below, factor, limit, bound, sign in rows:
         ratios = [factor * a / b for a, b in zip(times[above], times[below], strict=True)]
         ratio = median(ratios)
-        holds = ratio < target if sign == "<" else ratio > target
+        holds = ratio < bound if sign == "<" else ratio > bound
         print(
-            f"  {what:34} {ratio:5.2f}  (limit {limit:.2f}, bound {sign} {target}: "
+            f"  {what:34} {ratio:5.2f}  (limit {limit:.2f}, bound {sign} {bound}: "
             f"{'holds' if holds else 'MISSED'})"
         )
 

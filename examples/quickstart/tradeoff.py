@@ -179,9 +179,8 @@ def table(points: Sequence[Point]) -> str:
 
 
 _WHY_ALL = (
-    "   Every threshold keeps as much, down to the lowest: after so short a training the layers "
-    "behind the first exit\n   add little that it lacks. With more steps they do, and thresholds "
-    "have to choose (--minutes)."
+    "   Every threshold keeps as much: after so few steps the layers behind the first exit add "
+    "little to it. After more steps (--minutes) they do, and low thresholds cost quality."
 )
 
 

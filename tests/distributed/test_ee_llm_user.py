@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import sentencepiece
-import torch
 
 from megatron.early_exit import platform
 
@@ -21,7 +20,6 @@ platform.prepare()
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
 
-from megatron.early_exit.checkpoint.source import open_checkpoint  # noqa: E402
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams  # noqa: E402
 from tests.helpers.ee_llm_format import save_ee_llm, with_shared_norms  # noqa: E402
 from tests.helpers.text_server import text_server  # noqa: E402
@@ -55,13 +53,12 @@ class Kept:
     tokenizer: Path
     data: list[object]
 
-    def train(self, *flags: object, status: int = 0) -> str:
-        """Two pipeline stages; returns what they said."""
+    def train(self, *flags: object) -> None:
+        """On two pipeline stages."""
         layout = ["--pipeline-model-parallel-size", 2, "--use-checkpoint-args"]
         command = [ENTRY, *SCHEDULE, *self.data, *layout, *flags]
         done = self.ranks.run([str(one) for one in command], 2, self.folder / "output")
-        assert done.returncode == status, tails(done.stdout)
-        return done.stdout
+        assert done.returncode == 0, tails(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +119,6 @@ def test_training_tuning_and_serving_go_on(kept: Kept) -> None:
         body = {"prompt": "the quick brown", "max_tokens": 40, "temperature": 0}
         (choice,) = server.post("/v1/completions", body).json()["choices"]
     assert (choice["text"], choice["finish_reason"]) == (rest, "stop")
-    backbone = open_checkpoint(kept.folder / "base").weights
-    for name, tensor in open_checkpoint(trained).weights.items():
-        if name in backbone:
-            assert torch.equal(tensor.read(), backbone[name].read())
 
 
 def test_data_with_its_tokens_need_its_tokenizer(kept: Kept) -> None:

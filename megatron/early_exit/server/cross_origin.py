@@ -37,7 +37,8 @@ def allow_origins(app: Flask, origins: Collection[str]) -> None:
         response.headers["Access-Control-Expose-Headers"] = _EXPOSED
         if request.method == "OPTIONS":
             response.headers["Access-Control-Allow-Methods"] = _METHODS
-            # OpenAI's clients send further ones, and a key is no cookie that pages could misuse.
+            # OpenAI's client for JavaScript sends headers of its own. A key is no cookie: browsers
+            # do not add it by themselves.
             asked = request.headers.get("Access-Control-Request-Headers")
             response.headers["Access-Control-Allow-Headers"] = asked or _HEADERS
             response.vary.add("Access-Control-Request-Headers")
