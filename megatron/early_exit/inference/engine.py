@@ -199,6 +199,8 @@ class EarlyExitEngine:
         Raises:
             ValueError: a prompt is empty, too long or has unknown tokens, or `params` asks for
                 exits that the model does not have; nothing is generated then.
+            Exception: what came up while one of the prompts was computed, for example
+                `torch.OutOfMemoryError`. It is raised when all have ended; their results are lost.
         """
         items: abc.Sequence[str | abc.Sequence[int]] = (
             [prompts] if isinstance(prompts, str) else prompts
@@ -235,6 +237,7 @@ class EarlyExitEngine:
         Raises:
             ValueError: as `generate`; it comes at once, not with the first token.
             FloatingPointError: the logits are not finite: damaged weights, or an overflow.
+            Exception: what came up while the prompt was computed.
         """
         return self._tokens(self._request(prompt, params or SamplingParams()))
 

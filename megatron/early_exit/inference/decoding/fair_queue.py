@@ -20,9 +20,6 @@ class FairQueue:
     def __len__(self) -> int:
         return len(self._groups)
 
-    def __contains__(self, key: int) -> bool:
-        return key in self._groups
-
     def add(self, key: int, group: int) -> None:
         """A key has arrived."""
         if group not in self._waiting:
