@@ -258,6 +258,24 @@ def test_bodies_that_are_being_answered_count():
         connection.close()
 
 
+def test_a_new_connection_is_not_the_first_to_give_way_because_others_sent_a_byte_later():
+    with web_server() as server:
+        held = [connect(server, CLIENTS["half of the headers"]) for _ in range(30)]
+        wait_until(lambda: len(server.connections.all) == 30)
+        good = connect(server)
+        wait_until(lambda: len(server.connections.all) == 31)
+        came = max(one.creation_time for one in server.connections.all)
+        for one in held:
+            one.sendall(b"a")
+        wait_until(lambda: sum(o.last_activity > came for o in server.connections.all) == 30)
+        more = [connect(server) for _ in range(20)]
+        assert is_ended(held[0])
+        good.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert good.recv(12) == b"HTTP/1.1 200"
+        for one in (*held, *more, good):
+            one.close()
+
+
 def test_those_that_still_read_an_answer_give_way_last():
     with web_server() as server:
         reader = connect(server, HEAD.replace(b"/echo", b"/large") + b"\r\n")

@@ -136,6 +136,11 @@ class Connection(HTTPChannel):  # type: ignore[misc]
         return bool(self.requests)
 
     @property
+    def idle_since(self) -> float:
+        """When its last answer ended, or when it came: bytes of half a request are no progress."""
+        return max(float(self.creation_time), self.served_until)
+
+    @property
     def num_bytes(self) -> int:
         """What is kept for it."""
         bodies = [getattr(one, "body_rcv", None) for one in (*self.requests, self.request)]
@@ -273,7 +278,7 @@ class Connections:
         """
         idle = [one for one in self.all if not one.is_served]
         per_address = Counter(one.addr[0] for one in idle)
-        idle.sort(key=lambda one: (one.is_sending, -per_address[one.addr[0]], one.last_activity))
+        idle.sort(key=lambda one: (one.is_sending, -per_address[one.addr[0]], one.idle_since))
         excess = len(self._map) - self._most + self._most // 16
         for one in idle[:excess]:
             one.handle_close()
