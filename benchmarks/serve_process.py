@@ -86,16 +86,26 @@ class Memory:
 
     async def watch(self) -> None:
         """Take samples until cancelled; seconds of load count, not those in between."""
-        begin = time.perf_counter() - (self.samples[-1][0] if self.samples else 0.0)
+        begin = time.perf_counter() - self._seconds()
         while True:
-            mebibytes = self.process.memory_info().rss / 2**20
-            self.samples.append((time.perf_counter() - begin, mebibytes))
-            self.threads.append(self.process.num_threads())
-            self.descriptors.append(self.process.num_fds())
+            self._sample(time.perf_counter() - begin)
             await asyncio.sleep(_SAMPLE_S)
 
+    def _seconds(self) -> float:
+        return self.samples[-1][0] if self.samples else 0.0
+
+    def _sample(self, seconds: float) -> None:
+        self.samples.append((seconds, self.process.memory_info().rss / 2**20))
+        self.threads.append(self.process.num_threads())
+        self.descriptors.append(self.process.num_fds())
+
     def figures(self) -> dict[str, float]:
-        """Medians of the middle and the last third, and the slope over both."""
+        """Medians of the middle and the last third, and the slope over both.
+
+        A load that ended before it had a sample for each third gets the others now.
+        """
+        while len(self.samples) < 3:
+            self._sample(self._seconds() + _SAMPLE_S)
         third = len(self.samples) // 3
         seconds, sizes = zip(*self.samples[third:], strict=True)
         middle, last = median(sizes[:third]), median(sizes[third:])

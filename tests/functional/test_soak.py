@@ -8,12 +8,14 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.helpers.text_server import text_server
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import serve_process
 import serve_requests
 import soak
 import soak_clients
@@ -108,6 +110,21 @@ def test_a_broken_promise_is_the_status_and_in_the_record(tmp_path, monkeypatch,
     part = json.loads(record.read_text())["parts"]["kills"]
     assert part["kills"] == 3
     assert [one["verdict"] for one in part["promises"]] == ["BROKEN", "not judged"]
+
+
+@pytest.mark.parametrize("samples", [0, 1, 2, 4])
+def test_memory_of_a_short_load(samples):
+    memory = serve_process.Memory(psutil.Process())
+    memory.samples += [(0.5 * n, 100.0) for n in range(samples)]
+    memory.threads += [5] * samples
+    memory.descriptors += [7] * samples
+    figures = memory.figures()
+    assert len(memory.samples) == max(samples, 3)
+    if samples == 4:
+        assert figures["memory_growth"] == 0
+        assert figures["threads_last"] == 5
+    else:
+        assert figures["memory_last_mib"] > 0
 
 
 def test_values_out_of_range_are_refused(monkeypatch, capsys):
