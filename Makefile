@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup
 # What touches the libraries whose ranges have ends: Megatron's patches and torch's collectives,
 # checkpoints, the exported folder in transformers, the server, plots.
 RANGE_TESTS := tests/unit/test_platform.py tests/unit/test_checkpoint_writer.py \
-	tests/unit/test_inference_megatron.py tests/unit/test_exit_gradients.py \
+	tests/unit/inference/test_against_megatron.py tests/unit/test_exit_gradients.py \
 	tests/unit/test_huggingface_import.py tests/unit/test_huggingface_export.py \
 	tests/unit/test_data_tokenizer.py tests/unit/test_pipeline_drawing.py \
 	tests/functional/test_huggingface_exits.py tests/functional/test_server.py \

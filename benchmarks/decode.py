@@ -20,7 +20,7 @@ from decode_single import measure_single
 from decode_turns import Report
 
 from megatron.early_exit.hardware.dtypes import DTYPES
-from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "run" / "checkpoint"
 

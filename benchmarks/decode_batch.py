@@ -11,8 +11,8 @@ from best_schedule import Seconds, tokens_per_second
 from decode_models import Weights, products
 from decode_turns import Decoder, Report, Turn, ratio, take_turns, timed
 
-from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
-from megatron.early_exit.inference.engine import DEFAULT_MAX_PENDING
+from megatron.early_exit.inference.early_exit_engine import DEFAULT_MAX_PENDING
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 
 PROBABILITIES = (0.5, 0.8)
 """Of leaving, at each exit that is asked."""

@@ -17,7 +17,7 @@ from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.model import model_weights
 from megatron.early_exit.checkpoint.weights import load_weights, weight_shapes
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.inference.compute.linear import make_linear
+from megatron.early_exit.inference.model.linear import make_linear
 
 SMOLLM2_135M = Architecture(
     num_layers=30,

@@ -8,10 +8,10 @@ import torch
 from decode_models import HuggingFace, Weights, products
 from decode_turns import PROMPT_LENGTH, Decoder, Report, Turn, ratio, take_turns, timed
 
-from megatron.early_exit.inference.compute.runner import SegmentRunner
-from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
-from megatron.early_exit.inference.compute.spans import Span
-from megatron.early_exit.inference.decoding.confidence import assess
+from megatron.early_exit.inference.model.runner import SegmentRunner
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from megatron.early_exit.inference.model.spans import Span
+from megatron.early_exit.inference.modes.head_output import head_outputs
 
 LONG_RUN = 16
 """Tokens that leave in a row before one goes through all layers."""
@@ -42,11 +42,11 @@ def recomputing(model: SegmentedModel, tokens: int) -> Turn:
             spans = [Span(0, seen, len(text))]
             with torch.inference_mode():
                 hidden = runner.run(0, spans, text[seen:])
-                (found,) = assess(runner.exit_logits(0, spans))
+                (found,) = head_outputs(runner.exit_logits(0, spans))
                 if number % (LONG_RUN + 1) == 0:
                     for index in range(1, last + 1):
                         hidden = runner.run(index, spans)
-                    (found,) = assess(runner.final_logits(hidden[-1:]))
+                    (found,) = head_outputs(runner.final_logits(hidden[-1:]))
                     seen = len(text)
             if number == 1:
                 start = perf_counter()

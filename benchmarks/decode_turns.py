@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
-from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 
 PROMPT_LENGTH = 8
 Turn = Callable[[], float]
@@ -52,13 +52,13 @@ class Decoder:
         requests = [engine.submit(*pair) for pair in zip(self.prompts, params, strict=True)]
         for request, threshold in zip(requests, thresholds or [], strict=False):
             request.mode.threshold = threshold  # type: ignore[attr-defined]
-        while not all(request.generated for request in requests):
+        while not all(request.sequence.generated for request in requests):
             engine.step()
-        before, start = sum(len(request.generated) for request in requests), perf_counter()
+        before, start = sum(len(request.sequence.generated) for request in requests), perf_counter()
         while not any(request.is_finished for request in requests):
             engine.step()
         seconds = perf_counter() - start
-        count = sum(len(request.generated) for request in requests) - before
+        count = sum(len(request.sequence.generated) for request in requests) - before
         for request in requests:
             engine.cancel(request)
         return seconds / count

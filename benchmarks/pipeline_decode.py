@@ -29,8 +29,8 @@ from megatron.early_exit.checkpoint.weights import weight_shapes
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.hardware.dtypes import DTYPES
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
-from megatron.early_exit.inference.parallel.division import divided_model
-from megatron.early_exit.inference.parallel.process_groups import join, own_part
+from megatron.early_exit.inference.distributed.parallel_backend import parallel_model
+from megatron.early_exit.inference.distributed.process_groups import join, own_part
 from megatron.early_exit.process_family import run_program
 
 STAGES = 2
@@ -52,8 +52,8 @@ def make_engine(dtype: torch.dtype, architecture: Architecture) -> EarlyExitEngi
         part = own_part(place, architecture, name, whole.to(dtype))
         if part is not None:
             parts[name] = part
-    model, division = divided_model(place, architecture, EXITS, parts, compile_rows=True)
-    return EarlyExitEngine(model, max_batch_size=SEQUENCES, division=division)
+    model, backend = parallel_model(place, architecture, EXITS, parts, compile_rows=True)
+    return EarlyExitEngine(model, max_batch_size=SEQUENCES, backend=backend)
 
 
 def seconds(engine: EarlyExitEngine, params: SamplingParams, count: int) -> float:

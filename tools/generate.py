@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from megatron.early_exit.config import as_flag
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
-from megatron.early_exit.inference.decoding.request import Request
+from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
 from megatron.early_exit.process_family import end_with_parent
 from megatron.early_exit.server.client.exit_colours import ExitColours
@@ -139,8 +139,8 @@ def run(args: argparse.Namespace) -> int:
     params = sampling_params(args)
     prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts_file)
     engine = load_engine(args)
-    if engine.is_follower:
-        engine.follow()
+    if engine.is_worker:
+        engine.work()
         return 0
     if args.prompt is not None and args.output is None and params.max_tokens > 0:
         show_stream(engine, args.prompt, params, sys.stdout)

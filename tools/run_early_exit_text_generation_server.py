@@ -27,8 +27,8 @@ from typing import Any, get_args
 import torch
 
 from megatron.early_exit.config import as_flag
-from megatron.early_exit.inference.decoding.params import Mode
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
+from megatron.early_exit.inference.params import Mode
 from megatron.early_exit.process_family import end_with_parent
 from megatron.early_exit.server.api_key import API_KEY_VARIABLE
 from megatron.early_exit.server.app import create_app
@@ -248,7 +248,7 @@ def follow(args: argparse.Namespace) -> int:
     # torchrun sends them to all ranks; what is under way still needs this one.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    engine.follow()
+    engine.work()
     return 0
 
 

@@ -17,7 +17,7 @@ import torch
 
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
-from megatron.early_exit.inference.parallel import heartbeat
+from megatron.early_exit.inference.distributed import heartbeat
 from tests.helpers.spawn import forkserver
 from tests.helpers.tiny_models import make_model, save_checkpoint
 
@@ -64,9 +64,9 @@ def decode_for_long(
 def drive_or_follow(
     rank: int, layout: tuple[int, int], checkpoint: str, folder: str, pause_s: float
 ) -> None:
-    engine = join(rank, layout, checkpoint, folder, driven=True)
+    engine = join(rank, layout, checkpoint, folder, has_driver=True)
     if rank > 0:
-        engine.follow()
+        engine.work()
 
     def say_last_words(sentence: str) -> None:
         with Path(folder, "last words").open("a") as file:

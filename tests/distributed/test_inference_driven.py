@@ -10,8 +10,8 @@ import pytest
 
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
-from megatron.early_exit.inference.decoding import scoring
-from megatron.early_exit.inference.parallel.control import ControlPlane
+from megatron.early_exit.inference.distributed.control import ControlPlane
+from megatron.early_exit.inference.engine import scoring
 from tests.helpers.spawn import spawn
 from tests.helpers.tiny_models import HEADS, make_model, save_checkpoint
 
@@ -91,16 +91,16 @@ def drive_or_follow(folder: str, layout: tuple[int, int]) -> dict[str, Any]:
         max_batch_size=3,
         tensor_parallel=tensor,
         pipeline_parallel=pipeline,
-        driven=True,
+        has_driver=True,
     )
-    if engine.is_follower:
+    if engine.is_worker:
         for refused in (engine.argmax_tokens, engine.generate):
             with pytest.raises(ValueError, match="makes no requests"):
                 refused([[1]])
-        engine.follow()
+        engine.work()
     else:
-        with pytest.raises(ValueError, match="follow is not possible"):
-            engine.follow()
+        with pytest.raises(ValueError, match="work is not possible"):
+            engine.work()
         found |= drive(engine)
     engine.close()
     found["left"] = sum(isinstance(one, scoring.TextScorer) for one in gc.get_objects())
@@ -150,6 +150,6 @@ def test_followers_wait_while_rank_0_is_idle(found):
 
 def test_one_process_has_nobody_to_follow():
     engine = EarlyExitEngine(MODEL.segmented)
-    assert not engine.is_follower
-    with pytest.raises(ValueError, match="follow is not possible"):
-        engine.follow()
+    assert not engine.is_worker
+    with pytest.raises(ValueError, match="work is not possible"):
+        engine.work()

@@ -16,11 +16,11 @@ import torch
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
 from megatron.early_exit.hardware.compiler import has_cpp_compiler
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
-from megatron.early_exit.inference.decoding import scoring
-from megatron.early_exit.inference.decoding.confidence import NOT_FINITE
-from megatron.early_exit.inference.decoding.results import PromptToken
-from megatron.early_exit.inference.parallel.division import divided_model
-from megatron.early_exit.inference.parallel.process_groups import join, own_part
+from megatron.early_exit.inference.distributed.parallel_backend import parallel_model
+from megatron.early_exit.inference.distributed.process_groups import join, own_part
+from megatron.early_exit.inference.engine import scoring
+from megatron.early_exit.inference.modes.head_output import NOT_FINITE
+from megatron.early_exit.inference.results import PromptToken
 from tests.helpers.arrivals import CONTEXT, Arrival, Syllables, assert_oracles, examples, play
 from tests.helpers.compiler import needs_compiler
 from tests.helpers.reference_decoder import generate
@@ -106,9 +106,9 @@ def pipeline_engine(model: TinyModel, num_slots: int) -> EarlyExitEngine:
         name: own_part(place, model.architecture, name, w) for name, w in model.weights.items()
     }
     own = {name: part for name, part in parts.items() if part is not None}
-    segmented, division = divided_model(place, model.architecture, model.early_exit, own)
+    segmented, backend = parallel_model(place, model.architecture, model.early_exit, own)
     sizes = {"max_batch_size": num_slots, "max_sequence_length": CONTEXT}
-    return EarlyExitEngine(segmented, Syllables(), division=division, **sizes)
+    return EarlyExitEngine(segmented, Syllables(), backend=backend, **sizes)
 
 
 def more_of_one(engine: EarlyExitEngine) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
-from megatron.early_exit.inference.compute.graphs import GraphedLayers
-from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
+from megatron.early_exit.inference.model.graphs import GraphedLayers
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from tests.helpers.compiler import needs_compiler
 from tests.helpers.reference_decoder import generate
 from tests.helpers.speed import patient
@@ -112,7 +112,7 @@ def replayed(model):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "megatron.early_exit.inference.compute.segmented_model.CompiledLayers",
+            "megatron.early_exit.inference.model.segmented_model.CompiledLayers",
             lambda compiler, layers, _: GraphedLayers(compiler, layers, capture),
         )
         return compiled(model)
@@ -175,7 +175,7 @@ def test_no_request_waits_for_the_compiler():
 def test_a_machine_without_a_compiler_is_told_so():
     code = """
 from megatron.early_exit.inference import EarlyExitEngine
-from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from tests.helpers.tiny_models import make_model
 model = make_model()
 model = SegmentedModel(model.architecture, model.early_exit, model.weights, compile_rows=True)

@@ -14,7 +14,7 @@ from megatron.early_exit.checkpoint.writer import write_checkpoint
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers.huggingface_models import cache_of
 from tests.helpers.tiny_models import ARCHITECTURES, HEADS, LLAMA, make_model
-from tests.unit.test_checkpoint_writer import lazy
+from tests.helpers.written_checkpoint import lazy_tensors
 
 PROMPT = [5, 17, 3, 44, 8, 8, 1]
 COUNT = 40
@@ -35,7 +35,7 @@ def export(tmp_path, architecture, exits=(1, 3), **heads):
     model = make_model(architecture, exits, **heads)
     description = ModelDescription(model.architecture, model.early_exit, None)
     ours = tmp_path / "ours"
-    write_checkpoint(ours, lazy(model.weights), description, described_args(description))
+    write_checkpoint(ours, lazy_tensors(model.weights), description, described_args(description))
     exported = export_hf(ours, tmp_path / "hf")
     assert exported.needs_remote_code
     return EarlyExitEngine.from_checkpoint(ours), load(tmp_path / "hf")

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.weights import weight_shapes
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 
 LLAMA = Architecture(
     num_layers=4,

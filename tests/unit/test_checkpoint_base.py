@@ -15,14 +15,14 @@ from megatron.early_exit.checkpoint.writer import write_checkpoint
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers.tiny_models import LLAMA, make_model
-from tests.unit.test_checkpoint_writer import lazy
+from tests.helpers.written_checkpoint import lazy_tensors
 
 MODEL = make_model(LLAMA, exits=(1, 3), use_exit_norm=True)
 PLAIN = ModelDescription(LLAMA, EarlyExitConfig(), None)
 
 
 def save(path, weights, description):
-    write_checkpoint(path, lazy(weights), description, described_args(description))
+    write_checkpoint(path, lazy_tensors(weights), description, described_args(description))
     return path
 
 
@@ -67,4 +67,4 @@ def test_another_base_is_refused(tmp_path):
 def test_a_base_of_another_kind_is_refused():
     reference = BaseReference("/base", {"a": "0", "b": "1"})
     with pytest.raises(ValueError, match=r"has other tensors than /base.*: b is in one"):
-        reference.checked(lazy({"a": torch.zeros(1)}))
+        reference.checked(lazy_tensors({"a": torch.zeros(1)}))

@@ -11,7 +11,7 @@ from megatron.early_exit.checkpoint import conversion
 from megatron.early_exit.checkpoint.conversion import Conversion, match_table
 from megatron.early_exit.checkpoint.description import ModelDescription
 from tests.helpers.tiny_models import LLAMA, make_model
-from tests.unit.test_checkpoint_writer import lazy
+from tests.helpers.written_checkpoint import lazy_tensors
 
 MODEL = make_model(LLAMA, exits=(1, 3), use_exit_mlp=True)
 
@@ -19,7 +19,7 @@ MODEL = make_model(LLAMA, exits=(1, 3), use_exit_mlp=True)
 def make():
     description = ModelDescription(LLAMA, MODEL.early_exit, None)
     sources = {name: (name.replace("linear_qkv", "query"), "more") for name in MODEL.weights}
-    return Conversion(description, lazy(MODEL.weights), sources)
+    return Conversion(description, lazy_tensors(MODEL.weights), sources)
 
 
 def test_every_tensor_is_told_twice(tmp_path):

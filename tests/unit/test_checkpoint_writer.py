@@ -13,13 +13,7 @@ from megatron.early_exit.checkpoint.weights import load_weights, stored_weights
 from megatron.early_exit.checkpoint.writer import new_directory, write_checkpoint
 from megatron.early_exit.config import EarlyExitConfig
 from tests.helpers.tiny_models import ARCHITECTURES, HEADS, make_model
-
-
-def lazy(weights):
-    return {
-        name: LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
-        for name, tensor in weights.items()
-    }
+from tests.helpers.written_checkpoint import lazy_tensors
 
 
 @pytest.mark.parametrize("heads", ["projection", "all"])
@@ -30,7 +24,7 @@ def test_a_model_comes_back(tmp_path, architecture, heads):
     told = []
     write_checkpoint(
         tmp_path,
-        lazy(model.weights),
+        lazy_tensors(model.weights),
         description,
         described_args(description),
         lambda name, num_bytes: told.append((name, num_bytes)),
@@ -73,7 +67,7 @@ def test_tensors_are_read_one_after_the_other(tmp_path):
 
 def test_nothing_is_left_of_what_went_wrong(tmp_path):
     model = make_model()
-    weights = lazy(model.weights)
+    weights = lazy_tensors(model.weights)
 
     def fail():
         raise ValueError("a shard is missing")

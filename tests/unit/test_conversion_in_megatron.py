@@ -13,14 +13,10 @@ from megatron.early_exit.checkpoint.source import open_checkpoint  # noqa: E402
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams  # noqa: E402
 from tests.helpers.exit_models import SEQUENCE, VOCAB, build_model  # noqa: E402
+from tests.helpers.megatron_model import BACKBONES, architecture, megatron_logits  # noqa: E402
 from tests.helpers.single_process import model_parallel  # noqa: E402
 from tests.helpers.tiny_models import make_model  # noqa: E402
-from tests.unit.test_exits_conversion import save  # noqa: E402
-from tests.unit.test_inference_megatron import (  # noqa: E402
-    BACKBONES,
-    architecture,
-    megatron_logits,
-)
+from tests.helpers.written_checkpoint import write_model  # noqa: E402
 
 
 @pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES.keys())
@@ -34,7 +30,7 @@ def test_megatron_loads_added_exits(tmp_path, backbone):
         use_exit_block=True,
         untie_exit_output_weights=True,
     )
-    base = save(tmp_path / "base", make_model(architecture(backbone)))
+    base = write_model(tmp_path / "base", make_model(architecture(backbone)))
     add_exits(open_checkpoint(base), exits).write(tmp_path / "with")
     tokens = torch.randint(VOCAB, (SEQUENCE,), generator=torch.Generator().manual_seed(0))
     with model_parallel(), torch.no_grad():

@@ -18,7 +18,7 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers import saved_checkpoint
 from tests.helpers.tiny_models import ARCHITECTURES, GPT2, LLAMA, make_model
-from tests.unit.test_checkpoint_writer import lazy
+from tests.helpers.written_checkpoint import lazy_tensors, write_model
 
 ALL_PARTS = {
     "use_exit_mlp": True,
@@ -26,12 +26,6 @@ ALL_PARTS = {
     "use_exit_norm": True,
     "untie_exit_output_weights": True,
 }
-
-
-def save(path, model):
-    description = ModelDescription(model.architecture, model.early_exit, None)
-    write_checkpoint(path, lazy(model.weights), description, described_args(description))
-    return path
 
 
 def save_plain(save_dir, model, **changed):
@@ -62,7 +56,9 @@ def test_an_exit_after_the_last_layer_is_the_model_itself(tmp_path, architecture
     model = make_model(ARCHITECTURES[architecture])
     untied = not model.architecture.share_embeddings_and_output_weights
     wanted = exits_at(4, use_exit_norm=True, untie_exit_output_weights=untied, **flags)
-    add_exits(open_checkpoint(save(tmp_path / "base", model)), wanted).write(tmp_path / "out")
+    add_exits(open_checkpoint(write_model(tmp_path / "base", model)), wanted).write(
+        tmp_path / "out"
+    )
     engine = EarlyExitEngine.from_checkpoint(tmp_path / "out")
     segments = engine.model
     assert [one.position for one in segments.exits] == [4]
@@ -84,7 +80,7 @@ def test_an_exit_after_the_last_layer_is_the_model_itself(tmp_path, architecture
 @pytest.mark.parametrize("architecture", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_every_part_is_a_copy_of_the_models_own(tmp_path, architecture):
     model = make_model(architecture)
-    source = open_checkpoint(save(tmp_path / "base", model))
+    source = open_checkpoint(write_model(tmp_path / "base", model))
     added = add_exits(source, exits_at(2, 4, **ALL_PARTS))
     found = read_all(added)
     output = model.weights.get(
@@ -133,7 +129,7 @@ def test_a_checkpoint_of_megatrons_training_gets_exits_and_gives_them_back(tmp_p
 
 def test_exits_that_the_model_has_are_kept_or_replaced(tmp_path):
     model = make_model(LLAMA, exits=(1, 3), use_exit_norm=True, exit_layer_weight=(0.1, 0.3))
-    source = open_checkpoint(save(tmp_path / "old", model))
+    source = open_checkpoint(write_model(tmp_path / "old", model))
     added = add_exits(source, exits_at(3, 4, use_exit_norm=True))
     config = added.description.early_exit
     assert config.exit_layer_nums == (1, 3, 4)
@@ -170,7 +166,7 @@ def test_exits_that_the_model_has_are_kept_or_replaced(tmp_path):
 )
 def test_exits_that_do_not_fit_are_refused(tmp_path, wanted, message):
     model = make_model(LLAMA, exits=(1, 4), use_exit_norm=True)
-    source = open_checkpoint(save(tmp_path, model))
+    source = open_checkpoint(write_model(tmp_path, model))
     with pytest.raises(ValueError, match=message):
         add_exits(source, wanted)
 
@@ -178,7 +174,7 @@ def test_exits_that_do_not_fit_are_refused(tmp_path, wanted, message):
 @pytest.mark.parametrize("architecture", ["gpt2", "nemotron", "qwen"])
 def test_random_weights_are_drawn_as_megatron_draws_them(tmp_path, architecture):
     wide = replace(ARCHITECTURES[architecture], hidden_size=128, ffn_hidden_size=512)
-    source = open_checkpoint(save(tmp_path, make_model(wide)))
+    source = open_checkpoint(write_model(tmp_path, make_model(wide)))
     drawn = [
         read_all(add_exits(source, exits_at(1, 2, **ALL_PARTS), RandomInit(seed, 0.1)))
         for seed in (5, 5, 6)
@@ -221,7 +217,7 @@ def test_tuned_exits_and_their_base_become_one(tmp_path):
     reference = BaseReference.of(location, model_weights(location, description))
     tuned = {name: tensor for name, tensor in model.weights.items() if is_of_exit(name)}
     only = ModelDescription(LLAMA, model.early_exit, None, reference)
-    write_checkpoint(tmp_path / "exits", lazy(tuned), only, described_args(only))
+    write_checkpoint(tmp_path / "exits", lazy_tensors(tuned), only, described_args(only))
     (tmp_path / "base").rename(tmp_path / "moved")
     open_parts(tmp_path / "moved", tmp_path / "exits").write(tmp_path / "merged")
     merged = open_checkpoint(tmp_path / "merged")

@@ -23,8 +23,8 @@ from megatron.early_exit.hardware.dtypes import (
     fastest_times,
 )
 from megatron.early_exit.inference import dtype as inference_dtype
-from megatron.early_exit.inference.compute.compiled import LayerCompiler
 from megatron.early_exit.inference.dtype import decide_dtype
+from megatron.early_exit.inference.model.compiled import LayerCompiler
 from megatron.early_exit.platform.machine import Platform
 
 CPU = torch.device("cpu")

@@ -32,7 +32,7 @@ from tests.helpers.huggingface_models import (
     twin_tokens,
 )
 from tests.helpers.tiny_models import ARCHITECTURES, make_model
-from tests.unit.test_checkpoint_writer import lazy
+from tests.helpers.written_checkpoint import lazy_tensors
 
 INDEX = "model.safetensors.index.json"
 # What decides about the outputs; the class of a Mistral may change to the Llama that it is.
@@ -59,7 +59,7 @@ def import_to(folder, target):
 def save_model(path, architecture, tokenizer=None):
     model = make_model(architecture)
     description = ModelDescription(model.architecture, model.early_exit, tokenizer)
-    write_checkpoint(path, lazy(model.weights), description, described_args(description))
+    write_checkpoint(path, lazy_tensors(model.weights), description, described_args(description))
     return path
 
 
@@ -183,11 +183,11 @@ def test_exits_and_their_base_become_one_folder(tmp_path):
     model = make_model(ARCHITECTURES["llama"], (1, 3), use_exit_norm=True)
     plain = ModelDescription(model.architecture, EarlyExitConfig(), None)
     backbone = {name: one for name, one in model.weights.items() if not is_of_exit(name)}
-    write_checkpoint(tmp_path / "base", lazy(backbone), plain, described_args(plain))
-    reference = BaseReference.of(locate(tmp_path / "base"), lazy(backbone))
+    write_checkpoint(tmp_path / "base", lazy_tensors(backbone), plain, described_args(plain))
+    reference = BaseReference.of(locate(tmp_path / "base"), lazy_tensors(backbone))
     tuned = ModelDescription(model.architecture, model.early_exit, None, reference)
     exits = {name: one for name, one in model.weights.items() if is_of_exit(name)}
-    write_checkpoint(tmp_path / "tuned", lazy(exits), tuned, described_args(tuned))
+    write_checkpoint(tmp_path / "tuned", lazy_tensors(exits), tuned, described_args(tuned))
 
     assert export_hf(tmp_path / "tuned", tmp_path / "hf").needs_remote_code
     found = load_shards(tmp_path / "hf")

@@ -1,12 +1,12 @@
 """Early-exit inference: `EarlyExitEngine` over a checkpoint, `SamplingParams` in, results out."""
 
-from megatron.early_exit.inference.decoding.params import SamplingParams
-from megatron.early_exit.inference.decoding.results import (
+from megatron.early_exit.inference.early_exit_engine import EarlyExitEngine
+from megatron.early_exit.inference.params import SamplingParams
+from megatron.early_exit.inference.results import (
     GeneratedToken,
     GenerationResult,
     GenerationStatistics,
 )
-from megatron.early_exit.inference.engine import EarlyExitEngine
 
 __all__ = [
     "EarlyExitEngine",

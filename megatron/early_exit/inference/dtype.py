@@ -11,7 +11,7 @@ from megatron.early_exit.checkpoint.weights import weight_shapes
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.hardware.dtypes import NAMES, dtype_speed, forced_dtypes, say_once
 from megatron.early_exit.hardware.resources import available_memory
-from megatron.early_exit.inference.parallel.process_groups import Place
+from megatron.early_exit.inference.distributed.process_groups import RankInfo
 
 _FP32_BYTES = 4
 _COPIES_ON_A_CPU = 2
@@ -23,7 +23,7 @@ def decide_dtype(
     architecture: Architecture,
     early_exit: EarlyExitConfig,
     device: torch.device,
-    place: Place | None = None,
+    rank_info: RankInfo | None = None,
 ) -> torch.dtype:
     """The format that was asked for, else the model's own, else fp32 where that one is slow.
 
@@ -34,19 +34,19 @@ def decide_dtype(
         asked: None leaves it to the machine.
         architecture, early_exit: the whole model.
         device: where it is computed.
-        place: of this process; None where there is only one.
+        rank_info: of this process; None where there is only one.
 
     Raises:
         ValueError: the variable that says which formats are fast has an unknown value.
     """
     forced_dtypes()
     stored: torch.dtype = getattr(torch, architecture.params_dtype)
-    if place is not None and place.rank > 0:
-        return _told(place, None)
+    if rank_info is not None and rank_info.rank > 0:
+        return _told(rank_info, None)
     dtype, line = asked or stored, None
     if dtype in NAMES and not (speed := dtype_speed(dtype, device)).is_fast:
         name = NAMES[dtype]
-        ranks = 1 if place is None else place.num_ranks
+        ranks = 1 if rank_info is None else rank_info.num_ranks
         needed = _bytes_in_fp32(architecture, early_exit, device, ranks)
         if asked is not None:
             line = f"{speed.finding}; dtype fp32 may be faster"
@@ -60,13 +60,13 @@ def decide_dtype(
             dtype = torch.float32
     if line is not None:
         say_once(line)
-    return dtype if place is None else _told(place, dtype)
+    return dtype if rank_info is None else _told(rank_info, dtype)
 
 
-def _told(place: Place, dtype: torch.dtype | None) -> torch.dtype:
+def _told(rank_info: RankInfo, dtype: torch.dtype | None) -> torch.dtype:
     """What the first process has decided."""
     box = [dtype]
-    distributed.broadcast_object_list(box, src=0, group=place.group)
+    distributed.broadcast_object_list(box, src=0, group=rank_info.group)
     assert box[0] is not None
     return box[0]
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatron.early_exit.hardware.dtypes import DTYPES
-from megatron.early_exit.inference.engine import DEFAULT_MAX_BATCH_SIZE, EarlyExitEngine
+from megatron.early_exit.inference.early_exit_engine import DEFAULT_MAX_BATCH_SIZE, EarlyExitEngine
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -56,5 +56,5 @@ def load_engine(
         tensor_parallel=args.tensor_model_parallel_size,
         pipeline_parallel=args.pipeline_model_parallel_size,
         compile=args.compile,
-        driven=True,
+        has_driver=True,
     )

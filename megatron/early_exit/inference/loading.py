@@ -12,10 +12,13 @@ from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.model import model_weights
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from megatron.early_exit.checkpoint.weights import load_weights
-from megatron.early_exit.inference.compute.segmented_model import SegmentedModel
+from megatron.early_exit.inference.distributed.parallel_backend import (
+    ParallelBackend,
+    parallel_model,
+)
+from megatron.early_exit.inference.distributed.process_groups import join, own_part
 from megatron.early_exit.inference.dtype import decide_dtype
-from megatron.early_exit.inference.parallel.division import Division, divided_model
-from megatron.early_exit.inference.parallel.process_groups import join, own_part
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 
 _LOG = logging.getLogger(__name__)
 
@@ -29,14 +32,14 @@ class LoadedModel:
         tokenizer: None where the checkpoint has none that inference supports.
         eod_id: the token that ends a document; None where it is unknown.
         other_end_ids: further tokens that end a text.
-        division: how the model is divided of which `model` is a part; None where it is whole.
+        backend: how the model is divided of which `model` is a part; None where it is whole.
     """
 
     model: SegmentedModel
     tokenizer: Tokenizer | None
     eod_id: int | None
     other_end_ids: tuple[int, ...]
-    division: Division | None
+    backend: ParallelBackend | None
 
 
 def load_model(
@@ -46,7 +49,7 @@ def load_model(
     tensor_parallel: int,
     pipeline_parallel: int,
     compile_rows: bool,
-    driven: bool,
+    has_driver: bool,
 ) -> LoadedModel:
     """Load a model; see `EarlyExitEngine.from_checkpoint`.
 
@@ -58,36 +61,36 @@ def load_model(
         raise ValueError(
             f"compile is not possible with tensor_parallel {tensor_parallel}, allowed: 1"
         )
-    place = None
+    rank_info = None
     if (tensor_parallel, pipeline_parallel) != (1, 1):
-        place, device = join(tensor_parallel, pipeline_parallel, device)
+        rank_info, device = join(tensor_parallel, pipeline_parallel, device)
     location = locate(path)
     description = describe(location)
     architecture, early_exit = description.architecture, description.early_exit
     assert architecture is not None
-    if place is not None:
-        place.check(architecture)
+    if rank_info is not None:
+        rank_info.check(architecture)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = decide_dtype(dtype, architecture, early_exit, torch.device(device), place)
+    dtype = decide_dtype(dtype, architecture, early_exit, torch.device(device), rank_info)
     _LOG.info("reading weights in %s for %s", str(dtype).removeprefix("torch."), device)
     weights = load_weights(
         model_weights(location, description),
         dtype,
         torch.device(device),
-        None if place is None else partial(own_part, place, architecture),
+        None if rank_info is None else partial(own_part, rank_info, architecture),
     )
     _LOG.info("weights are read; preparing layers")
-    tokenizer, eod_id, division = None, None, None
+    tokenizer, eod_id, backend = None, None, None
     other_end_ids: tuple[int, ...] = ()
     if description.tokenizer is not None:
         tokenizer = load_tokenizer(description.tokenizer, location.tokenizer_dir)
         eod_id = description.tokenizer.eod_id
         other_end_ids = description.tokenizer.other_end_ids
-    if place is None:
+    if rank_info is None:
         model = SegmentedModel(architecture, early_exit, weights, compile_rows=compile_rows)
     else:
-        model, division = divided_model(
-            place, architecture, early_exit, weights, compile_rows, driven
+        model, backend = parallel_model(
+            rank_info, architecture, early_exit, weights, compile_rows, has_driver
         )
-    return LoadedModel(model, tokenizer, eod_id, other_end_ids, division)
+    return LoadedModel(model, tokenizer, eod_id, other_end_ids, backend)

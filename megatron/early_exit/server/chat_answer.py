@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from megatron.early_exit.inference.decoding.results import GeneratedToken
+from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.server.answer_models import FinishReason
 from megatron.early_exit.server.chat_models import (
     Answer,

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from megatron.early_exit.inference.decoding.params import SamplingParams
-from megatron.early_exit.inference.decoding.results import (
+from megatron.early_exit.inference.params import SamplingParams
+from megatron.early_exit.inference.results import (
     GeneratedToken,
     PromptToken,
 )
@@ -90,7 +90,7 @@ class CompletionAnswer(JobAnswer[CompletionRequest]):
             finish_reason=None,
             logprobs=logprobs,
             token_ids=[token.token_id for token in tokens] if wants_ids else None,
-            prompt_token_ids=request.prompt if wants_ids and is_first else None,
+            prompt_token_ids=request.prompt_token_ids if wants_ids and is_first else None,
         )
         is_last = not tokens or tokens[-1].finish_reason is not None
         if is_last:

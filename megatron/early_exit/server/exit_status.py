@@ -3,7 +3,7 @@
 import errno
 import socket
 
-from megatron.early_exit.inference.decoding.failures import is_out_of_memory
+from megatron.early_exit.inference.engine.failures import is_out_of_memory
 
 EXIT_FAILURE = 1
 """The engine is lost, or there is an error in the program."""

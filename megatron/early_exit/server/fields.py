@@ -16,7 +16,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from megatron.early_exit.inference.decoding.params import Mode
+from megatron.early_exit.inference.params import Mode
 from megatron.early_exit.server.errors import ApiError
 from megatron.early_exit.server.ranges import Range
 from megatron.early_exit.server.settings import ExitSettings

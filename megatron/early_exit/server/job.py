@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 
-from megatron.early_exit.inference.decoding.confidence import NOT_FINITE
-from megatron.early_exit.inference.decoding.params import SamplingParams
-from megatron.early_exit.inference.decoding.request import Request
-from megatron.early_exit.inference.decoding.results import GeneratedToken, GenerationResult
+from megatron.early_exit.inference.engine.request import Request
+from megatron.early_exit.inference.modes.head_output import NOT_FINITE
+from megatron.early_exit.inference.params import SamplingParams
+from megatron.early_exit.inference.results import GeneratedToken, GenerationResult
 from megatron.early_exit.server.errors import ApiError, engine_error
 
 _POLL_S = 1.0

@@ -8,7 +8,7 @@ from typing import Any
 
 from flask import g
 
-from megatron.early_exit.inference.decoding.params import SamplingParams
+from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.server.answer_models import Usage
 from megatron.early_exit.server.chat_models import ChatRequest
 from megatron.early_exit.server.completion_models import CompletionRequest
@@ -64,7 +64,7 @@ class JobAnswer[Body: (CompletionRequest, ChatRequest)](ABC):
         options = self._body.stream_options
         if options is None or not options.continuous_usage_stats:
             return None
-        prompts = (request.prompt for request in self._job.requests[:: self._body.n])
+        prompts = (request.prompt_token_ids for request in self._job.requests[:: self._body.n])
         return usage(sum(map(len, prompts)), self._num_given)
 
     @property

@@ -11,8 +11,8 @@ from prometheus_client import (
 )
 from prometheus_client import Counter as Count
 
-from megatron.early_exit.inference.decoding.request import Request
-from megatron.early_exit.inference.decoding.results import GeneratedToken
+from megatron.early_exit.inference.engine.request import Request
+from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.server.histogram import SecondsHistogram
 from megatron.early_exit.server.tally import TokenTally
 
@@ -72,7 +72,7 @@ class Metrics:
         """The engine has taken sequences in."""
         now = perf_counter()
         for request in requests:
-            self._prompt.inc(len(request.prompt))
+            self._prompt.inc(len(request.prompt_token_ids))
             self._since[request.key] = (now, 0.0)
 
     def token(self, request: Request, token: GeneratedToken) -> None:

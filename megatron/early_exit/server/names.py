@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron.early_exit.inference.decoding.params import DEFAULT_THRESHOLD
+from megatron.early_exit.inference.params import DEFAULT_THRESHOLD
 from megatron.early_exit.server.errors import ApiError
 from megatron.early_exit.server.settings import ExitSettings
 

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from megatron.early_exit.inference.decoding.params import SamplingParams
-from megatron.early_exit.inference.decoding.results import GenerationResult
+from megatron.early_exit.inference.params import SamplingParams
+from megatron.early_exit.inference.results import GenerationResult
 from megatron.early_exit.server.answer_models import RequestMetrics, SpeculativeDecoding, Usage
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from flask import Response, g, request
 from pydantic import BaseModel
 
-from megatron.early_exit.inference.decoding.params import SamplingParams
+from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.server.errors import ApiError
 from megatron.early_exit.server.job import ClientGone, Job
 from megatron.early_exit.server.names import ServedModel

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from megatron.early_exit.inference.decoding.params import DEFAULT_THRESHOLD, Mode
+from megatron.early_exit.inference.params import DEFAULT_THRESHOLD, Mode
 from megatron.early_exit.server.client_address import Network
 
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
-from megatron.early_exit.inference.decoding.results import HeadReport
-from megatron.early_exit.inference.decoding.text import TextStream
+from megatron.early_exit.inference.engine.text import TextStream
+from megatron.early_exit.inference.results import HeadReport
 from megatron.early_exit.server.answer_models import Head
 
 _LEAST_LOGPROB = -9999.0

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
-from megatron.early_exit.inference.decoding.failures import reason_of, release
-from megatron.early_exit.inference.decoding.request import Request
-from megatron.early_exit.inference.engine import EarlyExitEngine
+from megatron.early_exit.inference.early_exit_engine import EarlyExitEngine
+from megatron.early_exit.inference.engine.failures import reason_of, release
+from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.server.errors import ApiError, engine_error, of_field
 from megatron.early_exit.server.job import Job, Tokens
 from megatron.early_exit.server.metrics import Metrics
@@ -71,7 +71,7 @@ class EngineWorker:
         """Share of the running sequences' caches that holds tokens."""
         running = list(self._running.values())[: self._max_batch_size]
         capacity = self._max_batch_size * self.engine.max_sequence_length
-        return sum(request.length for _, _, request in running) / capacity
+        return sum(request.sequence.length for _, _, request in running) / capacity
 
     def unhealthy_reason(self) -> str | None:
         """Why requests are not answered now; None where they are."""

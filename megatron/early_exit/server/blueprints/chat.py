@@ -4,7 +4,7 @@ from flask import Response
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
-from megatron.early_exit.inference.decoding.params import SamplingParams
+from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.server.chat_answer import ChatAnswer
 from megatron.early_exit.server.chat_models import ChatRequest, ChatResponse
 from megatron.early_exit.server.errors import ERRORS, ApiError, of_field

@@ -4,7 +4,7 @@ from flask import Response
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
-from megatron.early_exit.inference.decoding.params import SamplingParams
+from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.server.completion_answer import CompletionAnswer
 from megatron.early_exit.server.completion_models import CompletionRequest, CompletionResponse
 from megatron.early_exit.server.errors import ERRORS, ApiError, of_field

@@ -7,7 +7,7 @@ from flask import Response
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
-from megatron.early_exit.inference.decoding.params import SamplingParams
+from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.server.errors import (
     GENERATE_ERRORS,
     GENERATE_PATH,

@@ -1,0 +1,191 @@
+"""How a model runs: in a single process, or divided over several."""
+
+import atexit
+import secrets
+import sys
+from collections.abc import Callable, Mapping
+from random import Random
+
+from torch import Tensor, distributed
+
+from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.inference.distributed.control import ControlPlane
+from megatron.early_exit.inference.distributed.heartbeat import Heartbeat
+from megatron.early_exit.inference.distributed.pipeline_driver import PipelineDriver
+from megatron.early_exit.inference.distributed.pipeline_stage import PipelineStage
+from megatron.early_exit.inference.distributed.pipeline_worker import PipelineWorker
+from megatron.early_exit.inference.distributed.process_groups import RankInfo, stage_as_model
+from megatron.early_exit.inference.distributed.tensor_driver import (
+    BuildRequest,
+    TensorDriver,
+    repeat_calls,
+)
+from megatron.early_exit.inference.distributed.watched_loop import Loop, WatchedLoop
+from megatron.early_exit.inference.engine.segment_loop import SegmentLoop
+from megatron.early_exit.inference.model.runner import SegmentRunner
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+
+NOT_A_WORKER = (
+    "work is not possible here, allowed: ranks other than 0 of an engine that is loaded with "
+    "has_driver=True over several processes"
+)
+
+
+class SingleProcess:
+    """A model in a single process: the counterpart of `ParallelBackend`.
+
+    Args:
+        model: the whole model.
+    """
+
+    def __init__(self, model: SegmentedModel) -> None:
+        self.architecture = model.architecture
+        self.exit_layers = tuple(exit_.position for exit_ in model.exits)
+        self.is_worker = False
+
+    def draw_seed(self) -> int:
+        """A random seed."""
+        return secrets.randbits(63)
+
+    def loop(self, runner: SegmentRunner) -> Loop:
+        """The loop over the model."""
+        return SegmentLoop(runner)
+
+    def work(self, loop: Loop, build: BuildRequest) -> None:
+        """Refuse: there is no driver to work for."""
+        raise ValueError(NOT_A_WORKER)
+
+    def on_death(self, callback: Callable[[str], None]) -> None:
+        """Does nothing: there are no peers to watch."""
+
+    def close(self) -> None:
+        """Does nothing: there are no peers to disconnect."""
+
+
+class ParallelBackend:
+    """A model divided over processes.
+
+    Either all of them run the same script: every process makes the same requests in the same order,
+    and gets the same tokens. Or the first one is the driver, and the others are its workers. In
+    both cases ranks of one tensor-parallel group see the same logits and each decide for
+    themselves; over a pipeline the first rank decides, and tells the others.
+
+    Args:
+        rank_info: of this process.
+        architecture: the whole model.
+        early_exit: its exits.
+        has_driver: only the first rank makes requests.
+
+    Attributes:
+        is_worker: the first rank drives this one.
+    """
+
+    def __init__(
+        self,
+        rank_info: RankInfo,
+        architecture: Architecture,
+        early_exit: EarlyExitConfig,
+        has_driver: bool = False,
+    ) -> None:
+        self.rank_info, self.architecture = rank_info, architecture
+        self.is_worker = has_driver and rank_info.rank > 0
+        self.exit_layers = early_exit.positions
+        self._first_exit = rank_info.first_exit(architecture, early_exit)
+        self._heartbeat = Heartbeat(rank_info.group)
+        self._control: ControlPlane | None = None
+        self._closing: PipelineDriver | PipelineWorker | TensorDriver | None = None
+        self._is_closed = False
+        if rank_info.num_stages > 1 or has_driver:
+            self._control = ControlPlane(rank_info.group)
+        seed = [secrets.randbits(63)]
+        distributed.broadcast_object_list(seed, src=0, group=rank_info.group)
+        self._seeds = Random(seed[0])
+        atexit.register(self._close_at_exit)
+
+    def draw_seed(self) -> int:
+        """A seed that is the same on all ranks."""
+        return self._seeds.getrandbits(63)
+
+    def loop(self, runner: SegmentRunner) -> Loop:
+        """The loop over this process's part of the model."""
+        return WatchedLoop(self._own_loop(runner), self._heartbeat)
+
+    def _own_loop(self, runner: SegmentRunner) -> Loop:
+        control, rank_info = self._control, self.rank_info
+        if rank_info.num_stages == 1:
+            loop = SegmentLoop(runner, is_alone=False)
+            if control is None or rank_info.rank > 0:
+                return loop
+            self._closing = TensorDriver(loop, control, rank_info.num_ranks)
+            return self._closing
+        assert control is not None
+        stage = PipelineStage(runner, rank_info, self._first_exit)
+        if rank_info.rank == 0:
+            self._closing = PipelineDriver(stage, control, runner.num_slots)
+        else:
+            self._closing = PipelineWorker(stage, control)
+        return self._closing
+
+    def work(self, loop: Loop, build: BuildRequest) -> None:
+        """Compute for the first rank until it closes, and part from the others, too.
+
+        Args:
+            loop: what `loop` has given.
+            build: makes a request of what the first rank tells of it.
+
+        Raises:
+            ValueError: this is the first rank, or it does not drive the others.
+        """
+        if not self.is_worker:
+            raise ValueError(NOT_A_WORKER)
+        if self.rank_info.num_stages == 1:
+            assert self._control is not None
+            repeat_calls(loop, self._control, build)
+        # A stage of a pipeline computes until the first one closes, whoever has made the requests.
+        self.close()
+
+    def on_death(self, callback: Callable[[str], None]) -> None:
+        """See `EarlyExitEngine.on_death`."""
+        self._heartbeat.on_death = callback
+
+    def close(self) -> None:
+        """Leave the other processes in good order; all have to do so."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        atexit.unregister(self._close_at_exit)
+        if self._closing is not None:
+            with self._heartbeat.working():
+                self._closing.close()
+        self._heartbeat.close()
+        if self._control is not None:
+            self._control.close()
+
+    def _close_at_exit(self) -> None:
+        # After an error nothing is said, and the others take this process for dead.
+        if getattr(sys, "last_exc", None) is None and distributed.is_initialized():
+            self.close()
+
+
+def parallel_model(
+    rank_info: RankInfo,
+    architecture: Architecture,
+    early_exit: EarlyExitConfig,
+    weights: Mapping[str, Tensor],
+    compile_rows: bool = False,
+    has_driver: bool = False,
+) -> tuple[SegmentedModel, ParallelBackend]:
+    """This process's part of a model.
+
+    Args:
+        rank_info: of the process.
+        architecture: the whole model.
+        early_exit: its exits.
+        weights: this process's parts of the tensors, see `own_part`.
+        compile_rows: see `SegmentedModel`.
+        has_driver: see `ParallelBackend`.
+    """
+    shape, exits, renamed = stage_as_model(rank_info, architecture, early_exit, weights)
+    model = SegmentedModel(shape, exits, renamed, rank_info.tensor, compile_rows)
+    return model, ParallelBackend(rank_info, architecture, early_exit, has_driver)

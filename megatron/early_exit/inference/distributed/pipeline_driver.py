@@ -1,0 +1,251 @@
+"""The first rank of a pipeline: admits requests, starts their tokens, hears what comes of them."""
+
+from collections import deque
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from megatron.early_exit.inference.distributed.control import ControlPlane, Message
+from megatron.early_exit.inference.distributed.pipeline_scores import (
+    PiecesUnderWay,
+    order_message,
+    scores_message,
+    scores_of,
+)
+from megatron.early_exit.inference.distributed.pipeline_stage import PipelineStage
+from megatron.early_exit.inference.distributed.stage_task import StageTask
+from megatron.early_exit.inference.engine.failures import reason_of
+from megatron.early_exit.inference.engine.loop import DecodingLoop
+from megatron.early_exit.inference.engine.request import Request
+from megatron.early_exit.inference.engine.scheduler import Scheduler
+from megatron.early_exit.inference.engine.scoring import PrefixScore
+from megatron.early_exit.inference.model.spans import Span
+from megatron.early_exit.inference.modes.head_output import NOT_FINITE, HeadOutput
+from megatron.early_exit.inference.modes.mode import FINAL, Next, SampledToken
+from megatron.early_exit.inference.sequence import Sequence
+
+_NO_LOGITS = torch.empty(0)
+
+
+class PipelineDriver(DecodingLoop):
+    """Runs batches over all stages.
+
+    A token starts at the first stage as soon as the one before it is known, wherever that was:
+    what earlier tokens still have to go through is in front of it at every stage.
+
+    Args:
+        stage: the first one.
+        control: messages to and from the other processes.
+        num_slots: sequences that run at a time.
+    """
+
+    def __init__(self, stage: PipelineStage, control: ControlPlane, num_slots: int) -> None:
+        super().__init__(Scheduler(1, num_slots), stage.runner.model.device)
+        self.stage, self.control = stage, control
+        self._ready: deque[Sequence] = deque()
+        self._pieces = PiecesUnderWay(stage.rank_info.num_stages)
+        self._damaged: set[int] = set()
+        """Slots whose caches are not to be trusted."""
+        self._drafting: set[int] = set()
+        """Requests whose exit has not said yet that their drafts are to be verified."""
+        self._leaving: set[int] = set()
+        """Requests whose last token has left at this stage."""
+        self._verified: dict[int, list[HeadOutput]] = {}
+
+    def cancel(self, key: int) -> None:
+        """End a request that is under way; nothing happens where there is none."""
+        request = self.requests.get(key)
+        if request is not None and not request.is_finished:
+            self._tell({"kind": "cancelled", "key": key})
+        if key in self.unscored:
+            self._tell_stages({"kind": "forget", "key": key})
+            self.stage.forget(key)
+        super().cancel(key)
+        self._ready = deque(one for one in self._ready if one.key != key)
+        self._drafting.discard(key)
+        self._leaving.discard(key)
+        self._verified.pop(key, None)
+
+    def close(self) -> None:
+        """Let the stages come to the end of what they have."""
+        self._tell_stages({"kind": "close"})
+        self.stage.finish()
+
+    def _advance(self) -> None:
+        """Run one batch through the first stage and score a piece of a prompt, or wait for what the
+        others report."""
+        for sequence in self.scheduler.admit():
+            self._begin_token(self.requests[sequence.key])
+            self._requeue(sequence)
+        is_busy = self._score() or bool(self._ready)
+        self._listen(wait=bool(self.requests) and not is_busy)
+        if self._ready:
+            self._run()
+
+    def _score(self) -> bool:
+        """Score a piece of a prompt, if there is one and not every stage has one to do; whether
+        that was so."""
+        if self._pieces.num_pieces >= self.stage.rank_info.num_stages:
+            return False
+        key = self._next_to_score()
+        if key is None:
+            return False
+        scoring = self.unscored[key]
+        piece = scoring.next_piece()
+        order = order_message(key, scoring, piece)
+        self._tell_stages(order)
+        self._pieces.add()
+        self._hear_scores(key, piece.start, 0, self.stage.score(order))
+        return True
+
+    def _hear_scores(self, key: int, start: int, stage: int, found: list[PrefixScore]) -> None:
+        scores = self._pieces.hear(key, start, stage, found)
+        if scores is not None and key in self.requests:
+            self._tell(scores_message(key, scores))
+            self._take_scores(self.requests[key], scores)
+
+    def _run(self) -> None:
+        # As many batches on their way as there are stages keep all of them busy. Sequences that
+        # leave at this stage only make its own batch smaller if they are kept back.
+        share = -(-len(self.scheduler.running) // self.stage.rank_info.num_stages)
+        deep = [one for one in self._ready if one.key not in self._leaving][share:]
+        chosen = [one for one in self._ready if one not in deep]
+        self._ready = deque(deep)
+        self._leaving.difference_update(one.key for one in chosen)
+        step = self.scheduler.batch(0, chosen)
+        tasks = [self._task(*pair) for pair in zip(step.sequences, step.spans, strict=True)]
+        self.scheduler.ran(step)
+        self._ready.extend(sequence for sequence in chosen if sequence.waiting)
+        for rank in range(1, self.stage.rank_info.stage_size):
+            batch = [[task.message() for task in tasks]]
+            self.control.send(rank, {"kind": "batch", "tasks": batch})
+        rest = self.stage.run([tasks], self._conclude_here)
+        rows = [task.message() for task in rest]
+        self.control.send(self.stage.rank_info.stage_size, {"kind": "rows", "tasks": rows})
+
+    def _task(self, sequence: Sequence, span: Span) -> StageTask:
+        request = self.requests[sequence.key]
+        tokens = tuple(sequence.token_ids(span.start, span.end))
+        clear = span.slot in self._damaged
+        self._damaged.discard(span.slot)
+        if span.end < sequence.length:
+            return StageTask(sequence.key, *span, tokens, clear=clear)
+        return StageTask(
+            sequence.key,
+            *span,
+            tokens,
+            rule=request.mode.rule,
+            final=True,
+            verify=request.mode.verifies,
+            logits=request.params.needs_logits,
+            clear=clear,
+        )
+
+    def _listen(self, wait: bool) -> None:
+        heard = self.control.receive(wait)
+        while heard is not None:
+            self._hear(*heard)
+            heard = self.control.receive(wait=False)
+
+    def _hear(self, message: Message, attached: bytes | None) -> None:
+        if message["kind"] == "scored":
+            found = scores_of(message)
+            self._hear_scores(message["key"], message["start"], message["stage"], found)
+            return
+        logits = _NO_LOGITS
+        if attached is not None:
+            logits = torch.frombuffer(bytearray(attached), dtype=torch.float32)
+            logits = logits.to(self.device)
+        self._conclude(StageTask.from_message(message["task"]), logits)
+
+    def _conclude_here(self, task: StageTask, logits: Tensor) -> None:
+        self._leaving.add(task.key)
+        self._conclude(task, logits)
+        if task.key not in self.requests:
+            self._leaving.discard(task.key)
+
+    def _conclude(self, task: StageTask, logits: Tensor) -> None:
+        """A stage has found out about a token."""
+        request = self.requests.get(task.key)
+        if request is None:
+            return
+        try:
+            self._decide(request, task, logits)
+        except Exception as error:
+            # It is about this request alone, and what has been told of it to the others is whole.
+            if not self._can_go_on(error):
+                raise
+            self._fail(task.key, reason_of(error), error)
+
+    def _decide(self, request: Request, task: StageTask, logits: Tensor) -> None:
+        *earlier, last = task.outputs
+        output = last.output(logits)
+        if not output.is_finite:
+            self._fail(request.key, NOT_FINITE)
+        elif task.verify:
+            self._speculate(request, last.head, output)
+        else:
+            for one in earlier:
+                passed = request.mode.at_exit(one.head, one.output(_NO_LOGITS), is_taken=False)
+                _agree(passed is Next.DEEPER, request)
+            if last.head == FINAL:
+                self._continue(request, request.mode.at_end([output]))
+            else:
+                outcome = request.mode.at_exit(last.head, output, is_taken=True)
+                _agree(isinstance(outcome, tuple), request)
+                self._continue(request, outcome)
+
+    def _speculate(self, request: Request, head: int, output: HeadOutput) -> None:
+        """A draft goes on its way at once, and is verified when the last stage has seen it."""
+        key, mode = request.key, request.mode
+        if head == FINAL:
+            self._verified.setdefault(key, []).append(output)
+        else:
+            outcome = mode.at_exit(head, output, is_taken=True)
+            _agree(isinstance(outcome, Next), request)
+            self._continue(request, outcome)
+            if outcome is Next.DEEPER:
+                self._drafting.discard(key)
+        num_verified = len(self._verified.get(key, ()))
+        if key not in self._drafting and num_verified == request.sequence.num_verified:
+            self._continue(request, mode.at_end(self._verified.pop(key)))
+
+    def _begin_token(self, request: Request) -> None:
+        super()._begin_token(request)
+        self._drafting.add(request.key)
+
+    def _rewind(self, sequence: Sequence) -> None:
+        """Each stage does so itself when a task starts before the end of what it has cached."""
+
+    def _discard(self, sequence: Sequence) -> None:
+        self._damaged.add(sequence.slot)
+
+    def _requeue(self, sequence: Sequence) -> None:
+        self._ready.append(sequence)
+
+    def _announce(self, request: Request, sampled: SampledToken) -> None:
+        self._tell({"kind": "token", "key": request.key, "token": asdict(sampled)})
+
+    def _announce_failure(self, request: Request) -> None:
+        self._tell({"kind": "failed", "key": request.key, "error": request.error})
+
+    def _tell_stages(self, message: Message) -> None:
+        """Tell the ranks of this stage and the next one, which passes it on."""
+        for rank in range(1, self.stage.rank_info.stage_size + 1):
+            self.control.send(rank, message)
+
+    def _tell(self, message: Message) -> None:
+        for rank in range(1, self.stage.rank_info.num_ranks):
+            self.control.send(rank, message)
+
+
+def _agree(holds: bool, request: Request) -> None:
+    """Refuse to give a token that the stages and the mode do not agree about.
+
+    Raises:
+        RuntimeError: a mode does not follow the rule that it has sent with its task.
+    """
+    if not holds:
+        name = type(request.mode).__name__
+        raise RuntimeError(f"{name} and the stages do not agree where a token leaves the model")

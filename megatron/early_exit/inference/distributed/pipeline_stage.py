@@ -1,0 +1,172 @@
+"""One stage of a pipeline: a run of layers with the exits in it and the caches for them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, distributed
+
+from megatron.early_exit.inference.distributed.control import Message
+from megatron.early_exit.inference.distributed.pipeline_scores import piece_of, rule_of
+from megatron.early_exit.inference.distributed.process_groups import RankInfo
+from megatron.early_exit.inference.distributed.stage_task import (
+    HeadMessage,
+    StageBatch,
+    StageTask,
+)
+from megatron.early_exit.inference.engine.scoring import PrefixScore, TextScorer
+from megatron.early_exit.inference.model.runner import SegmentRunner
+from megatron.early_exit.inference.model.spans import Span
+from megatron.early_exit.inference.modes.head_output import head_outputs
+from megatron.early_exit.inference.modes.mode import FINAL
+
+Report = Callable[[StageTask, Tensor], None]
+"""Gets a task with outputs that the driver has to know, and the last one's logits [v]."""
+
+
+class PipelineStage:
+    """Runs tasks, hands the hidden states on, and asks the heads that are wanted.
+
+    Hidden states go on to the next stage also where an exit has given the token: so the caches
+    there are those of the full model, without any catch-up.
+
+    Args:
+        runner: the stage's layers, as a model of its own.
+        rank_info: of this process.
+        first_exit: exits on the stages before.
+    """
+
+    def __init__(self, runner: SegmentRunner, rank_info: RankInfo, first_exit: int) -> None:
+        self.runner, self.rank_info, self.first_exit = runner, rank_info, first_exit
+        self._sends: list[tuple[distributed.Work, Tensor]] = []
+        self._scorers: dict[int, TextScorer] = {}
+
+    def run(self, messages: Sequence[Sequence[StageTask]], report: Report) -> list[StageTask]:
+        """Run the tasks of several messages as one batch.
+
+        Args:
+            messages: as they came, and as the hidden states will.
+            report: called as soon as a head has been asked.
+
+        Returns:
+            What is left to do for the next stage, in the order in which the hidden states are on
+            their way to it.
+        """
+        batch = StageBatch()
+        for tasks in messages:
+            batch.add(tasks)
+        spans, order = batch.in_order()
+        tasks = [batch.tasks[i] for i in order]
+        with torch.inference_mode():
+            hidden = None
+            if not self.rank_info.is_first_stage:
+                counts = [sum(task.num_rows for task in message) for message in messages]
+                rows = torch.cat([self._receive(count) for count in counts]).split(
+                    [task.num_rows for task in batch.tasks]
+                )
+                hidden = torch.cat([rows[i] for i in order])
+            for task in tasks:
+                if task.clear:
+                    self.runner.clear(task.slot)
+            for span in spans:
+                self.runner.truncate(span.slot, span.start)
+            tokens = [token for task in tasks for token in task.tokens]
+            model = self.runner.model
+            for index in range(len(model.segments)):
+                hidden = self.runner.run(index, spans, tokens, hidden)
+                if index < len(model.exits):
+                    tasks = self._ask_exit(index, tasks, report)
+            assert hidden is not None
+            if self.rank_info.is_last_stage:
+                self._ask_final(hidden, tasks, report)
+                return []
+            self._send(hidden)
+        return [replace(task, tokens=()) for task in tasks]
+
+    @torch.inference_mode()
+    def score(self, order: Message) -> list[PrefixScore]:
+        """Run a piece of a text through, with caches of its own.
+
+        Args:
+            order: see `order_message`.
+
+        Returns:
+            The scores of which the heads here are sure.
+        """
+        key, length, piece = order["key"], order["length"], piece_of(order)
+        if piece.start == 0:
+            self._scorers[key] = TextScorer(
+                self.runner.model,
+                length,
+                rule_of(order),
+                self.first_exit,
+                self.rank_info.is_last_stage,
+            )
+        hidden = None if self.rank_info.is_first_stage else self._receive(len(piece.tokens))
+        scores, hidden = self._scorers[key].run(piece, hidden)
+        if not self.rank_info.is_last_stage:
+            self._send(hidden)
+        if piece.end == length:
+            self.forget(key)
+        return scores
+
+    def forget(self, key: int) -> None:
+        """No further piece of a request's prompt will come."""
+        self._scorers.pop(key, None)
+
+    def finish(self) -> None:
+        """Wait until the next stage has got everything."""
+        for sent, _ in self._sends:
+            sent.wait()
+        self._sends = []
+
+    def _ask_exit(self, index: int, tasks: list[StageTask], report: Report) -> list[StageTask]:
+        head = self.first_exit + index
+        waiting = [i for i, task in enumerate(tasks) if task.next_exit == head]
+        while waiting:
+            # The block of an exit comes forward by one position of a sequence at a time.
+            now = waiting
+            if self.runner.model.exits[index].head.block is not None:
+                now = list({tasks[i].slot: i for i in reversed(waiting)}.values())[::-1]
+            ends = [Span(tasks[i].slot, tasks[i].start, tasks[i].end) for i in now]
+            self._conclude(head, tasks, now, self.runner.exit_logits(index, ends), report)
+            waiting = [i for i in waiting if i not in now]
+        return tasks
+
+    def _ask_final(self, hidden: Tensor, tasks: list[StageTask], report: Report) -> None:
+        ends = torch.tensor([task.num_rows for task in tasks]).cumsum(0) - 1
+        asking = [i for i, task in enumerate(tasks) if task.final]
+        if asking:
+            rows = ends[asking].to(hidden.device)
+            logits = self.runner.final_logits(hidden[rows])
+            self._conclude(FINAL, tasks, asking, logits, report)
+
+    def _conclude(
+        self, head: int, tasks: list[StageTask], asking: list[int], logits: Tensor, report: Report
+    ) -> None:
+        for i, output in zip(asking, head_outputs(logits), strict=True):
+            if head != FINAL:
+                output = tasks[i].rule.measured(output)
+            message = HeadMessage.of(head, output)
+            task, matters = tasks[i].behind(message)
+            if matters:
+                told = (message,) if task.verify else task.outputs
+                report(replace(task, outputs=told), output.logits)
+            tasks[i] = task
+
+    def _receive(self, num_rows: int) -> Tensor:
+        model = self.runner.model
+        hidden = torch.empty(
+            num_rows, model.architecture.hidden_size, dtype=model.dtype, device=model.device
+        )
+        source = self.rank_info.rank - self.rank_info.stage_size
+        distributed.recv(hidden, source, group=self.rank_info.group)
+        return hidden
+
+    def _send(self, hidden: Tensor) -> None:
+        self._sends = [(sent, kept) for sent, kept in self._sends if not sent.is_completed()]
+        hidden = hidden.clone()  # The runner may write over it before it is gone.
+        target = self.rank_info.rank + self.rank_info.stage_size
+        sent = distributed.isend(hidden, target, group=self.rank_info.group)
+        assert sent is not None
+        self._sends.append((sent, hidden))

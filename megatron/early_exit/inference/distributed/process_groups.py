@@ -1,0 +1,192 @@
+"""Which process holds what part of a model."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, distributed
+
+from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.checkpoint.weights import Weights
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.inference.model.tensor_parallel import TensorParallel
+
+_LAYERS, _EXITS = "decoder.layers.", "exits."
+
+
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """The part of one process. Ranks of a stage follow each other.
+
+    Attributes:
+        rank: of this process.
+        num_ranks: processes of the engine.
+        stage: of the pipeline, which this process is part of.
+        num_stages: of the pipeline.
+        tensor: the ranks that share the stage; None where it has only this one.
+        group: all processes.
+    """
+
+    rank: int
+    num_ranks: int
+    stage: int
+    num_stages: int
+    tensor: TensorParallel | None
+    group: distributed.ProcessGroup
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks that share a stage."""
+        return self.num_ranks // self.num_stages
+
+    @property
+    def leader(self) -> int:
+        """The first rank of the stage."""
+        return self.stage * self.stage_size
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Tokens come in here."""
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """The final head is here."""
+        return self.stage == self.num_stages - 1
+
+    def check(self, architecture: Architecture) -> None:
+        """See whether a model can be divided like this.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if architecture.num_layers < self.num_stages:
+            raise ValueError(
+                f"pipeline_parallel {self.num_stages} is not possible, allowed: up to the model's "
+                f"num_layers {architecture.num_layers}"
+            )
+        if self.tensor is not None:
+            self.tensor.architecture(architecture)
+
+    def layers(self, num_layers: int) -> range:
+        """The stage's layers, counted from 0."""
+        first, end = (
+            num_layers * stage // self.num_stages for stage in (self.stage, self.stage + 1)
+        )
+        return range(first, end)
+
+    def first_exit(self, architecture: Architecture, early_exit: EarlyExitConfig) -> int:
+        """Exits on the stages before this one."""
+        start = self.layers(architecture.num_layers).start
+        return sum(position <= start for position in early_exit.positions)
+
+
+def join(
+    tensor_parallel: int, pipeline_parallel: int, device: torch.device | str | None
+) -> tuple[RankInfo, torch.device]:
+    """Find this process's part; all processes must call this together.
+
+    Args:
+        tensor_parallel: ranks that share a stage.
+        pipeline_parallel: stages.
+        device: where to run; by default this process's GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: the number of processes is not that of the layout.
+    """
+    for name, value in (
+        ("tensor_parallel", tensor_parallel),
+        ("pipeline_parallel", pipeline_parallel),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} {value} is out of range, allowed: 1 or more")
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    device = torch.device(device or "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    wanted = tensor_parallel * pipeline_parallel
+    started = distributed.is_initialized()
+    found = distributed.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
+    if found != wanted:
+        raise ValueError(
+            f"tensor_parallel {tensor_parallel} x pipeline_parallel {pipeline_parallel} needs "
+            f"{wanted} processes (torchrun --nproc-per-node {wanted}), but there are {found}"
+        )
+    if not started:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    rank = distributed.get_rank()
+    stage, own = divmod(rank, tensor_parallel)
+    tensor = None
+    for number in range(pipeline_parallel):
+        ranks = list(range(number * tensor_parallel, (number + 1) * tensor_parallel))
+        if tensor_parallel > 1:
+            group = distributed.new_group(ranks)
+            if isinstance(group, distributed.ProcessGroup):  # which it is where this rank is in it
+                tensor = TensorParallel(group, own, tensor_parallel)
+    everyone = distributed.new_group(list(range(found)))
+    assert isinstance(everyone, distributed.ProcessGroup)
+    return RankInfo(rank, found, stage, pipeline_parallel, tensor, everyone), device
+
+
+def own_part(
+    rank_info: RankInfo, architecture: Architecture, name: str, whole: Tensor
+) -> Tensor | None:
+    """What this process needs of a tensor, or None.
+
+    Embedding and final norm are on every stage: exits may be tied to the one, and the other is
+    small.
+    """
+    layers = rank_info.layers(architecture.num_layers)
+    if name.startswith(_LAYERS):
+        if int(name.removeprefix(_LAYERS).partition(".")[0]) not in layers:
+            return None
+    elif name.startswith(_EXITS):
+        if int(name.removeprefix(_EXITS).partition(".")[0]) - 1 not in layers:
+            return None
+    elif name.startswith("output_layer.") and not rank_info.is_last_stage:
+        return None
+    if rank_info.tensor is not None:
+        return rank_info.tensor.weight(name, whole, architecture.gated_linear_unit)
+    # A copy, because it may be one of many layers in one tensor.
+    return whole.clone()
+
+
+def stage_as_model(
+    rank_info: RankInfo,
+    architecture: Architecture,
+    early_exit: EarlyExitConfig,
+    weights: Mapping[str, Tensor],
+) -> tuple[Architecture, EarlyExitConfig, Weights]:
+    """This process's part as a model of its own, whose first layer is the stage's first.
+
+    Args:
+        rank_info: of the process.
+        architecture: the whole backbone.
+        early_exit: all exits.
+        weights: what `own_part` has left.
+    """
+    layers = rank_info.layers(architecture.num_layers)
+    positions = [p - layers.start for p in early_exit.positions if p - 1 in layers]
+    exits = EarlyExitConfig()
+    if positions:
+        exits = EarlyExitConfig(
+            exit_layer_nums=tuple(positions),
+            use_exit_norm=early_exit.use_exit_norm,
+            use_exit_mlp=early_exit.use_exit_mlp,
+            use_exit_block=early_exit.use_exit_block,
+            untie_exit_output_weights=early_exit.untie_exit_output_weights,
+            exit_vocab_size=early_exit.exit_vocab_size,
+        )
+    own = architecture if rank_info.tensor is None else rank_info.tensor.architecture(architecture)
+    renamed = {_renumbered(name, layers.start): tensor for name, tensor in weights.items()}
+    return replace(own, num_layers=len(layers)), exits, renamed
+
+
+def _renumbered(name: str, first: int) -> str:
+    for prefix in (_LAYERS, _EXITS):
+        if name.startswith(prefix):
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            return f"{prefix}{int(number) - first}.{rest}"
+    return name

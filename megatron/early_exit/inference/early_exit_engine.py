@@ -1,0 +1,322 @@
+"""The engine: a model, in one process or divided over several, that continues prompts."""
+
+import logging
+from collections import abc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from megatron.early_exit.checkpoint.tokenizer import Tokenizer
+from megatron.early_exit.inference.distributed.parallel_backend import (
+    ParallelBackend,
+    SingleProcess,
+)
+from megatron.early_exit.inference.engine.request import Request
+from megatron.early_exit.inference.engine.request_factory import RequestFactory
+from megatron.early_exit.inference.loading import load_model
+from megatron.early_exit.inference.model.runner import SegmentRunner
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from megatron.early_exit.inference.params import SamplingParams
+from megatron.early_exit.inference.results import GeneratedToken, GenerationResult
+
+Prompts = str | abc.Sequence[str] | abc.Sequence[abc.Sequence[int]]
+DEFAULT_MAX_PENDING = 64
+_LOG = logging.getLogger(__name__)
+DEFAULT_MAX_BATCH_SIZE = 16
+
+
+class EarlyExitEngine:
+    """Generates text with a model, with or without its exits.
+
+    Args:
+        model: the model.
+        tokenizer: text to tokens and back; None where prompts are token ids only.
+        eod_id: the token that ends a document; None is the tokenizer's.
+        max_pending: see `EarlyExitMode`.
+        max_batch_size: sequences that run at a time; others wait for their turn.
+        max_sequence_length: most tokens of a sequence; by default as many as the model can.
+        backend: how a model is divided of which `model` is a part; None where it is whole.
+        other_end_ids: further tokens that end a text, beside the tokenizer's.
+
+    Raises:
+        ValueError: a size is out of range, or the model is to be compiled and that is not possible.
+    """
+
+    def __init__(
+        self,
+        model: SegmentedModel,
+        tokenizer: Tokenizer | None = None,
+        eod_id: int | None = None,
+        max_pending: int = DEFAULT_MAX_PENDING,
+        max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
+        max_sequence_length: int | None = None,
+        backend: ParallelBackend | None = None,
+        other_end_ids: abc.Sequence[int] = (),
+    ) -> None:
+        context = model.architecture.max_position_embeddings
+        length = context if max_sequence_length is None else max_sequence_length
+        for name, value, highest in (
+            ("max_pending", max_pending, None),
+            ("max_batch_size", max_batch_size, None),
+            ("max_sequence_length", length, context),
+        ):
+            if value < 1 or (highest is not None and value > highest):
+                allowed = "1 or more" if highest is None else f"1 to {highest}"
+                raise ValueError(f"{name} {value} is out of range, allowed: {allowed}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.eod_id = tokenizer.eod_id if eod_id is None and tokenizer is not None else eod_id
+        ends = (*other_end_ids, *(() if tokenizer is None else tokenizer.other_end_ids))
+        self.other_end_ids = tuple(one for one in dict.fromkeys(ends) if one != self.eod_id)
+        self.max_pending = max_pending
+        self.max_sequence_length = length
+        self._backend = SingleProcess(model) if backend is None else backend
+        runner = SegmentRunner(model, max_batch_size, length)
+        _LOG.info("warming up, which includes compiling where that is asked for")
+        runner.warm_up()
+        self.loop = self._backend.loop(runner)
+        whole = self._backend.architecture
+        self._requests = RequestFactory(
+            vocab_size=whole.vocab_size,
+            num_layers=whole.num_layers,
+            exit_layers=self.exit_layers,
+            max_sequence_length=length,
+            max_pending=max_pending,
+            tokenizer=tokenizer,
+            eod_id=self.eod_id,
+            other_end_ids=self.other_end_ids,
+            device=model.device,
+            draw_seed=self._backend.draw_seed,
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        max_pending: int = DEFAULT_MAX_PENDING,
+        max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
+        max_sequence_length: int | None = None,
+        tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
+        compile: bool = False,
+        has_driver: bool = False,
+    ) -> "EarlyExitEngine":
+        """Load a model that Megatron saved in the `torch_dist` format, at whatever layout.
+
+        With more than one process (`torchrun`), each makes the same calls in the same order, and
+        gets the same results. Or, with `has_driver`, rank 0 alone makes calls, in one thread at a
+        time, and the others `work` for it.
+
+        Args:
+            path: a save directory, or one iteration in it.
+            dtype: torch.float32, torch.bfloat16 or torch.float16; by default what the model was
+                trained in, or float32 where this machine is slow in that and has the memory (a
+                line says so; of several processes the first one decides).
+            device: where to run; by default the first GPU if there is one (of several processes,
+                each its own), else the CPU.
+            max_pending, max_batch_size, max_sequence_length: see the class.
+            tensor_parallel: processes that share each layer.
+            pipeline_parallel: stages that share the layers; there are `tensor_parallel` times as
+                many processes.
+            compile: compile the layers. On a CPU that takes some seconds at the start, a C++
+                compiler, and the memory of the layers' weights again; steps of decoding are then a
+                tenth to a half faster, small models' even more. On a GPU as CUDA graphs, which
+                nobody has run yet.
+            has_driver: rank 0 alone gets requests, as in a server.
+
+        Raises:
+            ValueError: the checkpoint is missing, damaged, or of a kind that cannot be computed,
+                the model or the number of processes does not fit the layout, or `compile` is not
+                possible here or with `tensor_parallel`.
+        """
+        loaded = load_model(
+            path, dtype, device, tensor_parallel, pipeline_parallel, compile, has_driver
+        )
+        sizes = (max_pending, max_batch_size, max_sequence_length)
+        ends = loaded.other_end_ids
+        return cls(loaded.model, loaded.tokenizer, loaded.eod_id, *sizes, loaded.backend, ends)
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether rank 0 drives this rank, which is only to `work`."""
+        return self._backend.is_worker
+
+    def work(self) -> None:
+        """Compute for rank 0's requests until it closes, and part from the others.
+
+        Workers do nothing else; while rank 0 has nothing to do they wait.
+
+        Raises:
+            ValueError: this is rank 0, or the engine is not `has_driver`.
+        """
+        self._backend.work(self.loop, self._requests.build)
+
+    def on_death(self, callback: Callable[[str], None]) -> None:
+        """Register a callback that runs before this process ends because a peer died or hangs.
+
+        Nothing can be computed then, so each process ends with the status 1. Before that `callback`
+        is called once, in a thread of the engine, with a sentence that says why; it has two
+        seconds.
+        """
+        self._backend.on_death(callback)
+
+    def close(self) -> None:
+        """Part from the other processes, if there are any; all have to do so.
+
+        The other processes of a pipeline may do so early: they compute for the first one's requests
+        until it closes.
+        """
+        self._backend.close()
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """The model's exits, each named by the number of backbone layers before it."""
+        return self._backend.exit_layers
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the whole model's backbone."""
+        return self._backend.architecture.num_layers
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model knows."""
+        return self._backend.architecture.vocab_size
+
+    def generate(
+        self, prompts: Prompts, params: SamplingParams | abc.Sequence[SamplingParams] | None = None
+    ) -> list[GenerationResult]:
+        """Continue prompts, together.
+
+        Args:
+            prompts: a text, several texts, or several lists of token ids.
+            params: how, for all of them or for each; by default greedy with all layers.
+
+        Returns:
+            One result for each prompt, in their order. Each is what it would be alone. One whose
+            logits were not finite (damaged weights, or an overflow) has `finish_reason` "error".
+
+        Raises:
+            ValueError: a prompt is empty, too long or has unknown tokens, or `params` asks for
+                exits that the model does not have; nothing is generated then.
+            Exception: what came up while one of the prompts was computed, for example
+                `torch.OutOfMemoryError`. It is raised when all have ended; their results are lost.
+        """
+        items: abc.Sequence[str | abc.Sequence[int]] = (
+            [prompts] if isinstance(prompts, str) else prompts
+        )
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(items)
+        if len(params) != len(items):
+            raise ValueError(
+                f"params: {len(params)} are given for {len(items)} prompts, allowed: one for all "
+                "or one for each"
+            )
+        requests = [self._request(*pair) for pair in zip(items, params, strict=True)]
+        self._finish(requests)
+        return [request.result() for request in requests]
+
+    def _finish(self, requests: abc.Sequence[Request]) -> None:
+        try:
+            for request in requests:
+                self.loop.submit(request)
+            while any(not request.is_finished for request in requests):
+                self.loop.step()
+            for request in requests:
+                if request.exception is not None:
+                    raise request.exception
+        finally:
+            for request in requests:
+                self.loop.cancel(request.key)
+
+    def stream(
+        self, prompt: str | abc.Sequence[int], params: SamplingParams | None = None
+    ) -> Iterator[GeneratedToken]:
+        """Continue one prompt and hand out each token as soon as it is known.
+
+        Raises:
+            ValueError: as `generate`; it comes at once, not with the first token.
+            FloatingPointError: the logits are not finite: damaged weights, or an overflow.
+            Exception: what came up while the prompt was computed.
+        """
+        return self._tokens(self._request(prompt, params or SamplingParams()))
+
+    def submit(
+        self,
+        prompt: str | abc.Sequence[int],
+        params: SamplingParams,
+        group: Request | None = None,
+    ) -> Request:
+        """Take in a request, which `step` brings forward together with the others.
+
+        Args:
+            group: the first one of those that belong together: they have one turn among all.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        request = self._request(prompt, params)
+        if group is not None:
+            request.sequence.group = group.sequence.group
+        self.loop.submit(request)
+        return request
+
+    def _tokens(self, request: Request) -> Iterator[GeneratedToken]:
+        self.loop.submit(request)
+        try:
+            given = 0
+            while given < len(request.tokens) or not request.is_finished:
+                if given == len(request.tokens):
+                    self.loop.step()
+                for token in request.tokens[given:]:
+                    given += 1
+                    yield token
+        finally:
+            self.loop.cancel(request.key)
+        if request.error is not None:
+            raise request.exception or FloatingPointError(request.error)
+
+    def step(self) -> list[tuple[Request, GeneratedToken]]:
+        """Bring the submitted requests forward by one batch, and the scoring of prompts by one
+        piece; returns the tokens that came of it.
+
+        An exception that comes up in there ends those requests that were in the batch, or the one
+        that it is about: they have an `error` and that `exception`, and the others go on.
+
+        Raises:
+            Exception: such a one, where the engine is lost: it is divided over processes, which are
+                not at the same step any more, or its device computes no more.
+        """
+        return self.loop.step()
+
+    def cancel(self, request: Request) -> None:
+        """End a request; its result has what it got so far.
+
+        That may be more or less on the ranks of a pipeline, which do not wait for each other here.
+        """
+        self.loop.cancel(request.key)
+
+    def argmax_tokens(self, token_ids: abc.Sequence[int]) -> list[int]:
+        """What the full model finds most probable behind every prefix of a sequence, in one pass.
+
+        Returns:
+            As many tokens as `token_ids`: the one at index i follows `token_ids[: i + 1]`.
+
+        Raises:
+            ValueError: `token_ids` is empty, too long or has unknown tokens.
+            FloatingPointError: the logits are not finite: damaged weights, or an overflow.
+        """
+        request = self._request(token_ids, SamplingParams(max_tokens=0, prompt_logprobs=0))
+        self._finish([request])
+        if request.error is not None:
+            raise FloatingPointError(request.error)
+        assert request.scoring is not None
+        return [score.best_token for score in request.scoring.scores]
+
+    def _request(self, prompt: str | abc.Sequence[int], params: SamplingParams) -> Request:
+        if self.is_worker:
+            raise ValueError("a rank that rank 0 drives makes no requests, allowed: work")
+        return self._requests.build(prompt, params)

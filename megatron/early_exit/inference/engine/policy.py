@@ -1,0 +1,173 @@
+"""How far to run a batch before its heads are asked. Holds numbers, no tensors.
+
+With few rows, reading weights takes the time: a segment takes it once for all that run in it, and
+so does the vocabulary's matrix for all heads that share it. So it may pay to run on before an exit
+is asked, and to ask it together with the heads behind; what it says counts all the same. Whether it
+pays depends on how often the exit is taken, and on who else waits deeper in the model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from megatron.early_exit.checkpoint.architecture import Architecture
+
+ROWS = {"cpu": 16.0, "cuda": 200.0}
+"""Rows that take as long to compute as weights take to read, roughly, by the kind of device."""
+
+_HEAD = 0.65
+"""A weight of a head next to one of a layer, which has more to do than large products."""
+UNLIKELY = 0.1
+"""A head that a sequence gets to no more often is asked only when that is certain."""
+_SLACK = 0.02
+"""Where it makes so little difference, heads are asked early: what is expected is not certain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What takes time, in weights that are read.
+
+    Attributes:
+        segments: weights of each.
+        head: weights of the projection to the vocabulary.
+        exit_head: weights of an exit's projection.
+        shares_heads: all heads have the same projection.
+        rows: as many rows take as long to compute as the weights do to read.
+        step: what each step takes besides, as a share of the segments.
+    """
+
+    segments: tuple[float, ...]
+    head: float = 0.0
+    exit_head: float = 0.0
+    shares_heads: bool = True
+    rows: float = ROWS["cpu"]
+    step: float = 0.02
+
+    @classmethod
+    def of(
+        cls,
+        shape: Architecture,
+        exits: Sequence[int],
+        exit_vocab_size: int,
+        shares_heads: bool,
+        device: str,
+    ) -> "Costs":
+        """Those of a model.
+
+        Args:
+            shape: of the backbone.
+            exits: the layers that its exits follow.
+            exit_vocab_size: tokens that they answer with.
+            shares_heads: see above.
+            device: the kind of device that it runs on.
+        """
+        attention = 2 * (shape.num_attention_heads + shape.num_query_groups) * shape.kv_channels
+        mlp = (3 if shape.gated_linear_unit else 2) * shape.ffn_hidden_size
+        layer = float(shape.hidden_size * (attention + mlp))
+        segments = tuple(layer * (b - a) for a, b in pairwise((0, *exits, shape.num_layers)))
+        head, exit_head = (
+            _HEAD * shape.hidden_size * size for size in (shape.vocab_size, exit_vocab_size)
+        )
+        rows = ROWS.get(device, ROWS["cuda"])
+        return cls(segments, head, exit_head, shares_heads, rows)
+
+
+class SegmentQueue:
+    """What to expect of the sequences in front of one segment.
+
+    Args:
+        index: of the segment.
+        chances: of each sequence by segment, how likely it gets its token from the head there: 0
+            where that is not asked, and the last one is sure.
+
+    Attributes:
+        count: how many there are.
+        taken: by segment, how many get their token if the heads up to the one behind it are asked.
+        asked: by segment, how many questions that takes, without unlikely ones.
+    """
+
+    __slots__ = ("asked", "count", "taken")
+
+    def __init__(self, index: int, num_segments: int, chances: Sequence[Sequence[float]]) -> None:
+        self.count = len(chances)
+        self.taken, self.asked = [0.0] * num_segments, [0] * num_segments
+        for own in chances:
+            stays, number = 1.0, 0
+            for segment in range(index, num_segments):
+                if own[segment]:
+                    number += stays > UNLIKELY
+                    stays *= 1 - own[segment]
+                self.taken[segment] += 1 - stays
+                self.asked[segment] += number
+
+
+class Policy:
+    """Finds the segments that promise the most tokens for their time if they are run now.
+
+    Greedy, and close to the best schedule that there is for the same costs (`benchmarks/`). Running
+    some segments is judged alone, and together with taking those that get no token there to the
+    end. Positions that leave are charged with what they leave undone: later tokens attend to them.
+    """
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+        self._last = len(costs.segments) - 1
+        self._step = costs.step * sum(costs.segments)
+        self._behind = [sum(costs.segments[index + 1 :]) for index in range(len(costs.segments))]
+
+    def choose(self, queues: Sequence[SegmentQueue], through: int | None = None) -> range:
+        """Segments to run one after another, with all that wait in front of each, before the heads
+        behind them are asked.
+
+        Args:
+            queues: in front of each segment; somewhere there is somebody.
+            through: a segment that has to be among them.
+        """
+        best, most = range(0), 0.0
+        for start, front in enumerate(queues):
+            if not front.count or (through is not None and start > through):
+                continue
+            for end in range(start if through is None else through, self._last + 1):
+                promise = self._promise(queues, start, end)
+                if promise > most * (1 + _SLACK):
+                    best, most = range(start, end + 1), promise
+        return best
+
+    def _promise(self, queues: Sequence[SegmentQueue], start: int, end: int) -> float:
+        """Tokens over costs of the segments from `start` to `end`."""
+        count, taken, asked, later, costs = 0.0, 0.0, 0.0, 0.0, self._step
+        for index in range(start, end + 1):
+            front = queues[index]
+            count += front.count
+            costs += self._product(index, count)
+            taken += front.taken[end]
+            asked += front.asked[end]
+            later += front.asked[-1] - front.asked[end]
+        costs += self._heads(asked, start, end)
+        costs += taken * self._behind[end] / self._costs.rows
+        alone = taken / costs
+        if end == self._last:
+            return alone
+        stays = 1 - taken / count
+        count, asked, costs = count * stays, later * stays, costs + self._step
+        for index in range(end + 1, self._last + 1):
+            front = queues[index]
+            count += front.count
+            costs += self._product(index, count)
+            asked += front.asked[-1]
+        costs += self._heads(asked, end + 1, self._last)
+        return max(alone, (taken + count) / costs)
+
+    def _product(self, segment: int, rows: float) -> float:
+        return self._costs.segments[segment] * (1 + rows / self._costs.rows)
+
+    def _heads(self, asked: float, start: int, end: int) -> float:
+        """Of the heads behind the segments from `start` to `end`."""
+        if not asked:
+            return 0.0
+        costs, exits = self._costs, end - start + 1
+        if costs.shares_heads:
+            return costs.head * (1 + asked / costs.rows)
+        final = costs.head if end == self._last else 0.0
+        exits -= end == self._last
+        return final + costs.exit_head * (exits + asked / costs.rows)

@@ -1,0 +1,183 @@
+"""From a prompt and its parameters to a request that an engine can run, or a refusal."""
+
+from collections import abc
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import count
+
+import torch
+
+from megatron.early_exit.checkpoint.tokenizer import Tokenizer
+from megatron.early_exit.inference.engine.request import Request
+from megatron.early_exit.inference.engine.scoring import ScoringRule, TextScores
+from megatron.early_exit.inference.engine.stopping import Stopping, stop_token_ids
+from megatron.early_exit.inference.engine.text import TextStream
+from megatron.early_exit.inference.modes.early_exit import EarlyExitMode
+from megatron.early_exit.inference.modes.full import FullMode
+from megatron.early_exit.inference.modes.mode import DecodingMode, TokenSampler
+from megatron.early_exit.inference.modes.rule import NO_EXITS, DraftRule, ExitRule
+from megatron.early_exit.inference.modes.sampling import Sampler
+from megatron.early_exit.inference.modes.self_speculative import SelfSpeculativeMode
+from megatron.early_exit.inference.params import SamplingParams
+from megatron.early_exit.inference.sequence import Sequence
+
+
+class RequestFactory:
+    """Checks what depends on the model.
+
+    Args:
+        vocab_size: tokens that the model knows.
+        num_layers: of its backbone.
+        exit_layers: its exits, each named by the number of backbone layers before it.
+        max_sequence_length: most tokens of a sequence.
+        max_pending: see `EarlyExitMode`.
+        tokenizer: None where prompts are token ids only.
+        eod_id: the token that ends a document, if there is one.
+        other_end_ids: further tokens that end a text.
+        device: where logits are.
+        draw_seed: gives seeds to requests that sample and have none.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        num_layers: int,
+        exit_layers: tuple[int, ...],
+        max_sequence_length: int,
+        max_pending: int,
+        tokenizer: Tokenizer | None,
+        eod_id: int | None,
+        other_end_ids: tuple[int, ...],
+        device: torch.device,
+        draw_seed: Callable[[], int],
+    ) -> None:
+        self.draw_seed = draw_seed
+        self.vocab_size, self.num_layers = vocab_size, num_layers
+        self.exit_layers = exit_layers
+        self.max_sequence_length, self.max_pending = max_sequence_length, max_pending
+        self.tokenizer, self.device = tokenizer, device
+        self.eod_id, self.other_end_ids = eod_id, other_end_ids
+        self._keys = count(1)
+
+    def build(
+        self, prompt: str | abc.Sequence[int], params: SamplingParams, key: int | None = None
+    ) -> Request:
+        """The request.
+
+        Args:
+            prompt: a text or token ids.
+            params: how to continue.
+            key: names it in the engine; None gives it the next one.
+
+        Raises:
+            ValueError: the prompt is empty, too long or has unknown tokens, or `params` asks for
+                what the model does not have.
+        """
+        if params.seed is None and params.temperature > 0:
+            params = replace(params, seed=self.draw_seed())
+        tokens = self.encode(prompt, room=min(params.max_tokens, 1))
+        room = min(params.max_tokens, self.max_sequence_length - len(tokens))
+        self._check_tokens("stop_token_ids", params.stop_token_ids)
+        self._check_tokens("logit_bias", (token for token, _ in params.logit_bias))
+        stops = stop_token_ids(params, self.eod_id, self.other_end_ids)
+        sampler = Sampler(params, tokens, stops, self.vocab_size, self.device)
+        sequence = Sequence(next(self._keys) if key is None else key, tokens)
+        sequence.group = sequence.key
+        token_sampler = TokenSampler(
+            params, sampler, sequence, (*self.exit_layers, self.num_layers)
+        )
+        text = None if self.tokenizer is None else TextStream(self.tokenizer, tokens)
+        echo = ""
+        if params.echo and self.tokenizer is not None:
+            echo = prompt if isinstance(prompt, str) else self.tokenizer.decode(tokens)
+        mode = self._mode(params, token_sampler, room)
+        rule = _scoring_rule(params, mode)
+        return Request(
+            sequence,
+            params,
+            mode,
+            Stopping(params, stops, room, text),
+            echo,
+            None if rule is None else TextScores(tokens, rule, token_sampler.layers),
+        )
+
+    def encode(self, prompt: str | abc.Sequence[int], room: int = 0) -> list[int]:
+        """The token ids of a prompt, checked.
+
+        Args:
+            room: tokens that must have room behind it.
+
+        Raises:
+            ValueError: the prompt is empty, too long, or has unknown tokens.
+        """
+        if not isinstance(prompt, str):
+            tokens = list(_checked_iterable(prompt))
+        elif self.tokenizer is None:
+            raise ValueError(
+                "prompts: a text needs a tokenizer that inference supports, and this model has "
+                "none; allowed: lists of token ids"
+            )
+        else:
+            tokens = self.tokenizer.encode(prompt)
+        if not tokens:
+            raise ValueError("prompts: a prompt is empty, allowed: 1 token or more")
+        longest = self.max_sequence_length - room
+        if len(tokens) > longest:
+            raise ValueError(
+                f"prompts: a prompt of {len(tokens)} tokens is too long, allowed: up to {longest}"
+            )
+        self._check_tokens("prompts: token", tokens)
+        return tokens
+
+    def _check_tokens(self, name: str, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            is_integer = isinstance(token, int) and not isinstance(token, bool)
+            if not is_integer or not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"{name} {token!r} is unknown, allowed: 0 to {self.vocab_size - 1}"
+                )
+
+    def _mode(self, params: SamplingParams, sampler: TokenSampler, room: int) -> DecodingMode:
+        known = self.exit_layers
+        wanted = known if params.exit_layers is None else params.exit_layers
+        exits = tuple(sorted({self._exit_index("exit_layers", layer) for layer in wanted}))
+        details = params.exit_details
+        if params.mode == "full":
+            reported = exits if details else ()
+            return FullMode(sampler, ExitRule(reported), details=bool(reported))
+        if params.mode == "early_exit":
+            rule = ExitRule(exits, params.threshold)
+            return EarlyExitMode(sampler, rule, details, max_pending=self.max_pending)
+        layer = params.draft_exit_layer
+        if layer is None:
+            layer = known[0] if known else 0
+        return SelfSpeculativeMode(
+            sampler,
+            ExitRule((self._exit_index("draft_exit_layer", layer),), threshold=0.0),
+            details,
+            drafting=DraftRule(params.num_draft_tokens, params.draft_confidence),
+            room=room,
+        )
+
+    def _exit_index(self, name: str, layer: int) -> int:
+        if layer not in self.exit_layers:
+            known = ", ".join(map(str, self.exit_layers)) or "none, the model has no exits"
+            raise ValueError(f"{name} {layer} is unknown, allowed: {known}")
+        return self.exit_layers.index(layer)
+
+
+def _scoring_rule(params: SamplingParams, mode: DecodingMode) -> ScoringRule | None:
+    """How the prompt is scored; None where it is not."""
+    if params.prompt_logprobs is None:
+        return None
+    exits = mode.rule if params.mode == "early_exit" else NO_EXITS
+    return ScoringRule(exits, params.prompt_logprobs)
+
+
+def _checked_iterable(prompt: object) -> Iterable[int]:
+    if not isinstance(prompt, Iterable):
+        raise ValueError(
+            f"prompts: {prompt!r} is not a prompt, allowed: a text or a list of token ids"
+        )
+    return prompt

@@ -1,0 +1,260 @@
+"""Which sequences run through which segment next. Holds numbers, no tensors.
+
+The unit of work is (sequence, positions, segment). A sequence waits in front of one segment at a
+time; those in front of the same segment are run as one batch, and regroup at every exit: the ones
+that leave go back to the first segment with their next token, the others gather in front of the
+next one (dynamic rebatching, arXiv 2512.15705). Where an exit is not worth a question of its own,
+the batch runs on, takes along those that wait on its way, and all its heads are asked at its end.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from megatron.early_exit.inference.engine.exit_rates import ExitRateEstimator
+from megatron.early_exit.inference.engine.fair_queue import FairQueue
+from megatron.early_exit.inference.engine.policy import Costs, Policy, SegmentQueue
+from megatron.early_exit.inference.model.spans import Span, in_pass_order
+from megatron.early_exit.inference.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A batch: spans of positions of some sequences, through one segment, or through several where
+    nobody joins or leaves between them.
+
+    Attributes:
+        segment: the first one.
+        last: the last one.
+        sequences: whose positions they are.
+        spans: of each.
+    """
+
+    segment: int
+    last: int
+    sequences: tuple[Sequence, ...]
+    spans: tuple[Span, ...]
+
+
+@dataclass
+class Scheduler:
+    """Admits sequences, and picks the next batch.
+
+    Sequences come in groups, those that one client has asked for together. Groups take turns: a
+    free slot goes to the one that has the fewest. Who has a slot keeps it to the end, so none gets
+    all of them: of four or more slots a group leaves a quarter to those that come later.
+
+    What runs next is what promises the most tokens for its time, see `Policy`. It includes a deeper
+    segment when `quorum`, a share of all sequences, waits for that: who waits gets no tokens. In
+    simulations with measured times a quarter was best. And it includes the segment for which a
+    sequence has waited for `patience` steps, whatever its company.
+
+    Attributes:
+        num_segments: of the model.
+        num_slots: sequences that run at a time.
+        max_rows: most positions in a batch; longer prompts and catch-ups are cut, and what is cut
+            off leaves room for the others' tokens.
+        quorum: share of the running sequences that does not wait for a deeper segment any longer.
+        patience: steps that a sequence waits at most while others are preferred.
+        costs: what running takes; None takes all segments for alike, and heads for nothing.
+        running: the sequences that have slots, by key.
+        exit_rates: how often each exit gives a token.
+    """
+
+    num_segments: int
+    num_slots: int
+    max_rows: int = 256
+    quorum: float = 0.25
+    patience: int = 16
+    costs: Costs | None = None
+    running: dict[int, Sequence] = field(default_factory=dict)
+    _arrivals: FairQueue = field(default_factory=FairQueue)
+    _waiting: dict[int, Sequence] = field(default_factory=dict)
+    _began: dict[int, int] = field(default_factory=dict)
+    """For each group that runs the step at which its last sequence has begun."""
+    _free: list[int] = field(default_factory=list)
+    _step: int = 0
+    _end: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_slots", "max_rows", "patience"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} {value} is out of range, allowed: 1 or more")
+        if not 0 <= self.quorum <= 1:
+            raise ValueError(f"quorum {self.quorum} is out of range, allowed: 0 to 1")
+        self._free = list(reversed(range(self.num_slots)))
+        self._policy = Policy(self.costs or Costs((1.0,) * self.num_segments))
+        self.exit_rates = ExitRateEstimator(self.num_segments - 1)
+
+    def add(self, sequence: Sequence) -> None:
+        """A sequence has arrived."""
+        self._waiting[sequence.key] = sequence
+        self._arrivals.add(sequence.key, sequence.group)
+
+    def remove(self, key: int) -> None:
+        """A sequence has ended, or is no longer wanted; what is pending of it is never run."""
+        sequence = self.running.pop(key, None)
+        if sequence is None:
+            self._arrivals.remove(key)
+            self._waiting.pop(key, None)
+        else:
+            if all(one.group != sequence.group for one in self.running.values()):
+                self._began.pop(sequence.group, None)
+            self._free.append(sequence.slot)
+            # The lowest first keeps the slots in use together.
+            self._free.sort(reverse=True)
+
+    def admit(self) -> list[Sequence]:
+        """Give free slots to those whose turn it is."""
+        admitted: list[Sequence] = []
+        if not (self._free and self._arrivals):
+            return admitted
+        held = Counter(sequence.group for sequence in self.running.values())
+        most = self.num_slots - self.num_slots // 4
+        while self._free and (key := self._arrivals.take(held, most)) is not None:
+            sequence = self._waiting.pop(key)
+            held[sequence.group] += 1
+            sequence.slot, sequence.since = self._free.pop(), self._step
+            sequence.cached = [0] * self.num_segments
+            self.exit_rates.start(sequence, range(self.num_segments - 1))
+            self.running[key] = sequence
+            admitted.append(sequence)
+        return admitted
+
+    def next(self) -> Step | None:
+        """The next batch; None where nothing waits."""
+        groups: list[list[Sequence]] = [[] for _ in range(self.num_segments)]
+        for sequence in self.running.values():
+            groups[sequence.segment].append(sequence)
+        if not self.running:
+            return None
+        segments = self._segments(groups)
+        self._step += 1
+        self._end = segments[-1]
+        return self._through(self.batch(segments[0], groups[segments[0]]))
+
+    def _segments(self, groups: list[list[Sequence]]) -> range:
+        if not any(one.exits for one in self.running.values()):
+            # Nobody leaves early.
+            return range(next(i for i, group in enumerate(groups) if group), self.num_segments)
+        queues = [
+            SegmentQueue(index, self.num_segments, [one.exit_rates for one in group])
+            for index, group in enumerate(groups)
+        ]
+        return self._policy.choose(queues, self._must(groups))
+
+    def _must(self, groups: list[list[Sequence]]) -> int | None:
+        """The segment that has to be among those that run next, if there is one."""
+        waited = {
+            index: self._step - min(one.since for one in group)
+            for index, group in enumerate(groups)
+            if group
+        }
+        longest = max(waited, key=lambda index: waited[index])
+        if waited[longest] >= self.patience:
+            return longest
+        enough = max(self.quorum * len(self.running), 1)
+        deeper = range(self.num_segments - 1, 0, -1)
+        return next((index for index in deeper if len(groups[index]) >= enough), None)
+
+    def onward(self, step: Step, complete: Iterable[int]) -> Step | None:
+        """The batch that runs before any head that `step` has passed is asked; None where there is
+        none.
+
+        Args:
+            complete: what `ran` has returned for it.
+        """
+        if step.last >= self._end:
+            return None
+        behind = step.last + 1
+        passed = [step.sequences[index] for index in complete]
+        asking = {one.key for one in passed if step.last in one.exits and not one.can_defer_exit}
+        group = [one for one in self.running.values() if one.segment == behind]
+        group = [one for one in group if one.key not in asking]
+        return self._through(self.batch(behind, group)) if group else None
+
+    def _through(self, step: Step) -> Step:
+        """The same positions through all segments behind which none of them is asked about, or
+        waits for others, as far as this turn goes."""
+        last = step.segment
+        if last >= self._end or any(last in one.exits for one in step.sequences):
+            return step
+        pairs = list(zip(step.sequences, step.spans, strict=True))
+        if any(span.end != one.limit for one, span in pairs):
+            return step
+        own = {one.key for one in step.sequences}
+        others = {one.segment for one in self.running.values() if one.key not in own}
+        while last < self._end and last + 1 not in others:
+            if any(last in one.exits or one.cached[last + 1] != span.start for one, span in pairs):
+                break
+            last += 1
+        return replace(step, last=last)
+
+    def batch(self, segment: int, group: Iterable[Sequence]) -> Step:
+        """Spans of the sequences of `group`, all in front of `segment`, as many as there is room
+        for: single tokens first, then parts of prompts and catch-ups, see `_in_turn`."""
+        singles = [one for one in group if one.waiting == 1]
+        longer = self._in_turn(segment, [one for one in group if one.waiting > 1])
+        if len(singles) > self.max_rows:
+            singles = sorted(singles, key=lambda one: one.since)[: self.max_rows]
+        # Long ones come forward however many single tokens there are.
+        room = max(self.max_rows - len(singles), 1)
+        batch = [(one, one.limit) for one in singles]
+        for one in longer:
+            if room <= 0:
+                break
+            end = one.cached[segment] + _cut(one.waiting, room, one.num_verified)
+            batch.append((one, end))
+            room -= end - one.cached[segment]
+        spans = [(Span(one.slot, one.cached[segment], end), one) for one, end in batch]
+        spans.sort(key=lambda pair: in_pass_order(pair[0]))
+        sequences = tuple(one for _, one in spans)
+        return Step(segment, segment, sequences, tuple(span for span, _ in spans))
+
+    def _in_turn(self, segment: int, longer: list[Sequence]) -> list[Sequence]:
+        """Those that have begun, the longest-waiting first; then the next one of each group, that
+        first of which none has begun for longest, then the second of each, and so on."""
+        longer.sort(key=lambda one: one.since)
+        places: Counter[int] = Counter()
+        order: dict[int, tuple[int, int]] = {}
+        for one in longer:
+            if one.cached[segment] > 0:
+                order[one.key] = (-1, one.since)
+            else:
+                order[one.key] = (places[one.group], self._began.get(one.group, one.since))
+                places[one.group] += 1
+        return sorted(longer, key=lambda one: order[one.key])
+
+    def ran(self, step: Step) -> list[int]:
+        """Take note that a batch has been run. Sequences of which nothing waits for its segment any
+        more wait for the next one, if there is one; `go_on` calls them back.
+
+        Returns:
+            Their indices.
+        """
+        complete = []
+        for index, (sequence, span) in enumerate(zip(step.sequences, step.spans, strict=True)):
+            is_complete = span.end == sequence.limit
+            if span.start == 0 == step.segment:
+                self._began[sequence.group] = self._step
+            for segment in range(step.segment, step.last + 1):
+                sequence.cached[segment] = span.end
+            if is_complete:
+                complete.append(index)
+                sequence.segment = min(step.last + 1, self.num_segments - 1)
+                sequence.since = self._step
+        return complete
+
+    def go_on(self, sequence: Sequence) -> None:
+        """The sequence has got tokens or drafts, and starts on the last of them."""
+        sequence.segment = 0
+        sequence.since = self._step
+
+
+def _cut(waiting: int, room: int, num_verified: int) -> int:
+    """How many of the waiting positions to run: the last `num_verified` of them not apart."""
+    count = min(waiting, room)
+    if 0 < waiting - count < num_verified:
+        count = waiting - num_verified
+    return count or waiting

@@ -1,0 +1,206 @@
+"""What a model thinks of given text: probabilities of tokens that are already there."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron.early_exit.inference.model.runner import SegmentRunner
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from megatron.early_exit.inference.model.spans import Span
+from megatron.early_exit.inference.modes.head_output import head_outputs
+from megatron.early_exit.inference.modes.mode import FINAL
+from megatron.early_exit.inference.modes.rule import NO_EXITS, ExitRule
+from megatron.early_exit.inference.results import PromptToken
+
+CHUNK = 256
+"""Positions at a time: logits of a whole context would fill the memory, and nobody shall wait for
+it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringRule:
+    """Which head scores a position, and what is said of it.
+
+    Attributes:
+        exits: the first of these that is confident enough scores it, else the final head.
+        num_best: most probable tokens to give in each place.
+    """
+
+    exits: ExitRule = NO_EXITS
+    num_best: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixScore:
+    """What a head says behind a prefix of a text."""
+
+    position: int
+    """Of the prefix's last token."""
+    head: int
+    """Index of the exit, or -1 for the final head."""
+    confidence: float
+    best_token: int
+    is_finite: bool
+    """Whether the logits are numbers to judge by."""
+    logprob: float | None
+    """Logarithm of the probability of the token that follows; None behind the whole text."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """The most probable tokens, as many as were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive tokens of a text that are scored in one go.
+
+    Attributes:
+        start: position of the first one.
+        tokens: themselves.
+        next_token: the one behind them; None at the end of the text.
+    """
+
+    start: int
+    tokens: tuple[int, ...]
+    next_token: int | None
+
+    @property
+    def end(self) -> int:
+        """The position behind the last one."""
+        return self.start + len(self.tokens)
+
+
+class TextScores:
+    """The scores of a text, which come piece by piece.
+
+    Args:
+        tokens: the text.
+        rule: how it is scored.
+        layers: the exits' numbers of backbone layers, then the model's.
+
+    Attributes:
+        scores: one for each prefix, the shortest first, as far as they have come.
+        num_given: tokens of the pieces that have been given out.
+        is_finite: whether the logits were numbers to judge by, so far.
+    """
+
+    def __init__(self, tokens: Sequence[int], rule: ScoringRule, layers: Sequence[int]) -> None:
+        self.tokens, self.rule, self.layers = tokens, rule, layers
+        self.scores: list[PrefixScore] = []
+        self.num_given = 0
+        self.is_finite = True
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is no further piece."""
+        return self.num_given == len(self.tokens)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every prefix has its score."""
+        return len(self.scores) == len(self.tokens)
+
+    def next_piece(self) -> Piece:
+        """Give out what is to be scored next."""
+        start, end = self.num_given, min(self.num_given + CHUNK, len(self.tokens))
+        self.num_given = end
+        following = self.tokens[end] if end < len(self.tokens) else None
+        return Piece(start, tuple(self.tokens[start:end]), following)
+
+    def add(self, scores: Iterable[PrefixScore]) -> None:
+        """Take the scores of the next piece, in any order."""
+        self.scores += sorted(scores, key=lambda score: score.position)
+        self.is_finite = all(score.is_finite for score in self.scores)
+
+    def prompt_tokens(self) -> list[PromptToken] | None:
+        """The score of every token, from those of the prefixes; None where they cannot be used, or
+        some have not come."""
+        if not (self.is_complete and self.is_finite):
+            return None
+        scored = [PromptToken(self.tokens[0], None)]
+        for token, score in zip(self.tokens[1:], self.scores, strict=False):
+            layer = self.layers[score.head]
+            top = score.top_logprobs
+            scored.append(PromptToken(token, score.logprob, top, layer, score.confidence))
+        return scored
+
+
+class TextScorer:
+    """Runs one text through a model, or a stage of it, with caches of its own.
+
+    Args:
+        model: the model or the stage.
+        length: tokens of the text.
+        rule: how to score it.
+        first_exit: exits on the stages before.
+        is_last: no stage comes behind.
+    """
+
+    def __init__(
+        self,
+        model: SegmentedModel,
+        length: int,
+        rule: ScoringRule,
+        first_exit: int = 0,
+        is_last: bool = True,
+    ) -> None:
+        self._runner = SegmentRunner(model, num_slots=1, capacity=length)
+        self._rule, self._first_exit, self._is_last = rule, first_exit, is_last
+        self._asked = [i for i in range(len(model.exits)) if first_exit + i in rule.exits.exits]
+        self._num_segments = len(model.segments)
+        if is_last and self._asked and rule.exits.takes_everything:
+            self._num_segments = self._asked[0] + 1
+
+    @torch.inference_mode()
+    def run(self, piece: Piece, hidden: Tensor | None = None) -> tuple[list[PrefixScore], Tensor]:
+        """Score the next piece.
+
+        Args:
+            piece: begins where the last one has ended.
+            hidden: [n, h], its hidden states behind the stage before; None at the first one.
+
+        Returns:
+            Scores, in any order, of those prefixes that end in the piece and have theirs from a
+            head here; and the hidden states [n, h] for the next stage.
+        """
+        runner, span = self._runner, Span(0, piece.start, piece.end)
+        scores: dict[int, PrefixScore] = {}
+        for index in range(self._num_segments):
+            hidden = runner.run(index, [span], piece.tokens, hidden)
+            if index in self._asked:
+                project = runner.model.exits[index].head.project
+                features = runner.exit_features(index, span)
+                self._ask(self._first_exit + index, project, features, piece, scores)
+        assert hidden is not None
+        if self._is_last:
+            self._ask(FINAL, runner.final_logits, hidden, piece, scores)
+        return list(scores.values()), hidden
+
+    def _ask(
+        self,
+        head: int,
+        logits: Callable[[Tensor], Tensor],
+        features: Tensor,
+        piece: Piece,
+        scores: dict[int, PrefixScore],
+    ) -> None:
+        """Let a head score what those before it have not."""
+        rows = [row for row in range(len(piece.tokens)) if piece.start + row not in scores]
+        if not rows:
+            return
+        following = (*piece.tokens[1:], piece.next_token)
+        exits = self._rule.exits
+        for row, found in zip(rows, head_outputs(logits(features[rows])), strict=True):
+            if head != FINAL:
+                found = exits.measured(found)
+            if head == FINAL or exits.takes(found.confidence) or not found.is_finite:
+                position, token = piece.start + row, following[row]
+                scores[position] = PrefixScore(
+                    position,
+                    head,
+                    found.confidence,
+                    found.best_token,
+                    found.is_finite,
+                    None if token is None else found.logprob(token),
+                    found.top_logprobs(self._rule.num_best) if self._rule.num_best else (),
+                )

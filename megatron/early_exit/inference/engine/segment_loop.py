@@ -1,0 +1,209 @@
+"""The loop over the segments of a model that this process, or its tensor-parallel group, has."""
+
+import torch
+
+from megatron.early_exit.inference.engine.failures import reason_of
+from megatron.early_exit.inference.engine.head_batch import HeadBatch, HeadOutputs
+from megatron.early_exit.inference.engine.loop import DecodingLoop
+from megatron.early_exit.inference.engine.policy import Costs
+from megatron.early_exit.inference.engine.scheduler import Scheduler, Step
+from megatron.early_exit.inference.engine.scoring import TextScorer
+from megatron.early_exit.inference.model.runner import SegmentRunner
+from megatron.early_exit.inference.modes.head_output import NOT_FINITE, HeadOutput
+from megatron.early_exit.inference.modes.mode import DecodingMode, Next
+from megatron.early_exit.inference.sequence import Sequence
+
+
+class SegmentLoop(DecodingLoop):
+    """Runs a batch through one segment or several, and asks the heads that it has passed.
+
+    Args:
+        runner: the model and its caches.
+        is_alone: no other process makes the same steps. Then an exception ends the requests that it
+            is about, and the loop goes on; else the processes would not be at the same step any
+            more, so `step` raises it. It also does where the device computes no more.
+    """
+
+    def __init__(self, runner: SegmentRunner, is_alone: bool = True) -> None:
+        model = runner.model
+        heads = [*(exit_.head for exit_ in model.exits), model.final_head]
+        costs = Costs.of(
+            model.architecture,
+            [exit_.position for exit_ in model.exits],
+            model.exit_vocab_size,
+            len({id(head.projection) for head in heads}) == 1,
+            model.device.type,
+        )
+        scheduler = Scheduler(len(model.segments), runner.num_slots, costs=costs)
+        super().__init__(scheduler, model.device)
+        self.runner = runner
+        self._is_alone = is_alone
+        self._scorers: dict[int, TextScorer] = {}
+        self._suspects: set[int] = set()
+        """Whose state is unknown if there is an exception now."""
+
+    def cancel(self, key: int) -> None:
+        """End a request that is under way; nothing happens where there is none."""
+        super().cancel(key)
+        self._scorers.pop(key, None)
+
+    def _advance(self) -> None:
+        for part in (self._decode, self._score):
+            try:
+                part()
+            except Exception as error:
+                self._contain(error)
+
+    def _decode(self) -> None:
+        """Run a batch, and ask its heads."""
+        for sequence in self.scheduler.admit():
+            self._admit(sequence)
+        self._suspects = set(self.scheduler.running)
+        step = self.scheduler.next()
+        self._suspects = set()
+        if step is None:
+            return
+        with torch.inference_mode():
+            passed, likely, unlikely = self._run(step)
+            undecided = self._decide(passed, likely.outputs())
+            self._suspects = set(undecided)
+            if undecided:
+                self._decide(undecided, unlikely.outputs())
+        self._suspects = set()
+
+    def _admit(self, sequence: Sequence) -> None:
+        self._suspects = {sequence.key}
+        try:
+            self.runner.truncate(sequence.slot, 0)
+            mode = self._mode(sequence)
+            mode.start(0)
+            exits = [i for i in range(self.scheduler.num_segments - 1) if mode.asks(i)]
+            self.scheduler.exit_rates.start(sequence, exits, not mode.verifies)
+        except Exception as error:
+            self._contain(error)
+
+    def _contain(self, error: Exception) -> None:
+        """End the requests that an exception is about, with all that is kept for them.
+
+        Raises:
+            Exception: the same one, where the loop cannot go on.
+        """
+        failed, self._suspects = self._suspects, set()
+        if not (self._is_alone and failed and self._can_go_on(error)):
+            raise error
+        for key in failed:
+            self._fail(key, reason_of(error), error)
+
+    def _score(self) -> None:
+        """Score the next piece of the prompt that waits first."""
+        key = self._next_to_score()
+        if key is None:
+            return
+        scoring, self._suspects = self.unscored[key], {key}
+        if key not in self._scorers:
+            length = len(scoring.tokens)
+            self._scorers[key] = TextScorer(self.runner.model, length, scoring.rule)
+        scores, _ = self._scorers[key].run(scoring.next_piece())
+        if scoring.is_given:
+            del self._scorers[key]
+        self._take_scores(self.requests[key], scores)
+        self._suspects = set()
+
+    def _run(self, step: Step | None) -> tuple[dict[int, list[int]], HeadBatch, HeadBatch]:
+        """Run a batch as far as the scheduler wants.
+
+        Returns:
+            The segments that sequences have passed, by key; the heads there; and those which
+            sequences hardly get to.
+        """
+        likely, unlikely = HeadBatch(self.runner), HeadBatch(self.runner)
+        passed: dict[int, list[int]] = {}
+        while step is not None:
+            self._suspects.update(sequence.key for sequence in step.sequences)
+            hidden = self.runner.run(step.segment, step.spans, _inputs(step), last=step.last)
+            complete = self.scheduler.ran(step)
+            first, later = [0] * len(step.spans), [0] * len(step.spans)
+            for index in complete:
+                sequence = step.sequences[index]
+                own = passed.setdefault(sequence.key, [])
+                counts = first if self.scheduler.exit_rates.is_likely(sequence, own) else later
+                counts[index] = self._num_asked(sequence, step.last)
+                own.append(step.last)
+            likely.add(step.last, step.spans, first, hidden)
+            unlikely.add(step.last, step.spans, later, hidden)
+            step = self.scheduler.onward(step, complete)
+        return passed, likely, unlikely
+
+    def _num_asked(self, sequence: Sequence, segment: int) -> int:
+        """Positions that the head behind a segment is asked about."""
+        if segment == self.scheduler.num_segments - 1:
+            return sequence.num_verified
+        return int(self._mode(sequence).asks(segment))
+
+    def _decide(self, passed: dict[int, list[int]], outputs: HeadOutputs) -> dict[int, list[int]]:
+        """Tell the modes what the heads say, in the order of the segments. What one decides makes
+        those behind it idle, even if they have been asked.
+
+        Returns:
+            The segments that are left over, by key, from the first one that has not been asked.
+        """
+        undecided = {}
+        for key, segments in passed.items():
+            sequence = self.scheduler.running[key]
+            for place, segment in enumerate(segments):
+                if not self._num_asked(sequence, segment):
+                    continue
+                found = outputs.get((segment, sequence.slot))
+                if found is None:
+                    undecided[key] = segments[place:]
+                    break
+                if not self._goes_deeper(sequence, segment, found):
+                    break
+        return undecided
+
+    def _goes_deeper(self, sequence: Sequence, segment: int, found: list[HeadOutput]) -> bool:
+        """Whether a sequence goes on behind a segment, by what the head there says; else it has got
+        what it needs. An exception is about this sequence alone."""
+        try:
+            return self._hear(sequence, segment, found)
+        except Exception as error:
+            others = self._suspects
+            self._suspects = {sequence.key}
+            self._contain(error)
+            self._suspects = others - {sequence.key}
+            return False
+
+    def _hear(self, sequence: Sequence, segment: int, found: list[HeadOutput]) -> bool:
+        request = self.requests[sequence.key]
+        mode = request.mode
+        if not all(one.is_finite for one in found):
+            self._fail(sequence.key, NOT_FINITE)
+            return False
+        if segment == self.scheduler.num_segments - 1:
+            self._continue(request, mode.at_end(found))
+            return False
+        output = mode.rule.measured(found[0])
+        outcome = mode.at_exit(segment, output, mode.rule.takes(output.confidence))
+        self.scheduler.exit_rates.learn(sequence, segment, outcome is not Next.DEEPER)
+        self._continue(request, outcome)
+        return outcome is Next.DEEPER
+
+    def _mode(self, sequence: Sequence) -> DecodingMode:
+        return self.requests[sequence.key].mode
+
+    def _rewind(self, sequence: Sequence) -> None:
+        self.runner.truncate(sequence.slot, sequence.length - 1)
+
+    def _discard(self, sequence: Sequence) -> None:
+        # Drafts may be taken back already that have been through the model.
+        self.runner.clear(sequence.slot, max(sequence.length, *sequence.cached))
+
+
+def _inputs(step: Step) -> list[int] | None:
+    if step.segment > 0:
+        return None
+    return [
+        token
+        for sequence, (_, start, end) in zip(step.sequences, step.spans, strict=True)
+        for token in sequence.token_ids(start, end)
+    ]

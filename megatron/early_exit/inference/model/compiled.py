@@ -1,0 +1,206 @@
+"""Layers compiled for steps of decoding.
+
+Half of what PyTorch does around the products of a small model is calling kernels. Its compiler
+makes a layer a few loops instead. With one row each is over a whole weight matrix in the plain
+layout, with all that lies between the products inside them; with several the products remain those
+with packed weights, and what lies between two of them is a loop. A few layers are compiled as one
+function of their weights, which serves all.
+
+Shapes: r rows, each a position of some sequence; h hidden size.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+
+import torch
+from torch import Tensor
+
+from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.hardware.cuda_remark import silence_cuda_remark
+from megatron.early_exit.inference.model.layers import Attention, Mlp
+from megatron.early_exit.inference.model.passes import Pass
+from megatron.early_exit.inference.model.rotary import RotaryTable
+from megatron.early_exit.inference.model.rows_pass import Rows, RowsPass
+
+SHORTEST = 2
+"""A length of 1 would make the compiler take lengths for constants."""
+
+_MOST_ROWS = 64
+"""Beyond, the plain layers' attention is the faster one."""
+
+_MOST_TOGETHER = 4
+"""Layers that are compiled as one: each call takes some microseconds, each layer a second."""
+
+_Group = Callable[..., Tensor]
+"""Takes a hidden state through some layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What compiled layers take for granted, besides the model.
+
+    Attributes:
+        size: number of layers.
+        is_single: there is one row.
+        shape: of each cache.
+        stride: of each cache.
+    """
+
+    size: int
+    is_single: bool
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class LayerCompiler:
+    """Compiles layers of a model, when they are first run.
+
+    Args:
+        architecture: shape of the model.
+        rotary: the rotary table, if the model has rotary embeddings.
+        device: of the weights.
+
+    Attributes:
+        positions: [most positions], 0, 1, 2, ...
+    """
+
+    def __init__(
+        self, architecture: Architecture, rotary: RotaryTable | None, device: torch.device
+    ) -> None:
+        silence_cuda_remark()
+        self._turns = None if rotary is None else rotary.real_turns
+        self.positions = torch.arange(architecture.max_position_embeddings, device=device)
+
+        def group(
+            layers: Sequence[Mapping[str, Tensor]],
+            caches: Sequence[Tensor],
+            hidden: Tensor,
+            rows: Rows,
+        ) -> Tensor:
+            if not torch.compiler.is_compiling():
+                raise RuntimeError("the compiler of PyTorch is turned off in this process")
+            for weights, cache in zip(layers, caches, strict=True):
+                this = RowsPass(cache, architecture, *rows)
+                attention = Attention(architecture, weights, "self_attention.", 0)
+                hidden = Mlp(architecture, weights, "mlp.")(attention(hidden, this))
+            return hidden
+
+        # Weights are arguments, so it does not matter of which layers.
+        self._group = group
+        self._unguarded: dict[_Kind, _Group] = {}
+        self._guarded = torch.compile(self._new_group("rows"), fullgraph=True)
+
+    def run(
+        self,
+        layers: Sequence[Mapping[str, Tensor]],
+        caches: Sequence[Tensor],
+        hidden: Tensor,
+        slots: Tensor | None,
+        positions: Tensor,
+        end: int,
+        is_captured: bool = False,
+    ) -> Tensor:
+        """Take rows through layers.
+
+        Args:
+            layers: the tensors of each, see `CompiledLayers`.
+            caches: of each layer [slots, positions, 2 ng, hn].
+            hidden: [r, h], the residual stream; contiguous, as are slots and positions.
+            slots: [r], of the rows; None where the caches are of the only row's sequence alone.
+            positions: [r], of the rows.
+            end: a position behind that of every row.
+            is_captured: the call is recorded, and what it takes does not matter.
+        """
+        seen = self.positions[:end]
+        rows = (slots, positions, seen, self._turns)
+        for first in range(0, len(layers), _MOST_TOGETHER):
+            group = slice(first, first + _MOST_TOGETHER)
+            function = self._guarded
+            if is_captured:
+                _leave_open(hidden, rows)
+            else:
+                function = self._function(len(layers[group]), caches[0], hidden, rows)
+            hidden = function(layers[group], caches[group], hidden, rows)
+        return hidden
+
+    def _function(self, size: int, cache: Tensor, hidden: Tensor, rows: Rows) -> _Group:
+        """The function for a number of layers.
+
+        PyTorch would look at every tensor in every call, whether it is what the function was
+        compiled for: for a small model that takes as long as its layers. `_Kind` says all that may
+        differ but for the numbers of rows and positions, the only ones that stay open, so nothing
+        is looked at.
+        """
+        kind = _Kind(size, len(hidden) == 1, cache.shape, cache.stride())
+        function = self._unguarded.get(kind)
+        if function is None:
+            _leave_open(hidden, rows)
+            function = torch.compile(
+                self._new_group(f"group_{len(self._unguarded)}"),
+                fullgraph=True,
+                # Packed weights have no strides that a call could look at.
+                options={
+                    "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+                    "size_asserts": False,
+                },
+            )
+            self._unguarded[kind] = function
+        return function
+
+    def _new_group(self, name: str) -> _Group:
+        """The group of layers as a function that has not been compiled yet. PyTorch goes by the
+        code object, and refuses to compile one ever again that it has compiled often."""
+        group = self._group
+        code = group.__code__.replace(co_name=f"{name}_of_{id(self)}")
+        return FunctionType(code, globals(), "group", None, group.__closure__)
+
+
+def _leave_open(hidden: Tensor, rows: Rows) -> None:
+    """The numbers of rows and positions are not what a function is compiled for; one row is."""
+    slots, positions, seen, _ = rows
+    several = () if len(hidden) == 1 else (hidden, slots, positions)
+    for tensor in (seen, *several):
+        torch._dynamo.mark_dynamic(tensor, 0)
+
+
+class CompiledLayers:
+    """Consecutive whole layers of a segment on a CPU.
+
+    Args:
+        compiler: of the model's layers.
+        layers: the tensors of each, named like those of layer N behind `decoder.layers.N.`; those
+            of the attention as `arrange` gives them.
+        packed: the same, packed for several rows.
+    """
+
+    def __init__(
+        self,
+        compiler: LayerCompiler,
+        layers: Sequence[Mapping[str, Tensor]],
+        packed: Sequence[Mapping[str, Tensor]],
+    ) -> None:
+        self._compiler, self._layers, self._packed = compiler, layers, packed
+
+    def serves(self, this: Pass) -> bool:
+        """Whether a pass is over few positions, and not only over first ones."""
+        return this.count <= _MOST_ROWS and any(end >= SHORTEST for _, _, end in this.spans)
+
+    def __call__(self, hidden: Tensor, this: Pass) -> Tensor:
+        """Residual stream [r, h] in front of the layers -> behind them, the rows that ask."""
+        hidden = hidden.contiguous()
+        slot, start, end = this.spans[0]
+        # The attention of a layer that another segment ends comes last.
+        if this.count == 1:
+            caches = this.cache.by_slot[slot][: len(self._layers)]
+            position = self._compiler.positions[start:end]
+            return self._compiler.run(self._layers, caches, hidden, None, position, end)
+        caches = this.cache.by_attention[: len(self._layers)]
+        if this.index is None:
+            positions = self._compiler.positions[start:end]
+            slots = torch.full_like(positions, slot)
+        else:
+            slots, positions = this.index
+            end = max([span.end for span in this.spans])
+        hidden = self._compiler.run(self._packed, caches, hidden, slots, positions, end)
+        return hidden if this.results is None else hidden[this.results]

@@ -1,0 +1,62 @@
+"""Products with weight matrices, the bulk of all work."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron.early_exit.inference.model.packed import pack, packed_product
+
+Function = Callable[[Tensor], Tensor]
+Addition = Callable[[Tensor, Tensor], Tensor]
+
+
+def make_linear(weight: Tensor, bias: Tensor | None = None) -> Function:
+    """x [r, k] -> x weight^T + bias [r, n], for a weight [n, k].
+
+    On a CPU the weight is packed, if it is not yet. Where a compiler is at work it is taken as it
+    is: the product of a single row with a plain weight is a sum that becomes one loop.
+    """
+    if torch.compiler.is_compiling():
+        return partial(_compiled_product, weight=weight, bias=bias)
+    weight = weight if weight.is_mkldnn else pack(weight)
+    product = packed_product if weight.is_mkldnn else functional.linear
+    return lambda x: product(x, weight, bias)
+
+
+def make_addition(weight: Tensor, bias: Tensor | None, reduce: Function | None) -> Addition:
+    """x [r, n], y [r, k] -> x + y weight^T + bias, for a weight [n, k].
+
+    Args:
+        weight, bias: of the product.
+        reduce: adds up the products of ranks that share it; None where it is whole.
+    """
+    if torch.compiler.is_compiling():
+        return lambda x, y: x + _compiled_product(y, weight, bias)
+    weight = weight if weight.is_mkldnn else pack(weight)
+    if reduce is None and not weight.is_mkldnn:
+        transposed = weight.t()
+        if bias is None:
+            return lambda x, y: torch.addmm(x, y, transposed)
+        return lambda x, y: torch.addmm(x, y, transposed).add_(bias)
+    if reduce is None:
+        whole = make_linear(weight, bias)
+        return lambda x, y: whole(y).add_(x)
+    part = make_linear(weight)
+    if bias is None:
+        return lambda x, y: reduce(part(y)).add_(x)
+    return lambda x, y: reduce(part(y)).add_(x).add_(bias)
+
+
+def _compiled_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [r, k] -> [r, n]"""
+    if weight.is_mkldnn:
+        return torch.ops.early_exit.packed_product.default(x, weight, bias)
+    if x.shape[0] > 1:
+        return functional.linear(x, weight, bias)
+    product = (weight.float() * x.float()).sum(dim=-1)
+    if bias is not None:
+        product += bias.float()
+    return product.to(x.dtype).unsqueeze(0)

@@ -1,0 +1,244 @@
+"""Runs segments and heads over the caches of many sequences.
+
+Each sequence has a slot. The residual stream is kept at every cut, so a segment can be run whenever
+its result is needed, over all positions that wait in front of it, as one batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+
+import torch
+from torch import Tensor
+
+from megatron.early_exit.inference.model.compiled import SHORTEST
+from megatron.early_exit.inference.model.kv_cache import KVCache, untouched_zeros
+from megatron.early_exit.inference.model.passes import Pass, index_of
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from megatron.early_exit.inference.model.spans import Span, in_pass_order, row_ends
+from megatron.early_exit.inference.model.workspace import Workspace
+
+_TYPICAL_ROWS, _TYPICAL_POSITIONS = 8, 128
+"""Of steps that are compiled: the compiler decides by them which loops the threads divide."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What has been run last: often the next segment is run over the same positions."""
+
+    index: int
+    spans: tuple[Span, ...]
+    this: Pass
+    hidden: Tensor
+
+
+class SegmentRunner:
+    """The model with room for `num_slots` sequences of up to `capacity` positions.
+
+    Args:
+        model: what runs.
+        num_slots: sequences at a time.
+        capacity: positions of each.
+    """
+
+    def __init__(self, model: SegmentedModel, num_slots: int, capacity: int) -> None:
+        self.model = model
+        self.num_slots, self.capacity = num_slots, capacity
+        self._cache = self._new_cache(model.segments[-1].attentions.stop)
+        self._parts: dict[tuple[int, int], KVCache] = {}
+        self._block_caches = [
+            None if exit_.head.block is None else self._new_cache(1) for exit_ in model.exits
+        ]
+        self._block_lengths = [[0] * num_slots for _ in model.exits]
+        shape = (len(model.exits), num_slots, capacity, model.architecture.hidden_size)
+        self._kept = untouched_zeros(shape, model.dtype, model.device)
+        """The residual stream at the cut behind each segment but the last."""
+        self._workspace: Workspace | None = None
+        self._last: _Run | None = None
+
+    def _new_cache(self, num_attentions: int) -> KVCache:
+        shape = self.model.architecture
+        return KVCache(
+            num_attentions,
+            self.num_slots,
+            self.capacity,
+            shape.num_query_groups,
+            shape.kv_channels,
+            self.model.dtype,
+            self.model.device,
+        )
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile what is to be compiled, so that no request waits for it.
+
+        Raises:
+            ValueError: the compiler does not work here.
+        """
+        stretches = combinations_with_replacement(range(len(self.model.segments)), 2)
+        runs = [(self.model.stretch(*ends), self._part(*ends)) for ends in stretches]
+        for exit_, cache in zip(self.model.exits, self._block_caches, strict=True):
+            if exit_.head.block is not None and cache is not None:
+                runs.append((exit_.head.block, cache))
+        for spans in self._typical_spans():
+            rows = sum(span.length for span in spans)
+            hidden = self._kept.new_zeros(rows, self.model.architecture.hidden_size)
+            for segment, cache in runs:
+                this = self._pass(cache, spans)
+                if segment.compiled is None or not segment.compiled.serves(this):
+                    continue
+                try:
+                    segment(hidden, this)
+                except Exception as error:
+                    # Whatever goes wrong in there is of the machine, and many things can.
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    raise ValueError(f"compile is not possible here: {reason}") from error
+
+    def _typical_spans(self) -> Iterator[list[Span]]:
+        """A single row, several of a sequence, and those of several sequences."""
+        end = min(self.capacity, _TYPICAL_POSITIONS)
+        if end < SHORTEST:
+            return
+        yield [Span(0, end - 1, end)]
+        yield [Span(0, max(end - _TYPICAL_ROWS, 0), end)]
+        if self.num_slots > 1:
+            yield [Span(slot, end - 1, end) for slot in range(2)]
+
+    def run(
+        self,
+        index: int,
+        spans: Sequence[Span],
+        tokens: Sequence[int] | None = None,
+        hidden: Tensor | None = None,
+        last: int | None = None,
+    ) -> Tensor:
+        """Run a segment over positions that have been through the one before it.
+
+        Args:
+            index: of the segment.
+            spans: sorted by `in_pass_order`.
+            tokens: of the positions in the order of the spans, for the first segment.
+            hidden: [r, h], what another process has in front of the first segment, instead.
+            last: run all segments up to this one; nothing is kept between them, where no exit can
+                be asked about those positions, nor can they wait there.
+
+        Returns:
+            The residual stream [r, h] of those positions behind the segment.
+        """
+        spans = tuple(spans)
+        last = index if last is None else last
+        before, cache = self._last, self._part(index, last)
+        if before is not None and before.spans == spans:
+            this = before.this
+            this.move_to(cache)
+        else:
+            this = self._pass(cache, spans)
+        if index > 0:
+            hidden = self._gather(index - 1, spans, this.index)
+        elif hidden is None:
+            assert tokens is not None
+            hidden = self._embed(spans, tokens)
+        hidden = self.model.stretch(index, last)(hidden, this)
+        self._last = _Run(last, spans, this, hidden)
+        if last < len(self._kept):
+            if this.index is None:
+                slot, start, end = spans[0]
+                self._kept[last, slot, start:end] = hidden
+            else:
+                self._kept[last].index_put_(this.index, hidden)
+        return hidden
+
+    def _part(self, first: int, last: int) -> KVCache:
+        """The keys and values of some segments."""
+        part = self._parts.get((first, last))
+        if part is None:
+            part = self._cache.part(self.model.stretch(first, last).attentions)
+            self._parts[first, last] = part
+        return part
+
+    def _embed(self, spans: Sequence[Span], tokens: Sequence[int]) -> Tensor:
+        device = self.model.device
+        hidden = self.model.word_embeddings[torch.tensor(tokens, device=device)]
+        table = self.model.position_embeddings
+        if table is not None:
+            hidden += torch.cat([table[start:end] for _, start, end in spans])
+        return hidden
+
+    def _gather(
+        self, cut: int, spans: tuple[Span, ...], index: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        last = self._last
+        if last is not None and last.index == cut and last.spans == spans:
+            return last.hidden
+        if index is not None:
+            return self._kept[cut][index]
+        slot, start, end = spans[0]
+        return self._kept[cut, slot, start:end]
+
+    def _last_positions(self, cut: int, spans: tuple[Span, ...]) -> Tensor:
+        """[n, h], the residual stream of the last position of each span."""
+        last = self._last
+        if last is not None and last.index == cut and last.spans == spans:
+            if len(last.hidden) == len(spans):
+                return last.hidden
+            if len(spans) == 1:
+                return last.hidden[-1:]
+            return last.hidden[torch.tensor(row_ends(spans), device=self.model.device) - 1]
+        ends = tuple(Span(slot, end - 1, end) for slot, _, end in spans)
+        return self._gather(cut, ends, index_of(ends, self.model.device))
+
+    def _pass(self, cache: KVCache, spans: Sequence[Span], last_only: bool = False) -> Pass:
+        heads = self.model.architecture.num_attention_heads
+        this = Pass(cache, spans, self.model.rotary, heads, last_only, self._workspace)
+        self._workspace = this.workspace
+        return this
+
+    def exit_logits(self, index: int, spans: Sequence[Span]) -> Tensor:
+        """Logits [n, v] of an exit for the last position of each span, after its segment ran."""
+        head, cache = self.model.exits[index].head, self._block_caches[index]
+        spans = tuple(spans)
+        if cache is None:
+            return head.logits(self._last_positions(index, spans))
+        lengths = self._block_lengths[index]
+        behind = tuple(Span(slot, lengths[slot], end) for slot, _, end in spans)
+        order = sorted(range(len(behind)), key=lambda i: in_pass_order(behind[i]))
+        ordered = tuple(behind[i] for i in order)
+        this = self._pass(cache, ordered, True)
+        logits = head.logits(self._gather(index, ordered, this.index), this)
+        for slot, _, end in behind:
+            lengths[slot] = end
+        if order == sorted(order):
+            return logits
+        return logits[torch.tensor(order, device=logits.device).argsort()]
+
+    def exit_features(self, index: int, span: Span) -> Tensor:
+        """What an exit projects, [r, h], for all positions of a span, after its segment ran. Its
+        block has to have seen those before it."""
+        head, cache = self.model.exits[index].head, self._block_caches[index]
+        hidden = self._gather(index, (span,), None)
+        if cache is None:
+            return head.features(hidden)
+        self._block_lengths[index][span.slot] = span.end
+        return head.features(hidden, self._pass(cache, (span,)))
+
+    def final_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n, v] of the final head from the residual stream [n, h] behind the last
+        segment."""
+        return self.model.final_head.logits(hidden)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget what blocks have cached from position `length` on; a new sequence starts at 0."""
+        for lengths in self._block_lengths:
+            lengths[slot] = min(lengths[slot], length)
+
+    def clear(self, slot: int, length: int | None = None) -> None:
+        """Make a slot as good as new, after a sequence that was not finite or broke off in a pass.
+
+        Args:
+            length: positions that the sequence has had; None is all that there are.
+        """
+        self.truncate(slot, 0)
+        self._last = None
+        for cache in (self._cache, *filter(None, self._block_caches)):
+            cache.data[:, slot, :length].zero_()
+        self._kept[:, slot, :length].zero_()

@@ -1,0 +1,30 @@
+"""A run of half layers through which a batch goes at once."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron.early_exit.inference.model.compiled import CompiledLayers
+from megatron.early_exit.inference.model.graphs import GraphedLayers
+from megatron.early_exit.inference.model.layers import Step
+from megatron.early_exit.inference.model.passes import Pass
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The half layers between two cuts; or the layer that an exit has of its own."""
+
+    steps: tuple[Step, ...]
+    attentions: range
+    """Their numbers, which are those of the layers."""
+    compiled: CompiledLayers | GraphedLayers | None = None
+    """Its whole layers, for the passes that they serve."""
+    compiled_steps: tuple[Step | CompiledLayers | GraphedLayers, ...] = ()
+    """The same with those, and the half layers that there may be at the ends."""
+
+    def __call__(self, hidden: Tensor, this: Pass) -> Tensor:
+        """Residual stream [r, h] at the start of the segment -> at its end."""
+        is_compiled = self.compiled is not None and self.compiled.serves(this)
+        for step in self.compiled_steps if is_compiled else self.steps:
+            hidden = step(hidden, this)
+        return hidden

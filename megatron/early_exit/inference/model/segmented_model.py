@@ -1,0 +1,193 @@
+"""A model cut at its exits.
+
+The backbone is a row of half layers: attention, MLP, attention, MLP, ... An exit cuts the row
+behind the layer that it follows, or, where exits have an MLP of their own, between the attention
+and the MLP of that layer. What lies between two cuts is a segment. Every position runs through the
+segments in order, but not in one go: the deeper ones may lag behind.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor, device, dtype
+
+from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.inference.model.compiled import CompiledLayers, LayerCompiler
+from megatron.early_exit.inference.model.graphs import GraphedLayers
+from megatron.early_exit.inference.model.heads import Head, ModelExit
+from megatron.early_exit.inference.model.layers import Attention, Mlp, arrange
+from megatron.early_exit.inference.model.linear import Function, make_linear
+from megatron.early_exit.inference.model.norms import make_norm
+from megatron.early_exit.inference.model.packed import pack
+from megatron.early_exit.inference.model.rotary import RotaryTable
+from megatron.early_exit.inference.model.segment import Segment
+from megatron.early_exit.inference.model.tensor_parallel import TensorParallel
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer, and its tensors where it is to be compiled, see `CompiledLayers`."""
+
+    halves: tuple[Attention, Mlp]
+    plain: Mapping[str, Tensor] = field(default_factory=dict)
+    packed: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class SegmentedModel:
+    """Weights and structure of a model; holds no state of any sequence.
+
+    Args:
+        architecture: shape of the backbone, or of this rank's part.
+        early_exit: its exits.
+        weights: tensors by name, see `megatron.early_exit.checkpoint.weights`.
+        tensor_parallel: the ranks that share the model; None where it is whole.
+        compile_rows: compile the layers for steps of decoding; on a CPU that takes the memory of
+            the weights again.
+
+    Attributes:
+        segments: n + 1 segments of a model with n exits; the last ends at the final head.
+        exits: the n exits, `exits[i]` behind `segments[i]`.
+        exit_vocab_size: tokens that they answer with.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        early_exit: EarlyExitConfig,
+        weights: Mapping[str, Tensor],
+        tensor_parallel: TensorParallel | None = None,
+        compile_rows: bool = False,
+    ) -> None:
+        self.architecture = architecture
+        self._tensor_parallel = tensor_parallel
+        self._reduce = None if tensor_parallel is None else tensor_parallel.reduce
+        self.word_embeddings = weights["embedding.word_embeddings.weight"]
+        self.position_embeddings = weights.get("embedding.position_embeddings.weight")
+        self.rotary: RotaryTable | None = None
+        if architecture.position_embedding_type == "rope":
+            self.rotary = RotaryTable(architecture, self.device)
+        self._compiler = (
+            LayerCompiler(architecture, self.rotary, self.device) if compile_rows else None
+        )
+        self._layers = [
+            self._layer(weights, f"decoder.layers.{number}.", number)
+            for number in range(architecture.num_layers)
+        ]
+        behind = -1 if early_exit.use_exit_mlp else 0
+        exits = (2 * position + behind for position in early_exit.positions)
+        self._cuts = (0, *exits, 2 * architecture.num_layers)
+        self._stretches: dict[tuple[int, int], Segment] = {}
+        self.segments = tuple(self.stretch(i, i) for i in range(len(self._cuts) - 1))
+        self.exit_vocab_size = early_exit.exit_vocab_size or architecture.vocab_size
+        # One tensor for all exits, so that they share a product.
+        self._answers = self.word_embeddings[: early_exit.exit_vocab_size]
+        # By the weights: heads that are tied share one product, which on a CPU has its own copy.
+        self._projections: dict[int, Function] = {}
+        self.exits = tuple(
+            ModelExit(position, self._exit_head(position, early_exit, weights))
+            for position in early_exit.positions
+        )
+        output = weights.get("output_layer.weight", self.word_embeddings)
+        final_norm = make_norm(architecture, weights, "decoder.final_layernorm.")
+        self.final_head = self._head(None, None, final_norm, output)
+
+    @property
+    def dtype(self) -> dtype:
+        """Of weights, caches and hidden states."""
+        return self.word_embeddings.dtype
+
+    @property
+    def device(self) -> device:
+        """Where the weights are."""
+        return self.word_embeddings.device
+
+    def stretch(self, first: int, last: int) -> Segment:
+        """The segments from `first` to `last` as one."""
+        found = self._stretches.get((first, last))
+        if found is None:
+            found = self._segment(self._cuts[first], self._cuts[last + 1])
+            self._stretches[first, last] = found
+        return found
+
+    def _layer(self, weights: Mapping[str, Tensor], prefix: str, number: int) -> _Layer:
+        """The layer with some prefix, and its number among those that share a cache."""
+        own = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        own |= self._arrange(own, f"{prefix}self_attention.")
+        packed = {n: pack(t) if t.dim() == 2 else t for n, t in own.items()}
+        halves = (
+            self._attention(packed, f"{prefix}self_attention.", number),
+            self._mlp(packed, f"{prefix}mlp."),
+        )
+        if self._compiler is None:
+            return _Layer(halves)
+        # Weights that are plain, too, for a single row.
+        plain, packed = (
+            {n.removeprefix(prefix): t for n, t in tensors.items()} for tensors in (own, packed)
+        )
+        return _Layer(halves, plain, packed)
+
+    def _segment(self, start: int, end: int) -> Segment:
+        """The half layers from `start` to `end`."""
+        halves = [half for layer in self._layers for half in layer.halves]
+        steps = tuple(halves[start:end])
+        attentions = range(-(-start // 2), -(-end // 2))
+        compiled = self._compiled(self._layers[attentions.start : end // 2])
+        if compiled is None:
+            return Segment(steps, attentions)
+        around = (*steps[: start % 2], compiled, *steps[len(steps) - end % 2 :])
+        return Segment(steps, attentions, compiled, around)
+
+    def _compiled(self, layers: Sequence[_Layer]) -> CompiledLayers | GraphedLayers | None:
+        """Whole layers compiled, where there are any and they are to be."""
+        if self._compiler is None or not layers:
+            return None
+        plain = [layer.plain for layer in layers]
+        if self.device.type == "cuda":
+            return GraphedLayers(self._compiler, plain)
+        return CompiledLayers(self._compiler, plain, [layer.packed for layer in layers])
+
+    def _arrange(self, weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        order = None if self.rotary is None else self.rotary.order
+        return arrange(self.architecture, weights, prefix, order)
+
+    def _attention(self, weights: Mapping[str, Tensor], prefix: str, number: int) -> Attention:
+        return Attention(self.architecture, weights, prefix, number, self._reduce)
+
+    def _mlp(self, weights: Mapping[str, Tensor], prefix: str) -> Mlp:
+        return Mlp(self.architecture, weights, prefix, self._reduce)
+
+    def _head(
+        self, mlp: Mlp | None, block: Segment | None, norm: Function | None, projection: Tensor
+    ) -> Head:
+        shared = self._tensor_parallel
+        gather = None
+        if shared is not None:
+            gather = partial(shared.gather, vocab_size=len(projection))
+        product = self._projections.get(id(projection))
+        if product is None:
+            product = make_linear(projection if shared is None else shared.rows(projection))
+            self._projections[id(projection)] = product
+        others = self.architecture.vocab_size - len(projection)
+        return Head(mlp, block, norm, product, gather, others)
+
+    def _exit_head(
+        self, position: int, early_exit: EarlyExitConfig, weights: Mapping[str, Tensor]
+    ) -> Head:
+        prefix = f"exits.{position}."
+        mlp = block = norm = None
+        if early_exit.use_exit_mlp:
+            mlp = self._mlp(weights, f"{prefix}mlp.")
+        if early_exit.use_exit_block:
+            layer = self._layer(weights, f"{prefix}block.", 0)
+            compiled = self._compiled([layer])
+            steps = layer.halves if compiled is None else (compiled,)
+            block = Segment(layer.halves, range(1), compiled, steps)
+        if early_exit.use_exit_norm:
+            norm = make_norm(self.architecture, weights, f"{prefix}norm.")
+        projection = weights.get(f"{prefix}projection.weight")
+        if projection is None:
+            whole = early_exit.exit_vocab_size is None
+            projection = self.word_embeddings if whole else self._answers
+        return self._head(mlp, block, norm, projection)

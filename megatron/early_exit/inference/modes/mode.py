@@ -1,0 +1,144 @@
+"""Decoding modes: how the next tokens of one sequence come about.
+
+A mode is a strategy behind one interface. It is told what the heads say about the last positions of
+its sequence, and whether its rule lets a token leave there, and answers with what has to happen
+next. It knows one sequence and nothing of batches, caches or layouts.
+"""
+
+from abc import ABC, abstractmethod
+from collections import abc
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import ClassVar
+
+from torch import Tensor
+
+from megatron.early_exit.inference.modes.head_output import HeadOutput
+from megatron.early_exit.inference.modes.rule import ExitRule
+from megatron.early_exit.inference.modes.sampling import Sampler
+from megatron.early_exit.inference.params import SamplingParams
+from megatron.early_exit.inference.results import DraftCounts, HeadReport
+from megatron.early_exit.inference.sequence import Sequence
+
+FINAL = -1
+"""Stands for the final head where exits are numbered."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A token and where it comes from."""
+
+    token_id: int
+    logprob: float
+    confidence: float
+    exit_layer: int
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    heads: tuple[HeadReport, ...] = ()
+
+
+class Next(Enum):
+    """What a sequence needs before it gets tokens."""
+
+    DEEPER = auto()
+    """Its last positions go through the next segment."""
+    DRAFTED = auto()
+    """A new draft goes through the first segment."""
+
+
+Outcome = Next | tuple[SampledToken, ...]
+"""What comes of a head's output: what has to run next, or the tokens that the sequence gets."""
+
+
+@dataclass(slots=True)
+class TokenSampler:
+    """Samples tokens as a request asks for it.
+
+    Attributes:
+        params: the request.
+        sampler: its sampler.
+        sequence: gets the tokens.
+        layers: the exits' numbers of backbone layers, then the model's.
+    """
+
+    params: SamplingParams
+    sampler: Sampler
+    sequence: Sequence
+    layers: tuple[int, ...]
+
+    def sample(self, output: HeadOutput, head: int, behind: abc.Sequence[int] = ()) -> SampledToken:
+        """The token that a head gives behind those generated and `behind`."""
+        if self.is_greedy(behind):
+            return self.take(output, head, output.best_token)
+        return self.take(output, head, self.sampler.draw(self.distribution(output, behind)))
+
+    def is_greedy(self, behind: abc.Sequence[int] = ()) -> bool:
+        """Whether the token behind those generated and `behind` is that of the largest logit."""
+        return self.sampler.is_greedy(len(self.sequence.generated) + len(behind))
+
+    def distribution(self, output: HeadOutput, behind: abc.Sequence[int] = ()) -> Tensor:
+        """The probabilities [v] of the token behind those generated and `behind`."""
+        return self.sampler.distribution(output.logits, [*self.sequence.generated, *behind])
+
+    def take(self, output: HeadOutput, head: int, token: int) -> SampledToken:
+        """A given token with what a head says about it."""
+        count = self.params.logprobs
+        top = output.top_logprobs(count) if count else ()
+        return SampledToken(token, output.logprob(token), output.confidence, self.layers[head], top)
+
+    def report(self, output: HeadOutput, head: int) -> HeadReport:
+        """What a head says, for the record."""
+        return HeadReport(self.layers[head], output.best_token, output.confidence)
+
+
+@dataclass(slots=True)
+class DecodingMode(ABC):
+    """How one sequence gets its tokens.
+
+    Attributes:
+        verifies: what an exit says is a draft, which the final head verifies. So an exit has to be
+            asked before its positions go deeper, and the final head in every case.
+        sampler: makes tokens of what heads say.
+        rule: the exits that are asked, and when one of them gives the token.
+        details: every head that is asked is put on record.
+        counts: how drafting has gone; None where there is none.
+    """
+
+    verifies: ClassVar[bool] = False
+    sampler: TokenSampler
+    rule: ExitRule
+    details: bool = False
+    counts: DraftCounts | None = None
+    _heads: list[HeadReport] = field(default_factory=list)
+
+    def start(self, num_pending: int) -> None:
+        """The last token goes into the first segment while `num_pending` positions wait behind."""
+        self._heads = []
+
+    def asks(self, exit_index: int) -> bool:
+        """Whether the exit is to be computed for the last position."""
+        return exit_index in self.rule.exits
+
+    @abstractmethod
+    def at_exit(self, exit_index: int, output: HeadOutput, is_taken: bool) -> Outcome:
+        """The exit has been asked about the last position.
+
+        Args:
+            exit_index: of the exit.
+            output: what it says.
+            is_taken: the rule lets the position leave there.
+        """
+
+    @abstractmethod
+    def at_end(self, outputs: abc.Sequence[HeadOutput]) -> tuple[SampledToken, ...]:
+        """The last segment has been run.
+
+        Args:
+            outputs: of the final head, for the sequence's last token and each draft.
+
+        Returns:
+            The tokens that the sequence gets.
+        """
+
+    def _record(self, output: HeadOutput, head: int) -> None:
+        if self.details:
+            self._heads.append(self.sampler.report(output, head))

@@ -1,0 +1,253 @@
+"""What a request may ask for."""
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+Mode = Literal["full", "early_exit", "self_speculative"]
+DEFAULT_THRESHOLD = 0.8
+_MODE_OF_FIELD: dict[str, Mode] = {
+    "early_exit_threshold": "early_exit",
+    "num_draft_tokens": "self_speculative",
+    "draft_exit_layer": "self_speculative",
+    "draft_confidence": "self_speculative",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How to continue a prompt, and what to say of it.
+
+    Raises:
+        ValueError: a field is of the wrong type, outside its range or without effect in the mode;
+            the message names the field, the value and the range. What depends on the model is
+            checked when the request reaches an engine.
+    """
+
+    max_tokens: int = 16
+    """Most tokens to generate; the context of the model may end a sequence earlier. 0 scores the
+    prompt alone, with `echo` or `prompt_logprobs`."""
+
+    min_tokens: int = 0
+    """Before this many tokens, those that end the sequence cannot be chosen, and no stop string
+    ends it."""
+
+    temperature: float = 0.0
+    """Divisor of the logits before sampling; 0 takes the most probable token."""
+
+    repetition_penalty: float = 1.0
+    """Divisor of the positive logits, and factor of the negative ones, of tokens in the prompt or
+    generated before (arXiv 1909.05858); 1 is off."""
+
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens generated before, -2 to 2; 0 is off."""
+
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time it was generated before, -2 to 2; 0 is off."""
+
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens, and what is added to their logits: -100 to 100. A mapping will do as well."""
+
+    min_p: float = 0.0
+    """Sample among tokens with at least this share of the largest probability; 0 is no limit."""
+
+    top_k: int = 0
+    """Sample among this many most probable tokens; 0 is no limit."""
+
+    top_p: float = 1.0
+    """Sample among the most probable tokens that together reach this probability."""
+
+    top_p_decay: float = 1.0
+    """Factor of `top_p` after each generated token; 1 is off."""
+
+    top_p_bound: float = 0.0
+    """Where `top_p` stops to decay."""
+
+    seed: int | None = None
+    """Seed of the sampling; None draws one."""
+
+    stop: tuple[str, ...] = ()
+    """Texts that end the sequence; the text is cut before the one that is complete first."""
+
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the sequence, besides the tokenizer's end of document."""
+
+    ignore_eos: bool = False
+    """Do not stop at the tokenizer's end of document."""
+
+    logprobs: int | None = None
+    """Give the log-probabilities of this many best tokens at each generated one; None and 0 give
+    the generated token's alone."""
+
+    prompt_logprobs: int | None = None
+    """Give the log-probability of each prompt token behind those before it, and of this many best
+    tokens in its place; None does not score the prompt. In mode `early_exit` they are those of the
+    exit that would have given a token there, else of the final head; an exit that answers with
+    some tokens only gives the others a probability of 0."""
+
+    echo: bool = False
+    """Put the prompt in front of the text."""
+
+    exit_details: bool = False
+    """Give for each token what each head on its way found best, and how sure that head was: the
+    enabled exits that it passed, and the final head if it got there. Mode `full` asks the exits for
+    this alone. Mode `self_speculative` tells of the two heads that it asks for every token in any
+    case: the exit that drafts, whether its token was drafted, accepted or neither, and the final
+    head."""
+
+    mode: Mode = "full"
+    """`full` runs all layers for every token; `early_exit` takes a token from the first exit that
+    is confident enough; `self_speculative` drafts tokens at one exit and lets the full model
+    correct them, which changes nothing in the text (arXiv 2404.16710)."""
+
+    early_exit_threshold: float | None = None
+    """Least confidence (the largest softmax probability) to leave at an exit, 0 to 1; None is 0.8
+    in mode `early_exit`."""
+
+    exit_layers: tuple[int, ...] | None = None
+    """The exits to use, each named by the number of backbone layers before it; None is all. In
+    mode `full`, those that `exit_details` tells of."""
+
+    num_draft_tokens: int = 4
+    """Most tokens to draft before the full model looks at them."""
+
+    draft_exit_layer: int | None = None
+    """The exit that drafts, named like `exit_layers`; None is the first one."""
+
+    draft_confidence: float = 0.2
+    """A token is drafted where the exit's confidences of it and of the drafts in front of it have a
+    product of this or more; else the drafts so far are verified. 0 is off: then the number of
+    drafts follows how many are accepted."""
+
+    def __post_init__(self) -> None:
+        for name in ("stop", "stop_token_ids", "exit_layers"):
+            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+        bias = self.logit_bias
+        pairs = bias.items() if isinstance(bias, Mapping) else bias
+        object.__setattr__(self, "logit_bias", _as_tuple(map(_as_tuple, pairs)))
+        self._check_integer("max_tokens", 0, "1 or more, or 0 with echo or prompt_logprobs")
+        self._check_integer(
+            "min_tokens", 0, f"0 to {self.max_tokens} (max_tokens)", self.max_tokens
+        )
+        self._check_number("temperature", 0, "0 or more")
+        self._check_number("repetition_penalty", 0, "above 0", above=True)
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._check_number(name, -2, "-2 to 2", 2)
+        self._check_items("logit_bias", _is_bias, "pairs of a token and a number, -100 to 100")
+        self._check_number("min_p", 0, "0 (no limit) to 1", 1)
+        self._check_integer("top_k", 0, "0 (no limit) or more")
+        self._check_number("top_p", 0, "above 0, up to 1", 1, above=True)
+        self._check_number("top_p_decay", 0, "above 0, up to 1 (off)", 1, above=True)
+        self._check_number("top_p_bound", 0, f"0 to {self.top_p} (top_p)", self.top_p)
+        self._check_items("stop", _is_text, "texts of 1 character or more")
+        self._check_items("stop_token_ids", _is_index, "integers, 0 or more")
+        for name in ("ignore_eos", "echo", "exit_details"):
+            self._check(name, isinstance(getattr(self, name), bool), "True or False")
+        self._check("mode", self.mode in get_args(Mode), " or ".join(get_args(Mode)))
+        self._check_integer("num_draft_tokens", 1, "1 or more")
+        self._check_number("draft_confidence", 0, "0 (off) to 1", 1)
+        self._check_optional()
+        self._check_effects()
+
+    @property
+    def threshold(self) -> float:
+        """The threshold that applies in mode `early_exit`."""
+        return DEFAULT_THRESHOLD if self.early_exit_threshold is None else self.early_exit_threshold
+
+    @property
+    def takes_largest_logit(self) -> bool:
+        """Whether each token is that of the largest logit, as the model gives it."""
+        changes = self.presence_penalty or self.frequency_penalty or self.logit_bias
+        return self.temperature == 0 and self.repetition_penalty == 1 and not changes
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether a token, or what is said of it, depends on more than the largest logit."""
+        return not self.takes_largest_logit or self.min_tokens > 0 or bool(self.logprobs)
+
+    def _check_optional(self) -> None:
+        if self.seed is not None:
+            self._check_integer("seed", 0, "0 to 2**63 - 1", 2**63 - 1)
+        for name in ("logprobs", "prompt_logprobs", "draft_exit_layer"):
+            if getattr(self, name) is not None:
+                self._check_integer(name, 0, "None, or 0 or more")
+        if self.early_exit_threshold is not None:
+            self._check_number("early_exit_threshold", 0, "0 to 1", 1)
+        if self.exit_layers is not None:
+            self._check_items("exit_layers", _is_index, "None, or integers, 0 or more")
+
+    def _check_effects(self) -> None:
+        scores = self.echo or self.prompt_logprobs is not None
+        self._check(
+            "max_tokens",
+            self.max_tokens > 0 or scores,
+            "1 or more, or 0 with echo or prompt_logprobs",
+        )
+        defaults = {field.name: field.default for field in fields(self)}
+        unused = [name for name, mode in _MODE_OF_FIELD.items() if mode != self.mode]
+        asks_exits = self.mode == "full" and self.exit_details
+        if self.mode != "early_exit" and not asks_exits:
+            unused.append("exit_layers")
+        for name in unused:
+            value = getattr(self, name)
+            if value != defaults[name]:
+                needed = _MODE_OF_FIELD.get(name, "early_exit")
+                raise ValueError(
+                    f"{name} {value!r} has no effect with mode={self.mode!r}, "
+                    f"allowed: with mode={needed!r}"
+                )
+
+    def _check_integer(self, name: str, least: int, allowed: str, most: float = math.inf) -> None:
+        value = getattr(self, name)
+        if not _is_integer(value):
+            raise ValueError(f"{name} {value!r} is not an integer, allowed: {allowed}")
+        self._check(name, least <= value <= most, allowed)
+
+    def _check_number(
+        self,
+        name: str,
+        least: float,
+        allowed: str,
+        most: float = sys.float_info.max,
+        above: bool = False,
+    ) -> None:
+        value = getattr(self, name)
+        if not (_is_integer(value) or isinstance(value, float)):
+            raise ValueError(f"{name} {value!r} is not a number, allowed: {allowed}")
+        self._check(name, least <= value <= most and not (above and value == least), allowed)
+
+    def _check_items(self, name: str, valid: Callable[[object], bool], allowed: str) -> None:
+        items = getattr(self, name)
+        self._check(name, isinstance(items, tuple) and all(map(valid, items)), allowed)
+
+    def _check(self, name: str, in_range: bool, allowed: str) -> None:
+        if not in_range:
+            value = getattr(self, name)
+            raise ValueError(f"{name} {value!r} is out of range, allowed: {allowed}")
+
+
+def _as_tuple(value: object) -> object:
+    """A tuple of what is one text or many items; what is neither is left as it is."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, Iterable) else value
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_bias(value: object) -> bool:
+    if not (isinstance(value, tuple) and len(value) == 2 and _is_index(value[0])):
+        return False
+    return isinstance(value[1], int | float) and -100 <= value[1] <= 100
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""

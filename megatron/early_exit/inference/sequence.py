@@ -1,0 +1,79 @@
+"""The tokens of one request, and how far they have been through the model. Holds no tensors."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The one place for what changes while a request is under way.
+
+    Attributes:
+        key: names the request in the engine.
+        prompt: its token ids.
+        generated: the token ids that it has got.
+        drafts: token ids behind those, which may yet be taken back.
+        group: those of a group take turns with other groups, however many they are.
+        slot: where its keys and values are.
+        cached: for each segment, the positions that have been through it, from the first one on.
+        segment: the segment that it waits for.
+        since: the step at which it began to wait there.
+        exits: the exits that it may ask, by their indices.
+        can_defer_exit: it may go through further segments before an exit on the way is asked.
+        exit_rates: for each segment, how likely the head behind it gives the next token; 0 where
+            that head is not asked.
+        num_answers: how many exits have given, or not given, a token.
+    """
+
+    key: int
+    prompt: list[int]
+    generated: list[int] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
+    group: int = 0
+    slot: int = -1
+    cached: list[int] = field(default_factory=list)
+    segment: int = 0
+    since: int = 0
+    exits: frozenset[int] = frozenset()
+    can_defer_exit: bool = True
+    exit_rates: list[float] = field(default_factory=list)
+    num_answers: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt, generated ones, and drafts."""
+        return len(self.prompt) + len(self.generated) + len(self.drafts)
+
+    @property
+    def num_verified(self) -> int:
+        """Positions at the end that the final head is asked about in one pass, which therefore run
+        together: the last token's, and each draft's."""
+        return len(self.drafts) + 1
+
+    @property
+    def limit(self) -> int:
+        """Positions that are ready to go through the segment that it waits for."""
+        return self.length if self.segment == 0 else self.cached[self.segment - 1]
+
+    @property
+    def waiting(self) -> int:
+        """Positions that have yet to go through the segment that it waits for."""
+        return self.limit - self.cached[self.segment]
+
+    @property
+    def num_pending(self) -> int:
+        """Positions that the first segment has seen and the last one has not."""
+        return self.cached[0] - self.cached[-1]
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """The token ids at the positions from `start` to `end`."""
+        first = len(self.prompt)
+        if start >= first:
+            behind = self.generated
+            if end > first + len(behind):
+                behind = [*behind, *self.drafts]
+            return behind[start - first : end - first]
+        return [*self.prompt, *self.generated, *self.drafts][start:end]
+
+    def truncate(self, length: int) -> None:
+        """Forget that positions from `length` on have been through any segment."""
+        self.cached = [min(cached, length) for cached in self.cached]
