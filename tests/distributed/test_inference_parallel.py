@@ -6,9 +6,10 @@ import itertools
 import math
 import random
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,15 +19,20 @@ from megatron.early_exit.hardware.compiler import has_cpp_compiler
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 from megatron.early_exit.inference.distributed.parallel_backend import parallel_model
 from megatron.early_exit.inference.distributed.process_groups import join, own_part
-from megatron.early_exit.inference.engine import scoring
+from megatron.early_exit.inference.engine import request_factory, scoring
+from megatron.early_exit.inference.modes.early_exit import EarlyExitMode
 from megatron.early_exit.inference.modes.head_output import NOT_FINITE
+from megatron.early_exit.inference.modes.mode import Next
+from megatron.early_exit.inference.modes.rule import MEASURES, ExitRule
 from megatron.early_exit.inference.results import PromptToken
 from tests.helpers.arrivals import CONTEXT, Arrival, Syllables, assert_oracles, examples, play
 from tests.helpers.compiler import needs_compiler
+from tests.helpers.margin import margin, margin_tokens
 from tests.helpers.reference_decoder import generate
 from tests.helpers.spawn import spawn
 from tests.helpers.tiny_models import GPT2, HEADS, LLAMA, TinyModel, make_model, save_checkpoint
 
+MARGINS = (0.0, 0.1, 0.2, 0.4, 1.0)
 THRESHOLDS = (0.0, 0.3, 0.6, 0.9, 1.0)
 MODELS = [("llama", head) for head in HEADS] + [("gpt2", "all")]
 LAYOUTS = {2: ((2, 1), (1, 2)), 4: ((1, 4), (2, 2))}
@@ -92,6 +98,8 @@ def generate_everything(folder: str, arriving: list[list[Arrival]]) -> dict[Any,
             engine.close()
     if world_size == 2:
         found["faults"] = faults(folder)
+        found["margin"] = margins(folder)
+        found["disagreement"] = disagreement(folder)
         for num_slots in SLOTS:
             engine = pipeline_engine(model_of(*ONE), num_slots)
             found["arrivals", num_slots] = [play(engine, drawn) for drawn in arriving]
@@ -187,6 +195,34 @@ def faults(folder: str) -> dict[str, Any]:
             engine.argmax_tokens([5, 6])
         engine.close()
     return told
+
+
+def margins(folder: str) -> list[GenerationResult]:
+    """Stages judge by a measure that needs more than the largest logit."""
+    with (
+        patch.dict(MEASURES, margin=margin),
+        patch.object(request_factory, "ExitRule", partial(ExitRule, measure="margin")),
+    ):
+        engine = divided_engine(folder, *ONE, (1, 2))
+        params = [
+            SamplingParams(mode="early_exit", early_exit_threshold=threshold, max_tokens=6)
+            for threshold in MARGINS
+        ]
+        results = engine.generate([TEXT[:5]] * len(params), params)
+        engine.close()
+    return results
+
+
+def disagreement(folder: str) -> list[GenerationResult]:
+    """A mode that does not take what its own rule takes."""
+    engine = divided_engine(folder, *ONE, (1, 2))
+    leaving = SamplingParams(mode="early_exit", early_exit_threshold=0.0, max_tokens=3)
+    requests = [engine.submit([5], leaving), engine.submit([6], SamplingParams(max_tokens=3))]
+    with patch.object(EarlyExitMode, "at_exit", lambda *args, **kwargs: Next.DEEPER):
+        while not all(request.is_finished for request in requests):
+            engine.step()
+    engine.close()
+    return [request.result() for request in requests]
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +337,29 @@ def test_samples_streams_and_reports_are_those_of_one_process(found):
             for results in found
         ]
         assert all(sample == samples[0] for sample in samples)
+
+
+@pytest.mark.parametrize("found", [2], indirect=True)
+def test_stages_judge_by_the_measure_of_the_request(found):
+    layers = set()
+    for results in (told["margin"] for told in found):
+        for threshold, result in zip(MARGINS, results, strict=True):
+            text = [*TEXT[:5], *result.token_ids]
+            expected = margin_tokens(model_of(*ONE), text, threshold)[4:-1]
+            given = list(zip(result.token_ids, result.exit_layers, strict=True))
+            assert given == [(token, layer) for token, layer, _ in expected]
+            sure = [confidence for *_, confidence in expected]
+            assert result.confidences == pytest.approx(sure, abs=1e-4)
+            layers |= set(result.exit_layers)
+    assert len(layers) == 3
+
+
+@pytest.mark.parametrize("found", [2], indirect=True)
+def test_a_mode_that_disagrees_with_its_stages_gets_no_wrong_token(found):
+    for leaving, full in (told["disagreement"] for told in found):
+        assert (leaving.finish_reason, leaving.token_ids) == ("error", [])
+        assert "exception in the engine" in leaving.error
+        assert (full.finish_reason, len(full.token_ids)) == ("length", 3)
 
 
 @pytest.mark.parametrize("found", [2], indirect=True)
