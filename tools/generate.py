@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from megatron.early_exit.config import as_flag
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
@@ -94,9 +95,8 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     given = {field.name: getattr(args, field.name) for field in fields(SamplingParams)}
     try:
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})
-    except ValueError as error:
-        name, _, rest = str(error).partition(" ")
-        raise ValueError(f"{as_flag(name)} {rest}") from error
+    except FieldError as error:
+        raise ValueError(error.named(as_flag(error.field))) from error
 
 
 def answers(

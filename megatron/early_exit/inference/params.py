@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+from megatron.early_exit.errors import FieldError
+
 Mode = Literal["full", "early_exit", "self_speculative"]
 DEFAULT_THRESHOLD = 0.8
 _MODE_OF_FIELD: dict[str, Mode] = {
@@ -21,7 +23,7 @@ class SamplingParams:
     """How to continue a prompt, and what to say of it.
 
     Raises:
-        ValueError: a field is of the wrong type, outside its range or without effect in the mode;
+        FieldError: a field is of the wrong type, outside its range or without effect in the mode;
             the message names the field, the value and the range. What depends on the model is
             checked when the request reaches an engine.
     """
@@ -194,15 +196,13 @@ class SamplingParams:
             value = getattr(self, name)
             if value != defaults[name]:
                 needed = _MODE_OF_FIELD.get(name, "early_exit")
-                raise ValueError(
-                    f"{name} {value!r} has no effect with mode={self.mode!r}, "
-                    f"allowed: with mode={needed!r}"
-                )
+                problem = f"has no effect with mode={self.mode!r}"
+                raise FieldError(name, problem, f"with mode={needed!r}", value)
 
     def _check_integer(self, name: str, least: int, allowed: str, most: float = math.inf) -> None:
         value = getattr(self, name)
         if not _is_integer(value):
-            raise ValueError(f"{name} {value!r} is not an integer, allowed: {allowed}")
+            raise FieldError(name, "is not an integer", allowed, value)
         self._check(name, least <= value <= most, allowed)
 
     def _check_number(
@@ -215,7 +215,7 @@ class SamplingParams:
     ) -> None:
         value = getattr(self, name)
         if not (_is_integer(value) or isinstance(value, float)):
-            raise ValueError(f"{name} {value!r} is not a number, allowed: {allowed}")
+            raise FieldError(name, "is not a number", allowed, value)
         self._check(name, least <= value <= most and not (above and value == least), allowed)
 
     def _check_items(self, name: str, valid: Callable[[object], bool], allowed: str) -> None:
@@ -224,8 +224,7 @@ class SamplingParams:
 
     def _check(self, name: str, in_range: bool, allowed: str) -> None:
         if not in_range:
-            value = getattr(self, name)
-            raise ValueError(f"{name} {value!r} is out of range, allowed: {allowed}")
+            raise FieldError(name, "is out of range", allowed, getattr(self, name))
 
 
 def _as_tuple(value: object) -> object:

@@ -8,6 +8,8 @@ from flask import Response, current_app, g, request
 from flask_openapi3.types import ResponseDict
 from pydantic import BaseModel, ValidationError
 
+from megatron.early_exit.errors import FieldError
+
 ErrorType = Literal[
     "invalid_request_error",
     "authentication_error",
@@ -115,18 +117,14 @@ def engine_error(reason: str) -> ApiError:
     return ApiError(500, f"there is no whole answer: {reason}", code="engine_error")
 
 
-def of_field(error: ValueError, names: Mapping[str, str] | None = None) -> ApiError:
-    """The answer to a value that is refused with a sentence that begins with the field's name.
+def of_field(error: FieldError, names: Mapping[str, str] | None = None) -> ApiError:
+    """The answer to a value that the engine refuses.
 
     Args:
         names: what the request calls the engine's fields, where that is something else.
     """
-    first, _, rest = str(error).partition(" ")
-    name = first.rstrip(":")
-    if not name.isidentifier():
-        return ApiError(400, str(error))
-    given = (names or {}).get(name, name)
-    return ApiError(400, f"{given}{first[len(name) :]} {rest}", given)
+    given = (names or {}).get(error.field, error.field)
+    return ApiError(400, error.named(given), given)
 
 
 def of_validation(error: ValidationError) -> Response:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.early_exit_engine import EarlyExitEngine
 from megatron.early_exit.inference.engine.failures import reason_of, release
 from megatron.early_exit.inference.engine.request import Request
@@ -179,7 +180,7 @@ class EngineWorker:
             for request in requests:
                 self.engine.cancel(request)
             self._forget(job, job.size)
-            if isinstance(error, ValueError):
+            if isinstance(error, FieldError):
                 job.fail(of_field(error))
             else:
                 job.fail(self._of_exception(error))

@@ -8,6 +8,7 @@ from itertools import count
 import torch
 
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.scoring import ScoringRule, TextScores
 from megatron.early_exit.inference.engine.stopping import Stopping, stop_token_ids
@@ -71,15 +72,17 @@ class RequestFactory:
             key: names it in the engine; None gives it the next one.
 
         Raises:
-            ValueError: the prompt is empty, too long or has unknown tokens, or `params` asks for
+            FieldError: the prompt is empty, too long or has unknown tokens, or `params` asks for
                 what the model does not have.
         """
         if params.seed is None and params.temperature > 0:
             params = replace(params, seed=self.draw_seed())
         tokens = self.encode(prompt, room=min(params.max_tokens, 1))
         room = min(params.max_tokens, self.max_sequence_length - len(tokens))
-        self._check_tokens("stop_token_ids", params.stop_token_ids)
-        self._check_tokens("logit_bias", (token for token, _ in params.logit_bias))
+        biased = (token for token, _ in params.logit_bias)
+        for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
+            if (token := self._unknown(ids)) is not None:
+                raise FieldError(name, "is unknown", self._known, *token)
         stops = stop_token_ids(params, self.eod_id, self.other_end_ids)
         sampler = Sampler(params, tokens, stops, self.vocab_size, self.device)
         sequence = Sequence(next(self._keys) if key is None else key, tokens)
@@ -109,34 +112,41 @@ class RequestFactory:
             room: tokens that must have room behind it.
 
         Raises:
-            ValueError: the prompt is empty, too long, or has unknown tokens.
+            FieldError: the prompt is empty, too long, or has unknown tokens.
         """
         if not isinstance(prompt, str):
             tokens = list(_checked_iterable(prompt))
         elif self.tokenizer is None:
-            raise ValueError(
-                "prompts: a text needs a tokenizer that inference supports, and this model has "
-                "none; allowed: lists of token ids"
+            raise FieldError(
+                "prompts",
+                "a text needs a tokenizer that inference supports, and this model has none",
+                "lists of token ids",
             )
         else:
             tokens = self.tokenizer.encode(prompt)
         if not tokens:
-            raise ValueError("prompts: a prompt is empty, allowed: 1 token or more")
+            raise FieldError("prompts", "a prompt is empty", "1 token or more")
         longest = self.max_sequence_length - room
         if len(tokens) > longest:
-            raise ValueError(
-                f"prompts: a prompt of {len(tokens)} tokens is too long, allowed: up to {longest}"
+            raise FieldError(
+                "prompts", f"a prompt of {len(tokens)} tokens is too long", f"up to {longest}"
             )
-        self._check_tokens("prompts: token", tokens)
+        if (token := self._unknown(tokens)) is not None:
+            raise FieldError("prompts", f"token {token[0]!r} is unknown", self._known)
         return tokens
 
-    def _check_tokens(self, name: str, tokens: Iterable[int]) -> None:
+    def _unknown(self, tokens: Iterable[object]) -> tuple[object] | None:
+        """The first of some tokens that the model does not know."""
         for token in tokens:
-            is_integer = isinstance(token, int) and not isinstance(token, bool)
-            if not is_integer or not 0 <= token < self.vocab_size:
-                raise ValueError(
-                    f"{name} {token!r} is unknown, allowed: 0 to {self.vocab_size - 1}"
-                )
+            if isinstance(token, bool) or not isinstance(token, int):
+                return (token,)
+            if not 0 <= token < self.vocab_size:
+                return (token,)
+        return None
+
+    @property
+    def _known(self) -> str:
+        return f"0 to {self.vocab_size - 1}"
 
     def _mode(self, params: SamplingParams, sampler: TokenSampler, room: int) -> DecodingMode:
         known = self.exit_layers
@@ -163,7 +173,7 @@ class RequestFactory:
     def _exit_index(self, name: str, layer: int) -> int:
         if layer not in self.exit_layers:
             known = ", ".join(map(str, self.exit_layers)) or "none, the model has no exits"
-            raise ValueError(f"{name} {layer} is unknown, allowed: {known}")
+            raise FieldError(name, "is unknown", known, layer)
         return self.exit_layers.index(layer)
 
 
@@ -177,7 +187,5 @@ def _scoring_rule(params: SamplingParams, mode: DecodingMode) -> ScoringRule | N
 
 def _checked_iterable(prompt: object) -> Iterable[int]:
     if not isinstance(prompt, Iterable):
-        raise ValueError(
-            f"prompts: {prompt!r} is not a prompt, allowed: a text or a list of token ids"
-        )
+        raise FieldError("prompts", f"{prompt!r} is not a prompt", "a text or a list of token ids")
     return prompt

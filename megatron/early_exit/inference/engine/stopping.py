@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.engine.text import TextStream
 from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.inference.results import FinishReason
@@ -99,7 +100,7 @@ class Stopping:
         text: gives the text of tokens; None for a model without a tokenizer.
 
     Raises:
-        ValueError: `params.stop` has texts, and there is no tokenizer.
+        FieldError: `params.stop` has texts, and there is no tokenizer.
 
     Attributes:
         num_tokens: tokens added.
@@ -118,10 +119,8 @@ class Stopping:
         text: TextStream | None,
     ) -> None:
         if params.stop and text is None:
-            raise ValueError(
-                f"stop {params.stop!r} needs a tokenizer that inference supports, and this model "
-                "has none, allowed: ()"
-            )
+            problem = "needs a tokenizer that inference supports, and this model has none"
+            raise FieldError("stop", problem, "()", params.stop)
         self.num_tokens = 0
         self.offset = 0
         self.finish_reason: FinishReason | None = "length" if room <= 0 else None

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.params import SamplingParams
 
 _NUCLEI = (512, 16384)
@@ -34,7 +35,7 @@ class Sampler:
         device: where the logits are.
 
     Raises:
-        ValueError: `params.min_tokens` forbids every token.
+        FieldError: `params.min_tokens` forbids every token.
     """
 
     def __init__(
@@ -51,10 +52,8 @@ class Sampler:
         self._device = device
         forbidden = sorted({token for token in stop_token_ids if token < vocab_size})
         if params.min_tokens > 0 and len(forbidden) == vocab_size:
-            raise ValueError(
-                f"min_tokens {params.min_tokens} is out of range, allowed: 0 where all of the "
-                f"model's {vocab_size} tokens end the sequence"
-            )
+            allowed = f"0 where all of the model's {vocab_size} tokens end the sequence"
+            raise FieldError("min_tokens", "is out of range", allowed, params.min_tokens)
         self._forbidden = torch.tensor(forbidden, dtype=torch.int64, device=device)
         tokens, values = zip(*params.logit_bias, strict=True) if params.logit_bias else ((), ())
         self._bias = (

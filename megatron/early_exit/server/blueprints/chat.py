@@ -4,6 +4,7 @@ from flask import Response
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.server.chat_answer import ChatAnswer
 from megatron.early_exit.server.chat_models import ChatRequest, ChatResponse
@@ -66,5 +67,5 @@ def _params(body: ChatRequest, service: Service, num_tokens: int) -> SamplingPar
             max_tokens=limits.pop() if limits else service.max_model_len - num_tokens,
             logprobs=body.top_logprobs if body.logprobs else None,
         )
-    except ValueError as error:
+    except FieldError as error:
         raise of_field(error) from error

@@ -4,6 +4,7 @@ from flask import Response
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.server.completion_answer import CompletionAnswer
 from megatron.early_exit.server.completion_models import CompletionRequest, CompletionResponse
@@ -63,5 +64,5 @@ def _params(body: CompletionRequest, service: Service) -> SamplingParams:
             # The texts of prompts are put in front here; this allows to ask for nothing else.
             echo=body.echo and max_tokens == 0,
         )
-    except ValueError as error:
+    except FieldError as error:
         raise of_field(error) from error

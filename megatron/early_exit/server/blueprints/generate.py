@@ -7,6 +7,7 @@ from flask import Response
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.server.errors import (
     GENERATE_ERRORS,
@@ -103,7 +104,7 @@ def _params(body: GenerateRequest, service: Service) -> SamplingParams:
             prompt_logprobs=0 if scores_prompt else None,
             **_exit_params(body, service),
         )
-    except ValueError as error:
+    except FieldError as error:
         raise of_field(error, _FIELDS) from error
 
 

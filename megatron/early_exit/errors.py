@@ -1,0 +1,39 @@
+"""Values that are refused: which field, why, and what is allowed, as data.
+
+The sentence is made where it is known how the user calls the field: a flag, a field of a JSON body,
+or an argument in Python.
+"""
+
+from __future__ import annotations
+
+
+class FieldError(ValueError):
+    """A value that is refused.
+
+    Args:
+        field: the name of the field in Python.
+        problem: what is wrong, as the rest of a sentence that begins with the field and its value.
+        allowed: the range, or what else is allowed; None where the problem says it.
+        value: the value, to be shown; left out where the problem names it.
+
+    Attributes:
+        field, problem, allowed: as given.
+        value: as it is shown; None where it is not.
+    """
+
+    def __init__(
+        self,
+        field: str,
+        problem: str = "is out of range",
+        allowed: str | None = None,
+        *value: object,
+    ) -> None:
+        self.field, self.problem, self.allowed = field, problem, allowed
+        self.value = repr(value[0]) if value else None
+        super().__init__(self.named(field))
+
+    def named(self, name: str) -> str:
+        """The sentence about it, where the user calls the field `name`."""
+        subject = f"{name}:" if self.value is None else f"{name} {self.value}"
+        end = "" if self.allowed is None else f", allowed: {self.allowed}"
+        return f"{subject} {self.problem}{end}"
