@@ -31,9 +31,9 @@ from serve_models import SIZES, make_checkpoint
 from serve_process import Memory, health, listener, served
 from serve_requests import Item, answer_all, endless_items, make_questions
 
+from megatron.early_exit.client.figures import percentile
 from megatron.early_exit.inference import EarlyExitEngine
 from megatron.early_exit.process_family import run_program
-from megatron.early_exit.server.client.figures import percentile
 
 THROUGHPUT_BOUND = 0.9
 GROWTH_BOUND = 0.03

@@ -22,7 +22,7 @@ from serve_requests import Item, Question, endless_items
 from soak_report import Progress, Report
 from soak_server import Soaked, soaked
 
-from megatron.early_exit.server.client.figures import percentile
+from megatron.early_exit.client.figures import percentile
 
 SEVERAL, SCORED, ABANDONED = 0.1, 0.1, 0.03
 """Shares of the requests: several texts, scores alone, and a client that leaves while it waits."""

@@ -21,7 +21,7 @@ from serve_requests import Item
 from soak_report import Progress, Report
 from soak_server import Soaked, soaked
 
-from megatron.early_exit.server.client.figures import percentile
+from megatron.early_exit.client.figures import percentile
 
 HEALTH_S = 1.0
 _PROBE_S = 0.25

@@ -19,14 +19,14 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from megatron.early_exit.client.exit_colours import ExitColours
+from megatron.early_exit.client.prompts import read_prompts
 from megatron.early_exit.config import as_flag
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
 from megatron.early_exit.process_family import end_with_parent
-from megatron.early_exit.server.client.exit_colours import ExitColours
-from megatron.early_exit.server.client.prompts import read_prompts
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -22,21 +22,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron.early_exit.server.api_key import API_KEY_VARIABLE
-from megatron.early_exit.server.client.completions import (
+from megatron.early_exit.client.api_key import API_KEY_VARIABLE
+from megatron.early_exit.client.completions import (
     CompletionClient,
     RequestFailed,
     Unreachable,
 )
-from megatron.early_exit.server.client.exit_colours import ExitColours
-from megatron.early_exit.server.client.figures import (
+from megatron.early_exit.client.exit_colours import ExitColours
+from megatron.early_exit.client.figures import (
     Comparison,
     describe,
     describe_all,
     describe_comparisons,
 )
-from megatron.early_exit.server.client.outcomes import Outcome, ask
-from megatron.early_exit.server.client.prompts import read_prompts
+from megatron.early_exit.client.outcomes import Outcome, ask
+from megatron.early_exit.client.prompts import read_prompts
 
 _INTERRUPTED = 130
 

@@ -26,19 +26,19 @@ from typing import Any, get_args
 
 import torch
 
+from megatron.early_exit.client.api_key import API_KEY_VARIABLE
 from megatron.early_exit.config import as_flag
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
 from megatron.early_exit.inference.params import Mode
 from megatron.early_exit.process_family import end_with_parent
-from megatron.early_exit.server.api_key import API_KEY_VARIABLE
 from megatron.early_exit.server.app import create_app
-from megatron.early_exit.server.client_address import trusted_networks
+from megatron.early_exit.server.engine_thread.metrics import Metrics
+from megatron.early_exit.server.engine_thread.worker import EngineWorker
 from megatron.early_exit.server.exit_status import exit_status_of
-from megatron.early_exit.server.logs import configure, log
-from megatron.early_exit.server.metrics import Metrics
+from megatron.early_exit.server.http.client_address import trusted_networks
+from megatron.early_exit.server.http.logs import configure, log
 from megatron.early_exit.server.settings import ExitSettings, ServerSettings
 from megatron.early_exit.server.web import WebServer, bound_sockets
-from megatron.early_exit.server.worker import EngineWorker
 
 LOG = logging.getLogger("server")
 DEFAULTS: dict[str, Any] = {

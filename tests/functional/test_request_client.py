@@ -13,8 +13,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from megatron.early_exit.client.figures import percentile
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
-from megatron.early_exit.server.client.figures import percentile
 from tests.helpers.text_checkpoint import EXITS, save_text_checkpoint
 from tests.helpers.text_server import NAME, text_server
 from tools.request_client import main

@@ -13,7 +13,7 @@ import pytest
 import requests
 from waitress.channel import HTTPChannel
 
-from megatron.early_exit.server.connections import Connection, ConnectionLimits
+from megatron.early_exit.server.http.connections import Connection, ConnectionLimits
 from megatron.early_exit.server.settings import ExitSettings, ServerSettings
 from megatron.early_exit.server.web import WebServer, bound_sockets
 from tests.helpers.server_process import wait_until

@@ -9,9 +9,9 @@ from urllib.parse import urlparse
 
 import pytest
 
-from megatron.early_exit.server.chat_models import ChatRequest
-from megatron.early_exit.server.completion_models import CompletionRequest
-from megatron.early_exit.server.generate_models import GenerateRequest
+from megatron.early_exit.server.megatron_api.generate_models import GenerateRequest
+from megatron.early_exit.server.openai.chat_models import ChatRequest
+from megatron.early_exit.server.openai.completion_models import CompletionRequest
 from tests.helpers.speed import patient
 from tests.helpers.text_checkpoint import save_text_checkpoint
 from tests.helpers.text_server import NAME, text_server

@@ -9,7 +9,7 @@ from urllib.parse import urlparse
 
 import pytest
 
-from megatron.early_exit.server.client_address import client_address, trusted_networks
+from megatron.early_exit.server.http.client_address import client_address, trusted_networks
 from tests.helpers.server_process import wait_until
 from tests.helpers.text_checkpoint import save_text_checkpoint
 from tests.helpers.text_server import NAME, text_server

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 
 from megatron.early_exit.inference.model.runner import SegmentRunner
-from megatron.early_exit.server.job import Job
+from megatron.early_exit.server.engine_thread.job import Job
 from tests.helpers.server_process import wait_until
 from tests.helpers.text_checkpoint import save_text_checkpoint
 from tests.helpers.text_server import text_server

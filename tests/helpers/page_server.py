@@ -24,13 +24,12 @@ from megatron.early_exit import platform
 
 platform.prepare()
 
-from megatron.early_exit.server.answer_models import (  # noqa: E402
+from megatron.early_exit.server.bodies.answer_models import (  # noqa: E402
     Head,
     RequestMetrics,
     SpeculativeDecoding,
 )
-from megatron.early_exit.server.blueprints.models import ModelCard, ModelList  # noqa: E402
-from megatron.early_exit.server.chat_models import (  # noqa: E402
+from megatron.early_exit.server.openai.chat_models import (  # noqa: E402
     Candidate,
     ChatChunk,
     ChatLogprobs,
@@ -39,12 +38,13 @@ from megatron.early_exit.server.chat_models import (  # noqa: E402
     ChunkChoice,
     Delta,
 )
-from megatron.early_exit.server.completion_models import (  # noqa: E402
+from megatron.early_exit.server.openai.completion_models import (  # noqa: E402
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
     CompletionResponse,
 )
+from megatron.early_exit.server.openai.models import ModelCard, ModelList  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / "megatron" / "early_exit" / "server" / "page"
 NUM_LAYERS = 8

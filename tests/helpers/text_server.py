@@ -12,10 +12,10 @@ import requests
 
 from megatron.early_exit.inference import EarlyExitEngine
 from megatron.early_exit.server.app import create_app
-from megatron.early_exit.server.metrics import Metrics
+from megatron.early_exit.server.engine_thread.metrics import Metrics
+from megatron.early_exit.server.engine_thread.worker import EngineWorker
 from megatron.early_exit.server.settings import ExitSettings, ServerSettings
 from megatron.early_exit.server.web import WebServer, bound_sockets
-from megatron.early_exit.server.worker import EngineWorker
 from tests.helpers.speed import patient
 
 NAME = "tiny"

@@ -18,7 +18,7 @@ from megatron.early_exit.errors import FieldError
             "prompts: a prompt is empty, allowed: 1 token or more",
             "--top-k: a prompt is empty, allowed: 1 token or more",
         ),
-        (FieldError("stop", value := "is odd"), f"stop: {value}", f"--top-k: {value}"),
+        (FieldError("stop", "is odd"), "stop: is odd", "--top-k: is odd"),
         (FieldError("seed", "is odd", None, None), "seed None is odd", "--top-k None is odd"),
     ],
 )

@@ -10,11 +10,11 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 from pydantic import ValidationError
 
-from megatron.early_exit.server.chat_models import ChatRequest
-from megatron.early_exit.server.completion_models import CompletionRequest
-from megatron.early_exit.server.errors import ApiError
-from megatron.early_exit.server.generate_models import GenerateRequest
-from megatron.early_exit.server.stream_options import StreamOptions, with_options
+from megatron.early_exit.server.bodies.stream_options import StreamOptions, with_options
+from megatron.early_exit.server.http.errors import ApiError
+from megatron.early_exit.server.megatron_api.generate_models import GenerateRequest
+from megatron.early_exit.server.openai.chat_models import ChatRequest
+from megatron.early_exit.server.openai.completion_models import CompletionRequest
 
 USER = {"role": "user", "content": "hi"}
 BASES = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron.early_exit.server.token_texts import TokenTexts, as_token_id
+from megatron.early_exit.server.bodies.token_texts import TokenTexts, as_token_id
 from tests.helpers.text_tokenizers import make_tokenizer
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron.early_exit.server.metrics import Metrics
-from megatron.early_exit.server.worker import EngineWorker
+from megatron.early_exit.server.engine_thread.metrics import Metrics
+from megatron.early_exit.server.engine_thread.worker import EngineWorker
 
 
 def failed_requests(count: int) -> list[Any]:

@@ -14,21 +14,26 @@ from flask_openapi3.openapi import OpenAPI
 from pydantic_core import from_json
 from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
 
-from megatron.early_exit.server.blueprints.chat import chat
-from megatron.early_exit.server.blueprints.completions import completions
-from megatron.early_exit.server.blueprints.docs import NAMES, add_docs
-from megatron.early_exit.server.blueprints.generate import generate
-from megatron.early_exit.server.blueprints.models import models
-from megatron.early_exit.server.blueprints.operations import operations
-from megatron.early_exit.server.blueprints.page import page
-from megatron.early_exit.server.blueprints.tokens import tokens
-from megatron.early_exit.server.cross_origin import allow_origins
-from megatron.early_exit.server.errors import ApiError, ErrorResponse, body_too_large, of_validation
-from megatron.early_exit.server.job import ClientGone
+from megatron.early_exit.server.engine_thread.job import ClientGone
+from megatron.early_exit.server.engine_thread.worker import EngineWorker
+from megatron.early_exit.server.http.cross_origin import allow_origins
+from megatron.early_exit.server.http.errors import (
+    ApiError,
+    ErrorResponse,
+    body_too_large,
+    of_validation,
+)
+from megatron.early_exit.server.megatron_api.generate import generate
+from megatron.early_exit.server.openai.chat import chat
+from megatron.early_exit.server.openai.completions import completions
+from megatron.early_exit.server.openai.models import models
+from megatron.early_exit.server.openai.tokens import tokens
+from megatron.early_exit.server.operations.docs import NAMES, add_docs
+from megatron.early_exit.server.operations.health import operations
+from megatron.early_exit.server.operations.page import page
 from megatron.early_exit.server.request_log import record
 from megatron.early_exit.server.service import Service
 from megatron.early_exit.server.settings import ServerSettings
-from megatron.early_exit.server.worker import EngineWorker
 
 _LOG = logging.getLogger(__name__)
 _OPEN_TO_ALL = ("page.index", "page.static_file", "operations.health")

@@ -8,11 +8,11 @@ from time import perf_counter
 
 from flask import Flask, Response, g, request
 
-from megatron.early_exit.server.client_address import client_address
-from megatron.early_exit.server.job import Job
-from megatron.early_exit.server.logs import log
+from megatron.early_exit.server.engine_thread.job import Job
+from megatron.early_exit.server.engine_thread.worker import EngineWorker
+from megatron.early_exit.server.http.client_address import client_address
+from megatron.early_exit.server.http.logs import log
 from megatron.early_exit.server.settings import ServerSettings
-from megatron.early_exit.server.worker import EngineWorker
 
 REQUEST_ID = "X-Request-Id"
 _ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")

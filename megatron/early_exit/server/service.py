@@ -8,13 +8,13 @@ from flask import Response, g, request
 from pydantic import BaseModel
 
 from megatron.early_exit.inference.params import SamplingParams
-from megatron.early_exit.server.errors import ApiError
-from megatron.early_exit.server.job import ClientGone, Job
-from megatron.early_exit.server.names import ServedModel
+from megatron.early_exit.server.bodies.token_texts import TokenTexts
+from megatron.early_exit.server.engine_thread.job import ClientGone, Job
+from megatron.early_exit.server.engine_thread.worker import EngineWorker
+from megatron.early_exit.server.http.errors import ApiError
+from megatron.early_exit.server.model_names import ServedModel
 from megatron.early_exit.server.request_log import note_end
 from megatron.early_exit.server.settings import ServerSettings
-from megatron.early_exit.server.token_texts import TokenTexts
-from megatron.early_exit.server.worker import EngineWorker
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_TOKEN = 256

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from megatron.early_exit.inference.params import DEFAULT_THRESHOLD, Mode
-from megatron.early_exit.server.client_address import Network
+from megatron.early_exit.server.http.client_address import Network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

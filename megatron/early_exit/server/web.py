@@ -12,9 +12,9 @@ from types import FrameType
 from flask import Flask
 from waitress.adjustments import Adjustments
 
-from megatron.early_exit.server.connections import ConnectionLimits, Connections
+from megatron.early_exit.server.engine_thread.worker import EngineWorker
+from megatron.early_exit.server.http.connections import ConnectionLimits, Connections
 from megatron.early_exit.server.settings import ServerSettings
-from megatron.early_exit.server.worker import EngineWorker
 
 _SPARE_THREADS = 16
 """For answers that do not wait for the engine: figures, health, errors."""

@@ -4,11 +4,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
-from megatron.early_exit.server.answer_models import FinishReason, Head, RequestMetrics, Usage
-from megatron.early_exit.server.fields import Natural, SamplingFields
-from megatron.early_exit.server.ranges import Range
-from megatron.early_exit.server.stream_options import StreamOptions
-from megatron.early_exit.server.unsupported import COMPLETION
+from megatron.early_exit.server.bodies.answer_models import (
+    FinishReason,
+    Head,
+    RequestMetrics,
+    Usage,
+)
+from megatron.early_exit.server.bodies.fields import Natural, SamplingFields
+from megatron.early_exit.server.bodies.ranges import Range
+from megatron.early_exit.server.bodies.stream_options import StreamOptions
+from megatron.early_exit.server.bodies.unsupported import COMPLETION
 
 _TEXT_OR_TOKENS = "a text, a list of texts, a list of token ids, or a list of such lists"
 

@@ -6,11 +6,11 @@ from flask_openapi3.models.tag import Tag
 
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.params import SamplingParams
-from megatron.early_exit.server.chat_answer import ChatAnswer
-from megatron.early_exit.server.chat_models import ChatRequest, ChatResponse
-from megatron.early_exit.server.errors import ERRORS, ApiError, of_field
+from megatron.early_exit.server.bodies.stream_options import check_stream_options
+from megatron.early_exit.server.http.errors import ERRORS, ApiError, of_field
+from megatron.early_exit.server.openai.chat_answer import ChatAnswer
+from megatron.early_exit.server.openai.chat_models import ChatRequest, ChatResponse
 from megatron.early_exit.server.service import Service, answer, client_is_gone
-from megatron.early_exit.server.stream_options import check_stream_options
 
 
 def chat(service: Service) -> APIBlueprint:

@@ -14,9 +14,9 @@ from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.early_exit_engine import EarlyExitEngine
 from megatron.early_exit.inference.engine.failures import reason_of, release
 from megatron.early_exit.inference.engine.request import Request
-from megatron.early_exit.server.errors import ApiError, engine_error, of_field
-from megatron.early_exit.server.job import Job, Tokens
-from megatron.early_exit.server.metrics import Metrics
+from megatron.early_exit.server.engine_thread.job import Job, Tokens
+from megatron.early_exit.server.engine_thread.metrics import Metrics
+from megatron.early_exit.server.http.errors import ApiError, engine_error, of_field
 
 _EXPIRY_INTERVAL_S = 0.5
 _LOOK_INTERVAL_S = 0.02

@@ -6,11 +6,14 @@ from flask_openapi3.models.tag import Tag
 
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.params import SamplingParams
-from megatron.early_exit.server.completion_answer import CompletionAnswer
-from megatron.early_exit.server.completion_models import CompletionRequest, CompletionResponse
-from megatron.early_exit.server.errors import ERRORS, ApiError, of_field
+from megatron.early_exit.server.bodies.stream_options import check_stream_options
+from megatron.early_exit.server.http.errors import ERRORS, ApiError, of_field
+from megatron.early_exit.server.openai.completion_answer import CompletionAnswer
+from megatron.early_exit.server.openai.completion_models import (
+    CompletionRequest,
+    CompletionResponse,
+)
 from megatron.early_exit.server.service import Service, answer, client_is_gone
-from megatron.early_exit.server.stream_options import check_stream_options
 
 _DEFAULT_MAX_TOKENS = 16
 

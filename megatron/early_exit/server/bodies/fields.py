@@ -17,10 +17,10 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from megatron.early_exit.inference.params import Mode
-from megatron.early_exit.server.errors import ApiError
-from megatron.early_exit.server.ranges import Range
+from megatron.early_exit.server.bodies.ranges import Range
+from megatron.early_exit.server.bodies.unsupported import Unsupported, drop_unsupported, schema_of
+from megatron.early_exit.server.http.errors import ApiError
 from megatron.early_exit.server.settings import ExitSettings
-from megatron.early_exit.server.unsupported import Unsupported, drop_unsupported, schema_of
 
 _LARGEST_INT = 2**63 - 1
 _ABOUT = {"title", "default", "description"}

@@ -5,7 +5,11 @@ from collections.abc import Sequence
 
 from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.inference.results import GenerationResult
-from megatron.early_exit.server.answer_models import RequestMetrics, SpeculativeDecoding, Usage
+from megatron.early_exit.server.bodies.answer_models import (
+    RequestMetrics,
+    SpeculativeDecoding,
+    Usage,
+)
 
 
 def usage(prompts: int, generated: int) -> Usage:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.early_exit.server.errors import ApiError
+from megatron.early_exit.server.http.errors import ApiError
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron.early_exit.server.client.completions import (
+from megatron.early_exit.client.completions import (
     Completion,
     CompletionClient,
     RequestFailed,

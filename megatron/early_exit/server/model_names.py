@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.early_exit.inference.params import DEFAULT_THRESHOLD
-from megatron.early_exit.server.errors import ApiError
+from megatron.early_exit.server.http.errors import ApiError
 from megatron.early_exit.server.settings import ExitSettings
 
 _NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{0,17})?([eE][+-]?[0-9]{1,3})?")

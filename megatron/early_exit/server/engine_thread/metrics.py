@@ -13,8 +13,8 @@ from prometheus_client import Counter as Count
 
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.results import GeneratedToken
-from megatron.early_exit.server.histogram import SecondsHistogram
-from megatron.early_exit.server.tally import TokenTally
+from megatron.early_exit.server.engine_thread.histogram import SecondsHistogram
+from megatron.early_exit.server.engine_thread.tally import TokenTally
 
 _PREFIX = "early_exit:"
 

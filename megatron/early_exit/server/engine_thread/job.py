@@ -8,7 +8,7 @@ from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.modes.head_output import NOT_FINITE
 from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.inference.results import GeneratedToken, GenerationResult
-from megatron.early_exit.server.errors import ApiError, engine_error
+from megatron.early_exit.server.http.errors import ApiError, engine_error
 
 _POLL_S = 1.0
 """How often it is looked whether the client is still there."""

@@ -6,8 +6,8 @@ from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel, Field
 
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
-from megatron.early_exit.server.errors import ERRORS, ApiError
-from megatron.early_exit.server.fields import Natural, RequestModel
+from megatron.early_exit.server.bodies.fields import Natural, RequestModel
+from megatron.early_exit.server.http.errors import ERRORS, ApiError
 from megatron.early_exit.server.service import Service, answer
 
 

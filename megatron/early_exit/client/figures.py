@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from megatron.early_exit.server.client.completions import Completion
+from megatron.early_exit.client.completions import Completion
 
 
 def percentile(values: Sequence[float], share: float) -> float:

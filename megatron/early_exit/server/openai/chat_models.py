@@ -4,11 +4,16 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from megatron.early_exit.server.answer_models import FinishReason, Head, RequestMetrics, Usage
-from megatron.early_exit.server.fields import RequestModel, SamplingFields
-from megatron.early_exit.server.ranges import Range
-from megatron.early_exit.server.stream_options import StreamOptions
-from megatron.early_exit.server.unsupported import CHAT, MESSAGE, PARTS
+from megatron.early_exit.server.bodies.answer_models import (
+    FinishReason,
+    Head,
+    RequestMetrics,
+    Usage,
+)
+from megatron.early_exit.server.bodies.fields import RequestModel, SamplingFields
+from megatron.early_exit.server.bodies.ranges import Range
+from megatron.early_exit.server.bodies.stream_options import StreamOptions
+from megatron.early_exit.server.bodies.unsupported import CHAT, MESSAGE, PARTS
 
 Count = Annotated[int, Range(1, 2**63 - 1)]
 

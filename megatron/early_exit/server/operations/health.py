@@ -7,7 +7,7 @@ from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel
 
-from megatron.early_exit.server.errors import ERRORS
+from megatron.early_exit.server.http.errors import ERRORS
 from megatron.early_exit.server.service import Service, answer
 
 

@@ -3,8 +3,10 @@
 from collections.abc import Iterator, Sequence
 
 from megatron.early_exit.inference.results import GeneratedToken
-from megatron.early_exit.server.answer_models import FinishReason
-from megatron.early_exit.server.chat_models import (
+from megatron.early_exit.server.bodies.answer_models import FinishReason
+from megatron.early_exit.server.bodies.token_texts import as_number
+from megatron.early_exit.server.engine_thread.job import Tokens
+from megatron.early_exit.server.openai.chat_models import (
     Answer,
     Candidate,
     ChatChoice,
@@ -16,9 +18,7 @@ from megatron.early_exit.server.chat_models import (
     ChunkChoice,
     Delta,
 )
-from megatron.early_exit.server.job import Tokens
-from megatron.early_exit.server.job_answer import JobAnswer
-from megatron.early_exit.server.token_texts import as_number
+from megatron.early_exit.server.openai.job_answer import JobAnswer
 
 
 class ChatAnswer(JobAnswer[ChatRequest]):

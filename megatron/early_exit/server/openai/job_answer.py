@@ -9,13 +9,13 @@ from typing import Any
 from flask import g
 
 from megatron.early_exit.inference.params import SamplingParams
-from megatron.early_exit.server.answer_models import Usage
-from megatron.early_exit.server.chat_models import ChatRequest
-from megatron.early_exit.server.completion_models import CompletionRequest
-from megatron.early_exit.server.job import Job, Tokens
-from megatron.early_exit.server.request_metrics import request_metrics, usage
+from megatron.early_exit.server.bodies.answer_models import Usage
+from megatron.early_exit.server.bodies.request_metrics import request_metrics, usage
+from megatron.early_exit.server.bodies.stream_options import with_options
+from megatron.early_exit.server.engine_thread.job import Job, Tokens
+from megatron.early_exit.server.openai.chat_models import ChatRequest
+from megatron.early_exit.server.openai.completion_models import CompletionRequest
 from megatron.early_exit.server.service import Service
-from megatron.early_exit.server.stream_options import with_options
 
 
 class JobAnswer[Body: (CompletionRequest, ChatRequest)](ABC):

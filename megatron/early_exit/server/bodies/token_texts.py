@@ -6,7 +6,7 @@ from functools import lru_cache
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
 from megatron.early_exit.inference.engine.text import TextStream
 from megatron.early_exit.inference.results import HeadReport
-from megatron.early_exit.server.answer_models import Head
+from megatron.early_exit.server.bodies.answer_models import Head
 
 _LEAST_LOGPROB = -9999.0
 _ANCHOR = "a"

@@ -6,8 +6,8 @@ from typing import Protocol
 
 from pydantic import Field
 
-from megatron.early_exit.server.errors import ApiError
-from megatron.early_exit.server.fields import RequestModel
+from megatron.early_exit.server.bodies.fields import RequestModel
+from megatron.early_exit.server.http.errors import ApiError
 
 _BLOCK = 64
 """Events are filled up to multiples of so many bytes."""

@@ -7,16 +7,16 @@ from megatron.early_exit.inference.results import (
     GeneratedToken,
     PromptToken,
 )
-from megatron.early_exit.server.completion_models import (
+from megatron.early_exit.server.bodies.token_texts import as_number, as_token_id
+from megatron.early_exit.server.engine_thread.job import Job, Tokens
+from megatron.early_exit.server.openai.completion_models import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
     CompletionResponse,
 )
-from megatron.early_exit.server.job import Job, Tokens
-from megatron.early_exit.server.job_answer import JobAnswer
+from megatron.early_exit.server.openai.job_answer import JobAnswer
 from megatron.early_exit.server.service import Service
-from megatron.early_exit.server.token_texts import as_number, as_token_id
 
 
 class CompletionAnswer(JobAnswer[CompletionRequest]):

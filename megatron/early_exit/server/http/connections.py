@@ -19,9 +19,9 @@ from waitress.channel import HTTPChannel
 from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
-from megatron.early_exit.server.errors import ApiError, body_too_large
-from megatron.early_exit.server.http_parser import RequestParser
-from megatron.early_exit.server.logs import log
+from megatron.early_exit.server.http.errors import ApiError, body_too_large
+from megatron.early_exit.server.http.http_parser import RequestParser
+from megatron.early_exit.server.http.logs import log
 
 _ACCEPTED_AT_A_TIME = 128
 _RESERVED_THREADS = 2

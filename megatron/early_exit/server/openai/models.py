@@ -8,7 +8,7 @@ from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel, Field
 
-from megatron.early_exit.server.errors import ERRORS
+from megatron.early_exit.server.http.errors import ERRORS
 from megatron.early_exit.server.service import Service, answer
 
 

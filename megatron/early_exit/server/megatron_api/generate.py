@@ -9,17 +9,20 @@ from flask_openapi3.models.tag import Tag
 
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.params import SamplingParams
-from megatron.early_exit.server.errors import (
+from megatron.early_exit.server.bodies.fields import ExitFields
+from megatron.early_exit.server.bodies.token_texts import as_number
+from megatron.early_exit.server.engine_thread.job import Job
+from megatron.early_exit.server.http.errors import (
     GENERATE_ERRORS,
     GENERATE_PATH,
     ApiError,
     of_field,
 )
-from megatron.early_exit.server.fields import ExitFields
-from megatron.early_exit.server.generate_models import GenerateRequest, GenerateResponse
-from megatron.early_exit.server.job import Job
+from megatron.early_exit.server.megatron_api.generate_models import (
+    GenerateRequest,
+    GenerateResponse,
+)
 from megatron.early_exit.server.service import Service, answer
-from megatron.early_exit.server.token_texts import as_number
 
 _FIELDS = {
     "max_tokens": "tokens_to_generate",

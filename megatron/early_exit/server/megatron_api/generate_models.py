@@ -4,9 +4,15 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
-from megatron.early_exit.server.answer_models import Head
-from megatron.early_exit.server.fields import Natural, RequestModel, Share, Stops, not_supported
-from megatron.early_exit.server.ranges import Range
+from megatron.early_exit.server.bodies.answer_models import Head
+from megatron.early_exit.server.bodies.fields import (
+    Natural,
+    RequestModel,
+    Share,
+    Stops,
+    not_supported,
+)
+from megatron.early_exit.server.bodies.ranges import Range
 
 _NO_BEAMS = "there is no beam search here, as in Megatron 0.19"
 

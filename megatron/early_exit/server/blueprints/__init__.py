@@ -1,1 +1,0 @@
-"""The server's endpoints, one file for each kind."""

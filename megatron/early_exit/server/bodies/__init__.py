@@ -1,0 +1,1 @@
+"""What bodies of requests and answers of all protocols have in common."""

@@ -1,0 +1,1 @@
+"""The thread that owns the engine, the jobs that requests give it, and its figures."""

@@ -1,0 +1,1 @@
+"""The protocol of Megatron's and EE-LLM's servers."""

@@ -1,0 +1,1 @@
+"""What an operator and a browser use: health, figures, the API's documents, the page."""
