@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup
 # What touches the libraries whose ranges have ends: Megatron's patches and torch's collectives,
 # checkpoints, the exported folder in transformers, the server, plots.
-RANGE_TESTS := tests/unit/test_platform.py tests/unit/test_checkpoint_writer.py \
+RANGE_TESTS := tests/unit/patches tests/unit/test_platform.py tests/unit/test_checkpoint_writer.py \
 	tests/unit/inference/test_against_megatron.py tests/unit/test_exit_gradients.py \
 	tests/unit/test_huggingface_import.py tests/unit/test_huggingface_export.py \
 	tests/unit/test_data_tokenizer.py tests/unit/test_pipeline_drawing.py \

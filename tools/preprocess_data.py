@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from megatron.early_exit.platform.quiet import silence
+from megatron.early_exit.patches.messages import silence
 
 silence()
 

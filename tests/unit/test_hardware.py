@@ -14,7 +14,7 @@ import torch
 from megatron.early_exit import platform
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.hardware import cuda_remark, dtypes, resources
+from megatron.early_exit.hardware import dtypes, resources
 from megatron.early_exit.hardware.compiler import has_cpp_compiler
 from megatron.early_exit.hardware.dtypes import (
     VARIABLE,
@@ -25,6 +25,7 @@ from megatron.early_exit.hardware.dtypes import (
 from megatron.early_exit.inference import dtype as inference_dtype
 from megatron.early_exit.inference.dtype import decide_dtype
 from megatron.early_exit.inference.model.compiled import LayerCompiler
+from megatron.early_exit.patches.messages import CUDA_REMARK
 from megatron.early_exit.platform.machine import Platform
 
 CPU = torch.device("cpu")
@@ -294,7 +295,7 @@ def test_the_compiler_is_the_one_that_is_named(monkeypatch, tmp_path) -> None:
 
 def test_compiling_says_nothing_of_a_missing_gpu(caplog) -> None:
     """In a process that has not prepared Megatron's platform, as an engine's."""
-    logger = logging.getLogger(cuda_remark.LOGGER)
+    logger = logging.getLogger(CUDA_REMARK[0])
     before = logger.filters[:]
     logger.filters.clear()
     try:

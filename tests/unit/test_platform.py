@@ -1,10 +1,7 @@
-"""What the platform finds, emulates, defaults, refuses and silences."""
+"""What the platform finds, defaults and refuses."""
 
 from __future__ import annotations
 
-import logging
-import types
-import warnings
 from argparse import ArgumentParser
 from dataclasses import replace as changed
 
@@ -13,8 +10,6 @@ import torch
 
 from megatron.early_exit import platform
 from megatron.early_exit.platform.machine import Platform
-from megatron.early_exit.platform.quiet import LOG_RECORDS, WARNINGS, silence
-from megatron.early_exit.platform.replace import replace
 
 MACHINE = platform.prepare()
 GPU = Platform(
@@ -28,10 +23,6 @@ GPU = Platform(
 NO_APEX = changed(GPU, apex=False)
 BARE_GPU = changed(GPU, transformer_engine=False, apex=False)
 CPU = changed(BARE_GPU, device="cpu", backend="gloo", compiled_fusions=False)
-
-on_cpu = pytest.mark.skipif(
-    MACHINE.device != "cpu", reason="only a machine without CUDA is changed"
-)
 
 
 def parse(machine: Platform, *flags: str):
@@ -53,59 +44,6 @@ def test_preparing_again_changes_nothing() -> None:
     before = torch.zeros, torch.cuda.device_count
     assert platform.prepare() is MACHINE
     assert (torch.zeros, torch.cuda.device_count) == before
-
-
-@on_cpu
-def test_cuda_calls_of_megatron_have_answers_on_the_cpu() -> None:
-    assert torch.zeros(2, device="cuda").device.type == "cpu"
-    assert torch.tensor([1.0], device=torch.cuda.current_device()).cuda().device.type == "cpu"
-    assert torch.nn.Linear(1, 1).cuda(torch.cuda.current_device()).weight.device.type == "cpu"
-    assert torch.ones(1).type() == "torch.cuda.FloatTensor"
-    assert torch.ones(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
-    assert isinstance(torch.ones(1), torch.cuda.FloatTensor)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda.Event(enable_timing=True).record()
-    assert torch.cuda.max_memory_allocated() >= torch.cuda.memory_allocated() // 2 > 0
-
-
-@on_cpu
-def test_cuda_random_state_is_the_cpus() -> None:
-    torch.cuda.manual_seed(3)
-    state = torch.cuda.get_rng_state()
-    first = torch.rand(4)
-    torch.cuda.set_rng_state(state)
-    assert torch.equal(torch.rand(4), first)
-
-
-@on_cpu
-def test_everybody_else_still_learns_that_there_is_no_cuda() -> None:
-    assert not torch.cuda.is_available()
-    assert not torch.accelerator.is_available()
-
-
-def test_operations_are_not_intercepted() -> None:
-    """The replaced functions are factories; operations remain torch's built-in ones."""
-    assert isinstance(torch.add, types.BuiltinFunctionType)
-    assert isinstance(torch.matmul, types.BuiltinFunctionType)
-    assert not torch.overrides._get_current_function_mode_stack()
-    assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-
-
-def test_device_contexts_still_say_where_tensors_are_made() -> None:
-    with torch.device("meta"):
-        made = [torch.ones(2), torch.empty(2), torch.zeros(2), torch.rand(2), torch.tensor([1.0])]
-    assert all(tensor.is_meta for tensor in made)
-
-
-def test_the_absence_of_what_is_replaced_is_an_error() -> None:
-    owner = types.SimpleNamespace(present=1)
-    replace(owner, "present", 2)
-    assert owner.present == 2
-    with pytest.raises(RuntimeError, match=r"no attribute 'gone'"):
-        replace(owner, "gone", 2)
 
 
 def test_defaults_on_a_cpu() -> None:
@@ -185,29 +123,3 @@ def test_experts_with_biases_are_refused() -> None:
         platform.check_arguments(parse(CPU, *flags), CPU)
     platform.check_arguments(parse(CPU, *flags, "--disable-bias-linear"), CPU)
     platform.check_arguments(parse(GPU, *flags), GPU)
-
-
-def test_listed_warnings_are_silent_and_others_are_not() -> None:
-    with warnings.catch_warnings(record=True) as shown:
-        warnings.simplefilter("always")
-        silence()
-        for start in WARNINGS:
-            warnings.warn(f"{start} and so on", stacklevel=1)
-        warnings.warn("Only 3 GB are left on the disk", stacklevel=1)
-    assert [str(warning.message) for warning in shown] == ["Only 3 GB are left on the disk"]
-
-
-def test_listed_log_records_are_silent_and_others_are_not() -> None:
-    for name, start in LOG_RECORDS:
-        logger = logging.getLogger(name)
-        shown: list[str] = []
-        # Not by caplog: torch's loggers of some releases hand nothing on to the root's.
-        handler = logging.Handler()
-        handler.emit = lambda record, shown=shown: shown.append(record.getMessage())  # type: ignore[method-assign, misc]
-        logger.addHandler(handler)
-        try:
-            logger.warning("%s and so on", start)
-            logger.warning("Something else")
-        finally:
-            logger.removeHandler(handler)
-        assert shown == ["Something else"], name

@@ -328,6 +328,7 @@ def package_copy(tmp_path: Path) -> Path:
         ("model", "training"),
         ("model", "platform"),
         ("hardware", "config"),
+        ("patches", "hardware"),
         ("checkpoint", "inference"),
         ("inference", "training"),
         ("inference", "pipeline"),

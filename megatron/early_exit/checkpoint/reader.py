@@ -5,7 +5,6 @@ tensors and where their pieces are. No process group, no model and no Megatron i
 them together.
 """
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron.early_exit.checkpoint.location import METADATA_NAME
 from megatron.early_exit.checkpoint.safe_pickle import as_file, load_index, load_state
+from megatron.early_exit.patches.messages import without_distributed_warning
 
 _COMMON_KEY = "common_state/shard_0_1"
 _COMMON_FILE = "common.pt"
@@ -135,9 +135,7 @@ class CheckpointReader:
 
     def _load(self, one: "_OneTensor") -> None:
         try:
-            with warnings.catch_warnings():
-                # It says that torch.distributed is not initialised, which is the point.
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            with without_distributed_warning():
                 reader = _IndexedReader(self.path, self._index)
                 dcp.load({}, storage_reader=reader, planner=one, no_dist=True)
         except (Exception, CheckpointException) as error:  # the latter is not an Exception

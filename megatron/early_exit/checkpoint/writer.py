@@ -10,7 +10,6 @@ import io
 import json
 import os
 import shutil
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from megatron.early_exit.checkpoint.description import ModelDescription, write_d
 from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights, content_hash
 from megatron.early_exit.checkpoint.location import TRACKER_NAME
 from megatron.early_exit.checkpoint.weights import LAYERS
+from megatron.early_exit.patches.messages import without_distributed_warning
 
 _COMMON_KEY = "common_state/shard_0_1"
 _MODULES_WITH_STATE = ("decoder.", "exits.")
@@ -91,9 +91,7 @@ def write_checkpoint(
     directory = save_dir / _RELEASE
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}
     try:
-        with warnings.catch_warnings():
-            # It says that torch.distributed is not initialised, which is the point.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        with without_distributed_warning():
             dcp.save(
                 {},
                 # One file, written in the order of the plan, with nothing read ahead.

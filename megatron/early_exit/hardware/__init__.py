@@ -2,5 +2,4 @@
 
 `dtypes` says in which number formats it multiplies fast, `resources` how many cores and how much
 memory this process may use, `compiler` whether PyTorch can compile for its CPU. Everything in the
-package may ask. The one thing that is changed here is a remark about the machine that PyTorch makes
-(`cuda_remark`)."""
+package may ask, and nothing is changed here."""

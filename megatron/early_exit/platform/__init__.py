@@ -1,29 +1,27 @@
 """Let Megatron run on whatever machine this is.
 
-Megatron asks for CUDA by name in a few hundred places. Without it `prepare` answers them with CPU
-equivalents, so that `megatron.training.pretrain` runs over gloo; that is `cpu.py`, and on a machine
-with CUDA none of it happens. What `prepare` does everywhere: it skips a build for which the wheel
-has no sources, repairs the distributed optimizer where neither Transformer Engine nor Apex is
-installed, and silences what nobody can act on. Entry points call it before they import anything of
-Megatron."""
+Megatron asks for CUDA by name in a few hundred places. Without it `prepare` has them answered with
+CPU equivalents, so that `megatron.training.pretrain` runs over gloo; on a machine with CUDA none of
+it happens. What `prepare` does everywhere: it skips a build for which the wheel has no sources,
+repairs the distributed optimizer where neither Transformer Engine nor Apex is installed, and
+silences what nobody can act on. Entry points call it before they import anything of Megatron."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import sys
 
+from megatron.early_exit.patches.messages import silence, silence_prints
+from megatron.early_exit.patches.torch_compile import keep_functions_eager
+from megatron.early_exit.patches.torch_cuda import answer_cuda_calls
+from megatron.early_exit.patches.torch_tensors import keep_tensors_on_cpu
 from megatron.early_exit.platform.arguments import (
     check_arguments,
     dtype_remark,
     set_argument_defaults,
 )
-from megatron.early_exit.platform.cpu import emulate_cuda
 from megatron.early_exit.platform.machine import Platform, detect
-from megatron.early_exit.platform.optimizer import repair_distributed_optimizer
-from megatron.early_exit.platform.quiet import silence, silence_prints
-from megatron.early_exit.platform.replace import replace
 
 __all__ = [
     "Platform",
@@ -51,18 +49,22 @@ def prepare() -> Platform:
         # Megatron asserts this with tensor parallelism, and the contrary with FSDP; it orders
         # communication before computation.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Not at the top of the file: these import Megatron, which is to find torch as it will be.
     if platform.device == "cpu":
-        emulate_cuda()
-    _skip_dataset_helper_build()
-    repair_distributed_optimizer()
+        answer_cuda_calls()
+        keep_tensors_on_cpu()
+        keep_functions_eager()
+        from megatron.early_exit.patches.initialization import initialize_without_cuda
+        from megatron.early_exit.patches.random_state import use_cpu_random_state
+        from megatron.early_exit.patches.token_dispatcher import convert_split_sizes
+
+        use_cpu_random_state()
+        convert_split_sizes()
+        initialize_without_cuda()
+    from megatron.early_exit.patches.dataset_helpers import skip_dataset_helper_build
+    from megatron.early_exit.patches.distributed_optimizer import repair_torch_steps
+
+    skip_dataset_helper_build()
+    repair_torch_steps()
     silence_prints()
     return platform
-
-
-def _skip_dataset_helper_build() -> None:
-    """Skip the build of Megatron's data set helper: the wheel brings it compiled, not its sources.
-
-    The build would end the process for want of a Makefile, with or without a GPU."""
-    utils = importlib.import_module("megatron.core.datasets.utils")
-    importlib.import_module("megatron.core.datasets.helpers_cpp")
-    replace(utils, "compile_helpers", lambda: None)

@@ -25,6 +25,7 @@ from megatron.early_exit.data.tokenizer import (
     check_tokenizer_arguments,
     complete_tokenizer_arguments,
 )
+from megatron.early_exit.patches.distributed_optimizer import IS_KNOWN_VERSION
 from megatron.early_exit.training.arguments import add_early_exit_arguments
 from megatron.early_exit.training.filling_options import FillingOptions, plan_fills
 from megatron.early_exit.training.flag_rules.dependent import DEPENDENT
@@ -36,7 +37,6 @@ from megatron.early_exit.training.number_ranges import (
     check_combinations,
     check_numbers,
 )
-from megatron.early_exit.training.reshardable_optimizer import IS_KNOWN_VERSION
 from megatron.early_exit.training.resume import (
     find_checkpoint,
     handles,

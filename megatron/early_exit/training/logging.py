@@ -1,32 +1,23 @@
 """The exits' losses, accuracies and weights in Megatron's log.
 
-Megatron logs what its last pipeline stage reports, and has no place where another stage could add
-to that. `log_exits` is the one patch of the training loop: it wraps `training_log`, `evaluate` and
-`evaluate_and_print_results`, which the loop looks up by name, so that the dictionaries of losses
-they handle hold the exits' too. The console, TensorBoard and W&B then follow.
+They join the dictionaries of losses that Megatron's functions handle: the console, TensorBoard and
+W&B then follow.
 """
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import get_tensorboard_writer, get_wandb_writer, training
+from megatron.training import get_tensorboard_writer, get_wandb_writer
 from megatron.training.utils import print_rank_last
 
+from megatron.early_exit.patches.training_log import wrap_evaluation, wrap_training_log
 from megatron.early_exit.training.exit_loss import ExitObjective
 from megatron.early_exit.training.metrics import ExitMetrics
 from megatron.early_exit.training.progress import Progress
-
-_EXPECTED_PARAMETERS = {
-    "training_log": ["loss_dict", "total_loss_dict", "learning_rate", "iteration"],
-    "evaluate": ["forward_step_func", "data_iterator", "model"],
-    "evaluate_and_print_results": [
-        *("prefix", "forward_step_func", "data_iterator", "model", "iteration"),
-        *("process_non_loss_data_func", "config", "verbose", "write_to_tensorboard"),
-    ],
-}
 
 
 def log_exits(objective: ExitObjective, progress: Progress) -> None:
@@ -35,20 +26,9 @@ def log_exits(objective: ExitObjective, progress: Progress) -> None:
     Raises:
         RuntimeError: the installed megatron-core does not have the functions this relies on.
     """
-    for name, parameters in _EXPECTED_PARAMETERS.items():
-        function = getattr(training, name, None)
-        found = list(inspect.signature(function).parameters) if function else None
-        if found is None or found[: len(parameters)] != parameters:
-            raise RuntimeError(
-                f"megatron.training.training.{name} has changed (parameters {found}), this version "
-                "of megatron-core is not supported"
-            )
-    training.training_log = _with_exits(training.training_log, objective, progress)
+    wrap_training_log(partial(_with_exits, objective=objective, progress=progress))
     evaluation = _Evaluation(objective)
-    training.evaluate = evaluation.with_losses(training.evaluate)
-    training.evaluate_and_print_results = evaluation.with_accuracies(
-        training.evaluate_and_print_results
-    )
+    wrap_evaluation(evaluation.with_losses, evaluation.with_accuracies)
 
 
 def _device() -> torch.device:

@@ -23,6 +23,9 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.model.gpt_builder import EarlyExitGPTModelConfig, check_backbone
 from megatron.early_exit.model.layer_specs import gpt_layer_spec
 from megatron.early_exit.model.tied_weights import finalize_gradients
+from megatron.early_exit.patches.distributed_optimizer import repair_fully_reshardable_format
+from megatron.early_exit.patches.forward_backward import train_by
+from megatron.early_exit.patches.optimizer_config import set_learning_rates
 from megatron.early_exit.training.base_model import fill, starting_weights
 from megatron.early_exit.training.bubble_filling import FilledBubbles
 from megatron.early_exit.training.checks import check_arguments, check_data
@@ -43,7 +46,6 @@ from megatron.early_exit.training.loading import (
 )
 from megatron.early_exit.training.logging import log_exits
 from megatron.early_exit.training.misuse import explain
-from megatron.early_exit.training.reshardable_optimizer import repair_fully_reshardable_format
 from megatron.early_exit.training.resume import Start, clear_way, decide, handles, share
 from megatron.early_exit.training.step import (
     ForwardStep,
@@ -51,9 +53,8 @@ from megatron.early_exit.training.step import (
     LossFunction,
     rejected_results,
 )
-from megatron.early_exit.training.training_schedule import ScheduledSteps, train_by
+from megatron.early_exit.training.training_schedule import ScheduledSteps
 from megatron.early_exit.training.tuning import DistillingObjective, LocalObjective, TuningStep
-from megatron.early_exit.training.tuning_learning_rates import exit_learning_rates
 from megatron.early_exit.training.tuning_options import TuningOptions, learning_rates
 from megatron.early_exit.training.tuning_schedule import TuningPlan
 from megatron.early_exit.training.tuning_start import decide_tuning
@@ -197,7 +198,7 @@ class Session:
             own = exit_stages(self.args, self.exits)
             train_by(ScheduledSteps(self.objective, TuningPlan(stages, own)))
             if rates := learning_rates(self.tuning, self.exits):
-                exit_learning_rates(rates)
+                set_learning_rates({f"*exits.{exit}.*": rate for exit, rate in rates.items()})
         if self.args.use_distributed_optimizer and self.args.dist_ckpt_optim_fully_reshardable:
             repair_fully_reshardable_format()
 

@@ -1,13 +1,10 @@
 """Training steps by schedules of our own, in the place of Megatron's."""
 
-import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import training
 
 from megatron.early_exit.pipeline.actions import Microbatch
 from megatron.early_exit.pipeline.execution.contributions import Contributions
@@ -16,43 +13,6 @@ from megatron.early_exit.pipeline.execution.training_step import run_training_st
 from megatron.early_exit.pipeline.schedule import Schedule
 from megatron.early_exit.training.exit_loss import ExitObjective
 from megatron.early_exit.training.step_data import StepData
-
-_SCHEDULE_PARAMETERS = ("schedule_pg_collection",)
-
-
-def train_by(step: Callable[..., list[Any]]) -> None:
-    """Make Megatron train by `step` from now on; the one patch of its schedules.
-
-    Evaluation stays with Megatron's own.
-
-    Args:
-        step: called with what Megatron calls its schedules with, but `forward_only`.
-
-    Raises:
-        RuntimeError: the installed megatron-core does not have the function this relies on.
-    """
-    get_schedule = getattr(training, "get_forward_backward_func", None)
-    found = tuple(inspect.signature(get_schedule).parameters) if get_schedule else ()
-    if get_schedule is None or not set(_SCHEDULE_PARAMETERS) <= set(found):
-        raise RuntimeError(
-            f"megatron.training.training.get_forward_backward_func has changed (parameters "
-            f"{found}), this version of megatron-core is not supported"
-        )
-
-    def get(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-        return partial(_train_or_evaluate, step, get_schedule(*args, **kwargs))
-
-    training.get_forward_backward_func = get
-
-
-def _train_or_evaluate(
-    step: Callable[..., list[Any]],
-    evaluate: Callable[..., list[Any]],
-    *,
-    forward_only: bool = False,
-    **kwargs: Any,
-) -> list[Any]:
-    return evaluate(forward_only=True, **kwargs) if forward_only else step(**kwargs)
 
 
 class StepPlan(Protocol):

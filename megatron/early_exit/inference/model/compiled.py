@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.checkpoint.architecture import Architecture
-from megatron.early_exit.hardware.cuda_remark import silence_cuda_remark
 from megatron.early_exit.inference.model.layers import Attention, Mlp
 from megatron.early_exit.inference.model.passes import Pass
 from megatron.early_exit.inference.model.rotary import RotaryTable
 from megatron.early_exit.inference.model.rows_pass import Rows, RowsPass
+from megatron.early_exit.patches.messages import silence_cuda_remark
 
 SHORTEST = 2
 """A length of 1 would make the compiler take lengths for constants."""

@@ -1,6 +1,7 @@
-"""Warnings of Megatron and torch that nobody who starts a run can act on, and a filter for them.
+"""Messages of Megatron and torch that nobody who starts a run can act on, and filters for them.
 
-The lists are meant to stay narrow: each entry is one message, known to be harmless here."""
+The lists are meant to stay narrow: each entry is one message, known to be harmless here. A warning
+or log record that is worded differently in another version is shown again."""
 
 from __future__ import annotations
 
@@ -9,10 +10,12 @@ import importlib
 import logging
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from megatron.early_exit.hardware import cuda_remark
+_NOT_DISTRIBUTED = "torch.distributed is disabled, unavailable or uninitialized"
 
 # How each Python warning starts.
 WARNINGS = (
@@ -27,12 +30,15 @@ WARNINGS = (
     # Between Megatron's optimizer and checkpoint code and torch's.
     "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
     "Please use DTensor instead and we are deprecating ShardedTensor",
-    "torch.distributed is disabled, unavailable or uninitialized",
+    _NOT_DISTRIBUTED,
     "The argument order of load has been changed",
     # Collectives of torch that have new names since 2.14 and that Megatron calls by the old ones.
     "`torch.distributed.all_gather_into_tensor` is deprecated",
     "`torch.distributed.reduce_scatter_tensor` is deprecated",
 )
+
+# What PyTorch says when it compiles for a CPU on a machine that has CUDA's compiler but no GPU.
+CUDA_REMARK = ("torch.utils.cpp_extension", "No CUDA runtime is found")
 
 # The logger of each log record, and how its message starts.
 LOG_RECORDS = (
@@ -43,7 +49,7 @@ LOG_RECORDS = (
     ("megatron.core.rerun_state_machine", "Setting RerunStateMachine mode"),
     ("megatron.core.rerun_state_machine", "Result validation enabled"),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
-    (cuda_remark.LOGGER, cuda_remark.START),
+    CUDA_REMARK,
 )
 
 # What a module prints, and how it starts.
@@ -61,6 +67,20 @@ def silence() -> None:
         logging.getLogger(logger).addFilter(_Unlike(start))
 
 
+def silence_cuda_remark() -> None:
+    """Filter out `CUDA_REMARK` alone. Call it before anything is compiled."""
+    logger, start = CUDA_REMARK
+    logging.getLogger(logger).addFilter(_Unlike(start))
+
+
+@contextmanager
+def without_distributed_warning() -> Iterator[None]:
+    """Filter out the warning that torch.distributed is not initialised, where it need not be."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=re.escape(_NOT_DISTRIBUTED))
+        yield
+
+
 def silence_prints() -> None:
     """Filter out the lines listed above; imports the modules that print them.
 
@@ -71,7 +91,9 @@ def silence_prints() -> None:
         module = importlib.import_module(name)
         with open(str(module.__file__), encoding="utf-8") as source:
             if start not in source.read():
-                raise RuntimeError(f"{name} no longer prints {start!r}")
+                raise RuntimeError(
+                    f"{name} no longer prints {start!r}: this version of Megatron is not supported"
+                )
         module.print = _print_unlike(start)  # type: ignore[attr-defined]
 
 
@@ -83,12 +105,11 @@ def _print_unlike(start: str) -> Callable[..., None]:
     return print_unlike
 
 
+@dataclass(frozen=True)
 class _Unlike(logging.Filter):
-    """Passes the records whose message starts otherwise."""
+    """Passes the records whose message starts otherwise; a logger takes equal filters once."""
 
-    def __init__(self, start: str) -> None:
-        super().__init__()
-        self.start = start
+    start: str
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(self.start)

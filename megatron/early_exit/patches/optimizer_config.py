@@ -1,0 +1,38 @@
+"""Megatron's choice of learning rates: groups of parameters get rates of their own.
+
+Megatron reads them from its flags alone, which know nothing of the parameters of exits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKey
+from megatron.training import training
+
+from megatron.early_exit.patches.replace import wrap
+
+
+def set_learning_rates(rates: dict[str, float]) -> None:
+    """Give parameters learning rates of their own.
+
+    Args:
+        rates: the largest learning rate by a pattern that the parameters' names match.
+
+    Raises:
+        RuntimeError: the installed Megatron has another function.
+    """
+
+    def wrapper(original: Any) -> Any:
+        def with_rates(args: Any) -> tuple[OptimizerConfig, dict[ParamKey, ParamGroupOverride]]:
+            config, overrides = original(args)
+            for pattern, rate in rates.items():
+                if rate == args.lr:
+                    # Megatron tells groups of parameters apart by their rates when it loads.
+                    continue
+                own = ParamGroupOverride(max_lr=rate, min_lr=(args.min_lr or 0.0) * rate / args.lr)
+                overrides[ParamKey(name=pattern)] = own
+            return config, overrides
+
+        return with_rates
+
+    wrap(training, "get_megatron_optimizer_config", wrapper, "args")

@@ -1,0 +1,27 @@
+"""Megatron's access to a GPU's random state, past the public functions of torch: there is only the
+CPU's."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel import random
+
+from megatron.early_exit.patches.replace import replace
+
+
+def use_cpu_random_state() -> None:
+    """Give Megatron the CPU's random state in the place of a GPU's.
+
+    Raises:
+        RuntimeError: the installed Megatron has other functions.
+    """
+    replace(
+        random,
+        "_get_cuda_rng_state",
+        lambda device=None, clone=False, graph_safe=False: torch.get_rng_state(),
+    )
+    replace(
+        random,
+        "_set_cuda_rng_state",
+        lambda new_state, device=None, graph_safe=False: torch.set_rng_state(new_state),
+    )

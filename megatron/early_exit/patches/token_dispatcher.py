@@ -1,0 +1,24 @@
+"""Megatron's token dispatcher for experts: it sends split sizes as NumPy arrays, but converts them
+only where it copies them from a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe import token_dispatcher
+
+from megatron.early_exit.patches.replace import replace
+
+
+def convert_split_sizes() -> None:
+    """Make NumPy arrays also of split sizes that are on the CPU already.
+
+    Raises:
+        RuntimeError: the installed Megatron has another function.
+    """
+    replace(token_dispatcher, "maybe_move_tensor_to_cpu", _as_numpy)
+
+
+def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
