@@ -54,8 +54,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     distributed_optimizer.repair_fully_reshardable_format.__wrapped__,
     partial(forward_backward.train_by, print),
     partial(optimizer_config.set_learning_rates, {}),
-    partial(training_log.wrap_training_log, wrapper),
-    partial(training_log.wrap_evaluation, wrapper, wrapper),
+    partial(training_log.wrap_log, wrapper, wrapper, wrapper),
 )
 
 

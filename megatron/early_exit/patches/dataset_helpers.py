@@ -2,8 +2,6 @@
 
 The build would end the process for want of a Makefile, with or without a GPU."""
 
-from __future__ import annotations
-
 import importlib
 
 from megatron.core.datasets import utils
@@ -16,7 +14,6 @@ def skip_dataset_helper_build() -> None:
 
     Raises:
         ImportError: the wheel brings none.
-        RuntimeError: the installed Megatron builds it otherwise.
     """
     importlib.import_module("megatron.core.datasets.helpers_cpp")
     replace(utils, "compile_helpers", lambda: None)

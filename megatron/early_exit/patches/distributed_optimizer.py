@@ -13,8 +13,6 @@ data-parallel size), the optimizer state of all parameters after it is saved shi
 than a warning.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,11 +31,7 @@ or of another."""
 
 
 def repair_torch_steps() -> None:
-    """Let state over torch's own Adam load; nothing where Transformer Engine or Apex is installed.
-
-    Raises:
-        RuntimeError: the installed Megatron has other methods.
-    """
+    """Let state over torch's own Adam load, where neither Transformer Engine nor Apex is there."""
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
     wrap(DistributedOptimizer, "state_dict", _with_initial_state, "self")

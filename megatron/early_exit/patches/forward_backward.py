@@ -1,6 +1,4 @@
-"""Megatron's choice of a pipeline schedule, which knows Megatron's own alone."""
-
-from __future__ import annotations
+"""Megatron's choice of a pipeline schedule: it knows no schedules but its own."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,9 +14,6 @@ def train_by(step: Callable[..., list[Any]]) -> None:
 
     Args:
         step: called with what Megatron calls its schedules with, but `forward_only`.
-
-    Raises:
-        RuntimeError: the installed Megatron has another function.
     """
 
     def wrapper(get_schedule: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,8 +3,6 @@
 The lists are meant to stay narrow: each entry is one message, known to be harmless here. A warning
 or log record that is worded differently in another version is shown again."""
 
-from __future__ import annotations
-
 import builtins
 import importlib
 import logging

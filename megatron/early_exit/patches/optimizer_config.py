@@ -2,8 +2,6 @@
 
 Megatron reads them from its flags alone, which know nothing of the parameters of exits."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKey
@@ -17,9 +15,6 @@ def set_learning_rates(rates: dict[str, float]) -> None:
 
     Args:
         rates: the largest learning rate by a pattern that the parameters' names match.
-
-    Raises:
-        RuntimeError: the installed Megatron has another function.
     """
 
     def wrapper(original: Any) -> Any:

@@ -1,8 +1,6 @@
 """Megatron's access to a GPU's random state, past the public functions of torch: there is only the
 CPU's."""
 
-from __future__ import annotations
-
 import torch
 from megatron.core.tensor_parallel import random
 
@@ -10,11 +8,7 @@ from megatron.early_exit.patches.replace import replace
 
 
 def use_cpu_random_state() -> None:
-    """Give Megatron the CPU's random state in the place of a GPU's.
-
-    Raises:
-        RuntimeError: the installed Megatron has other functions.
-    """
+    """Give Megatron the CPU's random state in the place of a GPU's."""
     replace(
         random,
         "_get_cuda_rng_state",

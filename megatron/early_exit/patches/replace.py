@@ -39,17 +39,8 @@ def replace(owner: object, name: str, value: object, parameters: str | None = No
 
 
 def wrap(owner: object, name: str, wrapper: Wrapper, parameters: str | None = None) -> None:
-    """Set `owner.name`, a function, to what `wrapper` makes of it.
-
-    Args:
-        owner: a module or a class of torch or Megatron.
-        name: its function.
-        wrapper: called with the function.
-        parameters: see `replace`; None where Python cannot tell them.
-
-    Raises:
-        RuntimeError: see `replace`.
-    """
+    """Set `owner.name`, a function, to what `wrapper` makes of it; `parameters` as in `replace`,
+    None for a function that is written in C and does not tell them."""
     original = _original(owner, name, "function", parameters)
     setattr(owner, name, functools.wraps(original)(wrapper(original)))
 

@@ -1,8 +1,6 @@
 """Megatron's token dispatcher for experts: it sends split sizes as NumPy arrays, but converts them
 only where it copies them from a GPU."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -12,11 +10,7 @@ from megatron.early_exit.patches.replace import replace
 
 
 def convert_split_sizes() -> None:
-    """Make NumPy arrays also of split sizes that are on the CPU already.
-
-    Raises:
-        RuntimeError: the installed Megatron has another function.
-    """
+    """Make NumPy arrays also of split sizes that are on the CPU already."""
     replace(token_dispatcher, "maybe_move_tensor_to_cpu", _as_numpy)
 
 

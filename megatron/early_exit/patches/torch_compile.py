@@ -1,8 +1,6 @@
 """`torch.compile` of Megatron's helpers: a CPU gains nothing from it, and compiling takes longer
 than a short run."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 
@@ -12,11 +10,7 @@ from megatron.early_exit.patches.replace import replaced
 
 
 def keep_functions_eager() -> None:
-    """Keep Megatron's `torch.compile`d helpers eager.
-
-    Raises:
-        RuntimeError: the installed torch has another `torch.compile`.
-    """
+    """Keep Megatron's `torch.compile`d helpers eager."""
     if "megatron.core.jit" in sys.modules:
         torch.compiler.set_stance("force_eager")
         return

@@ -21,11 +21,7 @@ TENSOR_TYPES = ("FloatTensor", "HalfTensor", "BFloat16Tensor")
 
 
 def answer_cuda_calls() -> None:
-    """Answer calls of `torch.cuda.*`; for a process on a machine without CUDA.
-
-    Raises:
-        RuntimeError: the installed torch lacks something that is replaced here.
-    """
+    """Answer calls of `torch.cuda.*`; for a process on a machine without CUDA."""
     stream = _Stream()
     properties = types.SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0)
     # What has no meaning on a CPU does nothing, each in a function of its own: torch's tracer

@@ -1,7 +1,5 @@
 """Where torch makes and moves tensors: Megatron says "cuda", and is given the CPU."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +14,7 @@ FACTORIES = ("empty", "empty_like", "ones", "rand", "tensor", "zeros")
 
 
 def keep_tensors_on_cpu() -> None:
-    """Keep tensors and modules where they are, under the names that Megatron checks for.
-
-    Raises:
-        RuntimeError: the installed torch lacks something that is replaced here.
-    """
+    """Keep tensors and modules where they are, under the names that Megatron checks for."""
     # PyTorch's device contexts remember at their first use which functions they are about. They
     # would remember the wrappers, and let the functions inside these pass.
     with CPU:

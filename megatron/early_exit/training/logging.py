@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 from megatron.training.utils import print_rank_last
 
-from megatron.early_exit.patches.training_log import wrap_evaluation, wrap_training_log
+from megatron.early_exit.patches.training_log import wrap_log
 from megatron.early_exit.training.exit_loss import ExitObjective
 from megatron.early_exit.training.metrics import ExitMetrics
 from megatron.early_exit.training.progress import Progress
@@ -26,9 +26,9 @@ def log_exits(objective: ExitObjective, progress: Progress) -> None:
     Raises:
         RuntimeError: the installed megatron-core does not have the functions this relies on.
     """
-    wrap_training_log(partial(_with_exits, objective=objective, progress=progress))
+    log = partial(_with_exits, objective=objective, progress=progress)
     evaluation = _Evaluation(objective)
-    wrap_evaluation(evaluation.with_losses, evaluation.with_accuracies)
+    wrap_log(log, evaluation.with_losses, evaluation.with_accuracies)
 
 
 def _device() -> torch.device:
