@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.pipeline.generators import FilledOneFOneB, OneFOneB
 from megatron.early_exit.pipeline.planning.paper import PAPER_MODELS, PaperModel
-from megatron.early_exit.pipeline.planning.placement import placed
 from megatron.early_exit.pipeline.simulation import CostModel, simulate
 from megatron.early_exit.pipeline.simulation.model_costs import ExitExecution
 
@@ -56,7 +55,7 @@ def changes(model: PaperModel, variant: Variant, near: bool = True) -> tuple[flo
         variant: how its exits are computed.
         near: neighbouring stages are on one node (--use-tp-pp-dp-mapping) where they can be.
     """
-    exits = placed(model.model.exits, variant.placement)
+    exits = model.model.exits.placed(variant.placement)
     step = model.step(exits, variant.execution, near)
     standard = model.step(EarlyExitConfig(), ExitExecution(), near)
     time = step.step_s / standard.step_s - 1
@@ -77,7 +76,7 @@ def fill_cost(num_ranks: int, num_microbatches: int) -> float:
 
 def model_fill_cost(model: PaperModel) -> float:
     """The same of a model of the paper, with its exits placed and deferred."""
-    exits = placed(model.model.exits, BEST.placement)
+    exits = model.model.exits.placed(BEST.placement)
     filled, plain = (
         model.step(exits, BEST.execution, fill_bubbles=filling).step_s for filling in (True, False)
     )

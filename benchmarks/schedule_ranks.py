@@ -97,7 +97,7 @@ class _Plan:
 
 def model_shape(options: argparse.Namespace, num_layers: int) -> ModelShape:
     """A Llama-like model."""
-    return ModelShape(
+    return ModelShape.llama(
         num_layers=num_layers,
         hidden_size=options.hidden,
         ffn_hidden_size=4 * options.hidden,

@@ -8,7 +8,8 @@ known by its position p, the number of backbone layers that run before it.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from typing import Any, Literal, get_args
 
 WarmupStyle = Literal["linear", "cosine"]
@@ -208,6 +209,25 @@ class EarlyExitConfig:
     def positions(self) -> tuple[int, ...]:
         """Number of backbone layers before each exit, ascending."""
         return tuple(one.position for one in self.exits)
+
+    def placed(self, pre_exit: bool) -> "EarlyExitConfig":
+        """The same exits after their layers, or with `pre_exit` before the next ones.
+
+        Raises:
+            ValueError: their MLPs need them after their layers.
+        """
+        shift = int(pre_exit) - int(self.pre_exit)
+        numbers = tuple(number + shift for number in self.exit_layer_nums)
+        return replace(self, exit_layer_nums=numbers, pre_exit=pre_exit)
+
+    def stages(self, layers_per_stage: Sequence[int]) -> tuple[int, ...]:
+        """The pipeline stage of each exit, in the order of their positions: the one of the layer
+        that it follows, or before which it is placed."""
+        ends = list(accumulate(layers_per_stage))
+        return tuple(
+            next(stage for stage, end in enumerate(ends) if layer <= end)
+            for layer in sorted(self.exit_layer_nums)
+        )
 
     @property
     def head_flags(self) -> str:

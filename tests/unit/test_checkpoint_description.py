@@ -110,7 +110,7 @@ def test_what_cannot_be_computed_is_named(changes, message):
     ("changes", "message"),
     [
         ({"num_layers": 0}, "num_layers 0 is out of range, allowed: 1 or more"),
-        ({"num_query_groups": 3}, "divisors of num_attention_heads 4"),
+        ({"num_query_groups": 3}, "divisors of num_attention_heads, 4"),
         ({"activation": "tanh"}, "activation 'tanh' is unknown, allowed: gelu, "),
     ],
 )

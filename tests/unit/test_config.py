@@ -234,3 +234,12 @@ def test_answers_of_exits():
     config.validate(4, 9)
     with pytest.raises(ValueError, match=r"^--exit-vocab-size 9 .* allowed: 2 to the 8 tokens"):
         config.validate(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("pre_exit", "stages"), [(False, (0, 0, 1, 1, 2)), (True, (0, 1, 1, 2, 2))]
+)
+def test_exits_lie_on_the_stage_of_their_layer(pre_exit, stages):
+    layers = tuple(position + pre_exit for position in (1, 2, 3, 4, 5))
+    exits = EarlyExitConfig(exit_layer_nums=layers, pre_exit=pre_exit)
+    assert exits.stages((2, 2, 3)) == stages

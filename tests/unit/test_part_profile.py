@@ -18,7 +18,7 @@ from megatron.early_exit.training import part_profile  # noqa: E402
 from megatron.early_exit.training.part_profile import PartProfiler  # noqa: E402
 from tests.helpers.single_process import model_parallel  # noqa: E402
 
-SHAPE = ModelShape(
+SHAPE = ModelShape.llama(
     num_layers=12,
     hidden_size=64,
     ffn_hidden_size=192,

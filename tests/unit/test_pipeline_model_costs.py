@@ -7,7 +7,6 @@ import pytest
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.pipeline.generators import FilledOneFOneB, OneFOneB
 from megatron.early_exit.pipeline.planning.paper import PAPER_MODELS, PaperModel
-from megatron.early_exit.pipeline.planning.placement import placed
 from megatron.early_exit.pipeline.simulation import CostModel, StageCost, simulate
 from megatron.early_exit.pipeline.simulation.hardware import ACCELERATORS
 from megatron.early_exit.pipeline.simulation.layout import Layout
@@ -85,7 +84,7 @@ def test_filling_the_figures_bubbles_adds_no_time():
 @models
 def test_exits_cost_little_time_and_no_memory(model):
     """Pipeline neighbours in one node: at most 2 % of the step, and no peak memory."""
-    time, memory = changes(model, model.step(placed(model.model.exits, pre_exit=True), DEFERRED))
+    time, memory = changes(model, model.step(model.model.exits.placed(pre_exit=True), DEFERRED))
     assert 0 <= time <= 0.02
     assert memory <= 0
 
@@ -93,7 +92,7 @@ def test_exits_cost_little_time_and_no_memory(model):
 @models
 def test_neighbours_on_other_nodes_cost_more_time(model):
     """Exits make neighbouring stages equally slow, so that none hides a transfer any more."""
-    exits = placed(model.model.exits, pre_exit=True)
+    exits = model.model.exits.placed(pre_exit=True)
     near, _ = changes(model, model.step(exits, DEFERRED))
     far, _ = changes(model, model.step(exits, DEFERRED, use_tp_pp_dp_mapping=False), False)
     assert near <= far <= 0.03
@@ -103,7 +102,7 @@ def test_neighbours_on_other_nodes_cost_more_time(model):
 def test_each_optimisation_saves_memory(model):
     """Without any, the first stage holds the logits of four microbatches in flight."""
     peak = {
-        name: changes(model, model.step(placed(model.model.exits, pre_exit), execution))[1]
+        name: changes(model, model.step(model.model.exits.placed(pre_exit), execution))[1]
         for name, pre_exit, execution in (
             ("plain", False, AT_ONCE),
             ("deferral", False, DEFERRED),
@@ -119,7 +118,7 @@ def test_each_optimisation_saves_memory(model):
 
 def test_chunks_of_logits_save_memory_where_deferral_is_not_enough():
     model = PAPER_MODELS["1.3b"]
-    exits = placed(model.model.exits, pre_exit=True)
+    exits = model.model.exits.placed(pre_exit=True)
     whole = model.step(exits, DEFERRED).peak_bytes
     chunked = model.step(exits, ExitExecution(chunk_tokens=1024)).peak_bytes
     # Stages 1 and 2 have an exit each: 8192 tokens' logits in 6 bytes, and an eighth of them.
@@ -128,7 +127,7 @@ def test_chunks_of_logits_save_memory_where_deferral_is_not_enough():
 
 # --- the derivation ------------------------------------------------------------------------------
 
-TINY = ModelShape(
+TINY = ModelShape.llama(
     num_layers=4,
     hidden_size=8,
     ffn_hidden_size=16,
@@ -179,16 +178,6 @@ def test_weights_are_where_they_belong():
     assert weights(untied) == [3, 2]
     placed = EarlyExitConfig(exit_layer_nums=(3,), pre_exit=True, untie_exit_output_weights=True)
     assert weights(placed) == [1, 2]
-
-
-@pytest.mark.parametrize(
-    ("pre_exit", "stages"), [(False, (0, 0, 1, 1, 2)), (True, (0, 1, 1, 2, 2))]
-)
-def test_exits_lie_on_the_stage_of_their_layer(pre_exit, stages):
-    layout = Layout(layers_per_stage=(2, 2, 3), num_ranks=3)
-    layers = tuple(position + pre_exit for position in (1, 2, 3, 4, 5))
-    exits = EarlyExitConfig(exit_layer_nums=layers, pre_exit=pre_exit)
-    assert layout.exit_stages(exits) == stages
 
 
 def test_deferral_moves_the_exits_forward_to_the_backward():

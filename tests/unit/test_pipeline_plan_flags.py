@@ -15,8 +15,8 @@ from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
 from megatron.early_exit.pipeline.planning.filling import FillRequest, fill_bubbles  # noqa: E402
+from megatron.early_exit.pipeline.planning.model_flags import placements  # noqa: E402
 from megatron.early_exit.pipeline.planning.named_models import NAMED_MODELS  # noqa: E402
-from megatron.early_exit.pipeline.planning.placement import placements  # noqa: E402
 from megatron.early_exit.pipeline.planning.planner import Plan, find_plans  # noqa: E402
 from megatron.early_exit.pipeline.planning.report import flags, one_flag_a_line  # noqa: E402
 from megatron.early_exit.pipeline.planning.request import PlanRequest  # noqa: E402
@@ -111,7 +111,8 @@ def test_fills_have_flags(parse):
     assert options.fill_explicit_bubbles
     # They come on top of the batch, as the plan has them.
     assert options.fill_samples == "extra"
-    stages = frozenset(plan.costing.candidate.layout.exit_stages(plan.costing.candidate.exits))
+    one = plan.costing.candidate
+    stages = frozenset(one.exits.stages(one.layout.layers_per_stage))
     places = options.places(4, stages, options.assumed_ratio)
     assert (places.num_warmup_fills, places.num_cooldown_fills) == (2, 2)
     assert (plan.fills.num_warmup, plan.fills.num_cooldown) == (2, 2)

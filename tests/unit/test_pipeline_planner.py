@@ -8,8 +8,8 @@ import pytest
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.pipeline.planning.candidates import Candidate, candidates
 from megatron.early_exit.pipeline.planning.filling import FillRequest, fill_bubbles
+from megatron.early_exit.pipeline.planning.model_flags import placements
 from megatron.early_exit.pipeline.planning.named_models import NAMED_MODELS
-from megatron.early_exit.pipeline.planning.placement import placements
 from megatron.early_exit.pipeline.planning.planner import Plan, find_plans
 from megatron.early_exit.pipeline.planning.prediction import Costing, Fills
 from megatron.early_exit.pipeline.planning.request import PlanRequest
@@ -17,7 +17,7 @@ from megatron.early_exit.pipeline.simulation.hardware import ACCELERATORS
 from megatron.early_exit.pipeline.simulation.model_shape import ModelShape
 
 A100 = ACCELERATORS["a100-80gb"]
-SMALL = ModelShape(
+SMALL = ModelShape.llama(
     num_layers=12,
     hidden_size=1024,
     ffn_hidden_size=2752,

@@ -10,7 +10,7 @@ from megatron.early_exit.pipeline.simulation.layout import Layout
 from megatron.early_exit.pipeline.simulation.model_shape import ModelShape
 
 H100 = ACCELERATORS["h100"]
-TINY = ModelShape(
+TINY = ModelShape.llama(
     num_layers=4,
     hidden_size=8,
     ffn_hidden_size=16,
@@ -18,7 +18,7 @@ TINY = ModelShape(
     num_query_groups=1,
     vocab_size=100,
     seq_length=10,
-    tied_embedding=True,
+    share_embeddings_and_output_weights=True,
 )
 NONE = EarlyExitConfig()
 PROJECTION = 100 * 8

@@ -58,7 +58,8 @@ def test_flags_win_over_names():
         "--config 1.3b --seq-length 4096 --global-batch-size 512 --exit-layer-nums 3 6 9 "
         "--untie-embeddings-and-output-weights --use-exit-norm --hidden-size 1024"
     )
-    assert (model.shape.seq_length, model.shape.tied_embedding) == (4096, False)
+    assert model.shape.seq_length == 4096
+    assert not model.shape.share_embeddings_and_output_weights
     # Megatron's width for a gated MLP.
     assert model.shape.ffn_hidden_size == 2688
     assert model.global_batch_size == 512
@@ -80,15 +81,25 @@ def test_models_have_files(tmp_path):
     for path in (tmp_path, tmp_path / "config.json"):
         shape = model_of(f"--config {path}").shape
         assert (shape.num_layers, shape.num_query_groups, shape.seq_length) == (16, 8, 4096)
-        assert shape.tied_embedding
+        assert shape.share_embeddings_and_output_weights
     assert model_of(f"--config {tmp_path} --seq-length 8192").shape.seq_length == 8192
+
+
+def test_plans_need_no_more_than_sizes(tmp_path):
+    """A model may be one that is not imported, with whatever is not in its costs."""
+    odd = {"architectures": ["GemmaForCausalLM"], "hidden_act": "gelu", "sliding_window": 512}
+    odd |= {"num_experts": 0, "num_key_value_heads": None, "head_dim": None}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | odd))
+    shape = model_of(f"--config {tmp_path}").shape
+    assert (shape.num_layers, shape.num_query_groups) == (16, 32)
 
 
 def test_models_have_flags():
     model = model_of(BY_FLAGS)
     assert (model.shape.num_query_groups, model.shape.ffn_hidden_size) == (8, 1344)
-    assert model.shape.tied_embedding
-    assert not model_of(f"{BY_FLAGS} --untie-embeddings-and-output-weights").shape.tied_embedding
+    assert model.shape.share_embeddings_and_output_weights
+    untied = model_of(f"{BY_FLAGS} --untie-embeddings-and-output-weights")
+    assert not untied.shape.share_embeddings_and_output_weights
 
 
 # --- plans ---------------------------------------------------------------------------------------

@@ -73,8 +73,8 @@ class Architecture:
                 )
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
-                f"num_query_groups {self.num_query_groups} is not possible, allowed: divisors of "
-                f"num_attention_heads {self.num_attention_heads}"
+                f"num_query_groups {self.num_query_groups} is out of range, allowed: divisors of "
+                f"num_attention_heads, {self.num_attention_heads}"
             )
 
     @property

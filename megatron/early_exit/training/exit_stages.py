@@ -13,12 +13,9 @@ def exit_stages(args: Namespace, exits: EarlyExitConfig) -> frozenset[int]:
     """The pipeline stages that exits lie on, by checked arguments without chunks."""
     config = core_transformer_config_from_args(args)
     layout = config.pipeline_model_parallel_layout
-    ends, last = [], 0
-    for stage in range(args.pipeline_model_parallel_size):
-        if layout is None:
-            last += get_num_layers_to_build(config, pp_rank=stage)
-        else:
-            last += layout.layout[stage][0].count(LayerType.decoder)
-        ends.append(last)
-    hosts = (position + exits.pre_exit for position in exits.positions)
-    return frozenset(next(s for s, end in enumerate(ends) if host <= end) for host in hosts)
+    stages = range(args.pipeline_model_parallel_size)
+    if layout is None:
+        layers = [get_num_layers_to_build(config, pp_rank=stage) for stage in stages]
+    else:
+        layers = [layout.layout[stage][0].count(LayerType.decoder) for stage in stages]
+    return frozenset(exits.stages(layers))

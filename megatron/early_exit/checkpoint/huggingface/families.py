@@ -12,6 +12,7 @@ from megatron.early_exit.checkpoint.huggingface.rotary_settings import (
     read_rotary,
     write_rotary,
 )
+from megatron.early_exit.checkpoint.huggingface_config import count, read_sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +54,10 @@ def read_architecture(config: Mapping[str, Any], stored: torch.dtype) -> Archite
     """
     family = _family(config)
     _refuse_unsupported(config, family)
-    hidden_size, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
-    head_size = _count(config, "head_dim", family.head_size or hidden_size // heads)
     has_biases = _has_biases(config)
     dtype = config.get("dtype") or config.get("torch_dtype") or stored
     return Architecture(
-        num_layers=_count(config, "num_hidden_layers"),
-        hidden_size=hidden_size,
-        ffn_hidden_size=_count(config, "intermediate_size"),
-        num_attention_heads=heads,
-        num_query_groups=_count(config, "num_key_value_heads", heads),
-        kv_channels=head_size,
-        vocab_size=_count(config, "vocab_size"),
-        max_position_embeddings=_count(config, "max_position_embeddings"),
+        **read_sizes(config, family.head_size),
         normalization="RMSNorm",
         layernorm_epsilon=positive_number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
         activation="silu",
@@ -75,7 +67,6 @@ def read_architecture(config: Mapping[str, Any], stored: torch.dtype) -> Archite
         qk_layernorm=family.qk_norm,
         position_embedding_type="rope",
         **read_rotary(config),
-        share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings", False)),
         params_dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
     )
 
@@ -87,15 +78,6 @@ def _family(config: Mapping[str, Any]) -> Family:
             return family
     allowed = ", ".join(family.name for family in FAMILIES)
     raise ValueError(f"architecture {names[0]} is not supported, allowed: {allowed}")
-
-
-def _count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = config.get(name)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} {value!r} is out of range, allowed: 1 or more")
-    return value
 
 
 def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
@@ -116,8 +98,8 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
         is_windowed = kinds != {"full_attention"}
     if not is_windowed:
         return
-    context = _count(config, "max_position_embeddings")
-    window = _count(config, "sliding_window", context)
+    context = count(config, "max_position_embeddings")
+    window = count(config, "sliding_window", context)
     if window < context:
         raise ValueError(
             f"sliding_window {window} is not supported, allowed: null, or max_position_embeddings "

@@ -91,7 +91,7 @@ class ParallelBackend:
         self.rank_info, self.architecture = rank_info, architecture
         self.is_worker = has_driver and rank_info.rank > 0
         self.exit_layers = early_exit.positions
-        self._first_exit = rank_info.first_exit(architecture, early_exit)
+        self._first_exit = rank_info.exits(architecture.num_layers, early_exit).start
         self._heartbeat = Heartbeat(rank_info.group)
         self._control: ControlPlane | None = None
         self._closing: PipelineDriver | PipelineWorker | TensorDriver | None = None

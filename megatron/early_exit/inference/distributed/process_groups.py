@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, distributed
@@ -71,15 +72,19 @@ class RankInfo:
 
     def layers(self, num_layers: int) -> range:
         """The stage's layers, counted from 0."""
-        first, end = (
-            num_layers * stage // self.num_stages for stage in (self.stage, self.stage + 1)
-        )
-        return range(first, end)
+        ends = self._ends(num_layers)
+        return range(ends[self.stage], ends[self.stage + 1])
 
-    def first_exit(self, architecture: Architecture, early_exit: EarlyExitConfig) -> int:
-        """Exits on the stages before this one."""
-        start = self.layers(architecture.num_layers).start
-        return sum(position <= start for position in early_exit.positions)
+    def _ends(self, num_layers: int) -> list[int]:
+        return [num_layers * stage // self.num_stages for stage in range(self.num_stages + 1)]
+
+    def exits(self, num_layers: int, early_exit: EarlyExitConfig) -> range:
+        """The stage's exits, counted from 0. Each is behind the layer that it follows, also if it
+        was trained before the next one."""
+        layers_per_stage = [end - first for first, end in pairwise(self._ends(num_layers))]
+        stages = early_exit.placed(pre_exit=False).stages(layers_per_stage)
+        first = sum(stage < self.stage for stage in stages)
+        return range(first, first + stages.count(self.stage))
 
 
 def join(
@@ -168,7 +173,8 @@ def stage_as_model(
         weights: what `own_part` has left.
     """
     layers = rank_info.layers(architecture.num_layers)
-    positions = [p - layers.start for p in early_exit.positions if p - 1 in layers]
+    own_exits = rank_info.exits(architecture.num_layers, early_exit)
+    positions = [early_exit.positions[index] - layers.start for index in own_exits]
     exits = EarlyExitConfig()
     if positions:
         exits = EarlyExitConfig(

@@ -1,13 +1,15 @@
 """The flags with which a model and its exits are described, with Megatron's names."""
 
+import json
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from megatron.early_exit.checkpoint.huggingface_config import read_sizes
 from megatron.early_exit.config import EarlyExitConfig, as_flag
-from megatron.early_exit.pipeline.planning.model_config import read_model_config
 from megatron.early_exit.pipeline.planning.named_models import NAMED_MODELS
-from megatron.early_exit.pipeline.planning.placement import placed, placements
 from megatron.early_exit.pipeline.simulation.model_shape import ModelShape
 
 _SIZES = {
@@ -19,12 +21,16 @@ _SIZES = {
     "vocab_size": "tokens of the vocabulary",
     "seq_length": "tokens of a sequence (default of a config.json: its context, up to 4096)",
 }
+_SHARED = "share_embeddings_and_output_weights"
 _HEADS = {
     "use_exit_norm": "each exit has its own norm",
     "use_exit_mlp": "each exit has its own MLP; not with --pre-exit",
     "use_exit_block": "each exit has a whole layer",
     "untie_exit_output_weights": "each exit has its own projection",
 }
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# Contexts grow beyond what models are trained with.
+_LONGEST_DEFAULT = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,20 +85,20 @@ def read_model(args: Namespace) -> Model:
         ValueError: something is missing or out of range; named by its flag.
     """
     named = NAMED_MODELS.get((args.config or "").lower())
-    known: dict[str, int | bool] = {}
+    known: dict[str, Any] = {}
     if named is not None:
-        known = {field.name: getattr(named.shape, field.name) for field in fields(named.shape)}
+        known = {name: getattr(named.shape, name) for name in (*_SIZES, _SHARED)}
     elif args.config is not None:
         if not Path(args.config).exists():
             raise ValueError(
                 f"--config {args.config} is neither a model nor a file, allowed: "
                 f"{', '.join(NAMED_MODELS)}, or a path"
             )
-        known = read_model_config(Path(args.config))
+        known = _read_config(Path(args.config))
     shape = _shape(args, known)
     exits = _exits(args, EarlyExitConfig() if named is None else named.exits)
     exits.validate(shape.num_layers, shape.vocab_size)
-    ways = (placed(exits, True),) if args.pre_exit else placements(exits, shape.num_layers)
+    ways = (exits.placed(True),) if args.pre_exit else placements(exits, shape.num_layers)
     batch: int | None = args.global_batch_size
     if batch is None and named is not None:
         batch = named.global_batch_size
@@ -102,6 +108,44 @@ def read_model(args: Namespace) -> Model:
         placements=ways,
         global_batch_size=batch,
     )
+
+
+def placements(exits: EarlyExitConfig, num_layers: int) -> tuple[EarlyExitConfig, ...]:
+    """The placements that exits can have: an MLP takes the place of that of the layer before it,
+    and behind the last layer there is none to stand before."""
+    after = exits.placed(False)
+    if not exits.positions or exits.use_exit_mlp or exits.positions[-1] >= num_layers:
+        return (after,)
+    return after, exits.placed(True)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """What a config.json, or the one in a folder, tells of a `ModelShape`."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"--config {path} is not JSON: {error}") from None
+    if not isinstance(config, Mapping):
+        raise ValueError(f"--config {path} is no config.json of a model, allowed: a JSON object")
+    for name in _EXPERTS:
+        if config.get(name):
+            raise ValueError(f"--config {path}: {name} {config[name]}, allowed: dense models")
+    try:
+        sizes = read_sizes(config)
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from None
+    hidden_size, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    # Without a size of their own, heads are checked together with what flags say.
+    if config.get("head_dim") is not None and sizes["kv_channels"] * heads != hidden_size:
+        raise ValueError(
+            f"--config {path}: head_dim {sizes['kv_channels']}, allowed: hidden_size / "
+            f"num_attention_heads, {hidden_size / heads:g}"
+        )
+    sizes["seq_length"] = min(sizes["max_position_embeddings"], _LONGEST_DEFAULT)
+    return {name: sizes[name] for name in (*_SIZES, _SHARED)}
 
 
 def _exits(args: Namespace, known: EarlyExitConfig) -> EarlyExitConfig:
@@ -118,7 +162,7 @@ def _exits(args: Namespace, known: EarlyExitConfig) -> EarlyExitConfig:
     )
 
 
-def _shape(args: Namespace, known: dict[str, int | bool]) -> ModelShape:
+def _shape(args: Namespace, known: Mapping[str, Any]) -> ModelShape:
     sizes = {**known, **{n: v for n in _SIZES if (v := getattr(args, n)) is not None}}
     if args.num_query_groups is None and (args.num_attention_heads is not None or not known):
         sizes["num_query_groups"] = sizes.get("num_attention_heads", 1)
@@ -129,11 +173,11 @@ def _shape(args: Namespace, known: dict[str, int | bool]) -> ModelShape:
     if missing:
         raise ValueError(f"{' '.join(missing)} missing, allowed: these flags, or --config")
     if args.untie_embeddings_and_output_weights:
-        sizes["tied_embedding"] = False
+        sizes[_SHARED] = False
     elif not known:
-        sizes["tied_embedding"] = True
+        sizes[_SHARED] = True
     try:
-        return ModelShape(**sizes)
+        return ModelShape.llama(**sizes)
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         raise ValueError(f"{as_flag(name)} {rest}") from None

@@ -29,7 +29,7 @@ class NamedModel:
 def _model(
     layers: int, hidden: int, ffn: int, heads: int, *, tied: bool = False, batch: int = 2048
 ) -> NamedModel:
-    shape = ModelShape(
+    shape = ModelShape.llama(
         num_layers=layers,
         hidden_size=hidden,
         ffn_hidden_size=ffn,
@@ -37,7 +37,7 @@ def _model(
         num_query_groups=heads,
         vocab_size=50304,
         seq_length=2048,
-        tied_embedding=tied,
+        share_embeddings_and_output_weights=tied,
     )
     exits = EarlyExitConfig(
         exit_layer_nums=(layers // 4, layers // 2), untie_exit_output_weights=not tied

@@ -67,7 +67,7 @@ class PaperModel:
                 num_ranks=NUM_RANKS,
                 num_microbatches=num_microbatches,
                 backward_forward_ratio=2.0,
-                exit_stages=frozenset(layout.exit_stages(exits)),
+                exit_stages=frozenset(exits.stages(layout.layers_per_stage)),
             ).build()
 
         return time_long_step(build, self.num_microbatches, costs)

@@ -128,7 +128,8 @@ class Costing:
 
     @property
     def _exit_stages(self) -> frozenset[int]:
-        return frozenset(self.candidate.layout.exit_stages(self.candidate.exits))
+        one = self.candidate
+        return frozenset(one.exits.stages(one.layout.layers_per_stage))
 
     def predict(self, fills: Fills) -> Prediction:
         """Simulate a step."""

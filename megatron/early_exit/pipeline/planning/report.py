@@ -123,7 +123,7 @@ def as_json(plan: Plan, request: PlanRequest) -> dict[str, Any]:
         "num_microbatches": one.num_microbatches,
         "use_tp_pp_dp_mapping": layout.use_tp_pp_dp_mapping,
         "pre_exit": one.exits.pre_exit,
-        "exit_stages": list(layout.exit_stages(one.exits)),
+        "exit_stages": list(one.exits.stages(layout.layers_per_stage)),
         "num_fill_warmup_microbatches": plan.fills.num_warmup,
         "num_fill_cooldown_microbatches": plan.fills.num_cooldown,
         "fill_cost": plan.fill_cost,

@@ -1,10 +1,7 @@
-"""How a model is laid out over the ranks of a pipeline, and where its exits come to lie."""
+"""How a model is laid out over the ranks of a pipeline."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import accumulate
-
-from megatron.early_exit.config import EarlyExitConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +82,3 @@ class Layout:
         if self.use_tp_pp_dp_mapping:
             return (replica * self.num_ranks + rank) * self.tensor_parallel
         return (rank * self.data_parallel + replica) * self.tensor_parallel
-
-    def exit_stages(self, exits: EarlyExitConfig) -> tuple[int, ...]:
-        """The stage of each exit: that of the layer it follows, or before which it is placed."""
-        ends = list(accumulate(self.layers_per_stage))
-        shift = 1 if exits.pre_exit else 0
-        layers = [position + shift for position in exits.positions]
-        return tuple(next(s for s, end in enumerate(ends) if layer <= end) for layer in layers)

@@ -82,7 +82,7 @@ def model_costs(
     exits.validate(shape.num_layers, shape.vocab_size)
     times = times or HardwareTimes(shape, exits, accelerator)
     derive = _Derivation(shape, layout, accelerator, exits, execution, times, pass_overhead_s)
-    exit_stages = layout.exit_stages(exits)
+    exit_stages = exits.stages(layout.layers_per_stage)
     weights = stage_weights(shape, layout, exits)
     stages = range(layout.num_stages)
     return CostModel(

@@ -1,4 +1,4 @@
-"""A language model on paper: its weights, the operations it takes, the activations it keeps.
+"""A model on paper: its weights, the operations it takes, the activations it keeps.
 
 Counts for one token of a forward pass; operations are floating-point multiplications and
 additions. Activations are those of "Reducing Activation Recomputation in Large Transformer
@@ -6,58 +6,60 @@ Models" (arXiv 2205.05198, section 4), with grouped queries and a gated MLP, and
 attention matrix, which FlashAttention (arXiv 2205.14135) does not keep.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.early_exit.checkpoint.architecture import Architecture
 
 _BF16 = 2
+_LLAMA = {
+    "normalization": "RMSNorm",
+    "layernorm_epsilon": 1e-5,
+    "activation": "silu",
+    "gated_linear_unit": True,
+    "add_bias_linear": False,
+    "position_embedding_type": "rope",
+    "share_embeddings_and_output_weights": False,
+    "params_dtype": "bfloat16",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """The shape of a Llama-like model: RMSNorm, rotary positions, gated MLP, no biases.
-
-    Attributes:
-        num_layers: backbone layers.
-        hidden_size: width of the hidden state.
-        ffn_hidden_size: width of the MLP.
-        num_attention_heads: query heads.
-        num_query_groups: key and value heads.
-        vocab_size: rows of the embedding, padded.
-        seq_length: tokens of a sequence.
-        tied_embedding: whether the final projection is the embedding.
+class ModelShape(Architecture):
+    """A backbone in training. Its heads make up its width, and its vocabulary includes padding.
 
     Raises:
         ValueError: a size is below 1, or heads do not divide what they share.
     """
 
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    vocab_size: int
     seq_length: int
-    tied_embedding: bool = False
+    """Tokens of a sequence."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if getattr(self, field.name) < 1 and field.name != "tied_embedding":
-                raise ValueError(
-                    f"{field.name} {getattr(self, field.name)} is out of range, allowed: 1 or more"
-                )
-        for part, whole in (
-            ("num_attention_heads", "hidden_size"),
-            ("num_query_groups", "num_attention_heads"),
-        ):
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(
-                    f"{part} {getattr(self, part)} is out of range, allowed: divisors of {whole}, "
-                    f"{getattr(self, whole)}"
-                )
+        super().__post_init__()
+        if self.num_attention_heads * self.kv_channels != self.hidden_size:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is out of range, allowed: "
+                f"divisors of hidden_size, {self.hidden_size}"
+            )
+
+    @classmethod
+    def llama(cls, *, seq_length: int, **sizes: Any) -> "ModelShape":
+        """A model that is known by its sizes: RMSNorm, rotary positions, gated MLP, no biases.
+
+        Args:
+            seq_length: tokens of a sequence.
+            sizes: the sizes of an `Architecture` that do not follow from others, and whether it
+                shares its embedding, which is off by default.
+        """
+        # Sizes that are out of range are refused by their own names.
+        head = max(sizes["hidden_size"] // max(sizes["num_attention_heads"], 1), 1)
+        derived = {"kv_channels": head, "max_position_embeddings": max(seq_length, 1)}
+        return cls(seq_length=seq_length, **{**_LLAMA, **derived, **sizes})
 
     @property
     def _qkv_size(self) -> int:
-        head = self.hidden_size // self.num_attention_heads
-        return self.hidden_size + 2 * self.num_query_groups * head
+        return self.hidden_size + 2 * self.num_query_groups * self.kv_channels
 
     @property
     def mlp_weights(self) -> int:

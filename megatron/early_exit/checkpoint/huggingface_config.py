@@ -1,0 +1,52 @@
+"""The sizes of a model in a `config.json` of Hugging Face's, whichever family it is of."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+}
+
+
+def read_sizes(config: Mapping[str, Any], head_size: int | None = None) -> dict[str, Any]:
+    """The fields of an `Architecture` that are sizes, and whether it shares its embedding.
+
+    Args:
+        config: what config.json holds.
+        head_size: size of a head where config.json does not tell; None is h / heads.
+
+    Raises:
+        ValueError: one is missing, or out of range.
+    """
+    sizes = {field: count(config, name) for field, name in _NAMES.items()}
+    hidden_size, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    return {
+        **sizes,
+        "num_query_groups": count(config, "num_key_value_heads", heads),
+        "kv_channels": count(config, "head_dim", head_size or max(hidden_size // heads, 1)),
+        "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings", False)),
+    }
+
+
+def count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A number of things in a config.json.
+
+    Args:
+        config: what it holds.
+        name: of the entry.
+        default: where it is missing or null; None for entries that have to be there.
+
+    Raises:
+        ValueError: it is no whole number from 1 on.
+    """
+    value = config.get(name)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} {value!r} is out of range, allowed: 1 or more")
+    return value
