@@ -17,6 +17,7 @@ from megatron.early_exit.pipeline.generators import FilledOneFOneB, OneFOneB
 from megatron.early_exit.pipeline.planning.paper import PAPER_MODELS, PaperModel
 from megatron.early_exit.pipeline.simulation import CostModel, simulate
 from megatron.early_exit.pipeline.simulation.model_costs import ExitExecution
+from megatron.early_exit.pipeline.validation import build_proved
 
 CHUNK_TOKENS = 1024
 BOUNDS = {"time": 0.02, "memory": 0.0, "fills": 0.01}
@@ -70,7 +71,7 @@ def fill_cost(num_ranks: int, num_microbatches: int) -> float:
     filled = FilledOneFOneB(
         num_ranks=num_ranks, num_microbatches=num_microbatches, backward_forward_ratio=2.0
     )
-    times = (simulate(one.build(), costs).step_s for one in (filled, plain))
+    times = (simulate(build_proved(one), costs).step_s for one in (filled, plain))
     return next(times) / next(times) - 1
 
 

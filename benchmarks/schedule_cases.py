@@ -6,6 +6,7 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.pipeline.communication import with_communication
 from megatron.early_exit.pipeline.generators import FilledOneFOneB
 from megatron.early_exit.pipeline.schedule import Schedule
+from megatron.early_exit.pipeline.validation import build_proved
 
 STAGES = 2
 
@@ -38,7 +39,7 @@ class Case:
             num_cooldown_fills=self.fills[1],
             exit_stages=frozenset({int(self.pre_exit)} if self.exit_at_boundary else ()),
         )
-        return with_communication(generator.build())
+        return with_communication(build_proved(generator))
 
 
 EXIT = Case("exit at the end of stage 1", exit_at_boundary=True)

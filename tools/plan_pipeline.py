@@ -53,6 +53,7 @@ from megatron.early_exit.pipeline.simulation.timeline_file import (
     check_timeline_file,
     write_timeline,
 )
+from megatron.early_exit.pipeline.validation import build_proved
 
 _INTERRUPTED = 130
 
@@ -108,7 +109,7 @@ def time_schedule(args: argparse.Namespace) -> None:
         ValueError: a flag is missing or out of range.
     """
     one = read_schedule(args)
-    schedule = one.generator().build()
+    schedule = build_proved(one.generator())
     timeline = simulate(schedule, one.costs())
     if args.json:
         print(json.dumps(_timeline_json(timeline)))
@@ -167,12 +168,12 @@ def _summary(plans: Plans, request: PlanRequest) -> str:
 def _write_plan_files(args: argparse.Namespace, best: Plan, title: str) -> None:
     candidate = best.costing.candidate
     num_ranks, whole = candidate.layout.num_ranks, candidate.num_microbatches
-    schedule = best.costing.generator(whole, best.fills).build()
+    schedule = build_proved(best.costing.generator(whole, best.fills))
     number = min(args.timeline_microbatches or 4 * num_ranks, whole)
     if candidate.num_chunks > 1:
         # Those of an interleaved schedule come in groups.
         number = max(number // num_ranks, 1) * num_ranks
-    drawn = best.costing.generator(number, best.fills).build()
+    drawn = build_proved(best.costing.generator(number, best.fills))
     timeline = simulate(drawn, best.costing.costs)
     part = f", {number} of {whole} microbatches" if number < whole else ""
     _write_files(args, schedule, timeline, title + part)

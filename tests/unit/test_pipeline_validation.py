@@ -11,7 +11,7 @@ from megatron.early_exit.pipeline.communication import with_communication
 from megatron.early_exit.pipeline.generators import OneFOneB, ZeroBubbleH1
 from megatron.early_exit.pipeline.grid import draw_grid
 from megatron.early_exit.pipeline.schedule import Schedule
-from megatron.early_exit.pipeline.validation import ScheduleError, check
+from megatron.early_exit.pipeline.validation import ScheduleError, build_proved, check
 
 # Two stages and two microbatches, computations only.
 GOOD = "0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n"
@@ -126,6 +126,22 @@ def test_too_many_activations_are_found():
     explained = explain(GOOD, activation_limits=[1, 1])
     assert explained.startswith("rank 0 keeps 2 activations, allowed: 1:")
     assert ">0F1<" in explained
+
+
+def test_what_generators_make_is_proved_once():
+    generator = OneFOneB(num_ranks=2, num_microbatches=3)
+    schedule = build_proved(generator)
+    assert schedule == generator.build()
+    assert build_proved(OneFOneB(num_ranks=2, num_microbatches=3)) is schedule
+
+
+def test_generators_have_to_keep_their_promises():
+    class Promising(OneFOneB):
+        def activation_limit(self, rank: int) -> int:
+            return 1
+
+    with pytest.raises(ScheduleError, match="rank 0 keeps 2 activations, allowed: 1"):
+        build_proved(Promising(num_ranks=2, num_microbatches=3))
 
 
 def test_every_missing_action_is_noticed():

@@ -11,6 +11,7 @@ from megatron.early_exit.pipeline.execution.contributions import Contributions
 from megatron.early_exit.pipeline.execution.pass_clock import PassClock
 from megatron.early_exit.pipeline.execution.training_step import run_training_step
 from megatron.early_exit.pipeline.schedule import Schedule
+from megatron.early_exit.pipeline.validation import check
 from megatron.early_exit.training.exit_loss import ExitObjective
 from megatron.early_exit.training.step_data import StepData
 
@@ -26,7 +27,7 @@ class StepPlan(Protocol):
 
     def __call__(self, num_microbatches: int) -> Schedule:
         """The schedule of the next step, with sends and receives; called once for each on all ranks
-        alike.
+        alike. A new object is proved before it is run, so equal steps should have the same one.
 
         Args:
             num_microbatches: of the step.
@@ -45,6 +46,7 @@ class ScheduledSteps:
     def __init__(self, objective: ExitObjective, plan: StepPlan) -> None:
         self._objective = objective
         self._plan = plan
+        self._proved: list[Schedule] = []
 
     def __call__(
         self,
@@ -65,11 +67,15 @@ class ScheduledSteps:
 
         Raises:
             ValueError: an argument is given that these steps know nothing of.
+            ScheduleError: the schedule cannot run.
         """
         if unknown := sorted(name for name, value in others.items() if value is not None):
             raise ValueError(f"steps by lists take no {', '.join(unknown)}")
         (chunk,) = model
         schedule = self._plan(num_microbatches)
+        if not any(schedule is known for known in self._proved):
+            check(schedule)
+            self._proved.append(schedule)
         contributions = Contributions.of(schedule)
         stage = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["pp"]).pp.rank()
         on_last = contributions.to_losses(schedule.num_ranks - 1)

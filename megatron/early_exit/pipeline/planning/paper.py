@@ -10,6 +10,7 @@ from megatron.early_exit.pipeline.simulation.hardware import ACCELERATORS
 from megatron.early_exit.pipeline.simulation.layout import Layout
 from megatron.early_exit.pipeline.simulation.long_step import StepTime, time_long_step
 from megatron.early_exit.pipeline.simulation.model_costs import ExitExecution, model_costs
+from megatron.early_exit.pipeline.validation import build_proved
 
 NUM_ACCELERATORS, NUM_RANKS = 64, 4
 
@@ -62,13 +63,15 @@ class PaperModel:
 
         def build(num_microbatches: int) -> Schedule:
             if not fill_bubbles:
-                return OneFOneB(num_ranks=NUM_RANKS, num_microbatches=num_microbatches).build()
-            return FilledOneFOneB(
+                plain = OneFOneB(num_ranks=NUM_RANKS, num_microbatches=num_microbatches)
+                return build_proved(plain)
+            filled = FilledOneFOneB(
                 num_ranks=NUM_RANKS,
                 num_microbatches=num_microbatches,
                 backward_forward_ratio=2.0,
                 exit_stages=frozenset(exits.stages(layout.layers_per_stage)),
-            ).build()
+            )
+            return build_proved(filled)
 
         return time_long_step(build, self.num_microbatches, costs)
 

@@ -1,7 +1,7 @@
 """What a candidate is predicted to take: bounds at once, and the times of its simulated step."""
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 from megatron.early_exit.pipeline.generators import (
     FilledOneFOneB,
@@ -16,6 +16,7 @@ from megatron.early_exit.pipeline.schedule import Schedule
 from megatron.early_exit.pipeline.simulation import CostModel
 from megatron.early_exit.pipeline.simulation.long_step import StepTime, time_long_step
 from megatron.early_exit.pipeline.simulation.model_costs import ExitExecution, model_costs
+from megatron.early_exit.pipeline.validation import build_proved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,13 +135,11 @@ class Costing:
     def predict(self, fills: Fills) -> Prediction:
         """Simulate a step."""
 
-        def build(fills: Fills, number: int) -> Schedule:
-            return self.generator(number, fills).build()
+        def build(number: int) -> Schedule:
+            return build_proved(self.generator(number, fills))
 
         group = self.candidate.layout.num_ranks if self.candidate.num_chunks > 1 else 1
-        pipeline = time_long_step(
-            partial(build, fills), self.candidate.num_microbatches, self.costs, group
-        )
+        pipeline = time_long_step(build, self.candidate.num_microbatches, self.costs, group)
         starts = [rank.start_s for rank in pipeline.ranks]
         ends = [rank.end_s for rank in pipeline.ranks]
         return Prediction(

@@ -1,15 +1,30 @@
 """Proves a schedule, or explains what is wrong with a picture of the faulty step."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from megatron.early_exit.pipeline.activations import alive_activations
 from megatron.early_exit.pipeline.data_flow import execution_order
+from megatron.early_exit.pipeline.generators import Generator
 from megatron.early_exit.pipeline.schedule import Schedule
 from megatron.early_exit.pipeline.validation.fault import Places, ScheduleError
 from megatron.early_exit.pipeline.validation.messages import Sends, check_messages, check_waiting
 from megatron.early_exit.pipeline.validation.passes import check_passes
 
-__all__ = ["ScheduleError", "Sends", "check"]
+__all__ = ["ScheduleError", "Sends", "build_proved", "check"]
+
+
+@lru_cache(maxsize=16)
+def build_proved(generator: Generator) -> Schedule:
+    """The schedule of a generator, without sends and receives, built and proved once.
+
+    Raises:
+        ScheduleError: it cannot run, or keeps more activations than the generator promises.
+    """
+    schedule = generator.build()
+    limits = [generator.activation_limit(rank) for rank in range(generator.num_ranks)]
+    check(schedule, activation_limits=limits)
+    return schedule
 
 
 def check(
@@ -25,6 +40,9 @@ def check(
     of EE-Tuning only in exits), after its forward. If the schedule has sends and receives, each
     result that a neighbour needs has one of both, where it is there and before it is needed, and
     between two ranks they are in the same order. Nothing waits for ever.
+
+    With sends and receives this takes 0.02 s for 4 stages and 64 microbatches and 4 s for 64 stages
+    and 512, without them 0.004 s and 0.8 s (a little less than `simulate`).
 
     Args:
         schedule: with or without sends and receives.
