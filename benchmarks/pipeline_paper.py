@@ -13,11 +13,12 @@ import sys
 from dataclasses import dataclass
 
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.pipeline.generators import FilledOneFOneB, OneFOneB
-from megatron.early_exit.pipeline.planning.paper import PAPER_MODELS, PaperModel
-from megatron.early_exit.pipeline.simulation import CostModel, simulate
-from megatron.early_exit.pipeline.simulation.model_costs import ExitExecution
-from megatron.early_exit.pipeline.validation import build_proved
+from megatron.early_exit.planner.costs.cost_model import CostModel
+from megatron.early_exit.planner.costs.model_costs import ExitExecution
+from megatron.early_exit.planner.paper import PAPER_MODELS, PaperModel
+from megatron.early_exit.planner.simulation.simulator import simulate
+from megatron.early_exit.schedules.check import build_proved
+from megatron.early_exit.schedules.generators import FilledOneFOneB, OneFOneB
 
 CHUNK_TOKENS = 1024
 BOUNDS = {"time": 0.02, "memory": 0.0, "fills": 0.01}

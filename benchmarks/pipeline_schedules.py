@@ -20,8 +20,9 @@ import torch
 from schedule_cases import STAGES, Case
 from schedule_ranks import Seconds, measure
 
-from megatron.early_exit.pipeline.simulation import CostModel, StageCost, simulate
-from megatron.early_exit.pipeline.simulation.layer_profile import Part
+from megatron.early_exit.planner.costs.cost_model import CostModel, StageCost
+from megatron.early_exit.planner.costs.layer_profile import Part
+from megatron.early_exit.planner.simulation.simulator import simulate
 from megatron.early_exit.process_family import run_program
 
 BOUND = 0.10

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.pipeline.communication import with_communication
-from megatron.early_exit.pipeline.generators import FilledOneFOneB
-from megatron.early_exit.pipeline.schedule import Schedule
-from megatron.early_exit.pipeline.validation import build_proved
+from megatron.early_exit.schedules.check import build_proved
+from megatron.early_exit.schedules.communication import with_communication
+from megatron.early_exit.schedules.generators import FilledOneFOneB
+from megatron.early_exit.schedules.schedule import Schedule
 
 STAGES = 2
 

@@ -13,10 +13,10 @@ from schedule_cases import CASES, EXIT, STAGES, Case
 
 from megatron.early_exit import platform
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.pipeline.execution.pass_clock import PassClock
-from megatron.early_exit.pipeline.schedule import Schedule
-from megatron.early_exit.pipeline.simulation.layer_profile import Part, Pass
-from megatron.early_exit.pipeline.simulation.model_shape import ModelShape
+from megatron.early_exit.planner.costs.layer_profile import Part, Pass
+from megatron.early_exit.planner.costs.model_shape import ModelShape
+from megatron.early_exit.schedules.execution.pass_clock import PassClock
+from megatron.early_exit.schedules.schedule import Schedule
 
 # Of each part, in each turn of the steps.
 PROFILED_TURNS = 4

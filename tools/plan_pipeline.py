@@ -22,11 +22,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron.early_exit.config import as_flag
-from megatron.early_exit.pipeline.planning.filling import fill_bubbles
-from megatron.early_exit.pipeline.planning.model_flags import add_model_flags, read_model
-from megatron.early_exit.pipeline.planning.planner import Plan, Plans, find_plans
-from megatron.early_exit.pipeline.planning.profile_flags import add_profile_flags
-from megatron.early_exit.pipeline.planning.report import (
+from megatron.early_exit.planner.command_line.model_flags import add_model_flags, read_model
+from megatron.early_exit.planner.command_line.profile_flags import add_profile_flags
+from megatron.early_exit.planner.command_line.report import (
     LEGEND,
     as_json,
     flags,
@@ -34,26 +32,29 @@ from megatron.early_exit.pipeline.planning.report import (
     origin_of_times,
     table,
 )
-from megatron.early_exit.pipeline.planning.request import PlanRequest
-from megatron.early_exit.pipeline.planning.request_flags import (
+from megatron.early_exit.planner.command_line.request_flags import (
     add_fill_flags,
     add_request_flags,
     read_fill_request,
     read_request,
 )
-from megatron.early_exit.pipeline.planning.schedule_flags import (
+from megatron.early_exit.planner.command_line.schedule_flags import (
     add_schedule_flags,
     read_schedule,
     refuse_schedule_flags,
 )
-from megatron.early_exit.pipeline.schedule import Schedule
-from megatron.early_exit.pipeline.simulation import Timeline, simulate
-from megatron.early_exit.pipeline.simulation.text_drawing import draw_text
-from megatron.early_exit.pipeline.simulation.timeline_file import (
+from megatron.early_exit.planner.drawing import (
     check_timeline_file,
     write_timeline,
 )
-from megatron.early_exit.pipeline.validation import build_proved
+from megatron.early_exit.planner.drawing.text import draw_text
+from megatron.early_exit.planner.search.filling import fill_bubbles
+from megatron.early_exit.planner.search.plans import Plan, Plans, find_plans
+from megatron.early_exit.planner.search.request import PlanRequest
+from megatron.early_exit.planner.simulation.simulator import simulate
+from megatron.early_exit.planner.simulation.timeline import Timeline
+from megatron.early_exit.schedules.check import build_proved
+from megatron.early_exit.schedules.schedule import Schedule
 
 _INTERRUPTED = 130
 

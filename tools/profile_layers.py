@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.early_exit.pipeline.planning.model_flags import Model, add_model_flags, read_model
-from megatron.early_exit.pipeline.simulation.layer_profile import (
+from megatron.early_exit.planner.command_line.model_flags import Model, add_model_flags, read_model
+from megatron.early_exit.planner.costs.layer_profile import (
     MEASURED_SIZES,
     LayerProfile,
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.early_exit.pipeline.simulation.layer_profile import LayerProfile
+from megatron.early_exit.planner.costs.layer_profile import LayerProfile
 from tests.helpers.speed import patient
 from tools import plan_pipeline, profile_layers
 

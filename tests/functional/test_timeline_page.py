@@ -196,9 +196,10 @@ def test_narrow_screens_keep_their_width(page):
 
 
 def test_a_title_cannot_break_the_page(browser, tmp_path):
-    from megatron.early_exit.pipeline.generators import OneFOneB
-    from megatron.early_exit.pipeline.simulation import CostModel, simulate
-    from megatron.early_exit.pipeline.simulation.page import draw_page
+    from megatron.early_exit.planner.costs.cost_model import CostModel
+    from megatron.early_exit.planner.drawing.page import draw_page
+    from megatron.early_exit.planner.simulation.simulator import simulate
+    from megatron.early_exit.schedules.generators import OneFOneB
 
     title = "</script><script>document.title = 'broken'</script> & @data@"
     schedule = OneFOneB(num_ranks=2, num_microbatches=2).build()

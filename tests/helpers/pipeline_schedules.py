@@ -4,7 +4,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from megatron.early_exit.pipeline.generators import (
+from megatron.early_exit.schedules.generators import (
     FilledOneFOneB,
     Generator,
     Interleaved,

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from megatron.early_exit.pipeline.simulation.layer_profile import LayerProfile
+from megatron.early_exit.planner.costs.layer_profile import LayerProfile
 from tests.helpers.derived_profile import derived_profile
 
 

@@ -6,13 +6,13 @@ from typing import get_args
 
 import pytest
 
-from megatron.early_exit.pipeline.planning.model_flags import read_model
-from megatron.early_exit.pipeline.planning.planner import find_plans
-from megatron.early_exit.pipeline.planning.request_flags import read_request
-from megatron.early_exit.pipeline.simulation.layer_profile import Part
-from megatron.early_exit.pipeline.simulation.layout import Layout
-from megatron.early_exit.pipeline.simulation.model_costs import ExitExecution, model_costs
-from megatron.early_exit.pipeline.simulation.part_times import MeasuredTimes
+from megatron.early_exit.planner.command_line.model_flags import read_model
+from megatron.early_exit.planner.command_line.request_flags import read_request
+from megatron.early_exit.planner.costs.layer_profile import Part
+from megatron.early_exit.planner.costs.layout import Layout
+from megatron.early_exit.planner.costs.model_costs import ExitExecution, model_costs
+from megatron.early_exit.planner.costs.part_times import MeasuredTimes
+from megatron.early_exit.planner.search.plans import find_plans
 from tests.helpers.derived_profile import A100, PLANNED, derived_profile, derived_times
 from tools.plan_pipeline import build_parser, main
 

@@ -13,7 +13,7 @@ from megatron.early_exit import platform
 platform.prepare()
 
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
-from megatron.early_exit.pipeline.simulation.model_shape import ModelShape  # noqa: E402
+from megatron.early_exit.planner.costs.model_shape import ModelShape  # noqa: E402
 from megatron.early_exit.training import part_profile  # noqa: E402
 from megatron.early_exit.training.part_profile import PartProfiler  # noqa: E402
 from tests.helpers.single_process import model_parallel  # noqa: E402

@@ -6,9 +6,9 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 
-from megatron.early_exit.pipeline.actions import Action
-from megatron.early_exit.pipeline.execution.contributions import Contributions
-from megatron.early_exit.pipeline.generators import FilledOneFOneB, OneFOneB
+from megatron.early_exit.schedules.actions import Action
+from megatron.early_exit.schedules.execution.contributions import Contributions
+from megatron.early_exit.schedules.generators import FilledOneFOneB, OneFOneB
 from tests.helpers.pipeline_schedules import overfilled
 
 

@@ -4,10 +4,12 @@ import struct
 
 import pytest
 
-from megatron.early_exit.pipeline.generators import FilledOneFOneB, OneFOneB, ZeroBubbleH1
-from megatron.early_exit.pipeline.simulation import CostModel, StageCost, Timeline, simulate
-from megatron.early_exit.pipeline.simulation.drawing import draw_picture
-from megatron.early_exit.pipeline.simulation.text_drawing import draw_text, seconds_text
+from megatron.early_exit.planner.costs.cost_model import CostModel, StageCost
+from megatron.early_exit.planner.drawing.picture import draw_picture
+from megatron.early_exit.planner.drawing.text import draw_text, seconds_text
+from megatron.early_exit.planner.simulation.simulator import simulate
+from megatron.early_exit.planner.simulation.timeline import Timeline
+from megatron.early_exit.schedules.generators import FilledOneFOneB, OneFOneB, ZeroBubbleH1
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ from megatron.early_exit import platform
 
 platform.prepare()
 
-from megatron.early_exit.pipeline.actions import Action, Microbatch  # noqa: E402
-from megatron.early_exit.pipeline.communication import (  # noqa: E402
+from megatron.early_exit.schedules.actions import Action, Microbatch  # noqa: E402
+from megatron.early_exit.schedules.communication import (  # noqa: E402
     partner_of,
     with_communication,
 )
-from megatron.early_exit.pipeline.execution import Executor  # noqa: E402
-from megatron.early_exit.pipeline.generators import FilledOneFOneB, Tuning  # noqa: E402
+from megatron.early_exit.schedules.execution.executor import Executor  # noqa: E402
+from megatron.early_exit.schedules.generators import FilledOneFOneB, Tuning  # noqa: E402
 from tests.helpers.pipeline_schedules import overfilled, tuning  # noqa: E402
 from tests.helpers.speed import patient  # noqa: E402
 

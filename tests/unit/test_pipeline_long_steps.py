@@ -4,16 +4,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.early_exit.pipeline.generators import (
+from megatron.early_exit.planner.costs.cost_model import CostModel, StageCost
+from megatron.early_exit.planner.simulation import long_step
+from megatron.early_exit.planner.simulation.long_step import StepTime, time_long_step
+from megatron.early_exit.planner.simulation.simulator import simulate
+from megatron.early_exit.schedules.generators import (
     FilledOneFOneB,
     Interleaved,
     OneFOneB,
     Tuning,
     ZeroBubbleH1,
 )
-from megatron.early_exit.pipeline.schedule import Schedule
-from megatron.early_exit.pipeline.simulation import CostModel, StageCost, long_step, simulate
-from megatron.early_exit.pipeline.simulation.long_step import StepTime, time_long_step
+from megatron.early_exit.schedules.schedule import Schedule
 
 FAMILIES = {
     "1f1b": lambda ranks, n: OneFOneB(num_ranks=ranks, num_microbatches=n),

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
-from megatron.early_exit.pipeline.generators import Interleaved, OneFOneB
+from megatron.early_exit.schedules.generators import Interleaved, OneFOneB
 
 
 def num_warmup(rank: int, ranks: int, microbatches: int, chunks: int | None) -> int:

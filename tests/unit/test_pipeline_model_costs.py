@@ -5,15 +5,16 @@ from dataclasses import replace
 import pytest
 
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.pipeline.generators import FilledOneFOneB, OneFOneB
-from megatron.early_exit.pipeline.planning.paper import PAPER_MODELS, PaperModel
-from megatron.early_exit.pipeline.simulation import CostModel, StageCost, simulate
-from megatron.early_exit.pipeline.simulation.hardware import ACCELERATORS
-from megatron.early_exit.pipeline.simulation.layout import Layout
-from megatron.early_exit.pipeline.simulation.long_step import StepTime
-from megatron.early_exit.pipeline.simulation.model_costs import ExitExecution, model_costs
-from megatron.early_exit.pipeline.simulation.model_shape import ModelShape
-from megatron.early_exit.pipeline.simulation.part_times import HardwareTimes
+from megatron.early_exit.planner.costs.cost_model import CostModel, StageCost
+from megatron.early_exit.planner.costs.hardware import ACCELERATORS
+from megatron.early_exit.planner.costs.layout import Layout
+from megatron.early_exit.planner.costs.model_costs import ExitExecution, model_costs
+from megatron.early_exit.planner.costs.model_shape import ModelShape
+from megatron.early_exit.planner.costs.part_times import HardwareTimes
+from megatron.early_exit.planner.paper import PAPER_MODELS, PaperModel
+from megatron.early_exit.planner.simulation.long_step import StepTime
+from megatron.early_exit.planner.simulation.simulator import simulate
+from megatron.early_exit.schedules.generators import FilledOneFOneB, OneFOneB
 
 NONE = EarlyExitConfig()
 DEFERRED, AT_ONCE = ExitExecution(deferred=True), ExitExecution(deferred=False)

@@ -14,14 +14,14 @@ MACHINE = platform.prepare()
 from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
-from megatron.early_exit.pipeline.planning.filling import FillRequest, fill_bubbles  # noqa: E402
-from megatron.early_exit.pipeline.planning.model_flags import placements  # noqa: E402
-from megatron.early_exit.pipeline.planning.named_models import NAMED_MODELS  # noqa: E402
-from megatron.early_exit.pipeline.planning.planner import Plan, find_plans  # noqa: E402
-from megatron.early_exit.pipeline.planning.report import flags, one_flag_a_line  # noqa: E402
-from megatron.early_exit.pipeline.planning.request import PlanRequest  # noqa: E402
-from megatron.early_exit.pipeline.planning.update import Overlap  # noqa: E402
-from megatron.early_exit.pipeline.simulation.hardware import ACCELERATORS  # noqa: E402
+from megatron.early_exit.planner.command_line.model_flags import placements  # noqa: E402
+from megatron.early_exit.planner.command_line.report import flags, one_flag_a_line  # noqa: E402
+from megatron.early_exit.planner.costs.hardware import ACCELERATORS  # noqa: E402
+from megatron.early_exit.planner.costs.update import Overlap  # noqa: E402
+from megatron.early_exit.planner.named_models import NAMED_MODELS  # noqa: E402
+from megatron.early_exit.planner.search.filling import FillRequest, fill_bubbles  # noqa: E402
+from megatron.early_exit.planner.search.plans import Plan, find_plans  # noqa: E402
+from megatron.early_exit.planner.search.request import PlanRequest  # noqa: E402
 from megatron.early_exit.training.arguments import add_early_exit_arguments  # noqa: E402
 from megatron.early_exit.training.filling_options import FillingOptions  # noqa: E402
 

@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.pipeline.planning.candidates import Candidate, candidates
-from megatron.early_exit.pipeline.planning.filling import FillRequest, fill_bubbles
-from megatron.early_exit.pipeline.planning.model_flags import placements
-from megatron.early_exit.pipeline.planning.named_models import NAMED_MODELS
-from megatron.early_exit.pipeline.planning.planner import Plan, find_plans
-from megatron.early_exit.pipeline.planning.prediction import Costing, Fills
-from megatron.early_exit.pipeline.planning.request import PlanRequest
-from megatron.early_exit.pipeline.simulation.hardware import ACCELERATORS
-from megatron.early_exit.pipeline.simulation.model_shape import ModelShape
+from megatron.early_exit.planner.command_line.model_flags import placements
+from megatron.early_exit.planner.costs.hardware import ACCELERATORS
+from megatron.early_exit.planner.costs.model_shape import ModelShape
+from megatron.early_exit.planner.named_models import NAMED_MODELS
+from megatron.early_exit.planner.search.candidates import Candidate, candidates
+from megatron.early_exit.planner.search.filling import FillRequest, fill_bubbles
+from megatron.early_exit.planner.search.plans import Plan, find_plans
+from megatron.early_exit.planner.search.prediction import Costing, Fills
+from megatron.early_exit.planner.search.request import PlanRequest
 
 A100 = ACCELERATORS["a100-80gb"]
 SMALL = ModelShape.llama(

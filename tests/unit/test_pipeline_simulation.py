@@ -8,17 +8,18 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron.early_exit.pipeline.communication import with_communication
-from megatron.early_exit.pipeline.data_flow import data_source
-from megatron.early_exit.pipeline.generators import (
+from megatron.early_exit.planner.costs.cost_model import CostModel, StageCost
+from megatron.early_exit.planner.simulation.simulator import simulate
+from megatron.early_exit.schedules.communication import with_communication
+from megatron.early_exit.schedules.data_flow import data_source
+from megatron.early_exit.schedules.generators import (
     FilledOneFOneB,
     Interleaved,
     OneFOneB,
     Tuning,
     ZeroBubbleH1,
 )
-from megatron.early_exit.pipeline.schedule import Schedule
-from megatron.early_exit.pipeline.simulation import CostModel, StageCost, simulate
+from megatron.early_exit.schedules.schedule import Schedule
 from tests.helpers.pipeline_schedules import (
     filled,
     generators,
@@ -280,9 +281,9 @@ def test_schedules_that_cannot_run_are_not_timed():
 def test_planning_needs_neither_torch_nor_matplotlib():
     code = (
         "import sys\n"
-        "import megatron.early_exit.pipeline.simulation.drawing\n"
-        "import megatron.early_exit.pipeline.simulation.model_costs\n"
-        "import megatron.early_exit.pipeline.generators, megatron.early_exit.pipeline.validation\n"
+        "import megatron.early_exit.planner.drawing.picture\n"
+        "import megatron.early_exit.planner.costs.model_costs\n"
+        "import megatron.early_exit.schedules.generators, megatron.early_exit.schedules.check\n"
         "sys.exit(bool({'torch', 'matplotlib', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=patient(60)).returncode == 0

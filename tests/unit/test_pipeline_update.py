@@ -3,11 +3,11 @@
 import pytest
 
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.pipeline.planning.update import Overlap, Update, update_costs
-from megatron.early_exit.pipeline.simulation import CostModel, StageCost
-from megatron.early_exit.pipeline.simulation.hardware import ACCELERATORS
-from megatron.early_exit.pipeline.simulation.layout import Layout
-from megatron.early_exit.pipeline.simulation.model_shape import ModelShape
+from megatron.early_exit.planner.costs.cost_model import CostModel, StageCost
+from megatron.early_exit.planner.costs.hardware import ACCELERATORS
+from megatron.early_exit.planner.costs.layout import Layout
+from megatron.early_exit.planner.costs.model_shape import ModelShape
+from megatron.early_exit.planner.costs.update import Overlap, Update, update_costs
 
 H100 = ACCELERATORS["h100"]
 TINY = ModelShape.llama(

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.early_exit.pipeline.actions import Action, Microbatch
-from megatron.early_exit.pipeline.communication import with_communication
-from megatron.early_exit.pipeline.generators import OneFOneB, ZeroBubbleH1
-from megatron.early_exit.pipeline.grid import draw_grid
-from megatron.early_exit.pipeline.schedule import Schedule
-from megatron.early_exit.pipeline.validation import ScheduleError, build_proved, check
+from megatron.early_exit.schedules.actions import Action, Microbatch
+from megatron.early_exit.schedules.check import ScheduleError, build_proved, check
+from megatron.early_exit.schedules.check.fault import draw_grid
+from megatron.early_exit.schedules.communication import with_communication
+from megatron.early_exit.schedules.generators import OneFOneB, ZeroBubbleH1
+from megatron.early_exit.schedules.schedule import Schedule
 
 # Two stages and two microbatches, computations only.
 GOOD = "0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n"

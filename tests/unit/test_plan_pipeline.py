@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron.early_exit.pipeline.planning.model_flags import read_model
-from megatron.early_exit.pipeline.planning.named_models import NAMED_MODELS
-from megatron.early_exit.pipeline.schedule import Schedule
-from megatron.early_exit.pipeline.validation import check
+from megatron.early_exit.planner.command_line.model_flags import read_model
+from megatron.early_exit.planner.named_models import NAMED_MODELS
+from megatron.early_exit.schedules.check import check
+from megatron.early_exit.schedules.schedule import Schedule
 from tests.helpers.speed import patient
 from tools.plan_pipeline import build_parser, main
 

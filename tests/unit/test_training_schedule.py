@@ -6,10 +6,10 @@ from megatron.early_exit import platform
 
 platform.prepare()
 
-from megatron.early_exit.pipeline.communication import with_communication  # noqa: E402
-from megatron.early_exit.pipeline.generators import OneFOneB  # noqa: E402
-from megatron.early_exit.pipeline.schedule import Schedule  # noqa: E402
-from megatron.early_exit.pipeline.validation import ScheduleError  # noqa: E402
+from megatron.early_exit.schedules.check import ScheduleError  # noqa: E402
+from megatron.early_exit.schedules.communication import with_communication  # noqa: E402
+from megatron.early_exit.schedules.generators import OneFOneB  # noqa: E402
+from megatron.early_exit.schedules.schedule import Schedule  # noqa: E402
 from megatron.early_exit.training import training_schedule  # noqa: E402
 from megatron.early_exit.training.training_schedule import ScheduledSteps  # noqa: E402
 

@@ -5,10 +5,10 @@ from argparse import Namespace
 import torch
 from megatron.training.utils import print_rank_last
 
-from megatron.early_exit.pipeline.communication import with_communication
-from megatron.early_exit.pipeline.execution.pass_clock import PassClock
-from megatron.early_exit.pipeline.generators import OneFOneB
-from megatron.early_exit.pipeline.schedule import Schedule
+from megatron.early_exit.schedules.communication import with_communication
+from megatron.early_exit.schedules.execution.pass_clock import PassClock
+from megatron.early_exit.schedules.generators import OneFOneB
+from megatron.early_exit.schedules.schedule import Schedule
 from megatron.early_exit.training.filling_options import MEASURED_RATIO, FillingOptions
 
 _SKIPPED_STEPS = 1

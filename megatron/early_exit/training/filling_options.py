@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from megatron.early_exit.config import EarlyExitConfig, as_flag
-from megatron.early_exit.pipeline.generators import FilledOneFOneB
+from megatron.early_exit.schedules.generators import FilledOneFOneB
 from megatron.early_exit.training.exit_stages import exit_stages
 
 MEASURED = "auto"

@@ -22,9 +22,9 @@ from torch.nn import functional
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.model.gpt_builder import EarlyExitGPTModelConfig
 from megatron.early_exit.model.layer_specs import gpt_layer_spec
-from megatron.early_exit.pipeline.execution.pass_clock import PassClock
-from megatron.early_exit.pipeline.simulation.layer_profile import Part, Pass
-from megatron.early_exit.pipeline.simulation.model_shape import ModelShape
+from megatron.early_exit.planner.costs.layer_profile import Part, Pass
+from megatron.early_exit.planner.costs.model_shape import ModelShape
+from megatron.early_exit.schedules.execution.pass_clock import PassClock
 from megatron.early_exit.training.exit_loss import ExitObjective, LossNormalization
 
 _LAYERS, _MORE_LAYERS = 1, 3

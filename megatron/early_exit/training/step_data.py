@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron.early_exit.pipeline.actions import Microbatch
+from megatron.early_exit.schedules.actions import Microbatch
 
 
 class StepData:

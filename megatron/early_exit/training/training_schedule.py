@@ -6,12 +6,12 @@ from typing import Any, Protocol
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron.early_exit.pipeline.actions import Microbatch
-from megatron.early_exit.pipeline.execution.contributions import Contributions
-from megatron.early_exit.pipeline.execution.pass_clock import PassClock
-from megatron.early_exit.pipeline.execution.training_step import run_training_step
-from megatron.early_exit.pipeline.schedule import Schedule
-from megatron.early_exit.pipeline.validation import check
+from megatron.early_exit.schedules.actions import Microbatch
+from megatron.early_exit.schedules.check import check
+from megatron.early_exit.schedules.execution.contributions import Contributions
+from megatron.early_exit.schedules.execution.pass_clock import PassClock
+from megatron.early_exit.schedules.execution.training_step import run_training_step
+from megatron.early_exit.schedules.schedule import Schedule
 from megatron.early_exit.training.exit_loss import ExitObjective
 from megatron.early_exit.training.step_data import StepData
 

@@ -1,9 +1,9 @@
 """The list of passes by which exits are tuned."""
 
-from megatron.early_exit.pipeline.communication import with_communication
-from megatron.early_exit.pipeline.execution.pass_clock import PassClock
-from megatron.early_exit.pipeline.generators import Tuning
-from megatron.early_exit.pipeline.schedule import Schedule
+from megatron.early_exit.schedules.communication import with_communication
+from megatron.early_exit.schedules.execution.pass_clock import PassClock
+from megatron.early_exit.schedules.generators import Tuning
+from megatron.early_exit.schedules.schedule import Schedule
 
 
 class TuningPlan:

@@ -1,1 +1,0 @@
-"""Pipeline schedules as data: generated, proved, timed on a cost model, and drawn."""

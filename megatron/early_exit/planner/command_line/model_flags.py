@@ -1,0 +1,183 @@
+"""The flags with which a model and its exits are described, with Megatron's names."""
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.early_exit.checkpoint.huggingface_config import read_sizes
+from megatron.early_exit.config import EarlyExitConfig, as_flag
+from megatron.early_exit.planner.costs.model_shape import ModelShape
+from megatron.early_exit.planner.named_models import NAMED_MODELS
+
+_SIZES = {
+    "num_layers": "backbone layers",
+    "hidden_size": "width of the hidden state",
+    "ffn_hidden_size": "width of the gated MLP (default: Megatron's, 8/3 of the hidden size)",
+    "num_attention_heads": "query heads",
+    "num_query_groups": "key and value heads (default: as many as query heads)",
+    "vocab_size": "tokens of the vocabulary",
+    "seq_length": "tokens of a sequence (default of a config.json: its context, up to 4096)",
+}
+_SHARED = "share_embeddings_and_output_weights"
+_HEADS = {
+    "use_exit_norm": "each exit has its own norm",
+    "use_exit_mlp": "each exit has its own MLP; not with --pre-exit",
+    "use_exit_block": "each exit has a whole layer",
+    "untie_exit_output_weights": "each exit has its own projection",
+}
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# Contexts grow beyond what models are trained with.
+_LONGEST_DEFAULT = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What the flags describe.
+
+    Attributes:
+        name: for titles.
+        shape: of the model.
+        placements: the same exits in the ways in which they may be placed.
+        global_batch_size: sequences of a step, None if nothing tells.
+    """
+
+    name: str
+    shape: ModelShape
+    placements: tuple[EarlyExitConfig, ...]
+    global_batch_size: int | None
+
+
+def add_model_flags(parser: ArgumentParser) -> None:
+    """Add them."""
+    group = parser.add_argument_group("model", "what is given here wins over --config")
+    add = group.add_argument
+    add(
+        "--config",
+        metavar="NAME|PATH",
+        help=f"{', '.join(NAMED_MODELS)}, with the exits of the papers; or a config.json of "
+        "Hugging Face's Llama family, or its folder",
+    )
+    for name, text in _SIZES.items():
+        add(as_flag(name), type=int, help=text)
+    add("--untie-embeddings-and-output-weights", action="store_true", help="as Megatron's flag")
+    add("--global-batch-size", type=int, help="sequences of a step")
+    group = parser.add_argument_group("exits")
+    add = group.add_argument
+    add(
+        "--exit-layer-nums",
+        type=int,
+        nargs="*",
+        help="layers with an exit after them, or with --pre-exit before them; nothing for no exits",
+    )
+    add("--pre-exit", action="store_true", help="plan this placement only (default: the better)")
+    for name, text in _HEADS.items():
+        add(as_flag(name), action="store_true", help=text)
+    add("--exit-vocab-size", type=int, help="exits answer with the first so many tokens only")
+
+
+def read_model(args: Namespace) -> Model:
+    """The model that the flags describe.
+
+    Raises:
+        ValueError: something is missing or out of range; named by its flag.
+    """
+    named = NAMED_MODELS.get((args.config or "").lower())
+    known: dict[str, Any] = {}
+    if named is not None:
+        known = {name: getattr(named.shape, name) for name in (*_SIZES, _SHARED)}
+    elif args.config is not None:
+        if not Path(args.config).exists():
+            raise ValueError(
+                f"--config {args.config} is neither a model nor a file, allowed: "
+                f"{', '.join(NAMED_MODELS)}, or a path"
+            )
+        known = _read_config(Path(args.config))
+    shape = _shape(args, known)
+    exits = _exits(args, EarlyExitConfig() if named is None else named.exits)
+    exits.validate(shape.num_layers, shape.vocab_size)
+    ways = (exits.placed(True),) if args.pre_exit else placements(exits, shape.num_layers)
+    batch: int | None = args.global_batch_size
+    if batch is None and named is not None:
+        batch = named.global_batch_size
+    return Model(
+        name=args.config or "model",
+        shape=shape,
+        placements=ways,
+        global_batch_size=batch,
+    )
+
+
+def placements(exits: EarlyExitConfig, num_layers: int) -> tuple[EarlyExitConfig, ...]:
+    """The placements that exits can have: an MLP takes the place of that of the layer before it,
+    and behind the last layer there is none to stand before."""
+    after = exits.placed(False)
+    if not exits.positions or exits.use_exit_mlp or exits.positions[-1] >= num_layers:
+        return (after,)
+    return after, exits.placed(True)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """What a config.json, or the one in a folder, tells of a `ModelShape`."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"--config {path} is not JSON: {error}") from None
+    if not isinstance(config, Mapping):
+        raise ValueError(f"--config {path} is no config.json of a model, allowed: a JSON object")
+    for name in _EXPERTS:
+        if config.get(name):
+            raise ValueError(f"--config {path}: {name} {config[name]}, allowed: dense models")
+    try:
+        sizes = read_sizes(config)
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from None
+    hidden_size, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    # Without a size of their own, heads are checked together with what flags say.
+    if config.get("head_dim") is not None and sizes["kv_channels"] * heads != hidden_size:
+        raise ValueError(
+            f"--config {path}: head_dim {sizes['kv_channels']}, allowed: hidden_size / "
+            f"num_attention_heads, {hidden_size / heads:g}"
+        )
+    sizes["seq_length"] = min(sizes["max_position_embeddings"], _LONGEST_DEFAULT)
+    return {name: sizes[name] for name in (*_SIZES, _SHARED)}
+
+
+def _exits(args: Namespace, known: EarlyExitConfig) -> EarlyExitConfig:
+    numbers = known.exit_layer_nums if args.exit_layer_nums is None else args.exit_layer_nums
+    heads = {name: getattr(args, name) or (numbers and getattr(known, name)) for name in _HEADS}
+    return EarlyExitConfig(
+        exit_layer_nums=tuple(numbers),
+        pre_exit=args.pre_exit and args.exit_layer_nums is not None,
+        exit_vocab_size=args.exit_vocab_size,
+        use_exit_norm=bool(heads["use_exit_norm"]),
+        use_exit_mlp=bool(heads["use_exit_mlp"]),
+        use_exit_block=bool(heads["use_exit_block"]),
+        untie_exit_output_weights=bool(heads["untie_exit_output_weights"]),
+    )
+
+
+def _shape(args: Namespace, known: Mapping[str, Any]) -> ModelShape:
+    sizes = {**known, **{n: v for n in _SIZES if (v := getattr(args, n)) is not None}}
+    if args.num_query_groups is None and (args.num_attention_heads is not None or not known):
+        sizes["num_query_groups"] = sizes.get("num_attention_heads", 1)
+    if args.ffn_hidden_size is None and (args.hidden_size is not None or not known):
+        # Megatron's, of a gated MLP.
+        sizes["ffn_hidden_size"] = int(4 * sizes.get("hidden_size", 1) * 2 / 3 / 64) * 64
+    missing = [as_flag(name) for name in _SIZES if name not in sizes]
+    if missing:
+        raise ValueError(f"{' '.join(missing)} missing, allowed: these flags, or --config")
+    if args.untie_embeddings_and_output_weights:
+        sizes[_SHARED] = False
+    elif not known:
+        sizes[_SHARED] = True
+    try:
+        return ModelShape.llama(**sizes)
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise ValueError(f"{as_flag(name)} {rest}") from None

@@ -1,0 +1,134 @@
+"""The flags that say what there is to run on, and what of the layout is given."""
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import replace
+
+from megatron.early_exit.planner.command_line.model_flags import Model
+from megatron.early_exit.planner.command_line.profile_flags import read_profile
+from megatron.early_exit.planner.costs.hardware import ACCELERATORS, Accelerator
+from megatron.early_exit.planner.costs.update import Overlap
+from megatron.early_exit.planner.search.filling import FillRequest
+from megatron.early_exit.planner.search.request import PlanRequest
+
+_HARDWARE: dict[str, tuple[str, float, str]] = {
+    "flops_per_s": ("--tflops", 1e12, "dense bf16 peak of a GPU in TFLOP/s"),
+    "memory_bytes": ("--memory-gb", 1e9, "its memory in GB"),
+    "memory_bytes_per_s": ("--memory-gb-per-s", 1e9, "bandwidth of that"),
+    "node_bytes_per_s": ("--node-gb-per-s", 1e9, "GB/s to a GPU of the same node, one direction"),
+    "network_bytes_per_s": ("--network-gb-per-s", 1e9, "GB/s of each GPU to other nodes"),
+}
+_ACHIEVED_SHARE = 0.5
+
+
+def add_request_flags(parser: ArgumentParser) -> None:
+    """Add them."""
+    add = parser.add_argument_group("machines").add_argument
+    add("--gpus", type=int, help="how many there are; all are used")
+    add("--gpu", choices=ACCELERATORS, default="a100-80gb", help="default: %(default)s")
+    for flag, _, text in _HARDWARE.values():
+        add(flag, type=float, help=f"{text} (default: of --gpu)")
+    add("--gpus-per-node", type=int, help="default: 8")
+    share = "share of the memory left for libraries and fragments (default: %(default)s)"
+    add("--memory-headroom", type=float, default=0.1, help=share)
+    share = f"share of the peak that matrix products reach (default: {_ACHIEVED_SHARE})"
+    add("--achieved-share", type=float, help=share)
+    overhead = "what a pass of a stage takes to start kernels and messages (default: %(default)s)"
+    add("--pass-overhead-us", type=float, default=50.0, help=overhead)
+    group = parser.add_argument_group("layout", "what is given is kept, the rest is searched")
+    add = group.add_argument
+    add("--tensor-model-parallel-size", type=int)
+    add("--pipeline-model-parallel-size", type=int)
+    add("--num-virtual-stages-per-pipeline-rank", type=int, help="1: not interleaved")
+    add("--micro-batch-size", type=int)
+    add("--no-overlap-grad-reduce", action="store_true", help="plan without --overlap-grad-reduce")
+    add("--overlap-param-gather", action="store_true", help="as Megatron's flag")
+
+
+def add_fill_flags(parser: ArgumentParser) -> None:
+    """Add those of partial microbatches in bubbles."""
+    add = parser.add_argument_group("filled bubbles").add_argument
+    add("--fill-explicit-bubbles", action="store_true", help="of the plain schedule, with exits")
+    add("--num-fill-warmup-microbatches", type=int, help="default: as many as are worth it")
+    add("--num-fill-cooldown-microbatches", type=int, help="default: as many as are worth it")
+    add("--backward-forward-ratio", type=float, default=2.0, help="default: %(default)s")
+    most = (
+        "share of the step that fills may cost, where their number is open (default: %(default)s)"
+    )
+    add("--max-fill-cost", type=float, default=0.01, help=most)
+
+
+def read_fill_request(args: Namespace) -> FillRequest | None:
+    """How bubbles are to be filled, None for not at all.
+
+    Raises:
+        ValueError: a flag is out of range, or has no effect.
+    """
+    if args.fill_explicit_bubbles:
+        if args.num_virtual_stages_per_pipeline_rank not in (None, 1):
+            raise ValueError(
+                "--fill-explicit-bubbles cannot be combined with "
+                "--num-virtual-stages-per-pipeline-rank "
+                f"{args.num_virtual_stages_per_pipeline_rank}, allowed: 1"
+            )
+        return FillRequest(
+            num_warmup=args.num_fill_warmup_microbatches,
+            num_cooldown=args.num_fill_cooldown_microbatches,
+            backward_forward_ratio=args.backward_forward_ratio,
+            most_cost=args.max_fill_cost,
+        )
+    for name in ("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches"):
+        if getattr(args, name) is not None:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise ValueError(f"{flag} has no effect without --fill-explicit-bubbles")
+    return None
+
+
+def read_request(args: Namespace, model: Model) -> PlanRequest:
+    """What is asked of the planner.
+
+    Raises:
+        ValueError: a flag is missing or out of range.
+    """
+    if args.gpus is None:
+        raise ValueError("--gpus missing, allowed: how many there are, 1 or more")
+    if model.global_batch_size is None:
+        raise ValueError("--global-batch-size missing, allowed: sequences of a step, 1 or more")
+    if not 0 <= args.memory_headroom < 1:
+        raise ValueError(
+            f"--memory-headroom {args.memory_headroom:g} is out of range, allowed: 0 to less than 1"
+        )
+    accelerator = _accelerator(args)
+    return PlanRequest(
+        shape=model.shape,
+        placements=model.placements,
+        accelerator=accelerator,
+        num_accelerators=args.gpus,
+        global_batch_size=model.global_batch_size,
+        memory_limit_bytes=accelerator.memory_bytes * (1 - args.memory_headroom),
+        achieved_share=_ACHIEVED_SHARE if args.achieved_share is None else args.achieved_share,
+        profile=read_profile(args, model),
+        pass_overhead_s=args.pass_overhead_us / 1e6,
+        overlap=Overlap(not args.no_overlap_grad_reduce, args.overlap_param_gather),
+        tensor_parallel=args.tensor_model_parallel_size,
+        pipeline_parallel=args.pipeline_model_parallel_size,
+        num_chunks=1 if args.fill_explicit_bubbles else args.num_virtual_stages_per_pipeline_rank,
+        microbatch_size=args.micro_batch_size,
+    )
+
+
+def _accelerator(args: Namespace) -> Accelerator:
+    changed = {}
+    for name, (flag, unit, _) in _HARDWARE.items():
+        value = getattr(args, flag.removeprefix("--").replace("-", "_"))
+        if value is not None:
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{flag} {value:g} is out of range, allowed: above 0")
+            changed[name] = value * unit
+    accelerator = replace(ACCELERATORS[args.gpu], **changed)
+    if args.gpus_per_node is None:
+        return accelerator
+    if args.gpus_per_node < 1:
+        raise ValueError(
+            f"--gpus-per-node {args.gpus_per_node} is out of range, allowed: 1 or more"
+        )
+    return replace(accelerator, per_node=args.gpus_per_node)

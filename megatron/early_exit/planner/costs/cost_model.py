@@ -1,0 +1,117 @@
+"""What the stages of a pipeline cost, in seconds and bytes: measured, or derived from hardware."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from megatron.early_exit.schedules.actions import Kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """What one stage costs for one microbatch, with the exits and the embedding or head it has.
+
+    Attributes:
+        forward_s: seconds of a forward.
+        backward_s: seconds of a whole backward, with what exits defer to it.
+        weight_gradient_s: the part of backward_s that a zero-bubble schedule can put off.
+        local_backward_s: seconds of the exits' own forward and backward (EE-Tuning).
+        static_bytes: weights, gradients and optimizer states.
+        activation_bytes: kept from a forward to its backward.
+        weight_gradient_bytes: the part of activation_bytes kept until the weight gradient.
+        forward_extra_bytes: needed during a forward only.
+        backward_extra_bytes: needed during a backward only, such as the logits of deferred exits.
+
+    Raises:
+        ValueError: a cost is negative, or a part larger than its whole.
+    """
+
+    forward_s: float
+    backward_s: float
+    weight_gradient_s: float = 0.0
+    local_backward_s: float = 0.0
+    static_bytes: float = 0.0
+    activation_bytes: float = 0.0
+    weight_gradient_bytes: float = 0.0
+    forward_extra_bytes: float = 0.0
+    backward_extra_bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{field.name} {value} is out of range, allowed: 0 or more")
+        for part, whole in (
+            ("weight_gradient_s", "backward_s"),
+            ("weight_gradient_bytes", "activation_bytes"),
+        ):
+            if getattr(self, part) > getattr(self, whole):
+                raise ValueError(
+                    f"{part} {getattr(self, part)} is out of range, allowed: up to {whole}, "
+                    f"{getattr(self, whole)}"
+                )
+
+    @classmethod
+    def combined(cls, parts: Sequence["StageCost"]) -> "StageCost":
+        """What a stage made of parts costs, which run one after the other."""
+        costs = {}
+        for field in fields(cls):
+            values = [getattr(part, field.name) for part in parts]
+            costs[field.name] = max(values) if field.name in _ONE_AT_A_TIME else sum(values)
+        return cls(**costs)
+
+    def seconds(self, kind: Kind) -> float:
+        """Seconds of a computation."""
+        match kind:
+            case "F":
+                return self.forward_s
+            case "B":
+                return self.backward_s
+            case "I":
+                return self.backward_s - self.weight_gradient_s
+            case "W":
+                return self.weight_gradient_s
+            case "L":
+                return self.local_backward_s
+        raise ValueError(f"{kind} is not a computation, allowed: F, B, I, W, L")
+
+
+_ONE_AT_A_TIME = ("forward_extra_bytes", "backward_extra_bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """What a pipeline costs.
+
+    Attributes:
+        stages: of each stage.
+        transfer_s: seconds to send a hidden state from each stage to the next, or its gradient
+            back; one fewer than stages. Transfers keep neither rank from computing.
+
+    Raises:
+        ValueError: the numbers of stages and transfers do not fit.
+    """
+
+    stages: tuple[StageCost, ...]
+    transfer_s: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.transfer_s) != len(self.stages) - 1:
+            raise ValueError(
+                f"{len(self.transfer_s)} transfers for {len(self.stages)} stages, allowed: one "
+                "fewer than stages"
+            )
+
+    @classmethod
+    def even(
+        cls,
+        num_stages: int,
+        forward_s: float,
+        backward_s: float,
+        weight_gradient_s: float = 0.0,
+        transfer_s: float = 0.0,
+    ) -> "CostModel":
+        """Stages that all take the same time, and no memory."""
+        stage = StageCost(
+            forward_s=forward_s, backward_s=backward_s, weight_gradient_s=weight_gradient_s
+        )
+        return cls(stages=(stage,) * num_stages, transfer_s=(transfer_s,) * (num_stages - 1))

@@ -1,0 +1,147 @@
+"""What a few layers of a model took on a machine, and its file."""
+
+import json
+import os
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Part = Literal["layer", "embedding", "head", "exit"]
+"""Of a model: one backbone layer, the word embedding, the final head with its loss, one exit with
+its own."""
+
+Pass = Literal["forward", "backward"]
+"""Through a part."""
+
+MEASURED_SIZES = (
+    *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *("vocab_size", "seq_length"),
+)
+"""The fields of a `ModelShape` that the time of a part depends on."""
+
+Seconds = Mapping[Part, Mapping[Pass, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerProfile:
+    """Measured times of a model's parts on one accelerator.
+
+    Attributes:
+        machine: what it was measured on, for people.
+        dtype: of weights and activations, bf16 or fp32.
+        shape: the sizes of `MEASURED_SIZES`.
+        exit_heads: the flags of the exits' heads (`EarlyExitConfig.head_flags`); None without
+            exits.
+        seconds_by_size: of each pass through each part, for each number of sequences of a
+            microbatch.
+
+    Raises:
+        ValueError: sizes or parts are missing or more than these, or a time is out of range.
+    """
+
+    machine: str
+    dtype: str
+    shape: Mapping[str, int]
+    exit_heads: str | None
+    seconds_by_size: Mapping[int, Seconds]
+
+    def __post_init__(self) -> None:
+        _check_names("shape", self.shape, MEASURED_SIZES)
+        if not self.seconds_by_size or min(self.seconds_by_size) < 1:
+            raise ValueError("it has no times, or of microbatches below 1")
+        for size, seconds in self.seconds_by_size.items():
+            _check_names(f"microbatches of {size}", seconds, self.parts)
+            for part, passes in seconds.items():
+                _check_names(f"{part} with microbatches of {size}", passes, get_args(Pass))
+                for name, value in passes.items():
+                    if not _is_time(value, may_be_zero=part != "layer"):
+                        raise ValueError(
+                            f"the {name} of {part} with microbatches of {size} takes {value} s, "
+                            f"allowed: {'above 0' if part == 'layer' else '0 or more'}"
+                        )
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What was measured."""
+        every: tuple[Part, ...] = get_args(Part)
+        return every if self.exit_heads is not None else every[:-1]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The measured numbers of sequences, ascending."""
+        return sorted(self.seconds_by_size)
+
+    def has_measured(self, num_sequences: int) -> bool:
+        """Whether so many sequences are within what was measured."""
+        return self.sizes[0] <= num_sequences <= self.sizes[-1]
+
+    def seconds(self, part: Part, name: Pass, num_sequences: int) -> float:
+        """Seconds of one pass: linear between measured sizes, proportional beyond them. So no size
+        looks better for not having been measured."""
+        known = {n: self.seconds_by_size[n][part][name] for n in self.sizes}
+        nearest = min(max(num_sequences, self.sizes[0]), self.sizes[-1])
+        low, high = (at(self.sizes, nearest) for at in (_last_up_to, _first_from))
+        share = (nearest - low) / (high - low) if high > low else 0.0
+        return (known[low] + share * (known[high] - known[low])) * num_sequences / nearest
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON; the file is whole or not there.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, path: Path) -> "LayerProfile":
+        """Read what was written.
+
+        Raises:
+            ValueError: there is no such file, or it is something else.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"is not JSON: {error}") from None
+        try:
+            return cls._of_json(content)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"is no profile of layers: {error}") from None
+
+    @classmethod
+    def _of_json(cls, content: Any) -> "LayerProfile":
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        _check_names("it", content, tuple(field.name for field in fields(cls)))
+        by_size = {int(size): times for size, times in content["seconds_by_size"].items()}
+        return cls(**{**content, "seconds_by_size": by_size})
+
+
+def _check_names(where: str, found: Mapping[Any, Any], wanted: tuple[str, ...]) -> None:
+    if set(found) != set(wanted):
+        raise ValueError(
+            f"{where} has {', '.join(found) or 'nothing'}, allowed: {', '.join(wanted)}"
+        )
+
+
+def _last_up_to(ascending: Sequence[int], number: int) -> int:
+    return ascending[bisect_right(ascending, number) - 1]
+
+
+def _first_from(ascending: Sequence[int], number: int) -> int:
+    return ascending[bisect_left(ascending, number)]
+
+
+def _is_time(value: object, may_be_zero: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 <= value < float("inf") and (may_be_zero or value > 0)

@@ -1,0 +1,115 @@
+"""How a model is laid out over the ranks of a pipeline, and how many weights each stage holds."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.planner.costs.model_shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A model over accelerators.
+
+    Attributes:
+        layers_per_stage: backbone layers of each stage, in the order of the stages.
+        num_ranks: pipeline-parallel size; stage s is on rank s modulo num_ranks.
+        tensor_parallel: accelerators that share each layer, with sequence parallelism.
+        data_parallel: replicas, which also share the optimizer's states.
+        microbatch_size: sequences of a microbatch.
+        use_tp_pp_dp_mapping: Megatron's flag of this name: the stages of one pipeline are
+            neighbours, rather than the replicas of one stage. Tensor-parallel groups always are.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    layers_per_stage: tuple[int, ...]
+    num_ranks: int
+    tensor_parallel: int = 1
+    data_parallel: int = 1
+    microbatch_size: int = 1
+    use_tp_pp_dp_mapping: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_ranks", "tensor_parallel", "data_parallel", "microbatch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is out of range, allowed: from 1")
+        if not self.layers_per_stage or len(self.layers_per_stage) % self.num_ranks:
+            raise ValueError(
+                f"layers_per_stage has {len(self.layers_per_stage)} stages, allowed: as many for "
+                f"each of the {self.num_ranks} ranks"
+            )
+        if min(self.layers_per_stage) < 0:
+            raise ValueError(
+                f"layers_per_stage {self.layers_per_stage} is out of range, allowed: 0 or more"
+            )
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline."""
+        return len(self.layers_per_stage)
+
+    def leaves_node(self, stage: int, per_node: int) -> bool:
+        """Whether a stage and the next one are on different nodes, in any of the replicas.
+
+        Args:
+            stage: counted from 0.
+            per_node: accelerators of a node.
+        """
+        return self.spans_nodes({stage % self.num_ranks, (stage + 1) % self.num_ranks}, per_node)
+
+    def spans_nodes(self, ranks: Collection[int], per_node: int) -> bool:
+        """Whether ranks of a pipeline are on different nodes, in any of the replicas.
+
+        Args:
+            ranks: of one pipeline.
+            per_node: accelerators of a node.
+        """
+        # Where on its node an accelerator is repeats after at most so many replicas.
+        for replica in range(min(self.data_parallel, per_node)):
+            if len({self._first_accelerator(rank, replica) // per_node for rank in ranks}) > 1:
+                return True
+        return False
+
+    def replicas_per_node(self, per_node: int) -> int:
+        """How many replicas of a stage, or parts of such, a node has.
+
+        Args:
+            per_node: accelerators of a node.
+        """
+        apart = self._first_accelerator(0, 1) - self._first_accelerator(0, 0)
+        return min(self.data_parallel, max(per_node // apart, 1))
+
+    def _first_accelerator(self, rank: int, replica: int) -> int:
+        if self.use_tp_pp_dp_mapping:
+            return (replica * self.num_ranks + rank) * self.tensor_parallel
+        return (rank * self.data_parallel + replica) * self.tensor_parallel
+
+
+def stage_weights(shape: ModelShape, layout: Layout, exits: EarlyExitConfig) -> tuple[float, ...]:
+    """Weights of each stage, on each accelerator of its tensor-parallel group."""
+    exit_stages = exits.stages(layout.layers_per_stage)
+    with_embedding = embedding_stages(shape, layout, exits)
+    branch = shape.mlp_weights * exits.use_exit_mlp + shape.layer_weights * exits.use_exit_block
+    found = []
+    for stage, num_layers in enumerate(layout.layers_per_stage):
+        num_exits = exit_stages.count(stage)
+        is_last = stage == layout.num_stages - 1
+        projections = int(stage in with_embedding)
+        projections += is_last and not shape.share_embeddings_and_output_weights
+        projections += num_exits * exits.untie_exit_output_weights
+        weights = num_layers * shape.layer_weights + num_exits * branch
+        weights += projections * shape.projection_weights
+        found.append(weights / layout.tensor_parallel)
+    return tuple(found)
+
+
+def embedding_stages(shape: ModelShape, layout: Layout, exits: EarlyExitConfig) -> frozenset[int]:
+    """The stages that hold the embedding, or the one copy of it that all share that is tied."""
+    stages = {0}
+    if not exits.untie_exit_output_weights:
+        stages |= set(exits.stages(layout.layers_per_stage))
+    if shape.share_embeddings_and_output_weights:
+        stages.add(layout.num_stages - 1)
+    return frozenset(stages)

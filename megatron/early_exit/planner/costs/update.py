@@ -1,0 +1,122 @@
+"""What a step takes beside its pipeline: gradients are summed over the replicas, weights updated.
+
+Megatron's distributed optimizer: a reduce-scatter of fp32 gradients, an update of the part of the
+weights that a replica owns, and an all-gather of bf16 weights. Both collectives move all but one
+replica's part of the weights, over NVLink where all replicas are on one node, and else over as many
+ports of the network as the group has accelerators on a node. Gradients of tied embeddings are then
+summed over the stages that hold one. The norm of all gradients keeps any rank from updating weights
+before all ranks have all gradients.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.planner.costs.cost_model import CostModel
+from megatron.early_exit.planner.costs.hardware import Accelerator
+from megatron.early_exit.planner.costs.layout import Layout, embedding_stages, stage_weights
+from megatron.early_exit.planner.costs.model_shape import ModelShape
+
+# Bytes of each weight: gradients in fp32, weights in bf16.
+_GRADIENT, _WEIGHT = 4, 2
+# Bytes moved in memory: all gradients are set to zero; for the part that a replica owns they are
+# read for the norm, read with weights and both moments in fp32, which are written, as is the bf16.
+_ZEROED, _UPDATED = 4, 4 + 4 * 4 + 3 * 4 + 2
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What Megatron's flags of these names let run beside computations.
+
+    Attributes:
+        grad_reduce: the reduction, beside the last backward of each chunk of the model.
+        param_gather: the gathering, beside a rank's first forward of the next step.
+    """
+
+    grad_reduce: bool = True
+    param_gather: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What the update of the weights takes, if nothing runs beside it.
+
+    Attributes:
+        reduce_s: seconds to reduce the gradients of each stage.
+        embedding_s: seconds to sum the gradients of tied embeddings.
+        optimizer_s: seconds to update the weights of each rank.
+        gather_s: seconds to gather the weights of each rank.
+    """
+
+    reduce_s: tuple[float, ...]
+    embedding_s: float
+    optimizer_s: tuple[float, ...]
+    gather_s: tuple[float, ...]
+
+    def step_s(
+        self, costs: CostModel, starts_s: Sequence[float], ends_s: Sequence[float], overlap: Overlap
+    ) -> float:
+        """Seconds of the whole step.
+
+        Args:
+            costs: of the pipeline's stages.
+            starts_s: when each rank starts, in the pipeline's step.
+            ends_s: when each rank ends there; the result never shrinks as one grows.
+            overlap: what runs beside computations.
+        """
+        ranks = range(len(ends_s))
+        reduced_s = max(self._reduced_s(rank, costs, ends_s[rank], overlap) for rank in ranks)
+        gather_s = 0.0
+        for rank in ranks:
+            # The next step's first hidden states are on their way meanwhile.
+            beside_s = starts_s[rank]
+            beside_s += costs.stages[rank].forward_s if overlap.param_gather else 0.0
+            gather_s = max(gather_s, self.gather_s[rank] - beside_s)
+        return reduced_s + self.embedding_s + max(self.optimizer_s) + gather_s
+
+    def _reduced_s(self, rank: int, costs: CostModel, end_s: float, overlap: Overlap) -> float:
+        """When a rank's gradients are reduced."""
+        num_ranks = len(self.optimizer_s)
+        own = range(rank, len(costs.stages), num_ranks)
+        if not overlap.grad_reduce:
+            return end_s + sum(self.reduce_s[stage] for stage in own)
+        reduced_s = 0.0
+        for stage in reversed(own):
+            # Behind the last backward of a chunk are those of the chunks before it, for as many
+            # microbatches as there are ranks.
+            after_s = num_ranks * sum(costs.stages[s].backward_s for s in own if s < stage)
+            ready_s = end_s - after_s - costs.stages[stage].backward_s
+            reduced_s = max(reduced_s, ready_s) + self.reduce_s[stage]
+        return max(reduced_s, end_s)
+
+
+def update_costs(
+    shape: ModelShape, layout: Layout, accelerator: Accelerator, exits: EarlyExitConfig
+) -> Update:
+    """What the update of a model's weights takes."""
+    replicas, num_ranks = layout.data_parallel, layout.num_ranks
+    on_node = layout.replicas_per_node(accelerator.per_node)
+    link = accelerator.node_bytes_per_s
+    if on_node < replicas:
+        link = min(link, on_node * accelerator.network_bytes_per_s)
+    weights = stage_weights(shape, layout, exits)
+    on_rank = [sum(weights[rank::num_ranks]) for rank in range(num_ranks)]
+    moved = (replicas - 1) / replicas / link
+    touched = (_ZEROED + _UPDATED / replicas) / accelerator.memory_bytes_per_s
+    return Update(
+        reduce_s=tuple(_GRADIENT * number * moved for number in weights),
+        embedding_s=_embedding_s(shape, layout, accelerator, exits),
+        optimizer_s=tuple(number * touched for number in on_rank),
+        gather_s=tuple(_WEIGHT * number * moved for number in on_rank),
+    )
+
+
+def _embedding_s(
+    shape: ModelShape, layout: Layout, accelerator: Accelerator, exits: EarlyExitConfig
+) -> float:
+    ranks = {stage % layout.num_ranks for stage in embedding_stages(shape, layout, exits)}
+    is_far = layout.spans_nodes(ranks, accelerator.per_node)
+    link = accelerator.network_bytes_per_s if is_far else accelerator.node_bytes_per_s
+    # A ring brings each partner all parts but its own, twice.
+    share = 2 * (len(ranks) - 1) / len(ranks)
+    return share * _GRADIENT * shape.projection_weights / layout.tensor_parallel / link

@@ -1,0 +1,55 @@
+"""Models that are known by name: those of the papers, and one of 175 billion weights.
+
+The EE-LLM paper (arXiv 2312.04916) gives no vocabulary and no MLP width: a vocabulary of 50,304 and
+Llama's widths are assumed, and exits after a quarter and after half of the layers. The largest is
+GPT-3's shape and batch (arXiv 2005.14165) with a gated MLP of as many weights.
+"""
+
+from dataclasses import dataclass
+
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.planner.costs.model_shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedModel:
+    """A model and how it is trained.
+
+    Attributes:
+        shape: its size.
+        exits: minimal ones after their layers, tied where the final head is.
+        global_batch_size: sequences of a step.
+    """
+
+    shape: ModelShape
+    exits: EarlyExitConfig
+    global_batch_size: int
+
+
+def _model(
+    layers: int, hidden: int, ffn: int, heads: int, *, tied: bool = False, batch: int = 2048
+) -> NamedModel:
+    shape = ModelShape.llama(
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=heads,
+        vocab_size=50304,
+        seq_length=2048,
+        share_embeddings_and_output_weights=tied,
+    )
+    exits = EarlyExitConfig(
+        exit_layer_nums=(layers // 4, layers // 2), untie_exit_output_weights=not tied
+    )
+    return NamedModel(shape=shape, exits=exits, global_batch_size=batch)
+
+
+NAMED_MODELS: dict[str, NamedModel] = {
+    "1.3b": _model(24, 2048, 5504, 16, tied=True),
+    "7b": _model(32, 4096, 11008, 32),
+    "13b": _model(40, 5120, 13824, 40),
+    "30b": _model(60, 6656, 17920, 52),
+    "175b": _model(96, 12288, 32768, 96, batch=1536),
+}
+"""Models by name."""

@@ -1,0 +1,164 @@
+"""The layouts that a request allows, before anything is known of their time and memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.planner.costs.layout import Layout
+from megatron.early_exit.planner.costs.model_shape import ModelShape
+from megatron.early_exit.planner.search.request import PlanRequest
+
+# Megatron's --make-vocab-size-divisible-by.
+_VOCAB_MULTIPLE = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One layout of a model with exits.
+
+    Attributes:
+        shape: of the model, with the vocabulary padded for the layout.
+        layout: of its stages.
+        num_chunks: on each rank; above 1, the schedule is interleaved.
+        num_microbatches: of a step, for each replica.
+        exits: of the model, with their placement.
+    """
+
+    shape: ModelShape
+    layout: Layout
+    num_chunks: int
+    num_microbatches: int
+    exits: EarlyExitConfig
+
+
+def candidates(request: PlanRequest) -> Iterator[Candidate]:
+    """All layouts that divide the accelerators, the layers, the heads and the batch.
+
+    Raises:
+        ValueError: there is none; says what does not divide what.
+    """
+    shapes = list(_divisions(request))
+    if not shapes:
+        raise ValueError(_why_none(request))
+    for tensor, pipeline, chunks, size in shapes:
+        replicas = request.num_accelerators // tensor // pipeline
+        multiple = _VOCAB_MULTIPLE * tensor
+        padded = -(-request.shape.vocab_size // multiple) * multiple
+        for mapping in (False, True):
+            layout = Layout(
+                layers_per_stage=(request.shape.num_layers // pipeline // chunks,)
+                * (pipeline * chunks),
+                num_ranks=pipeline,
+                tensor_parallel=tensor,
+                data_parallel=replicas,
+                microbatch_size=size,
+                use_tp_pp_dp_mapping=mapping,
+            )
+            for exits in request.placements:
+                yield Candidate(
+                    shape=replace(request.shape, vocab_size=padded),
+                    layout=layout,
+                    num_chunks=chunks,
+                    num_microbatches=request.global_batch_size // replicas // size,
+                    exits=exits,
+                )
+
+
+def _divisions(request: PlanRequest) -> Iterator[tuple[int, int, int, int]]:
+    """Tensor and pipeline parallelism, chunks of a rank, and sequences of a microbatch."""
+    for tensor in tensor_sizes(request):
+        for pipeline in pipeline_sizes(request):
+            if request.num_accelerators % (tensor * pipeline):
+                continue
+            replicas = request.num_accelerators // (tensor * pipeline)
+            if request.global_batch_size % replicas:
+                continue
+            for size in _microbatch_sizes(request, request.global_batch_size // replicas):
+                number = request.global_batch_size // replicas // size
+                for chunks in _chunk_numbers(request, pipeline, number):
+                    yield tensor, pipeline, chunks, size
+
+
+def tensor_sizes(request: PlanRequest) -> list[int]:
+    """Tensor-parallel sizes that stay on a node and divide the heads and what else is divided."""
+    shape = request.shape
+    divided = shape.num_query_groups, shape.num_attention_heads, shape.ffn_hidden_size
+    return [
+        size
+        for size in _divisors(request.accelerator.per_node)
+        if all(number % size == 0 for number in (*divided, shape.seq_length))
+        and request.tensor_parallel in (None, size)
+    ]
+
+
+def pipeline_sizes(request: PlanRequest) -> list[int]:
+    """Pipeline-parallel sizes that divide the layers."""
+    sizes = _divisors(request.shape.num_layers)
+    return [size for size in sizes if request.pipeline_parallel in (None, size)]
+
+
+def _microbatch_sizes(request: PlanRequest, of_replica: int) -> list[int]:
+    if request.microbatch_size is not None:
+        return [] if of_replica % request.microbatch_size else [request.microbatch_size]
+    powers = [2**i for i in range(of_replica.bit_length())]
+    return [size for size in powers if of_replica % size == 0]
+
+
+def _chunk_numbers(request: PlanRequest, pipeline: int, num_microbatches: int) -> list[int]:
+    numbers = [1]
+    # Megatron interleaves groups of as many microbatches as there are ranks.
+    if pipeline > 1 and num_microbatches % pipeline == 0:
+        numbers = _divisors(request.shape.num_layers // pipeline)
+    return [number for number in numbers if request.num_chunks in (None, number)]
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _why_none(request: PlanRequest) -> str:
+    shape = request.shape
+    if not tensor_sizes(request):
+        return (
+            f"--tensor-model-parallel-size {request.tensor_parallel} is out of range, allowed: "
+            f"divisors of a node's {request.accelerator.per_node} GPUs, of --num-attention-heads "
+            f"{shape.num_attention_heads}, --num-query-groups {shape.num_query_groups}, "
+            f"--ffn-hidden-size {shape.ffn_hidden_size} and --seq-length {shape.seq_length}"
+        )
+    if not pipeline_sizes(request):
+        return (
+            f"--pipeline-model-parallel-size {request.pipeline_parallel} is out of range, allowed: "
+            f"divisors of --num-layers {shape.num_layers}: "
+            f"{', '.join(map(str, _divisors(shape.num_layers)))}"
+        )
+    products = sorted({t * p for t in tensor_sizes(request) for p in pipeline_sizes(request)})
+    fitting = [size for size in products if request.num_accelerators % size == 0]
+    if not fitting:
+        return (
+            f"--gpus {request.num_accelerators} cannot be divided into pipelines, allowed: "
+            f"multiples of tensor times pipeline parallelism, here {_few(products)}"
+        )
+    if request.num_chunks is not None and any(_divisions(replace(request, num_chunks=None))):
+        return (
+            f"--num-virtual-stages-per-pipeline-rank {request.num_chunks} is out of range, "
+            "allowed: divisors of the layers of a stage, in pipelines whose stages divide the "
+            "microbatches of a step"
+        )
+    replicas = sorted({request.num_accelerators // size for size in fitting})
+    size = request.microbatch_size
+    if size is not None and any(_divisions(replace(request, microbatch_size=None))):
+        return (
+            f"--micro-batch-size {size} is out of range, allowed: divisors of the part of "
+            f"--global-batch-size {request.global_batch_size} that each of {_few(replicas)} "
+            "replicas gets"
+        )
+    return (
+        f"--global-batch-size {request.global_batch_size} cannot be divided over replicas, "
+        f"allowed: multiples of their number, with {request.num_accelerators} GPUs "
+        f"{_few(replicas)}"
+    )
+
+
+def _few(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8]))
+    return f"{shown} or others" if len(numbers) > 8 else shown

@@ -1,0 +1,1 @@
+"""Times schedules on cost models."""

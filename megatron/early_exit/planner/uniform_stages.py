@@ -1,0 +1,146 @@
+"""Schedules on stages that take the same time but for their exits, as in the papers' figures."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.early_exit.planner.costs.cost_model import CostModel, StageCost
+from megatron.early_exit.schedules.generators import (
+    FilledOneFOneB,
+    Generator,
+    Interleaved,
+    OneFOneB,
+    Tuning,
+    ZeroBubbleH1,
+)
+
+ScheduleName = Literal["1f1b", "interleaved", "zb-h1", "filled", "tuning"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformStages:
+    """One schedule in the setting of a figure.
+
+    Attributes:
+        name: of the schedule.
+        num_ranks: pipeline-parallel size.
+        num_microbatches: full ones of a step.
+        num_chunks: on each rank, of the interleaved schedule.
+        exit_stages: the stages that have an exit, counted from 0.
+        exit_stage_ratio: forward of an exit, or of the final head, over that of a stage.
+        backward_forward_ratio: backward of anything over its forward.
+        forward_s: seconds of a stage's forward.
+        num_warmup_fills: of the filled schedule, None for all that fit.
+        num_cooldown_fills: of the filled schedule, None for all that fit.
+
+    Raises:
+        ValueError: a number is out of its range; named by its flag.
+    """
+
+    name: ScheduleName
+    num_ranks: int
+    num_microbatches: int
+    num_chunks: int = 1
+    exit_stages: frozenset[int] = frozenset()
+    exit_stage_ratio: float = 0.5
+    backward_forward_ratio: float = 2.0
+    forward_s: float = 1e-3
+    num_warmup_fills: int | None = None
+    num_cooldown_fills: int | None = None
+
+    def __post_init__(self) -> None:
+        for flag, value in (
+            ("--pipeline-model-parallel-size", self.num_ranks),
+            ("--num-microbatches", self.num_microbatches),
+            ("--num-virtual-stages-per-pipeline-rank", self.num_chunks),
+        ):
+            if value < 1:
+                raise ValueError(f"{flag} {value} is out of range, allowed: 1 or more")
+        if self.num_chunks > 1 and self.name != "interleaved":
+            raise ValueError(
+                f"--num-virtual-stages-per-pipeline-rank {self.num_chunks} has no effect with "
+                f"--schedule {self.name}, allowed: with --schedule interleaved"
+            )
+        for stage in self.exit_stages:
+            if not 0 <= stage < self.num_stages:
+                raise ValueError(
+                    f"--exit-stages {stage} is out of range, allowed: 0 to {self.num_stages - 1}"
+                )
+        for flag, number, low, high in (
+            ("--exit-stage-ratio", self.exit_stage_ratio, 0.0, 100.0),
+            ("--backward-forward-ratio", self.backward_forward_ratio, 0.01, 100.0),
+        ):
+            if not low <= number <= high:
+                raise ValueError(f"{flag} {number:g} is out of range, allowed: {low:g} to {high:g}")
+
+    @property
+    def num_stages(self) -> int:
+        """Of all ranks."""
+        return self.num_ranks * self.num_chunks
+
+    def generator(self) -> Generator:
+        """What makes the schedule.
+
+        Raises:
+            ValueError: a number is out of its range; named by its flag.
+        """
+        try:
+            return self._generator()
+        except ValueError as error:
+            message = str(error)
+            for name, flag in _FLAGS.items():
+                message = message.replace(name, flag)
+            raise ValueError(message) from None
+
+    def _generator(self) -> Generator:
+        ranks, number = self.num_ranks, self.num_microbatches
+        match self.name:
+            case "1f1b":
+                return OneFOneB(num_ranks=ranks, num_microbatches=number)
+            case "interleaved":
+                return Interleaved(
+                    num_ranks=ranks, num_microbatches=number, num_chunks=self.num_chunks
+                )
+            case "zb-h1":
+                return ZeroBubbleH1(num_ranks=ranks, num_microbatches=number)
+            case "filled":
+                return FilledOneFOneB(
+                    num_ranks=ranks,
+                    num_microbatches=number,
+                    backward_forward_ratio=self.backward_forward_ratio,
+                    num_warmup_fills=self.num_warmup_fills,
+                    num_cooldown_fills=self.num_cooldown_fills,
+                    exit_stages=self.exit_stages,
+                )
+            case "tuning":
+                return Tuning(
+                    num_ranks=ranks, num_microbatches=number, exit_stages=self.exit_stages
+                )
+
+    def costs(self) -> CostModel:
+        """Of its stages: exits are deferred, and the final head takes as long as one of them."""
+        exit_s = self.exit_stage_ratio * self.forward_s
+        ratio = self.backward_forward_ratio
+        stages = []
+        for stage in range(self.num_stages):
+            head_s = exit_s * (stage == self.num_stages - 1 and self.name != "tuning")
+            own_s = exit_s * (1 + ratio) * (stage in self.exit_stages)
+            forward_s = self.forward_s + head_s
+            stages.append(
+                StageCost(
+                    forward_s=forward_s,
+                    backward_s=ratio * forward_s + own_s,
+                    # What a product's backward is made of: two products, one for the weights.
+                    weight_gradient_s=ratio * forward_s / 2,
+                    local_backward_s=own_s,
+                )
+            )
+        return CostModel(stages=tuple(stages), transfer_s=(0.0,) * (self.num_stages - 1))
+
+
+_FLAGS = {
+    "num_ranks": "--pipeline-model-parallel-size",
+    "num_microbatches": "--num-microbatches",
+    "num_warmup_fills": "--num-fill-warmup-microbatches",
+    "num_cooldown_fills": "--num-fill-cooldown-microbatches",
+    "exit_stages": "--exit-stages",
+}

@@ -1,0 +1,31 @@
+"""What every generator of schedules offers."""
+
+from typing import Protocol
+
+from megatron.early_exit.schedules.schedule import Schedule
+
+
+class Generator(Protocol):
+    """Makes a schedule and promises how many activations each rank keeps at most."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the pipeline."""
+
+    def build(self) -> Schedule:
+        """The schedule, without sends and receives."""
+
+    def activation_limit(self, rank: int) -> int:
+        """Most activations that are alive on a rank at a time, each of one microbatch on one of
+        the rank's stages."""
+
+
+def require_positive(**values: int) -> None:
+    """Check numbers of things that there must be.
+
+    Raises:
+        ValueError: a number is below 1.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} {value} is out of range, allowed: 1 or more")
