@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup
 RANGE_TESTS := tests/unit/patches tests/unit/test_platform.py tests/unit/test_checkpoint_writer.py \
 	tests/unit/inference/test_against_megatron.py tests/unit/test_exit_gradients.py \
 	tests/unit/test_huggingface_import.py tests/unit/test_huggingface_export.py \
-	tests/unit/test_data_tokenizer.py tests/unit/test_pipeline_drawing.py \
+	tests/unit/test_data_tokenizer.py tests/unit/planner/test_drawing.py \
 	tests/functional/test_huggingface_exits.py tests/functional/test_server.py \
 	tests/distributed/test_stock_training.py
 

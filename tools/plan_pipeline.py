@@ -43,10 +43,7 @@ from megatron.early_exit.planner.command_line.schedule_flags import (
     read_schedule,
     refuse_schedule_flags,
 )
-from megatron.early_exit.planner.drawing import (
-    check_timeline_file,
-    write_timeline,
-)
+from megatron.early_exit.planner.drawing import check_timeline_file, write_timeline
 from megatron.early_exit.planner.drawing.text import draw_text
 from megatron.early_exit.planner.search.filling import fill_bubbles
 from megatron.early_exit.planner.search.plans import Plan, Plans, find_plans

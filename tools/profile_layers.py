@@ -17,10 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.early_exit.planner.command_line.model_flags import Model, add_model_flags, read_model
-from megatron.early_exit.planner.costs.layer_profile import (
-    MEASURED_SIZES,
-    LayerProfile,
-)
+from megatron.early_exit.planner.costs.layer_profile import MEASURED_SIZES, LayerProfile
 
 if TYPE_CHECKING:
     from megatron.early_exit.platform import Platform

@@ -4,11 +4,7 @@ from typing import get_args
 
 from megatron.early_exit.planner.command_line.model_flags import read_model
 from megatron.early_exit.planner.costs.hardware import ACCELERATORS
-from megatron.early_exit.planner.costs.layer_profile import (
-    MEASURED_SIZES,
-    LayerProfile,
-    Part,
-)
+from megatron.early_exit.planner.costs.layer_profile import MEASURED_SIZES, LayerProfile, Part
 from megatron.early_exit.planner.costs.part_times import HardwareTimes
 from tools.plan_pipeline import build_parser
 

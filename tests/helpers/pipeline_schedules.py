@@ -14,7 +14,7 @@ from megatron.early_exit.schedules.generators import (
     max_fills,
 )
 
-GOLDEN = Path(__file__).parents[1] / "unit" / "pipeline_schedules"
+GOLDEN = Path(__file__).parents[1] / "unit" / "schedules" / "golden"
 
 # Read by eye when they were written: each is a picture of its schedule.
 SMALL: dict[str, Generator] = {

@@ -3,11 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.early_exit.planner.drawing.appearance import (
-    CRITICAL_COLOR,
-    color_of,
-    legend_of,
-)
+from megatron.early_exit.planner.drawing.appearance import CRITICAL_COLOR, color_of, legend_of
 from megatron.early_exit.planner.drawing.text import seconds_text
 from megatron.early_exit.planner.simulation.timeline import TimedAction, Timeline
 

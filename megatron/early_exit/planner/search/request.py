@@ -6,11 +6,7 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.planner.costs.hardware import Accelerator
 from megatron.early_exit.planner.costs.layer_profile import LayerProfile
 from megatron.early_exit.planner.costs.model_shape import ModelShape
-from megatron.early_exit.planner.costs.part_times import (
-    HardwareTimes,
-    MeasuredTimes,
-    PartTimes,
-)
+from megatron.early_exit.planner.costs.part_times import HardwareTimes, MeasuredTimes, PartTimes
 from megatron.early_exit.planner.costs.update import Overlap
 
 

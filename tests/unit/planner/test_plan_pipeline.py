@@ -286,7 +286,7 @@ def test_the_command_needs_neither_torch_nor_matplotlib():
     command = [sys.executable, "-X", "importtime", "tools/plan_pipeline.py", "--config", "1.3b"]
     done = subprocess.run(
         [*command, "--gpus", "8", "--top", "1"],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
         timeout=patient(60),

@@ -11,7 +11,7 @@ from benchmarks import pipeline_paper
 from megatron.early_exit.training.arguments import add_early_exit_arguments
 from tools import plan_pipeline, profile_layers
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "pipeline.md").read_text()
 BLOCKS = re.findall(r"^```console\n\$ python (\S+) ?(.*)\n((?:.*\n)*?)```", TEXT, re.MULTILINE)
 (MEASURED,) = re.findall(r"^```console measured\n(.*?)```", TEXT, re.MULTILINE | re.DOTALL)
