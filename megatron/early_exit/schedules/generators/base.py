@@ -1,11 +1,12 @@
 """What every generator of schedules offers."""
 
+from collections.abc import Hashable
 from typing import Protocol
 
 from megatron.early_exit.schedules.schedule import Schedule
 
 
-class Generator(Protocol):
+class Generator(Hashable, Protocol):
     """Makes a schedule and promises how many activations each rank keeps at most."""
 
     @property
