@@ -23,7 +23,7 @@ LONG = 112
 """Tokens of sequences that catch up now and then."""
 
 
-class Coin:
+class RandomExit:
     """Stands in for a threshold: how often a confidence reaches it does not depend on it."""
 
     def __init__(self, probability: float, seed: int) -> None:
@@ -76,7 +76,7 @@ def measure_batch(
     matrices = weights.layers(0, depth)
     settings: dict[str, Turn] = {"full 1": single.full, "full": decoder.full, "plain": plain.full}
     for p in PROBABILITIES:
-        settings[f"mixed {p}"] = partial(decoder.leaving, partial(Coin, p))
+        settings[f"mixed {p}"] = partial(decoder.leaving, partial(RandomExit, p))
     settings |= {"long full": longer.full, "depths": lambda: longer.depths(positions)}
     settings["bare 1"] = timed(products([*matrices, weights.head], 1, packed=True), 3)
     for rows in ROWS:

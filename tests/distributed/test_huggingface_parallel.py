@@ -10,10 +10,10 @@ from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers.huggingface_models import (
     KINDS,
     PROMPT,
-    make_twin,
-    save_twin,
-    twin_logits,
-    twin_tokens,
+    make_hf_reference,
+    reference_logits,
+    reference_tokens,
+    save_hf_reference,
 )
 from tests.helpers.spawn import spawn
 
@@ -37,16 +37,18 @@ def generate(
 
 
 def test_two_processes_compute_what_transformers_does(tmp_path):
-    twins = {kind: make_twin(kind, num_hidden_layers=4) for kind in KINDS}
-    for kind, twin in twins.items():
-        import_hf(save_twin(twin, tmp_path / f"hf {kind}")).write(tmp_path / kind)
+    references = {kind: make_hf_reference(kind, num_hidden_layers=4) for kind in KINDS}
+    for kind, reference in references.items():
+        import_hf(save_hf_reference(reference, tmp_path / f"hf {kind}")).write(tmp_path / kind)
     # Two processes cannot share a single group of heads.
-    divisible = [kind for kind, twin in twins.items() if twin.config.num_key_value_heads > 1]
+    divisible = [
+        kind for kind, reference in references.items() if reference.config.num_key_value_heads > 1
+    ]
     wanted = [(kind, "pp2") for kind in KINDS] + [(kind, "tp2") for kind in divisible]
     first, second = spawn(generate, 2, str(tmp_path), wanted)
     assert first == second
     for (kind, _), (tokens, logprobs) in first.items():
-        assert tokens == twin_tokens(twins[kind], PROMPT, LENGTH), kind
-        logits = twin_logits(twins[kind], [*PROMPT, *tokens])[len(PROMPT) - 1 : -1]
+        assert tokens == reference_tokens(references[kind], PROMPT, LENGTH), kind
+        logits = reference_logits(references[kind], [*PROMPT, *tokens])[len(PROMPT) - 1 : -1]
         own = torch.log_softmax(logits, dim=-1)[range(LENGTH), tokens]
         assert logprobs == pytest.approx(own.tolist(), abs=2e-4), kind

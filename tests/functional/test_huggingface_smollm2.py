@@ -10,7 +10,12 @@ from megatron.early_exit.checkpoint.huggingface import export_hf, import_hf
 from megatron.early_exit.checkpoint.source import open_checkpoint
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
-from tests.helpers.huggingface_models import cache_of, engine_logits, twin_logits, twin_tokens
+from tests.helpers.huggingface_models import (
+    cache_of,
+    engine_logits,
+    reference_logits,
+    reference_tokens,
+)
 from tests.helpers.smollm2 import PACKAGE, find_gguf
 from tests.helpers.spawn import spawn
 
@@ -24,7 +29,7 @@ pytestmark = pytest.mark.skipif(GGUF is None, reason=f"{PACKAGE} is not installe
 
 
 @pytest.fixture(scope="session")
-def twin():
+def reference():
     """The model as transformers itself reads it."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         GGUF.parent, gguf_file=GGUF.name, dtype=torch.float32
@@ -45,20 +50,20 @@ def engine(imported):
 
 
 @pytest.fixture(scope="session")
-def twins_tokens(twin, engine):
-    return twin_tokens(twin, engine.tokenizer.encode(PROMPT), COUNT)
+def references_tokens(reference, engine):
+    return reference_tokens(reference, engine.tokenizer.encode(PROMPT), COUNT)
 
 
-def test_same_logits_and_same_text(twin, twins_tokens, engine):
+def test_same_logits_and_same_text(reference, references_tokens, engine):
     text = "Liberté, égalité, fraternité: 1789 was the year\n\n  of the French Revolution. 🥐"
     tokens = engine.tokenizer.encode(text)
     original = transformers.AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name)
     assert tokens == original(text).input_ids
     assert engine.tokenizer.decode(tokens) == text
-    difference = engine_logits(engine, tokens) - twin_logits(twin, tokens)
+    difference = engine_logits(engine, tokens) - reference_logits(reference, tokens)
     assert difference.abs().max() < 2e-4
     result = engine.generate(PROMPT, SamplingParams(max_tokens=COUNT, ignore_eos=True))[0]
-    assert result.token_ids == twins_tokens
+    assert result.token_ids == references_tokens
     assert "Paris" in result.text
 
 
@@ -72,15 +77,15 @@ def generate_divided(folder, layout):
 
 # Nine heads in three groups: two tensor-parallel ranks cannot share them, three can.
 @pytest.mark.parametrize("layout", [{"pipeline_parallel": 2}, {"tensor_parallel": 3}], ids=str)
-def test_several_processes_give_the_same_text(twins_tokens, imported, layout):
+def test_several_processes_give_the_same_text(references_tokens, imported, layout):
     (count,) = layout.values()
     found = spawn(generate_divided, count, str(imported), layout)
-    assert found == [twins_tokens[:COUNT_DIVIDED]] * count
+    assert found == [references_tokens[:COUNT_DIVIDED]] * count
 
 
-def test_the_export_is_the_model(twin, imported, tmp_path):
+def test_the_export_is_the_model(reference, imported, tmp_path):
     export_hf(imported, tmp_path / "back", max_shard_bytes=200 * 10**6)
-    expected = twin.state_dict()
+    expected = reference.state_dict()
     files = list((tmp_path / "back").glob("*.safetensors"))
     assert len(files) == 3
     found = set()
@@ -95,9 +100,9 @@ def test_the_export_is_the_model(twin, imported, tmp_path):
     assert (tokenizer.eos_token_id, back.generation_config.eos_token_id) == (2, 2)
     assert tokenizer.chat_template is not None
     prompt = tokenizer(PROMPT).input_ids
-    assert torch.equal(twin_logits(back, prompt), twin_logits(twin, prompt))
-    drafted = twin_tokens(back, prompt, 16, assistant_early_exit=24)
-    assert drafted == twin_tokens(back, prompt, 16)
+    assert torch.equal(reference_logits(back, prompt), reference_logits(reference, prompt))
+    drafted = reference_tokens(back, prompt, 16, assistant_early_exit=24)
+    assert drafted == reference_tokens(back, prompt, 16)
 
 
 def test_exits_choose_the_same_tokens_in_transformers(imported, tmp_path):

@@ -70,7 +70,7 @@ def _spread(model):
     return model
 
 
-def make_twin(kind, seed=0, **changed):
+def make_hf_reference(kind, seed=0, **changed):
     """A model of transformers' own, of one of `KINDS`."""
     config_class, own = KINDS[kind]
     config = config_class(**{**_SIZES, **own, **changed})
@@ -78,9 +78,9 @@ def make_twin(kind, seed=0, **changed):
     return _spread(transformers.AutoModelForCausalLM.from_config(config).eval())
 
 
-def save_twin(twin, folder: Path, max_shard_size="5GB", **config) -> Path:
+def save_hf_reference(reference, folder: Path, max_shard_size="5GB", **config) -> Path:
     """Save a model, and change its config.json; a value of None takes the entry out."""
-    twin.save_pretrained(folder, max_shard_size=max_shard_size)
+    reference.save_pretrained(folder, max_shard_size=max_shard_size)
     change_config(folder, **config)
     return folder
 
@@ -91,10 +91,10 @@ def change_config(folder: Path, **changed) -> None:
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
 
 
-def twin_logits(twin, tokens):
+def reference_logits(reference, tokens):
     """[s, v]"""
     with torch.inference_mode():
-        return twin(torch.tensor([tokens])).logits[0]
+        return reference(torch.tensor([tokens])).logits[0]
 
 
 def engine_logits(engine, tokens):
@@ -108,11 +108,11 @@ def engine_logits(engine, tokens):
         return model.final_head.logits(hidden)
 
 
-def twin_tokens(twin, prompt, count, **options):
+def reference_tokens(reference, prompt, count, **options):
     """Greedy ones, not stopping at any."""
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
     with torch.inference_mode():
-        generated = twin.generate(torch.tensor([prompt]), max_new_tokens=count, **options)
+        generated = reference.generate(torch.tensor([prompt]), max_new_tokens=count, **options)
     return generated[0, len(prompt) :].tolist()
 
 

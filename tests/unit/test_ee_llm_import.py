@@ -203,9 +203,9 @@ def test_what_is_written_gives_the_models_text(tmp_path, tokenizer):
     params = SamplingParams(
         mode="early_exit", early_exit_threshold=0.4, max_tokens=20, logprobs=0, ignore_eos=True
     )
-    twin = EarlyExitEngine(model.segmented)
+    reference = EarlyExitEngine(model.segmented)
     prompt = engine.tokenizer.encode("the quick brown")
-    (found,), (expected,) = engine.generate([prompt], params), twin.generate([prompt], params)
+    (found,), (expected,) = engine.generate([prompt], params), reference.generate([prompt], params)
     assert found.token_ids == expected.token_ids
     assert found.exit_layers == expected.exit_layers
     assert found.logprobs == expected.logprobs

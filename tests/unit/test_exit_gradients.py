@@ -43,7 +43,7 @@ def exits(*positions: int, pre_exit: bool = False, **options: Any) -> EarlyExitC
 
 
 class Training:
-    """A model that trains with the deferred loss, and its twin that does with plain autograd.
+    """A model that trains with the deferred loss, and its reference that does with plain autograd.
 
     `recompute` holds options of activation recomputation, for the first alone."""
 

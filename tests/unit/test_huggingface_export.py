@@ -25,11 +25,11 @@ from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers.huggingface_models import (
     KINDS,
     PROMPT,
-    make_twin,
+    make_hf_reference,
+    reference_logits,
+    reference_tokens,
+    save_hf_reference,
     save_tokenizer,
-    save_twin,
-    twin_logits,
-    twin_tokens,
 )
 from tests.helpers.tiny_models import ARCHITECTURES, make_model
 from tests.helpers.written_checkpoint import lazy_tensors
@@ -65,8 +65,8 @@ def save_model(path, architecture, tokenizer=None):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_imported_comes_back(tmp_path, kind):
-    twin = make_twin(kind, dtype="bfloat16")
-    folder = save_twin(twin, tmp_path / "hf")
+    reference = make_hf_reference(kind, dtype="bfloat16")
+    folder = save_hf_reference(reference, tmp_path / "hf")
     save_tokenizer(folder, 61)
     ours = import_to(folder, tmp_path / "ours")
     told = []
@@ -89,7 +89,7 @@ def test_what_was_imported_comes_back(tmp_path, kind):
         assert expected is None or getattr(after, name) == expected, name
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     again = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert torch.equal(twin_logits(back, PROMPT), twin_logits(again, PROMPT))
+    assert torch.equal(reference_logits(back, PROMPT), reference_logits(again, PROMPT))
     tokenizers = map(transformers.AutoTokenizer.from_pretrained, (folder, tmp_path / "back"))
     encoded, encoded_before = (one("w5 w7").input_ids for one in tokenizers)
     assert encoded == encoded_before
@@ -103,13 +103,13 @@ def test_what_was_imported_comes_back(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["Llama 2", "Qwen2", "Qwen3", "Mistral, odd heads"])
 def test_the_class_that_is_chosen(tmp_path, kind):
-    twin = make_twin(kind)
-    ours = import_to(save_twin(twin, tmp_path / "hf"), tmp_path / "ours")
-    assert open_export(ours).config["architectures"] == [type(twin).__name__]
+    reference = make_hf_reference(kind)
+    ours = import_to(save_hf_reference(reference, tmp_path / "hf"), tmp_path / "ours")
+    assert open_export(ours).config["architectures"] == [type(reference).__name__]
 
 
 def test_shards(tmp_path):
-    folder = save_twin(make_twin("SmolLM2"), tmp_path / "hf")
+    folder = save_hf_reference(make_hf_reference("SmolLM2"), tmp_path / "hf")
     ours = import_to(folder, tmp_path / "ours")
     export = export_hf(ours, tmp_path / "back", max_shard_bytes=10_000)
     files = sorted(tmp_path.glob("back/*.safetensors"))
@@ -127,11 +127,13 @@ def test_shards(tmp_path):
     for name, tensor in load_shards(tmp_path / "back").items():
         assert torch.equal(tensor, original[name])
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
-    assert torch.equal(twin_logits(back, PROMPT), twin_logits(make_twin("SmolLM2"), PROMPT))
+    assert torch.equal(
+        reference_logits(back, PROMPT), reference_logits(make_hf_reference("SmolLM2"), PROMPT)
+    )
 
 
 def test_one_tensor_is_read_at_a_time(tmp_path):
-    folder = save_twin(make_twin("SmolLM2"), tmp_path / "hf")
+    folder = save_hf_reference(make_hf_reference("SmolLM2"), tmp_path / "hf")
     export = open_export(import_to(folder, tmp_path / "ours"))
     order = []
     for name, tensor in export.weights.items():
@@ -153,13 +155,13 @@ def test_without_a_tokenizer_the_end_of_a_document_is_unknown(tmp_path):
     engine = EarlyExitEngine.from_checkpoint(ours)
     result = engine.generate([PROMPT], SamplingParams(max_tokens=40))[0]
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
-    assert result.token_ids == twin_tokens(back, PROMPT, 40)
+    assert result.token_ids == reference_tokens(back, PROMPT, 40)
 
 
 def test_plain_leaves_exits_out_and_drafts_with_them_in_transformers(tmp_path):
     """transformers' own early exit: a draft by the first layers, the final norm and the output
     layer, which the whole model verifies."""
-    folder = save_twin(make_twin("SmolLM2"), tmp_path / "hf")
+    folder = save_hf_reference(make_hf_reference("SmolLM2"), tmp_path / "hf")
     wanted = EarlyExitConfig(exit_layer_nums=(1, 2), use_exit_norm=True)
     ours = import_to(folder, tmp_path / "ours")
     add_exits(open_checkpoint(ours), wanted).write(tmp_path / "exits")
@@ -168,15 +170,15 @@ def test_plain_leaves_exits_out_and_drafts_with_them_in_transformers(tmp_path):
     assert not export.needs_remote_code
     assert load_shards(tmp_path / "plain").keys() == load_shards(folder).keys()
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
-    expected = twin_tokens(plain, PROMPT, 40)
+    expected = reference_tokens(plain, PROMPT, 40)
     draft = signature(AssistedCandidateGenerator.get_candidates).parameters
     for exit_layer in (1, 2):
         if "is_first_iteration" in draft:
             # transformers 5.0 to 5.3 cannot: its own drafts forget this argument.
             with pytest.raises(TypeError, match="is_first_iteration"):
-                twin_tokens(plain, PROMPT, 40, assistant_early_exit=exit_layer)
+                reference_tokens(plain, PROMPT, 40, assistant_early_exit=exit_layer)
         else:
-            assert twin_tokens(plain, PROMPT, 40, assistant_early_exit=exit_layer) == expected
+            assert reference_tokens(plain, PROMPT, 40, assistant_early_exit=exit_layer) == expected
 
 
 def test_exits_and_their_base_become_one_folder(tmp_path):

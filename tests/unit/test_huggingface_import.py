@@ -23,11 +23,11 @@ from tests.helpers.huggingface_models import (
     PROMPT,
     change_config,
     engine_logits,
-    make_twin,
+    make_hf_reference,
+    reference_logits,
+    reference_tokens,
+    save_hf_reference,
     save_tokenizer,
-    save_twin,
-    twin_logits,
-    twin_tokens,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -35,8 +35,8 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_logits_and_same_greedy_tokens(tmp_path, kind):
-    twin = make_twin(kind)
-    conversion = import_hf(save_twin(twin, tmp_path / "hf"))
+    reference = make_hf_reference(kind)
+    conversion = import_hf(save_hf_reference(reference, tmp_path / "hf"))
     conversion.write(tmp_path / "ours")
     assert conversion.description.tokenizer is None
     reader = CheckpointReader(locate(tmp_path / "ours").iteration_dir)
@@ -45,16 +45,16 @@ def test_same_logits_and_same_greedy_tokens(tmp_path, kind):
 
     engine = EarlyExitEngine.from_checkpoint(tmp_path / "ours", max_sequence_length=96)
     # Long enough that the slow frequencies of rotary embeddings tell.
-    length = min(twin.config.max_position_embeddings, 800)
+    length = min(reference.config.max_position_embeddings, 800)
     tokens = torch.randint(61, (length,), generator=torch.Generator().manual_seed(2)).tolist()
-    difference = engine_logits(engine, tokens) - twin_logits(twin, tokens)
+    difference = engine_logits(engine, tokens) - reference_logits(reference, tokens)
     assert difference.abs().max() < 2e-4
     result = engine.generate([PROMPT], SamplingParams(max_tokens=64))[0]
-    assert result.token_ids == twin_tokens(twin, PROMPT, 64)
+    assert result.token_ids == reference_tokens(reference, PROMPT, 64)
 
 
 def test_what_became_of_what(tmp_path):
-    conversion = import_hf(save_twin(make_twin("Qwen2"), tmp_path))
+    conversion = import_hf(save_hf_reference(make_hf_reference("Qwen2"), tmp_path))
     prefix = "model.layers.2.self_attn."
     assert conversion.sources["decoder.layers.2.self_attention.linear_qkv.bias"] == tuple(
         f"{prefix}{name}_proj.bias" for name in "qkv"
@@ -63,10 +63,10 @@ def test_what_became_of_what(tmp_path):
 
 
 def test_shards_and_the_older_form_of_a_config(tmp_path):
-    twin = make_twin("Llama 2", dtype="bfloat16", rope_parameters={"rope_theta": 5e5})
-    whole = import_hf(save_twin(twin, tmp_path / "whole"))
-    save_twin(
-        twin,
+    reference = make_hf_reference("Llama 2", dtype="bfloat16", rope_parameters={"rope_theta": 5e5})
+    whole = import_hf(save_hf_reference(reference, tmp_path / "whole"))
+    save_hf_reference(
+        reference,
         tmp_path / "shards",
         max_shard_size="10KB",
         rope_parameters=None,
@@ -92,15 +92,15 @@ def test_shards_and_the_older_form_of_a_config(tmp_path):
 
 
 def test_a_dtype_that_is_not_told_is_that_of_the_weights(tmp_path):
-    twin = make_twin("Llama 2").to(torch.float16)
-    found = import_hf(save_twin(twin, tmp_path, dtype=None)).description.architecture
+    reference = make_hf_reference("Llama 2").to(torch.float16)
+    found = import_hf(save_hf_reference(reference, tmp_path, dtype=None)).description.architecture
     assert found.params_dtype == "float16"
 
 
 def test_only_the_wanted_tensors_are_read(tmp_path, monkeypatch):
     import safetensors
 
-    folder = save_twin(make_twin("SmolLM2"), tmp_path)
+    folder = save_hf_reference(make_hf_reference("SmolLM2"), tmp_path)
     read = []
 
     class Watched:
@@ -129,7 +129,7 @@ def test_only_the_wanted_tensors_are_read(tmp_path, monkeypatch):
 
 
 def test_tokenizer(tmp_path):
-    folder = save_twin(make_twin("Llama 2"), tmp_path / "hf")
+    folder = save_hf_reference(make_hf_reference("Llama 2"), tmp_path / "hf")
     save_tokenizer(folder, 61)
     import_hf(folder).write(tmp_path / "ours")
     assert read_description(tmp_path / "ours").tokenizer.eod_id == 2
@@ -150,7 +150,7 @@ def test_tokenizer(tmp_path):
 
 
 def test_all_ends_of_a_text_come_along(tmp_path):
-    folder = save_twin(make_twin("Llama 2"), tmp_path / "hf")
+    folder = save_hf_reference(make_hf_reference("Llama 2"), tmp_path / "hf")
     save_tokenizer(folder, 61)
     settings = {"eos_token_id": [7, 8], "temperature": 0.6}
     (folder / "generation_config.json").write_text(json.dumps(settings))
@@ -180,7 +180,7 @@ def test_all_ends_of_a_text_come_along(tmp_path):
 
 
 def test_a_vocabulary_larger_than_the_tokenizers(tmp_path):
-    folder = save_twin(make_twin("Llama 2"), tmp_path / "hf")
+    folder = save_hf_reference(make_hf_reference("Llama 2"), tmp_path / "hf")
     save_tokenizer(folder, 50)
     import_hf(folder).write(tmp_path / "ours")
     assert read_description(tmp_path / "ours").architecture.vocab_size == 61
@@ -190,8 +190,8 @@ def test_a_vocabulary_larger_than_the_tokenizers(tmp_path):
 
 
 def test_what_old_files_hold_besides(tmp_path):
-    twin = make_twin("SmolLM2")
-    folder = save_twin(twin, tmp_path)
+    reference = make_hf_reference("SmolLM2")
+    folder = save_hf_reference(reference, tmp_path)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -289,7 +289,7 @@ def test_the_configs_of_well_known_models():
 def test_a_name_on_the_hub(tmp_path, monkeypatch):
     import huggingface_hub
 
-    folder = save_twin(make_twin("SmolLM2"), tmp_path)
+    folder = save_hf_reference(make_hf_reference("SmolLM2"), tmp_path)
     asked = []
 
     def download(name, allow_patterns, ignore_patterns):
@@ -388,10 +388,12 @@ def test_configs_that_are_refused(tmp_path, llama_folder, name):
 
 
 def test_windows_that_are_refused(tmp_path):
-    save_twin(make_twin("Mistral"), tmp_path, sliding_window=50)
+    save_hf_reference(make_hf_reference("Mistral"), tmp_path, sliding_window=50)
     with pytest.raises(ValueError, match="sliding_window 50 is not supported, allowed: null, or"):
         import_hf(tmp_path)
-    save_twin(make_twin("Qwen2"), tmp_path, sliding_window=50, use_sliding_window=True)
+    save_hf_reference(
+        make_hf_reference("Qwen2"), tmp_path, sliding_window=50, use_sliding_window=True
+    )
     change_config(tmp_path, layer_types=None)
     with pytest.raises(ValueError, match="sliding_window 50 is not supported"):
         import_hf(tmp_path)
@@ -439,7 +441,7 @@ def test_files_that_are_refused(tmp_path, llama_folder):
 
 
 def test_shards_that_are_refused(tmp_path):
-    folder = save_twin(make_twin("Llama 2"), tmp_path, max_shard_size="20KB")
+    folder = save_hf_reference(make_hf_reference("Llama 2"), tmp_path, max_shard_size="20KB")
     index = json.loads((folder / INDEX).read_text())
     shard = index["weight_map"]["model.norm.weight"]
 
@@ -535,7 +537,7 @@ def test_gguf_files_that_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def llama_folder(tmp_path_factory):
-    return save_twin(make_twin("Llama 2"), tmp_path_factory.mktemp("llama"))
+    return save_hf_reference(make_hf_reference("Llama 2"), tmp_path_factory.mktemp("llama"))
 
 
 def copy(folder, target):

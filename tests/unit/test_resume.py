@@ -14,7 +14,7 @@ platform.prepare()
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
 from megatron.early_exit.training import index_cache  # noqa: E402
 from megatron.early_exit.training.command_line import restore_exits  # noqa: E402
-from megatron.early_exit.training.resume import Start, clear_way, decide  # noqa: E402
+from megatron.early_exit.training.resume import ResumePlan, move_conflicting, plan_resume  # noqa: E402
 from megatron.early_exit.training.stored_model import StoredModel  # noqa: E402
 from tests.helpers.saved_checkpoint import ARGS, name, save  # noqa: E402
 
@@ -48,8 +48,8 @@ def arguments(**changes: object) -> Namespace:
     return Namespace(**{**ARGS, **others, **changes})
 
 
-def start(options: EarlyExitConfig = EarlyExitConfig(), **changes: object) -> Start:  # noqa: B008
-    return decide(arguments(**changes), options, vocab_size=16)
+def start(options: EarlyExitConfig = EarlyExitConfig(), **changes: object) -> ResumePlan:  # noqa: B008
+    return plan_resume(arguments(**changes), options, vocab_size=16)
 
 
 def test_the_exits_of_a_checkpoint_are_those_of_the_run(tmp_path):
@@ -96,7 +96,7 @@ def test_another_backbone_or_vocabulary_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"num_layers is 4 in checkpoint .* and 6 in this run"):
         start(load=tmp_path, num_layers=6)
     with pytest.raises(ValueError, match=r"tokenizer has 17 tokens .* only 16"):
-        decide(arguments(load=tmp_path), EarlyExitConfig(), vocab_size=17)
+        plan_resume(arguments(load=tmp_path), EarlyExitConfig(), vocab_size=17)
     # Longer sequences are the same model where positions are relative.
     assert start(load=tmp_path, max_position_embeddings=64).iteration == 2
 
@@ -168,7 +168,7 @@ def test_training_that_is_taken_back_sets_later_checkpoints_aside(tmp_path):
     for iteration in (2, 4, 6):
         save(tmp_path, iteration)
     args = arguments(load=tmp_path, save=tmp_path, ckpt_step=2)
-    lines = clear_way(args, decide(args, EarlyExitConfig(), 16))
+    lines = move_conflicting(args, plan_resume(args, EarlyExitConfig(), 16))
     assert len(lines) == 2
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000002"]
@@ -177,7 +177,7 @@ def test_training_that_is_taken_back_sets_later_checkpoints_aside(tmp_path):
 
 def test_checkpoints_of_other_formats_are_left_to_megatron(tmp_path):
     (tmp_path / "iter_0000004" / "mp_rank_00").mkdir(parents=True)
-    assert clear_way(arguments(save=tmp_path, ckpt_format="torch"), Start()) == []
+    assert move_conflicting(arguments(save=tmp_path, ckpt_format="torch"), ResumePlan()) == []
     assert (tmp_path / "iter_0000004" / "mp_rank_00").is_dir()
 
 
@@ -188,9 +188,9 @@ def test_a_newer_non_persistent_checkpoint_is_the_start(tmp_path):
     save(extra, 8, named=False)
     (extra / "iter_0000008" / "metadata.json").unlink()
     args = arguments(load=tmp_path, save=tmp_path, non_persistent_ckpt_type="global")
-    found = decide(args, EarlyExitConfig(), 16)
+    found = plan_resume(args, EarlyExitConfig(), 16)
     assert (found.checkpoint, found.iteration) == (extra / "iter_0000006", 6)
-    clear_way(args, found)
+    move_conflicting(args, found)
     assert [path.name for path in extra.glob("iter_*")] == ["iter_0000006"]
 
 

@@ -58,7 +58,7 @@ def exits(kind: str) -> EarlyExitConfig:
     )
 
 
-def twins(config: EarlyExitConfig, freeze_projections: bool = False) -> tuple[Any, PlainExits]:
+def references(config: EarlyExitConfig, freeze_projections: bool = False) -> tuple[Any, PlainExits]:
     """A model that is tuned, and one with the same weights for plain autograd."""
     plain = build_model(config)
     tuned = build_model(config)
@@ -85,7 +85,7 @@ def check(found: dict[str, Any], expected: dict[str, Any], frozen: tuple[str, ..
 @pytest.mark.parametrize("kind", HEADS)
 def test_local_losses(kind, per_token):
     config = exits(kind)
-    tuned, plain = twins(config)
+    tuned, plain = references(config)
     normalization = LossNormalization(per_token=per_token, context_parallel_size=1)
     tuned.exit_tap = objective = LocalObjective(config, normalization, 5)
     objective.set_loss_scale(torch.tensor([0.5]))
@@ -99,7 +99,7 @@ def test_local_losses(kind, per_token):
 
 def test_frozen_projections():
     config = exits("mlp")
-    tuned, plain = twins(config, freeze_projections=True)
+    tuned, plain = references(config, freeze_projections=True)
     tuned.exit_tap = objective = LocalObjective(
         config, LossNormalization(per_token=False, context_parallel_size=1)
     )
@@ -112,7 +112,7 @@ def test_frozen_projections():
 @pytest.mark.parametrize("kind", ["norm", "all, weighted"])
 def test_distillation(kind):
     config = exits(kind)
-    tuned, plain = twins(config)
+    tuned, plain = references(config)
     options = TuningOptions(
         tune_exit=True, exit_distillation_weight=0.6, exit_distillation_temperature=2.5
     )

@@ -64,11 +64,11 @@ class _StrictJson(DefaultJSONProvider):
         except ValueError as error:
             raise ValueError(f"is not JSON: {error}") from None
         # The strict parser keeps the last of equal names and does not tell.
-        json.loads(s, object_pairs_hook=_refuse_twins)
+        json.loads(s, object_pairs_hook=_refuse_repeated_names)
         return found
 
 
-def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         counts = Counter(name for name, _ in pairs)

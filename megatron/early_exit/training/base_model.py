@@ -57,7 +57,7 @@ def starting_weights(
     return base.checked({**started, **own})
 
 
-def fill(chunk: EarlyExitGPTModel, weights: LazyWeights) -> None:
+def load_base(chunk: EarlyExitGPTModel, weights: LazyWeights) -> None:
     """Read every weight of a part of a model.
 
     Args:

@@ -19,7 +19,7 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 
 from megatron.early_exit.config import EarlyExitConfig, as_flag
 from megatron.early_exit.training.data import DataSource, data_sources, read_blends
-from megatron.early_exit.training.resume import handles
+from megatron.early_exit.training.resume import is_torch_dist
 
 _SAMPLED_DOCUMENTS = 16
 _SAMPLED_TOKENS = 4096
@@ -59,7 +59,7 @@ def check_arguments(args: Namespace, exits: EarlyExitConfig) -> None:
             )
     if args.moe_use_upcycling:
         raise ValueError("--moe-use-upcycling cannot be combined with --exit-layer-nums")
-    if not handles(args):
+    if not is_torch_dist(args):
         raise ValueError(
             f"--ckpt-format {args.ckpt_format} cannot be combined with --exit-layer-nums, "
             "allowed: torch_dist"

@@ -39,7 +39,7 @@ from megatron.early_exit.training.number_ranges import (
 )
 from megatron.early_exit.training.resume import (
     find_checkpoint,
-    handles,
+    is_torch_dist,
     read_saved_description,
 )
 from megatron.early_exit.training.stored_model import StoredModel, describe_exits
@@ -193,7 +193,7 @@ def _restore_from_checkpoint(args: Namespace, given: frozenset[str]) -> EarlyExi
             "--use-checkpoint-args cannot be combined with --moe-use-upcycling: give the new "
             "model's flags themselves"
         )
-    if not handles(args):
+    if not is_torch_dist(args):
         raise ValueError(
             f"--use-checkpoint-args cannot be combined with --ckpt-format {args.ckpt_format}, "
             "allowed: torch_dist"

@@ -146,33 +146,33 @@ class ExitObjective:
         In evaluation the loss is computed at once and only measured.
         """
         targets = Targets.of(labels, loss_mask)
-        passage = Passage(exits, position, hidden, targets, layer_kwargs)
+        exit_input = ExitInput(exits, position, hidden, targets, layer_kwargs)
         if exits.training:
-            return self.in_training(passage)
-        self._run(passage, self.validation_metrics)
+            return self.in_training(exit_input)
+        self._run(exit_input, self.validation_metrics)
         return hidden
 
-    def in_training(self, passage: "Passage") -> Tensor:
+    def in_training(self, exit_input: "ExitInput") -> Tensor:
         """What goes on behind an exit, [s, b, h]: its loss is deferred to the backward phase.
 
         In a forward pass without gradients (the first one of activation recomputation) nothing
         happens.
         """
-        hidden = passage.hidden
+        hidden = exit_input.hidden
         if not torch.is_grad_enabled():
             return hidden
 
         def run(saved: Tensor) -> Tensor:
             leaf = saved.detach().requires_grad_()
             with torch.enable_grad():
-                self.train_exit(replace(passage, hidden=leaf))
+                self.train_exit(replace(exit_input, hidden=leaf))
             assert leaf.grad is not None
             return leaf.grad
 
         if not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()
         output: Tensor = _Deferred.apply(hidden, run)
-        if self.ends_at_exit and passage.position == max(passage.exits.heads):
+        if self.ends_at_exit and exit_input.position == max(exit_input.exits.heads):
             raise EndedAtExit(output)
         return output
 
@@ -180,10 +180,10 @@ class ExitObjective:
         """For schedules in which exits have a backward of their own; here it is part of the
         backbone's."""
 
-    def train_exit(self, passage: "Passage", teacher: Teacher | None = None) -> None:
+    def train_exit(self, exit_input: "ExitInput", teacher: Teacher | None = None) -> None:
         """Compute an exit's loss and backpropagate it, to the leaf `hidden` where that needs a
         gradient; see `head_loss` for `teacher`."""
-        self._run(passage, self.training_metrics, teacher)
+        self._run(exit_input, self.training_metrics, teacher)
 
     def options(self, exits: ExitHeads, position: int) -> HeadLossOptions:
         """How the loss of an exit is computed."""
@@ -196,10 +196,10 @@ class ExitObjective:
         )
 
     def _run(
-        self, passage: "Passage", metrics: ExitMetrics, teacher: Teacher | None = None
+        self, exit_input: "ExitInput", metrics: ExitMetrics, teacher: Teacher | None = None
     ) -> None:
         """Compute an exit's loss; with gradients enabled, backpropagate it."""
-        exits, position, targets = passage.exits, passage.position, passage.targets
+        exits, position, targets = exit_input.exits, exit_input.position, exit_input.targets
         options = self.options(exits, position)
 
         def criterion(output: Tensor, weight: Tensor) -> None:
@@ -219,7 +219,7 @@ class ExitObjective:
                 torch.autograd.backward(flat, gradient)
 
         with self._random_numbers(exits, position):
-            exits(position, passage.hidden, criterion, passage.layer_kwargs)
+            exits(position, exit_input.hidden, criterion, exit_input.layer_kwargs)
 
     def _random_numbers(self, exits: ExitHeads, position: int) -> AbstractContextManager[None]:
         """Dropout of the exit's own: the backbone's random numbers stay as they are without exits,
@@ -258,7 +258,7 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class Passage:
+class ExitInput:
     """A microbatch at an exit.
 
     Attributes:

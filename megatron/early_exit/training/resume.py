@@ -28,7 +28,7 @@ _NON_PERSISTENT = "non_persistent"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
+class ResumePlan:
     """Where a run begins, the same on every rank."""
 
     checkpoint: Path | None = None
@@ -64,7 +64,7 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ResolvedCheckpoint:
     """The checkpoint that a run loads."""
 
     checkpoint: Checkpoint
@@ -78,12 +78,12 @@ class Source:
     """The text file in its directory is in order."""
 
 
-def handles(args: Any) -> bool:
-    """Whether this module applies: to checkpoints of the torch_dist format."""
+def is_torch_dist(args: Any) -> bool:
+    """Whether checkpoints are of the torch_dist format, which this module is about."""
     return bool(args.ckpt_format == "torch_dist" and not args.moe_use_upcycling)
 
 
-def find_checkpoint(args: Any) -> Source | None:
+def find_checkpoint(args: Any) -> ResolvedCheckpoint | None:
     """The checkpoint that Megatron is to load; None to start from random weights.
 
     On rank 0 this mends the text file that names the checkpoint, where the run saves to the same
@@ -103,7 +103,7 @@ def find_checkpoint(args: Any) -> Source | None:
         if found is not None:
             ckpt_step = _name_to_megatron(directory, found, args)
             recent = _non_persistent(args, directory, found) if flag == "--load" else None
-            return Source(
+            return ResolvedCheckpoint(
                 recent or found,
                 directory.path,
                 ckpt_step,
@@ -157,7 +157,7 @@ def _non_persistent_directory(args: Any, beside: str | Path) -> CheckpointDirect
     return CheckpointDirectory(path, args.verify_integrity)
 
 
-def decide(args: Any, exits: EarlyExitConfig, vocab_size: int) -> Start:
+def plan_resume(args: Any, exits: EarlyExitConfig, vocab_size: int) -> ResumePlan:
     """Choose the start of a run; for rank 0.
 
     Args:
@@ -170,7 +170,7 @@ def decide(args: Any, exits: EarlyExitConfig, vocab_size: int) -> Start:
             checkpoints that are there.
     """
     source = find_checkpoint(args)
-    start = Start()
+    start = ResumePlan()
     if source is not None:
         saved = read_saved_description(source.directory)
         if saved is not None and saved.base is not None:
@@ -183,8 +183,10 @@ def decide(args: Any, exits: EarlyExitConfig, vocab_size: int) -> Start:
     return start
 
 
-def start_from(source: Source, args: Any, exits: EarlyExitConfig, vocab_size: int) -> Start:
-    """The start that a checkpoint gives; see `decide`."""
+def start_from(
+    source: ResolvedCheckpoint, args: Any, exits: EarlyExitConfig, vocab_size: int
+) -> ResumePlan:
+    """The start that a checkpoint gives; see `plan_resume`."""
     found = source.checkpoint
     stored = StoredModel(found.path)
     stored.check_backbone(args, vocab_size)
@@ -201,7 +203,7 @@ def start_from(source: Source, args: Any, exits: EarlyExitConfig, vocab_size: in
             f"checkpoint {found.path}: {', '.join(filter(None, parts))}; the rest is loaded, "
             "optimizer, learning rate and data start anew at iteration 0 (as with --finetune)"
         )
-    return Start(
+    return ResumePlan(
         checkpoint=found.path,
         directory=source.directory,
         iteration=0 if weights_only else found.iteration,
@@ -242,7 +244,7 @@ def _check_optimizer_layout(stored: StoredModel, args: Any) -> None:
         )
 
 
-def check_save_directory(args: Any, exits: EarlyExitConfig, start: Start) -> None:
+def check_save_directory(args: Any, exits: EarlyExitConfig, start: ResumePlan) -> None:
     """Refuse to write into a directory whose checkpoints this run does not continue.
 
     Raises:
@@ -307,21 +309,21 @@ def _is_same(path: str | Path | None, other: str | Path | None) -> bool:
     return Path(path).resolve() == Path(other).resolve()
 
 
-def share(start: Start | None) -> Start:
+def share_plan(plan: ResumePlan | None) -> ResumePlan:
     """Hand rank 0's decision to every rank; a collective call over all of them."""
-    box = [start]
+    box = [plan]
     torch.distributed.broadcast_object_list(box, src=0)
     assert box[0] is not None
     return box[0]
 
 
-def clear_way(args: Any, start: Start) -> list[str]:
+def move_conflicting(args: Any, start: ResumePlan) -> list[str]:
     """Move what the run would write over; called on one rank, while no other loads or saves.
 
     Returns:
         A line for each thing done.
     """
-    if args.save is None or args.skip_train or not handles(args):
+    if args.save is None or args.skip_train or not is_torch_dist(args):
         return []
     save = CheckpointDirectory(args.save, args.verify_integrity)
     lines = save.clear_after(start.iteration)

@@ -26,7 +26,7 @@ from megatron.early_exit.model.tied_weights import finalize_gradients
 from megatron.early_exit.patches.distributed_optimizer import repair_fully_reshardable_format
 from megatron.early_exit.patches.forward_backward import train_by
 from megatron.early_exit.patches.optimizer_config import set_learning_rates
-from megatron.early_exit.training.base_model import fill, starting_weights
+from megatron.early_exit.training.base_model import load_base, starting_weights
 from megatron.early_exit.training.bubble_filling import FilledBubbles
 from megatron.early_exit.training.checks import check_arguments, check_data
 from megatron.early_exit.training.data import BatchReader, dataset_provider
@@ -46,7 +46,13 @@ from megatron.early_exit.training.loading import (
 )
 from megatron.early_exit.training.logging import log_exits
 from megatron.early_exit.training.misuse import explain
-from megatron.early_exit.training.resume import Start, clear_way, decide, handles, share
+from megatron.early_exit.training.resume import (
+    ResumePlan,
+    is_torch_dist,
+    move_conflicting,
+    plan_resume,
+    share_plan,
+)
 from megatron.early_exit.training.step import (
     ForwardStep,
     LossChecks,
@@ -132,17 +138,17 @@ class Session:
         check_backbone(config)
         return config
 
-    def _prepare_files(self, tokenizer: Any) -> Start:
+    def _prepare_files(self, tokenizer: Any) -> ResumePlan:
         """On rank 0: decide what to load, and describe what will be saved."""
         args = self.args
         # NullTokenizer stands for any that the data were made with.
         is_known = args.tokenizer_type != "NullTokenizer"
         check_data(args, tokenizer.vocab_size if is_known else args.padded_vocab_size)
-        start = Start()
+        start = ResumePlan()
         if self.tuning.tune_exit:
             start = decide_tuning(args, self.tuning, self.exits, tokenizer.vocab_size)
-        elif handles(args):
-            start = decide(args, self.exits, tokenizer.vocab_size)
+        elif is_torch_dist(args):
+            start = plan_resume(args, self.exits, tokenizer.vocab_size)
         for line in start.notes:
             print_rank_0(line)
         for path in remove_unfinished_indices(cache_folders(args)):
@@ -160,9 +166,9 @@ class Session:
         for chunk in chunks:
             chunk.exit_tap = self.objective
         if self._start is not None:
-            for line in clear_way(self.args, self._start):
+            for line in move_conflicting(self.args, self._start):
                 print_rank_0(line)
-        self._start = share(self._start)
+        self._start = share_plan(self._start)
         self._start.apply_to(self.args)
         if self._start.base is not None:
             self._fill(chunks, self._start.base)
@@ -177,7 +183,7 @@ class Session:
         try:
             weights = starting_weights(base, self.exits, random_init)
             for chunk in chunks:
-                fill(chunk, weights)
+                load_base(chunk, weights)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
 

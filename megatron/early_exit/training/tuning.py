@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.training.data import BatchReader
-from megatron.early_exit.training.exit_loss import ExitObjective, Passage
+from megatron.early_exit.training.exit_loss import ExitInput, ExitObjective
 from megatron.early_exit.training.head_loss import Teacher
 from megatron.early_exit.training.step import LossFunction, ModelStep
 from megatron.early_exit.training.tuning_options import TuningOptions
@@ -24,12 +24,12 @@ class LocalObjective(ExitObjective):
 
     def __init__(self, *objective: Any) -> None:
         super().__init__(*objective)
-        self._passed: list[Passage] = []
+        self._passed: list[ExitInput] = []
 
-    def in_training(self, passage: Passage) -> Tensor:
+    def in_training(self, exit_input: ExitInput) -> Tensor:
         """Remember the exit; the backbone goes on as if there were none."""
-        self._passed.append(replace(passage, hidden=passage.hidden.detach()))
-        return passage.hidden
+        self._passed.append(replace(exit_input, hidden=exit_input.hidden.detach()))
+        return exit_input.hidden
 
     def finish_forward(self, output: Tensor) -> None:
         """The model has been run on a microbatch.
@@ -44,10 +44,10 @@ class LocalObjective(ExitObjective):
         passed, self._passed = self._passed, []
         teacher = self._teacher(passed)
         with torch.enable_grad():
-            for passage in passed:
-                self.train_exit(passage, teacher)
+            for exit_input in passed:
+                self.train_exit(exit_input, teacher)
 
-    def _teacher(self, passed: list[Passage]) -> Teacher | None:
+    def _teacher(self, passed: list[ExitInput]) -> Teacher | None:
         del passed
         return None
 
@@ -69,7 +69,7 @@ class DistillingObjective(LocalObjective):
         """Keep what the final head says."""
         self._logits = output
 
-    def _teacher(self, passed: list[Passage]) -> Teacher:
+    def _teacher(self, passed: list[ExitInput]) -> Teacher:
         logits, self._logits = self._logits, None
         assert logits is not None
         return Teacher.of(

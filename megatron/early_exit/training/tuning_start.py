@@ -9,8 +9,8 @@ from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.training.base_model import describe_base
 from megatron.early_exit.training.resume import (
-    Source,
-    Start,
+    ResolvedCheckpoint,
+    ResumePlan,
     check_save_directory,
     find_checkpoint,
     read_saved_description,
@@ -22,7 +22,7 @@ from megatron.early_exit.training.tuning_options import TuningOptions
 
 def decide_tuning(
     args: Any, options: TuningOptions, exits: EarlyExitConfig, vocab_size: int
-) -> Start:
+) -> ResumePlan:
     """Choose the start of a run that tunes exits; for rank 0.
 
     `--load` may name the model itself, or exits that were saved; `--pretrained-checkpoint` is the
@@ -58,8 +58,12 @@ def decide_tuning(
 
 
 def _from_model(
-    source: Source, args: Any, options: TuningOptions, exits: EarlyExitConfig, vocab_size: int
-) -> Start:
+    source: ResolvedCheckpoint,
+    args: Any,
+    options: TuningOptions,
+    exits: EarlyExitConfig,
+    vocab_size: int,
+) -> ResumePlan:
     path = source.checkpoint.path
     stored = StoredModel(path)
     stored.check_backbone(args, vocab_size)
@@ -72,7 +76,7 @@ def _from_model(
         notes.append(f"the exits after layers {numbers} are not in it and start with {how}")
     elif options.random_init:
         raise ValueError(f"--random-init has no effect: {path} has all exits of this run")
-    return Start(fresh_exits=fresh, base=base, notes=tuple(notes))
+    return ResumePlan(fresh_exits=fresh, base=base, notes=tuple(notes))
 
 
 def _where_it_is(base: BaseReference, directory: Path, given: str | None) -> BaseReference:

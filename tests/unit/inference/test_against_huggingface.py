@@ -27,8 +27,8 @@ def llama():
         tie_word_embeddings=False,
         initializer_range=0.3,
     )
-    twin = transformers.LlamaForCausalLM(config).eval()
-    source = twin.state_dict()
+    reference = transformers.LlamaForCausalLM(config).eval()
+    source = reference.state_dict()
     weights = {
         "embedding.word_embeddings.weight": source["model.embed_tokens.weight"],
         "decoder.final_layernorm.weight": source["model.norm.weight"],
@@ -73,7 +73,7 @@ def llama():
         share_embeddings_and_output_weights=False,
         params_dtype="float32",
     )
-    return twin, architecture, weights
+    return reference, architecture, weights
 
 
 def gpt2():
@@ -81,8 +81,8 @@ def gpt2():
     config = transformers.GPT2Config(
         vocab_size=61, n_positions=64, n_embd=32, n_layer=3, n_head=4, initializer_range=0.3
     )
-    twin = transformers.GPT2LMHeadModel(config).eval()
-    source = twin.state_dict()
+    reference = transformers.GPT2LMHeadModel(config).eval()
+    source = reference.state_dict()
     weights = {
         "embedding.word_embeddings.weight": source["transformer.wte.weight"],
         "embedding.position_embeddings.weight": source["transformer.wpe.weight"],
@@ -122,22 +122,22 @@ def gpt2():
         share_embeddings_and_output_weights=True,
         params_dtype="float32",
     )
-    return twin, architecture, weights
+    return reference, architecture, weights
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_logits_and_greedy_tokens(make):
-    twin, architecture, weights = make()
+    reference, architecture, weights = make()
     model = SegmentedModel(architecture, EarlyExitConfig(), weights)
     runner = SegmentRunner(model, num_slots=1, capacity=len(PROMPT))
     with torch.inference_mode():
         hidden = runner.run(0, [Span(0, 0, len(PROMPT))], PROMPT)
         logits = model.final_head.logits(hidden)
-        expected = twin(torch.tensor([PROMPT])).logits[0]
+        expected = reference(torch.tensor([PROMPT])).logits[0]
     assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
     with torch.inference_mode():
-        generated = twin.generate(
+        generated = reference.generate(
             torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False, eos_token_id=None
         )
     result = EarlyExitEngine(model).generate([PROMPT], SamplingParams(max_tokens=24))[0]

@@ -20,7 +20,7 @@ from megatron.early_exit.checkpoint.huggingface.exit_config import (
     write_exit_config,
 )
 from megatron.early_exit.checkpoint.huggingface.families import write_config
-from megatron.early_exit.checkpoint.huggingface.layouts import Layout
+from megatron.early_exit.checkpoint.huggingface.layouts import TensorLayout
 from megatron.early_exit.checkpoint.huggingface.shard_writer import write_shards
 from megatron.early_exit.checkpoint.huggingface.shards import open_shards, read_json
 from megatron.early_exit.checkpoint.huggingface.tokenizers import export_tokenizer
@@ -173,7 +173,9 @@ def _split(
     return split, sources
 
 
-def _reading(architecture: Architecture, whole: LazyTensor, layout: Layout, place: int) -> Any:
+def _reading(
+    architecture: Architecture, whole: LazyTensor, layout: TensorLayout, place: int
+) -> Any:
     def read() -> Tensor:
         return layout.split(architecture, whole.read())[place]
 

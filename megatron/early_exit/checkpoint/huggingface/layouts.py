@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class TensorLayout:
     """A rearrangement that loses nothing.
 
     Attributes:
@@ -51,18 +51,18 @@ def _group_rows(a: Architecture, rows: int) -> tuple[int, ...]:
     return (a.num_attention_heads * a.kv_channels, keys, keys)
 
 
-AS_IT_IS = Layout(
+IDENTITY = TensorLayout(
     rows=lambda a, rows: (rows,),
     join=lambda a, parts: parts[0],
     split=lambda a, whole: (whole,),
 )
 
-ONE_BELOW_THE_OTHER = Layout(
+CONCAT_ROWS = TensorLayout(
     rows=lambda a, rows: (rows // 2, rows // 2),
     join=lambda a, parts: torch.cat(parts),
     split=lambda a, whole: tuple(whole.chunk(2)),
 )
 """Two of equal size, [f, h] each, in [2 f, h]."""
 
-GROUP_BY_GROUP = Layout(rows=_group_rows, join=_join_groups, split=_split_groups)
+GROUP_BY_GROUP = TensorLayout(rows=_group_rows, join=_join_groups, split=_split_groups)
 """Queries, keys and values in one matrix: of each group its queries, its key, its value."""

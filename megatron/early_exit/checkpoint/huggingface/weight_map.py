@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron.early_exit.checkpoint.huggingface.layouts import (
-    AS_IT_IS,
+    CONCAT_ROWS,
     GROUP_BY_GROUP,
-    ONE_BELOW_THE_OTHER,
-    Layout,
+    IDENTITY,
+    TensorLayout,
 )
 
 
@@ -26,7 +26,7 @@ class Origin:
     """
 
     names: tuple[str, ...]
-    layout: Layout = AS_IT_IS
+    layout: TensorLayout = IDENTITY
 
 
 def _projections(kind: str) -> tuple[str, ...]:
@@ -47,10 +47,8 @@ _TENSORS: Mapping[str, Origin] = {
     "self_attention.linear_proj.bias": Origin(("self_attn.o_proj.bias",)),
     # Of a layer, or of an exit with an MLP of its own.
     "mlp.linear_fc1.layer_norm_weight": Origin(("post_attention_layernorm.weight",)),
-    "mlp.linear_fc1.weight": Origin(
-        ("mlp.gate_proj.weight", "mlp.up_proj.weight"), ONE_BELOW_THE_OTHER
-    ),
-    "mlp.linear_fc1.bias": Origin(("mlp.gate_proj.bias", "mlp.up_proj.bias"), ONE_BELOW_THE_OTHER),
+    "mlp.linear_fc1.weight": Origin(("mlp.gate_proj.weight", "mlp.up_proj.weight"), CONCAT_ROWS),
+    "mlp.linear_fc1.bias": Origin(("mlp.gate_proj.bias", "mlp.up_proj.bias"), CONCAT_ROWS),
     "mlp.linear_fc2.weight": Origin(("mlp.down_proj.weight",)),
     "mlp.linear_fc2.bias": Origin(("mlp.down_proj.bias",)),
     # Of an exit.

@@ -19,7 +19,7 @@ from megatron.early_exit.inference.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ScheduledBatch:
     """A batch: spans of positions of some sequences, through one segment, or through several where
     nobody joins or leaves between them.
 
@@ -122,7 +122,7 @@ class Scheduler:
             admitted.append(sequence)
         return admitted
 
-    def next(self) -> Step | None:
+    def next(self) -> ScheduledBatch | None:
         """The next batch; None where nothing waits."""
         groups: list[list[Sequence]] = [[] for _ in range(self.num_segments)]
         for sequence in self.running.values():
@@ -158,7 +158,7 @@ class Scheduler:
         deeper = range(self.num_segments - 1, 0, -1)
         return next((index for index in deeper if len(groups[index]) >= enough), None)
 
-    def onward(self, step: Step, complete: Iterable[int]) -> Step | None:
+    def onward(self, step: ScheduledBatch, complete: Iterable[int]) -> ScheduledBatch | None:
         """The batch that runs before any head that `step` has passed is asked; None where there is
         none.
 
@@ -174,7 +174,7 @@ class Scheduler:
         group = [one for one in group if one.key not in asking]
         return self._through(self.batch(behind, group)) if group else None
 
-    def _through(self, step: Step) -> Step:
+    def _through(self, step: ScheduledBatch) -> ScheduledBatch:
         """The same positions through all segments behind which none of them is asked about, or
         waits for others, as far as this turn goes."""
         last = step.segment
@@ -191,7 +191,7 @@ class Scheduler:
             last += 1
         return replace(step, last=last)
 
-    def batch(self, segment: int, group: Iterable[Sequence]) -> Step:
+    def batch(self, segment: int, group: Iterable[Sequence]) -> ScheduledBatch:
         """Spans of the sequences of `group`, all in front of `segment`, as many as there is room
         for: single tokens first, then parts of prompts and catch-ups, see `_in_turn`."""
         singles = [one for one in group if one.waiting == 1]
@@ -210,7 +210,7 @@ class Scheduler:
         spans = [(Span(one.slot, one.cached[segment], end), one) for one, end in batch]
         spans.sort(key=lambda pair: in_pass_order(pair[0]))
         sequences = tuple(one for _, one in spans)
-        return Step(segment, segment, sequences, tuple(span for span, _ in spans))
+        return ScheduledBatch(segment, segment, sequences, tuple(span for span, _ in spans))
 
     def _in_turn(self, segment: int, longer: list[Sequence]) -> list[Sequence]:
         """Those that have begun, the longest-waiting first; then the next one of each group, that
@@ -226,7 +226,7 @@ class Scheduler:
                 places[one.group] += 1
         return sorted(longer, key=lambda one: order[one.key])
 
-    def ran(self, step: Step) -> list[int]:
+    def ran(self, step: ScheduledBatch) -> list[int]:
         """Take note that a batch has been run. Sequences of which nothing waits for its segment any
         more wait for the next one, if there is one; `go_on` calls them back.
 

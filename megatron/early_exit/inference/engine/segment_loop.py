@@ -6,7 +6,7 @@ from megatron.early_exit.inference.engine.failures import reason_of
 from megatron.early_exit.inference.engine.head_batch import HeadBatch, HeadOutputs
 from megatron.early_exit.inference.engine.loop import DecodingLoop
 from megatron.early_exit.inference.engine.policy import Costs
-from megatron.early_exit.inference.engine.scheduler import Scheduler, Step
+from megatron.early_exit.inference.engine.scheduler import ScheduledBatch, Scheduler
 from megatron.early_exit.inference.engine.scoring import TextScorer
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.modes.head_output import NOT_FINITE, HeadOutput
@@ -109,7 +109,9 @@ class SegmentLoop(DecodingLoop):
         self._take_scores(self.requests[key], scores)
         self._suspects = set()
 
-    def _run(self, step: Step | None) -> tuple[dict[int, list[int]], HeadBatch, HeadBatch]:
+    def _run(
+        self, step: ScheduledBatch | None
+    ) -> tuple[dict[int, list[int]], HeadBatch, HeadBatch]:
         """Run a batch as far as the scheduler wants.
 
         Returns:
@@ -199,7 +201,7 @@ class SegmentLoop(DecodingLoop):
         self.runner.clear(sequence.slot, max(sequence.length, *sequence.cached))
 
 
-def _inputs(step: Step) -> list[int] | None:
+def _inputs(step: ScheduledBatch) -> list[int] | None:
     if step.segment > 0:
         return None
     return [

@@ -155,5 +155,5 @@ class Attention:
         return self.proj(x if this.results is None else x[this.results], attended)
 
 
-Step = Attention | Mlp
+HalfLayer = Attention | Mlp
 """Half a layer: the residual stream [r, h] before it to the one after it."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron.early_exit.inference.model.compiled import CompiledLayers
 from megatron.early_exit.inference.model.graphs import GraphedLayers
-from megatron.early_exit.inference.model.layers import Step
+from megatron.early_exit.inference.model.layers import HalfLayer
 from megatron.early_exit.inference.model.passes import Pass
 
 
@@ -14,12 +14,12 @@ from megatron.early_exit.inference.model.passes import Pass
 class Segment:
     """The half layers between two cuts; or the layer that an exit has of its own."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[HalfLayer, ...]
     attentions: range
     """Their numbers, which are those of the layers."""
     compiled: CompiledLayers | GraphedLayers | None = None
     """Its whole layers, for the passes that they serve."""
-    compiled_steps: tuple[Step | CompiledLayers | GraphedLayers, ...] = ()
+    compiled_steps: tuple[HalfLayer | CompiledLayers | GraphedLayers, ...] = ()
     """The same with those, and the half layers that there may be at the ends."""
 
     def __call__(self, hidden: Tensor, this: Pass) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.early_exit.inference.engine.policy import Costs
-from megatron.early_exit.inference.engine.scheduler import Scheduler, Step
+from megatron.early_exit.inference.engine.scheduler import ScheduledBatch, Scheduler
 from megatron.early_exit.inference.sequence import Sequence
 
 SEGMENTS = 3
@@ -33,7 +33,7 @@ class Simulation:
         self.prompts, self.depths = prompts, depths
         self.generated = [0] * len(prompts)
         self.ran: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        self.steps: list[Step] = []
+        self.steps: list[ScheduledBatch] = []
         self.turns: list[int] = []
         """For each step how often the scheduler had been asked for the next one."""
         self.order: list[int] = []
@@ -64,7 +64,7 @@ class Simulation:
             for key, segments in passed.items():
                 self._decide(key, segments)
 
-    def _check(self, step: Step) -> None:
+    def _check(self, step: ScheduledBatch) -> None:
         scheduler = self.scheduler
         assert step.spans
         assert len({span.slot for span in step.spans}) == len(step.spans)
@@ -195,7 +195,7 @@ def test_a_long_prompt_does_not_starve_those_that_decode(prompt, others, max_row
     assert simulation.steps.index(last) <= len(all_but_last) + others
 
 
-def keys(step: Step) -> set[int]:
+def keys(step: ScheduledBatch) -> set[int]:
     return {sequence.key for sequence in step.sequences}
 
 
