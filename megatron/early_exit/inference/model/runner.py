@@ -13,10 +13,9 @@ from torch import Tensor
 
 from megatron.early_exit.inference.model.compiled import SHORTEST
 from megatron.early_exit.inference.model.kv_cache import KVCache, untouched_zeros
-from megatron.early_exit.inference.model.passes import Pass, index_of
+from megatron.early_exit.inference.model.passes import Pass, Workspace, index_of
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.model.spans import Span, in_pass_order, row_ends
-from megatron.early_exit.inference.model.workspace import Workspace
 
 _TYPICAL_ROWS, _TYPICAL_POSITIONS = 8, 128
 """Of steps that are compiled: the compiler decides by them which loops the threads divide."""
