@@ -34,12 +34,7 @@ def read_sizes(config: Mapping[str, Any], head_size: int | None = None) -> dict[
 
 
 def count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """A number of things in a config.json.
-
-    Args:
-        config: what it holds.
-        name: of the entry.
-        default: where it is missing or null; None for entries that have to be there.
+    """An entry of a config.json that counts something, or `default` if it is missing or null.
 
     Raises:
         ValueError: it is no whole number from 1 on.

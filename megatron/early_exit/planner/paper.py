@@ -9,7 +9,7 @@ from megatron.early_exit.planner.costs.model_costs import ExitExecution, model_c
 from megatron.early_exit.planner.named_models import NAMED_MODELS, NamedModel
 from megatron.early_exit.planner.simulation.long_step import StepTime, time_long_step
 from megatron.early_exit.schedules.check import build_proved
-from megatron.early_exit.schedules.generators import FilledOneFOneB, OneFOneB
+from megatron.early_exit.schedules.generators import FilledOneFOneB
 from megatron.early_exit.schedules.schedule import Schedule
 
 NUM_ACCELERATORS, NUM_RANKS = 64, 4
@@ -62,16 +62,16 @@ class PaperModel:
         costs = model_costs(self.model.shape, layout, ACCELERATORS["a100-80gb"], exits, execution)
 
         def build(num_microbatches: int) -> Schedule:
-            if not fill_bubbles:
-                plain = OneFOneB(num_ranks=NUM_RANKS, num_microbatches=num_microbatches)
-                return build_proved(plain)
-            filled = FilledOneFOneB(
+            fills = None if fill_bubbles else 0
+            generator = FilledOneFOneB(
                 num_ranks=NUM_RANKS,
                 num_microbatches=num_microbatches,
                 backward_forward_ratio=2.0,
+                num_warmup_fills=fills,
+                num_cooldown_fills=fills,
                 exit_stages=frozenset(exits.stages(layout.layers_per_stage)),
             )
-            return build_proved(filled)
+            return build_proved(generator)
 
         return time_long_step(build, self.num_microbatches, costs)
 

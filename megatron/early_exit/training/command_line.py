@@ -267,8 +267,7 @@ def restore_exits(args: object, stored: EarlyExitConfig, given: frozenset[str]) 
     for name in given & {f.name for f in fields(EarlyExitConfig)}:
         values[name] = getattr(args, name)
     if "exit_layer_nums" in from_checkpoint:
-        shift = int(values["pre_exit"]) - int(stored.pre_exit)
-        values["exit_layer_nums"] = tuple(n + shift for n in stored.exit_layer_nums)
+        values["exit_layer_nums"] = stored.placed(values["pre_exit"]).exit_layer_nums
     return EarlyExitConfig(**values)
 
 

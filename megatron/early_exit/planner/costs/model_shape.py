@@ -12,7 +12,7 @@ from typing import Any
 from megatron.early_exit.checkpoint.architecture import Architecture
 
 _BF16 = 2
-_LLAMA = {
+_LLAMA: dict[str, Any] = {
     "normalization": "RMSNorm",
     "layernorm_epsilon": 1e-5,
     "activation": "silu",
