@@ -19,13 +19,13 @@ def main() -> int:
 
     from megatron.training import get_tokenizer, print_rank_0
 
-    from megatron.early_exit.training.command_line import (
+    from megatron.early_exit.training.cli.command_line import (
         parse_arguments,
         refuse,
         run_as_one_process_without_launcher,
     )
-    from megatron.early_exit.training.loading import CheckpointError
-    from megatron.early_exit.training.misuse import explain
+    from megatron.early_exit.training.cli.misuse import explain
+    from megatron.early_exit.training.resume.loading import CheckpointError
     from megatron.early_exit.training.session import Session, SetupError
 
     run_as_one_process_without_launcher()

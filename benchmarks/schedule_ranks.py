@@ -32,11 +32,11 @@ class Stage:
         from megatron.core.process_groups_config import ProcessGroupCollection
         from megatron.core.utils import unwrap_model
 
-        from megatron.early_exit.training.data import BatchReader
-        from megatron.early_exit.training.exit_loss import ExitObjective, LossNormalization
+        from megatron.early_exit.training.loop.data import BatchReader
+        from megatron.early_exit.training.loop.step import ForwardStep, LossChecks
+        from megatron.early_exit.training.loop.training_schedule import ScheduledSteps
+        from megatron.early_exit.training.loss.exit_loss import ExitObjective, LossNormalization
         from megatron.early_exit.training.part_profile import llama_config
-        from megatron.early_exit.training.step import ForwardStep, LossChecks
-        from megatron.early_exit.training.training_schedule import ScheduledSteps
 
         groups = ProcessGroupCollection.use_mpu_process_groups()
         divided = OPTIONS | {"pipeline_model_parallel_size": STAGES}

@@ -38,7 +38,7 @@ from megatron.training.training import (  # noqa: E402
 from megatron.training.vocab_utils import calculate_padded_vocab_size  # noqa: E402
 
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
-from megatron.early_exit.training.command_line import parse_arguments  # noqa: E402
+from megatron.early_exit.training.cli.command_line import parse_arguments  # noqa: E402
 from megatron.early_exit.training.session import Session  # noqa: E402
 
 WARM_UP_STEPS = 2

@@ -15,7 +15,7 @@ def compare_with_whole_head(
     temperature: float, confidence_weighted: bool, vocab_size: int | None
 ) -> dict[str, float]:
     """On each rank: relative errors of its share, and whether equal logits are told apart."""
-    from megatron.early_exit.training.head_loss import HeadLossOptions, head_loss
+    from megatron.early_exit.training.loss.head_loss import HeadLossOptions, head_loss
 
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator)

@@ -76,7 +76,7 @@ def test_files_that_the_readme_names_exist():
 
 def test_every_flag_of_the_exits_is_in_the_readme():
     from megatron.early_exit.config import EarlyExitConfig
-    from megatron.early_exit.training.tuning_options import TuningOptions
+    from megatron.early_exit.training.tuning.options import TuningOptions
 
     names = (*EarlyExitConfig.__dataclass_fields__, *TuningOptions.__dataclass_fields__)
     flags = ["--" + name.replace("_", "-") for name in names]

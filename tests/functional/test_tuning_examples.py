@@ -195,7 +195,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from megatron.early_exit import platform
 machine = platform.prepare()
 from megatron.training import get_tokenizer
-from megatron.early_exit.training.command_line import parse_arguments
+from megatron.early_exit.training.cli.command_line import parse_arguments
 from megatron.early_exit.training.session import Session
 args = parse_arguments(
     lambda parser: platform.set_argument_defaults(parser, machine),

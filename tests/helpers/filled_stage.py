@@ -39,12 +39,12 @@ class FilledStage:
         from megatron.core import parallel_state, tensor_parallel
         from megatron.core.process_groups_config import ProcessGroupCollection
 
-        from megatron.early_exit.training.bubble_filling import FilledBubbles
-        from megatron.early_exit.training.data import BatchReader
-        from megatron.early_exit.training.exit_loss import ExitObjective, LossNormalization
-        from megatron.early_exit.training.filling_options import FillingOptions
-        from megatron.early_exit.training.step import ForwardStep, LossChecks
-        from megatron.early_exit.training.training_schedule import ScheduledSteps
+        from megatron.early_exit.training.loop.bubble_filling import FilledBubbles
+        from megatron.early_exit.training.loop.data import BatchReader
+        from megatron.early_exit.training.loop.filling_options import FillingOptions
+        from megatron.early_exit.training.loop.step import ForwardStep, LossChecks
+        from megatron.early_exit.training.loop.training_schedule import ScheduledSteps
+        from megatron.early_exit.training.loss.exit_loss import ExitObjective, LossNormalization
 
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         per_token = backbone.get("calculate_per_token_loss", False)

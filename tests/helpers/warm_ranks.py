@@ -179,7 +179,8 @@ def _serve() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from torch.utils import tensorboard  # noqa: F401
 
-    from megatron.early_exit.training import command_line, session  # noqa: F401
+    from megatron.early_exit.training import session  # noqa: F401
+    from megatron.early_exit.training.cli import command_line  # noqa: F401
 
     # Else every rank starts a process that imports torch, to hand a list over to itself.
     writers: Any = filesystem_async

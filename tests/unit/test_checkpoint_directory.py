@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.early_exit.training.checkpoint_directory import CheckpointDirectory
+from megatron.early_exit.training.resume.checkpoint_directory import CheckpointDirectory
 from tests.helpers.saved_checkpoint import name, save
 
 

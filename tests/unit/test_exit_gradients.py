@@ -12,7 +12,7 @@ from megatron.early_exit import platform
 platform.prepare()
 
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
-from megatron.early_exit.training.exit_loss import (  # noqa: E402
+from megatron.early_exit.training.loss.exit_loss import (  # noqa: E402
     ExitObjective,
     LossNormalization,
 )

@@ -11,9 +11,9 @@ from megatron.early_exit import platform
 platform.prepare()
 
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
-from megatron.early_exit.training import exit_stages as stages_of_exits  # noqa: E402
-from megatron.early_exit.training.exit_stages import exit_stages  # noqa: E402
-from megatron.early_exit.training.filling_options import FillingOptions, plan_fills  # noqa: E402
+from megatron.early_exit.training.loop import exit_stages as stages_of_exits  # noqa: E402
+from megatron.early_exit.training.loop.exit_stages import exit_stages  # noqa: E402
+from megatron.early_exit.training.loop.filling_options import FillingOptions, plan_fills  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -22,12 +22,12 @@ from megatron.training.arguments import parse_args  # noqa: E402
 
 from megatron.early_exit.model.gpt_builder import EarlyExitGPTModelConfig  # noqa: E402
 from megatron.early_exit.training import session  # noqa: E402
-from megatron.early_exit.training.arguments import add_early_exit_arguments  # noqa: E402
-from megatron.early_exit.training.flag_rules.dependent import DEPENDENT  # noqa: E402
-from megatron.early_exit.training.flag_rules.rule import FlagRule, check_rules  # noqa: E402
-from megatron.early_exit.training.flag_rules.unsupported import UNSUPPORTED  # noqa: E402
-from megatron.early_exit.training.given_flags import given_arguments  # noqa: E402
-from megatron.early_exit.training.number_ranges import check_numbers  # noqa: E402
+from megatron.early_exit.training.cli.arguments import add_early_exit_arguments  # noqa: E402
+from megatron.early_exit.training.cli.flag_rules.dependent import DEPENDENT  # noqa: E402
+from megatron.early_exit.training.cli.flag_rules.rule import FlagRule, check_rules  # noqa: E402
+from megatron.early_exit.training.cli.flag_rules.unsupported import UNSUPPORTED  # noqa: E402
+from megatron.early_exit.training.cli.given_flags import given_arguments  # noqa: E402
+from megatron.early_exit.training.cli.number_ranges import check_numbers  # noqa: E402
 from tests.helpers.flag_readers import read_flags  # noqa: E402
 
 # Flags that are read only where Megatron derives others from them or checks them.

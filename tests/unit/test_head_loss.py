@@ -13,7 +13,7 @@ from megatron.early_exit import platform
 
 platform.prepare()
 
-from megatron.early_exit.training.head_loss import (  # noqa: E402
+from megatron.early_exit.training.loss.head_loss import (  # noqa: E402
     HeadLoss,
     HeadLossOptions,
     Teacher,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.training.loss_weight import exit_loss_weights
+from megatron.early_exit.training.loss.loss_weight import exit_loss_weights
 
 STYLES = ("linear", "cosine")
 weights = st.floats(0, 10)

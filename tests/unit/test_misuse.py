@@ -15,10 +15,10 @@ platform.prepare()
 
 from megatron.training.arguments import parse_args  # noqa: E402
 
-from megatron.early_exit.training import command_line  # noqa: E402
-from megatron.early_exit.training.checks import check_data  # noqa: E402
-from megatron.early_exit.training.misuse import explain  # noqa: E402
-from megatron.early_exit.training.number_ranges import (  # noqa: E402
+from megatron.early_exit.training.cli import command_line  # noqa: E402
+from megatron.early_exit.training.cli.checks import check_data  # noqa: E402
+from megatron.early_exit.training.cli.misuse import explain  # noqa: E402
+from megatron.early_exit.training.cli.number_ranges import (  # noqa: E402
     check_batch_size_schedule,
     check_combinations,
     check_numbers,

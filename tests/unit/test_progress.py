@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron.early_exit.training import progress
-from megatron.early_exit.training.progress import Progress
+from megatron.early_exit.training.loop import progress
+from megatron.early_exit.training.loop.progress import Progress
 
 
 @pytest.fixture

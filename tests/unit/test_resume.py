@@ -12,10 +12,10 @@ from megatron.early_exit import platform
 platform.prepare()
 
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
-from megatron.early_exit.training import index_cache  # noqa: E402
-from megatron.early_exit.training.command_line import restore_exits  # noqa: E402
-from megatron.early_exit.training.resume import ResumePlan, move_conflicting, plan_resume  # noqa: E402
-from megatron.early_exit.training.stored_model import StoredModel  # noqa: E402
+from megatron.early_exit.training.cli.command_line import restore_exits  # noqa: E402
+from megatron.early_exit.training.loop import index_cache  # noqa: E402
+from megatron.early_exit.training.resume.plan import ResumePlan, move_conflicting, plan_resume  # noqa: E402
+from megatron.early_exit.training.resume.stored_model import StoredModel  # noqa: E402
 from tests.helpers.saved_checkpoint import ARGS, name, save  # noqa: E402
 
 NORM = {"exits.1.norm.weight": torch.ones(8), "exits.3.norm.weight": torch.ones(8)}

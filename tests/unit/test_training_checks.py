@@ -30,16 +30,16 @@ from megatron.core.rerun_state_machine import (  # noqa: E402
 from megatron.training.arguments import parse_args  # noqa: E402
 
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
-from megatron.early_exit.training import step  # noqa: E402
-from megatron.early_exit.training.arguments import add_early_exit_arguments  # noqa: E402
-from megatron.early_exit.training.checks import check_arguments, check_data  # noqa: E402
-from megatron.early_exit.training.data import (  # noqa: E402
+from megatron.early_exit.training.cli.arguments import add_early_exit_arguments  # noqa: E402
+from megatron.early_exit.training.cli.checks import check_arguments, check_data  # noqa: E402
+from megatron.early_exit.training.cli.flag_rules.unsupported import UNSUPPORTED  # noqa: E402
+from megatron.early_exit.training.loop import step  # noqa: E402
+from megatron.early_exit.training.loop.data import (  # noqa: E402
     data_sources,
     dataset_config,
     dataset_provider,
 )
-from megatron.early_exit.training.flag_rules.unsupported import UNSUPPORTED  # noqa: E402
-from megatron.early_exit.training.step import LossChecks, final_loss, rejected_results  # noqa: E402
+from megatron.early_exit.training.loop.step import LossChecks, final_loss, rejected_results  # noqa: E402
 
 VOCAB = 50
 TOKENIZER = SimpleNamespace(vocab_size=VOCAB)
@@ -101,7 +101,8 @@ NOT_PASSED = {
 def test_every_field_of_megatrons_data_sets_is_passed_or_refused(parse, data, monkeypatch):
     passed: dict[str, object] = {}
     monkeypatch.setattr(
-        "megatron.early_exit.training.data.GPTDatasetConfig", lambda **fields: passed.update(fields)
+        "megatron.early_exit.training.loop.data.GPTDatasetConfig",
+        lambda **fields: passed.update(fields),
     )
     dataset_config(parse("--data-path", data, "--split", "98,2,0"), TOKENIZER)
     assert passed.keys() | NOT_PASSED == {one.name for one in dataclasses.fields(GPTDatasetConfig)}

@@ -10,8 +10,8 @@ from megatron.early_exit.schedules.check import ScheduleError  # noqa: E402
 from megatron.early_exit.schedules.communication import with_communication  # noqa: E402
 from megatron.early_exit.schedules.generators import OneFOneB  # noqa: E402
 from megatron.early_exit.schedules.schedule import Schedule  # noqa: E402
-from megatron.early_exit.training import training_schedule  # noqa: E402
-from megatron.early_exit.training.training_schedule import ScheduledSteps  # noqa: E402
+from megatron.early_exit.training.loop import training_schedule  # noqa: E402
+from megatron.early_exit.training.loop.training_schedule import ScheduledSteps  # noqa: E402
 
 
 class Ran(Exception):

@@ -12,12 +12,12 @@ from megatron.early_exit import platform
 platform.prepare()
 
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
-from megatron.early_exit.training.exit_loss import LossNormalization  # noqa: E402
-from megatron.early_exit.training.tuning import (  # noqa: E402
+from megatron.early_exit.training.loss.exit_loss import LossNormalization  # noqa: E402
+from megatron.early_exit.training.tuning.objective import (  # noqa: E402
     DistillingObjective,
     LocalObjective,
 )
-from megatron.early_exit.training.tuning_options import TuningOptions  # noqa: E402
+from megatron.early_exit.training.tuning.options import TuningOptions  # noqa: E402
 from tests.helpers.exit_models import (  # noqa: E402
     Microbatch,
     PlainExits,

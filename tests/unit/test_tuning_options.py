@@ -9,7 +9,7 @@ from megatron.early_exit import platform
 platform.prepare()
 
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
-from megatron.early_exit.training.tuning_options import (  # noqa: E402
+from megatron.early_exit.training.tuning.options import (  # noqa: E402
     TuningOptions,
     learning_rates,
     plan_depth,

@@ -25,7 +25,7 @@ from megatron.early_exit.model.layer_specs import gpt_layer_spec
 from megatron.early_exit.planner.costs.layer_profile import Part, Pass
 from megatron.early_exit.planner.costs.model_shape import ModelShape
 from megatron.early_exit.schedules.execution.pass_clock import PassClock
-from megatron.early_exit.training.exit_loss import ExitObjective, LossNormalization
+from megatron.early_exit.training.loss.exit_loss import ExitObjective, LossNormalization
 
 _LAYERS, _MORE_LAYERS = 1, 3
 _INIT_STD = 0.02

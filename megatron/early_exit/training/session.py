@@ -26,44 +26,48 @@ from megatron.early_exit.model.tied_weights import finalize_gradients
 from megatron.early_exit.patches.distributed_optimizer import repair_fully_reshardable_format
 from megatron.early_exit.patches.forward_backward import train_by
 from megatron.early_exit.patches.optimizer_config import set_learning_rates
-from megatron.early_exit.training.base_model import load_base, starting_weights
-from megatron.early_exit.training.bubble_filling import FilledBubbles
-from megatron.early_exit.training.checks import check_arguments, check_data
-from megatron.early_exit.training.data import BatchReader, dataset_provider
-from megatron.early_exit.training.event_log import ProgressOnDisk
-from megatron.early_exit.training.exit_loss import ExitObjective, LossNormalization
-from megatron.early_exit.training.exit_stages import exit_stages
-from megatron.early_exit.training.filling_options import FillingOptions
-from megatron.early_exit.training.index_cache import (
+from megatron.early_exit.training.cli.checks import check_arguments, check_data
+from megatron.early_exit.training.cli.misuse import explain
+from megatron.early_exit.training.loop.bubble_filling import FilledBubbles
+from megatron.early_exit.training.loop.data import BatchReader, dataset_provider
+from megatron.early_exit.training.loop.event_log import ProgressOnDisk
+from megatron.early_exit.training.loop.exit_stages import exit_stages
+from megatron.early_exit.training.loop.filling_options import FillingOptions
+from megatron.early_exit.training.loop.index_cache import (
     cache_folders,
     remove_unfinished_indices,
 )
-from megatron.early_exit.training.loading import (
+from megatron.early_exit.training.loop.logging import log_exits
+from megatron.early_exit.training.loop.step import (
+    ForwardStep,
+    LossChecks,
+    LossFunction,
+    rejected_results,
+)
+from megatron.early_exit.training.loop.training_schedule import ScheduledSteps
+from megatron.early_exit.training.loss.exit_loss import ExitObjective, LossNormalization
+from megatron.early_exit.training.resume.loading import (
     CheckpointError,
     LoadedRandomState,
     checkpoint_errors,
     load_all_but,
 )
-from megatron.early_exit.training.logging import log_exits
-from megatron.early_exit.training.misuse import explain
-from megatron.early_exit.training.resume import (
+from megatron.early_exit.training.resume.plan import (
     ResumePlan,
     is_torch_dist,
     move_conflicting,
     plan_resume,
     share_plan,
 )
-from megatron.early_exit.training.step import (
-    ForwardStep,
-    LossChecks,
-    LossFunction,
-    rejected_results,
+from megatron.early_exit.training.tuning.base_model import load_base, starting_weights
+from megatron.early_exit.training.tuning.objective import (
+    DistillingObjective,
+    LocalObjective,
+    TuningStep,
 )
-from megatron.early_exit.training.training_schedule import ScheduledSteps
-from megatron.early_exit.training.tuning import DistillingObjective, LocalObjective, TuningStep
-from megatron.early_exit.training.tuning_options import TuningOptions, learning_rates
-from megatron.early_exit.training.tuning_schedule import TuningPlan
-from megatron.early_exit.training.tuning_start import decide_tuning
+from megatron.early_exit.training.tuning.options import TuningOptions, learning_rates
+from megatron.early_exit.training.tuning.schedule import TuningPlan
+from megatron.early_exit.training.tuning.start import decide_tuning
 
 
 class SetupError(Exception):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import pipeline_paper
-from megatron.early_exit.training.arguments import add_early_exit_arguments
+from megatron.early_exit.training.cli.arguments import add_early_exit_arguments
 from tools import plan_pipeline, profile_layers
 
 ROOT = Path(__file__).parents[3]

@@ -22,8 +22,8 @@ from megatron.early_exit.planner.named_models import NAMED_MODELS  # noqa: E402
 from megatron.early_exit.planner.search.filling import FillRequest, fill_bubbles  # noqa: E402
 from megatron.early_exit.planner.search.plans import Plan, find_plans  # noqa: E402
 from megatron.early_exit.planner.search.request import PlanRequest  # noqa: E402
-from megatron.early_exit.training.arguments import add_early_exit_arguments  # noqa: E402
-from megatron.early_exit.training.filling_options import FillingOptions  # noqa: E402
+from megatron.early_exit.training.cli.arguments import add_early_exit_arguments  # noqa: E402
+from megatron.early_exit.training.loop.filling_options import FillingOptions  # noqa: E402
 
 Parse = Callable[[list[str], int], Namespace]
 GPUS = 64

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.early_exit.inference.modes.head_output import assess
+from megatron.early_exit.inference.modes.head_output import head_outputs
 
 
 @given(
@@ -19,7 +19,7 @@ from megatron.early_exit.inference.modes.head_output import assess
 )
 def test_confidence_is_the_largest_softmax_probability(rows):
     logits = torch.tensor(rows)
-    assessments = assess(logits)
+    assessments = head_outputs(logits)
     assert len(assessments) == len(rows)
     for assessment, expected in zip(assessments, logits.double().softmax(-1), strict=True):
         largest = float(expected.max())
@@ -34,10 +34,10 @@ def test_the_best_token_of_long_rows(size):
     places = [0, 1, 1023, size // 2, size - 2, size - 1]
     logits = torch.randn(len(places), size, generator=torch.Generator().manual_seed(size))
     logits[range(len(places)), places] = 9.0
-    together = assess(logits)
+    together = head_outputs(logits)
     assert [one.best_token for one in together] == places
     for row, one in zip(logits, together, strict=True):
-        (alone,) = assess(row[None])
+        (alone,) = head_outputs(row[None])
         assert alone.best_token == one.best_token
         expected = row.double().log_softmax(-1)
         for assessment in (one, alone):
@@ -47,12 +47,12 @@ def test_the_best_token_of_long_rows(size):
 
 
 def test_low_precision_logits_are_assessed_in_fp32():
-    (assessment,) = assess(torch.zeros(1, 4096, dtype=torch.bfloat16))
+    (assessment,) = head_outputs(torch.zeros(1, 4096, dtype=torch.bfloat16))
     assert assessment.confidence == pytest.approx(1 / 4096, rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_are_of_their_own_row(value):
-    damaged, sound = assess(torch.tensor([[0.0, value], [0.0, 1.0]]))
+    damaged, sound = head_outputs(torch.tensor([[0.0, value], [0.0, 1.0]]))
     assert not damaged.is_finite
     assert (sound.is_finite, sound.best_token) == (True, 1)

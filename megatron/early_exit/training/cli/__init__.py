@@ -1,0 +1,1 @@
+"""From flags to checked arguments, and sentences about those that cannot work."""

@@ -1,0 +1,198 @@
+"""The flags of bubble filling (EE-LLM, arXiv 2312.04916), and what they do to a run's batches."""
+
+from argparse import ArgumentTypeError, Namespace
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from megatron.early_exit.config import EarlyExitConfig, as_flag
+from megatron.early_exit.schedules.generators import FilledOneFOneB
+from megatron.early_exit.training.loop.exit_stages import exit_stages
+
+MEASURED = "auto"
+"""The ratio that is measured while training begins."""
+
+MEASURED_RATIO = "measured_backward_forward_ratio"
+"""What has been measured: an attribute of Megatron's arguments, which are saved with the model."""
+
+_ASSUMED_RATIO = 2.0
+_ONE_LIST = "a step is one list of passes"
+
+_REFUSED: dict[str, tuple[object, str]] = {
+    "num_layers_per_virtual_pipeline_stage": (None, "chunks leave smaller bubbles"),
+    "num_virtual_stages_per_pipeline_rank": (None, "chunks leave smaller bubbles"),
+    "rampup_batch_size": (None, "fills are counted in --global-batch-size"),
+    "step_batch_size_schedule": (None, "fills are counted in --global-batch-size"),
+    "decrease_batch_size_if_needed": (False, "fills are counted in --global-batch-size"),
+    "mtp_num_layers": (None, "fills end before the layers that predict more tokens"),
+    "num_experts": (None, "fills would reach some routers more often than others"),
+    "hybrid_layer_pattern": (None, "exits end plain transformer layers"),
+    "tune_exit": (False, "there are no gradients to wait for"),
+    "cuda_graph_impl": ("none", _ONE_LIST),
+    "fine_grained_activation_offloading": (False, _ONE_LIST),
+}
+"""Flags that have no place beside filled bubbles: the one value that has, and why."""
+
+
+def _ratio(text: str) -> float | str:
+    if text == MEASURED:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text} is no number, allowed: 0.01 to 100, or auto") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillingOptions:
+    """How the bubbles of 1F1B are filled.
+
+    Raises:
+        ValueError: a field is outside its range, or has no effect; the message names the flag.
+    """
+
+    fill_explicit_bubbles: bool = False
+    """Run extra microbatches in the bubbles at the begin and the end of each 1F1B step, through a
+    part of the pipeline (EE-LLM, arXiv 2312.04916): more samples for the same time."""
+
+    num_fill_warmup_microbatches: int | None = None
+    """Microbatches in the bubble of the warm-up, which train the exits of the first stages
+    (default: as many as fit; more make a step longer)."""
+
+    num_fill_cooldown_microbatches: int | None = None
+    """Microbatches in the bubble of the cool-down, which train the last stages (default: as many
+    as fit; more make a step longer)."""
+
+    backward_forward_ratio: Any = field(
+        default=_ASSUMED_RATIO, metadata={"argparse_meta": {"type": _ratio, "metavar": "RATIO"}}
+    )
+    """Time of a backward pass over that of a forward pass, which says how many microbatches fit;
+    auto measures it in the first iterations and fills from then on."""
+
+    fill_samples: Literal["extra", "from-batch"] = "extra"
+    """Where the samples of fills come from: extra adds them to --global-batch-size, from-batch
+    takes them from it, so that fewer microbatches run through the whole pipeline."""
+
+    def __post_init__(self) -> None:
+        ratio = self.backward_forward_ratio
+        if ratio != MEASURED and not 0.01 <= ratio <= 100:
+            raise ValueError(
+                f"--backward-forward-ratio {ratio} is out of range, allowed: 0.01 to 100, or auto"
+            )
+        for name in ("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(
+                    f"{as_flag(name)} {getattr(self, name)} is out of range, allowed: 0 or more"
+                )
+        if self.fill_explicit_bubbles:
+            return
+        for name, default in (
+            ("num_fill_warmup_microbatches", None),
+            ("num_fill_cooldown_microbatches", None),
+            ("backward_forward_ratio", _ASSUMED_RATIO),
+            ("fill_samples", "extra"),
+        ):
+            if getattr(self, name) != default:
+                raise ValueError(f"{as_flag(name)} has no effect without --fill-explicit-bubbles")
+
+    @classmethod
+    def from_attributes(cls, source: object) -> "FillingOptions":
+        """Read the fields from the attributes of parsed arguments; absent ones keep defaults."""
+        values = {name: getattr(source, name, None) for name in cls.__dataclass_fields__}
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the ratio is to be measured."""
+        return self.backward_forward_ratio == MEASURED
+
+    @property
+    def assumed_ratio(self) -> float:
+        """The ratio as long as none has been measured."""
+        return _ASSUMED_RATIO if self.is_measured else float(self.backward_forward_ratio)
+
+    def places(self, stages: int, exit_stages: frozenset[int], ratio: float) -> FilledOneFOneB:
+        """The fills of a step, beside a single full microbatch.
+
+        Args:
+            stages: of the pipeline.
+            exit_stages: the stages that have exits.
+            ratio: time of a backward over that of a forward.
+
+        Raises:
+            ValueError: there are no places for as many as are asked for.
+        """
+        try:
+            return FilledOneFOneB(
+                num_ranks=stages,
+                num_microbatches=1,
+                backward_forward_ratio=ratio,
+                num_warmup_fills=self.num_fill_warmup_microbatches,
+                num_cooldown_fills=self.num_fill_cooldown_microbatches,
+                exit_stages=exit_stages,
+            )
+        except ValueError as error:
+            message = str(error)
+            for name in ("warmup", "cooldown"):
+                message = message.replace(f"num_{name}_fills", f"--num-fill-{name}-microbatches")
+            raise ValueError(message) from None
+
+    def generator(
+        self, stages: int, microbatches: int, exit_stages: frozenset[int], ratio: float
+    ) -> FilledOneFOneB:
+        """The schedule of a step.
+
+        Args:
+            stages: of the pipeline.
+            microbatches: of the step, fills among them.
+            exit_stages: the stages that have exits.
+            ratio: time of a backward over that of a forward.
+
+        Raises:
+            ValueError: see `places`; or none would be left for the whole pipeline.
+        """
+        filled = self.places(stages, exit_stages, ratio)
+        fills = len(filled.warmup_depths) + len(filled.cooldown_depths)
+        if microbatches <= fills:
+            raise ValueError(
+                f"--fill-explicit-bubbles takes {fills} of the {microbatches} "
+                "microbatches of a step and leaves none for the whole pipeline: give a larger "
+                "--global-batch-size, or smaller numbers of fills"
+            )
+        return replace(filled, num_microbatches=microbatches - fills)
+
+
+def plan_fills(args: Namespace, options: FillingOptions, exits: EarlyExitConfig) -> str:
+    """Count the samples of fills in the global batch of checked arguments.
+
+    Returns:
+        A line that says what a step is made of.
+
+    Raises:
+        ValueError: the flags do not go together.
+    """
+    for name, (served, reason) in _REFUSED.items():
+        value = getattr(args, name, served)
+        if value != served:
+            shown = "" if value is True else f" {value}"
+            raise ValueError(
+                f"{as_flag(name)}{shown} cannot be combined with --fill-explicit-bubbles: {reason}"
+            )
+    stages = args.pipeline_model_parallel_size
+    if stages < 2:
+        raise ValueError(
+            f"--fill-explicit-bubbles has no effect with --pipeline-model-parallel-size {stages}: "
+            "a single stage has no bubbles"
+        )
+    samples = args.micro_batch_size * args.data_parallel_size
+    own = exit_stages(args, exits)
+    filled = options.places(stages, own, options.assumed_ratio)
+    warmup, cooldown = len(filled.warmup_depths), len(filled.cooldown_depths)
+    if options.fill_samples == "extra":
+        args.global_batch_size += (warmup + cooldown) * samples
+    microbatches = args.global_batch_size // samples
+    options.generator(stages, microbatches, own, options.assumed_ratio)
+    until = " once the ratio is measured, at most" if options.is_measured else ""
+    return (
+        f"bubble filling:{until} {warmup} microbatches in the warm-up and {cooldown} in the "
+        f"cool-down of {microbatches}, global batch size {args.global_batch_size}"
+    )

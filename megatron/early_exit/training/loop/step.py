@@ -1,0 +1,179 @@
+"""The forward step and the loss function that Megatron's schedules call."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from megatron.core.rerun_state_machine import (
+    EXIT_CODE_FAILED_ON_RESULT_VALIDATION,
+    EXIT_CODE_RESUME_TO_DISAMBIGUATE,
+    get_rerun_state_machine,
+)
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron.early_exit.training.loop.data import BatchReader
+from megatron.early_exit.training.loss.exit_loss import EndedAtExit, ExitObjective
+
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+
+# As in Megatron's pre-training of GPTs.
+_SPIKE = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossChecks:
+    """Which final losses Megatron's rerun state machine looks into, before ranks are averaged.
+
+    Attributes:
+        finite: `--check-for-nan-in-loss-and-grad`: NaN and infinite ones, which end the run.
+        spikes: `--check-for-spiky-loss`: ten times the largest of the first hundred, which are
+            reported.
+    """
+
+    finite: bool
+    spikes: bool
+
+    def __call__(self, loss: Tensor) -> None:
+        machine = get_rerun_state_machine()
+        loss = loss.detach()
+        if self.finite:
+            machine.validate_result(loss, _is_nan, "found NaN in the final loss")
+            machine.validate_result(loss, _is_infinite, "found Inf in the final loss")
+        if self.spikes:
+            is_spike = partial(machine.is_unexpectedly_large, threshold=_SPIKE, context="loss")
+            machine.validate_result(loss, is_spike, "Spiky loss", fatal=False)
+
+
+@contextmanager
+def rejected_results() -> Iterator[None]:
+    """End a run in one sentence where Megatron's rerun state machine ends it."""
+    try:
+        yield
+    except SystemExit as end:
+        if end.code in (EXIT_CODE_RESUME_TO_DISAMBIGUATE, EXIT_CODE_FAILED_ON_RESULT_VALIDATION):
+            print(
+                "error: training stopped at the unexpected result above; resume on other hardware "
+                "to learn whether this one is at fault, or with --rerun-mode disabled to go on",
+                file=sys.stderr,
+            )
+        raise
+    except RuntimeError as error:
+        # What the machine raises with --rerun-mode disabled, and in evaluation.
+        if "Unexpected result" not in str(error):
+            raise
+        raise SystemExit(f"error: {error}") from error
+
+
+def _is_nan(loss: Tensor) -> bool:
+    return bool(loss.isnan())
+
+
+def _is_infinite(loss: Tensor) -> bool:
+    return bool(loss.isinf())
+
+
+def final_loss(
+    checks: LossChecks, loss_mask: Tensor, losses: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the final head's loss over a microbatch, as Megatron's schedules expect it.
+
+    Args:
+        checks: made on the sum.
+        loss_mask: [b, s], which tokens count.
+        losses: [b, s], the loss of each token.
+
+    Returns:
+        The sum, the number of tokens that count, and both for the log.
+    """
+    mask = loss_mask.reshape(-1).float()
+    # Megatron's own order of operations: another would round otherwise.
+    total = torch.sum(losses.reshape(-1).float() * mask)
+    checks(total)
+    tokens = mask.sum().to(torch.int)
+    report = torch.stack([total.detach(), tokens.float()])
+    return total, tokens, {"lm loss": report}
+
+
+class ModelStep:
+    """Reads a microbatch and runs one model chunk on it.
+
+    Args:
+        reader: source of microbatches.
+        objective: the exits' share of the loss.
+        completed_iterations: tells how many iterations are done.
+    """
+
+    def __init__(
+        self,
+        reader: BatchReader,
+        objective: ExitObjective,
+        completed_iterations: Callable[[], int],
+    ) -> None:
+        self.reader = reader
+        self.objective = objective
+        self.completed_iterations = completed_iterations
+
+    def run(
+        self, data: Iterator[dict[str, Tensor]], model: torch.nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        """Run `model` on the next microbatch.
+
+        Returns:
+            Its output, or the hidden state at its last exit where the objective ends the pass
+            there; and the loss mask [b, s], which the last stage always has.
+        """
+        self.objective.start_iteration(self.completed_iterations())
+        chunk: Any = unwrap_model(model)
+        batch = self.reader.read(
+            data,
+            inputs=chunk.pre_process,
+            targets=chunk.needs_targets,
+            training=chunk.training,
+        )
+        try:
+            output = model(
+                batch.tokens,
+                batch.position_ids,
+                None,
+                labels=batch.labels,
+                loss_mask=batch.loss_mask,
+            )
+        except EndedAtExit as end:
+            output = end.hidden
+        finally:
+            # What recomputes activations later must not end there.
+            self.objective.ends_at_exit = False
+        return output, cast(Tensor, batch.loss_mask)
+
+
+class ForwardStep(ModelStep):
+    """A step of training the whole model.
+
+    Args:
+        reader: source of microbatches.
+        objective: the exits' share of the loss.
+        completed_iterations: tells how many iterations are done.
+        checks: made on the final loss of each microbatch.
+    """
+
+    def __init__(
+        self,
+        reader: BatchReader,
+        objective: ExitObjective,
+        completed_iterations: Callable[[], int],
+        checks: LossChecks,
+    ) -> None:
+        super().__init__(reader, objective, completed_iterations)
+        self.checks = checks
+
+    def __call__(
+        self, data: Iterator[dict[str, Tensor]], model: torch.nn.Module
+    ) -> tuple[Tensor, LossFunction]:
+        """Run `model` on the next microbatch; on the last stage its output is the loss [b, s]."""
+        output, loss_mask = self.run(data, model)
+        return output, partial(final_loss, self.checks, loss_mask)

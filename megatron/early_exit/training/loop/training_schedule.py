@@ -1,0 +1,112 @@
+"""Training steps by schedules of our own, in the place of Megatron's."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron.early_exit.schedules.actions import Microbatch
+from megatron.early_exit.schedules.check import check
+from megatron.early_exit.schedules.execution.contributions import Contributions
+from megatron.early_exit.schedules.execution.pass_clock import PassClock
+from megatron.early_exit.schedules.execution.training_step import run_training_step
+from megatron.early_exit.schedules.schedule import Schedule
+from megatron.early_exit.training.loop.step_data import StepData
+from megatron.early_exit.training.loss.exit_loss import ExitObjective
+
+
+class StepPlan(Protocol):
+    """Decides what a step does.
+
+    Attributes:
+        clock: times the passes of the next step.
+    """
+
+    clock: PassClock | None
+
+    def __call__(self, num_microbatches: int) -> Schedule:
+        """The schedule of the next step, with sends and receives; called once for each on all ranks
+        alike. A new object is proved before it is run, so equal steps should have the same one.
+
+        Args:
+            num_microbatches: of the step.
+        """
+        ...
+
+
+class ScheduledSteps:
+    """Training steps by lists of actions, for `train_by`.
+
+    Args:
+        objective: of the exits.
+        plan: what each step does.
+    """
+
+    def __init__(self, objective: ExitObjective, plan: StepPlan) -> None:
+        self._objective = objective
+        self._plan = plan
+        self._proved: list[Schedule] = []
+
+    def __call__(
+        self,
+        *,
+        forward_step_func: Callable[..., Any],
+        data_iterator: Any,
+        model: list[torch.nn.Module],
+        num_microbatches: int,
+        seq_length: int,
+        micro_batch_size: int,
+        force_all_reduce: bool = False,
+        **others: Any,
+    ) -> list[Any]:
+        """One step, with the arguments of Megatron's schedules.
+
+        Returns:
+            What the last stage's forwards reported, empty on the others.
+
+        Raises:
+            ValueError: an argument is given that these steps know nothing of.
+            ScheduleError: the schedule cannot run.
+        """
+        if unknown := sorted(name for name, value in others.items() if value is not None):
+            raise ValueError(f"steps by lists take no {', '.join(unknown)}")
+        (chunk,) = model
+        schedule = self._plan(num_microbatches)
+        if not any(schedule is known for known in self._proved):
+            check(schedule)
+            self._proved.append(schedule)
+        contributions = Contributions.of(schedule)
+        stage = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["pp"]).pp.rank()
+        on_last = contributions.to_losses(schedule.num_ranks - 1)
+        self._objective.start_step(on_last / contributions.to_losses(stage))
+        order = [a.microbatch for a in schedule.ranks[0] if a.kind == "F"]
+        data = StepData(data_iterator, order)
+        reports = run_training_step(
+            schedule,
+            contributions,
+            _Workload(data, self._objective),
+            forward_step_func=forward_step_func,
+            data=data,
+            model=chunk,
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            force_all_reduce=force_all_reduce,
+            clock=self._plan.clock,
+        )
+        data.finish()
+        return reports
+
+
+class _Workload:
+    def __init__(self, data: StepData, objective: ExitObjective) -> None:
+        self._data = data
+        self._objective = objective
+
+    def begin_forward(self, microbatch: Microbatch, ends_at_exit: bool) -> None:
+        self._data.select(microbatch)
+        self._objective.ends_at_exit = ends_at_exit
+
+    def exits_backward(self, microbatch: Microbatch) -> None:
+        del microbatch
+        self._objective.backpropagate_passed_exits()

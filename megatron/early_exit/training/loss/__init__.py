@@ -1,0 +1,1 @@
+"""The exits' losses: deferred to the backward pass, in chunks, weighted, measured."""

@@ -1,0 +1,276 @@
+"""The deferred auxiliary loss of the exits.
+
+At an exit the hidden state passes through one autograd function. Going forward it is the
+identity. In backward it rebuilds the exit's graph from the saved hidden state, computes the
+weighted exit loss, backpropagates it there and then, and adds its gradient to the incoming one.
+So stage i of a pipeline minimises its exit losses plus <g_i, x_i> (EE-LLM, arXiv 2312.04916),
+under any of Megatron's schedules, with nothing more to transfer; and the exit's own forward runs
+in the backward phase, one microbatch at a time.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.model.exit_head import ExitHeads
+from megatron.early_exit.model.rng import derived_seed, dropout_rng
+from megatron.early_exit.training.loss.head_loss import HeadLossOptions, Teacher, head_loss
+from megatron.early_exit.training.loss.loss_weight import exit_loss_weights
+from megatron.early_exit.training.loss.metrics import ExitMetrics
+
+
+class _Deferred(torch.autograd.Function):
+    """Identity; in backward, `run(hidden)` is added to the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.run = run
+        # A tensor of its own on the same memory: the pipeline frees a stage's output through
+        # `.data` after sending it, and refuses to do so for a view.
+        output = torch.empty((1,), dtype=hidden.dtype, device=hidden.device)
+        output.data = hidden.data
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (hidden,) = ctx.saved_tensors
+        return ctx.run(hidden).add_(gradient), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossNormalization:
+    """How Megatron reduces a loss over tokens.
+
+    Attributes:
+        per_token: `--calculate-per-token-loss`: sums here, divided by the tokens of the global
+            batch when gradients are finished; else the mean of each microbatch.
+        context_parallel_size: ranks that a sequence is divided over.
+    """
+
+    per_token: bool
+    context_parallel_size: int
+
+
+class EndedAtExit(Exception):
+    """The last exit of a model chunk has been passed, and nobody needs what comes after it.
+
+    Args:
+        hidden: [s, b, h], what went on behind the exit.
+    """
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class ExitObjective:
+    """The exits' share of the training objective; the `exit_tap` of a model.
+
+    Args:
+        config: the exits.
+        normalization: how the final loss is reduced, the exits' are reduced the same way.
+        chunk_tokens: tokens whose logits exist at a time; None for a default by memory.
+        seed: of the exits' dropout.
+
+    Attributes:
+        ends_at_exit: the next forward pass may end at the last exit of its model chunk, by
+            `EndedAtExit`, since no stage takes the microbatch on.
+    """
+
+    def __init__(
+        self,
+        config: EarlyExitConfig,
+        normalization: LossNormalization,
+        chunk_tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.config = config
+        self.normalization = normalization
+        self.chunk_tokens = chunk_tokens
+        self.seed = seed
+        self.temperatures = {one.position: one.temperature for one in config.exits}
+        self.weights = exit_loss_weights(config, iteration=0)
+        self.training_metrics = ExitMetrics(config.positions)
+        self.validation_metrics = ExitMetrics(config.positions)
+        self.ends_at_exit = False
+        self._loss_scale: Tensor | float = 1.0
+        self._per_token_share = 1.0
+        self._iteration = 0
+        self._dropout_draws = 0
+
+    def start_iteration(self, iteration: int) -> None:
+        """Set the loss weights for the iteration after `iteration` completed ones."""
+        self.weights = exit_loss_weights(self.config, iteration)
+        if iteration != self._iteration:
+            self._iteration, self._dropout_draws = iteration, 0
+
+    def start_step(self, per_token_share: float) -> None:
+        """Before a step in which stages work on different microbatches.
+
+        Args:
+            per_token_share: microbatches that contribute on the last stage, whose tokens are
+                counted, over those that contribute on this one.
+        """
+        self._per_token_share = per_token_share
+
+    def set_loss_scale(self, scale: Tensor) -> None:
+        """For `config.experimental_attention_variant_loss_scale_func`, the hook that Megatron
+        calls at every forward step with gradient scale * context parallel size / microbatches
+        (without the last two when losses are reduced per token)."""
+        if self.normalization.per_token:
+            self._loss_scale = scale * self._per_token_share
+        else:
+            self._loss_scale = scale / self.normalization.context_parallel_size
+
+    def __call__(
+        self,
+        exits: ExitHeads,
+        position: int,
+        hidden: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor | None,
+        layer_kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Attach the loss of the exit at `position` to `hidden` [s, b, h]; see `ExitTap`.
+
+        In evaluation the loss is computed at once and only measured.
+        """
+        targets = Targets.of(labels, loss_mask)
+        exit_input = ExitInput(exits, position, hidden, targets, layer_kwargs)
+        if exits.training:
+            return self.in_training(exit_input)
+        self._run(exit_input, self.validation_metrics)
+        return hidden
+
+    def in_training(self, exit_input: "ExitInput") -> Tensor:
+        """What goes on behind an exit, [s, b, h]: its loss is deferred to the backward phase.
+
+        In a forward pass without gradients (the first one of activation recomputation) nothing
+        happens.
+        """
+        hidden = exit_input.hidden
+        if not torch.is_grad_enabled():
+            return hidden
+
+        def run(saved: Tensor) -> Tensor:
+            leaf = saved.detach().requires_grad_()
+            with torch.enable_grad():
+                self.train_exit(replace(exit_input, hidden=leaf))
+            assert leaf.grad is not None
+            return leaf.grad
+
+        if not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()
+        output: Tensor = _Deferred.apply(hidden, run)
+        if self.ends_at_exit and exit_input.position == max(exit_input.exits.heads):
+            raise EndedAtExit(output)
+        return output
+
+    def backpropagate_passed_exits(self) -> None:
+        """For schedules in which exits have a backward of their own; here it is part of the
+        backbone's."""
+
+    def train_exit(self, exit_input: "ExitInput", teacher: Teacher | None = None) -> None:
+        """Compute an exit's loss and backpropagate it, to the leaf `hidden` where that needs a
+        gradient; see `head_loss` for `teacher`."""
+        self._run(exit_input, self.training_metrics, teacher)
+
+    def options(self, exits: ExitHeads, position: int) -> HeadLossOptions:
+        """How the loss of an exit is computed."""
+        return HeadLossOptions(
+            temperature=self.temperatures[position],
+            confidence_weighted=self.config.use_dynamic_exit_layer_weight,
+            chunk_tokens=self.chunk_tokens,
+            tp_group=exits.tp_group,
+            vocab_size=self.config.exit_vocab_size,
+        )
+
+    def _run(
+        self, exit_input: "ExitInput", metrics: ExitMetrics, teacher: Teacher | None = None
+    ) -> None:
+        """Compute an exit's loss; with gradients enabled, backpropagate it."""
+        exits, position, targets = exit_input.exits, exit_input.position, exit_input.targets
+        options = self.options(exits, position)
+
+        def criterion(output: Tensor, weight: Tensor) -> None:
+            if exits.config.sequence_parallel:
+                output = gather_from_sequence_parallel_region(output, group=exits.tp_group)
+            else:
+                output = copy_to_tensor_model_parallel_region(output, group=exits.tp_group)
+            flat = output.reshape(-1, output.shape[-1]).to(weight.dtype)
+            coefficients = None
+            if torch.is_grad_enabled():
+                coefficients = targets.mask * self._coefficient(position, targets)
+            result, gradient = head_loss(
+                flat, weight, targets.labels, options, coefficients, teacher
+            )
+            metrics.add(position, result, targets.mask)
+            if gradient is not None and flat.requires_grad:
+                torch.autograd.backward(flat, gradient)
+
+        with self._random_numbers(exits, position):
+            exits(position, exit_input.hidden, criterion, exit_input.layer_kwargs)
+
+    def _random_numbers(self, exits: ExitHeads, position: int) -> AbstractContextManager[None]:
+        """Dropout of the exit's own: the backbone's random numbers stay as they are without exits,
+        and a resumed run draws what an uninterrupted one does."""
+        if not (exits.training and exits.heads[position].draws_random_numbers):
+            return nullcontext()
+        self._dropout_draws += 1
+        seed = derived_seed(self.seed, self._iteration, self._dropout_draws, position)
+        tp_rank = torch.distributed.get_rank(exits.tp_group)
+        return dropout_rng(seed, tp_rank, exits.config.sequence_parallel)
+
+    def _coefficient(self, position: int, targets: "Targets") -> Tensor | float:
+        coefficient = self.weights[position] * self._loss_scale
+        if self.normalization.per_token:
+            return coefficient
+        return coefficient / targets.mask.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a microbatch's exits should predict, both [s * b], sequence first as hidden states.
+
+    Attributes:
+        labels: the tokens.
+        mask: which of them count.
+    """
+
+    labels: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, loss_mask: Tensor | None) -> "Targets":
+        """From [b, s]."""
+        mask = torch.ones_like(labels) if loss_mask is None else loss_mask
+        return cls(labels.t().reshape(-1), mask.t().reshape(-1).float())
+
+
+@dataclass(frozen=True)
+class ExitInput:
+    """A microbatch at an exit.
+
+    Attributes:
+        exits: the heads of the model chunk.
+        position: of the exit.
+        hidden: [s, b, h], the residual stream there.
+        targets: what the exit should predict.
+        layer_kwargs: what the backbone's layers get beside it.
+    """
+
+    exits: ExitHeads
+    position: int
+    hidden: Tensor
+    targets: Targets
+    layer_kwargs: dict[str, Any]

@@ -1,0 +1,261 @@
+"""Cross entropy of an output projection, in chunks of tokens, with its gradients.
+
+The logits of a chunk are made, turned into their own gradient in place, used for the gradients of
+the hidden states and of the weight, and dropped: the full [tokens, vocabulary] matrix never
+exists. Loss and gradients come from one call because an exit's loss is computed in the backward
+phase, when its coefficients are already known.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron.early_exit.training.loss.vocabulary import LocalVocabulary
+
+# A GPU needs thousands of tokens at a time to be busy; a CPU is faster where a chunk stays in its
+# cache, and has less memory beside it to hide behind.
+_LOGITS_BYTES_PER_CHUNK = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """Per-token results of one head, each [n] in fp32.
+
+    Attributes:
+        loss: cross entropy of the (tempered) logits, not weighted.
+        correct: 1 where the label is the greedy choice: the largest logit, the lowest id of equals
+            (which are frequent in half precision).
+        weight: what the token's loss is multiplied by: 1, or the head's own confidence.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadLossOptions:
+    """How a head's loss is computed.
+
+    Attributes:
+        temperature: divisor of the logits.
+        confidence_weighted: weight each token by its largest softmax probability.
+        chunk_tokens: tokens per chunk; None bounds a chunk's fp32 logits to 256 MiB on a
+            GPU and 16 MiB on a CPU.
+        tp_group: the tensor-parallel group that the vocabulary is divided over.
+        vocab_size: tokens that the head can answer with, the first ones; None is all. A label that
+            is none of them counts as spread evenly over them, so that the head learns to be unsure.
+    """
+
+    temperature: float
+    confidence_weighted: bool
+    chunk_tokens: int | None
+    tp_group: torch.distributed.ProcessGroup
+    vocab_size: int | None = None
+
+    def chunks(
+        self, tokens: int, vocab_size: int, device: torch.device, group: int = 1
+    ) -> Iterator[slice]:
+        """Slices of at most the allowed number of tokens; of groups of tokens, where these are
+        counted (a chunk then has one group at least)."""
+        size = self.chunk_tokens
+        if size is None:
+            size = _LOGITS_BYTES_PER_CHUNK[device.type] // (4 * vocab_size)
+        size = max(1, size // group)
+        count = -(-tokens // size)
+        size = -(-tokens // max(count, 1))
+        for start in range(0, tokens, max(size, 1)):
+            yield slice(start, min(start + size, tokens))
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Another head whose answers heads learn, beside the labels.
+
+    Attributes:
+        probabilities: [n, v], tempered, of this rank's part of the tokens that the heads can answer
+            with; those of all others are spread evenly over them.
+        weight: part of the loss, 0 to 1, that is temperature^2 * KL(teacher || head), both
+            tempered; the rest is the cross entropy.
+        temperature: divisor of the logits of both.
+    """
+
+    probabilities: Tensor
+    weight: float
+    temperature: float
+
+    @classmethod
+    def of(
+        cls, logits: Tensor, weight: float, temperature: float, options: HeadLossOptions
+    ) -> "Teacher":
+        """From logits [s, b, v] over this rank's part of the whole vocabulary, in their dtype."""
+        sequence, batch, rows = logits.shape
+        vocabulary = LocalVocabulary(rows, options.tp_group, options.vocab_size)
+        probabilities = logits.new_empty(sequence, batch, vocabulary.rows)
+        # Logits come batch first: only a chunk of them is ever put into another order.
+        for steps in options.chunks(sequence, rows, logits.device, group=batch):
+            tempered = logits[steps].flatten(0, 1).float()
+            if temperature != 1:
+                tempered /= temperature
+            probabilities[steps].flatten(0, 1).copy_(vocabulary.answers_of(tempered))
+        return cls(probabilities.flatten(0, 1), weight, temperature)
+
+    def own_softmax(
+        self, logits: Tensor, temperature: float, vocabulary: LocalVocabulary
+    ) -> Tensor | None:
+        """Of a head, tempered like the teacher's; None where the head's own temperature is the
+        same, so that the loss by the labels has made it."""
+        if self.temperature == temperature:
+            return None
+        return vocabulary.softmax(logits / self.temperature)
+
+    def add_gradient(
+        self, gradient: Tensor, own: Tensor | None, rows: slice, scale: Tensor
+    ) -> None:
+        """Add (softmax - teacher) * scale to the gradient of some rows' logits [c, v], or, without
+        `own`, only the teacher's part: then the softmax is in there already.
+
+        Args:
+            own: see `own_softmax`.
+            scale: [c, 1].
+        """
+        if own is not None:
+            gradient.addcmul_(own, scale)
+        gradient.addcmul_(self.probabilities[rows], -scale)
+
+
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    options: HeadLossOptions,
+    coefficients: Tensor | None = None,
+    teacher: Teacher | None = None,
+) -> tuple[HeadLoss, Tensor | None]:
+    """Loss of the head `hidden @ weight.T` over a vocabulary divided by tensor parallelism.
+
+    Args:
+        hidden: [n, h], the same on every tensor-parallel rank.
+        weight: [v, h], this rank's rows of the projection.
+        labels: [n], ids in the whole vocabulary.
+        options: temperature, token weights, chunking.
+        coefficients: [n], d(objective) / d(weight_i * loss_i). Without them only the loss is
+            computed. With them the gradient of `weight`, where it needs one, is accumulated (its
+            backward hooks run once), and this rank's part of the gradient of `hidden` is returned
+            (to be summed over the tensor-parallel group).
+        teacher: changes the gradients; what is returned stays the cross entropy.
+
+    Returns:
+        The per-token results, and the gradient [n, h] or None.
+    """
+    vocabulary = LocalVocabulary(len(weight), options.tp_group, options.vocab_size)
+    hidden, frozen_weight = hidden.detach(), weight.detach()[: vocabulary.rows]
+    slices = list(options.chunks(len(hidden), vocabulary.rows, hidden.device))
+    hidden_gradient = None if coefficients is None else torch.empty_like(hidden)
+    weight_gradient = None
+    if coefficients is not None and weight.requires_grad:
+        weight_gradient = _WeightGradient(weight, vocabulary.rows, len(slices))
+    parts = []
+    with torch.no_grad():
+        for rows in slices:
+            logits = vocabulary.mask(torch.mm(hidden[rows], frozen_weight.t()).float())
+            own = None
+            if teacher is not None and coefficients is not None:
+                own = teacher.own_softmax(logits, options.temperature, vocabulary)
+            part, exponentials, total = _chunk_loss(logits, labels[rows], options, vocabulary)
+            parts.append(part)
+            if coefficients is None or hidden_gradient is None:
+                continue
+            # The gradient of either loss is a softmax minus what is to be learned.
+            scale = coefficients[rows] * part.weight
+            by_label = by_softmax = scale / options.temperature
+            if teacher is not None:
+                by_label = by_label * (1 - teacher.weight)
+                by_teacher = scale * (teacher.weight * teacher.temperature)
+                by_softmax = by_label + by_teacher if own is None else by_label
+            gradient = exponentials.mul_((by_softmax / total).unsqueeze(1))
+            gradient = vocabulary.subtract_at_labels(gradient, labels[rows], by_label)
+            if teacher is not None:
+                teacher.add_gradient(gradient, own, rows, by_teacher.unsqueeze(1))
+            gradient = gradient.to(hidden.dtype)
+            torch.mm(gradient, frozen_weight, out=hidden_gradient[rows])
+            if weight_gradient is not None:
+                weight_gradient.add(gradient, hidden[rows])
+    if weight_gradient is not None:
+        weight_gradient.deliver()
+    fields = ([getattr(part, name) for part in parts] for name in ("loss", "correct", "weight"))
+    return HeadLoss(*(torch.cat(field) for field in fields)), hidden_gradient
+
+
+def _chunk_loss(
+    logits: Tensor, labels: Tensor, options: HeadLossOptions, vocabulary: LocalVocabulary
+) -> tuple[HeadLoss, Tensor, Tensor]:
+    """Loss of a chunk [c, v]; also exp(logits - max) (in the memory of `logits`) and its sum."""
+    if options.temperature != 1.0:
+        logits /= options.temperature
+    largest, choice = vocabulary.largest(logits)
+    logits -= largest.unsqueeze(1)
+    target = vocabulary.at_labels(logits, labels)
+    exponentials = logits.exp_()
+    total, target = vocabulary.sum(torch.stack([exponentials.sum(dim=-1), target])).unbind()
+    confidence = total.reciprocal()
+    weight = confidence if options.confidence_weighted else torch.ones_like(confidence)
+    return HeadLoss(total.log() - target, (choice == labels).float(), weight), exponentials, total
+
+
+class _WeightGradient:
+    """Accumulates a projection's gradient over chunks, straight into `main_grad` where Megatron's
+    data parallelism gave the weight one (as its fused gradient accumulation does)."""
+
+    def __init__(self, weight: Tensor, rows: int, chunks: int) -> None:
+        self.weight = weight
+        main_gradient = getattr(weight, "main_grad", None)
+        self.in_place = main_gradient is not None
+        dtype = weight.dtype if chunks == 1 else torch.float32
+        self.total = (
+            torch.zeros_like(weight, dtype=dtype, requires_grad=False)
+            if main_gradient is None
+            else main_gradient
+        )
+        self._used = self.total[:rows]
+
+    def add(self, logits_gradient: Tensor, hidden: Tensor) -> None:
+        """total += logits_gradient.T @ hidden."""
+        if self.total.dtype == hidden.dtype:
+            self._used.addmm_(logits_gradient.t(), hidden)
+        else:
+            self._used += torch.mm(logits_gradient.t(), hidden)
+
+    def deliver(self) -> None:
+        """Hand the gradient to autograd, which runs the hooks of data parallelism."""
+        if self.in_place:
+            with _gradient_is_in_main_grad(self.weight):
+                self.weight.backward(torch.empty_like(self.weight))
+        else:
+            self.weight.backward(self.total.to(self.weight.dtype))
+
+
+@contextmanager
+def _gradient_is_in_main_grad(weight: Tensor | Parameter) -> Iterator[None]:
+    # The hooks add `weight.grad` to `weight.main_grad` unless these attributes say it is there
+    # already. Other uses of a tied weight deliver theirs in the ordinary way, so the attributes
+    # are put back.
+    saved = {
+        name: getattr(weight, name)
+        for name in ("grad_added_to_main_grad", "zero_out_wgrad")
+        if hasattr(weight, name)
+    }
+    weight.grad_added_to_main_grad = True  # type: ignore[union-attr]
+    weight.zero_out_wgrad = False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for name in ("grad_added_to_main_grad", "zero_out_wgrad"):
+            if name in saved:
+                setattr(weight, name, saved[name])
+            else:
+                delattr(weight, name)

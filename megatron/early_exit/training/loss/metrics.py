@@ -1,0 +1,52 @@
+"""Running sums of what the exits' heads measured, and their means over all ranks."""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron.early_exit.training.loss.head_loss import HeadLoss
+
+_LOSS, _CORRECT, _TOKENS = range(3)
+
+
+class ExitMetrics:
+    """Sums over tokens of each exit's loss and correct predictions.
+
+    Args:
+        positions: the positions of all exits of the model, on every rank the same.
+    """
+
+    def __init__(self, positions: tuple[int, ...]) -> None:
+        self.positions = positions
+        self._sums: Tensor | None = None
+
+    def add(self, position: int, result: HeadLoss, mask: Tensor) -> None:
+        """Add one microbatch; `mask` [n] tells which tokens count."""
+        if self._sums is None:
+            self._sums = self._zeros(mask.device)
+        row = self._sums[self.positions.index(position)]
+        row[_LOSS] += torch.dot(result.loss, mask)
+        row[_CORRECT] += torch.dot(result.correct, mask)
+        row[_TOKENS] += mask.sum()
+
+    def take_means(self, groups: ProcessGroupCollection, device: torch.device) -> dict[str, Tensor]:
+        """Mean loss and accuracy per token of each exit since the last call, 0-dimensional.
+
+        A collective call over the data-parallel, context-parallel and pipeline groups.
+
+        Returns:
+            `exit N loss` and `exit N accuracy` for each position N, the same on every rank.
+        """
+        sums = self._zeros(device) if self._sums is None else self._sums
+        self._sums = None
+        torch.distributed.all_reduce(sums, group=groups.dp_cp)
+        torch.distributed.all_reduce(sums, group=groups.pp)
+        tokens = sums[:, _TOKENS].clamp(min=1)
+        means: dict[str, Tensor] = {}
+        for row, position in enumerate(self.positions):
+            means[f"exit {position} loss"] = (sums[row, _LOSS] / tokens[row]).float()
+            means[f"exit {position} accuracy"] = (sums[row, _CORRECT] / tokens[row]).float()
+        return means
+
+    def _zeros(self, device: torch.device) -> Tensor:
+        return torch.zeros(len(self.positions), 3, dtype=torch.float64, device=device)

@@ -1,0 +1,1 @@
+"""What a run starts from: checkpoints, and whether they fit the model."""

@@ -1,0 +1,1 @@
+"""EE-Tuning (arXiv 2402.00518): only exits are trained."""
