@@ -28,7 +28,7 @@ from megatron.early_exit.training.cli.flag_rules.rule import FlagRule, check_rul
 from megatron.early_exit.training.cli.flag_rules.unsupported import UNSUPPORTED  # noqa: E402
 from megatron.early_exit.training.cli.given_flags import given_arguments  # noqa: E402
 from megatron.early_exit.training.cli.number_ranges import check_numbers  # noqa: E402
-from tests.helpers.flag_readers import read_flags  # noqa: E402
+from tests.helpers.flag_readers import UNREACHED, read_flags  # noqa: E402
 
 # Flags that are read only where Megatron derives others from them or checks them.
 DERIVED = {
@@ -111,6 +111,10 @@ def read(names) -> set[str]:
 
 def flat(table: dict[str, tuple[str, ...]]) -> set[str]:
     return {name for names in table.values() for name in names}
+
+
+def test_what_is_left_out_of_the_search_is_there():
+    assert [str(path) for path in UNREACHED if not path.exists()] == []
 
 
 def test_every_flag_is_read_or_refused_or_known(names, read):

@@ -19,13 +19,13 @@ from megatron.early_exit.inference.modes.head_output import head_outputs
 )
 def test_confidence_is_the_largest_softmax_probability(rows):
     logits = torch.tensor(rows)
-    assessments = head_outputs(logits)
-    assert len(assessments) == len(rows)
-    for assessment, expected in zip(assessments, logits.double().softmax(-1), strict=True):
+    outputs = head_outputs(logits)
+    assert len(outputs) == len(rows)
+    for output, expected in zip(outputs, logits.double().softmax(-1), strict=True):
         largest = float(expected.max())
-        assert assessment.is_finite
-        assert assessment.confidence == pytest.approx(largest, rel=1e-4)
-        assert float(expected[assessment.best_token]) == pytest.approx(largest, rel=1e-4)
+        assert output.is_finite
+        assert output.confidence == pytest.approx(largest, rel=1e-4)
+        assert float(expected[output.best_token]) == pytest.approx(largest, rel=1e-4)
 
 
 @pytest.mark.parametrize("size", [1024, 2500, 4096])
@@ -40,15 +40,15 @@ def test_the_best_token_of_long_rows(size):
         (alone,) = head_outputs(row[None])
         assert alone.best_token == one.best_token
         expected = row.double().log_softmax(-1)
-        for assessment in (one, alone):
+        for output in (one, alone):
             largest = float(expected[one.best_token])
-            assert assessment.best_logprob == pytest.approx(largest, abs=1e-5)
-            assert assessment.logprob(2) == pytest.approx(float(expected[2]), abs=1e-5)
+            assert output.best_logprob == pytest.approx(largest, abs=1e-5)
+            assert output.logprob(2) == pytest.approx(float(expected[2]), abs=1e-5)
 
 
-def test_low_precision_logits_are_assessed_in_fp32():
-    (assessment,) = head_outputs(torch.zeros(1, 4096, dtype=torch.bfloat16))
-    assert assessment.confidence == pytest.approx(1 / 4096, rel=1e-5)
+def test_low_precision_logits_are_judged_in_fp32():
+    (output,) = head_outputs(torch.zeros(1, 4096, dtype=torch.bfloat16))
+    assert output.confidence == pytest.approx(1 / 4096, rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
