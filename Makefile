@@ -8,12 +8,11 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup
 # What touches the libraries whose ranges have ends: Megatron's patches and torch's collectives,
 # checkpoints, the exported folder in transformers, the server, plots.
-RANGE_TESTS := tests/unit/patches tests/unit/test_platform.py tests/unit/test_checkpoint_writer.py \
-	tests/unit/inference/test_against_megatron.py tests/unit/test_exit_gradients.py \
-	tests/unit/test_huggingface_import.py tests/unit/test_huggingface_export.py \
-	tests/unit/test_data_tokenizer.py tests/unit/planner/test_drawing.py \
-	tests/functional/test_huggingface_exits.py tests/functional/test_server.py \
-	tests/distributed/test_stock_training.py
+RANGE_TESTS := tests/unit/patches tests/unit/platform tests/unit/checkpoint/test_writer.py \
+	tests/unit/inference/test_against_megatron.py tests/unit/training/loss/test_exit_loss.py \
+	tests/unit/checkpoint/huggingface tests/unit/data/test_tokenizer.py \
+	tests/unit/planner/test_drawing.py tests/functional/test_huggingface_exits.py \
+	tests/functional/test_server.py tests/distributed/test_stock_training.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock demo test test-fast test-oldest test-newest check lint types imports format

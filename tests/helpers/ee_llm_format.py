@@ -1,7 +1,7 @@
 """Checkpoints as the original EE-LLM wrote them, made of small models.
 
 Keys, shapes and arguments follow listings of checkpoints that EE-LLM itself wrote; see
-`tests/unit/test_ee_llm_import.py` for what of them is compared.
+`tests/unit/checkpoint/test_ee_llm.py` for what of them is compared.
 """
 
 import random

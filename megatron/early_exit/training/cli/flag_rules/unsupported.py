@@ -1,8 +1,9 @@
 """Flags that Megatron's one parser has for other programs, or no longer reads, and why a training
 run of this package refuses them.
 
-They would be taken without a word and change nothing. `tests/unit/test_flag_audit.py` compares this
-table with what the installed Megatron reads.
+They would be taken without a word and change nothing.
+`tests/unit/training/cli/test_flag_rules.py` compares this table with what the installed Megatron
+reads.
 """
 
 from megatron.early_exit.training.cli.flag_rules.rule import unsupported

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[2] / "megatron" / "early_exit"
+PACKAGE = Path(__file__).resolve().parents[4] / "megatron" / "early_exit"
 RULE = PACKAGE / "inference" / "modes" / "rule.py"
 # Copied into users' folders, where it has to be alone.
 EXPORTED = PACKAGE / "checkpoint" / "huggingface" / "exported" / "modeling_early_exit.py"

@@ -18,7 +18,7 @@ from megatron.early_exit.server.exit_status import (
 )
 from tools import run_early_exit_text_generation_server as tool
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "serving"
+FOLDER = Path(__file__).resolve().parents[3] / "examples" / "serving"
 
 
 @pytest.fixture(autouse=True)
