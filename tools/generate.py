@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 from tqdm import tqdm
 
@@ -26,6 +26,7 @@ from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
+from megatron.early_exit.inference.params import Mode
 from megatron.early_exit.process_family import end_with_parent
 
 
@@ -78,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         elif name in _LISTS:
             request.add_argument(flag, nargs="+", type=_LISTS[name], help="default: none")
         elif name == "mode":
-            choices = ("full", "early_exit", "self_speculative")
+            choices = get_args(Mode)
             request.add_argument(flag, choices=choices, default="full", help="default: %(default)s")
         else:
             kind = int if name in _INTEGERS else float

@@ -19,7 +19,8 @@ from megatron.early_exit.hardware.compiler import has_cpp_compiler
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 from megatron.early_exit.inference.distributed.parallel_backend import parallel_model
 from megatron.early_exit.inference.distributed.process_groups import join, own_part
-from megatron.early_exit.inference.engine import request_factory, scoring
+from megatron.early_exit.inference.engine import scoring
+from megatron.early_exit.inference.modes import early_exit
 from megatron.early_exit.inference.modes.early_exit import EarlyExitMode
 from megatron.early_exit.inference.modes.head_output import NOT_FINITE
 from megatron.early_exit.inference.modes.mode import Next
@@ -201,7 +202,7 @@ def margins(folder: str) -> list[GenerationResult]:
     """Stages judge by a measure that needs more than the largest logit."""
     with (
         patch.dict(MEASURES, margin=margin),
-        patch.object(request_factory, "ExitRule", partial(ExitRule, measure="margin")),
+        patch.object(early_exit, "ExitRule", partial(ExitRule, measure="margin")),
     ):
         engine = divided_engine(folder, *ONE, (1, 2))
         params = [

@@ -10,12 +10,13 @@ from megatron.early_exit.errors import FieldError
 
 Mode = Literal["full", "early_exit", "self_speculative"]
 DEFAULT_THRESHOLD = 0.8
-_MODE_OF_FIELD: dict[str, Mode] = {
-    "early_exit_threshold": "early_exit",
-    "num_draft_tokens": "self_speculative",
-    "draft_exit_layer": "self_speculative",
-    "draft_confidence": "self_speculative",
+MODE_FIELDS: dict[Mode, tuple[str, ...]] = {
+    "full": (),
+    "early_exit": ("early_exit_threshold", "exit_layers"),
+    "self_speculative": ("draft_exit_layer", "num_draft_tokens", "draft_confidence"),
 }
+"""The fields that have an effect in one mode alone. With `exit_details`, `exit_layers` also has one
+in mode `full`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,16 +189,13 @@ class SamplingParams:
             "1 or more, or 0 with echo or prompt_logprobs",
         )
         defaults = {field.name: field.default for field in fields(self)}
-        unused = [name for name, mode in _MODE_OF_FIELD.items() if mode != self.mode]
         asks_exits = self.mode == "full" and self.exit_details
-        if self.mode != "early_exit" and not asks_exits:
-            unused.append("exit_layers")
-        for name in unused:
-            value = getattr(self, name)
-            if value != defaults[name]:
-                needed = _MODE_OF_FIELD.get(name, "early_exit")
-                problem = f"has no effect with mode={self.mode!r}"
-                raise FieldError(name, problem, f"with mode={needed!r}", value)
+        for needed, names in MODE_FIELDS.items():
+            for name in names if needed != self.mode else ():
+                value = getattr(self, name)
+                if value != defaults[name] and not (name == "exit_layers" and asks_exits):
+                    problem = f"has no effect with mode={self.mode!r}"
+                    raise FieldError(name, problem, f"with mode={needed!r}", value)
 
     def _check_integer(self, name: str, least: int, allowed: str, most: float = math.inf) -> None:
         value = getattr(self, name)

@@ -13,12 +13,9 @@ from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.scoring import ScoringRule, TextScores
 from megatron.early_exit.inference.engine.stopping import Stopping, stop_token_ids
 from megatron.early_exit.inference.engine.text import TextStream
-from megatron.early_exit.inference.modes.early_exit import EarlyExitMode
-from megatron.early_exit.inference.modes.full import FullMode
-from megatron.early_exit.inference.modes.mode import DecodingMode, TokenSampler
-from megatron.early_exit.inference.modes.rule import NO_EXITS, DraftRule, ExitRule
+from megatron.early_exit.inference.modes.mode import ModeContext, TokenSampler
 from megatron.early_exit.inference.modes.sampling import Sampler
-from megatron.early_exit.inference.modes.self_speculative import SelfSpeculativeMode
+from megatron.early_exit.inference.modes.table import MODES
 from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.inference.sequence import Sequence
 
@@ -94,15 +91,19 @@ class RequestFactory:
         echo = ""
         if params.echo and self.tokenizer is not None:
             echo = prompt if isinstance(prompt, str) else self.tokenizer.decode(tokens)
-        mode = self._mode(params, token_sampler, room)
-        rule = _scoring_rule(params, mode)
+        context = ModeContext(token_sampler, self.exit_layers, self.max_pending, room)
+        mode = MODES[params.mode].of(context)
+        scoring = None
+        if params.prompt_logprobs is not None:
+            rule = ScoringRule(mode.scoring_rule, params.prompt_logprobs)
+            scoring = TextScores(tokens, rule, token_sampler.layers)
         return Request(
             sequence,
             params,
             mode,
             Stopping(params, stops, room, text),
             echo,
-            None if rule is None else TextScores(tokens, rule, token_sampler.layers),
+            scoring,
         )
 
     def encode(self, prompt: str | abc.Sequence[int], room: int = 0) -> list[int]:
@@ -147,42 +148,6 @@ class RequestFactory:
     @property
     def _known(self) -> str:
         return f"0 to {self.vocab_size - 1}"
-
-    def _mode(self, params: SamplingParams, sampler: TokenSampler, room: int) -> DecodingMode:
-        known = self.exit_layers
-        wanted = known if params.exit_layers is None else params.exit_layers
-        exits = tuple(sorted({self._exit_index("exit_layers", layer) for layer in wanted}))
-        details = params.exit_details
-        if params.mode == "full":
-            reported = exits if details else ()
-            return FullMode(sampler, ExitRule(reported), details=bool(reported))
-        if params.mode == "early_exit":
-            rule = ExitRule(exits, params.threshold)
-            return EarlyExitMode(sampler, rule, details, max_pending=self.max_pending)
-        layer = params.draft_exit_layer
-        if layer is None:
-            layer = known[0] if known else 0
-        return SelfSpeculativeMode(
-            sampler,
-            ExitRule((self._exit_index("draft_exit_layer", layer),), threshold=0.0),
-            details,
-            drafting=DraftRule(params.num_draft_tokens, params.draft_confidence),
-            room=room,
-        )
-
-    def _exit_index(self, name: str, layer: int) -> int:
-        if layer not in self.exit_layers:
-            known = ", ".join(map(str, self.exit_layers)) or "none, the model has no exits"
-            raise FieldError(name, "is unknown", known, layer)
-        return self.exit_layers.index(layer)
-
-
-def _scoring_rule(params: SamplingParams, mode: DecodingMode) -> ScoringRule | None:
-    """How the prompt is scored; None where it is not."""
-    if params.prompt_logprobs is None:
-        return None
-    exits = mode.rule if params.mode == "early_exit" else NO_EXITS
-    return ScoringRule(exits, params.prompt_logprobs)
 
 
 def _checked_iterable(prompt: object) -> Iterable[int]:

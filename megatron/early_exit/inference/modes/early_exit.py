@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 from megatron.early_exit.inference.modes.head_output import HeadOutput
 from megatron.early_exit.inference.modes.mode import (
     FINAL,
     DecodingMode,
+    ModeContext,
     Next,
     Outcome,
     SampledToken,
 )
+from megatron.early_exit.inference.modes.rule import ExitRule
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,6 +34,16 @@ class EarlyExitMode(DecodingMode):
     max_pending: int
     _left: SampledToken | None = None
     _goes_through: bool = False
+
+    @classmethod
+    def of(cls, context: ModeContext) -> Self:
+        params = context.params
+        rule = ExitRule(context.exits, params.threshold)
+        return cls(context.sampler, rule, params.exit_details, max_pending=context.max_pending)
+
+    @property
+    def scoring_rule(self) -> ExitRule:
+        return self.rule
 
     def start(self, num_pending: int) -> None:
         DecodingMode.start(self, num_pending)

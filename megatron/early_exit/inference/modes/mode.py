@@ -9,12 +9,13 @@ from abc import ABC, abstractmethod
 from collections import abc
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor
 
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.modes.head_output import HeadOutput
-from megatron.early_exit.inference.modes.rule import ExitRule
+from megatron.early_exit.inference.modes.rule import NO_EXITS, ExitRule
 from megatron.early_exit.inference.modes.sampling import Sampler
 from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.inference.results import DraftCounts, HeadReport
@@ -90,6 +91,50 @@ class TokenSampler:
         return HeadReport(self.layers[head], output.best_token, output.confidence)
 
 
+@dataclass(frozen=True, slots=True)
+class ModeContext:
+    """What a mode is made from, beside what the request asks for.
+
+    Attributes:
+        sampler: makes tokens of what heads say; its `params` are the request.
+        exit_layers: the model's exits, each named by the number of backbone layers before it.
+        max_pending: see `EarlyExitMode`.
+        room: the most tokens that the sequence may get in all.
+    """
+
+    sampler: TokenSampler
+    exit_layers: tuple[int, ...]
+    max_pending: int
+    room: int
+
+    @property
+    def params(self) -> SamplingParams:
+        """The request."""
+        return self.sampler.params
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """The indices of the exits that the request enables, ascending.
+
+        Raises:
+            FieldError: the model does not have one.
+        """
+        wanted = self.params.exit_layers
+        layers = self.exit_layers if wanted is None else wanted
+        return tuple(sorted({self.exit_index("exit_layers", layer) for layer in layers}))
+
+    def exit_index(self, field: str, layer: int) -> int:
+        """The index of an exit that a field of the request names.
+
+        Raises:
+            FieldError: the model does not have it.
+        """
+        if layer not in self.exit_layers:
+            known = ", ".join(map(str, self.exit_layers)) or "none, the model has no exits"
+            raise FieldError(field, "is unknown", known, layer)
+        return self.exit_layers.index(layer)
+
+
 @dataclass(slots=True)
 class DecodingMode(ABC):
     """How one sequence gets its tokens.
@@ -109,6 +154,20 @@ class DecodingMode(ABC):
     details: bool = False
     counts: DraftCounts | None = None
     _heads: list[HeadReport] = field(default_factory=list)
+
+    @classmethod
+    @abstractmethod
+    def of(cls, context: ModeContext) -> Self:
+        """The mode that a request asks for.
+
+        Raises:
+            FieldError: the model does not have an exit that the request names.
+        """
+
+    @property
+    def scoring_rule(self) -> ExitRule:
+        """The rule by which texts are scored: by default the final head scores them."""
+        return NO_EXITS
 
     def start(self, num_pending: int) -> None:
         """The last token goes into the first segment while `num_pending` positions wait behind."""

@@ -8,7 +8,7 @@ positions through the deeper segments, so nothing is computed twice.
 
 from collections import abc
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -16,11 +16,12 @@ from megatron.early_exit.inference.modes.head_output import HeadOutput
 from megatron.early_exit.inference.modes.mode import (
     FINAL,
     DecodingMode,
+    ModeContext,
     Next,
     Outcome,
     SampledToken,
 )
-from megatron.early_exit.inference.modes.rule import DraftRule
+from megatron.early_exit.inference.modes.rule import DraftRule, ExitRule
 from megatron.early_exit.inference.results import DraftCounts
 
 
@@ -44,6 +45,17 @@ class SelfSpeculativeMode(DecodingMode):
     """That all drafts are accepted, by the exit's confidences."""
     _aim: int = 0
     _distributions: list[Tensor | None] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, context: ModeContext) -> Self:
+        params, known = context.params, context.exit_layers
+        layer = params.draft_exit_layer
+        if layer is None:
+            layer = known[0] if known else 0
+        # Whether to go on drafting is not for the rule: it takes whatever the exit says.
+        rule = ExitRule((context.exit_index("draft_exit_layer", layer),), threshold=0.0)
+        drafting = DraftRule(params.num_draft_tokens, params.draft_confidence)
+        return cls(context.sampler, rule, params.exit_details, drafting=drafting, room=context.room)
 
     def __post_init__(self) -> None:
         self._aim = self.drafting.max_drafts

@@ -16,7 +16,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from megatron.early_exit.inference.params import Mode
+from megatron.early_exit.inference.params import MODE_FIELDS, Mode
 from megatron.early_exit.server.bodies.ranges import Range
 from megatron.early_exit.server.bodies.unsupported import Unsupported, drop_unsupported, schema_of
 from megatron.early_exit.server.http.errors import ApiError
@@ -25,11 +25,6 @@ from megatron.early_exit.server.settings import ExitSettings
 _LARGEST_INT = 2**63 - 1
 _ABOUT = {"title", "default", "description"}
 """What a JSON schema says of a field whatever its kind is."""
-_MODE_FIELDS = {
-    "full": (),
-    "early_exit": ("early_exit_threshold", "exit_layers"),
-    "self_speculative": ("draft_exit_layer", "num_draft_tokens", "draft_confidence"),
-}
 
 
 class RequestModel(BaseModel):
@@ -166,7 +161,7 @@ class ExitFields(RequestModel):
         self._check_name(given if mode == settings.mode else {**given, "mode": mode}, settings)
         if mode != "full" and num_exits == 0:
             raise ApiError(400, f"mode {mode}: the model has no exits, allowed: full", "mode")
-        defaults = {name: getattr(settings, name) for name in _MODE_FIELDS[mode]}
+        defaults = {name: getattr(settings, name) for name in MODE_FIELDS[mode]}
         return {**defaults, **given, "mode": mode, "exit_details": self.exit_details}
 
     def _check_name(self, given: dict[str, Any], settings: ExitSettings) -> None:
@@ -175,7 +170,7 @@ class ExitFields(RequestModel):
             # The field that asks for the mode, be it by its name or by being there.
             switches = ("mode", "use_early_exit")
             names: list[str] = [name for name in switches if name in self.model_fields_set]
-            names += [name for name in _MODE_FIELDS["early_exit"] if name in given]
+            names += [name for name in MODE_FIELDS["early_exit"] if name in given]
             self._contradicts(names[0], given, f"means mode {settings.mode}", settings)
         for name in given.keys() & settings.decided:
             decided = getattr(settings, name)
@@ -212,7 +207,7 @@ class ExitFields(RequestModel):
                 f"use_early_exit {str(self.use_early_exit).lower()}: contradicts mode {self.mode}",
                 "use_early_exit",
             )
-        if self.mode is None and switched is None and given.keys() & _MODE_FIELDS["early_exit"]:
+        if self.mode is None and switched is None and given.keys() & MODE_FIELDS["early_exit"]:
             return "early_exit"
         return self.mode or switched
 

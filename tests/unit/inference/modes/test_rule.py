@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
-from megatron.early_exit.inference.engine import request_factory
+from megatron.early_exit.inference.modes import early_exit
 from megatron.early_exit.inference.modes.head_output import head_outputs
 from megatron.early_exit.inference.modes.rule import MEASURES, NO_EXITS, DraftRule, ExitRule
 from tests.helpers.margin import margin, margin_tokens
@@ -62,7 +62,7 @@ def test_drafts_end_where_they_are_unlikely_or_too_many():
 def test_a_new_measure_is_one_entry_of_the_table(monkeypatch):
     """The worked example of docs: the margin between the two most probable tokens."""
     monkeypatch.setitem(MEASURES, "margin", margin)
-    monkeypatch.setattr(request_factory, "ExitRule", partial(ExitRule, measure="margin"))
+    monkeypatch.setattr(early_exit, "ExitRule", partial(ExitRule, measure="margin"))
     model = make_model(exits=(1, 3), use_exit_norm=True)
     engine = EarlyExitEngine(model.segmented)
     layers = set()
