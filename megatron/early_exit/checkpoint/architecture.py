@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from megatron.early_exit.errors import FieldError
+
 Normalization = Literal["LayerNorm", "RMSNorm"]
 Activation = Literal["gelu", "gelu_tanh", "silu", "squared_relu", "quick_gelu"]
 PositionEmbedding = Literal["rope", "learned_absolute", "none"]
@@ -63,19 +65,13 @@ class Architecture:
     def __post_init__(self) -> None:
         for name in (f.name for f in fields(self) if f.type is int):
             if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} {getattr(self, name)} is out of range, allowed: 1 or more"
-                )
+                raise FieldError(name, "is out of range", "1 or more", getattr(self, name))
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} {getattr(self, name)!r} is unknown, allowed: {', '.join(allowed)}"
-                )
+                raise FieldError(name, "is unknown", ", ".join(allowed), getattr(self, name))
         if self.num_attention_heads % self.num_query_groups:
-            raise ValueError(
-                f"num_query_groups {self.num_query_groups} is out of range, allowed: divisors of "
-                f"num_attention_heads, {self.num_attention_heads}"
-            )
+            known = f"divisors of num_attention_heads, {self.num_attention_heads}"
+            raise FieldError("num_query_groups", "is out of range", known, self.num_query_groups)
 
     @property
     def qkv_bias(self) -> bool:

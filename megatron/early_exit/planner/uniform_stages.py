@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.planner.costs.cost_model import CostModel, StageCost
 from megatron.early_exit.schedules.generators import (
     FilledOneFOneB,
@@ -85,11 +86,8 @@ class UniformStages:
         """
         try:
             return self._generator()
-        except ValueError as error:
-            message = str(error)
-            for name, flag in _FLAGS.items():
-                message = message.replace(name, flag)
-            raise ValueError(message) from None
+        except FieldError as error:
+            raise ValueError(error.named(_FLAGS.get(error.field, error.field))) from None
 
     def _generator(self) -> Generator:
         ranks, number = self.num_ranks, self.num_microbatches

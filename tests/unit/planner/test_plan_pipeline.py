@@ -256,7 +256,7 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
         ),
         (
             "--schedule tuning --pipeline-model-parallel-size 2 --num-microbatches 2",
-            "--exit-stages is empty",
+            "--exit-stages: there is none",
         ),
     ],
 )

@@ -157,7 +157,7 @@ def test_messages_between_two_ranks_of_a_ring_have_one_order():
         ),
         (
             lambda: Tuning(num_ranks=4, num_microbatches=6, exit_stages=frozenset()),
-            "exit_stages is empty",
+            "exit_stages: there is none",
         ),
     ],
 )

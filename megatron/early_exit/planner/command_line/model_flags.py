@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.early_exit.checkpoint.huggingface_config import read_sizes
 from megatron.early_exit.config import EarlyExitConfig, as_flag
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.planner.costs.model_shape import ModelShape
 from megatron.early_exit.planner.named_models import NAMED_MODELS
 
@@ -178,6 +179,5 @@ def _shape(args: Namespace, known: Mapping[str, Any]) -> ModelShape:
         sizes[_SHARED] = True
     try:
         return ModelShape.llama(**sizes)
-    except ValueError as error:
-        name, _, rest = str(error).partition(" ")
-        raise ValueError(f"{as_flag(name)} {rest}") from None
+    except FieldError as error:
+        raise ValueError(error.named(as_flag(error.field))) from None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.errors import FieldError
 
 _BF16 = 2
 _LLAMA: dict[str, Any] = {
@@ -29,7 +30,7 @@ class ModelShape(Architecture):
     """A backbone in training. Its heads make up its width, and its vocabulary includes padding.
 
     Raises:
-        ValueError: a size is below 1, or heads do not divide what they share.
+        FieldError: a size is below 1, or heads do not divide what they share.
     """
 
     seq_length: int
@@ -38,9 +39,9 @@ class ModelShape(Architecture):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_attention_heads * self.kv_channels != self.hidden_size:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is out of range, allowed: "
-                f"divisors of hidden_size, {self.hidden_size}"
+            allowed = f"divisors of hidden_size, {self.hidden_size}"
+            raise FieldError(
+                "num_attention_heads", "is out of range", allowed, self.num_attention_heads
             )
 
     @classmethod

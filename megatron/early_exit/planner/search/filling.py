@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.planner.search.plans import Plan, fastest_first
 from megatron.early_exit.planner.search.prediction import Fills
+from megatron.early_exit.schedules.generators.bubble_filling import FILL_FLAGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +49,17 @@ def fill_bubbles(plans: Sequence[Plan], request: FillRequest, limit_bytes: float
     Raises:
         ValueError: there is no room in any of the plans, or no memory.
     """
-    filled, refusal = [], ""
+    filled: list[Plan] = []
+    refusal = ""
     for plan in plans:
         try:
             filled.append(_fill(plan, request, limit_bytes))
+        except FieldError as error:
+            refusal = error.named(FILL_FLAGS.get(error.field, error.field))
         except ValueError as error:
             refusal = str(error)
     if not filled:
-        for name in ("warmup", "cooldown"):
-            refusal = refusal.replace(f"num_{name}_fills", f"--num-fill-{name}-microbatches")
-        raise ValueError(refusal.replace("backward_forward_ratio", "--backward-forward-ratio"))
+        raise ValueError(refusal)
     return fastest_first(filled)
 
 

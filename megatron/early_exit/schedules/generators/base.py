@@ -3,6 +3,7 @@
 from collections.abc import Hashable
 from typing import Protocol
 
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.schedules.schedule import Schedule
 
 
@@ -25,8 +26,8 @@ def require_positive(**values: int) -> None:
     """Check numbers of things that there must be.
 
     Raises:
-        ValueError: a number is below 1.
+        FieldError: a number is below 1.
     """
     for name, value in values.items():
         if value < 1:
-            raise ValueError(f"{name} {value} is out of range, allowed: 1 or more")
+            raise FieldError(name, "is out of range", "1 or more", value)

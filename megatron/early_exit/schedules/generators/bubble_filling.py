@@ -17,6 +17,7 @@ the activations that the stage holds already, those of the cool-down do not.
 from dataclasses import dataclass
 from fractions import Fraction
 
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.schedules.actions import Action, Microbatch
 from megatron.early_exit.schedules.generators.base import require_positive
 from megatron.early_exit.schedules.generators.one_f_one_b import one_f_one_b
@@ -38,6 +39,14 @@ def _fraction(ratio: float) -> Fraction:
     return Fraction(ratio).limit_denominator(10_000)
 
 
+FILL_FLAGS = {
+    "num_warmup_fills": "--num-fill-warmup-microbatches",
+    "num_cooldown_fills": "--num-fill-cooldown-microbatches",
+    "backward_forward_ratio": "--backward-forward-ratio",
+}
+"""The flags of the fields of `FilledOneFOneB`, for refusals."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FilledOneFOneB:
     """1F1B with filled bubbles.
@@ -52,7 +61,7 @@ class FilledOneFOneB:
         exit_stages: the stages that have exits, counted from 0; None for all.
 
     Raises:
-        ValueError: a number is out of its range.
+        FieldError: a number is out of its range.
     """
 
     num_ranks: int
@@ -65,10 +74,8 @@ class FilledOneFOneB:
     def __post_init__(self) -> None:
         require_positive(num_ranks=self.num_ranks, num_microbatches=self.num_microbatches)
         if not 0.01 <= self.backward_forward_ratio <= 100:
-            raise ValueError(
-                f"backward_forward_ratio {self.backward_forward_ratio} is out of range, "
-                "allowed: 0.01 to 100"
-            )
+            ratio = self.backward_forward_ratio
+            raise FieldError("backward_forward_ratio", "is out of range", "0.01 to 100", ratio)
         fitting = max_fills(self.num_ranks, self.backward_forward_ratio)
         most = len(self._warmup_depths_from(self.num_ranks - 1))
         self._choose("num_warmup_fills", len(self._warmup_depths_from(fitting)), most)
@@ -80,10 +87,8 @@ class FilledOneFOneB:
             object.__setattr__(self, name, fitting)
         elif not 0 <= number <= most:
             where = "" if self.exit_stages is None else f", exits on {sorted(self.exit_stages)}"
-            raise ValueError(
-                f"{name} {number} is out of range, allowed: 0 to {most} with {self.num_ranks} "
-                f"stages{where}"
-            )
+            allowed = f"0 to {most} with {self.num_ranks} stages{where}"
+            raise FieldError(name, "is out of range", allowed, number)
 
     def _warmup_depths_from(self, deepest: int) -> tuple[int, ...]:
         """Depths of fills of which the first runs on so many stages, or fewer."""

@@ -6,6 +6,7 @@ bubble of 1F1B by the number of chunks, for as many times more transfers and mor
 
 from dataclasses import dataclass
 
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.schedules.actions import Action, Microbatch
 from megatron.early_exit.schedules.generators.base import require_positive
 from megatron.early_exit.schedules.schedule import Schedule
@@ -31,12 +32,10 @@ class Interleaved:
     def __post_init__(self) -> None:
         require_positive(num_microbatches=self.num_microbatches, num_chunks=self.num_chunks)
         if self.num_ranks < 2:
-            raise ValueError(f"num_ranks {self.num_ranks} is out of range, allowed: 2 or more")
+            raise FieldError("num_ranks", "is out of range", "2 or more", self.num_ranks)
         if self.num_microbatches % self.num_ranks:
-            raise ValueError(
-                f"num_microbatches {self.num_microbatches} is out of range, allowed: multiples of "
-                f"the {self.num_ranks} ranks"
-            )
+            allowed = f"multiples of the {self.num_ranks} ranks"
+            raise FieldError("num_microbatches", "is out of range", allowed, self.num_microbatches)
 
     def build(self) -> Schedule:
         """The schedule, without sends and receives."""

@@ -6,6 +6,7 @@ nothing to do. A stage keeps one microbatch at a time.
 
 from dataclasses import dataclass
 
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.schedules.actions import Action, Microbatch
 from megatron.early_exit.schedules.generators.base import require_positive
 from megatron.early_exit.schedules.schedule import Schedule
@@ -31,7 +32,7 @@ class Tuning:
     def __post_init__(self) -> None:
         require_positive(num_ranks=self.num_ranks, num_microbatches=self.num_microbatches)
         if not self.exit_stages:
-            raise ValueError("exit_stages is empty, allowed: one stage or more")
+            raise FieldError("exit_stages", "there is none", "one stage or more")
         for stage in self.exit_stages:
             if not 0 <= stage < self.num_ranks:
                 raise ValueError(

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from megatron.early_exit.config import EarlyExitConfig, as_flag
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.schedules.generators import FilledOneFOneB
+from megatron.early_exit.schedules.generators.bubble_filling import FILL_FLAGS
 from megatron.early_exit.training.loop.exit_stages import exit_stages
 
 MEASURED = "auto"
@@ -130,11 +132,8 @@ class FillingOptions:
                 num_cooldown_fills=self.num_fill_cooldown_microbatches,
                 exit_stages=exit_stages,
             )
-        except ValueError as error:
-            message = str(error)
-            for name in ("warmup", "cooldown"):
-                message = message.replace(f"num_{name}_fills", f"--num-fill-{name}-microbatches")
-            raise ValueError(message) from None
+        except FieldError as error:
+            raise ValueError(error.named(FILL_FLAGS.get(error.field, error.field))) from None
 
     def generator(
         self, stages: int, microbatches: int, exit_stages: frozenset[int], ratio: float
