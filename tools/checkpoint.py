@@ -28,7 +28,7 @@ from megatron.early_exit.checkpoint.inspection import count_parameters, inspect
 from megatron.early_exit.checkpoint.lazy import LazyWeights
 from megatron.early_exit.checkpoint.source import open_checkpoint, open_parts
 from megatron.early_exit.checkpoint.writer import Report
-from megatron.early_exit.config import EarlyExitConfig, as_flag
+from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig, as_flag
 
 GENERATE = "python tools/generate.py --load {} --prompt ..."
 TUNE = "torchrun pretrain_early_exit_gpt.py --tune-exit --load {} ..."
@@ -41,19 +41,6 @@ _PATHS = {
     "FOLDER": "what to write: a folder that is empty or does not exist",
     "BASE": "the model that the exits were tuned on",
     "EXITS": "a checkpoint with exits only, as --tune-exit saves",
-}
-_EXIT_SWITCHES = (
-    *("pre_exit", "use_exit_norm", "use_exit_mlp", "use_exit_block"),
-    "untie_exit_output_weights",
-)
-_SWITCH_HELP = {
-    "pre_exit": "the exits are before their layers: layer k + 1 means the exit after layer k",
-    "use_exit_norm": "own norm, a copy of the final one",
-    "use_exit_mlp": "own MLP, a copy of that of the exit's layer, in its place",
-    "use_exit_block": "own transformer layer, a copy of the one behind the exit",
-    "untie_exit_output_weights": "own projection, a copy of the model's output layer; without it "
-    "exits project with the word embedding, which in a model with an output layer of its own is "
-    "another matrix",
 }
 
 
@@ -92,8 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="layers that get an exit, counted from 1; exits that the model has there are replaced",
     )
-    for name in _EXIT_SWITCHES:
-        one.add_argument(as_flag(name), action="store_true", help=_SWITCH_HELP[name])
+    one.add_argument(
+        "--pre-exit",
+        action="store_true",
+        help="the exits are before their layers: layer k + 1 means the exit after layer k",
+    )
+    for name, part in HEAD_FIELDS.items():
+        one.add_argument(as_flag(name), action="store_true", help=part.help_when_added)
     one.add_argument(
         "--exit-vocab-size",
         type=int,
@@ -158,11 +150,11 @@ def _import_ee_llm(args: argparse.Namespace) -> None:
 def _add_exits(args: argparse.Namespace) -> None:
     if args.seed is not None and not args.random_init:
         raise ValueError(f"--seed {args.seed} has no effect without --random-init")
-    switches = {name: getattr(args, name) for name in _EXIT_SWITCHES}
     wanted = EarlyExitConfig(
         exit_layer_nums=tuple(args.exit_layer_nums),
+        pre_exit=args.pre_exit,
         exit_vocab_size=args.exit_vocab_size,
-        **switches,
+        **{name: getattr(args, name) for name in HEAD_FIELDS},
     )
     source = open_checkpoint(args.src)
     random_init = None

@@ -4,15 +4,19 @@
 carry the names of the flags (`exit_layer_nums` is `--exit-layer-nums`), its docstrings are their
 help texts, and `exits` is the normalised form that the rest of the package works with: an exit is
 known by its position p, the number of backbone layers that run before it.
+
+`HEAD_PARTS` is the one list of what an exit's head can be made of.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any, Literal, get_args
 
 WarmupStyle = Literal["linear", "cosine"]
+BackboneModule = Literal["mlp", "layer", "norm", "output"]
+"""A module of the backbone: an MLP with its norm, a transformer layer, a norm, the output layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,93 @@ class Exit:
     weight: float
     weight_init: float
     temperature: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadPart:
+    """A part of an exit's head that a flag asks for.
+
+    Attributes:
+        field: name of the field of `EarlyExitConfig`, which is its flag.
+        module: name of its module in the head and in checkpoints (`exits.{position}.{module}`).
+        tensors: the module of the backbone whose tensors and costs it has, or the names and shapes
+            of its own tensors; a size is a number or a field of the model's shape.
+        origin: module of the backbone that it is copied from when exits are added to a model:
+            `{layer}` is the layer that the exit follows, `{next_layer}` the one behind the exit
+            (the last one, where there is none), `{output}` the output layer, or the word embedding
+            that is tied to it. None where the backbone has nothing like it.
+        initial: value that all entries of its tensors start with where it has no origin.
+        replaces_mlp: it takes the place of the MLP of the layer that the exit follows.
+        help_when_added: help text of the flag that adds it to a model.
+        help_when_planned: help text of the planner's flag.
+    """
+
+    field: str
+    module: str
+    tensors: BackboneModule | Mapping[str, tuple[int | str, ...]]
+    origin: str | None = None
+    initial: float = 0.0
+    replaces_mlp: bool = False
+    help_when_added: str
+    help_when_planned: str
+
+    @property
+    def has_mlp(self) -> bool:
+        """It is, or contains, an MLP like the backbone's."""
+        return self.tensors in ("mlp", "layer")
+
+    def own_shapes(self, model: object) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that are like none of the backbone's.
+
+        Args:
+            model: a description of the model's shape, with Megatron's names of sizes.
+        """
+        if isinstance(self.tensors, str):
+            return {}
+        return {
+            name: tuple(getattr(model, one) if isinstance(one, str) else one for one in sizes)
+            for name, sizes in self.tensors.items()
+        }
+
+
+HEAD_PARTS = (
+    HeadPart(
+        field="use_exit_mlp",
+        module="mlp",
+        tensors="mlp",
+        origin="decoder.layers.{layer}.mlp",
+        replaces_mlp=True,
+        help_when_added="own MLP, a copy of that of the exit's layer, in its place",
+        help_when_planned="each exit has its own MLP; not with --pre-exit",
+    ),
+    HeadPart(
+        field="use_exit_block",
+        module="block",
+        tensors="layer",
+        origin="decoder.layers.{next_layer}",
+        help_when_added="own transformer layer, a copy of the one behind the exit",
+        help_when_planned="each exit has a whole layer",
+    ),
+    HeadPart(
+        field="use_exit_norm",
+        module="norm",
+        tensors="norm",
+        origin="decoder.final_layernorm",
+        help_when_added="own norm, a copy of the final one",
+        help_when_planned="each exit has its own norm",
+    ),
+    HeadPart(
+        field="untie_exit_output_weights",
+        module="projection",
+        tensors="output",
+        origin="{output}",
+        help_when_added="own projection, a copy of the model's output layer; without it exits "
+        "project with the word embedding, which in a model with an output layer of its own is "
+        "another matrix",
+        help_when_planned="each exit has its own projection",
+    ),
+)
+"""All parts, in the order in which a hidden state passes through them."""
 
 
 def _numbers(kind: type) -> dict[str, Any]:
@@ -230,12 +321,37 @@ class EarlyExitConfig:
         )
 
     @property
+    def head_parts(self) -> tuple[HeadPart, ...]:
+        """The parts of each head, in the order in which a hidden state passes through them."""
+        return tuple(part for part in HEAD_PARTS if getattr(self, part.field))
+
+    @property
+    def branch_parts(self) -> tuple[HeadPart, ...]:
+        """The parts of each head in front of the output projection, which every head has."""
+        return tuple(part for part in self.head_parts if part.tensors != "output")
+
+    @property
+    def replaces_mlp(self) -> bool:
+        """Whether exits branch off in front of the MLP of the layer that they follow."""
+        return any(part.replaces_mlp for part in self.head_parts)
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """The fields that say what the heads of exits are made of."""
+        return {name: getattr(self, name) for name in (*HEAD_FIELDS, "exit_vocab_size")}
+
+    @property
+    def head_words(self) -> list[str]:
+        """The flags that say what the heads of exits are made of, as words of a command line."""
+        words = [as_flag(name) for name in HEAD_FIELDS if getattr(self, name)]
+        if self.exit_vocab_size is not None:
+            words += ["--exit-vocab-size", str(self.exit_vocab_size)]
+        return words
+
+    @property
     def head_flags(self) -> str:
         """The flags that say what the heads of exits are made of, for messages."""
-        given = [as_flag(name) for name in _HEADS if getattr(self, name)]
-        if self.exit_vocab_size is not None:
-            given.append(f"--exit-vocab-size {self.exit_vocab_size}")
-        return " ".join(given) or "no flag of heads"
+        return " ".join(self.head_words) or "no flag of heads"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -255,12 +371,15 @@ _PER_EXIT_DEFAULTS = {
 }
 
 
-_HEADS = ("use_exit_norm", "use_exit_mlp", "use_exit_block", "untie_exit_output_weights")
+HEAD_FIELDS = {
+    f.name: part for f in fields(EarlyExitConfig) for part in HEAD_PARTS if part.field == f.name
+}
+"""All parts by their fields, in the order of the fields: that of help texts and messages."""
 
 
 _NEED_EXITS = (
     "pre_exit",
-    *_HEADS,
+    *HEAD_FIELDS,
     "exit_vocab_size",
     "use_dynamic_exit_layer_weight",
     "exit_layer_weight_warmup_iters",

@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,15 @@ from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.base import is_of_exit
 from megatron.early_exit.checkpoint.conversion import Conversion
 from megatron.early_exit.checkpoint.lazy import LazyTensor
-from megatron.early_exit.checkpoint.weights import LAYERS, weight_shapes
-from megatron.early_exit.config import EarlyExitConfig, Exit
+from megatron.early_exit.checkpoint.weights import weight_shapes
+from megatron.early_exit.config import HEAD_PARTS, EarlyExitConfig, Exit
 
 RANDOM = "random"
 """Stands in `Conversion.sources` for what is drawn."""
+INITIAL = "initial value"
+"""Stands in `Conversion.sources` for what starts alike in every model."""
 
-_WORD_EMBEDDING = "embedding.word_embeddings.weight"
-_OUTPUT_LAYER = "output_layer.weight"
+_WORD_EMBEDDING, _OUTPUT_LAYER = "embedding.word_embeddings", "output_layer"
 _ENDS_OF_BRANCHES = ("linear_proj.weight", "linear_fc2.weight")
 
 
@@ -68,7 +70,15 @@ def add_exits(
         if position not in wanted.positions:
             weights[name], sources[name] = source.weights[name], source.sources[name]
             continue
-        origin = _origin(name, architecture)
+        _, _, module, rest = name.split(".", 3)
+        part = next(one for one in HEAD_PARTS if one.module == module)
+        if part.origin is None:
+            dtype = source.weights[f"{_WORD_EMBEDDING}.weight"].dtype
+            fill = partial(torch.full, shape, part.initial, dtype=dtype)
+            weights[name], sources[name] = LazyTensor(shape, dtype, fill), (INITIAL,)
+            continue
+        assert position is not None
+        origin = f"{part.origin.format(**_modules(position, architecture))}.{rest}"
         model = source.weights[origin]
         if random_init is None:
             weights[name], sources[name] = model, (origin,)
@@ -130,19 +140,14 @@ def _joined(old: EarlyExitConfig, new: EarlyExitConfig, num_layers: int) -> Earl
     return EarlyExitConfig(**{**common, **per_exit, "pre_exit": new.pre_exit})
 
 
-def _origin(name: str, architecture: Architecture) -> str:
-    """Which tensor of the model an exit's is copied from."""
-    _, number, part, rest = name.split(".", 3)
-    position = int(number)
-    if part == "norm":
-        return f"decoder.final_layernorm.{rest}"
-    if part == "mlp":
-        return f"{LAYERS}{position - 1}.mlp.{rest}"
-    if part == "block":
-        return f"{LAYERS}{min(position, architecture.num_layers - 1)}.{rest}"
-    assert part == "projection"
+def _modules(position: int, architecture: Architecture) -> dict[str, Any]:
+    """What stands in `HeadPart.origin` for the places in it."""
     is_tied = architecture.share_embeddings_and_output_weights
-    return _WORD_EMBEDDING if is_tied else _OUTPUT_LAYER
+    return {
+        "layer": position - 1,
+        "next_layer": min(position, architecture.num_layers - 1),
+        "output": _WORD_EMBEDDING if is_tied else _OUTPUT_LAYER,
+    }
 
 
 def _draw(

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights
 from megatron.early_exit.checkpoint.reader import CheckpointReader
-from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.config import EarlyExitConfig, HeadPart
 
 Shapes = dict[str, tuple[int, ...]]
 Weights = dict[str, Tensor]
@@ -47,16 +47,23 @@ def weight_shapes(architecture: Architecture, early_exit: EarlyExitConfig) -> Sh
     if not a.share_embeddings_and_output_weights:
         shapes["output_layer.weight"] = vocabulary
     for position in early_exit.positions:
-        prefix = f"exits.{position}."
-        if early_exit.use_exit_mlp:
-            shapes |= _mlp(a, f"{prefix}mlp.")
-        if early_exit.use_exit_block:
-            shapes |= _layer(a, f"{prefix}block.")
-        if early_exit.use_exit_norm:
-            shapes |= _norm(a, f"{prefix}norm.", a.hidden_size)
-        if early_exit.untie_exit_output_weights:
-            shapes[f"{prefix}projection.weight"] = vocabulary
+        for part in early_exit.head_parts:
+            shapes |= _head_part(a, part, f"exits.{position}.{part.module}.")
     return shapes
+
+
+def _head_part(a: Architecture, part: HeadPart, prefix: str) -> Shapes:
+    match part.tensors:
+        case "mlp":
+            return _mlp(a, prefix)
+        case "layer":
+            return _layer(a, prefix)
+        case "norm":
+            return _norm(a, prefix, a.hidden_size)
+        case "output":
+            return _linear(prefix, a.vocab_size, a.hidden_size, has_bias=False)
+        case _:
+            return {f"{prefix}{name}": shape for name, shape in part.own_shapes(a).items()}
 
 
 def _norm(a: Architecture, prefix: str, size: int) -> Shapes:

@@ -5,7 +5,8 @@ from the specs of the backbone's own layers, so that whatever implementation the
 (Transformer Engine or local), the heads run on too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -59,6 +60,12 @@ class ExitHead(MegatronModule):
         pg_collection: process groups.
     """
 
+    pre_mlp_layernorm: Any
+    mlp: Any
+    mlp_bda: Any
+    block: TransformerLayer
+    norm: torch.nn.Module
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -72,29 +79,10 @@ class ExitHead(MegatronModule):
         super().__init__(config=config)
         self.position = position
         self.tp_group = pg_collection.tp
-        parts = layer.submodules_config
-        sizes: dict[str, Any] = {
-            "hidden_size": config.hidden_size,
-            "eps": config.layernorm_epsilon,
-        }
-        self.mlp: Any = None
-        self.block: TransformerLayer | None = None
-        self.norm: torch.nn.Module | None = None
-        self.key_map = dict(parts.sharded_state_dict_keys_map)
-        if options.use_exit_mlp:
-            self.pre_mlp_layernorm: Any = parts.pre_mlp_layernorm(config=config, **sizes)
-            self.mlp = parts.mlp(config=config, pg_collection=pg_collection, is_mtp_layer=False)
-            self.mlp_bda = build_module(parts.mlp_bda)
-        if options.use_exit_block:
-            self.block = TransformerLayer(
-                config,
-                parts,
-                layer_number=position,
-                pg_collection=pg_collection,
-                add_layer_offset=False,
-            )
-        if options.use_exit_norm:
-            self.norm = norm(config=config, **sizes)
+        self.key_map = dict(layer.submodules_config.sharded_state_dict_keys_map)
+        self.branch_modules = [part.module for part in options.branch_parts]
+        for name in self.branch_modules:
+            _PARTS[name].build(self, _Surroundings(layer, norm, pg_collection))
         assert config.init_method is not None
         self.projection = ExitProjection(
             config.hidden_size,
@@ -106,7 +94,7 @@ class ExitHead(MegatronModule):
             tp_group=pg_collection.tp,
         )
         draws = config.hidden_dropout > 0 or config.attention_dropout > 0
-        self.draws_random_numbers = draws and (options.use_exit_mlp or options.use_exit_block)
+        self.draws_random_numbers = draws and any(part.has_mlp for part in options.head_parts)
         """Whether the branch has dropout: in training it then needs `dropout_rng`."""
 
     def forward(
@@ -129,14 +117,9 @@ class ExitHead(MegatronModule):
 
     def branch(self, hidden: Tensor, layer_kwargs: dict[str, Any]) -> Tensor:
         """Everything before the projection, [s, b, h] -> [s, b, h]."""
-        if self.mlp is not None:
-            residual = hidden.float() if self.config.fp32_residual_connection else hidden
-            output_and_bias = self.mlp(self.pre_mlp_layernorm(hidden))
-            add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
-            hidden = add(output_and_bias, residual, self.config.hidden_dropout)
-        if self.block is not None:
-            hidden, _ = self.block(hidden_states=hidden, **layer_kwargs)
-        return hidden if self.norm is None else self.norm(hidden)
+        for name in self.branch_modules:
+            hidden = _PARTS[name].run(self, hidden, layer_kwargs)
+        return hidden
 
     def sharded_state_dict(
         self,
@@ -155,6 +138,71 @@ class ExitHead(MegatronModule):
         if weight is not None:
             weight.allow_shape_mismatch = True
         return {k: v for k, v in state.items() if not k.endswith("projection._extra_state")}
+
+
+@dataclass(frozen=True, slots=True)
+class _Surroundings:
+    """What the parts of a head are built from; see `ExitHead`."""
+
+    layer: TransformerLayer
+    norm: NormBuilder
+    pg_collection: ProcessGroupCollection
+
+
+def _build_mlp(head: ExitHead, around: _Surroundings) -> None:
+    specs = around.layer.submodules_config
+    head.pre_mlp_layernorm = specs.pre_mlp_layernorm(config=head.config, **_norm_sizes(head))
+    head.mlp = specs.mlp(config=head.config, pg_collection=around.pg_collection, is_mtp_layer=False)
+    head.mlp_bda = build_module(specs.mlp_bda)
+
+
+def _run_mlp(head: ExitHead, hidden: Tensor, layer_kwargs: dict[str, Any]) -> Tensor:
+    residual = hidden.float() if head.config.fp32_residual_connection else hidden
+    output_and_bias = head.mlp(head.pre_mlp_layernorm(hidden))
+    add = head.mlp_bda(head.training, head.config.bias_dropout_fusion)
+    return add(output_and_bias, residual, head.config.hidden_dropout)
+
+
+def _build_block(head: ExitHead, around: _Surroundings) -> None:
+    head.block = TransformerLayer(
+        head.config,
+        around.layer.submodules_config,
+        layer_number=head.position,
+        pg_collection=around.pg_collection,
+        add_layer_offset=False,
+    )
+
+
+def _run_block(head: ExitHead, hidden: Tensor, layer_kwargs: dict[str, Any]) -> Tensor:
+    return head.block(hidden_states=hidden, **layer_kwargs)[0]
+
+
+def _build_norm(head: ExitHead, around: _Surroundings) -> None:
+    head.norm = around.norm(config=head.config, **_norm_sizes(head))
+
+
+def _run_norm(head: ExitHead, hidden: Tensor, layer_kwargs: dict[str, Any]) -> Tensor:
+    return head.norm(hidden)
+
+
+def _norm_sizes(head: ExitHead) -> dict[str, Any]:
+    return {"hidden_size": head.config.hidden_size, "eps": head.config.layernorm_epsilon}
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """How a part of the branch is built into a head, and what it makes of a hidden state."""
+
+    build: Callable[[ExitHead, _Surroundings], None]
+    run: Callable[[ExitHead, Tensor, dict[str, Any]], Tensor]
+
+
+_PARTS: Mapping[str, _Part] = {
+    "mlp": _Part(_build_mlp, _run_mlp),
+    "block": _Part(_build_block, _run_block),
+    "norm": _Part(_build_norm, _run_norm),
+}
+"""The parts of `HEAD_PARTS` that are in front of the projection, by their modules."""
 
 
 class ExitHeads(MegatronModule):

@@ -7,7 +7,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.config import EarlyExitConfig, as_flag
 from megatron.early_exit.model.attention import check_attention
 from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
 from megatron.early_exit.model.tied_weights import connect_tied_weights
@@ -97,12 +97,10 @@ def check_backbone(config: EarlyExitGPTModelConfig) -> None:
             "--fine-grained-activation-offloading cannot be combined with --use-exit-block: "
             "it counts the layers that run in the forward pass"
         )
-    for flag, used in (
-        ("--use-exit-mlp", exits.use_exit_mlp),
-        ("--use-exit-block", exits.use_exit_block),
-    ):
-        if used and transformer.num_moe_experts is not None:
+    for part in exits.branch_parts:
+        if part.has_mlp and transformer.num_moe_experts is not None:
             raise ValueError(
-                f"{flag} cannot be combined with --num-experts {transformer.num_moe_experts}: "
-                "the heads of a mixture-of-experts model are made of a norm and a projection"
+                f"{as_flag(part.field)} cannot be combined with --num-experts "
+                f"{transformer.num_moe_experts}: the heads of a mixture-of-experts model are made "
+                "of a norm and a projection"
             )

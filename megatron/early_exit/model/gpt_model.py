@@ -139,7 +139,7 @@ class EarlyExitGPTModel(GPTModel):
                 self.exits, position, hidden, labels, kwargs.get("context_mask"), branch_kwargs
             )
 
-        if options.use_exit_mlp:
+        if options.replaces_mlp:
             _tap_before_mlp(layer, tap)
         elif options.pre_exit:
             layer.register_forward_pre_hook(

@@ -6,11 +6,10 @@ from typing import Any
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.huggingface.families import refuse_inexpressible, write_sizes
-from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.config import HEAD_PARTS, EarlyExitConfig
 
 _FOLDER = Path(__file__).with_name("exported")
 _CONFIGURATION, _MODELLING = "configuration_early_exit", "modeling_early_exit"
-_EXIT_PARTS = ("use_exit_mlp", "use_exit_block", "use_exit_norm", "untie_exit_output_weights")
 
 
 def write_exit_config(a: Architecture, early_exit: EarlyExitConfig) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def write_exit_config(a: Architecture, early_exit: EarlyExitConfig) -> dict[str,
         "linear_bias": a.add_bias_linear,
         "qk_norm": a.qk_layernorm,
         "exit_layers": list(early_exit.positions),
-        **{name: getattr(early_exit, name) for name in _EXIT_PARTS},
+        **{part.field: getattr(early_exit, part.field) for part in HEAD_PARTS},
         "exit_vocab_size": early_exit.exit_vocab_size,
         "early_exit_threshold": None,
     }

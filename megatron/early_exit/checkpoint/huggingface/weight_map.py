@@ -14,6 +14,7 @@ from megatron.early_exit.checkpoint.huggingface.layouts import (
     IDENTITY,
     TensorLayout,
 )
+from megatron.early_exit.config import HEAD_PARTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,12 @@ _TENSORS: Mapping[str, Origin] = {
     # Of an exit.
     "norm.weight": Origin(("norm.weight",)),
     "projection.weight": Origin(("projection.weight",)),
+    **{
+        f"{part.module}.{name}": Origin((f"{part.module}.{name}",))
+        for part in HEAD_PARTS
+        if not isinstance(part.tensors, str)
+        for name in part.tensors
+    },
 }
 
 _PLACES: tuple[tuple[re.Pattern[str], str], ...] = (

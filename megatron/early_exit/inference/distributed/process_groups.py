@@ -177,14 +177,7 @@ def stage_as_model(
     positions = [early_exit.positions[index] - layers.start for index in own_exits]
     exits = EarlyExitConfig()
     if positions:
-        exits = EarlyExitConfig(
-            exit_layer_nums=tuple(positions),
-            use_exit_norm=early_exit.use_exit_norm,
-            use_exit_mlp=early_exit.use_exit_mlp,
-            use_exit_block=early_exit.use_exit_block,
-            untie_exit_output_weights=early_exit.untie_exit_output_weights,
-            exit_vocab_size=early_exit.exit_vocab_size,
-        )
+        exits = EarlyExitConfig(exit_layer_nums=tuple(positions), **early_exit.head_options)
     own = architecture if rank_info.tensor is None else rank_info.tensor.architecture(architecture)
     renamed = {_renumbered(name, layers.start): tensor for name, tensor in weights.items()}
     return replace(own, num_layers=len(layers)), exits, renamed

@@ -6,26 +6,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron.early_exit.inference.model.layers import Mlp
 from megatron.early_exit.inference.model.linear import Function
 from megatron.early_exit.inference.model.passes import Pass
 from megatron.early_exit.inference.model.segment import Segment
 
 
+BranchPart = Function | Segment
+"""A part of a head in front of its projection, [r, h] -> [r, h]. A segment is a transformer layer,
+which attends over a cache of its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What turns the residual stream at one place into logits: [mlp] [block] [norm] projection."""
+    """What turns the residual stream at one place into logits: parts of a branch, a projection."""
 
-    mlp: Mlp | None
-    block: Segment | None
-    """The transformer layer that an exit may have; it attends over a cache of its own."""
-    norm: Function | None
+    branch: tuple[BranchPart, ...]
     projection: Function
     """[n, h] -> [n, v], without padding of the vocabulary; or this rank's part of it."""
     gather: Function | None = None
     """Brings together the logits of ranks that divide the projection."""
     num_others: int = 0
     """Tokens at the end of the vocabulary that it never answers with."""
+
+    @property
+    def block(self) -> Segment | None:
+        """The transformer layer that an exit may have."""
+        return next((part for part in self.branch if isinstance(part, Segment)), None)
 
     def logits(self, hidden: Tensor, block_pass: Pass | None = None) -> Tensor:
         """Logits [n, v] from the residual stream [r, h], see `features`."""
@@ -37,12 +43,13 @@ class Head:
         With a block `hidden` holds every position that the block has not seen yet, `block_pass`
         describes them, and n is the number of results that it asks for; else n is r.
         """
-        if self.mlp is not None:
-            hidden = self.mlp(hidden)
-        if self.block is not None:
-            assert block_pass is not None
-            hidden = self.block(hidden, block_pass)
-        return hidden if self.norm is None else self.norm(hidden)
+        for part in self.branch:
+            if isinstance(part, Segment):
+                assert block_pass is not None
+                hidden = part(hidden, block_pass)
+            else:
+                hidden = part(hidden)
+        return hidden
 
     def project(self, features: Tensor) -> Tensor:
         """Logits [n, v]."""

@@ -6,7 +6,7 @@ and the MLP of that layer. What lies between two cuts is a segment. Every positi
 segments in order, but not in one go: the deeper ones may lag behind.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,7 +16,7 @@ from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference.model.compiled import CompiledLayers, LayerCompiler
 from megatron.early_exit.inference.model.graphs import GraphedLayers
-from megatron.early_exit.inference.model.heads import Head, ModelExit
+from megatron.early_exit.inference.model.heads import BranchPart, Head, ModelExit
 from megatron.early_exit.inference.model.layers import Attention, Mlp, arrange
 from megatron.early_exit.inference.model.linear import Function, make_linear
 from megatron.early_exit.inference.model.norms import make_norm
@@ -75,7 +75,7 @@ class SegmentedModel:
             self._layer(weights, f"decoder.layers.{number}.", number)
             for number in range(architecture.num_layers)
         ]
-        behind = -1 if early_exit.use_exit_mlp else 0
+        behind = -1 if early_exit.replaces_mlp else 0
         exits = (2 * position + behind for position in early_exit.positions)
         self._cuts = (0, *exits, 2 * architecture.num_layers)
         self._stretches: dict[tuple[int, int], Segment] = {}
@@ -91,7 +91,7 @@ class SegmentedModel:
         )
         output = weights.get("output_layer.weight", self.word_embeddings)
         final_norm = make_norm(architecture, weights, "decoder.final_layernorm.")
-        self.final_head = self._head(None, None, final_norm, output)
+        self.final_head = self._head((final_norm,), output)
 
     @property
     def dtype(self) -> dtype:
@@ -158,9 +158,17 @@ class SegmentedModel:
     def _mlp(self, weights: Mapping[str, Tensor], prefix: str) -> Mlp:
         return Mlp(self.architecture, weights, prefix, self._reduce)
 
-    def _head(
-        self, mlp: Mlp | None, block: Segment | None, norm: Function | None, projection: Tensor
-    ) -> Head:
+    def _block(self, weights: Mapping[str, Tensor], prefix: str) -> Segment:
+        """The layer with some prefix as a segment, whose cache is its own."""
+        layer = self._layer(weights, prefix, 0)
+        compiled = self._compiled([layer])
+        steps = layer.halves if compiled is None else (compiled,)
+        return Segment(layer.halves, range(1), compiled, steps)
+
+    def _norm(self, weights: Mapping[str, Tensor], prefix: str) -> Function:
+        return make_norm(self.architecture, weights, prefix)
+
+    def _head(self, branch: tuple[BranchPart, ...], projection: Tensor) -> Head:
         shared = self._tensor_parallel
         gather = None
         if shared is not None:
@@ -170,24 +178,27 @@ class SegmentedModel:
             product = make_linear(projection if shared is None else shared.rows(projection))
             self._projections[id(projection)] = product
         others = self.architecture.vocab_size - len(projection)
-        return Head(mlp, block, norm, product, gather, others)
+        return Head(branch, product, gather, others)
 
     def _exit_head(
         self, position: int, early_exit: EarlyExitConfig, weights: Mapping[str, Tensor]
     ) -> Head:
         prefix = f"exits.{position}."
-        mlp = block = norm = None
-        if early_exit.use_exit_mlp:
-            mlp = self._mlp(weights, f"{prefix}mlp.")
-        if early_exit.use_exit_block:
-            layer = self._layer(weights, f"{prefix}block.", 0)
-            compiled = self._compiled([layer])
-            steps = layer.halves if compiled is None else (compiled,)
-            block = Segment(layer.halves, range(1), compiled, steps)
-        if early_exit.use_exit_norm:
-            norm = make_norm(self.architecture, weights, f"{prefix}norm.")
+        branch = tuple(
+            _BRANCH_PARTS[part.module](self, weights, f"{prefix}{part.module}.")
+            for part in early_exit.branch_parts
+        )
         projection = weights.get(f"{prefix}projection.weight")
         if projection is None:
             whole = early_exit.exit_vocab_size is None
             projection = self.word_embeddings if whole else self._answers
-        return self._head(mlp, block, norm, projection)
+        return self._head(branch, projection)
+
+
+_BRANCH_PARTS: Mapping[str, Callable[[SegmentedModel, Mapping[str, Tensor], str], BranchPart]] = {
+    "mlp": SegmentedModel._mlp,
+    "block": SegmentedModel._block,
+    "norm": SegmentedModel._norm,
+}
+"""How the parts of a head in front of its projection are made of a model's tensors, by the modules
+of `HEAD_PARTS`; the last argument is what their names start with."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.early_exit.checkpoint.huggingface_config import read_sizes
-from megatron.early_exit.config import EarlyExitConfig, as_flag
+from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig, as_flag
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.planner.costs.model_shape import ModelShape
 from megatron.early_exit.planner.named_models import NAMED_MODELS
@@ -23,12 +23,6 @@ _SIZES = {
     "seq_length": "tokens of a sequence (default of a config.json: its context, up to 4096)",
 }
 _SHARED = "share_embeddings_and_output_weights"
-_HEADS = {
-    "use_exit_norm": "each exit has its own norm",
-    "use_exit_mlp": "each exit has its own MLP; not with --pre-exit",
-    "use_exit_block": "each exit has a whole layer",
-    "untie_exit_output_weights": "each exit has its own projection",
-}
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Contexts grow beyond what models are trained with.
 _LONGEST_DEFAULT = 4096
@@ -74,8 +68,8 @@ def add_model_flags(parser: ArgumentParser) -> None:
         help="layers with an exit after them, or with --pre-exit before them; nothing for no exits",
     )
     add("--pre-exit", action="store_true", help="plan this placement only (default: the better)")
-    for name, text in _HEADS.items():
-        add(as_flag(name), action="store_true", help=text)
+    for name, part in HEAD_FIELDS.items():
+        add(as_flag(name), action="store_true", help=part.help_when_planned)
     add("--exit-vocab-size", type=int, help="exits answer with the first so many tokens only")
 
 
@@ -115,7 +109,7 @@ def placements(exits: EarlyExitConfig, num_layers: int) -> tuple[EarlyExitConfig
     """The placements that exits can have: an MLP takes the place of that of the layer before it,
     and behind the last layer there is none to stand before."""
     after = exits.placed(False)
-    if not exits.positions or exits.use_exit_mlp or exits.positions[-1] >= num_layers:
+    if not exits.positions or exits.replaces_mlp or exits.positions[-1] >= num_layers:
         return (after,)
     return after, exits.placed(True)
 
@@ -151,15 +145,15 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _exits(args: Namespace, known: EarlyExitConfig) -> EarlyExitConfig:
     numbers = known.exit_layer_nums if args.exit_layer_nums is None else args.exit_layer_nums
-    heads = {name: getattr(args, name) or (numbers and getattr(known, name)) for name in _HEADS}
+    heads: dict[str, Any] = {
+        name: bool(getattr(args, name) or (numbers and getattr(known, name)))
+        for name in HEAD_FIELDS
+    }
     return EarlyExitConfig(
         exit_layer_nums=tuple(numbers),
         pre_exit=args.pre_exit and args.exit_layer_nums is not None,
         exit_vocab_size=args.exit_vocab_size,
-        use_exit_norm=bool(heads["use_exit_norm"]),
-        use_exit_mlp=bool(heads["use_exit_mlp"]),
-        use_exit_block=bool(heads["use_exit_block"]),
-        untie_exit_output_weights=bool(heads["untie_exit_output_weights"]),
+        **heads,
     )
 
 

@@ -8,11 +8,6 @@ from megatron.early_exit.planner.drawing.text import seconds_text
 from megatron.early_exit.planner.search.plans import Plan
 from megatron.early_exit.planner.search.request import PlanRequest
 
-_HEAD_SWITCHES = (
-    *("pre_exit", "use_exit_norm", "use_exit_mlp", "use_exit_block"),
-    "untie_exit_output_weights",
-)
-
 
 def table(plans: list[Plan], request: PlanRequest) -> str:
     """One line for each plan."""
@@ -87,9 +82,7 @@ def flags(plan: Plan, request: PlanRequest) -> list[str]:
     words += ["--overlap-param-gather"] * request.overlap.param_gather
     if one.exits.positions:
         words += ["--exit-layer-nums", *one.exits.exit_layer_nums]
-        words += [as_flag(name) for name in _HEAD_SWITCHES if getattr(one.exits, name)]
-        if one.exits.exit_vocab_size is not None:
-            words += ["--exit-vocab-size", one.exits.exit_vocab_size]
+        words += ["--pre-exit"] * one.exits.pre_exit + one.exits.head_words
     if plan.fills.number:
         words += [
             *("--fill-explicit-bubbles", "--num-fill-warmup-microbatches", plan.fills.num_warmup),

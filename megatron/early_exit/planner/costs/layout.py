@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.planner.costs.head_costs import part_weights
 from megatron.early_exit.planner.costs.model_shape import ModelShape
 
 
@@ -91,7 +92,7 @@ def stage_weights(shape: ModelShape, layout: Layout, exits: EarlyExitConfig) -> 
     """Weights of each stage, on each accelerator of its tensor-parallel group."""
     exit_stages = exits.stages(layout.layers_per_stage)
     with_embedding = embedding_stages(shape, layout, exits)
-    branch = shape.mlp_weights * exits.use_exit_mlp + shape.layer_weights * exits.use_exit_block
+    branch = sum(part_weights(part, shape) for part in exits.branch_parts)
     found = []
     for stage, num_layers in enumerate(layout.layers_per_stage):
         num_exits = exit_stages.count(stage)

@@ -14,6 +14,7 @@ from functools import cached_property
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.planner.costs.cost_model import CostModel, StageCost
 from megatron.early_exit.planner.costs.hardware import Accelerator
+from megatron.early_exit.planner.costs.head_costs import part_activation_bytes
 from megatron.early_exit.planner.costs.layer_profile import Part
 from megatron.early_exit.planner.costs.layout import Layout, stage_weights
 from megatron.early_exit.planner.costs.model_shape import ModelShape
@@ -175,8 +176,8 @@ class _Derivation:
         """What one exit costs, with all it does in the backward phase if it is deferred."""
         seconds = self._seconds("exit", self._layer_collectives_s * self.exits.use_exit_block)
         logits = self._logit_bytes(self.exits.exit_vocab_size or self.shape.vocab_size)
-        branch = self.tokens * self.shape.mlp_activation_bytes * self.exits.use_exit_mlp
-        branch += self.layer.activation_bytes * self.exits.use_exit_block
+        parts = self.exits.branch_parts
+        branch = self.tokens * sum(part_activation_bytes(part, self.shape) for part in parts)
         exit_s = seconds.forward_s + seconds.backward_s
         if not self.execution.deferred:
             logits["activation_bytes"] += branch

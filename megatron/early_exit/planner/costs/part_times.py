@@ -9,6 +9,7 @@ from typing import Protocol
 
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.planner.costs.hardware import Accelerator
+from megatron.early_exit.planner.costs.head_costs import part_weights
 from megatron.early_exit.planner.costs.layer_profile import LayerProfile, Part
 from megatron.early_exit.planner.costs.model_shape import ModelShape
 
@@ -114,11 +115,12 @@ class HardwareTimes:
 
     def _exit(self, tokens: int) -> PartTime:
         whole = self._projection(tokens, self.exits.exit_vocab_size or self.shape.vocab_size)
-        if self.exits.use_exit_mlp:
-            seconds = self._seconds(tokens, 2 * self.shape.mlp_weights)
-            whole += PartTime(forward_s=seconds, backward_s=2 * seconds)
-        if self.exits.use_exit_block:
-            whole += self._layer(tokens)
+        for part in self.exits.branch_parts:
+            if part.tensors == "layer":
+                whole += self._layer(tokens)
+            else:
+                seconds = self._seconds(tokens, 2 * part_weights(part, self.shape))
+                whole += PartTime(forward_s=seconds, backward_s=2 * seconds)
         return whole
 
     def _seconds(self, tokens: int, flops_per_token: float) -> float:

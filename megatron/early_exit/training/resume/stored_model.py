@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron.early_exit.checkpoint.architecture import Architecture, UnsupportedArchitecture
 from megatron.early_exit.checkpoint.reader import CheckpointReader
-from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.config import HEAD_PARTS, EarlyExitConfig
 
 _WORD_EMBEDDING = "embedding.word_embeddings.weight"
 _EXITS_PREFIX = "exits."
@@ -21,22 +21,11 @@ _MAY_CHANGE = frozenset({"vocab_size", "params_dtype"})
 """Fields of an architecture in which runs of one model may differ; the vocabulary is compared with
 what the checkpoint has rows for."""
 _SAME_BUT_FOR_FUSION = {"gelu_tanh": "gelu"}
-_PARTS = {
-    "mlp": "use_exit_mlp",
-    "block": "use_exit_block",
-    "norm": "use_exit_norm",
-    "projection": "untie_exit_output_weights",
-}
-"""Modules of an exit head that have weights, and the options that ask for them."""
 
 
-def head_parts(options: EarlyExitConfig) -> frozenset[str]:
-    """The modules with weights that each exit of a model has."""
-    return frozenset(part for part, name in _PARTS.items() if getattr(options, name))
-
-
-def _flags(parts: frozenset[str]) -> str:
-    heads: dict[str, Any] = {name: part in parts for part, name in _PARTS.items()}
+def _flags(modules: frozenset[str]) -> str:
+    """The flags that ask for these modules of a head."""
+    heads: dict[str, Any] = {part.field: part.module in modules for part in HEAD_PARTS}
     return EarlyExitConfig(exit_layer_nums=(1,), **heads).head_flags
 
 
@@ -108,7 +97,7 @@ class StoredModel:
         Raises:
             ValueError: an exit of both has another kind of head.
         """
-        wanted = head_parts(options)
+        wanted = frozenset(part.module for part in options.head_parts)
         for position in options.positions:
             found = self.parts.get(position, wanted)
             if found not in (wanted, frozenset()):

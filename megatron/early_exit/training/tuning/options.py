@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
-from megatron.early_exit.config import EarlyExitConfig, as_flag
+from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig, as_flag
 
 _NEED_TUNING = (
     "tune_exit_pipeline_parallel_size",
@@ -151,17 +151,16 @@ def _check(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) -> N
         raise ValueError(
             "--pre-exit cannot be combined with --tune-exit: each exit is run where its layer ends"
         )
-    has_modules = exits.use_exit_norm or exits.use_exit_mlp or exits.use_exit_block
-    projections = exits.untie_exit_output_weights and not options.freeze_exit_output_weights
     if options.freeze_exit_output_weights and not exits.untie_exit_output_weights:
         raise ValueError(
             "--freeze-exit-output-weights has no effect without --untie-exit-output-weights: tied "
             "projections are the model's own and never tuned"
         )
-    if not has_modules and not projections:
+    if not (exits.branch_parts if options.freeze_exit_output_weights else exits.head_parts):
+        *flags, last = map(as_flag, HEAD_FIELDS)
         raise ValueError(
             "--tune-exit has nothing to tune: give exits weights of their own with "
-            "--use-exit-norm, --use-exit-mlp, --use-exit-block or --untie-exit-output-weights"
+            f"{', '.join(flags)} or {last}"
         )
     rates = options.exit_layer_lr
     if rates and len(rates) != len(exits.exit_layer_nums):
