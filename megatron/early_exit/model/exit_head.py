@@ -82,7 +82,7 @@ class ExitHead(MegatronModule):
         self.key_map = dict(layer.submodules_config.sharded_state_dict_keys_map)
         self.branch_modules = [part.module for part in options.branch_parts]
         for name in self.branch_modules:
-            _PARTS[name].build(self, _Surroundings(layer, norm, pg_collection))
+            PARTS[name].build(self, Surroundings(layer, norm, pg_collection))
         assert config.init_method is not None
         self.projection = ExitProjection(
             config.hidden_size,
@@ -118,7 +118,7 @@ class ExitHead(MegatronModule):
     def branch(self, hidden: Tensor, layer_kwargs: dict[str, Any]) -> Tensor:
         """Everything before the projection, [s, b, h] -> [s, b, h]."""
         for name in self.branch_modules:
-            hidden = _PARTS[name].run(self, hidden, layer_kwargs)
+            hidden = PARTS[name].run(self, hidden, layer_kwargs)
         return hidden
 
     def sharded_state_dict(
@@ -141,7 +141,7 @@ class ExitHead(MegatronModule):
 
 
 @dataclass(frozen=True, slots=True)
-class _Surroundings:
+class Surroundings:
     """What the parts of a head are built from; see `ExitHead`."""
 
     layer: TransformerLayer
@@ -149,7 +149,7 @@ class _Surroundings:
     pg_collection: ProcessGroupCollection
 
 
-def _build_mlp(head: ExitHead, around: _Surroundings) -> None:
+def _build_mlp(head: ExitHead, around: Surroundings) -> None:
     specs = around.layer.submodules_config
     head.pre_mlp_layernorm = specs.pre_mlp_layernorm(config=head.config, **_norm_sizes(head))
     head.mlp = specs.mlp(config=head.config, pg_collection=around.pg_collection, is_mtp_layer=False)
@@ -163,7 +163,7 @@ def _run_mlp(head: ExitHead, hidden: Tensor, layer_kwargs: dict[str, Any]) -> Te
     return add(output_and_bias, residual, head.config.hidden_dropout)
 
 
-def _build_block(head: ExitHead, around: _Surroundings) -> None:
+def _build_block(head: ExitHead, around: Surroundings) -> None:
     head.block = TransformerLayer(
         head.config,
         around.layer.submodules_config,
@@ -177,7 +177,7 @@ def _run_block(head: ExitHead, hidden: Tensor, layer_kwargs: dict[str, Any]) -> 
     return head.block(hidden_states=hidden, **layer_kwargs)[0]
 
 
-def _build_norm(head: ExitHead, around: _Surroundings) -> None:
+def _build_norm(head: ExitHead, around: Surroundings) -> None:
     head.norm = around.norm(config=head.config, **_norm_sizes(head))
 
 
@@ -190,17 +190,17 @@ def _norm_sizes(head: ExitHead) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class PartModule:
     """How a part of the branch is built into a head, and what it makes of a hidden state."""
 
-    build: Callable[[ExitHead, _Surroundings], None]
+    build: Callable[[ExitHead, Surroundings], None]
     run: Callable[[ExitHead, Tensor, dict[str, Any]], Tensor]
 
 
-_PARTS: Mapping[str, _Part] = {
-    "mlp": _Part(_build_mlp, _run_mlp),
-    "block": _Part(_build_block, _run_block),
-    "norm": _Part(_build_norm, _run_norm),
+PARTS: Mapping[str, PartModule] = {
+    "mlp": PartModule(_build_mlp, _run_mlp),
+    "block": PartModule(_build_block, _run_block),
+    "norm": PartModule(_build_norm, _run_norm),
 }
 """The parts of `HEAD_PARTS` that are in front of the projection, by their modules."""
 

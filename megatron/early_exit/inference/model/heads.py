@@ -10,7 +10,6 @@ from megatron.early_exit.inference.model.linear import Function
 from megatron.early_exit.inference.model.passes import Pass
 from megatron.early_exit.inference.model.segment import Segment
 
-
 BranchPart = Function | Segment
 """A part of a head in front of its projection, [r, h] -> [r, h]. A segment is a transformer layer,
 which attends over a cache of its own."""

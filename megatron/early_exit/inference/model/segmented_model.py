@@ -185,7 +185,7 @@ class SegmentedModel:
     ) -> Head:
         prefix = f"exits.{position}."
         branch = tuple(
-            _BRANCH_PARTS[part.module](self, weights, f"{prefix}{part.module}.")
+            BRANCH_PARTS[part.module](self, weights, f"{prefix}{part.module}.")
             for part in early_exit.branch_parts
         )
         projection = weights.get(f"{prefix}projection.weight")
@@ -195,7 +195,7 @@ class SegmentedModel:
         return self._head(branch, projection)
 
 
-_BRANCH_PARTS: Mapping[str, Callable[[SegmentedModel, Mapping[str, Tensor], str], BranchPart]] = {
+BRANCH_PARTS: Mapping[str, Callable[[SegmentedModel, Mapping[str, Tensor], str], BranchPart]] = {
     "mlp": SegmentedModel._mlp,
     "block": SegmentedModel._block,
     "norm": SegmentedModel._norm,

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from megatron.early_exit.config import as_flag
 from megatron.early_exit.planner.costs.layer_profile import LayerProfile
 from megatron.early_exit.planner.drawing.text import seconds_text
 from megatron.early_exit.planner.search.plans import Plan

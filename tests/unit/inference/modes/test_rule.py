@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from functools import partial
@@ -57,6 +58,12 @@ def test_drafts_end_where_they_are_unlikely_or_too_many():
     assert not by_confidence.takes(0.19)
     assert [by_confidence.next_aim(n) for n in (1, 9)] == [4, 4]
     assert [by_acceptance.next_aim(n) for n in (1, 9)] == [1, 4]
+
+
+def test_what_a_new_measure_takes():
+    lines = len(inspect.getsource(margin).splitlines()) + 1
+    print(f"a new measure of confidence: 1 file, {lines} lines")
+    assert lines <= 40
 
 
 def test_a_new_measure_is_one_entry_of_the_table(monkeypatch):
