@@ -36,5 +36,5 @@ def test_all_are_answered_rightly_under_load(tmp_path):
     assert 0 < figures["first_token_p50_s"] <= figures["first_token_p99_s"]
     assert 0 < figures["between_tokens_p50_s"] <= figures["between_tokens_p99_s"]
     # What does not hold besides is a matter of time, on a machine that others use.
-    assert done.returncode in (0, 1)
+    assert done.returncode == (": NO" in done.stdout)
     assert "Traceback" not in done.stderr

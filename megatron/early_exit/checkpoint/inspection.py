@@ -34,7 +34,7 @@ class Inspection:
     size_bytes: int
     """On the disk."""
     dtypes: tuple[str, ...]
-    """Of the model's tensors."""
+    """The formats of the model's tensors."""
     layout: dict[str, int] | None
     """Sizes of tensor, pipeline and expert parallelism in which it was written."""
     architecture: dict[str, Any] | None

@@ -68,7 +68,7 @@ class SentencePieceText:
         return re.search("|".join(map(re.escape, self._special)), text)
 
     def _encode_part(self, text: str, before: list[int]) -> list[int]:
-        """Of a text between special tokens: a space by itself behind one is left out."""
+        """The tokens of a text between special ones: a space by itself behind one is left out."""
         part = list(self._processor.encode(text))
         is_behind_special = bool(before) and before[-1] in self._special.values()
         if is_behind_special and part[:1] == [self._processor.piece_to_id("\u2581")]:

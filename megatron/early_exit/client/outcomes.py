@@ -31,7 +31,7 @@ class Outcome:
     error: str | None = None
 
     def line(self) -> dict[str, Any]:
-        """As an object of a JSON file."""
+        """The outcome as an object of a JSON file."""
         found: dict[str, Any] = {"prompt": self.prompt, "error": self.error}
         if self.answer is not None:
             found |= _fields(self.answer)

@@ -36,7 +36,7 @@ class PaperModel:
 
     @property
     def num_microbatches(self) -> int:
-        """Of a step, for each replica."""
+        """Microbatches of a step, for each replica."""
         return self.model.global_batch_size // self.data_parallel // self.microbatch_size
 
     def layout(self, use_tp_pp_dp_mapping: bool) -> Layout:

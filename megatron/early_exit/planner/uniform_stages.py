@@ -75,7 +75,7 @@ class UniformStages:
 
     @property
     def num_stages(self) -> int:
-        """Of all ranks."""
+        """Stages of all ranks together."""
         return self.num_ranks * self.num_chunks
 
     def generator(self) -> Generator:
@@ -115,7 +115,7 @@ class UniformStages:
                 )
 
     def costs(self) -> CostModel:
-        """Of its stages: exits are deferred, and the final head takes as long as one of them."""
+        """The costs of its stages: exits are deferred, the final head takes as long as an exit."""
         exit_s = self.exit_stage_ratio * self.forward_s
         ratio = self.backward_forward_ratio
         stages = []

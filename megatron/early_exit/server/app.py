@@ -151,7 +151,7 @@ def _guard(app: OpenAPI, settings: ServerSettings) -> None:
 
 
 def _digest(key: str) -> bytes:
-    """Of equal length for keys of any: the comparison takes the same time for all."""
+    """A digest of equal length for any key: comparing takes the same time for all."""
     return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
 
 

@@ -253,5 +253,5 @@ class Session:
         return ForwardStep(reader, self.objective, lambda: args.curr_iteration, checks)
 
     def forward_step(self, data: Any, model: Any) -> tuple[Tensor, LossFunction]:
-        """For Megatron's schedules; the process groups exist by the time it is called."""
+        """The forward step of Megatron's schedules; process groups exist when it is called."""
         return self._step(data, model)

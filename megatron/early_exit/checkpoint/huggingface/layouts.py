@@ -29,7 +29,7 @@ class TensorLayout:
     split: Callable[[Architecture, Tensor], tuple[Tensor, ...]]
 
     def shapes(self, architecture: Architecture, whole: Shape) -> list[Shape]:
-        """Of the parts of a whole of this shape."""
+        """The shapes of the parts of a whole of this shape."""
         return [(rows, *whole[1:]) for rows in self.rows(architecture, whole[0])]
 
 

@@ -162,7 +162,7 @@ class Policy:
         return self._costs.segments[segment] * (1 + rows / self._costs.rows)
 
     def _heads(self, asked: float, start: int, end: int) -> float:
-        """Of the heads behind the segments from `start` to `end`."""
+        """What the heads behind the segments from `start` to `end` cost."""
         if not asked:
             return 0.0
         costs, exits = self._costs, end - start + 1

@@ -37,7 +37,7 @@ class PrefixScore:
     """What a head says behind a prefix of a text."""
 
     position: int
-    """Of the prefix's last token."""
+    """The position of the prefix's last token."""
     head: int
     """Index of the exit, or -1 for the final head."""
     confidence: float

@@ -37,7 +37,7 @@ def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def rounded_up(rows: int) -> int:
-    """The number of rows that are multiplied in the place of so many, at most an eighth more."""
+    """Rows after padding to a size whose kernel is cached, at most an eighth more."""
     if rows <= _FEW_ROWS:
         return rows
     step = (1 << (rows - 1).bit_length()) // (2 * _SIZES_OF_AN_OCTAVE)

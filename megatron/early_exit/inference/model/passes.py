@@ -141,7 +141,7 @@ class Pass:
         self._targets = ()
 
     def _prepare(self) -> None:
-        """See what the attentions need: not all passes have any that ask."""
+        """Build the plan of the attentions on first use: not all passes have any."""
         cache = self.cache
         self._targets = cache.rows(*self.spans[0]) if self.index is None else cache.by_attention
         if self._rotary is not None and self._turns is None:

@@ -14,7 +14,7 @@ Rows = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
 
 
 class RowsPass:
-    """What `Pass` is.
+    """The counterpart of `Pass` that a compiler can trace.
 
     Args:
         cache: [slots, positions, 2 ng, hn], of the attention.

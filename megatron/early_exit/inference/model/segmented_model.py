@@ -95,7 +95,7 @@ class SegmentedModel:
 
     @property
     def dtype(self) -> dtype:
-        """Of weights, caches and hidden states."""
+        """The format of weights, caches and hidden states."""
         return self.word_embeddings.dtype
 
     @property

@@ -129,7 +129,7 @@ def as_json(plan: Plan, request: PlanRequest) -> dict[str, Any]:
 
 
 def _tokens_per_s(plan: Plan, request: PlanRequest) -> float:
-    """Of full samples, on each accelerator."""
+    """Tokens of full samples a second, on each accelerator."""
     tokens = request.global_batch_size * request.shape.seq_length
     return tokens / plan.prediction.step_s / request.num_accelerators
 

@@ -105,7 +105,7 @@ class _Derivation:
 
     @property
     def tokens(self) -> float:
-        """Of a microbatch, for each accelerator of a tensor-parallel group."""
+        """Tokens of a microbatch, for each accelerator of a tensor-parallel group."""
         whole = self.layout.microbatch_size * self.shape.seq_length
         return whole / self.layout.tensor_parallel
 

@@ -34,7 +34,7 @@ class PartTime:
     weight_gradient_s: float = 0.0
 
     def __add__(self, other: "PartTime") -> "PartTime":
-        """Of one part after the other."""
+        """Seconds of parts that run one after the other."""
         names = (field.name for field in fields(self))
         return PartTime(**{name: getattr(self, name) + getattr(other, name) for name in names})
 

@@ -64,7 +64,7 @@ def fill_bubbles(plans: Sequence[Plan], request: FillRequest, limit_bytes: float
 
 
 def _fill(plan: Plan, request: FillRequest, limit_bytes: float) -> Plan:
-    """As many fills as are given, or as fit, cost little, and have memory."""
+    """The plan with as many fills as are given, or as fit, cost little, and have memory."""
     fitting = plan.costing.fitting_fills(request.backward_forward_ratio)
     most = max(fitting.num_warmup, fitting.num_cooldown)
     if request.num_warmup is not None and request.num_cooldown is not None:

@@ -114,7 +114,7 @@ class Costing:
         )
 
     def fitting_fills(self, backward_forward_ratio: float) -> Fills:
-        """As many as fit into the bubbles, of those that reach an exit or the final head."""
+        """As many fills as fit into the bubbles and reach an exit or the final head."""
         generator = FilledOneFOneB(
             num_ranks=self.candidate.layout.num_ranks,
             num_microbatches=self.candidate.num_microbatches,

@@ -252,7 +252,7 @@ class Targets:
 
     @classmethod
     def of(cls, labels: Tensor, loss_mask: Tensor | None) -> "Targets":
-        """From [b, s]."""
+        """Targets from labels and mask, each [b, s]."""
         mask = torch.ones_like(labels) if loss_mask is None else loss_mask
         return cls(labels.t().reshape(-1), mask.t().reshape(-1).float())
 

@@ -86,7 +86,7 @@ def load_base(chunk: EarlyExitGPTModel, weights: LazyWeights) -> None:
 
 
 def _padded(whole: Tensor, parameter: Tensor, size: int) -> Tensor:
-    """With the rows of zeros that a run has behind the vocabulary."""
+    """A matrix with the rows of zeros that a run has behind the vocabulary."""
     missing = len(parameter) * size - len(whole)
     return functional.pad(whole, (0, 0, 0, max(missing, 0)))
 
