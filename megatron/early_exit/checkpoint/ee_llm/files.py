@@ -73,7 +73,7 @@ class RankFile:
             )
         self.path = path
         self.tensors: dict[str, Tensor] = dict(_flat(language_model, ""))
-        """The tensors by their keys joined with dots, as in `encoder.layers.0.input_norm.weight`."""
+        """Tensors by their keys joined with dots: `encoder.layers.0.input_norm.weight`."""
 
     def drop_branches(self) -> None:
         """Leave one MLP to layers that have one for the backbone and one for an exit."""
