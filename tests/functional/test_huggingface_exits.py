@@ -13,6 +13,7 @@ from megatron.early_exit.checkpoint.megatron_args import described_args
 from megatron.early_exit.checkpoint.writer import write_checkpoint
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers.huggingface_models import cache_of
+from tests.helpers.text_tokenizers import make_tokenizer
 from tests.helpers.tiny_models import ARCHITECTURES, HEADS, LLAMA, make_model
 from tests.helpers.written_checkpoint import lazy_tensors
 
@@ -287,6 +288,18 @@ def test_options_of_generate_that_work(exported, threshold):
         unused = min(set(range(LLAMA.vocab_size)) - set(expected[0].tolist()))
         drafted = generate(exported, assistant_model=exported, eos_token_id=unused).sequences
         assert torch.equal(drafted, expected)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.4])
+def test_stop_strings_end_a_text(exported, tmp_path, threshold):
+    make_tokenizer("byte level", tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    on = {} if threshold is None else {"early_exit_threshold": threshold}
+    whole = generate(exported, **on).sequences[0].tolist()
+    place = next(i for i in range(len(PROMPT) + 2, len(whole)) if whole[i] not in whole[:i])
+    stop = tokenizer.decode(whole[place])
+    found = generate(exported, **on, stop_strings=stop, tokenizer=tokenizer).sequences
+    assert found[0].tolist() == whole[: place + 1]
 
 
 def test_what_generate_hands_on_does_not_reach_the_model(exported):

@@ -200,6 +200,24 @@ def test_parts_of_characters_have_names_of_their_own(server):
     assert "\ufffd" not in "".join(name for best in logprobs["top_logprobs"][1:] for name in best)
 
 
+def test_tokens_of_a_conversation_have_their_bytes(server):
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "temperature": 0}
+    body |= {"logprobs": True, "top_logprobs": 20, "ignore_eos": True}
+    response = server.post("/v1/chat/completions", body)
+    content = response.json()["choices"][0]["logprobs"]["content"]
+    for place in content:
+        best = place["top_logprobs"]
+        assert len({one["token"] for one in best}) == 20
+        for one in (place, *best):
+            if one["token"].startswith("bytes:"):
+                shown = b"".join(bytes([byte]) for byte in one["bytes"])
+                assert one["token"] == "bytes:" + "".join(f"\\x{byte:02x}" for byte in shown)
+            elif one["bytes"] is not None:
+                assert bytes(one["bytes"]).decode() == one["token"]
+    assert any(one["token"].startswith("bytes:") for p in content for one in p["top_logprobs"])
+    assert any(one["bytes"] is not None for one in content)
+
+
 def test_the_largest_seed_has_successors(server):
     body = {"seed": 2**63 - 1, "n": 2, "temperature": 1.0, "max_tokens": 4}
     assert len(complete(server, **body)["choices"]) == 2

@@ -276,6 +276,20 @@ def test_a_new_connection_is_not_the_first_to_give_way_because_others_sent_a_byt
             one.close()
 
 
+def test_an_address_with_few_connections_does_not_give_way_to_one_with_many():
+    with web_server() as server:
+        place = ("127.0.0.1", server.port)
+        with socket.create_connection(place, timeout=60, source_address=("127.0.0.2", 0)) as other:
+            wait_until(lambda: len(server.connections.all) == 1)
+            held = [connect(server) for _ in range(120)]
+            assert is_ended(held[0])
+            # It has been there for longest.
+            other.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert other.recv(12) == b"HTTP/1.1 200"
+        for one in held:
+            one.close()
+
+
 def test_those_that_still_read_an_answer_give_way_last():
     with web_server() as server:
         reader = connect(server, HEAD.replace(b"/echo", b"/large") + b"\r\n")

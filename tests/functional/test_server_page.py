@@ -168,6 +168,9 @@ def test_token_tells_what_is_known_of_it(page, server, script):
     expect(details).to_contain_text("layer 4 of 8")
     expect(details).to_contain_text(f"{EARLY[place].confidence:.3f}")
     expect(details).to_contain_text("Log-probability")
+    expect(details.locator("caption")).to_have_text("The guess after each layer that was asked")
+    names = details.locator("thead th").all_inner_texts()
+    assert (names[0], names[1], names[3]) == ("After layer", "Guess", "Confidence")
     heads = details.locator("tbody tr")
     assert heads.count() == 2
     expect(heads.nth(0)).to_contain_text("␣it")
@@ -555,6 +558,24 @@ def test_examples_suit_the_model(page, server, script):
     examples.get_by_role("button").click()
     finish(page)
     assert script.requests[1]["prompt"] == "def main():\n    "
+
+
+def test_examples_of_a_model_for_code_are_code(page, server, script):
+    def rename(route):
+        response = route.fetch()
+        models = response.json()
+        for model in models["data"]:
+            model["id"] = model["root"] = "TinyCode-1B"
+        route.fulfill(response=response, json=models)
+
+    page.route("**/v1/models", rename)
+    page.goto(server.url)
+    page.get_by_role("button", name="def main():").click()
+    finish(page)
+    assert (script.requests[0]["model"], script.requests[0]["prompt"]) == (
+        "TinyCode-1B",
+        "def main():",
+    )
 
 
 def test_conversation_goes_on_with_coloured_answers(page, server, script):

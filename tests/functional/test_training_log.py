@@ -150,6 +150,11 @@ def test_wandb_gets_every_figure(run: Run):
         ),
         (["--softmax-type", "off-by-one"], ["--softmax-type off-by-one"]),
         (["--use-exit-norm"], ["--use-exit-norm has no effect without --exit-layer-nums"]),
+        (
+            ["--rampup-batch-size", 2, 2, 8],
+            ["--rampup-batch-size 2 2 8 is not supported", "--step-batch-size-schedule"],
+        ),
+        (["--moe-router-topk", 1], ["--moe-router-topk 1 has no effect without --num-experts"]),
         (["--min-lr", 1], ["args.min_lr <= args.lr"]),
         (["--exit-layer-nums", 2, "--mtp-num-layers", 1], ["--mtp-num-layers"]),
     ],
@@ -165,3 +170,14 @@ def test_refusal_is_one_sentence_on_rank_0(ranks: WarmRanks, tmp_path: Path, fla
     assert all(word in errors[0] for word in words), errors[0]
     assert "error: " not in second
     assert "Traceback" not in done.stdout
+
+
+def test_a_schedule_of_batch_sizes_is_refused_by_its_own_name(ranks: WarmRanks, tmp_path: Path):
+    place = SCHEDULE.index("--global-batch-size")
+    schedule = [*SCHEDULE[:place], *SCHEDULE[place + 2 :], "--step-batch-size-schedule", "abc"]
+    command = [ENTRY, *BACKBONE, *TOKENIZER, *schedule, "--mock-data", "--train-iters", 1]
+    done = ranks.run(list(map(str, command)), 1, tmp_path)
+    assert done.returncode == 2
+    (error,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: --step-batch-size-schedule 'abc' cannot be understood")
+    assert "tokenizer" not in error

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.early_exit.server.http.client_address import trusted_networks
 from tests.helpers.speed import patient
 from tools import request_client
 from tools.run_early_exit_text_generation_server import build_parser, origins_of, settings_of
@@ -129,6 +130,15 @@ def test_origins_are_words_or_a_list():
     for wrong in ("a.example", "https://a.example/", "https://A.example", "[5]", "[", "null"):
         with pytest.raises(ValueError, match=r"--allowed-origins .* is no "):
             origins(wrong)
+
+
+def test_flags_about_pages_and_proxies_elsewhere_reach_the_server():
+    flags = ["--load", "x", "--allowed-origins", "https://a.example", "--api-key", "sesame"]
+    args = build_parser().parse_args([*flags, "--forwarded-allow-ips", "10.0.0.0/8"])
+    settings = settings_of(args, ())
+    assert settings.allowed_origins == ("https://a.example",)
+    assert settings.trusted_proxies == trusted_networks("10.0.0.0/8")
+    assert settings.api_key == "sesame"
 
 
 def test_docker_copies_what_there_is():

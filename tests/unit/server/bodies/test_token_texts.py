@@ -37,6 +37,17 @@ def test_spaces_and_letters_of_tokens(tokenizer):
     assert joined.strip() == "print(value) 日本"
 
 
+def test_offsets_are_places_in_the_text(tokenizer):
+    texts = TokenTexts(tokenizer)
+    byte = {tokenizer.token_bytes(one): one for one in range(tokenizer.vocab_size)}
+    x, *parts = [byte[bytes([one])] for one in b"x" + "日".encode()]
+    # A whole character, one that is left unfinished, and what stands behind it.
+    ids = [x, *parts, x, parts[0], x, x]
+    assert tokenizer.decode(ids) == "x日x\ufffdxx"
+    assert texts.offsets(ids) == [0, 1, 1, 1, 2, 3, 4, 5]
+
+
 def test_without_a_tokenizer():
     texts = TokenTexts(None)
     assert (texts.of(7), texts.bytes_of(7)) == ("7", None)
+    assert texts.offsets([7, 8]) == [0, 0]
