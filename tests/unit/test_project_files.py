@@ -49,7 +49,9 @@ def missing_paths(text: str, folder: Path = ROOT) -> list[str]:
         is_there = (ROOT / path).exists() or (PACKAGE / path).exists()
         if not is_there and ("/" in path.rstrip("/") or not any(PACKAGE.rglob(path))):
             missing.append(path)
-    return missing
+    # Those in commands.
+    inside = re.findall(r"\b(?:tools|examples|benchmarks|tests|megatron|docs)/[\w./-]*\w", text)
+    return missing + [one for one in inside if not (ROOT / one).exists() and one not in missing]
 
 
 def missing_targets(text: str) -> list[str]:
@@ -108,6 +110,7 @@ def test_what_a_template_names_is_there(path):
         (missing_paths, "`tools/none.py` and `tools/generate.py`", ["tools/none.py"]),
         (missing_paths, "in `training/none/`, `training/loss/`", ["training/none/"]),
         (missing_paths, "`config.py`, `gpt_model.py` and `none.py`", ["none.py"]),
+        (missing_paths, "`python tools/none.py --load tools/generate.py`", ["tools/none.py"]),
         (missing_paths, "[a page](docs/none.md), [this](README.md)", ["docs/none.md"]),
         (missing_targets, "`make check`\nmake none\n        run: make never", ["none", "never"]),
         (missing_targets, "`WORKERS=4 make every`", ["every"]),
@@ -279,12 +282,15 @@ def test_arrows_are_the_imports_that_there_are():
 
 
 def traced(call: Callable[[], Any]) -> tuple[set[str], Any]:
-    """The files of the package whose functions a call runs, and what it returns."""
+    """The files of the package whose functions a call runs, and what it returns. Patches that other
+    tests of this process have made are left out."""
     found = set()
+    patches = f"{PACKAGE}/patches/"
 
     def note(frame: Any, event: str, _: object) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(f"{PACKAGE}/"):
-            found.add(frame.f_code.co_filename.removeprefix(f"{PACKAGE}/"))
+        name = frame.f_code.co_filename
+        if event == "call" and name.startswith(f"{PACKAGE}/") and not name.startswith(patches):
+            found.add(name.removeprefix(f"{PACKAGE}/"))
 
     sys.setprofile(note)
     try:
