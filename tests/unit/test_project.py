@@ -331,7 +331,10 @@ def package_copy(tmp_path: Path) -> Path:
         ("patches", "hardware"),
         ("checkpoint", "inference"),
         ("inference", "training"),
-        ("inference", "pipeline"),
+        ("inference", "schedules"),
+        ("inference", "planner"),
+        ("schedules", "planner"),
+        ("server", "client"),
         ("training", "platform"),
     ],
 )

@@ -72,8 +72,8 @@ def _refuse_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         counts = Counter(name for name, _ in pairs)
-        twin = next(name for name, count in counts.items() if count > 1)
-        raise ValueError(f"has the name {twin[:80]!r} twice")
+        repeated = next(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"has the name {repeated[:80]!r} twice")
     return found
 
 

@@ -74,8 +74,8 @@ class SegmentRunner:
         Raises:
             ValueError: the compiler does not work here.
         """
-        stretches = combinations_with_replacement(range(len(self.model.segments)), 2)
-        runs = [(self.model.stretch(*ends), self._part(*ends)) for ends in stretches]
+        fused = combinations_with_replacement(range(len(self.model.segments)), 2)
+        runs = [(self.model.fused(*ends), self._part(*ends)) for ends in fused]
         for exit_, cache in zip(self.model.exits, self._block_caches, strict=True):
             if exit_.head.block is not None and cache is not None:
                 runs.append((exit_.head.block, cache))
@@ -137,7 +137,7 @@ class SegmentRunner:
         elif hidden is None:
             assert tokens is not None
             hidden = self._embed(spans, tokens)
-        hidden = self.model.stretch(index, last)(hidden, this)
+        hidden = self.model.fused(index, last)(hidden, this)
         self._last = _Run(last, spans, this, hidden)
         if last < len(self._kept):
             if this.index is None:
@@ -151,7 +151,7 @@ class SegmentRunner:
         """The keys and values of some segments."""
         part = self._parts.get((first, last))
         if part is None:
-            part = self._cache.part(self.model.stretch(first, last).attentions)
+            part = self._cache.part(self.model.fused(first, last).attentions)
             self._parts[first, last] = part
         return part
 

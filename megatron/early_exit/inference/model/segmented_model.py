@@ -78,8 +78,8 @@ class SegmentedModel:
         behind = -1 if early_exit.replaces_mlp else 0
         exits = (2 * position + behind for position in early_exit.positions)
         self._cuts = (0, *exits, 2 * architecture.num_layers)
-        self._stretches: dict[tuple[int, int], Segment] = {}
-        self.segments = tuple(self.stretch(i, i) for i in range(len(self._cuts) - 1))
+        self._fused: dict[tuple[int, int], Segment] = {}
+        self.segments = tuple(self.fused(i, i) for i in range(len(self._cuts) - 1))
         self.exit_vocab_size = early_exit.exit_vocab_size or architecture.vocab_size
         # One tensor for all exits, so that they share a product.
         self._answers = self.word_embeddings[: early_exit.exit_vocab_size]
@@ -103,12 +103,12 @@ class SegmentedModel:
         """Where the weights are."""
         return self.word_embeddings.device
 
-    def stretch(self, first: int, last: int) -> Segment:
+    def fused(self, first: int, last: int) -> Segment:
         """The segments from `first` to `last` as one."""
-        found = self._stretches.get((first, last))
+        found = self._fused.get((first, last))
         if found is None:
             found = self._segment(self._cuts[first], self._cuts[last + 1])
-            self._stretches[first, last] = found
+            self._fused[first, last] = found
         return found
 
     def _layer(self, weights: Mapping[str, Tensor], prefix: str, number: int) -> _Layer:

@@ -15,7 +15,7 @@ DEFAULT_MEASURE = "max_probability"
 MEASURES: dict[str, Callable[[HeadOutput], float]] = {
     DEFAULT_MEASURE: lambda output: math.exp(output.best_logprob),
 }
-"""What an exit's confidence is, by name: numbers that rise with how sure it is."""
+"""What an exit's confidence is, by name: numbers of 0 or more that rise with how sure it is."""
 
 
 @dataclass(frozen=True, slots=True)
