@@ -1,5 +1,6 @@
 """The README is followed word for word, in a copy of the repository."""
 
+import argparse
 import os
 import re
 import shutil
@@ -75,9 +76,9 @@ def test_files_that_the_readme_names_exist():
 
 
 def test_every_flag_of_the_exits_is_in_the_readme():
-    from megatron.early_exit.config import EarlyExitConfig
-    from megatron.early_exit.training.tuning.options import TuningOptions
+    from megatron.early_exit.training.cli.arguments import add_early_exit_arguments
 
-    names = (*EarlyExitConfig.__dataclass_fields__, *TuningOptions.__dataclass_fields__)
-    flags = ["--" + name.replace("_", "-") for name in names]
+    parser = add_early_exit_arguments(argparse.ArgumentParser(add_help=False))
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    assert {"--exit-layer-nums", "--tune-exit", "--fill-explicit-bubbles"} < set(flags)
     assert [flag for flag in flags if f"`{flag}`" not in README] == []

@@ -1,5 +1,7 @@
 """Requests outside their ranges are refused by name, value and range."""
 
+import itertools
+
 import pytest
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
@@ -65,13 +67,18 @@ def test_field_out_of_range(field, value, allowed):
     assert str(error.value) == f"{field} {value!r} is out of range, allowed: {allowed}"
 
 
-@pytest.mark.parametrize("value", [1.5, 2.0, "3", True, None, float("nan")])
+COUNTS = ("max_tokens", "min_tokens", "top_k", "num_draft_tokens")
+NO_COUNTS = (1.5, 2.0, "3", True, float("nan"))
+
+
 @pytest.mark.parametrize(
-    "field", ["max_tokens", "min_tokens", "top_k", "seed", "logprobs", "num_draft_tokens"]
+    ("field", "value"),
+    [
+        *itertools.product((*COUNTS, "seed", "logprobs"), NO_COUNTS),
+        *((field, None) for field in COUNTS),
+    ],
 )
 def test_what_counts_is_an_integer(field, value):
-    if value is None and field in ("seed", "logprobs"):
-        return
     with pytest.raises(ValueError, match="allowed: ") as error:
         SamplingParams(**{field: value})
     assert str(error.value).startswith(f"{field} {value!r} is not an integer, allowed: ")
