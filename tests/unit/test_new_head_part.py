@@ -16,14 +16,25 @@ import torch  # noqa: E402
 from megatron.early_exit import config as config_module  # noqa: E402
 from megatron.early_exit.checkpoint import description, exits  # noqa: E402
 from megatron.early_exit.checkpoint.exits import add_exits  # noqa: E402
+from megatron.early_exit.checkpoint.reader import CheckpointReader  # noqa: E402
 from megatron.early_exit.checkpoint.source import open_checkpoint  # noqa: E402
-from megatron.early_exit.checkpoint.weights import weight_shapes  # noqa: E402
+from megatron.early_exit.checkpoint.weights import (  # noqa: E402
+    load_weights,
+    stored_weights,
+    weight_shapes,
+)
 from megatron.early_exit.config import HEAD_PARTS, EarlyExitConfig, HeadPart  # noqa: E402
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams  # noqa: E402
 from megatron.early_exit.inference.model import segmented_model  # noqa: E402
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel  # noqa: E402
 from megatron.early_exit.model import exit_head  # noqa: E402
 from megatron.early_exit.planner.costs.head_costs import part_weights  # noqa: E402
+from megatron.early_exit.training.loss.exit_loss import (  # noqa: E402
+    ExitObjective,
+    LossNormalization,
+)
 from tests.helpers.exit_models import Microbatch, build_model  # noqa: E402
+from tests.helpers.megatron_model import BACKBONES, architecture, megatron_logits  # noqa: E402
 from tests.helpers.single_process import model_parallel  # noqa: E402
 from tests.helpers.tiny_models import TinyModel, make_model  # noqa: E402
 from tests.helpers.written_checkpoint import write_model  # noqa: E402
@@ -93,10 +104,14 @@ def test_what_it_takes():
     assert lines <= 80
 
 
-def test_it_trains():
-    batch = Microbatch(1)
+def test_it_trains_and_the_engine_reads_what_megatron_saves(tmp_path):
+    from megatron.core import dist_checkpointing
+
+    batch, backbone = Microbatch(1), BACKBONES["llama"]
+    normalization = LossNormalization(per_token=False, context_parallel_size=1)
+    objective = ExitObjective(OPTIONS, normalization, chunk_tokens=5)
     with model_parallel():
-        model = build_model(OPTIONS)
+        model = build_model(OPTIONS, **backbone)
         head = model.exits.heads[1]
         hidden = torch.randn(3, 2, head.config.hidden_size)
         plain = head.branch(hidden, {})
@@ -104,23 +119,36 @@ def test_it_trains():
             head.scale.weight.copy_(torch.linspace(0.5, 2, len(head.scale.weight)))
         assert torch.equal(head.branch(hidden, {}), plain * head.scale.weight)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        found = []
-        for _ in range(4):
-            features = []
-            hook = model.decoder.layers[0].register_forward_hook(
-                lambda _, args, output, kept=features: kept.append(output[0])
-            )
-            batch.final_loss(model)
-            hook.remove()
-            logits = head.branch(features[0], {}) @ model.embedding.word_embeddings.weight.t()
-            targets = batch.labels.t().flatten()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)
+        losses = []
+        for step in range(4):
+            model.exit_tap = objective
+            objective.start_iteration(step)
+            objective.set_loss_scale(torch.tensor([1.0]))
             optimizer.zero_grad()
-            loss.backward()
-            assert head.scale.weight.grad.abs().sum() > 0
+            (batch.final_loss(model) / batch.tokens_that_count).backward()
+            assert head.scale.weight.grad.any()
             optimizer.step()
-            found.append(float(loss))
-    assert found == sorted(found, reverse=True)
+            taken = objective.training_metrics.take_means(model.pg_collection, torch.device("cpu"))
+            losses.append(sum(loss for name, loss in taken.items() if "loss" in name))
+        assert losses == sorted(losses, reverse=True)
+        tokens = batch.tokens[0, :-1]
+        with torch.no_grad():
+            expected = megatron_logits(model.eval(), tokens)
+        (tmp_path / "iter_0000001").mkdir()
+        dist_checkpointing.save(model.sharded_state_dict(), str(tmp_path / "iter_0000001"))
+    shape, reader = architecture(backbone), CheckpointReader(tmp_path / "iter_0000001")
+    weights = load_weights(
+        stored_weights(reader, shape, OPTIONS), torch.float32, torch.device("cpu")
+    )
+    engine = EarlyExitEngine(SegmentedModel(shape, OPTIONS, weights))
+    for position in OPTIONS.positions:
+        params = SamplingParams(
+            mode="early_exit", early_exit_threshold=0.0, exit_layers=[position], max_tokens=1
+        )
+        (found,) = engine.generate([tokens.tolist()], params)
+        confidence, token = expected[position][-1].softmax(-1).max(-1)
+        assert found.token_ids == [int(token)]
+        assert found.confidences == pytest.approx([float(confidence)], rel=1e-4)
 
 
 def test_it_is_saved_loaded_and_decoded_with(tmp_path):

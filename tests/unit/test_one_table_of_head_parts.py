@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,12 +25,14 @@ def named_parts(source: str) -> set[str]:
 
 
 def _names(tree: ast.AST) -> Iterator[str]:
+    """Names in code, and words of its strings, but for docstrings: their examples have flags."""
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         match node:
-            case ast.Attribute(attr=name) | ast.Name(id=name):
+            case ast.Attribute(attr=name) | ast.Name(id=name) | ast.keyword(arg=str(name)):
                 yield name
-            case ast.keyword(arg=str(name)) | ast.Constant(value=str(name)):
-                yield name.removeprefix("--").replace("-", "_")
+            case ast.Constant(value=str(text)) if id(node) not in prose:
+                yield from re.findall(r"[a-z]\w+", text.replace("-", "_"))
 
 
 def test_no_other_file_lists_them():
@@ -57,6 +60,7 @@ def test_exported_folders_know_every_part():
         "heads = ('use_exit_norm', 'use_exit_block')",
         "flags = {'--use-exit-norm': 1, '--untie-exit-output-weights': 2}",
         "Config(use_exit_norm=True, use_exit_block=False)",
+        "raise ValueError(f'{why}: give --use-exit-norm or --use-exit-mlp')",
     ],
 )
 def test_a_list_elsewhere_would_be_found(source):

@@ -177,7 +177,7 @@ class _Derivation:
         seconds = self._seconds("exit", self._layer_collectives_s * self.exits.use_exit_block)
         logits = self._logit_bytes(self.exits.exit_vocab_size or self.shape.vocab_size)
         parts = self.exits.branch_parts
-        branch = self.tokens * sum(part_activation_bytes(part, self.shape) for part in parts)
+        branch = sum(self.tokens * part_activation_bytes(part, self.shape) for part in parts)
         exit_s = seconds.forward_s + seconds.backward_s
         if not self.execution.deferred:
             logits["activation_bytes"] += branch
