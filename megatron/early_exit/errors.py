@@ -6,6 +6,8 @@ or an argument in Python.
 
 from __future__ import annotations
 
+_NOT_SHOWN = object()
+
 
 class FieldError(ValueError):
     """A value that is refused.
@@ -14,22 +16,23 @@ class FieldError(ValueError):
         field: the name of the field in Python.
         problem: what is wrong, as the rest of a sentence that begins with the field and its value.
         allowed: the range, or what else is allowed; None where the problem says it.
-        value: the value, to be shown; left out where the problem names it.
+        value: the refused value; left out where the problem names what is wrong with it.
 
     Attributes:
         field, problem, allowed: as given.
-        value: as it is shown; None where it is not.
+        value: the value as text; None where it is left out.
     """
 
     def __init__(
         self,
         field: str,
-        problem: str = "is out of range",
+        problem: str,
         allowed: str | None = None,
-        *value: object,
+        *,
+        value: object = _NOT_SHOWN,
     ) -> None:
         self.field, self.problem, self.allowed = field, problem, allowed
-        self.value = repr(value[0]) if value else None
+        self.value = None if value is _NOT_SHOWN else repr(value)
         super().__init__(self.named(field))
 
     def named(self, name: str) -> str:

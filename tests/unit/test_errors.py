@@ -9,7 +9,7 @@ from megatron.early_exit.errors import FieldError
     ("error", "text", "flag"),
     [
         (
-            FieldError("top_k", "is out of range", "0 or more", -2),
+            FieldError("top_k", "is out of range", "0 or more", value=-2),
             "top_k -2 is out of range, allowed: 0 or more",
             "--top-k -2 is out of range, allowed: 0 or more",
         ),
@@ -19,7 +19,7 @@ from megatron.early_exit.errors import FieldError
             "--top-k: a prompt is empty, allowed: 1 token or more",
         ),
         (FieldError("stop", "is odd"), "stop: is odd", "--top-k: is odd"),
-        (FieldError("seed", "is odd", None, None), "seed None is odd", "--top-k None is odd"),
+        (FieldError("seed", "is odd", value=None), "seed None is odd", "--top-k None is odd"),
     ],
 )
 def test_the_sentence_is_made_for_whom_it_is_told(error, text, flag):

@@ -64,14 +64,15 @@ class Architecture:
 
     def __post_init__(self) -> None:
         for name in (f.name for f in fields(self) if f.type is int):
-            if getattr(self, name) < 1:
-                raise FieldError(name, "is out of range", "1 or more", getattr(self, name))
+            if (value := getattr(self, name)) < 1:
+                raise FieldError(name, "is out of range", "1 or more", value=value)
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise FieldError(name, "is unknown", ", ".join(allowed), getattr(self, name))
+            if (value := getattr(self, name)) not in allowed:
+                raise FieldError(name, "is unknown", ", ".join(allowed), value=value)
         if self.num_attention_heads % self.num_query_groups:
             known = f"divisors of num_attention_heads, {self.num_attention_heads}"
-            raise FieldError("num_query_groups", "is out of range", known, self.num_query_groups)
+            groups = self.num_query_groups
+            raise FieldError("num_query_groups", "is out of range", known, value=groups)
 
     @property
     def qkv_bias(self) -> bool:

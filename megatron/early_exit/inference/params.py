@@ -195,12 +195,12 @@ class SamplingParams:
                 value = getattr(self, name)
                 if value != defaults[name] and not (name == "exit_layers" and asks_exits):
                     problem = f"has no effect with mode={self.mode!r}"
-                    raise FieldError(name, problem, f"with mode={needed!r}", value)
+                    raise FieldError(name, problem, f"with mode={needed!r}", value=value)
 
     def _check_integer(self, name: str, least: int, allowed: str, most: float = math.inf) -> None:
         value = getattr(self, name)
         if not _is_integer(value):
-            raise FieldError(name, "is not an integer", allowed, value)
+            raise FieldError(name, "is not an integer", allowed, value=value)
         self._check(name, least <= value <= most, allowed)
 
     def _check_number(
@@ -213,7 +213,7 @@ class SamplingParams:
     ) -> None:
         value = getattr(self, name)
         if not (_is_integer(value) or isinstance(value, float)):
-            raise FieldError(name, "is not a number", allowed, value)
+            raise FieldError(name, "is not a number", allowed, value=value)
         self._check(name, least <= value <= most and not (above and value == least), allowed)
 
     def _check_items(self, name: str, valid: Callable[[object], bool], allowed: str) -> None:
@@ -222,7 +222,7 @@ class SamplingParams:
 
     def _check(self, name: str, in_range: bool, allowed: str) -> None:
         if not in_range:
-            raise FieldError(name, "is out of range", allowed, getattr(self, name))
+            raise FieldError(name, "is out of range", allowed, value=getattr(self, name))
 
 
 def _as_tuple(value: object) -> object:

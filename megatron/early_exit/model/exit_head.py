@@ -81,8 +81,9 @@ class ExitHead(MegatronModule):
         self.tp_group = pg_collection.tp
         self.key_map = dict(layer.submodules_config.sharded_state_dict_keys_map)
         self.branch_modules = [part.module for part in options.branch_parts]
+        around = Surroundings(layer, norm, pg_collection)
         for name in self.branch_modules:
-            PARTS[name].build(self, Surroundings(layer, norm, pg_collection))
+            PARTS[name].build(self, around)
         assert config.init_method is not None
         self.projection = ExitProjection(
             config.hidden_size,

@@ -1,4 +1,4 @@
-"""Actions as text."""
+"""An action that is written as text is the same when it is read."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Schedules as files."""
+"""A schedule that is written as CSV is the same when it is read."""
 
 import pytest
 from hypothesis import given, settings

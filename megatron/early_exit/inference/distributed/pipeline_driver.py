@@ -117,12 +117,12 @@ class PipelineDriver(DecodingLoop):
         tasks = [self._task(*pair) for pair in zip(step.sequences, step.spans, strict=True)]
         self.scheduler.ran(step)
         self._ready.extend(sequence for sequence in chosen if sequence.waiting)
-        for rank in range(1, self.stage.rank_info.stage_size):
+        for rank in self.stage.rank_info.peers:
             batch = [[task.message() for task in tasks]]
             self.control.send(rank, {"kind": "batch", "tasks": batch})
         rest = self.stage.run([tasks], self._conclude_here)
         rows = [task.message() for task in rest]
-        self.control.send(self.stage.rank_info.stage_size, {"kind": "rows", "tasks": rows})
+        self.control.send(self.stage.rank_info.next_leader, {"kind": "rows", "tasks": rows})
 
     def _task(self, sequence: Sequence, span: Span) -> StageTask:
         request = self.requests[sequence.key]
@@ -232,7 +232,7 @@ class PipelineDriver(DecodingLoop):
 
     def _tell_stages(self, message: Message) -> None:
         """Tell the ranks of this stage and the next one, which passes it on."""
-        for rank in range(1, self.stage.rank_info.stage_size + 1):
+        for rank in (*self.stage.rank_info.peers, self.stage.rank_info.next_leader):
             self.control.send(rank, message)
 
     def _tell(self, message: Message) -> None:

@@ -129,9 +129,8 @@ class PipelineWorker:
         """Whether to run what waits: rows that only fill caches wait for company, or for a row
         with a token to find."""
         tasks = [task for message in self._rows for task in message]
-        if any(task.final or task.next_exit is not None for task in tasks) or (
-            tasks and self._closes
-        ):
+        asks = any(task.final or task.next_exit is not None for task in tasks)
+        if asks or (tasks and self._closes):
             return True
         return sum(task.num_rows for task in tasks) >= _WORTHWHILE_ROWS
 
@@ -146,12 +145,12 @@ class PipelineWorker:
             batch.add(messages[-1])
         rank_info = self.stage.rank_info
         tasks = [[task.message() for task in message] for message in messages]
-        for rank in range(rank_info.leader + 1, rank_info.leader + rank_info.stage_size):
+        for rank in rank_info.peers:
             self.control.send(rank, {"kind": "batch", "tasks": tasks})
         rest = self.stage.run(messages, self._report)
         if not rank_info.is_last_stage:
             message = {"kind": "rows", "tasks": [task.message() for task in rest]}
-            self.control.send(rank_info.leader + rank_info.stage_size, message)
+            self.control.send(rank_info.next_leader, message)
 
     def _report(self, task: StageTask, logits: Tensor) -> None:
         attached = logits.cpu().numpy().tobytes() if task.logits else None
@@ -160,10 +159,10 @@ class PipelineWorker:
     def _pass_on(self, message: Message) -> None:
         rank_info = self.stage.rank_info
         if rank_info.rank == rank_info.leader:
-            for rank in range(rank_info.leader + 1, rank_info.leader + rank_info.stage_size):
+            for rank in rank_info.peers:
                 self.control.send(rank, message)
             if not rank_info.is_last_stage:
-                self.control.send(rank_info.leader + rank_info.stage_size, message)
+                self.control.send(rank_info.next_leader, message)
 
 
 def _sampled(values: dict[str, Any]) -> SampledToken:

@@ -18,7 +18,7 @@ _LAYERS, _EXITS = "decoder.layers.", "exits."
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """The part of one process. Ranks of a stage follow each other.
+    """The part of one process. The ranks of a stage are neighbours.
 
     Attributes:
         rank: of this process.
@@ -45,6 +45,16 @@ class RankInfo:
     def leader(self) -> int:
         """The first rank of the stage."""
         return self.stage * self.stage_size
+
+    @property
+    def peers(self) -> range:
+        """The other ranks of the stage, which its leader tells what to compute."""
+        return range(self.leader + 1, self.next_leader)
+
+    @property
+    def next_leader(self) -> int:
+        """The first rank of the next stage."""
+        return self.leader + self.stage_size
 
     @property
     def is_first_stage(self) -> bool:

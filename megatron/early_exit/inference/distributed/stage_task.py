@@ -74,7 +74,7 @@ class StageTask:
 
     @property
     def num_rows(self) -> int:
-        """Positions."""
+        """Number of positions."""
         return self.end - self.start
 
     @property
@@ -118,7 +118,7 @@ class StageBatch:
 
     @property
     def num_rows(self) -> int:
-        """Positions."""
+        """Number of positions of all tasks."""
         return sum(task.num_rows for task in self.tasks)
 
     def fits(self, tasks: Iterable[StageTask]) -> bool:
@@ -131,7 +131,7 @@ class StageBatch:
         return True
 
     def add(self, tasks: Iterable[StageTask]) -> None:
-        """Put tasks in."""
+        """Add tasks, which `fits` has said to continue what is there."""
         for task in tasks:
             span = self.spans.get(task.slot)
             start = task.start if span is None else span.start

@@ -77,8 +77,7 @@ class SegmentQueue:
 
     Args:
         index: of the segment.
-        chances: of each sequence by segment, how likely it gets its token from the head there: 0
-            where that is not asked, and the last one is sure.
+        exit_rates: of each sequence, see `Sequence`.
 
     Attributes:
         count: how many there are.
@@ -88,10 +87,12 @@ class SegmentQueue:
 
     __slots__ = ("asked", "count", "taken")
 
-    def __init__(self, index: int, num_segments: int, chances: Sequence[Sequence[float]]) -> None:
-        self.count = len(chances)
+    def __init__(
+        self, index: int, num_segments: int, exit_rates: Sequence[Sequence[float]]
+    ) -> None:
+        self.count = len(exit_rates)
         self.taken, self.asked = [0.0] * num_segments, [0] * num_segments
-        for own in chances:
+        for own in exit_rates:
             stays, number = 1.0, 0
             for segment in range(index, num_segments):
                 if own[segment]:
@@ -124,8 +125,8 @@ class Policy:
             through: a segment that has to be among them.
         """
         best, most = range(0), 0.0
-        for start, front in enumerate(queues):
-            if not front.count or (through is not None and start > through):
+        for start, queue in enumerate(queues):
+            if not queue.count or (through is not None and start > through):
                 continue
             for end in range(start if through is None else through, self._last + 1):
                 promise = self._promise(queues, start, end)
@@ -137,12 +138,12 @@ class Policy:
         """Tokens over costs of the segments from `start` to `end`."""
         count, taken, asked, later, costs = 0.0, 0.0, 0.0, 0.0, self._step
         for index in range(start, end + 1):
-            front = queues[index]
-            count += front.count
+            queue = queues[index]
+            count += queue.count
             costs += self._product(index, count)
-            taken += front.taken[end]
-            asked += front.asked[end]
-            later += front.asked[-1] - front.asked[end]
+            taken += queue.taken[end]
+            asked += queue.asked[end]
+            later += queue.asked[-1] - queue.asked[end]
         costs += self._heads(asked, start, end)
         costs += taken * self._behind[end] / self._costs.rows
         alone = taken / costs
@@ -151,10 +152,10 @@ class Policy:
         stays = 1 - taken / count
         count, asked, costs = count * stays, later * stays, costs + self._step
         for index in range(end + 1, self._last + 1):
-            front = queues[index]
-            count += front.count
+            queue = queues[index]
+            count += queue.count
             costs += self._product(index, count)
-            asked += front.asked[-1]
+            asked += queue.asked[-1]
         costs += self._heads(asked, end + 1, self._last)
         return max(alone, (taken + count) / costs)
 

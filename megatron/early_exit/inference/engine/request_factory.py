@@ -61,7 +61,7 @@ class RequestFactory:
     def build(
         self, prompt: str | abc.Sequence[int], params: SamplingParams, key: int | None = None
     ) -> Request:
-        """The request.
+        """Make a request, or refuse it.
 
         Args:
             prompt: a text or token ids.
@@ -78,8 +78,9 @@ class RequestFactory:
         room = min(params.max_tokens, self.max_sequence_length - len(tokens))
         biased = (token for token, _ in params.logit_bias)
         for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
-            if (token := self._unknown(ids)) is not None:
-                raise FieldError(name, "is unknown", self._known, *token)
+            for token in ids:
+                if not self._knows(token):
+                    raise FieldError(name, "is unknown", self._known, value=token)
         stops = stop_token_ids(params, self.eod_id, self.other_end_ids)
         sampler = Sampler(params, tokens, stops, self.vocab_size, self.device)
         sequence = Sequence(next(self._keys) if key is None else key, tokens)
@@ -132,18 +133,15 @@ class RequestFactory:
             raise FieldError(
                 "prompts", f"a prompt of {len(tokens)} tokens is too long", f"up to {longest}"
             )
-        if (token := self._unknown(tokens)) is not None:
-            raise FieldError("prompts", f"token {token[0]!r} is unknown", self._known)
+        for token in tokens:
+            if not self._knows(token):
+                raise FieldError("prompts", f"token {token!r} is unknown", self._known)
         return tokens
 
-    def _unknown(self, tokens: Iterable[object]) -> tuple[object] | None:
-        """The first of some tokens that the model does not know."""
-        for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, int):
-                return (token,)
-            if not 0 <= token < self.vocab_size:
-                return (token,)
-        return None
+    def _knows(self, token: object) -> bool:
+        """Whether what a caller takes for a token is one of the model's."""
+        is_integer = isinstance(token, int) and not isinstance(token, bool)
+        return is_integer and token in range(self.vocab_size)
 
     @property
     def _known(self) -> str:

@@ -106,7 +106,10 @@ class Scheduler:
             self._free.sort(reverse=True)
 
     def admit(self) -> list[Sequence]:
-        """Give free slots to those whose turn it is."""
+        """Give free slots to those whose turn it is.
+
+        Who knows which exits they ask tells `exit_rates` of them, before anything else runs.
+        """
         admitted: list[Sequence] = []
         if not (self._free and self._arrivals):
             return admitted
@@ -117,7 +120,6 @@ class Scheduler:
             held[sequence.group] += 1
             sequence.slot, sequence.since = self._free.pop(), self._step
             sequence.cached = [0] * self.num_segments
-            self.exit_rates.start(sequence, range(self.num_segments - 1))
             self.running[key] = sequence
             admitted.append(sequence)
         return admitted

@@ -24,11 +24,11 @@ class ScoringRule:
     """Which head scores a position, and what is said of it.
 
     Attributes:
-        exits: the first of these that is confident enough scores it, else the final head.
+        exit_rule: the first exit that it takes scores the position, else the final head.
         num_best: most probable tokens to give in each place.
     """
 
-    exits: ExitRule = NO_EXITS
+    exit_rule: ExitRule = NO_EXITS
     num_best: int = 0
 
 
@@ -146,9 +146,9 @@ class TextScorer:
     ) -> None:
         self._runner = SegmentRunner(model, num_slots=1, capacity=length)
         self._rule, self._first_exit, self._is_last = rule, first_exit, is_last
-        self._asked = [i for i in range(len(model.exits)) if first_exit + i in rule.exits.exits]
+        self._asked = [i for i in range(len(model.exits)) if first_exit + i in rule.exit_rule.exits]
         self._num_segments = len(model.segments)
-        if is_last and self._asked and rule.exits.takes_everything:
+        if is_last and self._asked and rule.exit_rule.takes_everything:
             self._num_segments = self._asked[0] + 1
 
     @torch.inference_mode()
@@ -189,11 +189,11 @@ class TextScorer:
         if not rows:
             return
         following = (*piece.tokens[1:], piece.next_token)
-        exits = self._rule.exits
+        rule = self._rule.exit_rule
         for row, found in zip(rows, head_outputs(logits(features[rows])), strict=True):
             if head != FINAL:
-                found = exits.measured(found)
-            if head == FINAL or exits.takes(found.confidence) or not found.is_finite:
+                found = rule.measured(found)
+            if head == FINAL or rule.takes(found.confidence) or not found.is_finite:
                 position, token = piece.start + row, following[row]
                 scores[position] = PrefixScore(
                     position,

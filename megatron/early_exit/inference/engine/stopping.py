@@ -120,7 +120,7 @@ class Stopping:
     ) -> None:
         if params.stop and text is None:
             problem = "needs a tokenizer that inference supports, and this model has none"
-            raise FieldError("stop", problem, "()", params.stop)
+            raise FieldError("stop", problem, "()", value=params.stop)
         self.num_tokens = 0
         self.offset = 0
         self.finish_reason: FinishReason | None = "length" if room <= 0 else None

@@ -109,7 +109,7 @@ class ModeContext:
 
     @property
     def params(self) -> SamplingParams:
-        """The request."""
+        """What the request asks for."""
         return self.sampler.params
 
     @property
@@ -131,7 +131,7 @@ class ModeContext:
         """
         if layer not in self.exit_layers:
             known = ", ".join(map(str, self.exit_layers)) or "none, the model has no exits"
-            raise FieldError(field, "is unknown", known, layer)
+            raise FieldError(field, "is unknown", known, value=layer)
         return self.exit_layers.index(layer)
 
 

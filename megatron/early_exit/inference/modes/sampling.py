@@ -53,7 +53,8 @@ class Sampler:
         forbidden = sorted({token for token in stop_token_ids if token < vocab_size})
         if params.min_tokens > 0 and len(forbidden) == vocab_size:
             allowed = f"0 where all of the model's {vocab_size} tokens end the sequence"
-            raise FieldError("min_tokens", "is out of range", allowed, params.min_tokens)
+            least = params.min_tokens
+            raise FieldError("min_tokens", "is out of range", allowed, value=least)
         self._forbidden = torch.tensor(forbidden, dtype=torch.int64, device=device)
         tokens, values = zip(*params.logit_bias, strict=True) if params.logit_bias else ((), ())
         self._bias = (

@@ -41,7 +41,10 @@ class ModelShape(Architecture):
         if self.num_attention_heads * self.kv_channels != self.hidden_size:
             allowed = f"divisors of hidden_size, {self.hidden_size}"
             raise FieldError(
-                "num_attention_heads", "is out of range", allowed, self.num_attention_heads
+                "num_attention_heads",
+                "is out of range",
+                allowed,
+                value=self.num_attention_heads,
             )
 
     @classmethod

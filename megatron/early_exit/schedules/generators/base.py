@@ -30,4 +30,4 @@ def require_positive(**values: int) -> None:
     """
     for name, value in values.items():
         if value < 1:
-            raise FieldError(name, "is out of range", "1 or more", value)
+            raise FieldError(name, "is out of range", "1 or more", value=value)

@@ -75,7 +75,9 @@ class FilledOneFOneB:
         require_positive(num_ranks=self.num_ranks, num_microbatches=self.num_microbatches)
         if not 0.01 <= self.backward_forward_ratio <= 100:
             ratio = self.backward_forward_ratio
-            raise FieldError("backward_forward_ratio", "is out of range", "0.01 to 100", ratio)
+            raise FieldError(
+                "backward_forward_ratio", "is out of range", "0.01 to 100", value=ratio
+            )
         fitting = max_fills(self.num_ranks, self.backward_forward_ratio)
         most = len(self._warmup_depths_from(self.num_ranks - 1))
         self._choose("num_warmup_fills", len(self._warmup_depths_from(fitting)), most)
@@ -88,7 +90,7 @@ class FilledOneFOneB:
         elif not 0 <= number <= most:
             where = "" if self.exit_stages is None else f", exits on {sorted(self.exit_stages)}"
             allowed = f"0 to {most} with {self.num_ranks} stages{where}"
-            raise FieldError(name, "is out of range", allowed, number)
+            raise FieldError(name, "is out of range", allowed, value=number)
 
     def _warmup_depths_from(self, deepest: int) -> tuple[int, ...]:
         """Depths of fills of which the first runs on so many stages, or fewer."""

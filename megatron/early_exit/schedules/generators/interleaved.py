@@ -32,10 +32,11 @@ class Interleaved:
     def __post_init__(self) -> None:
         require_positive(num_microbatches=self.num_microbatches, num_chunks=self.num_chunks)
         if self.num_ranks < 2:
-            raise FieldError("num_ranks", "is out of range", "2 or more", self.num_ranks)
+            raise FieldError("num_ranks", "is out of range", "2 or more", value=self.num_ranks)
         if self.num_microbatches % self.num_ranks:
             allowed = f"multiples of the {self.num_ranks} ranks"
-            raise FieldError("num_microbatches", "is out of range", allowed, self.num_microbatches)
+            number = self.num_microbatches
+            raise FieldError("num_microbatches", "is out of range", allowed, value=number)
 
     def build(self) -> Schedule:
         """The schedule, without sends and receives."""

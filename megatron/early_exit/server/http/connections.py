@@ -235,7 +235,7 @@ class Connections:
 
     @property
     def all(self) -> list[Connection]:
-        """The open connections."""
+        """All connections that are open now."""
         return [one for one in list(self._map.values()) if isinstance(one, Connection)]
 
     def run(self) -> None:
