@@ -94,6 +94,12 @@ def after_a_step(training: Training) -> bool:
     return log.exists() and "] iteration " in log.read_text(errors="replace")
 
 
+def has(checkpoint: Path, part: str) -> bool:
+    """Whether a checkpoint has a file that matches; the one that is written last, with its text: it
+    is there for a moment before."""
+    return any(file.stat().st_size > 0 or file.suffix != ".json" for file in checkpoint.glob(part))
+
+
 def during_a_save(*parts: str) -> Moment:
     """When a checkpoint directory of this life holds something that matches each of `parts`."""
 
@@ -106,7 +112,7 @@ def during_a_save(*parts: str) -> Moment:
         except FileNotFoundError:
             # What the life before left unfinished is being put out of the way.
             return False
-        return began >= training.started and all(any(newest.glob(part)) for part in parts)
+        return began >= training.started and all(has(newest, part) for part in parts)
 
     return moment
 
