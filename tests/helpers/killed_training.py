@@ -109,10 +109,10 @@ def during_a_save(*parts: str) -> Moment:
             return False
         try:
             began = newest.stat().st_mtime
+            return began >= training.started and all(has(newest, part) for part in parts)
         except FileNotFoundError:
             # What the life before left unfinished is being put out of the way.
             return False
-        return began >= training.started and all(has(newest, part) for part in parts)
 
     return moment
 
