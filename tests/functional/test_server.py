@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers.server_process import wait_until
@@ -20,6 +24,7 @@ from tests.helpers.text_server import NAME, text_server
 PROMPT = "the 7 quick brown"
 GREEDY = {"temperature": 0, "ignore_eos": True}
 LONG = {"prompt": PROMPT, "max_tokens": 200, **GREEDY}
+BUFFER_BYTES = 2**13
 
 
 @pytest.fixture(scope="module")
@@ -256,14 +261,33 @@ def test_an_engine_that_hangs_does_not_make_clients_hang(checkpoint, monkeypatch
             released.set()
 
 
+class ReadsLittle(HTTPAdapter):
+    """Connections for which the system keeps few bytes that have not been read."""
+
+    def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
+        """Make them."""
+        small = (socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+        # Set before the connection is made: the window is agreed on then.
+        options["socket_options"] = [*HTTPConnection.default_socket_options, small]
+        super().init_poolmanager(*arguments, **options)
+
+
 def test_what_is_not_read_holds_no_thread(checkpoint):
-    with text_server(checkpoint) as server:
-        body = {**LONG, "n": 16, "logprobs": 20, "exit_details": True, "stream": True}
-        unread = [server.post("/v1/completions", body, stream=True) for _ in range(3)]
-        wait_until(lambda: server.worker.num_running + server.worker.num_waiting == 0)
-        assert server.get("/health").status_code == 200
+    body = {**LONG, "max_tokens": 30, "n": 3, "logprobs": 20, "exit_details": True, "stream": True}
+    before = threading.active_count()
+    settings = {"max_waiting": 1, "send_buffer_bytes": BUFFER_BYTES}
+    with text_server(checkpoint, **settings) as server, requests.Session() as session:
+        session.mount("http://", ReadsLittle())
+        unread = []
+        # More answers than the server has threads of any kind.
+        for _ in range(threading.active_count() - before + 1):
+            unread.append(session.post(f"{server.url}/v1/completions", json=body, stream=True))
+            wait_until(lambda: server.worker.num_running + server.worker.num_waiting == 0)
+        assert complete(server, max_tokens=1)
         for response in unread:
-            assert len(events(response)) > 200
+            # More than both buffers hold, which the system makes twice as large as asked.
+            assert len(response.content) > 2 * 2 * 2 * BUFFER_BYTES
+            assert len(events(response)) > 30
 
 
 def test_what_an_exit_never_answers_is_a_number(tmp_path):

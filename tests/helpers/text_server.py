@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,11 +47,16 @@ class TextServer:
 
 @contextmanager
 def text_server(
-    checkpoint: Path, max_batch_size: int = 4, mode: str = "self_speculative", **settings: Any
+    checkpoint: Path,
+    max_batch_size: int = 4,
+    mode: str = "self_speculative",
+    send_buffer_bytes: int | None = None,
+    **settings: Any,
 ) -> Iterator[TextServer]:
     """Serve a checkpoint until the block ends.
 
     Args:
+        send_buffer_bytes: what the system keeps of an answer that its client does not read.
         settings: further fields of `ServerSettings`.
     """
     engine = EarlyExitEngine.from_checkpoint(checkpoint, max_batch_size=max_batch_size)
@@ -61,6 +67,9 @@ def text_server(
     )
     worker = EngineWorker(engine, max_batch_size, own.max_waiting, Metrics())
     with bound_sockets("127.0.0.1", 0) as sockets:
+        if send_buffer_bytes is not None:
+            for one in sockets:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
         server = WebServer(create_app(worker, own), worker, own, sockets, max_batch_size)
         server.start()
         try:
