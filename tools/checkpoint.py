@@ -28,7 +28,8 @@ from megatron.early_exit.checkpoint.inspection import count_parameters, inspect
 from megatron.early_exit.checkpoint.lazy import LazyWeights
 from megatron.early_exit.checkpoint.source import open_checkpoint, open_parts
 from megatron.early_exit.checkpoint.writer import Report
-from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig, as_flag
+from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig
+from megatron.early_exit.errors import as_flag
 
 GENERATE = "python tools/generate.py --load {} --prompt ..."
 TUNE = "torchrun pretrain_early_exit_gpt.py --tune-exit --load {} ..."

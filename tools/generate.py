@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from megatron.early_exit.client.exit_colours import ExitColours
 from megatron.early_exit.client.prompts import read_prompts
-from megatron.early_exit.config import as_flag
-from megatron.early_exit.errors import FieldError
+from megatron.early_exit.errors import FieldError, as_flag
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron.early_exit.config import as_flag
 from megatron.early_exit.planner.command_line.model_flags import add_model_flags, read_model
 from megatron.early_exit.planner.command_line.profile_flags import add_profile_flags
 from megatron.early_exit.planner.command_line.report import (
@@ -50,6 +49,7 @@ from megatron.early_exit.planner.search.plans import Plan, Plans, find_plans
 from megatron.early_exit.planner.search.request import PlanRequest
 from megatron.early_exit.planner.simulation.simulator import simulate
 from megatron.early_exit.planner.simulation.timeline import Timeline
+from megatron.early_exit.ranges import ONE_OR_MORE
 from megatron.early_exit.schedules.check import build_proved
 from megatron.early_exit.schedules.schedule import Schedule
 
@@ -86,10 +86,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: one of them is out of range, or names a file that cannot be written.
     """
-    for name in ("top", "timeline_microbatches"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{as_flag(name)} {value} is out of range, allowed: 1 or more")
+    ONE_OR_MORE.check_flags(args, "top", "timeline_microbatches")
     if args.timeline is not None:
         check_timeline_file(args.timeline)
     elif args.timeline_microbatches is not None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.early_exit.planner.command_line.model_flags import Model, add_model_flags, read_model
 from megatron.early_exit.planner.costs.layer_profile import MEASURED_SIZES, LayerProfile
+from megatron.early_exit.ranges import ONE_OR_MORE
 
 if TYPE_CHECKING:
     from megatron.early_exit.platform import Platform
@@ -54,10 +55,9 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: one of them is out of range, or names a file that cannot be written.
     """
-    for flag, values in (("micro-batch-size", args.micro_batch_size), ("repeats", [args.repeats])):
-        for value in values:
-            if value < 1:
-                raise ValueError(f"--{flag} {value} is out of range, allowed: 1 or more")
+    ONE_OR_MORE.check_flags(args, "repeats")
+    for size in args.micro_batch_size:
+        ONE_OR_MORE.check(**{"--micro-batch-size": size})
     if not args.output.parent.is_dir():
         raise ValueError(f"--output {args.output}: there is no folder {args.output.parent}")
     if args.output.is_dir():

@@ -37,6 +37,7 @@ from megatron.early_exit.client.figures import (
 )
 from megatron.early_exit.client.outcomes import Outcome, ask
 from megatron.early_exit.client.prompts import read_prompts
+from megatron.early_exit.ranges import ABOVE_ZERO, ONE_OR_MORE
 
 _INTERRUPTED = 130
 
@@ -76,10 +77,8 @@ def check(args: argparse.Namespace) -> None:
     """
     if not args.url.startswith(("http://", "https://")):
         raise ValueError(f"--url {args.url} is no address, allowed: http://HOST:PORT")
-    if args.concurrency < 1:
-        raise ValueError(f"--concurrency {args.concurrency} is out of range, allowed: 1 or more")
-    if args.timeout <= 0:
-        raise ValueError(f"--timeout {args.timeout} is out of range, allowed: above 0")
+    ONE_OR_MORE.check_flags(args, "concurrency")
+    ABOVE_ZERO.check_flags(args, "timeout")
     path = args.prompts_file
     if path is not None and path.suffix not in (".jsonl", ".txt"):
         raise ValueError(f"--prompts-file {path} is of no known kind, allowed: .jsonl, .txt")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
 import re
 import signal
@@ -27,10 +26,11 @@ from typing import Any, get_args
 import torch
 
 from megatron.early_exit.client.api_key import API_KEY_VARIABLE
-from megatron.early_exit.config import as_flag
+from megatron.early_exit.errors import as_flag, out_of_range
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
-from megatron.early_exit.inference.params import Mode
+from megatron.early_exit.inference.params import RANGES, Mode
 from megatron.early_exit.process_family import end_with_parent
+from megatron.early_exit.ranges import ABOVE_ZERO, ONE_OR_MORE, ZERO_OR_MORE, Range
 from megatron.early_exit.server.app import create_app
 from megatron.early_exit.server.engine_thread.metrics import Metrics
 from megatron.early_exit.server.engine_thread.worker import EngineWorker
@@ -129,16 +129,13 @@ def check_limits(args: argparse.Namespace) -> None:
     Raises:
         ValueError: a number is out of range.
     """
-    for name, least in (
-        ("max_waiting", 0),
-        ("max_sequences", 1),
-        ("max_body_bytes", 1024),
-        ("num_draft_tokens", 1),
-        ("shutdown_timeout", 0),
-    ):
-        _check(args, name, getattr(args, name) >= least, f"{least} or more")
-    _check(args, "request_timeout", 0 < args.request_timeout < math.inf, "above 0")
-    _check(args, "shutdown_timeout", args.shutdown_timeout < math.inf, "0 or more")
+    ZERO_OR_MORE.check_flags(args, "max_waiting", "shutdown_timeout")
+    ONE_OR_MORE.check_flags(args, "max_sequences")
+    Range(least=1024).check_flags(args, "max_body_bytes")
+    ABOVE_ZERO.check_flags(args, "request_timeout")
+    Range(least=0, most=2**16 - 1).check_flags(args, "port")
+    for name in ("num_draft_tokens", "early_exit_threshold", "draft_confidence"):
+        RANGES[name].check_flags(args, name)
     key = api_key_of(args)
     if key is not None and not (key.isascii() and key.isprintable() and key.split() == [key]):
         raise ValueError(
@@ -152,9 +149,6 @@ def check_limits(args: argparse.Namespace) -> None:
         except RuntimeError as error:
             raise ValueError(f"--device {args.device} is unknown, allowed: cpu, cuda") from error
     origins_of(args)
-    _check(args, "port", 0 <= args.port < 2**16, "0 to 65535")
-    for name in ("early_exit_threshold", "draft_confidence"):
-        _check(args, name, 0 <= getattr(args, name) <= 1, "0 to 1")
 
 
 def api_key_of(args: argparse.Namespace) -> str | None:
@@ -196,8 +190,8 @@ def settings_of(args: argparse.Namespace, exit_layers: Sequence[int]) -> ServerS
     for layer in args.exit_layers or ():
         if layer not in exit_layers:
             raise ValueError(f"--exit-layers {layer} is unknown, allowed: {known}")
-    if args.draft_exit_layer is not None:
-        _check(args, "draft_exit_layer", args.draft_exit_layer in exit_layers, known)
+    if args.draft_exit_layer is not None and args.draft_exit_layer not in exit_layers:
+        raise out_of_range("--draft-exit-layer", args.draft_exit_layer, known)
     if args.mode not in (None, "full") and not exit_layers:
         raise ValueError(f"--mode {args.mode}: the model has no exits, allowed: full")
     return ServerSettings(
@@ -220,12 +214,6 @@ def settings_of(args: argparse.Namespace, exit_layers: Sequence[int]) -> ServerS
         allowed_origins=origins_of(args),
         example_prompts=tuple(args.example_prompt),
     )
-
-
-def _check(args: argparse.Namespace, name: str, in_range: bool, allowed: str) -> None:
-    if not in_range:
-        value = getattr(args, name)
-        raise ValueError(f"{as_flag(name)} {value} is out of range, allowed: {allowed}")
 
 
 def serve(args: argparse.Namespace) -> int:

@@ -8,11 +8,13 @@ known by its position p, the number of backbone layers that run before it.
 `HEAD_PARTS` is the one list of what an exit's head can be made of.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any, Literal, get_args
+
+from megatron.early_exit.errors import FieldError, as_flag, out_of_range
+from megatron.early_exit.ranges import ABOVE_ZERO, ZERO_OR_MORE, Range
 
 WarmupStyle = Literal["linear", "cosine"]
 BackboneModule = Literal["mlp", "layer", "norm", "output"]
@@ -189,7 +191,7 @@ class EarlyExitConfig:
         lowest = 2 if self.pre_exit else 1
         for number in self.exit_layer_nums:
             if isinstance(number, bool) or not isinstance(number, int) or number < lowest:
-                raise ValueError(self._layer_message(number, lowest, "the number of layers"))
+                raise self._layer_refusal(number, lowest, "the number of layers")
         repeated = {n for n in self.exit_layer_nums if self.exit_layer_nums.count(n) > 1}
         if repeated:
             raise ValueError(
@@ -198,11 +200,7 @@ class EarlyExitConfig:
             )
         for name, default in _PER_EXIT_DEFAULTS.items():
             self._check_per_exit_values(name, default)
-        if self.exit_layer_weight_warmup_iters < 0:
-            raise ValueError(
-                f"--exit-layer-weight-warmup-iters {self.exit_layer_weight_warmup_iters} is out of "
-                "range, allowed: 0 or more"
-            )
+        ZERO_OR_MORE.check_flags(self, "exit_layer_weight_warmup_iters")
         if self.exit_layer_weight_warmup_style not in get_args(WarmupStyle):
             raise ValueError(
                 f"--exit-layer-weight-warmup-style {self.exit_layer_weight_warmup_style!r} is "
@@ -214,16 +212,12 @@ class EarlyExitConfig:
                 "of the MLP of the layer it follows, so the exit must be after that layer "
                 "(allowed: one of the two flags)"
             )
-        if self.exit_vocab_size is not None:
-            if self.exit_vocab_size < 2:
-                raise ValueError(
-                    f"--exit-vocab-size {self.exit_vocab_size} is out of range, allowed: 2 or more"
-                )
-            if self.untie_exit_output_weights:
-                raise ValueError(
-                    "--exit-vocab-size cannot be combined with --untie-exit-output-weights: exits "
-                    "answer with the first rows of the word embedding"
-                )
+        Range(least=2, is_integer=True).check_flags(self, "exit_vocab_size")
+        if self.exit_vocab_size is not None and self.untie_exit_output_weights:
+            raise ValueError(
+                "--exit-vocab-size cannot be combined with --untie-exit-output-weights: exits "
+                "answer with the first rows of the word embedding"
+            )
         self._refuse_what_has_no_effect()
 
     def _refuse_what_has_no_effect(self) -> None:
@@ -252,17 +246,13 @@ class EarlyExitConfig:
                 f"{flag} {_join(values)} has {len(values)} values, allowed: one for each of the "
                 f"{len(self.exit_layer_nums)} layers of --exit-layer-nums"
             )
-        is_temperature = name == "exit_layer_temperature"
+        allowed = ABOVE_ZERO if name == "exit_layer_temperature" else ZERO_OR_MORE
         for value in values:
-            if not math.isfinite(value) or value < 0 or (is_temperature and value == 0):
-                allowed = "above 0" if is_temperature else "0 or more"
-                raise ValueError(f"{flag} {value} is out of range, allowed: {allowed}")
+            allowed.check(**{flag: value})
 
-    def _layer_message(self, number: object, lowest: int, highest: object) -> str:
+    def _layer_refusal(self, number: object, lowest: int, highest: object) -> FieldError:
         placement = " with --pre-exit" if self.pre_exit else ""
-        return (
-            f"--exit-layer-nums {number} is out of range, allowed{placement}: {lowest} to {highest}"
-        )
+        return out_of_range("--exit-layer-nums", number, f"{lowest} to {highest}{placement}")
 
     def validate(self, num_layers: int, vocab_size: int | None = None) -> None:
         """Check the exits against the depth of the model, and its vocabulary where that is given.
@@ -274,13 +264,11 @@ class EarlyExitConfig:
         lowest = 2 if self.pre_exit else 1
         for number in self.exit_layer_nums:
             if number > num_layers:
-                raise ValueError(self._layer_message(number, lowest, num_layers))
+                raise self._layer_refusal(number, lowest, num_layers)
         answers = self.exit_vocab_size
         if answers is not None and vocab_size is not None and answers > vocab_size:
-            raise ValueError(
-                f"--exit-vocab-size {answers} is out of range, allowed: 2 to the {vocab_size} "
-                "tokens of the vocabulary"
-            )
+            allowed = f"2 to the {vocab_size} tokens of the vocabulary"
+            raise out_of_range("--exit-vocab-size", answers, allowed)
 
     @property
     def exits(self) -> tuple[Exit, ...]:
@@ -384,11 +372,6 @@ _NEED_EXITS = (
     "use_dynamic_exit_layer_weight",
     "exit_layer_weight_warmup_iters",
 )
-
-
-def as_flag(name: str) -> str:
-    """The command-line flag of a field."""
-    return "--" + name.replace("_", "-")
 
 
 def _join(values: Sequence[object]) -> str:

@@ -40,3 +40,13 @@ class FieldError(ValueError):
         subject = f"{name}:" if self.value is None else f"{name} {self.value}"
         end = "" if self.allowed is None else f", allowed: {self.allowed}"
         return f"{subject} {self.problem}{end}"
+
+
+def out_of_range(field: str, value: object, allowed: str) -> FieldError:
+    """The refusal of a value that is not among what is allowed."""
+    return FieldError(field, "is out of range", allowed, value=value)
+
+
+def as_flag(name: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + name.replace("_", "-")

@@ -129,6 +129,6 @@ def test_data_with_its_tokens_need_its_tokenizer(kept: Kept) -> None:
     command = [ENTRY, *SCHEDULE, *kept.data, *fresh, *kind]
     done = kept.ranks.run([str(one) for one in command], 1, kept.folder / "refused")
     assert done.returncode == 2
-    refusal = f"has the token {END_OF_DOCUMENT}, which is out of range, allowed: 0 to {PIECES - 1},"
+    refusal = f"the token {END_OF_DOCUMENT} is out of range, allowed: 0 to {PIECES - 1};"
     assert refusal in done.stdout
     assert "--tokenizer-sentencepiece-legacy" in done.stdout

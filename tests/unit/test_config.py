@@ -33,7 +33,7 @@ def one_line(error: ValueError) -> str:
         ((1,), True, ["--exit-layer-nums 1", "with --pre-exit", "2 to the number of layers"]),
         ((2.0,), False, ["--exit-layer-nums 2.0", "1 to the number of layers"]),
         ((True,), False, ["--exit-layer-nums True", "1 to the number of layers"]),
-        (("2",), False, ["--exit-layer-nums 2", "1 to the number of layers"]),
+        (("2",), False, ["--exit-layer-nums '2'", "1 to the number of layers"]),
     ],
 )
 def test_layers_out_of_range(layers, pre_exit, words):

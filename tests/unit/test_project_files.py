@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron.early_exit.config import EarlyExitConfig, as_flag
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.errors import as_flag
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers.text_tokenizers import make_tokenizer
 from tests.helpers.tiny_models import LLAMA, make_model
@@ -28,7 +29,7 @@ DOCUMENTS = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/architectur
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
-GROUND = {"config", "hardware", "patches", "legacy_tokens", "process_family", "errors"}
+GROUND = {"config", "hardware", "patches", "legacy_tokens", "process_family", "ranges", "errors"}
 
 
 def load(path: Path) -> Any:

@@ -32,7 +32,7 @@ from examples.quickstart.corpus import (
 from examples.quickstart.pictures import tradeoff_curve
 from examples.quickstart.tradeoff import engines, fastest, measure, table, verdict
 from examples.stages import run_command, stage
-from megatron.early_exit.config import as_flag
+from megatron.early_exit.errors import as_flag
 from megatron.early_exit.hardware.dtypes import NAMES, best_training_dtype
 from megatron.early_exit.inference import EarlyExitEngine
 from megatron.early_exit.process_family import run_program

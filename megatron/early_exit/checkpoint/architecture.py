@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from megatron.early_exit.errors import FieldError
+from megatron.early_exit.errors import FieldError, out_of_range
+from megatron.early_exit.ranges import ONE_OR_MORE
 
 Normalization = Literal["LayerNorm", "RMSNorm"]
 Activation = Literal["gelu", "gelu_tanh", "silu", "squared_relu", "quick_gelu"]
@@ -64,15 +65,13 @@ class Architecture:
 
     def __post_init__(self) -> None:
         for name in (f.name for f in fields(self) if f.type is int):
-            if (value := getattr(self, name)) < 1:
-                raise FieldError(name, "is out of range", "1 or more", value=value)
+            ONE_OR_MORE.check(**{name: getattr(self, name)})
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise FieldError(name, "is unknown", ", ".join(allowed), value=value)
         if self.num_attention_heads % self.num_query_groups:
             known = f"divisors of num_attention_heads, {self.num_attention_heads}"
-            groups = self.num_query_groups
-            raise FieldError("num_query_groups", "is out of range", known, value=groups)
+            raise out_of_range("num_query_groups", self.num_query_groups, known)
 
     @property
     def qkv_bias(self) -> bool:

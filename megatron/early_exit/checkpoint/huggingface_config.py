@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.early_exit.errors import out_of_range
+from megatron.early_exit.ranges import ONE_OR_MORE
+
 _NAMES = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -42,6 +45,6 @@ def count(config: Mapping[str, Any], name: str, default: int | None = None) -> i
     value = config.get(name)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} {value!r} is out of range, allowed: 1 or more")
+    if not isinstance(value, int) or value not in ONE_OR_MORE:
+        raise out_of_range(name, value, str(ONE_OR_MORE))
     return value

@@ -19,6 +19,7 @@ from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.inference.results import GeneratedToken, GenerationResult
+from megatron.early_exit.ranges import ONE_OR_MORE, Range
 
 Prompts = str | abc.Sequence[str] | abc.Sequence[abc.Sequence[int]]
 DEFAULT_MAX_PENDING = 64
@@ -56,14 +57,8 @@ class EarlyExitEngine:
     ) -> None:
         context = model.architecture.max_position_embeddings
         length = context if max_sequence_length is None else max_sequence_length
-        for name, value, highest in (
-            ("max_pending", max_pending, None),
-            ("max_batch_size", max_batch_size, None),
-            ("max_sequence_length", length, context),
-        ):
-            if value < 1 or (highest is not None and value > highest):
-                allowed = "1 or more" if highest is None else f"1 to {highest}"
-                raise ValueError(f"{name} {value} is out of range, allowed: {allowed}")
+        ONE_OR_MORE.check(max_pending=max_pending, max_batch_size=max_batch_size)
+        Range(least=1, most=context, is_integer=True).check(max_sequence_length=length)
         self.model = model
         self.tokenizer = tokenizer
         self.eod_id = tokenizer.eod_id if eod_id is None and tokenizer is not None else eod_id

@@ -1,12 +1,11 @@
 """What a request may ask for."""
 
-import math
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
-from megatron.early_exit.errors import FieldError
+from megatron.early_exit.errors import FieldError, out_of_range
+from megatron.early_exit.ranges import INDEX, ZERO_TO_ONE, Range
 
 Mode = Literal["full", "early_exit", "self_speculative"]
 DEFAULT_THRESHOLD = 0.8
@@ -17,6 +16,34 @@ MODE_FIELDS: dict[Mode, tuple[str, ...]] = {
 }
 """The fields that have an effect in one mode alone. With `exit_details`, `exit_layers` also has one
 in mode `full`."""
+
+RANGES: dict[str, Range] = {
+    "max_tokens": Range(least=0, is_integer=True, least_means="only with echo or prompt_logprobs"),
+    "min_tokens": Range(least=0, is_integer=True),
+    "temperature": Range(least=0, most=100),
+    "repetition_penalty": Range(least=0, most=100, excludes_least=True),
+    "presence_penalty": Range(least=-2, most=2),
+    "frequency_penalty": Range(least=-2, most=2),
+    "logit_bias": Range(least=-100, most=100),
+    "min_p": Range(least=0, most=1, least_means="no limit"),
+    "top_k": Range(least=0, is_integer=True, least_means="no limit"),
+    "top_p": Range(least=0, most=1, excludes_least=True),
+    "top_p_decay": Range(least=0, most=1, excludes_least=True, most_means="off"),
+    "top_p_bound": ZERO_TO_ONE,
+    "seed": Range(least=0, most=2**63 - 1, is_integer=True),
+    "stop_token_ids": INDEX,
+    "logprobs": INDEX,
+    "prompt_logprobs": INDEX,
+    "early_exit_threshold": ZERO_TO_ONE,
+    "exit_layers": INDEX,
+    "num_draft_tokens": Range(least=1, most=1024, is_integer=True),
+    "draft_exit_layer": INDEX,
+    "draft_confidence": Range(least=0, most=1, least_means="off"),
+}
+"""The numbers that fields may have, or the items of those that are lists. The server's bodies and
+the flags of the command line have these, too, where their protocols do not say otherwise."""
+_LISTS = ("logit_bias", "stop_token_ids", "exit_layers")
+_NO_MORE_THAN = {"min_tokens": "max_tokens", "top_p_bound": "top_p"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,28 +157,18 @@ class SamplingParams:
         bias = self.logit_bias
         pairs = bias.items() if isinstance(bias, Mapping) else bias
         object.__setattr__(self, "logit_bias", _as_tuple(map(_as_tuple, pairs)))
-        self._check_integer("max_tokens", 0, "1 or more, or 0 with echo or prompt_logprobs")
-        self._check_integer(
-            "min_tokens", 0, f"0 to {self.max_tokens} (max_tokens)", self.max_tokens
-        )
-        self._check_number("temperature", 0, "0 or more")
-        self._check_number("repetition_penalty", 0, "above 0", above=True)
-        for name in ("presence_penalty", "frequency_penalty"):
-            self._check_number(name, -2, "-2 to 2", 2)
-        self._check_items("logit_bias", _is_bias, "pairs of a token and a number, -100 to 100")
-        self._check_number("min_p", 0, "0 (no limit) to 1", 1)
-        self._check_integer("top_k", 0, "0 (no limit) or more")
-        self._check_number("top_p", 0, "above 0, up to 1", 1, above=True)
-        self._check_number("top_p_decay", 0, "above 0, up to 1 (off)", 1, above=True)
-        self._check_number("top_p_bound", 0, f"0 to {self.top_p} (top_p)", self.top_p)
+        for field in fields(self):
+            if field.name in RANGES and field.name not in _LISTS:
+                self._check_number(field.name, may_be_none=field.default is None)
+        biases = f"pairs of a token and a number, {RANGES['logit_bias']}"
+        self._check_items("logit_bias", _is_bias, biases)
         self._check_items("stop", _is_text, "texts of 1 character or more")
-        self._check_items("stop_token_ids", _is_index, "integers, 0 or more")
+        self._check_items("stop_token_ids", INDEX.__contains__, f"integers, {INDEX}")
+        if self.exit_layers is not None:
+            self._check_items("exit_layers", INDEX.__contains__, f"None, or integers, {INDEX}")
         for name in ("ignore_eos", "echo", "exit_details"):
             self._check(name, isinstance(getattr(self, name), bool), "True or False")
         self._check("mode", self.mode in get_args(Mode), " or ".join(get_args(Mode)))
-        self._check_integer("num_draft_tokens", 1, "1 or more")
-        self._check_number("draft_confidence", 0, "0 (off) to 1", 1)
-        self._check_optional()
         self._check_effects()
 
     @property
@@ -170,24 +187,18 @@ class SamplingParams:
         """Whether a token, or what is said of it, depends on more than the largest logit."""
         return not self.takes_largest_logit or self.min_tokens > 0 or bool(self.logprobs)
 
-    def _check_optional(self) -> None:
-        if self.seed is not None:
-            self._check_integer("seed", 0, "0 to 2**63 - 1", 2**63 - 1)
-        for name in ("logprobs", "prompt_logprobs", "draft_exit_layer"):
-            if getattr(self, name) is not None:
-                self._check_integer(name, 0, "None, or 0 or more")
-        if self.early_exit_threshold is not None:
-            self._check_number("early_exit_threshold", 0, "0 to 1", 1)
-        if self.exit_layers is not None:
-            self._check_items("exit_layers", _is_index, "None, or integers, 0 or more")
+    def _check_number(self, name: str, may_be_none: bool) -> None:
+        value, allowed = getattr(self, name), RANGES[name]
+        if name in _NO_MORE_THAN:
+            other = _NO_MORE_THAN[name]
+            allowed = replace(allowed, most=getattr(self, other), most_means=other)
+        if value is None and not may_be_none:
+            raise allowed.refusal(name, value)
+        allowed.check(**{name: value})
 
     def _check_effects(self) -> None:
         scores = self.echo or self.prompt_logprobs is not None
-        self._check(
-            "max_tokens",
-            self.max_tokens > 0 or scores,
-            "1 or more, or 0 with echo or prompt_logprobs",
-        )
+        self._check("max_tokens", self.max_tokens > 0 or scores, str(RANGES["max_tokens"]))
         defaults = {field.name: field.default for field in fields(self)}
         asks_exits = self.mode == "full" and self.exit_details
         for needed, names in MODE_FIELDS.items():
@@ -197,32 +208,13 @@ class SamplingParams:
                     problem = f"has no effect with mode={self.mode!r}"
                     raise FieldError(name, problem, f"with mode={needed!r}", value=value)
 
-    def _check_integer(self, name: str, least: int, allowed: str, most: float = math.inf) -> None:
-        value = getattr(self, name)
-        if not _is_integer(value):
-            raise FieldError(name, "is not an integer", allowed, value=value)
-        self._check(name, least <= value <= most, allowed)
-
-    def _check_number(
-        self,
-        name: str,
-        least: float,
-        allowed: str,
-        most: float = sys.float_info.max,
-        above: bool = False,
-    ) -> None:
-        value = getattr(self, name)
-        if not (_is_integer(value) or isinstance(value, float)):
-            raise FieldError(name, "is not a number", allowed, value=value)
-        self._check(name, least <= value <= most and not (above and value == least), allowed)
-
     def _check_items(self, name: str, valid: Callable[[object], bool], allowed: str) -> None:
         items = getattr(self, name)
         self._check(name, isinstance(items, tuple) and all(map(valid, items)), allowed)
 
     def _check(self, name: str, in_range: bool, allowed: str) -> None:
         if not in_range:
-            raise FieldError(name, "is out of range", allowed, value=getattr(self, name))
+            raise out_of_range(name, getattr(self, name), allowed)
 
 
 def _as_tuple(value: object) -> object:
@@ -232,18 +224,10 @@ def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, Iterable) else value
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _is_bias(value: object) -> bool:
-    if not (isinstance(value, tuple) and len(value) == 2 and _is_index(value[0])):
+    if not (isinstance(value, tuple) and len(value) == 2):
         return False
-    return isinstance(value[1], int | float) and -100 <= value[1] <= 100
+    return value[0] in INDEX and value[1] in RANGES["logit_bias"]
 
 
 def _is_text(value: object) -> bool:

@@ -7,7 +7,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from megatron.early_exit.config import EarlyExitConfig, as_flag
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.errors import as_flag
 from megatron.early_exit.model.attention import check_attention
 from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
 from megatron.early_exit.model.tied_weights import connect_tied_weights

@@ -5,6 +5,7 @@ from typing import Literal
 
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.planner.costs.cost_model import CostModel, StageCost
+from megatron.early_exit.ranges import ONE_OR_MORE, Range
 from megatron.early_exit.schedules.generators import (
     FilledOneFOneB,
     Generator,
@@ -13,6 +14,7 @@ from megatron.early_exit.schedules.generators import (
     Tuning,
     ZeroBubbleH1,
 )
+from megatron.early_exit.schedules.generators.bubble_filling import BACKWARD_FORWARD_RATIO
 
 ScheduleName = Literal["1f1b", "interleaved", "zb-h1", "filled", "tuning"]
 
@@ -49,29 +51,21 @@ class UniformStages:
     num_cooldown_fills: int | None = None
 
     def __post_init__(self) -> None:
-        for flag, value in (
-            ("--pipeline-model-parallel-size", self.num_ranks),
-            ("--num-microbatches", self.num_microbatches),
-            ("--num-virtual-stages-per-pipeline-rank", self.num_chunks),
-        ):
-            if value < 1:
-                raise ValueError(f"{flag} {value} is out of range, allowed: 1 or more")
+        flags = {
+            "--pipeline-model-parallel-size": self.num_ranks,
+            "--num-microbatches": self.num_microbatches,
+            "--num-virtual-stages-per-pipeline-rank": self.num_chunks,
+        }
+        ONE_OR_MORE.check(**flags)
         if self.num_chunks > 1 and self.name != "interleaved":
             raise ValueError(
                 f"--num-virtual-stages-per-pipeline-rank {self.num_chunks} has no effect with "
                 f"--schedule {self.name}, allowed: with --schedule interleaved"
             )
         for stage in self.exit_stages:
-            if not 0 <= stage < self.num_stages:
-                raise ValueError(
-                    f"--exit-stages {stage} is out of range, allowed: 0 to {self.num_stages - 1}"
-                )
-        for flag, number, low, high in (
-            ("--exit-stage-ratio", self.exit_stage_ratio, 0.0, 100.0),
-            ("--backward-forward-ratio", self.backward_forward_ratio, 0.01, 100.0),
-        ):
-            if not low <= number <= high:
-                raise ValueError(f"{flag} {number:g} is out of range, allowed: {low:g} to {high:g}")
+            Range(least=0, most=self.num_stages - 1).check(**{"--exit-stages": stage})
+        Range(least=0, most=100).check_flags(self, "exit_stage_ratio")
+        BACKWARD_FORWARD_RATIO.check_flags(self, "backward_forward_ratio")
 
     @property
     def num_stages(self) -> int:

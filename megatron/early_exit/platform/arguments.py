@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from argparse import ArgumentParser, Namespace
 
+from megatron.early_exit.errors import out_of_range
 from megatron.early_exit.hardware.dtypes import DTYPES, dtype_speed
 from megatron.early_exit.platform.machine import Platform
 
@@ -52,10 +53,11 @@ def check_arguments(args: Namespace, platform: Platform) -> None:
         ValueError: naming the flag, its value and what is possible here.
     """
     if platform.num_devices < (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
-        raise ValueError(
-            f"--nproc-per-node {ranks} of torchrun is out of range, allowed: 1 to "
-            f"{platform.num_devices}, one for each GPU (with CUDA_VISIBLE_DEVICES= the CPU is used)"
+        allowed = (
+            f"1 to {platform.num_devices}, one for each GPU (with CUDA_VISIBLE_DEVICES= the CPU is "
+            "used)"
         )
+        raise out_of_range("torchrun's --nproc-per-node", ranks, allowed)
     if args.transformer_impl != "local" and not platform.transformer_engine:
         raise ValueError(
             f"--transformer-impl {args.transformer_impl} needs a GPU and Transformer Engine, "

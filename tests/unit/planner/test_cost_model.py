@@ -12,7 +12,11 @@ from tests.helpers.pipeline_schedules import ratios
     [
         ("forward_s", -1, "forward_s -1 is out of range, allowed: 0 or more"),
         ("static_bytes", float("nan"), "static_bytes nan is out of range"),
-        ("weight_gradient_s", 3, "weight_gradient_s 3 is out of range, allowed: up to backward_s"),
+        (
+            "weight_gradient_s",
+            3,
+            "weight_gradient_s 3 is out of range, allowed: 0 to 2 .backward_s.",
+        ),
     ],
 )
 def test_costs_have_to_make_sense(field, value, message):

@@ -217,8 +217,8 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
         ("--config 7b --gpus 8 --use-exit-mlp --pre-exit", "--use-exit-mlp with --pre-exit"),
         ("--config 7b --gpus 7", "--global-batch-size 2048 cannot be divided over replicas"),
         ("--config 7b --gpus 8 --top 0", "--top 0 is out of range, allowed: 1 or more"),
-        ("--config 7b --gpus 8 --memory-headroom 1", "--memory-headroom 1 is out of range"),
-        ("--config 7b --gpus 8 --tflops 0", "--tflops 0 is out of range, allowed: above 0"),
+        ("--config 7b --gpus 8 --memory-headroom 1", "--memory-headroom 1.0 is out of range"),
+        ("--config 7b --gpus 8 --tflops 0", "--tflops 0.0 is out of range, allowed: above 0"),
         ("--config 7b --gpus 8 --gpus-per-node 0", "--gpus-per-node 0 is out of range"),
         ("--config 7b --gpus 8 --timeline x.gif", "allowed: .png, .svg, .html"),
         ("--config 7b --gpus 8 --timeline {folder}/no/x.svg", "there is no folder"),
@@ -245,7 +245,10 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
             "--num-fill-cooldown-microbatches 9 is out of range",
         ),
         (f"--schedule 1f1b {PAPER} --exit-stages 4", "--exit-stages 4 is out of range"),
-        (f"--schedule 1f1b {PAPER} --exit-stage-ratio -1", "--exit-stage-ratio -1 is out of range"),
+        (
+            f"--schedule 1f1b {PAPER} --exit-stage-ratio -1",
+            "--exit-stage-ratio -1.0 is out of range",
+        ),
         (
             f"--schedule 1f1b {PAPER} --num-virtual-stages-per-pipeline-rank 2",
             "has no effect with --schedule 1f1b",

@@ -204,7 +204,7 @@ def test_fills_without_room_are_refused(four_stages, fills, limit, message):
     [
         ({"num_accelerators": 0}, "--gpus 0 is out of range, allowed: 1 or more"),
         ({"achieved_share": 0}, "--achieved-share 0 is out of range, allowed: above 0, up to 1"),
-        ({"pass_overhead_s": -1e-6}, "--pass-overhead-us -1 is out of range, allowed: 0 or more"),
+        ({"pass_overhead_s": -1e-6}, "--pass-overhead-us -1.0 is out of range, allowed: 0 or more"),
         (
             {"tensor_parallel": 3},
             "--tensor-model-parallel-size 3 is out of range, allowed: divisors of a node's 8 GPUs, "

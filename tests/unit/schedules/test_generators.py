@@ -153,7 +153,7 @@ def test_messages_between_two_ranks_of_a_ring_have_one_order():
         ),
         (
             lambda: Tuning(num_ranks=4, num_microbatches=6, exit_stages=frozenset({4})),
-            "exit stage 4 is out of range, allowed: 0 to 3",
+            "exit_stages 4 is out of range, allowed: 0 to 3",
         ),
         (
             lambda: Tuning(num_ranks=4, num_microbatches=6, exit_stages=frozenset()),

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.errors import out_of_range
+from megatron.early_exit.ranges import ABOVE_ZERO
 
 _DEFAULT_BASE = 10000.0
 _LLAMA3 = {
@@ -77,6 +79,6 @@ def positive_number(name: str, value: object) -> float:
     Raises:
         ValueError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise ValueError(f"{name} {value!r} is out of range, allowed: numbers above 0")
+    if not isinstance(value, (int, float)) or value not in ABOVE_ZERO:
+        raise out_of_range(name, value, f"numbers {ABOVE_ZERO}")
     return float(value)

@@ -12,6 +12,7 @@ from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.weights import Weights
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference.model.tensor_parallel import TensorParallel
+from megatron.early_exit.ranges import ONE_OR_MORE
 
 _LAYERS, _EXITS = "decoder.layers.", "exits."
 
@@ -110,12 +111,7 @@ def join(
     Raises:
         ValueError: the number of processes is not that of the layout.
     """
-    for name, value in (
-        ("tensor_parallel", tensor_parallel),
-        ("pipeline_parallel", pipeline_parallel),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} {value} is out of range, allowed: 1 or more")
+    ONE_OR_MORE.check(tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     device = torch.device(device or "cpu")

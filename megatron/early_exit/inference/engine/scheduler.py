@@ -16,6 +16,7 @@ from megatron.early_exit.inference.engine.fair_queue import FairQueue
 from megatron.early_exit.inference.engine.policy import Costs, Policy, SegmentQueue
 from megatron.early_exit.inference.model.spans import Span, in_pass_order
 from megatron.early_exit.inference.sequence import Sequence
+from megatron.early_exit.ranges import ONE_OR_MORE, ZERO_TO_ONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +78,8 @@ class Scheduler:
     _end: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_slots", "max_rows", "patience"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} {value} is out of range, allowed: 1 or more")
-        if not 0 <= self.quorum <= 1:
-            raise ValueError(f"quorum {self.quorum} is out of range, allowed: 0 to 1")
+        ONE_OR_MORE.check(num_slots=self.num_slots, max_rows=self.max_rows, patience=self.patience)
+        ZERO_TO_ONE.check(quorum=self.quorum)
         self._free = list(reversed(range(self.num_slots)))
         self._policy = Policy(self.costs or Costs((1.0,) * self.num_segments))
         self.exit_rates = ExitRateEstimator(self.num_segments - 1)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from megatron.early_exit.errors import FieldError
+from megatron.early_exit.errors import out_of_range
 from megatron.early_exit.inference.params import SamplingParams
 
 _NUCLEI = (512, 16384)
@@ -53,8 +53,7 @@ class Sampler:
         forbidden = sorted({token for token in stop_token_ids if token < vocab_size})
         if params.min_tokens > 0 and len(forbidden) == vocab_size:
             allowed = f"0 where all of the model's {vocab_size} tokens end the sequence"
-            least = params.min_tokens
-            raise FieldError("min_tokens", "is out of range", allowed, value=least)
+            raise out_of_range("min_tokens", params.min_tokens, allowed)
         self._forbidden = torch.tensor(forbidden, dtype=torch.int64, device=device)
         tokens, values = zip(*params.logit_bias, strict=True) if params.logit_bias else ((), ())
         self._bias = (

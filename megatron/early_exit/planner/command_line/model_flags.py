@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.early_exit.checkpoint.huggingface_config import read_sizes
-from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig, as_flag
-from megatron.early_exit.errors import FieldError
+from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig
+from megatron.early_exit.errors import FieldError, as_flag
 from megatron.early_exit.planner.costs.model_shape import ModelShape
 from megatron.early_exit.planner.named_models import NAMED_MODELS
 

@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from megatron.early_exit.config import as_flag
+from megatron.early_exit.errors import as_flag
 from megatron.early_exit.planner.command_line.model_flags import Model
 from megatron.early_exit.planner.costs.layer_profile import MEASURED_SIZES, LayerProfile
 

@@ -9,6 +9,7 @@ from megatron.early_exit.planner.costs.hardware import ACCELERATORS, Accelerator
 from megatron.early_exit.planner.costs.update import Overlap
 from megatron.early_exit.planner.search.filling import FillRequest
 from megatron.early_exit.planner.search.request import PlanRequest
+from megatron.early_exit.ranges import ABOVE_ZERO, ONE_OR_MORE, Range
 
 _HARDWARE: dict[str, tuple[str, float, str]] = {
     "flops_per_s": ("--tflops", 1e12, "dense bf16 peak of a GPU in TFLOP/s"),
@@ -93,10 +94,7 @@ def read_request(args: Namespace, model: Model) -> PlanRequest:
         raise ValueError("--gpus missing, allowed: how many there are, 1 or more")
     if model.global_batch_size is None:
         raise ValueError("--global-batch-size missing, allowed: sequences of a step, 1 or more")
-    if not 0 <= args.memory_headroom < 1:
-        raise ValueError(
-            f"--memory-headroom {args.memory_headroom:g} is out of range, allowed: 0 to less than 1"
-        )
+    Range(least=0, most=1, excludes_most=True).check_flags(args, "memory_headroom")
     accelerator = _accelerator(args)
     return PlanRequest(
         shape=model.shape,
@@ -120,15 +118,10 @@ def _accelerator(args: Namespace) -> Accelerator:
     changed = {}
     for name, (flag, unit, _) in _HARDWARE.items():
         value = getattr(args, flag.removeprefix("--").replace("-", "_"))
+        ABOVE_ZERO.check(**{flag: value})
         if value is not None:
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{flag} {value:g} is out of range, allowed: above 0")
             changed[name] = value * unit
-    accelerator = replace(ACCELERATORS[args.gpu], **changed)
-    if args.gpus_per_node is None:
-        return accelerator
-    if args.gpus_per_node < 1:
-        raise ValueError(
-            f"--gpus-per-node {args.gpus_per_node} is out of range, allowed: 1 or more"
-        )
-    return replace(accelerator, per_node=args.gpus_per_node)
+    ONE_OR_MORE.check_flags(args, "gpus_per_node")
+    if args.gpus_per_node is not None:
+        changed["per_node"] = args.gpus_per_node
+    return replace(ACCELERATORS[args.gpu], **changed)

@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from typing import get_args
 
-from megatron.early_exit.config import as_flag
+from megatron.early_exit.errors import as_flag
 from megatron.early_exit.planner.uniform_stages import ScheduleName, UniformStages
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from megatron.early_exit.ranges import ZERO_OR_MORE, Range
 from megatron.early_exit.schedules.actions import Kind
 
 
@@ -37,18 +38,13 @@ class StageCost:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{field.name} {value} is out of range, allowed: 0 or more")
+            ZERO_OR_MORE.check(**{field.name: getattr(self, field.name)})
         for part, whole in (
             ("weight_gradient_s", "backward_s"),
             ("weight_gradient_bytes", "activation_bytes"),
         ):
-            if getattr(self, part) > getattr(self, whole):
-                raise ValueError(
-                    f"{part} {getattr(self, part)} is out of range, allowed: up to {whole}, "
-                    f"{getattr(self, whole)}"
-                )
+            most = Range(least=0, most=getattr(self, whole), most_means=whole)
+            most.check(**{part: getattr(self, part)})
 
     @classmethod
     def combined(cls, parts: Sequence["StageCost"]) -> "StageCost":

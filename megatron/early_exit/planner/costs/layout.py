@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.planner.costs.head_costs import part_weights
 from megatron.early_exit.planner.costs.model_shape import ModelShape
+from megatron.early_exit.ranges import ONE_OR_MORE, ZERO_OR_MORE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +35,13 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("num_ranks", "tensor_parallel", "data_parallel", "microbatch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is out of range, allowed: from 1")
+            ONE_OR_MORE.check(**{name: getattr(self, name)})
         if not self.layers_per_stage or len(self.layers_per_stage) % self.num_ranks:
             raise ValueError(
                 f"layers_per_stage has {len(self.layers_per_stage)} stages, allowed: as many for "
                 f"each of the {self.num_ranks} ranks"
             )
-        if min(self.layers_per_stage) < 0:
-            raise ValueError(
-                f"layers_per_stage {self.layers_per_stage} is out of range, allowed: 0 or more"
-            )
+        ZERO_OR_MORE.check(layers_per_stage=min(self.layers_per_stage))
 
     @property
     def num_stages(self) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.planner.costs.cost_model import CostModel, StageCost
 from megatron.early_exit.planner.costs.hardware import Accelerator
 from megatron.early_exit.planner.costs.head_costs import part_activation_bytes
@@ -19,6 +20,7 @@ from megatron.early_exit.planner.costs.layer_profile import Part
 from megatron.early_exit.planner.costs.layout import Layout, stage_weights
 from megatron.early_exit.planner.costs.model_shape import ModelShape
 from megatron.early_exit.planner.costs.part_times import HardwareTimes, PartTimes
+from megatron.early_exit.ranges import ONE_OR_MORE
 
 # Bytes kept for each logit until backward, the fp32 softmax; and beside it while it is computed.
 _LOGIT_KEPT = 4
@@ -43,11 +45,10 @@ class ExitExecution:
     chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk_tokens is not None and (self.chunk_tokens < 1 or not self.deferred):
-            raise ValueError(
-                f"chunk_tokens {self.chunk_tokens} is out of range, allowed: 1 or more, for exits "
-                "that are deferred"
-            )
+        ONE_OR_MORE.check(chunk_tokens=self.chunk_tokens)
+        if self.chunk_tokens is not None and not self.deferred:
+            problem = "has no effect unless exits are deferred"
+            raise FieldError("chunk_tokens", problem, value=self.chunk_tokens)
 
 
 def model_costs(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.early_exit.checkpoint.architecture import Architecture
-from megatron.early_exit.errors import FieldError
+from megatron.early_exit.errors import out_of_range
 
 _BF16 = 2
 _LLAMA: dict[str, Any] = {
@@ -40,12 +40,7 @@ class ModelShape(Architecture):
         super().__post_init__()
         if self.num_attention_heads * self.kv_channels != self.hidden_size:
             allowed = f"divisors of hidden_size, {self.hidden_size}"
-            raise FieldError(
-                "num_attention_heads",
-                "is out of range",
-                allowed,
-                value=self.num_attention_heads,
-            )
+            raise out_of_range("num_attention_heads", self.num_attention_heads, allowed)
 
     @classmethod
     def llama(cls, *, seq_length: int, **sizes: Any) -> "ModelShape":

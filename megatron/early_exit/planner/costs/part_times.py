@@ -12,11 +12,14 @@ from megatron.early_exit.planner.costs.hardware import Accelerator
 from megatron.early_exit.planner.costs.head_costs import part_weights
 from megatron.early_exit.planner.costs.layer_profile import LayerProfile, Part
 from megatron.early_exit.planner.costs.model_shape import ModelShape
+from megatron.early_exit.ranges import Range
 
 # Bytes moved for each logit: forward writes bf16, reads it for the maximum, reads it and writes
 # fp32 for the softmax; backward reads the softmax and writes a bf16 gradient.
 _LOGIT_TRAFFIC_FORWARD = 2 + 2 + 2 + 4
 _LOGIT_TRAFFIC_BACKWARD = 4 + 2
+
+ACHIEVED_SHARE = Range(least=0, most=1, excludes_least=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +77,7 @@ class HardwareTimes:
     achieved_share: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.achieved_share <= 1:
-            raise ValueError(
-                f"achieved_share {self.achieved_share} is out of range, allowed: above 0, up to 1"
-            )
+        ACHIEVED_SHARE.check(achieved_share=self.achieved_share)
 
     def time(self, part: Part, num_sequences: int) -> PartTime:
         """See `PartTimes`."""

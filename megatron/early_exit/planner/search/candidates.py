@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.errors import FieldError, out_of_range
 from megatron.early_exit.planner.costs.layout import Layout
 from megatron.early_exit.planner.costs.model_shape import ModelShape
 from megatron.early_exit.planner.search.request import PlanRequest
@@ -39,7 +40,7 @@ def candidates(request: PlanRequest) -> Iterator[Candidate]:
     """
     shapes = list(_divisions(request))
     if not shapes:
-        raise ValueError(_why_none(request))
+        raise _why_none(request)
     for tensor, pipeline, chunks, size in shapes:
         replicas = request.num_accelerators // tensor // pipeline
         multiple = _VOCAB_MULTIPLE * tensor
@@ -116,47 +117,42 @@ def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def _why_none(request: PlanRequest) -> str:
+def _why_none(request: PlanRequest) -> FieldError:
     shape = request.shape
     if not tensor_sizes(request):
-        return (
-            f"--tensor-model-parallel-size {request.tensor_parallel} is out of range, allowed: "
+        allowed = (
             f"divisors of a node's {request.accelerator.per_node} GPUs, of --num-attention-heads "
             f"{shape.num_attention_heads}, --num-query-groups {shape.num_query_groups}, "
             f"--ffn-hidden-size {shape.ffn_hidden_size} and --seq-length {shape.seq_length}"
         )
+        return out_of_range("--tensor-model-parallel-size", request.tensor_parallel, allowed)
     if not pipeline_sizes(request):
-        return (
-            f"--pipeline-model-parallel-size {request.pipeline_parallel} is out of range, allowed: "
-            f"divisors of --num-layers {shape.num_layers}: "
-            f"{', '.join(map(str, _divisors(shape.num_layers)))}"
-        )
+        sizes = ", ".join(map(str, _divisors(shape.num_layers)))
+        allowed = f"divisors of --num-layers {shape.num_layers}: {sizes}"
+        return out_of_range("--pipeline-model-parallel-size", request.pipeline_parallel, allowed)
     products = sorted({t * p for t in tensor_sizes(request) for p in pipeline_sizes(request)})
     fitting = [size for size in products if request.num_accelerators % size == 0]
     if not fitting:
-        return (
-            f"--gpus {request.num_accelerators} cannot be divided into pipelines, allowed: "
-            f"multiples of tensor times pipeline parallelism, here {_few(products)}"
-        )
+        allowed = f"multiples of tensor times pipeline parallelism, here {_few(products)}"
+        problem = "cannot be divided into pipelines"
+        return FieldError("--gpus", problem, allowed, value=request.num_accelerators)
     if request.num_chunks is not None and any(_divisions(replace(request, num_chunks=None))):
-        return (
-            f"--num-virtual-stages-per-pipeline-rank {request.num_chunks} is out of range, "
-            "allowed: divisors of the layers of a stage, in pipelines whose stages divide the "
-            "microbatches of a step"
+        allowed = (
+            "divisors of the layers of a stage, in pipelines whose stages divide the microbatches "
+            "of a step"
         )
+        return out_of_range("--num-virtual-stages-per-pipeline-rank", request.num_chunks, allowed)
     replicas = sorted({request.num_accelerators // size for size in fitting})
     size = request.microbatch_size
     if size is not None and any(_divisions(replace(request, microbatch_size=None))):
-        return (
-            f"--micro-batch-size {size} is out of range, allowed: divisors of the part of "
-            f"--global-batch-size {request.global_batch_size} that each of {_few(replicas)} "
-            "replicas gets"
+        allowed = (
+            f"divisors of the part of --global-batch-size {request.global_batch_size} that each "
+            f"of {_few(replicas)} replicas gets"
         )
-    return (
-        f"--global-batch-size {request.global_batch_size} cannot be divided over replicas, "
-        f"allowed: multiples of their number, with {request.num_accelerators} GPUs "
-        f"{_few(replicas)}"
-    )
+        return out_of_range("--micro-batch-size", size, allowed)
+    problem = "cannot be divided over replicas"
+    allowed = f"multiples of their number, with {request.num_accelerators} GPUs {_few(replicas)}"
+    return FieldError("--global-batch-size", problem, allowed, value=request.global_batch_size)
 
 
 def _few(numbers: list[int]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.planner.search.plans import Plan, fastest_first
 from megatron.early_exit.planner.search.prediction import Fills
+from megatron.early_exit.ranges import ZERO_OR_MORE
 from megatron.early_exit.schedules.generators.bubble_filling import FILL_FLAGS
 
 
@@ -29,10 +30,7 @@ class FillRequest:
     most_cost: float = 0.01
 
     def __post_init__(self) -> None:
-        if not self.most_cost >= 0:
-            raise ValueError(
-                f"--max-fill-cost {self.most_cost:g} is out of range, allowed: 0 or more"
-            )
+        ZERO_OR_MORE.check(**{"--max-fill-cost": self.most_cost})
 
 
 def fill_bubbles(plans: Sequence[Plan], request: FillRequest, limit_bytes: float) -> list[Plan]:

@@ -6,8 +6,14 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.planner.costs.hardware import Accelerator
 from megatron.early_exit.planner.costs.layer_profile import LayerProfile
 from megatron.early_exit.planner.costs.model_shape import ModelShape
-from megatron.early_exit.planner.costs.part_times import HardwareTimes, MeasuredTimes, PartTimes
+from megatron.early_exit.planner.costs.part_times import (
+    ACHIEVED_SHARE,
+    HardwareTimes,
+    MeasuredTimes,
+    PartTimes,
+)
 from megatron.early_exit.planner.costs.update import Overlap
+from megatron.early_exit.ranges import ONE_OR_MORE, ZERO_OR_MORE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +56,9 @@ class PlanRequest:
     microbatch_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name, flag in _FLAGS.items():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{flag} {value} is out of range, allowed: 1 or more")
-        if not 0 < self.achieved_share <= 1:
-            raise ValueError(
-                f"--achieved-share {self.achieved_share} is out of range, allowed: above 0, up to 1"
-            )
-        if self.pass_overhead_s < 0:
-            raise ValueError(
-                f"--pass-overhead-us {self.pass_overhead_s * 1e6:g} is out of range, allowed: "
-                "0 or more"
-            )
+        ONE_OR_MORE.check(**{flag: getattr(self, name) for name, flag in _FLAGS.items()})
+        ACHIEVED_SHARE.check_flags(self, "achieved_share")
+        ZERO_OR_MORE.check(**{"--pass-overhead-us": self.pass_overhead_s * 1e6})
         for exits in self.placements:
             exits.validate(self.shape.num_layers, self.shape.vocab_size)
 

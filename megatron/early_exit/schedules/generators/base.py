@@ -3,7 +3,6 @@
 from collections.abc import Hashable
 from typing import Protocol
 
-from megatron.early_exit.errors import FieldError
 from megatron.early_exit.schedules.schedule import Schedule
 
 
@@ -20,14 +19,3 @@ class Generator(Hashable, Protocol):
     def activation_limit(self, rank: int) -> int:
         """Most activations that are alive on a rank at a time, each of one microbatch on one of
         the rank's stages."""
-
-
-def require_positive(**values: int) -> None:
-    """Check numbers of things that there must be.
-
-    Raises:
-        FieldError: a number is below 1.
-    """
-    for name, value in values.items():
-        if value < 1:
-            raise FieldError(name, "is out of range", "1 or more", value=value)

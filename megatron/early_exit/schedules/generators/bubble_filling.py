@@ -17,11 +17,13 @@ the activations that the stage holds already, those of the cool-down do not.
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron.early_exit.errors import FieldError
+from megatron.early_exit.errors import out_of_range
+from megatron.early_exit.ranges import ONE_OR_MORE, Range
 from megatron.early_exit.schedules.actions import Action, Microbatch
-from megatron.early_exit.schedules.generators.base import require_positive
 from megatron.early_exit.schedules.generators.one_f_one_b import one_f_one_b
 from megatron.early_exit.schedules.schedule import Schedule
+
+BACKWARD_FORWARD_RATIO = Range(least=0.01, most=100)
 
 
 def max_fills(num_ranks: int, backward_forward_ratio: float) -> int:
@@ -72,12 +74,8 @@ class FilledOneFOneB:
     exit_stages: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
-        require_positive(num_ranks=self.num_ranks, num_microbatches=self.num_microbatches)
-        if not 0.01 <= self.backward_forward_ratio <= 100:
-            ratio = self.backward_forward_ratio
-            raise FieldError(
-                "backward_forward_ratio", "is out of range", "0.01 to 100", value=ratio
-            )
+        ONE_OR_MORE.check(num_ranks=self.num_ranks, num_microbatches=self.num_microbatches)
+        BACKWARD_FORWARD_RATIO.check(backward_forward_ratio=self.backward_forward_ratio)
         fitting = max_fills(self.num_ranks, self.backward_forward_ratio)
         most = len(self._warmup_depths_from(self.num_ranks - 1))
         self._choose("num_warmup_fills", len(self._warmup_depths_from(fitting)), most)
@@ -90,7 +88,7 @@ class FilledOneFOneB:
         elif not 0 <= number <= most:
             where = "" if self.exit_stages is None else f", exits on {sorted(self.exit_stages)}"
             allowed = f"0 to {most} with {self.num_ranks} stages{where}"
-            raise FieldError(name, "is out of range", allowed, value=number)
+            raise out_of_range(name, number, allowed)
 
     def _warmup_depths_from(self, deepest: int) -> tuple[int, ...]:
         """Depths of fills of which the first runs on so many stages, or fewer."""

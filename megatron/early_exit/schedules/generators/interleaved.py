@@ -6,9 +6,9 @@ bubble of 1F1B by the number of chunks, for as many times more transfers and mor
 
 from dataclasses import dataclass
 
-from megatron.early_exit.errors import FieldError
+from megatron.early_exit.errors import out_of_range
+from megatron.early_exit.ranges import ONE_OR_MORE, Range
 from megatron.early_exit.schedules.actions import Action, Microbatch
-from megatron.early_exit.schedules.generators.base import require_positive
 from megatron.early_exit.schedules.schedule import Schedule
 
 
@@ -30,13 +30,11 @@ class Interleaved:
     num_chunks: int
 
     def __post_init__(self) -> None:
-        require_positive(num_microbatches=self.num_microbatches, num_chunks=self.num_chunks)
-        if self.num_ranks < 2:
-            raise FieldError("num_ranks", "is out of range", "2 or more", value=self.num_ranks)
+        ONE_OR_MORE.check(num_microbatches=self.num_microbatches, num_chunks=self.num_chunks)
+        Range(least=2).check(num_ranks=self.num_ranks)
         if self.num_microbatches % self.num_ranks:
             allowed = f"multiples of the {self.num_ranks} ranks"
-            number = self.num_microbatches
-            raise FieldError("num_microbatches", "is out of range", allowed, value=number)
+            raise out_of_range("num_microbatches", self.num_microbatches, allowed)
 
     def build(self) -> Schedule:
         """The schedule, without sends and receives."""

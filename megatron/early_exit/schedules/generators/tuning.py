@@ -7,8 +7,8 @@ nothing to do. A stage keeps one microbatch at a time.
 from dataclasses import dataclass
 
 from megatron.early_exit.errors import FieldError
+from megatron.early_exit.ranges import ONE_OR_MORE, Range
 from megatron.early_exit.schedules.actions import Action, Microbatch
-from megatron.early_exit.schedules.generators.base import require_positive
 from megatron.early_exit.schedules.schedule import Schedule
 
 
@@ -30,14 +30,11 @@ class Tuning:
     exit_stages: frozenset[int]
 
     def __post_init__(self) -> None:
-        require_positive(num_ranks=self.num_ranks, num_microbatches=self.num_microbatches)
+        ONE_OR_MORE.check(num_ranks=self.num_ranks, num_microbatches=self.num_microbatches)
         if not self.exit_stages:
             raise FieldError("exit_stages", "there is none", "one stage or more")
         for stage in self.exit_stages:
-            if not 0 <= stage < self.num_ranks:
-                raise ValueError(
-                    f"exit stage {stage} is out of range, allowed: 0 to {self.num_ranks - 1}"
-                )
+            Range(least=0, most=self.num_ranks - 1).check(exit_stages=stage)
 
     def build(self) -> Schedule:
         """The schedule, without sends and receives."""

@@ -7,8 +7,8 @@ stage holds as many microbatches as the first one does under 1F1B.
 
 from dataclasses import dataclass
 
+from megatron.early_exit.ranges import ONE_OR_MORE
 from megatron.early_exit.schedules.actions import Action, Microbatch
-from megatron.early_exit.schedules.generators.base import require_positive
 from megatron.early_exit.schedules.generators.one_f_one_b import one_f_one_b
 from megatron.early_exit.schedules.schedule import Schedule
 
@@ -29,7 +29,7 @@ class ZeroBubbleH1:
     num_microbatches: int
 
     def __post_init__(self) -> None:
-        require_positive(num_ranks=self.num_ranks, num_microbatches=self.num_microbatches)
+        ONE_OR_MORE.check(num_ranks=self.num_ranks, num_microbatches=self.num_microbatches)
 
     def build(self) -> Schedule:
         """The schedule, without sends and receives."""

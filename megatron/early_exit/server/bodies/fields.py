@@ -16,13 +16,13 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from megatron.early_exit.inference.params import MODE_FIELDS, Mode
-from megatron.early_exit.server.bodies.ranges import Range
+from megatron.early_exit.inference.params import MODE_FIELDS, RANGES, Mode
+from megatron.early_exit.ranges import INDEX, ZERO_TO_ONE, Range
+from megatron.early_exit.server.bodies.ranges import InRange
 from megatron.early_exit.server.bodies.unsupported import Unsupported, drop_unsupported, schema_of
 from megatron.early_exit.server.http.errors import ApiError
 from megatron.early_exit.server.settings import ExitSettings
 
-_LARGEST_INT = 2**63 - 1
 _ABOUT = {"title", "default", "description"}
 """What a JSON schema says of a field whatever its kind is."""
 
@@ -90,11 +90,9 @@ Stops = Annotated[
 ]
 """One text, several, or none."""
 
-Natural = Annotated[int, Range(0, _LARGEST_INT)]
-Share = Annotated[float, Range(0, 1)]
-Penalty = Annotated[float, Range(-2, 2)]
+Natural = Annotated[int, InRange(INDEX)]
+Share = Annotated[float, InRange(ZERO_TO_ONE)]
 TokenName = Annotated[str, Field(pattern="^[0-9]{1,18}$")]
-Bias = Annotated[float, Range(-100, 100)]
 
 
 def not_supported(value: bool) -> bool:
@@ -128,10 +126,10 @@ class ExitFields(RequestModel):
         None, description="The exits that are asked, each named by the layers before it."
     )
     draft_exit_layer: Natural | None = Field(None, description="The exit that drafts.")
-    num_draft_tokens: Annotated[int, Range(1, 1024)] | None = Field(
+    num_draft_tokens: Annotated[int, InRange(RANGES["num_draft_tokens"])] | None = Field(
         None, description="Most drafts before the whole model looks at them."
     )
-    draft_confidence: Share | None = Field(
+    draft_confidence: Annotated[float, InRange(RANGES["draft_confidence"])] | None = Field(
         None,
         description="Least product of the exit's confidences of a draft and of those before it.",
     )
@@ -215,27 +213,27 @@ class ExitFields(RequestModel):
 class SamplingFields(ExitFields):
     """How tokens are chosen, and when a text ends: OpenAI's fields and the usual extras."""
 
-    temperature: Annotated[float, Range(0, 100)] | None = Field(
+    temperature: Annotated[float, InRange(RANGES["temperature"])] | None = Field(
         None, description="Default: 1; 0 takes the most probable token."
     )
     top_p: Share | None = Field(None, description="0 takes the most probable token.")
-    top_k: Annotated[int, Range(-1, _LARGEST_INT)] | None = Field(
+    top_k: Annotated[int, InRange(Range(least=-1))] | None = Field(
         None, description="0 and -1: no limit."
     )
-    min_p: Share | None = None
-    top_p_decay: Annotated[float, Range(0, 1, above=True)] | None = None
-    top_p_bound: Share | None = None
-    repetition_penalty: Annotated[float, Range(0, 100, above=True)] | None = None
-    seed: Annotated[int, Range(-(2**63), 2**64 - 1)] | None = Field(
+    min_p: Annotated[float, InRange(RANGES["min_p"])] | None = None
+    top_p_decay: Annotated[float, InRange(RANGES["top_p_decay"])] | None = None
+    top_p_bound: Annotated[float, InRange(RANGES["top_p_bound"])] | None = None
+    repetition_penalty: Annotated[float, InRange(RANGES["repetition_penalty"])] | None = None
+    seed: Annotated[int, InRange(Range(least=-(2**63), most=2**64 - 1))] | None = Field(
         None, description="Modulo 2**63; -1 draws one, as none does."
     )
     stop: Stops = None
     stop_token_ids: Annotated[list[Natural], Field(max_length=64)] | None = None
     min_tokens: Natural | None = None
     ignore_eos: bool = False
-    frequency_penalty: Penalty | None = None
-    presence_penalty: Penalty | None = None
-    logit_bias: dict[TokenName, Bias] | None = Field(
+    frequency_penalty: Annotated[float, InRange(RANGES["frequency_penalty"])] | None = None
+    presence_penalty: Annotated[float, InRange(RANGES["presence_penalty"])] | None = None
+    logit_bias: dict[TokenName, Annotated[float, InRange(RANGES["logit_bias"])]] | None = Field(
         None, description="What is added to the logits of tokens."
     )
     user: str | None = Field(None, description="Of the client's own use.")

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
+from megatron.early_exit.ranges import Range
 from megatron.early_exit.server.bodies.answer_models import Head
 from megatron.early_exit.server.bodies.fields import (
     Natural,
@@ -12,7 +13,7 @@ from megatron.early_exit.server.bodies.fields import (
     Stops,
     not_supported,
 )
-from megatron.early_exit.server.bodies.ranges import Range
+from megatron.early_exit.server.bodies.ranges import InRange
 
 _NO_BEAMS = "there is no beam search here, as in Megatron 0.19"
 
@@ -28,10 +29,10 @@ class GenerateRequest(RequestModel):
     """Megatron's request, with EE-LLM's fields."""
 
     prompts: Annotated[list[str], Field(min_length=1, max_length=128)]
-    tokens_to_generate: Annotated[int, Range(0, 2**31)] = 64
+    tokens_to_generate: Annotated[int, InRange(Range(least=0, most=2**31))] = 64
     logprobs: bool = False
-    temperature: Annotated[float, Range(0, 100, above=True)] = 1.0
-    top_k: Annotated[int, Range(0, 1000)] = Field(
+    temperature: Annotated[float, InRange(Range(least=0, most=100, excludes_least=True))] = 1.0
+    top_k: Annotated[int, InRange(Range(least=0, most=1000))] = Field(
         0, description="1 takes the most probable token, 0 is no limit."
     )
     top_p: Share = Field(0.0, description="0: no limit. Not together with top_k.")

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
+from megatron.early_exit.ranges import ONE_OR_MORE, Range
 from megatron.early_exit.server.bodies.answer_models import (
     FinishReason,
     Head,
@@ -11,11 +12,11 @@ from megatron.early_exit.server.bodies.answer_models import (
     Usage,
 )
 from megatron.early_exit.server.bodies.fields import RequestModel, SamplingFields
-from megatron.early_exit.server.bodies.ranges import Range
+from megatron.early_exit.server.bodies.ranges import InRange
 from megatron.early_exit.server.bodies.stream_options import StreamOptions
 from megatron.early_exit.server.bodies.unsupported import CHAT, MESSAGE, PARTS
 
-Count = Annotated[int, Range(1, 2**63 - 1)]
+Count = Annotated[int, InRange(ONE_OR_MORE)]
 
 
 class TextPart(RequestModel):
@@ -71,9 +72,9 @@ class ChatRequest(SamplingFields):
     model: str | None = None
     max_tokens: Count | None = Field(None, description="Default: what the context has room for.")
     max_completion_tokens: Count | None = Field(None, description="The same under its new name.")
-    n: Annotated[int, Range(1, 16)] = 1
+    n: Annotated[int, InRange(Range(least=1, most=16))] = 1
     logprobs: bool = False
-    top_logprobs: Annotated[int, Range(0, 20)] | None = None
+    top_logprobs: Annotated[int, InRange(Range(least=0, most=20))] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
+from megatron.early_exit.ranges import Range
 from megatron.early_exit.server.bodies.answer_models import (
     FinishReason,
     Head,
@@ -11,7 +12,7 @@ from megatron.early_exit.server.bodies.answer_models import (
     Usage,
 )
 from megatron.early_exit.server.bodies.fields import Natural, SamplingFields
-from megatron.early_exit.server.bodies.ranges import Range
+from megatron.early_exit.server.bodies.ranges import InRange
 from megatron.early_exit.server.bodies.stream_options import StreamOptions
 from megatron.early_exit.server.bodies.unsupported import COMPLETION
 
@@ -67,11 +68,11 @@ class CompletionRequest(SamplingFields):
     prompt: Prompts
     model: str | None = None
     max_tokens: Natural | None = Field(None, description="Default: 16.")
-    n: Annotated[int, Range(1, 16)] = 1
-    best_of: Annotated[int, Range(1, 16)] | None = Field(
+    n: Annotated[int, InRange(Range(least=1, most=16))] = 1
+    best_of: Annotated[int, InRange(Range(least=1, most=16))] | None = Field(
         None, description="Not supported but for the value of n."
     )
-    logprobs: Annotated[int, Range(0, 20)] | None = None
+    logprobs: Annotated[int, InRange(Range(least=0, most=20))] | None = None
     echo: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None

@@ -17,7 +17,9 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.indexed_dataset import _IndexReader
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 
-from megatron.early_exit.config import EarlyExitConfig, as_flag
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.errors import FieldError, out_of_range
+from megatron.early_exit.ranges import ONE_OR_MORE, Range
 from megatron.early_exit.training.loop.data import DataSource, data_sources, read_blends
 from megatron.early_exit.training.resume.plan import is_torch_dist
 
@@ -32,17 +34,11 @@ def check_arguments(args: Namespace, exits: EarlyExitConfig) -> None:
         ValueError: naming the flag, its value and what is allowed.
     """
     _check_support(args)
-    chunk = args.exit_loss_chunk_tokens
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"--exit-loss-chunk-tokens {chunk} is out of range, allowed: 1 or more")
-    if chunk is not None and not exits.positions:
+    ONE_OR_MORE.check_flags(args, "exit_loss_chunk_tokens", "eval_interval")
+    if args.exit_loss_chunk_tokens is not None and not exits.positions:
         raise ValueError("--exit-loss-chunk-tokens has no effect without --exit-layer-nums")
     if not (args.train_iters or args.train_samples or args.skip_train):
         raise ValueError("nothing says how long to train: give --train-iters or --train-samples")
-    if args.eval_interval is not None and args.eval_interval < 1:
-        raise ValueError(
-            f"--eval-interval {args.eval_interval} is out of range, allowed: 1 or more"
-        )
     if not args.skip_train:
         _check_learning_rate(args)
     if args.async_save and not torch.cuda.is_available():
@@ -70,28 +66,17 @@ def _check_learning_rate(args: Namespace) -> None:
     """What Megatron only asserts once every process has built its model."""
     if args.lr is None:
         raise ValueError("nothing says how fast to learn: give --lr")
-    for name in ("lr_warmup_init", "min_lr"):
-        value = getattr(args, name) or 0.0
-        if not 0 <= value <= args.lr:
-            raise ValueError(
-                f"{as_flag(name)} {value} is out of range, allowed: 0 to --lr {args.lr}"
-            )
+    rates = Range(least=0, most=args.lr, most_means="--lr")
+    rates.check_flags(args, "lr_warmup_init", "min_lr")
     unit = "iters" if args.train_iters else "samples"
     decay = getattr(args, f"lr_decay_{unit}")
     length = f"--train-{unit}" if decay is None else f"--lr-decay-{unit}"
     decay = getattr(args, f"train_{unit}") if decay is None else decay
-    if decay < 1:
-        raise ValueError(f"{length} {decay} is out of range, allowed: 1 or more")
-    warmup = getattr(args, f"lr_warmup_{unit}")
-    if args.lr_warmup_fraction is None and not 0 <= warmup < decay:
-        raise ValueError(
-            f"--lr-warmup-{unit} {warmup} is out of range, allowed: 0 to less than {length} {decay}"
-        )
-    if args.lr_warmup_fraction is not None and not 0 <= args.lr_warmup_fraction < 1:
-        raise ValueError(
-            f"--lr-warmup-fraction {args.lr_warmup_fraction} is out of range, allowed: 0 to less "
-            "than 1"
-        )
+    ONE_OR_MORE.check(**{length: decay})
+    if args.lr_warmup_fraction is None:
+        warmup = Range(least=0, most=decay, excludes_most=True, most_means=length)
+        warmup.check_flags(args, f"lr_warmup_{unit}")
+    Range(least=0, most=1, excludes_most=True).check_flags(args, "lr_warmup_fraction")
 
 
 def _check_temporary_folder() -> None:
@@ -204,10 +189,11 @@ def _shares(split: str) -> list[float]:
     except ValueError:
         shares = []
     if not 1 <= len(shares) <= 3 or not _are_weights(shares):
-        raise ValueError(
-            f"--split {split} is out of range, allowed: the shares of training, validation and "
-            "test with commas between them, 0 or more, for example 98,2,0"
+        allowed = (
+            "the shares of training, validation and test with commas between them, 0 or more, for "
+            "example 98,2,0"
         )
+        raise out_of_range("--split", split, allowed)
     return shares + [0.0] * (3 - len(shares))
 
 
@@ -230,10 +216,8 @@ def _check_shares(source: DataSource, documents: int, split: str) -> None:
     ends = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
     for name, share in zip(("training", "validation", "test"), ends, strict=True):
         if share is not None and round(share[0] * documents) == round(share[1] * documents):
-            raise ValueError(
-                f"--split {split} is out of range, {source} has {documents} documents and none for "
-                f"{name}: allowed are a larger share, or 0"
-            )
+            problem = f"leaves none of the {documents} documents of {source} for {name}"
+            raise FieldError("--split", problem, "a larger share, or 0", value=split)
 
 
 def _check_files(source: DataSource, vocabulary: int) -> int:
@@ -256,11 +240,11 @@ def _check_files(source: DataSource, vocabulary: int) -> int:
         raise ValueError(f"{source}: {data} is cut short, it has {found} bytes of {size}")
     for token in _sampled_tokens(data, index):
         if not 0 <= token < vocabulary:
-            raise ValueError(
-                f"{source} has the token {token}, which is out of range, allowed: 0 to "
-                f"{vocabulary - 1}, is it made with another tokenizer? (with that of EE-LLM "
+            allowed = (
+                f"0 to {vocabulary - 1}; is it made with another tokenizer? (with that of EE-LLM "
                 "and older Megatron: --tokenizer-sentencepiece-legacy)"
             )
+            raise out_of_range(f"{source}: the token", token, allowed)
     return len(lengths)
 
 

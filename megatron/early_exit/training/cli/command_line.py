@@ -20,11 +20,12 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.utils import print_rank_0
 
 from megatron.early_exit.checkpoint.location import TOKENIZER_NAME
-from megatron.early_exit.config import EarlyExitConfig, as_flag
+from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.data.tokenizer import (
     check_tokenizer_arguments,
     complete_tokenizer_arguments,
 )
+from megatron.early_exit.errors import as_flag
 from megatron.early_exit.patches.distributed_optimizer import IS_KNOWN_VERSION
 from megatron.early_exit.training.cli.arguments import add_early_exit_arguments
 from megatron.early_exit.training.cli.flag_rules.dependent import DEPENDENT

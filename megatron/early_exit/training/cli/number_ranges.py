@@ -7,7 +7,8 @@ from argparse import Namespace
 
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
-from megatron.early_exit.config import as_flag
+from megatron.early_exit.errors import out_of_range
+from megatron.early_exit.ranges import ABOVE_ZERO, ZERO_OR_MORE, ZERO_TO_ONE, Range
 
 _POSITIVE = (
     *("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels"),
@@ -46,21 +47,10 @@ def check_numbers(args: Namespace) -> None:
     Raises:
         ValueError: naming the flag, its value and the range.
     """
-    for names, lowest, allowed in (
-        (_POSITIVE, None, "more than 0"),
-        (_NOT_NEGATIVE, 0, "0 or more"),
-    ):
-        for name in names:
-            value = getattr(args, name)
-            if value is None or (value > 0 if lowest is None else value >= lowest):
-                continue
-            raise ValueError(f"{as_flag(name)} {value} is out of range, allowed: {allowed}")
-    for name in _SHARES:
-        if not 0 <= (value := getattr(args, name)) <= 1:
-            raise ValueError(f"{as_flag(name)} {value} is out of range, allowed: 0 to 1")
-    for name in _LESS_THAN_ONE:
-        if not 0 <= (value := getattr(args, name)) < 1:
-            raise ValueError(f"{as_flag(name)} {value} is out of range, allowed: 0 to less than 1")
+    ABOVE_ZERO.check_flags(args, *_POSITIVE)
+    ZERO_OR_MORE.check_flags(args, *_NOT_NEGATIVE)
+    ZERO_TO_ONE.check_flags(args, *_SHARES)
+    Range(least=0, most=1, excludes_most=True).check_flags(args, *_LESS_THAN_ONE)
 
 
 def check_combinations(args: Namespace) -> None:
@@ -79,11 +69,9 @@ def check_combinations(args: Namespace) -> None:
             f"--wandb-project {args.wandb_project} needs --tensorboard-dir: Megatron sends losses "
             "to W&B only where it writes them for TensorBoard, too"
         )
-    topk, experts = args.moe_router_topk, args.num_experts
-    if experts and topk > experts:
-        raise ValueError(
-            f"--moe-router-topk {topk} is out of range, allowed: 1 to --num-experts {experts}"
-        )
+    if args.num_experts:
+        most = Range(least=1, most=args.num_experts, most_means="--num-experts")
+        most.check_flags(args, "moe_router_topk")
     sizes = {
         "--tensor-model-parallel-size": args.tensor_model_parallel_size,
         "--pipeline-model-parallel-size": args.pipeline_model_parallel_size,
@@ -99,10 +87,8 @@ def check_combinations(args: Namespace) -> None:
     if batch is None or microbatch is None or args.decrease_batch_size_if_needed:
         return
     if batch % (microbatch * (replicas := args.world_size // product)):
-        raise ValueError(
-            f"--global-batch-size {batch} is out of range, allowed: multiples of "
-            f"--micro-batch-size {microbatch} x {replicas} replicas"
-        )
+        allowed = f"multiples of --micro-batch-size {microbatch} x {replicas} replicas"
+        raise out_of_range("--global-batch-size", batch, allowed)
 
 
 def check_batch_size_schedule(args: Namespace) -> None:
@@ -126,14 +112,14 @@ def check_batch_size_schedule(args: Namespace) -> None:
     starts = [start for start, _ in schedule]
     if not starts or starts[0] != 0 or len(set(starts)) < len(starts):
         raise ValueError(
-            f"{flag} is out of range (it changes after {starts} samples of --seq-length "
-            f"{args.seq_length} tokens), {_SCHEDULE_FORM}"
+            f"{flag} changes after {starts} samples of --seq-length {args.seq_length} tokens, "
+            f"{_SCHEDULE_FORM}"
         )
     # A run that goes on may have left the first sizes behind, with fewer replicas than now.
     sizes = [size for _, size in schedule]
     for size in sizes if args.load is None else sizes[-1:]:
         if size < 1 or size % multiple:
-            raise ValueError(
-                f"{flag}: a batch of {size} is out of range, allowed: multiples of "
-                f"--micro-batch-size {args.micro_batch_size} x {replicas} replicas"
+            allowed = (
+                f"multiples of --micro-batch-size {args.micro_batch_size} x {replicas} replicas"
             )
+            raise out_of_range(f"{flag}: a batch of", size, allowed)

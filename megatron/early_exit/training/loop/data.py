@@ -14,7 +14,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
-from megatron.early_exit.config import as_flag
+from megatron.early_exit.errors import as_flag
 
 Blend = tuple[list[str], list[float] | None]
 """Prefixes of indexed data sets, and the weight of each."""

@@ -4,10 +4,14 @@ from argparse import ArgumentTypeError, Namespace
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from megatron.early_exit.config import EarlyExitConfig, as_flag
-from megatron.early_exit.errors import FieldError
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.errors import FieldError, as_flag, out_of_range
+from megatron.early_exit.ranges import ZERO_OR_MORE
 from megatron.early_exit.schedules.generators import FilledOneFOneB
-from megatron.early_exit.schedules.generators.bubble_filling import FILL_FLAGS
+from megatron.early_exit.schedules.generators.bubble_filling import (
+    BACKWARD_FORWARD_RATIO,
+    FILL_FLAGS,
+)
 from megatron.early_exit.training.loop.exit_stages import exit_stages
 
 MEASURED = "auto"
@@ -76,15 +80,12 @@ class FillingOptions:
 
     def __post_init__(self) -> None:
         ratio = self.backward_forward_ratio
-        if ratio != MEASURED and not 0.01 <= ratio <= 100:
-            raise ValueError(
-                f"--backward-forward-ratio {ratio} is out of range, allowed: 0.01 to 100, or auto"
-            )
-        for name in ("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(
-                    f"{as_flag(name)} {getattr(self, name)} is out of range, allowed: 0 or more"
-                )
+        if ratio != MEASURED and ratio not in BACKWARD_FORWARD_RATIO:
+            allowed = f"{BACKWARD_FORWARD_RATIO}, or auto"
+            raise out_of_range("--backward-forward-ratio", ratio, allowed)
+        ZERO_OR_MORE.check_flags(
+            self, "num_fill_warmup_microbatches", "num_fill_cooldown_microbatches"
+        )
         if self.fill_explicit_bubbles:
             return
         for name, default in (

@@ -4,7 +4,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
-from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig, as_flag
+from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig
+from megatron.early_exit.errors import as_flag, out_of_range
+from megatron.early_exit.ranges import ABOVE_ZERO, ZERO_TO_ONE
 
 _NEED_TUNING = (
     "tune_exit_pipeline_parallel_size",
@@ -78,14 +80,8 @@ class TuningOptions:
                 if getattr(self, name):
                     raise ValueError(f"{as_flag(name)} has no effect without --tune-exit")
         weight, temperature = self.exit_distillation_weight, self.exit_distillation_temperature
-        if not 0 <= weight <= 1:
-            raise ValueError(
-                f"--exit-distillation-weight {weight} is out of range, allowed: 0 to 1"
-            )
-        if not 0 < temperature < float("inf"):
-            raise ValueError(
-                f"--exit-distillation-temperature {temperature} is out of range, allowed: above 0"
-            )
+        ZERO_TO_ONE.check_flags(self, "exit_distillation_weight")
+        ABOVE_ZERO.check_flags(self, "exit_distillation_temperature")
         if temperature != 1 and not weight:
             raise ValueError(
                 f"--exit-distillation-temperature {temperature} has no effect without "
@@ -119,14 +115,13 @@ def plan_depth(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) 
     wanted = options.tune_exit_pipeline_parallel_size
     if wanted is not None:
         if not 1 <= wanted <= stages or full % stages:
-            raise ValueError(
-                f"--tune-exit-pipeline-parallel-size {wanted} is out of range, allowed: 1 to "
-                f"--pipeline-model-parallel-size {stages}, which has to divide --num-layers {full}"
-            )
+            most = f"--pipeline-model-parallel-size {stages}"
+            allowed = f"1 to {most}, which has to divide --num-layers {full}"
+            raise out_of_range("--tune-exit-pipeline-parallel-size", wanted, allowed)
         depth = full // stages * wanted
         if exits.positions[-1] > depth:
             raise ValueError(
-                f"--tune-exit-pipeline-parallel-size {wanted} is out of range: the first {wanted} "
+                f"--tune-exit-pipeline-parallel-size {wanted} is too few: the first {wanted} "
                 f"of {stages} stages have {depth} layers, and there is an exit after layer "
                 f"{exits.positions[-1]}"
             )
@@ -169,8 +164,7 @@ def _check(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) -> N
             f"the {len(exits.exit_layer_nums)} layers of --exit-layer-nums"
         )
     for rate in rates:
-        if not 0 < rate < float("inf"):
-            raise ValueError(f"--exit-layer-lr {rate} is out of range, allowed: above 0")
+        ABOVE_ZERO.check(**{"--exit-layer-lr": rate})
     if rates and not getattr(args, "lr", 1.0):
         raise ValueError("--exit-layer-lr needs a positive --lr, whose schedule it follows")
     for name, (served, reason) in _REFUSED.items():

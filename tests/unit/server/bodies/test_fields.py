@@ -172,7 +172,7 @@ RANGES = {
     ("temperature", "a number, 0 to 100"): (-1, 101, "1", True, []),
     ("top_p", "a number, 0 to 1"): (-0.1, 2, False),
     ("top_k", "an integer, -1 to 2**63 - 1"): (-2, 1.5, 10**400),
-    ("min_p", "a number, 0 to 1"): (2,),
+    ("min_p", "a number, 0 (no limit) to 1"): (2,),
     ("repetition_penalty", "a number, above 0, up to 100"): (0, -1),
     ("presence_penalty", "a number, -2 to 2"): (3,),
     ("seed", "an integer, -2**63 to 2**64 - 1"): (2**70, 1.0),

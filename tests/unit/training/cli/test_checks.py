@@ -201,8 +201,8 @@ def test_data_sets_that_cannot_be_understood_are_refused(parse, tmp_path, flags,
         ),
         (["--phase-transition-iterations", "5"], ["--train-samples"]),
         (["--exit-loss-chunk-tokens", 0], ["--exit-loss-chunk-tokens 0", "1 or more"]),
-        (["--min-lr", 1], ["--min-lr 1.0", "0 to --lr 0.1"]),
-        (["--lr-warmup-iters", 10], ["--lr-warmup-iters 10", "--train-iters 10"]),
+        (["--min-lr", 1], ["--min-lr 1.0", "0 to 0.1 (--lr)"]),
+        (["--lr-warmup-iters", 10], ["--lr-warmup-iters 10", "0 to less than 10 (--train-iters)"]),
     ],
     ids=str,
 )
@@ -293,8 +293,8 @@ def broken(data: Path, how: str) -> None:
         ("empty data", ".bin is cut short, it has 0 bytes of 1200"),
         ("no data", "there is no file"),
         ("no documents", "has no documents"),
-        ("large token", f"has the token {VOCAB}, which is out of range, allowed: 0 to {VOCAB - 1}"),
-        ("negative token", "has the token -1"),
+        ("large token", f"the token {VOCAB} is out of range, allowed: 0 to {VOCAB - 1}"),
+        ("negative token", "the token -1"),
     ],
 )
 def test_damaged_data_are_refused_under_the_flag_that_gave_them(parse, data, how, words):
@@ -315,7 +315,7 @@ def test_the_end_of_documents_must_be_a_token_of_the_tokenizer(parse, tmp_path, 
     args = parse("--data-path", data, "--split", "50,50,0")
     check_data(args, VOCAB)
     message = refusal(lambda: check_data(args, VOCAB - 3))
-    assert f"has the token {end}, which is out of range, allowed: 0 to {VOCAB - 4}," in message
+    assert f"the token {end} is out of range, allowed: 0 to {VOCAB - 4};" in message
     assert "--tokenizer-sentencepiece-legacy" in message
 
 
@@ -327,9 +327,9 @@ def test_the_end_of_documents_must_be_a_token_of_the_tokenizer(parse, tmp_path, 
         (["--valid-data-path", "DATA"], ["--train-data-path"]),
         (["--data-path", "DATA", "--split", "0,1,0"], ["no data to train on"]),
         (["--data-path", "DATA", "--split", "1"], ["--eval-iters 1"]),
-        (["--data-path", "DATA", "--split", "a,b"], ["--split a,b", "98,2,0"]),
-        (["--data-path", "DATA", "--split", "0,0,0"], ["--split 0,0,0"]),
-        (["--data-path", "DATA", "--split", "9999,1,0"], ["--split 9999,1,0", "for validation"]),
+        (["--data-path", "DATA", "--split", "a,b"], ["--split 'a,b'", "98,2,0"]),
+        (["--data-path", "DATA", "--split", "0,0,0"], ["--split '0,0,0'"]),
+        (["--data-path", "DATA", "--split", "9999,1,0"], ["--split '9999,1,0'", "for validation"]),
         (
             ["--data-path", "-1", "DATA", "2", "DATA", "--split", "1,1"],
             ["weights -1.0 2.0 in --data-path"],

@@ -49,13 +49,13 @@ def parse(parser: ArgumentParser, words: str, processes: int = 1) -> Namespace:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--log-interval 0", "--log-interval 0 is out of range, allowed: more than 0"),
+        ("--log-interval 0", "--log-interval 0 is out of range, allowed: above 0"),
         ("--hidden-size 0", "--hidden-size 0"),
         ("--pipeline-model-parallel-size 0", "--pipeline-model-parallel-size 0"),
         ("--num-workers -1", "--num-workers -1 is out of range, allowed: 0 or more"),
         ("--hidden-dropout 2", "--hidden-dropout 2.0 is out of range, allowed: 0 to 1"),
         ("--adam-beta1 1", "--adam-beta1 1.0 is out of range, allowed: 0 to less than 1"),
-        ("--seed 0", "--seed 0 is out of range, allowed: more than 0"),
+        ("--seed 0", "--seed 0 is out of range, allowed: above 0"),
         ("--loss-scale -1", "--loss-scale -1.0 is out of range, allowed: 0 or more"),
     ],
 )
@@ -71,7 +71,7 @@ def test_numbers_out_of_range(parser, words, message):
         ("--save x", "--save x needs --save-interval"),
         ("--wandb-project p", "--wandb-project p needs --wandb-save-dir or --save"),
         ("--wandb-project p --wandb-save-dir d", "--wandb-project p needs --tensorboard-dir"),
-        ("--num-experts 4 --moe-router-topk 9", "--moe-router-topk 9 .* 1 to --num-experts 4"),
+        ("--num-experts 4 --moe-router-topk 9", "--moe-router-topk 9 .* 1 to 4 .--num-experts"),
         ("--tensor-model-parallel-size 3", "--tensor-model-parallel-size 3 takes .* there are 2"),
         ("--global-batch-size 6", "--global-batch-size 6 .* --micro-batch-size 2 x 2 replicas"),
     ],
@@ -89,7 +89,7 @@ def test_numbers_that_do_not_fit_together(parser, words, message):
         ("0:x", "cannot be understood"),
         ("0:1e400", "cannot be understood"),
         ("100:8", "changes after .12. samples"),
-        ("0:8,0:16", "out of range"),
+        ("0:8,0:16", "changes after .0, 0. samples"),
         ("0:0", "a batch of 0 is out of range"),
         ("0:8,1K:5", "a batch of 5 is out of range, .* --micro-batch-size 2 x 2 replicas"),
     ],
