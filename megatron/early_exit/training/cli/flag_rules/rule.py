@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
+from megatron.early_exit.errors import as_flag
 from megatron.early_exit.training.cli.given_flags import given_option, has_default
 
 
@@ -41,6 +42,19 @@ def unsupported(
 def dependent(needs: str, met: Callable[[Namespace], bool], **flags: tuple[str, ...]) -> FlagRule:
     """A rule for flags that do nothing without something else, by what that is."""
     return FlagRule(refusal=f"has no effect without {needs}", met=met, **flags)
+
+
+def dependent_on(
+    *needed: str, families: tuple[str, ...] = (), names: tuple[str, ...] = ()
+) -> FlagRule:
+    """A rule for flags that do nothing unless one of the flags `needed` is given."""
+    return FlagRule(
+        refusal=f"has no effect without {' or '.join(map(as_flag, needed))}",
+        met=any_given(*needed),
+        names=names,
+        families=families,
+        but=tuple(name for name in needed if name.startswith(families)),
+    )
 
 
 def any_given(*names: str) -> Callable[[Namespace], bool]:
