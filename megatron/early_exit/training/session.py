@@ -30,14 +30,11 @@ from megatron.early_exit.training.cli.checks import check_arguments, check_data
 from megatron.early_exit.training.cli.misuse import explain
 from megatron.early_exit.training.loop.bubble_filling import FilledBubbles
 from megatron.early_exit.training.loop.data import BatchReader, dataset_provider
-from megatron.early_exit.training.loop.event_log import ProgressOnDisk
 from megatron.early_exit.training.loop.exit_stages import exit_stages
 from megatron.early_exit.training.loop.filling_options import FillingOptions
-from megatron.early_exit.training.loop.index_cache import (
-    cache_folders,
-    remove_unfinished_indices,
-)
+from megatron.early_exit.training.loop.index_cache import cache_folders, remove_unfinished_indices
 from megatron.early_exit.training.loop.logging import log_exits
+from megatron.early_exit.training.loop.progress import Progress
 from megatron.early_exit.training.loop.step import (
     ForwardStep,
     LossChecks,
@@ -63,10 +60,10 @@ from megatron.early_exit.training.tuning.base_model import load_base, starting_w
 from megatron.early_exit.training.tuning.objective import (
     DistillingObjective,
     LocalObjective,
+    TuningPlan,
     TuningStep,
 )
 from megatron.early_exit.training.tuning.options import TuningOptions, learning_rates
-from megatron.early_exit.training.tuning.schedule import TuningPlan
 from megatron.early_exit.training.tuning.start import decide_tuning
 
 
@@ -96,12 +93,12 @@ class Session:
         self.objective = self._objective()
         self.model_config = self._model_config()
         intervals = (args.save_interval, args.non_persistent_save_interval)
-        self.progress = ProgressOnDisk(
-            get_tensorboard_writer(),
-            tuple(filter(None, intervals)),
+        self.progress = Progress(
             iterations=args.train_iters or 1,
             interval=args.log_interval,
             tokens_per_iteration=lambda: get_current_global_batch_size() * args.seq_length,
+            writer=get_tensorboard_writer(),
+            save_intervals=tuple(filter(None, intervals)),
         )
         self._provide_datasets = dataset_provider(args, tokenizer)
         self._random_state = LoadedRandomState()

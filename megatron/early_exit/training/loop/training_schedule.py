@@ -1,6 +1,6 @@
 """Training steps by schedules of our own, in the place of Megatron's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,6 @@ from megatron.early_exit.schedules.execution.contributions import Contributions
 from megatron.early_exit.schedules.execution.pass_clock import PassClock
 from megatron.early_exit.schedules.execution.training_step import run_training_step
 from megatron.early_exit.schedules.schedule import Schedule
-from megatron.early_exit.training.loop.step_data import StepData
 from megatron.early_exit.training.loss.exit_loss import ExitObjective
 
 
@@ -81,7 +80,7 @@ class ScheduledSteps:
         on_last = contributions.to_losses(schedule.num_ranks - 1)
         self._objective.start_step(on_last / contributions.to_losses(stage))
         order = [a.microbatch for a in schedule.ranks[0] if a.kind == "F"]
-        data = StepData(data_iterator, order)
+        data = _StepData(data_iterator, order)
         reports = run_training_step(
             schedule,
             contributions,
@@ -98,8 +97,51 @@ class ScheduledSteps:
         return reports
 
 
+class _StepData:
+    """Gives out each microbatch of a step when it is asked for.
+
+    All stages draw the same microbatches from their copies of the data in the same order, so a
+    microbatch is the same samples on each of them. What a stage draws before it needs it is kept.
+
+    Args:
+        data: an iterator that goes on over the steps.
+        order: in which the microbatches of the step are drawn.
+    """
+
+    def __init__(self, data: Any, order: Sequence[Microbatch]) -> None:
+        self._data = data
+        self._order = list(order)
+        self._drawn: dict[Microbatch, Any] = {}
+        self._selected: Microbatch | None = None
+        self._num_drawn = 0
+
+    def select(self, microbatch: Microbatch) -> None:
+        """Choose the microbatch that is asked for next."""
+        self._selected = microbatch
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        """The selected microbatch, once."""
+        assert self._selected is not None
+        while self._selected not in self._drawn:
+            self._draw()
+        return self._drawn.pop(self._selected)
+
+    def _draw(self) -> None:
+        self._drawn[self._order[self._num_drawn]] = next(self._data)
+        self._num_drawn += 1
+
+    def finish(self) -> None:
+        """Draw what this stage has not worked on, if it draws at all: others have."""
+        while 0 < self._num_drawn < len(self._order):
+            self._draw()
+        self._drawn.clear()
+
+
 class _Workload:
-    def __init__(self, data: StepData, objective: ExitObjective) -> None:
+    def __init__(self, data: _StepData, objective: ExitObjective) -> None:
         self._data = data
         self._objective = objective
 

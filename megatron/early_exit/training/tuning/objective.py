@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.early_exit.schedules.communication import with_communication
+from megatron.early_exit.schedules.execution.pass_clock import PassClock
+from megatron.early_exit.schedules.generators import Tuning
+from megatron.early_exit.schedules.schedule import Schedule
 from megatron.early_exit.training.loop.data import BatchReader
 from megatron.early_exit.training.loop.step import LossFunction, ModelStep
 from megatron.early_exit.training.loss.exit_loss import ExitInput, ExitObjective
@@ -107,6 +111,33 @@ class TuningStep(ModelStep):
             if model.training:
                 self._local.finish_forward(output)
         return output, partial(_report, loss_mask)
+
+
+class TuningPlan:
+    """The plan of `ScheduledSteps` for EE-Tuning.
+
+    Args:
+        stages: of the pipeline.
+        exit_stages: the stages that have exits.
+    """
+
+    def __init__(self, stages: int, exit_stages: frozenset[int]) -> None:
+        self.clock: PassClock | None = None
+        self._stages = stages
+        # Megatron asks the last stage how many tokens count, also where it has no exit.
+        self._tuned_stages = exit_stages | {stages - 1}
+        self._schedules: dict[int, Schedule] = {}
+
+    def __call__(self, num_microbatches: int) -> Schedule:
+        """Forwards through the pipeline, and the exits' own backwards."""
+        if num_microbatches not in self._schedules:
+            tuning = Tuning(
+                num_ranks=self._stages,
+                num_microbatches=num_microbatches,
+                exit_stages=self._tuned_stages,
+            )
+            self._schedules[num_microbatches] = with_communication(tuning.build())
+        return self._schedules[num_microbatches]
 
 
 def _report(loss_mask: Tensor, _: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
