@@ -1,6 +1,7 @@
 """Which list of passes a step runs where bubbles are filled, and the measured ratio behind it."""
 
 from argparse import Namespace
+from dataclasses import dataclass, field
 
 import torch
 from megatron.training.utils import print_rank_last
@@ -17,10 +18,11 @@ _SKIPPED_STEPS = 1
 _MEASURED_STEPS = 3
 
 
+@dataclass
 class FilledBubbles:
     """The plan of `ScheduledSteps` for filled bubbles.
 
-    Args:
+    Attributes:
         options: how they are filled.
         stages: of the pipeline.
         exit_stages: the stages that have exits.
@@ -28,32 +30,31 @@ class FilledBubbles:
             from a checkpoint fills as the one that saved it.
     """
 
-    def __init__(
-        self, options: FillingOptions, stages: int, exit_stages: frozenset[int], args: Namespace
-    ) -> None:
-        self._options = options
-        self._stages = stages
-        self._exit_stages = exit_stages
-        self._args = args
+    options: FillingOptions
+    stages: int
+    exit_stages: frozenset[int]
+    args: Namespace
+    clock: PassClock | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
         self._steps = 0
-        self._ratio = None if options.is_measured else options.assumed_ratio
+        self._ratio = None if self.options.is_measured else self.options.assumed_ratio
         self._schedules: dict[tuple[int, float | None], Schedule] = {}
-        self.clock: PassClock | None = None
 
     def __call__(self, num_microbatches: int) -> Schedule:
         """The schedule of the next step; a collective call where the ratio is measured."""
         if self._ratio is None:
-            self._ratio = getattr(self._args, MEASURED_RATIO, None)
+            self._ratio = getattr(self.args, MEASURED_RATIO, None)
         if self._ratio is None:
             self._measure()
         key = num_microbatches, self._ratio
         if key not in self._schedules:
             if self._ratio is None:
-                plain = OneFOneB(num_ranks=self._stages, num_microbatches=num_microbatches)
+                plain = OneFOneB(num_ranks=self.stages, num_microbatches=num_microbatches)
                 self._schedules[key] = with_communication(plain.build())
             else:
-                filled = self._options.generator(
-                    self._stages, num_microbatches, self._exit_stages, self._ratio
+                filled = self.options.generator(
+                    self.stages, num_microbatches, self.exit_stages, self._ratio
                 )
                 self._schedules[key] = with_communication(filled.build())
                 print_rank_last(
@@ -74,5 +75,5 @@ class FilledBubbles:
             torch.distributed.all_reduce(seconds)
             forward_s, backward_s = seconds.tolist()
             self._ratio = min(max(round(backward_s / forward_s, 2), 0.01), 100.0)
-            setattr(self._args, MEASURED_RATIO, self._ratio)
+            setattr(self.args, MEASURED_RATIO, self._ratio)
         self._steps += 1

@@ -8,16 +8,18 @@ checkpoint is logged again, with the same values.
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 from megatron.training.utils import print_rank_last
 
 
+@dataclass
 class Progress:
     """Prints how far the run is, how fast it goes, and when it will be done.
 
-    Args:
+    Attributes:
         iterations: iterations of the whole run.
         interval: iterations between lines.
         tokens_per_iteration: current number of tokens in a global batch.
@@ -25,20 +27,12 @@ class Progress:
         save_intervals: iterations between checkpoints, of each kind.
     """
 
-    def __init__(
-        self,
-        iterations: int,
-        interval: int,
-        tokens_per_iteration: Callable[[], int],
-        writer: Any = None,
-        save_intervals: tuple[int, ...] = (),
-    ) -> None:
-        self.iterations = iterations
-        self.interval = interval
-        self.tokens_per_iteration = tokens_per_iteration
-        self.writer = writer
-        self.save_intervals = save_intervals
-        self._last: tuple[int, float] | None = None
+    iterations: int
+    interval: int
+    tokens_per_iteration: Callable[[], int]
+    writer: Any = None
+    save_intervals: tuple[int, ...] = ()
+    _last: tuple[int, float] | None = field(default=None, init=False)
 
     def report(self, iteration: int) -> None:
         """Called after each iteration has been logged and before it is saved.

@@ -99,24 +99,19 @@ def final_loss(
     return total, tokens, {"lm loss": report}
 
 
+@dataclass(frozen=True)
 class ModelStep:
     """Reads a microbatch and runs one model chunk on it.
 
-    Args:
+    Attributes:
         reader: source of microbatches.
         objective: the exits' share of the loss.
         completed_iterations: tells how many iterations are done.
     """
 
-    def __init__(
-        self,
-        reader: BatchReader,
-        objective: ExitObjective,
-        completed_iterations: Callable[[], int],
-    ) -> None:
-        self.reader = reader
-        self.objective = objective
-        self.completed_iterations = completed_iterations
+    reader: BatchReader
+    objective: ExitObjective
+    completed_iterations: Callable[[], int]
 
     def run(
         self, data: Iterator[dict[str, Tensor]], model: torch.nn.Module
@@ -151,25 +146,15 @@ class ModelStep:
         return output, cast(Tensor, batch.loss_mask)
 
 
+@dataclass(frozen=True)
 class ForwardStep(ModelStep):
     """A step of training the whole model.
 
-    Args:
-        reader: source of microbatches.
-        objective: the exits' share of the loss.
-        completed_iterations: tells how many iterations are done.
+    Attributes:
         checks: made on the final loss of each microbatch.
     """
 
-    def __init__(
-        self,
-        reader: BatchReader,
-        objective: ExitObjective,
-        completed_iterations: Callable[[], int],
-        checks: LossChecks,
-    ) -> None:
-        super().__init__(reader, objective, completed_iterations)
-        self.checks = checks
+    checks: LossChecks
 
     def __call__(
         self, data: Iterator[dict[str, Tensor]], model: torch.nn.Module

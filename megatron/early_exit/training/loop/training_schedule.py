@@ -1,6 +1,7 @@
 """Training steps by schedules of our own, in the place of Megatron's."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -34,18 +35,18 @@ class StepPlan(Protocol):
         ...
 
 
+@dataclass
 class ScheduledSteps:
     """Training steps by lists of actions, for `train_by`.
 
-    Args:
+    Attributes:
         objective: of the exits.
         plan: what each step does.
     """
 
-    def __init__(self, objective: ExitObjective, plan: StepPlan) -> None:
-        self._objective = objective
-        self._plan = plan
-        self._proved: list[Schedule] = []
+    objective: ExitObjective
+    plan: StepPlan
+    _proved: list[Schedule] = field(default_factory=list, init=False)
 
     def __call__(
         self,
@@ -71,27 +72,27 @@ class ScheduledSteps:
         if unknown := sorted(name for name, value in others.items() if value is not None):
             raise ValueError(f"steps by lists take no {', '.join(unknown)}")
         (chunk,) = model
-        schedule = self._plan(num_microbatches)
+        schedule = self.plan(num_microbatches)
         if not any(schedule is known for known in self._proved):
             check(schedule)
             self._proved.append(schedule)
         contributions = Contributions.of(schedule)
         stage = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["pp"]).pp.rank()
         on_last = contributions.to_losses(schedule.num_ranks - 1)
-        self._objective.start_step(on_last / contributions.to_losses(stage))
+        self.objective.start_step(on_last / contributions.to_losses(stage))
         order = [a.microbatch for a in schedule.ranks[0] if a.kind == "F"]
         data = _StepData(data_iterator, order)
         reports = run_training_step(
             schedule,
             contributions,
-            _Workload(data, self._objective),
+            _Workload(data, self.objective),
             forward_step_func=forward_step_func,
             data=data,
             model=chunk,
             seq_length=seq_length,
             micro_batch_size=micro_batch_size,
             force_all_reduce=force_all_reduce,
-            clock=self._plan.clock,
+            clock=self.plan.clock,
         )
         data.finish()
         return reports
@@ -140,15 +141,15 @@ class _StepData:
         self._drawn.clear()
 
 
+@dataclass(frozen=True)
 class _Workload:
-    def __init__(self, data: _StepData, objective: ExitObjective) -> None:
-        self._data = data
-        self._objective = objective
+    data: _StepData
+    objective: ExitObjective
 
     def begin_forward(self, microbatch: Microbatch, ends_at_exit: bool) -> None:
-        self._data.select(microbatch)
-        self._objective.ends_at_exit = ends_at_exit
+        self.data.select(microbatch)
+        self.objective.ends_at_exit = ends_at_exit
 
     def exits_backward(self, microbatch: Microbatch) -> None:
         del microbatch
-        self._objective.backpropagate_passed_exits()
+        self.objective.backpropagate_passed_exits()

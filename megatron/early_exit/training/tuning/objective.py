@@ -4,8 +4,8 @@ Nothing flows backward through the backbone, so the exits that a forward pass ha
 backpropagated right after it, when the next stage is already at work on what it has sent.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,6 @@ from megatron.early_exit.schedules.communication import with_communication
 from megatron.early_exit.schedules.execution.pass_clock import PassClock
 from megatron.early_exit.schedules.generators import Tuning
 from megatron.early_exit.schedules.schedule import Schedule
-from megatron.early_exit.training.loop.data import BatchReader
 from megatron.early_exit.training.loop.step import LossFunction, ModelStep
 from megatron.early_exit.training.loss.exit_loss import ExitInput, ExitObjective
 from megatron.early_exit.training.loss.head_loss import Teacher
@@ -84,23 +83,11 @@ class DistillingObjective(LocalObjective):
         )
 
 
+@dataclass(frozen=True)
 class TuningStep(ModelStep):
-    """Runs the frozen backbone on a microbatch, whose exits train on the way.
+    """Runs the frozen backbone on a microbatch, whose exits train on the way."""
 
-    Args:
-        reader: source of microbatches.
-        objective: of the exits.
-        completed_iterations: tells how many iterations are done.
-    """
-
-    def __init__(
-        self,
-        reader: BatchReader,
-        objective: LocalObjective,
-        completed_iterations: Callable[[], int],
-    ) -> None:
-        super().__init__(reader, objective, completed_iterations)
-        self._local = objective
+    objective: LocalObjective
 
     def __call__(
         self, data: Iterator[dict[str, Tensor]], model: torch.nn.Module
@@ -109,7 +96,7 @@ class TuningStep(ModelStep):
         with torch.no_grad():
             output, loss_mask = self.run(data, model)
             if model.training:
-                self._local.finish_forward(output)
+                self.objective.finish_forward(output)
         return output, partial(_report, loss_mask)
 
 
