@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 
 import pytest
 
@@ -16,25 +15,16 @@ from megatron.early_exit.planner.simulation.simulator import simulate  # noqa: E
 from megatron.early_exit.schedules.actions import Action, Microbatch  # noqa: E402
 from megatron.early_exit.schedules.check import ScheduleError, build_proved, check  # noqa: E402
 from megatron.early_exit.schedules.communication import with_communication  # noqa: E402
-from megatron.early_exit.schedules.schedule import Schedule  # noqa: E402
+from megatron.early_exit.schedules.generators.base import StageByStage  # noqa: E402
 from tests.helpers.threaded_ranks import run_ranks  # noqa: E402
 
 
-@dataclass(frozen=True, kw_only=True)
-class GPipe:
+class GPipe(StageByStage):
     """All forwards, then all backwards (arXiv 1811.06965)."""
 
-    num_ranks: int
-    num_microbatches: int
-
-    def build(self) -> Schedule:
+    def actions(self, stage: int) -> list[Action]:
         microbatches = [Microbatch(i) for i in range(self.num_microbatches)]
-        return Schedule(
-            tuple(
-                tuple(Action(stage, kind, one) for kind in ("F", "B") for one in microbatches)
-                for stage in range(self.num_ranks)
-            )
-        )
+        return [Action(stage, kind, one) for kind in ("F", "B") for one in microbatches]
 
     def activation_limit(self, rank: int) -> int:
         return self.num_microbatches

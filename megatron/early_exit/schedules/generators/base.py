@@ -1,8 +1,11 @@
-"""What every generator of schedules offers."""
+"""What every generator of schedules offers, and what those with one stage on each rank share."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+from megatron.early_exit.ranges import ONE_OR_MORE
+from megatron.early_exit.schedules.actions import Action
 from megatron.early_exit.schedules.schedule import Schedule
 
 
@@ -19,3 +22,30 @@ class Generator(Hashable, Protocol):
     def activation_limit(self, rank: int) -> int:
         """Most activations that are alive on a rank at a time, each of one microbatch on one of
         the rank's stages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageByStage:
+    """A schedule with one stage on each rank.
+
+    Attributes:
+        num_ranks: pipeline-parallel size P.
+        num_microbatches: of a step, those that are no fills.
+
+    Raises:
+        ValueError: a number is below 1.
+    """
+
+    num_ranks: int
+    num_microbatches: int
+
+    def __post_init__(self) -> None:
+        ONE_OR_MORE.check(num_ranks=self.num_ranks, num_microbatches=self.num_microbatches)
+
+    def build(self) -> Schedule:
+        """The schedule, without sends and receives."""
+        return Schedule(tuple(tuple(self.actions(stage)) for stage in range(self.num_ranks)))
+
+    def actions(self, stage: int) -> Sequence[Action]:
+        """The computations of one stage in their order."""
+        raise NotImplementedError

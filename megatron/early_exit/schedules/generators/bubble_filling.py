@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from megatron.early_exit.errors import out_of_range
-from megatron.early_exit.ranges import ONE_OR_MORE, Range
+from megatron.early_exit.ranges import Range
 from megatron.early_exit.schedules.actions import Action, Microbatch
+from megatron.early_exit.schedules.generators.base import StageByStage
 from megatron.early_exit.schedules.generators.one_f_one_b import one_f_one_b
-from megatron.early_exit.schedules.schedule import Schedule
 
 BACKWARD_FORWARD_RATIO = Range(least=0.01, most=100)
 
@@ -50,12 +50,10 @@ FILL_FLAGS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilledOneFOneB:
+class FilledOneFOneB(StageByStage):
     """1F1B with filled bubbles.
 
     Attributes:
-        num_ranks: pipeline-parallel size P, one stage on each rank.
-        num_microbatches: full ones of a step.
         backward_forward_ratio: time of a backward over time of a forward, 0.01 to 100.
         num_warmup_fills: microbatches in the warm-up bubble, None for as many as fit. More, up to
             P - 1, make the step longer.
@@ -66,15 +64,13 @@ class FilledOneFOneB:
         FieldError: a number is out of its range.
     """
 
-    num_ranks: int
-    num_microbatches: int
     backward_forward_ratio: float
     num_warmup_fills: int | None = None
     num_cooldown_fills: int | None = None
     exit_stages: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
-        ONE_OR_MORE.check(num_ranks=self.num_ranks, num_microbatches=self.num_microbatches)
+        super().__post_init__()
         BACKWARD_FORWARD_RATIO.check(backward_forward_ratio=self.backward_forward_ratio)
         fitting = max_fills(self.num_ranks, self.backward_forward_ratio)
         most = len(self._warmup_depths_from(self.num_ranks - 1))
@@ -115,11 +111,8 @@ class FilledOneFOneB:
         numbers = range(1, (self.num_cooldown_fills or 0) + 1)
         return tuple(max(int(self.num_ranks - i * period), 1) for i in numbers)
 
-    def build(self) -> Schedule:
-        """The schedule, without sends and receives."""
-        return Schedule(tuple(tuple(self._stage(s)) for s in range(self.num_ranks)))
-
-    def _stage(self, stage: int) -> list[Action]:
+    def actions(self, stage: int) -> list[Action]:
+        """The computations of one stage in their order."""
         cooldown = [Microbatch(i, "c") for i in range(len(self.cooldown_depths))]
         full = [Microbatch(i) for i in range(self.num_microbatches)]
         forward_only = {

@@ -6,34 +6,18 @@ backwards that are left.
 
 from dataclasses import dataclass
 
-from megatron.early_exit.ranges import ONE_OR_MORE
 from megatron.early_exit.schedules.actions import Action, Microbatch
-from megatron.early_exit.schedules.schedule import Schedule
+from megatron.early_exit.schedules.generators.base import StageByStage
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneFOneB:
-    """The 1F1B schedule.
+class OneFOneB(StageByStage):
+    """The 1F1B schedule."""
 
-    Attributes:
-        num_ranks: pipeline-parallel size P, one stage on each rank.
-        num_microbatches: of a step.
-
-    Raises:
-        ValueError: a number is below 1.
-    """
-
-    num_ranks: int
-    num_microbatches: int
-
-    def __post_init__(self) -> None:
-        ONE_OR_MORE.check(num_ranks=self.num_ranks, num_microbatches=self.num_microbatches)
-
-    def build(self) -> Schedule:
-        """The schedule, without sends and receives."""
+    def actions(self, stage: int) -> list[Action]:
+        """The computations of one stage in their order."""
         microbatches = [Microbatch(i) for i in range(self.num_microbatches)]
-        stages = range(self.num_ranks)
-        return Schedule(tuple(tuple(one_f_one_b(s, self.num_ranks, microbatches)) for s in stages))
+        return one_f_one_b(stage, self.num_ranks, microbatches)
 
     def activation_limit(self, rank: int) -> int:
         """Most activations that are alive on a rank at a time."""

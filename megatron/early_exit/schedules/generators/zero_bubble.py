@@ -7,35 +7,17 @@ stage holds as many microbatches as the first one does under 1F1B.
 
 from dataclasses import dataclass
 
-from megatron.early_exit.ranges import ONE_OR_MORE
 from megatron.early_exit.schedules.actions import Action, Microbatch
+from megatron.early_exit.schedules.generators.base import StageByStage
 from megatron.early_exit.schedules.generators.one_f_one_b import one_f_one_b
-from megatron.early_exit.schedules.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroBubbleH1:
-    """The ZB-H1 schedule.
+class ZeroBubbleH1(StageByStage):
+    """The ZB-H1 schedule."""
 
-    Attributes:
-        num_ranks: pipeline-parallel size P, one stage on each rank.
-        num_microbatches: of a step.
-
-    Raises:
-        ValueError: a number is below 1.
-    """
-
-    num_ranks: int
-    num_microbatches: int
-
-    def __post_init__(self) -> None:
-        ONE_OR_MORE.check(num_ranks=self.num_ranks, num_microbatches=self.num_microbatches)
-
-    def build(self) -> Schedule:
-        """The schedule, without sends and receives."""
-        return Schedule(tuple(tuple(self._stage(s)) for s in range(self.num_ranks)))
-
-    def _stage(self, stage: int) -> list[Action]:
+    def actions(self, stage: int) -> list[Action]:
+        """The computations of one stage in their order."""
         microbatches = [Microbatch(i) for i in range(self.num_microbatches)]
         waiting: list[Action] = []
         actions = []
