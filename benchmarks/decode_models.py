@@ -14,8 +14,7 @@ from torch.nn import functional
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.description import describe
 from megatron.early_exit.checkpoint.location import locate
-from megatron.early_exit.checkpoint.model import model_weights
-from megatron.early_exit.checkpoint.weights import load_weights, weight_shapes
+from megatron.early_exit.checkpoint.weights import load_weights, model_weights, weight_shapes
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference.model.linear import make_linear
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
-from megatron.early_exit.hardware.compiler import has_cpp_compiler
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 from megatron.early_exit.inference.distributed.parallel_backend import parallel_model
 from megatron.early_exit.inference.distributed.process_groups import join, own_part
@@ -27,7 +26,7 @@ from megatron.early_exit.inference.modes.mode import Next
 from megatron.early_exit.inference.modes.rule import MEASURES, ExitRule
 from megatron.early_exit.inference.results import PromptToken
 from tests.helpers.arrivals import CONTEXT, Arrival, Syllables, assert_oracles, examples, play
-from tests.helpers.compiler import needs_compiler
+from tests.helpers.compiler import has_cpp_compiler, needs_compiler
 from tests.helpers.margin import margin, margin_tokens
 from tests.helpers.reference_decoder import generate
 from tests.helpers.spawn import spawn

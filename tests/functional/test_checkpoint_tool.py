@@ -21,8 +21,8 @@ from megatron.early_exit.checkpoint.description import ModelDescription
 from megatron.early_exit.checkpoint.lazy import LazyTensor
 from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.megatron_args import described_args
-from megatron.early_exit.checkpoint.model import model_weights
 from megatron.early_exit.checkpoint.source import open_checkpoint
+from megatron.early_exit.checkpoint.weights import model_weights
 from megatron.early_exit.checkpoint.writer import write_checkpoint
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers import saved_checkpoint

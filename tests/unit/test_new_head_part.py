@@ -28,7 +28,7 @@ from megatron.early_exit.inference import EarlyExitEngine, SamplingParams  # noq
 from megatron.early_exit.inference.model import segmented_model  # noqa: E402
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel  # noqa: E402
 from megatron.early_exit.model import exit_head  # noqa: E402
-from megatron.early_exit.planner.costs.head_costs import part_weights  # noqa: E402
+from megatron.early_exit.planner.costs.model_shape import part_weights  # noqa: E402
 from megatron.early_exit.training.loss.exit_loss import (  # noqa: E402
     ExitObjective,
     LossNormalization,

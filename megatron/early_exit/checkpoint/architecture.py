@@ -5,11 +5,10 @@ training writes beside its checkpoints, or from the arguments inside a plain Meg
 what inference cannot compute yet is refused here, with the name of the flag that asked for it.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from megatron.early_exit.errors import FieldError, out_of_range
+from megatron.early_exit.errors import FieldError, as_flag, out_of_range
 from megatron.early_exit.ranges import ONE_OR_MORE
 
 Normalization = Literal["LayerNorm", "RMSNorm"]
@@ -141,54 +140,32 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "params_dtype": get_args(ParamsDtype),
 }
 
-_COMPUTED_POSITIONS = (*get_args(PositionEmbedding), None)
-
-_UNSUPPORTED: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ("num_experts", "--num-experts", bool),
-    ("multi_latent_attention", "--multi-latent-attention", bool),
-    ("mtp_num_layers", "--mtp-num-layers", bool),
-    ("heterogeneous_layers_config_path", "--heterogeneous-layers-config-path", bool),
-    (
-        "heterogeneous_layers_config_encoded_json",
-        "--heterogeneous-layers-config-encoded-json",
-        bool,
-    ),
-    ("hybrid_layer_pattern", "--hybrid-layer-pattern", bool),
-    ("hybrid_override_pattern", "--hybrid-override-pattern", bool),
-    ("experimental_attention_variant", "--experimental-attention-variant", bool),
-    ("linear_attention_freq", "--linear-attention-freq", bool),
-    ("window_size", "--window-size", bool),
-    ("attention_output_gate", "--attention-output-gate", bool),
-    ("softmax_type", "--softmax-type", lambda value: value not in ("vanilla", None)),
-    ("qk_l2_norm", "--qk-l2-norm", bool),
-    ("no_rope_freq", "--no-rope-freq", bool),
-    ("fp32_residual_connection", "--fp32-residual-connection", bool),
-    (
-        "apply_residual_connection_post_layernorm",
-        "--apply-residual-connection-post-layernorm",
-        bool,
-    ),
-    ("use_mup", "--use-mup", bool),
-    ("fp8_param_gather", "--fp8-param-gather", bool),
-    ("fp4_param_gather", "--fp4-param-gather", bool),
-    ("glu_linear_offset", "--glu-linear-offset", bool),
-    ("activation_func_clamp_value", "--activation-func-clamp-value", bool),
-    (
-        "position_embedding_type",
-        "--position-embedding-type",
-        lambda value: value not in _COMPUTED_POSITIONS,
-    ),
+_UNSUPPORTED = (
+    *("num_experts", "multi_latent_attention", "mtp_num_layers"),
+    *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
+    *("hybrid_layer_pattern", "hybrid_override_pattern", "experimental_attention_variant"),
+    *("linear_attention_freq", "window_size", "attention_output_gate", "qk_l2_norm"),
+    *("no_rope_freq", "fp32_residual_connection"),
+    *("apply_residual_connection_post_layernorm", "use_mup", "fp8_param_gather"),
+    *("fp4_param_gather", "glu_linear_offset", "activation_func_clamp_value"),
 )
-"""Argument, flag, and whether a value of it changes what a model computes in a way that inference
-does not know."""
+"""Arguments that inference only knows as None, False, 0 or empty: all else changes what a model
+computes."""
+
+_KNOWN = {
+    "softmax_type": ("vanilla", None),
+    "position_embedding_type": (*get_args(PositionEmbedding), None),
+}
+"""Arguments of which inference knows these values."""
 
 
 def _refuse_unsupported(args: object) -> None:
-    for name, flag, is_unsupported in _UNSUPPORTED:
+    for name in (*_UNSUPPORTED, *_KNOWN):
         value = getattr(args, name, None)
-        if is_unsupported(value):
+        is_known = value in _KNOWN[name] if name in _KNOWN else not value
+        if not is_known:
             shown = "" if value is True else f" {value}"
-            raise UnsupportedArchitecture(f"{flag}{shown} is not supported by inference")
+            raise UnsupportedArchitecture(f"{as_flag(name)}{shown} is not supported by inference")
 
 
 def _activation(args: object) -> tuple[Activation, bool]:

@@ -1,11 +1,16 @@
-"""The sizes of a model in a `config.json` of Hugging Face's, whichever family it is of."""
+"""What the JSON files beside a model of Hugging Face's say, whichever family it is of: its sizes,
+and the tokens that end a text."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megatron.early_exit.errors import out_of_range
-from megatron.early_exit.ranges import ONE_OR_MORE
+from megatron.early_exit.ranges import INDEX, ONE_OR_MORE
 
+CONFIG_NAME = "config.json"
+GENERATION_NAME = "generation_config.json"
 _NAMES = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -14,6 +19,23 @@ _NAMES = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_position_embeddings",
 }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, allowed: an object")
+    return values
 
 
 def read_sizes(config: Mapping[str, Any], head_size: int | None = None) -> dict[str, Any]:
@@ -48,3 +70,30 @@ def count(config: Mapping[str, Any], name: str, default: int | None = None) -> i
     if not isinstance(value, int) or value not in ONE_OR_MORE:
         raise out_of_range(name, value, str(ONE_OR_MORE))
     return value
+
+
+def as_end_tokens(value: object) -> tuple[int, ...]:
+    """The tokens of an `eos_token_id`, which is one or a list of them."""
+    values: list[Any] = value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(one for one in values if one in INDEX))
+
+
+def end_tokens(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens that end a text, those that generation knows first.
+
+    Args:
+        config: what config.json holds.
+        generation: what generation_config.json holds.
+    """
+    named = [as_end_tokens(one.get("eos_token_id")) for one in (generation, config)]
+    return tuple(dict.fromkeys(token for one in named for token in one))
+
+
+def end_tokens_in(folder: Path) -> tuple[int, ...]:
+    """The tokens that end a text by the files in a folder; none where there are no such files.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    files = (folder / CONFIG_NAME, folder / GENERATION_NAME)
+    return end_tokens(*(read_json(file) if file.is_file() else {} for file in files))

@@ -10,10 +10,9 @@ from megatron.early_exit.checkpoint.conversion import Conversion
 from megatron.early_exit.checkpoint.description import ModelDescription, describe
 from megatron.early_exit.checkpoint.location import CheckpointLocation, locate
 from megatron.early_exit.checkpoint.megatron_args import plain_args
-from megatron.early_exit.checkpoint.model import model_weights
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.tokenizer import TokenizerDescription
-from megatron.early_exit.checkpoint.weights import LAYERS
+from megatron.early_exit.checkpoint.weights import LAYERS, model_weights
 
 _STATE_PREFIXES = (
     "optimizer.",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron.early_exit.checkpoint.end_tokens import end_tokens_in
+from megatron.early_exit.checkpoint.huggingface_config import end_tokens_in
 from megatron.early_exit.checkpoint.huggingface_text import HuggingFaceText
 from megatron.early_exit.checkpoint.sentencepiece_text import SentencePieceText
 

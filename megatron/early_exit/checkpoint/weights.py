@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.checkpoint.base import is_of_exit
+from megatron.early_exit.checkpoint.description import ModelDescription
 from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights
+from megatron.early_exit.checkpoint.location import CheckpointLocation
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.config import EarlyExitConfig, HeadPart
 
@@ -188,3 +191,25 @@ def _find(
         )
     dtype = reader.tensors[entry].properties.dtype
     return LazyTensor(shape, dtype, lambda: reader.read(entry, place)[:rows])
+
+
+def model_weights(location: CheckpointLocation, description: ModelDescription) -> LazyWeights:
+    """All tensors of a model; of an exits-only checkpoint, those of its base are among them.
+
+    Args:
+        location: of the checkpoint.
+        description: of the model in it, with an architecture.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape, or the base is not there. Reading one
+            raises it where the base is another model than the exits were tuned on.
+    """
+    architecture, early_exit = description.architecture, description.early_exit
+    assert architecture is not None
+    reader = CheckpointReader(location.iteration_dir)
+    if description.base is None:
+        return stored_weights(reader, architecture, early_exit)
+    base = CheckpointReader(description.base.find(location.save_dir).iteration_dir)
+    backbone = stored_weights(base, architecture, EarlyExitConfig())
+    exits = stored_weights(reader, architecture, early_exit, is_of_exit)
+    return {**description.base.checked(backbone), **exits}

@@ -9,9 +9,8 @@ import torch
 
 from megatron.early_exit.checkpoint.description import describe
 from megatron.early_exit.checkpoint.location import locate
-from megatron.early_exit.checkpoint.model import model_weights
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from megatron.early_exit.checkpoint.weights import load_weights
+from megatron.early_exit.checkpoint.weights import load_weights, model_weights
 from megatron.early_exit.inference.distributed.parallel_backend import (
     ParallelBackend,
     parallel_model,

@@ -10,9 +10,9 @@ from megatron.early_exit.checkpoint.description import ModelDescription, read_de
 from megatron.early_exit.checkpoint.exits import RandomInit, add_exits, strip_exits
 from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.megatron_args import described_args
-from megatron.early_exit.checkpoint.model import model_weights
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.source import open_checkpoint, open_parts
+from megatron.early_exit.checkpoint.weights import model_weights
 from megatron.early_exit.checkpoint.writer import write_checkpoint
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams

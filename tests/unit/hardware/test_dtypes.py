@@ -15,7 +15,6 @@ from megatron.early_exit import platform
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.hardware import dtypes, resources
-from megatron.early_exit.hardware.compiler import has_cpp_compiler
 from megatron.early_exit.hardware.dtypes import (
     VARIABLE,
     best_training_dtype,
@@ -216,7 +215,7 @@ def test_training_in_a_fast_dtype_is_not(monkeypatch) -> None:
     assert platform.dtype_remark(Namespace(bf16=True, fp16=False), MACHINE) is None
 
 
-# --- cores, memory, compiler -----------------------------------------------------------------
+# --- cores, memory ---------------------------------------------------------------------------
 
 
 def write(folder: Path, **files: str) -> None:
@@ -279,15 +278,6 @@ def test_cgroups_bound_the_memory(cgroups) -> None:
 def test_this_machine_has_cores_and_memory() -> None:
     assert resources.usable_cores() >= 1
     assert resources.available_memory() > 0
-
-
-def test_the_compiler_is_the_one_that_is_named(monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("CXX", str(tmp_path / "missing"))
-    assert not has_cpp_compiler()
-    compiler = tmp_path / "compiler"
-    compiler.touch(mode=0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    assert has_cpp_compiler()
 
 
 # --- what PyTorch says of the machine --------------------------------------------------------

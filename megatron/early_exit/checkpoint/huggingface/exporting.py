@@ -1,6 +1,7 @@
 """From one of our checkpoints to a folder that transformers loads."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,26 +11,29 @@ from torch import Tensor
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.base import is_of_exit
-from megatron.early_exit.checkpoint.end_tokens import (
+from megatron.early_exit.checkpoint.huggingface.families import (
+    refuse_inexpressible,
+    write_config,
+    write_sizes,
+)
+from megatron.early_exit.checkpoint.huggingface.layouts import TensorLayout
+from megatron.early_exit.checkpoint.huggingface.shard_writer import write_shards
+from megatron.early_exit.checkpoint.huggingface.shards import open_shards
+from megatron.early_exit.checkpoint.huggingface.tokenizers import export_tokenizer
+from megatron.early_exit.checkpoint.huggingface.weight_map import origin
+from megatron.early_exit.checkpoint.huggingface_config import (
     CONFIG_NAME,
     GENERATION_NAME,
     as_end_tokens,
+    read_json,
 )
-from megatron.early_exit.checkpoint.huggingface.exit_config import (
-    copy_modelling,
-    write_exit_config,
-)
-from megatron.early_exit.checkpoint.huggingface.families import write_config
-from megatron.early_exit.checkpoint.huggingface.layouts import TensorLayout
-from megatron.early_exit.checkpoint.huggingface.shard_writer import write_shards
-from megatron.early_exit.checkpoint.huggingface.shards import open_shards, read_json
-from megatron.early_exit.checkpoint.huggingface.tokenizers import export_tokenizer
-from megatron.early_exit.checkpoint.huggingface.weight_map import origin
 from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights
 from megatron.early_exit.checkpoint.source import open_checkpoint
 from megatron.early_exit.checkpoint.writer import Report, check_written, new_directory
+from megatron.early_exit.config import HEAD_PARTS, EarlyExitConfig
 
 MAX_SHARD_BYTES = 5 * 10**9
+_EXPORTED = Path(__file__).with_name("exported")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,9 @@ class Export:
             self._write_generation(partial / GENERATION_NAME)
             _write_json(partial / CONFIG_NAME, self.config)
             if self.needs_remote_code:
-                copy_modelling(partial)
+                # The source files that compute the model.
+                for file in _EXPORTED.glob("*_early_exit.py"):
+                    shutil.copyfile(file, partial / file.name)
             hashes = write_shards(partial, self.weights, max_shard_bytes, report)
             check_written(open_shards(partial), hashes, report)
 
@@ -141,7 +147,7 @@ def open_export(source: str | Path, plain: bool = False) -> Export:
     assert architecture is not None
     try:
         if early_exit.positions and not plain:
-            config = write_exit_config(architecture, early_exit)
+            config = _exit_config(architecture, early_exit)
         else:
             config = write_config(architecture)
         kept = {
@@ -155,6 +161,35 @@ def open_export(source: str | Path, plain: bool = False) -> Export:
     tokenizer = export_tokenizer(conversion.description.tokenizer)
     config |= tokenizer.special_tokens
     return Export(config, weights, sources, tokenizer.install)
+
+
+def _exit_config(a: Architecture, early_exit: EarlyExitConfig) -> dict[str, Any]:
+    """A config.json for the class that comes with the folder.
+
+    Raises:
+        ValueError: the backbone is of another kind than the Llama family's.
+    """
+    refuse_inexpressible(a)
+    return {
+        "architectures": ["EarlyExitForCausalLM"],
+        "model_type": "megatron_early_exit",
+        "auto_map": {
+            "AutoConfig": "configuration_early_exit.EarlyExitConfig",
+            "AutoModelForCausalLM": "modeling_early_exit.EarlyExitForCausalLM",
+        },
+        **write_sizes(a),
+        # Not under the names that transformers rewrites when it reads them.
+        "rotary_base": float(a.rotary_base),
+        "rotary_linear_factor": a.rotary_seq_len_interpolation_factor,
+        "rotary_llama3_factor": a.rope_scaling_factor,
+        "qkv_bias": a.qkv_bias,
+        "linear_bias": a.add_bias_linear,
+        "qk_norm": a.qk_layernorm,
+        "exit_layers": list(early_exit.positions),
+        **{part.field: getattr(early_exit, part.field) for part in HEAD_PARTS},
+        "exit_vocab_size": early_exit.exit_vocab_size,
+        "early_exit_threshold": None,
+    }
 
 
 def _split(

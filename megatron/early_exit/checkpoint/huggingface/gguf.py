@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.early_exit.checkpoint.end_tokens import CONFIG_NAME, as_end_tokens
 from megatron.early_exit.checkpoint.huggingface.families import FAMILIES
 from megatron.early_exit.checkpoint.huggingface.tokenizers import SPECIAL_TOKENS
+from megatron.early_exit.checkpoint.huggingface_config import CONFIG_NAME, as_end_tokens
 from megatron.early_exit.checkpoint.lazy import LazyTensor
 
 _READ = tuple(family.model_type for family in FAMILIES)

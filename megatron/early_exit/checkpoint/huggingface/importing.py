@@ -10,14 +10,14 @@ from torch import Tensor
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.conversion import Conversion
 from megatron.early_exit.checkpoint.description import ModelDescription
-from megatron.early_exit.checkpoint.end_tokens import CONFIG_NAME
 from megatron.early_exit.checkpoint.huggingface.families import read_architecture
 from megatron.early_exit.checkpoint.huggingface.gguf import GgufModel
 from megatron.early_exit.checkpoint.huggingface.layouts import Shape
-from megatron.early_exit.checkpoint.huggingface.shards import DTYPES, open_shards, read_json
+from megatron.early_exit.checkpoint.huggingface.shards import DTYPES, open_shards
 from megatron.early_exit.checkpoint.huggingface.sources import locate_source
 from megatron.early_exit.checkpoint.huggingface.tokenizers import find_tokenizer
 from megatron.early_exit.checkpoint.huggingface.weight_map import BUFFER, Origin, origin
+from megatron.early_exit.checkpoint.huggingface_config import CONFIG_NAME, read_json
 from megatron.early_exit.checkpoint.lazy import LazyTensor
 from megatron.early_exit.checkpoint.weights import LAYERS, weight_shapes
 from megatron.early_exit.config import EarlyExitConfig

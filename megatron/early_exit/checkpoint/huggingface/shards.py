@@ -1,13 +1,12 @@
 """Weights in safetensors files: one file, or several and an index of what is where."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron.early_exit.checkpoint.huggingface_config import read_json
 from megatron.early_exit.checkpoint.lazy import LazyTensor
 
 SINGLE_NAME = "model.safetensors"
@@ -15,23 +14,6 @@ INDEX_NAME = "model.safetensors.index.json"
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Of weights, by the format's names; buffers may have others."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        ValueError: there is no such file, or it holds something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, allowed: an object")
-    return values
 
 
 def open_shards(folder: Path) -> dict[str, LazyTensor]:

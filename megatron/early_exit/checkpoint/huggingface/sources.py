@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron.early_exit.checkpoint.end_tokens import CONFIG_NAME
+from megatron.early_exit.checkpoint.huggingface_config import CONFIG_NAME
 
 _GGUF = ".gguf"
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "vocab.txt", "merges.txt")

@@ -7,16 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.early_exit.checkpoint.end_tokens import (
+from megatron.early_exit.checkpoint.huggingface.sentencepiece_tokenizer import (
+    convert_sentencepiece,
+)
+from megatron.early_exit.checkpoint.huggingface_config import (
     CONFIG_NAME,
     GENERATION_NAME,
     as_end_tokens,
     end_tokens,
+    read_json,
 )
-from megatron.early_exit.checkpoint.huggingface.sentencepiece_tokenizer import (
-    convert_sentencepiece,
-)
-from megatron.early_exit.checkpoint.huggingface.shards import read_json
 from megatron.early_exit.checkpoint.tokenizer import (
     HUGGINGFACE_TYPE,
     SENTENCEPIECE_TYPES,

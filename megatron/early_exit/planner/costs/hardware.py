@@ -6,7 +6,7 @@ all on an A100, 900 GB/s on Hopper. The network is that of the makers' reference
 Gb/s InfiniBand port for each A100 (DGX A100), one of 400 Gb/s for each H100 or H200 (DGX H100).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,6 @@ class Accelerator:
     per_node: int = 8
 
 
-_A100_80GB = Accelerator(
-    flops_per_s=312e12,
-    memory_bytes=80e9,
-    memory_bytes_per_s=2.039e12,
-    node_bytes_per_s=300e9,
-    network_bytes_per_s=25e9,
-)
 _H100 = Accelerator(
     flops_per_s=989e12,
     memory_bytes=80e9,
@@ -44,17 +37,15 @@ _H100 = Accelerator(
     node_bytes_per_s=450e9,
     network_bytes_per_s=50e9,
 )
-_H200 = Accelerator(
-    flops_per_s=989e12,
-    memory_bytes=141e9,
-    memory_bytes_per_s=4.8e12,
-    node_bytes_per_s=450e9,
-    network_bytes_per_s=50e9,
-)
-
 ACCELERATORS: dict[str, Accelerator] = {
-    "a100-80gb": _A100_80GB,
+    "a100-80gb": Accelerator(
+        flops_per_s=312e12,
+        memory_bytes=80e9,
+        memory_bytes_per_s=2.039e12,
+        node_bytes_per_s=300e9,
+        network_bytes_per_s=25e9,
+    ),
     "h100": _H100,
-    "h200": _H200,
+    "h200": replace(_H100, memory_bytes=141e9, memory_bytes_per_s=4.8e12),
 }
 """Accelerators by name."""

@@ -4,8 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.planner.costs.head_costs import part_weights
-from megatron.early_exit.planner.costs.model_shape import ModelShape
+from megatron.early_exit.planner.costs.model_shape import ModelShape, part_weights
 from megatron.early_exit.ranges import ONE_OR_MORE, ZERO_OR_MORE
 
 

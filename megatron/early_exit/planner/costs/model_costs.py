@@ -15,10 +15,9 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.planner.costs.cost_model import CostModel, StageCost
 from megatron.early_exit.planner.costs.hardware import Accelerator
-from megatron.early_exit.planner.costs.head_costs import part_activation_bytes
 from megatron.early_exit.planner.costs.layer_profile import Part
 from megatron.early_exit.planner.costs.layout import Layout, stage_weights
-from megatron.early_exit.planner.costs.model_shape import ModelShape
+from megatron.early_exit.planner.costs.model_shape import ModelShape, part_activation_bytes
 from megatron.early_exit.planner.costs.part_times import HardwareTimes, PartTimes
 from megatron.early_exit.ranges import ONE_OR_MORE
 

@@ -7,9 +7,11 @@ attention matrix, which FlashAttention (arXiv 2205.14135) does not keep.
 """
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.config import HeadPart
 from megatron.early_exit.errors import out_of_range
 
 _BF16 = 2
@@ -98,3 +100,28 @@ class ModelShape(Architecture):
         inputs = 3 * self.hidden_size + self.ffn_hidden_size
         outputs = self._qkv_size + 2 * self.hidden_size + 2 * self.ffn_hidden_size
         return min(_BF16 * (inputs + outputs), self.layer_activation_bytes)
+
+
+def part_weights(part: HeadPart, shape: ModelShape) -> int:
+    """Entries of the matrices of one part of an exit's head other than its output projection;
+    vectors, such as a norm's, are left out."""
+    match part.tensors:
+        case "mlp":
+            return shape.mlp_weights
+        case "layer":
+            return shape.layer_weights
+    return sum(prod(matrix) for matrix in _matrices(part, shape))
+
+
+def part_activation_bytes(part: HeadPart, shape: ModelShape) -> int:
+    """What such a part keeps of a token for the backward: of matrices of its own, their inputs."""
+    match part.tensors:
+        case "mlp":
+            return shape.mlp_activation_bytes
+        case "layer":
+            return shape.layer_activation_bytes
+    return sum(2 * inputs for _, inputs in _matrices(part, shape))
+
+
+def _matrices(part: HeadPart, shape: ModelShape) -> list[tuple[int, ...]]:
+    return [sizes for sizes in part.own_shapes(shape).values() if len(sizes) == 2]

@@ -9,9 +9,8 @@ from typing import Protocol
 
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.planner.costs.hardware import Accelerator
-from megatron.early_exit.planner.costs.head_costs import part_weights
 from megatron.early_exit.planner.costs.layer_profile import LayerProfile, Part
-from megatron.early_exit.planner.costs.model_shape import ModelShape
+from megatron.early_exit.planner.costs.model_shape import ModelShape, part_weights
 from megatron.early_exit.ranges import Range
 
 # Bytes moved for each logit: forward writes bf16, reads it for the maximum, reads it and writes

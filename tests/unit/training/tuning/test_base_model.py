@@ -10,7 +10,7 @@ from megatron.early_exit.checkpoint.base import BaseReference, is_of_exit
 from megatron.early_exit.checkpoint.description import ModelDescription
 from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.megatron_args import described_args
-from megatron.early_exit.checkpoint.model import model_weights
+from megatron.early_exit.checkpoint.weights import model_weights
 from megatron.early_exit.checkpoint.writer import write_checkpoint
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
