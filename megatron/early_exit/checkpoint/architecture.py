@@ -5,7 +5,7 @@ training writes beside its checkpoints, or from the arguments inside a plain Meg
 what inference cannot compute yet is refused here, with the name of the flag that asked for it.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from megatron.early_exit.errors import FieldError, as_flag, out_of_range
@@ -103,7 +103,13 @@ class Architecture:
         hidden_size, heads = given("hidden_size"), given("num_attention_heads")
         grouped = given("group_query_attention", False)
         activation, gated = _activation(args)
+        # Arguments that are not there are as the defaults of these fields.
+        optional = {
+            f.name: given(f.name, f.default) for f in fields(cls) if f.default is not MISSING
+        }
+        optional["rope_scaling_factor"] = _rope_scaling_factor(args)
         return cls(
+            **optional,
             # A run that tunes exits builds the first layers only.
             num_layers=given("full_num_layers", given("num_layers")),
             hidden_size=hidden_size,
@@ -115,19 +121,10 @@ class Architecture:
             max_position_embeddings=given("max_position_embeddings", given("seq_length")),
             normalization=given("normalization"),
             layernorm_epsilon=given("layernorm_epsilon", given("norm_epsilon")),
-            layernorm_zero_centered_gamma=given("layernorm_zero_centered_gamma", False),
             activation=activation,
             gated_linear_unit=gated,
             add_bias_linear=given("add_bias_linear"),
-            add_qkv_bias=given("add_qkv_bias", False),
-            qk_layernorm=given("qk_layernorm", False),
-            softmax_scale=given("softmax_scale"),
             position_embedding_type=given("position_embedding_type"),
-            rotary_base=given("rotary_base", 10000),
-            rotary_percent=given("rotary_percent", 1.0),
-            rotary_interleaved=given("rotary_interleaved", False),
-            rotary_seq_len_interpolation_factor=given("rotary_seq_len_interpolation_factor"),
-            rope_scaling_factor=_rope_scaling_factor(args),
             share_embeddings_and_output_weights=not given("untie_embeddings_and_output_weights"),
             params_dtype=str(given("params_dtype")).removeprefix("torch."),  # type: ignore[arg-type]
         )

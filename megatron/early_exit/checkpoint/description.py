@@ -141,16 +141,26 @@ def read_description(path: str | Path) -> ModelDescription:
 
 def describe(location: CheckpointLocation) -> ModelDescription:
     """`read_description` for a checkpoint that is located already."""
-    path = location.description_path
-    if path.is_file():
-        try:
-            description = ModelDescription.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"model description {path}: {error}") from error
-        if description.architecture is not None:
-            description.early_exit.validate(description.architecture.num_layers)
-            return description
-    return _describe_from_args(location)
+    description = read_saved_description(location.save_dir)
+    if description is None or description.architecture is None:
+        return _describe_from_args(location)
+    description.early_exit.validate(description.architecture.num_layers)
+    return description
+
+
+def read_saved_description(save_dir: Path) -> ModelDescription | None:
+    """The description that `write_description` wrote, or None.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = save_dir / DESCRIPTION_NAME
+    if not path.is_file():
+        return None
+    try:
+        return ModelDescription.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"model description {path}: {error}") from error
 
 
 def _describe_from_args(location: CheckpointLocation) -> ModelDescription:

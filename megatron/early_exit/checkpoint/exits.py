@@ -7,7 +7,6 @@ random, as Megatron draws the weights of a model that it is about to train.
 
 import hashlib
 import math
-from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -20,6 +19,7 @@ from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.base import is_of_exit
 from megatron.early_exit.checkpoint.conversion import Conversion
 from megatron.early_exit.checkpoint.lazy import LazyTensor
+from megatron.early_exit.checkpoint.megatron_args import with_exits
 from megatron.early_exit.checkpoint.weights import weight_shapes
 from megatron.early_exit.config import HEAD_PARTS, EarlyExitConfig, Exit
 
@@ -107,11 +107,8 @@ def _with_exits(
     weights: Mapping[str, LazyTensor],
     sources: Mapping[str, tuple[str, ...]],
 ) -> Conversion:
-    args = source.args
-    if args is not None:
-        args = Namespace(**{**vars(args), **early_exit.to_dict()})
     description = replace(source.description, early_exit=early_exit)
-    return Conversion(description, weights, sources, args)
+    return Conversion(description, weights, sources, with_exits(source.args, early_exit))
 
 
 def _joined(old: EarlyExitConfig, new: EarlyExitConfig, num_layers: int) -> EarlyExitConfig:

@@ -11,8 +11,18 @@ import torch
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.description import ModelDescription
+from megatron.early_exit.config import EarlyExitConfig
 
 _PLAIN = (int, float, str, bool, type(None), torch.dtype)
+_SAME = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
+    *("num_query_groups", "kv_channels", "vocab_size", "max_position_embeddings"),
+    *("normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma"),
+    *("add_bias_linear", "add_qkv_bias", "qk_layernorm", "softmax_scale"),
+    *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved"),
+    "rotary_seq_len_interpolation_factor",
+)
+"""Fields of an `Architecture` that are Megatron's arguments of the same names."""
 
 
 def plain_args(args: object) -> Namespace:
@@ -20,8 +30,12 @@ def plain_args(args: object) -> Namespace:
 
     Values of Megatron's own types are left out, and Megatron takes its defaults for them.
     """
-    kept = {name: value for name, value in vars(args).items() if _is_plain(value)}
-    return Namespace(**kept)
+    return Namespace(**{name: value for name, value in vars(args).items() if _is_plain(value)})
+
+
+def with_exits(args: Namespace | None, early_exit: EarlyExitConfig) -> Namespace | None:
+    """The arguments of the same model with other exits; None where there are none."""
+    return None if args is None else Namespace(**{**vars(args), **early_exit.to_dict()})
 
 
 def _is_plain(value: Any) -> bool:
@@ -55,40 +69,21 @@ def described_args(description: ModelDescription) -> Namespace:
 def _backbone_args(a: Architecture) -> dict[str, Any]:
     dtype = getattr(torch, a.params_dtype)
     return {
-        "num_layers": a.num_layers,
+        **{name: getattr(a, name) for name in _SAME},
         "encoder_num_layers": a.num_layers,
-        "hidden_size": a.hidden_size,
-        "ffn_hidden_size": a.ffn_hidden_size,
-        "num_attention_heads": a.num_attention_heads,
         "group_query_attention": a.num_query_groups != a.num_attention_heads,
-        "num_query_groups": a.num_query_groups,
-        "kv_channels": a.kv_channels,
-        "vocab_size": a.vocab_size,
         "padded_vocab_size": a.vocab_size,
         "make_vocab_size_divisible_by": 1,
         "seq_length": a.max_position_embeddings,
-        "max_position_embeddings": a.max_position_embeddings,
-        "normalization": a.normalization,
         "norm_epsilon": a.layernorm_epsilon,
-        "layernorm_epsilon": a.layernorm_epsilon,
-        "layernorm_zero_centered_gamma": a.layernorm_zero_centered_gamma,
         "swiglu": a.activation == "silu" and a.gated_linear_unit,
         "squared_relu": a.activation == "squared_relu",
         "quick_geglu": a.activation == "quick_gelu",
         "bias_gelu_fusion": a.activation == "gelu_tanh",
-        "add_bias_linear": a.add_bias_linear,
         # Exits that are tuned on such a model have as much as it has.
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "add_qkv_bias": a.add_qkv_bias,
-        "qk_layernorm": a.qk_layernorm,
-        "softmax_scale": a.softmax_scale,
         "add_position_embedding": a.position_embedding_type == "learned_absolute",
-        "position_embedding_type": a.position_embedding_type,
-        "rotary_base": a.rotary_base,
-        "rotary_percent": a.rotary_percent,
-        "rotary_interleaved": a.rotary_interleaved,
-        "rotary_seq_len_interpolation_factor": a.rotary_seq_len_interpolation_factor,
         "use_rope_scaling": a.rope_scaling_factor is not None,
         "rope_scaling_factor": a.rope_scaling_factor or 8.0,
         "untie_embeddings_and_output_weights": not a.share_embeddings_and_output_weights,

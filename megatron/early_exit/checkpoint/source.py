@@ -9,7 +9,7 @@ from megatron.early_exit.checkpoint.base import is_of_exit
 from megatron.early_exit.checkpoint.conversion import Conversion
 from megatron.early_exit.checkpoint.description import ModelDescription, describe
 from megatron.early_exit.checkpoint.location import CheckpointLocation, locate
-from megatron.early_exit.checkpoint.megatron_args import plain_args
+from megatron.early_exit.checkpoint.megatron_args import plain_args, with_exits
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.tokenizer import TokenizerDescription
 from megatron.early_exit.checkpoint.weights import LAYERS, model_weights
@@ -61,9 +61,7 @@ def open_checkpoint(path: str | Path) -> Conversion:
     if description.base is not None:
         # Those of the run that tuned the exits are of a part of the model.
         base = CheckpointReader(description.base.find(location.save_dir).iteration_dir)
-        args = _stored_args(base)
-        if args is not None:
-            args = Namespace(**{**vars(args), **description.early_exit.to_dict()})
+        args = with_exits(_stored_args(base), description.early_exit)
     return Conversion(whole, weights, sources, args)
 
 
@@ -94,9 +92,7 @@ def open_parts(base: str | Path, exits: str | Path) -> Conversion:
     }
     tokenizer = _located(description, location) or backbone.description.tokenizer
     whole = replace(description, tokenizer=tokenizer, base=None)
-    args = backbone.args
-    if args is not None:
-        args = Namespace(**{**vars(args), **description.early_exit.to_dict()})
+    args = with_exits(backbone.args, description.early_exit)
     return Conversion(whole, weights, sources, args)
 
 

@@ -39,32 +39,26 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         """Number of tokens."""
-        ...
 
     @property
     def eod_id(self) -> int | None:
         """The token that ends a document."""
-        ...
 
     @property
     def other_end_ids(self) -> tuple[int, ...]:
         """Further tokens that end a text: of the turn of a conversation, say."""
-        ...
 
     @property
     def bos_id(self) -> int | None:
         """The token that begins a text, where there is one."""
-        ...
 
     @property
     def special_tokens(self) -> dict[str, str | None]:
         """The texts of `bos_token`, `eos_token` and `pad_token`."""
-        ...
 
     @property
     def chat_template(self) -> str | None:
         """How conversations become texts, in Jinja; None where the model knows none."""
-        ...
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The tokens of a text.
@@ -73,7 +67,6 @@ class Tokenizer(Protocol):
             text: what it says.
             add_special_tokens: frame it as the texts of the training data were framed.
         """
-        ...
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """The tokens of a conversation, up to where the model is to answer.
@@ -84,7 +77,6 @@ class Tokenizer(Protocol):
         Raises:
             ValueError: there is no chat template, or it does not take these messages.
         """
-        ...
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of tokens; bytes that are no complete character become U+FFFD.
@@ -92,7 +84,6 @@ class Tokenizer(Protocol):
         That of a beginning is the beginning of the whole, but for its last character where that is
         unfinished.
         """
-        ...
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """What a token is that may be a part of a character, or come between such parts.
@@ -101,7 +92,6 @@ class Tokenizer(Protocol):
             Its bytes; none for a token that `decode` leaves out as if it were not there. None for a
             token of whole characters, which leaves a character before it unfinished for good.
         """
-        ...
 
     def unfinished_length(self, data: bytes) -> int:
         """The characters U+FFFD that `decode` gives for the unfinished character at the end.
@@ -109,11 +99,9 @@ class Tokenizer(Protocol):
         Args:
             data: its bytes, the first 1 to 3 of a character.
         """
-        ...
 
     def token_name(self, token_id: int) -> str | None:
         """What the vocabulary calls a token; None for one that it lacks."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -133,8 +132,4 @@ def _lazy(
     found = tuple(joined[:rows].shape)
     if found != shape:
         raise ValueError(f"{label}: {name} has the shape {found}, its args want {shape}")
-    return LazyTensor(shape, parts[0].dtype, partial(_read, parts, join, rows))
-
-
-def _read(parts: Parts, join: Join, rows: int | None) -> Tensor:
-    return join(parts)[:rows]
+    return LazyTensor(shape, parts[0].dtype, lambda: join(parts)[:rows])

@@ -190,19 +190,22 @@ def refuse_inexpressible(a: Architecture) -> None:
     Raises:
         ValueError: as it says.
     """
-    wanted: tuple[tuple[str, object, object], ...] = (
-        ("normalization", a.normalization, "RMSNorm"),
-        ("layernorm_zero_centered_gamma", a.layernorm_zero_centered_gamma, False),
-        ("activation", a.activation, "silu"),
-        ("gated_linear_unit", a.gated_linear_unit, True),
-        ("softmax_scale", a.softmax_scale, None),
-        ("position_embedding_type", a.position_embedding_type, "rope"),
-        ("rotary_percent", a.rotary_percent, 1.0),
-        ("rotary_interleaved", a.rotary_interleaved, False),
-    )
-    for name, value, allowed in wanted:
-        if value != allowed:
+    for name, allowed in _EXPRESSIBLE.items():
+        if (value := getattr(a, name)) != allowed:
             raise ValueError(
                 f"{name} {value} cannot be expressed in Hugging Face's Llama family, allowed: "
                 f"{allowed}"
             )
+
+
+_EXPRESSIBLE: dict[str, object] = {
+    "normalization": "RMSNorm",
+    "layernorm_zero_centered_gamma": False,
+    "activation": "silu",
+    "gated_linear_unit": True,
+    "softmax_scale": None,
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+}
+"""What all models of the Llama family have in common."""

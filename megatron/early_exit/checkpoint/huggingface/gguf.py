@@ -106,7 +106,9 @@ def _check(path: Path) -> tuple[int, int, tuple[int, ...]]:
         raise ValueError(f"{path} is not a whole GGUF file: {error}") from error
     kind = fields.get("general.architecture")
     if kind not in _READ:
-        raise ValueError(f"{path}: architecture {kind} is not supported, allowed: {_join(_READ)}")
+        raise ValueError(
+            f"{path}: architecture {kind} is not supported, allowed: {', '.join(_READ)}"
+        )
     context: int = fields.get(f"{kind}.context_length", 0)
     # transformers reads neither of these, and would compute another model without a word.
     if "rope_freqs.weight" in names:
@@ -122,7 +124,3 @@ def _check(path: Path) -> tuple[int, int, tuple[int, ...]]:
         )
     ends = as_end_tokens([fields.get(name) for name in _ENDS_OF_TURNS])
     return context, len(names), ends
-
-
-def _join(values: tuple[str, ...]) -> str:
-    return ", ".join(values)

@@ -2,11 +2,12 @@
 
 import json
 import os
-from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from megatron.early_exit.ranges import ABOVE_ZERO, ZERO_OR_MORE
 
 Part = Literal["layer", "embedding", "head", "exit"]
 """Of a model: one backbone layer, the word embedding, the final head with its loss, one exit with
@@ -56,10 +57,11 @@ class LayerProfile:
             for part, passes in seconds.items():
                 _check_names(f"{part} with microbatches of {size}", passes, get_args(Pass))
                 for name, value in passes.items():
-                    if not _is_time(value, may_be_zero=part != "layer"):
+                    allowed = ABOVE_ZERO if part == "layer" else ZERO_OR_MORE
+                    if value not in allowed:
                         raise ValueError(
                             f"the {name} of {part} with microbatches of {size} takes {value} s, "
-                            f"allowed: {'above 0' if part == 'layer' else '0 or more'}"
+                            f"allowed: {allowed}"
                         )
 
     @property
@@ -82,7 +84,8 @@ class LayerProfile:
         looks better for not having been measured."""
         known = {n: self.seconds_by_size[n][part][name] for n in self.sizes}
         nearest = min(max(num_sequences, self.sizes[0]), self.sizes[-1])
-        low, high = (at(self.sizes, nearest) for at in (_last_up_to, _first_from))
+        low = max(size for size in self.sizes if size <= nearest)
+        high = min(size for size in self.sizes if size >= nearest)
         share = (nearest - low) / (high - low) if high > low else 0.0
         return (known[low] + share * (known[high] - known[low])) * num_sequences / nearest
 
@@ -131,17 +134,3 @@ def _check_names(where: str, found: Mapping[Any, Any], wanted: tuple[str, ...]) 
         raise ValueError(
             f"{where} has {', '.join(found) or 'nothing'}, allowed: {', '.join(wanted)}"
         )
-
-
-def _last_up_to(ascending: Sequence[int], number: int) -> int:
-    return ascending[bisect_right(ascending, number) - 1]
-
-
-def _first_from(ascending: Sequence[int], number: int) -> int:
-    return ascending[bisect_left(ascending, number)]
-
-
-def _is_time(value: object, may_be_zero: bool) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return 0 <= value < float("inf") and (may_be_zero or value > 0)

@@ -52,7 +52,6 @@ class PartTimes(Protocol):
             part: which.
             num_sequences: of a microbatch.
         """
-        ...
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,9 @@ class Workload(Protocol):
             microbatch: whose data the model reads next.
             ends_at_exit: nobody needs what comes after the last exit of the model chunk.
         """
-        ...
 
     def exits_backward(self, microbatch: Microbatch) -> None:
         """Run the backward of the exits that the last forward has passed, and of nothing else."""
-        ...
 
 
 @dataclass

@@ -19,6 +19,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 from megatron.training.utils import print_rank_0
 
+from megatron.early_exit.checkpoint.description import read_saved_description
 from megatron.early_exit.checkpoint.location import TOKENIZER_NAME
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.data.tokenizer import (
@@ -41,7 +42,6 @@ from megatron.early_exit.training.loop.filling_options import FillingOptions, pl
 from megatron.early_exit.training.resume.plan import (
     find_checkpoint,
     is_torch_dist,
-    read_saved_description,
 )
 from megatron.early_exit.training.resume.stored_model import StoredModel, describe_exits
 from megatron.early_exit.training.tuning.options import TuningOptions, plan_depth

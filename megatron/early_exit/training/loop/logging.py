@@ -81,11 +81,11 @@ class _Evaluation:
             losses, collected, time_is_up = evaluate(*args, **kwargs)
             means = _means(self.objective.validation_metrics)
             if not time_is_up:
-                accuracies = {name for name in means if "accuracy" in name}
-                self._accuracies = {
-                    name: means[name].item() for name in means if name in accuracies
-                }
-                losses.update({name: means[name] for name in means if name not in accuracies})
+                for name, mean in means.items():
+                    if "accuracy" in name:
+                        self._accuracies[name] = mean.item()
+                    else:
+                        losses[name] = mean
             return losses, collected, time_is_up
 
         return run

@@ -32,7 +32,6 @@ class StepPlan(Protocol):
         Args:
             num_microbatches: of the step.
         """
-        ...
 
 
 @dataclass

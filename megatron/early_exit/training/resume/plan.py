@@ -5,7 +5,6 @@ other ranks learn of it when the groups are there, just before Megatron loads; o
 moved. Everything is said to Megatron in its own options, nothing of it is replaced.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 
 from megatron.early_exit.checkpoint.base import BaseReference
-from megatron.early_exit.checkpoint.description import ModelDescription
-from megatron.early_exit.checkpoint.location import DESCRIPTION_NAME, TRACKER_NAME
+from megatron.early_exit.checkpoint.description import ModelDescription, read_saved_description
+from megatron.early_exit.checkpoint.location import TRACKER_NAME
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.training.loop.filling_options import MEASURED_RATIO
 from megatron.early_exit.training.resume.checkpoint_directory import Checkpoint, CheckpointDirectory
@@ -286,21 +285,6 @@ def _check_description(stored: ModelDescription, args: Any, exits: EarlyExitConf
             f"--save {args.save} holds a model with {old}, and this run asks for {new}: give the "
             "same, or save to another directory"
         )
-
-
-def read_saved_description(save_dir: Path) -> ModelDescription | None:
-    """The description that an earlier run wrote, or None.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    path = save_dir / DESCRIPTION_NAME
-    if not path.is_file():
-        return None
-    try:
-        return ModelDescription.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"model description {path}: {error}") from error
 
 
 def _is_same(path: str | Path | None, other: str | Path | None) -> bool:

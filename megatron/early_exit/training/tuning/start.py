@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.early_exit.checkpoint.base import BaseReference
+from megatron.early_exit.checkpoint.description import read_saved_description
 from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.training.resume.plan import (
@@ -12,7 +13,6 @@ from megatron.early_exit.training.resume.plan import (
     ResumePlan,
     check_save_directory,
     find_checkpoint,
-    read_saved_description,
     start_from,
 )
 from megatron.early_exit.training.resume.stored_model import StoredModel
