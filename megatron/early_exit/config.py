@@ -11,7 +11,7 @@ known by its position p, the number of backbone layers that run before it.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from megatron.early_exit.errors import FieldError, as_flag, out_of_range
 from megatron.early_exit.ranges import ABOVE_ZERO, ZERO_OR_MORE, Range
@@ -130,7 +130,32 @@ def _numbers(kind: type) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EarlyExitConfig:
+class FlagFields:
+    """What flags say: each field is one, and has its default where the flag is not given."""
+
+    @classmethod
+    def from_attributes(cls, source: object) -> Self:
+        """Read the fields from the attributes of parsed arguments; absent ones keep defaults."""
+        names = (f.name for f in fields(cls))
+        return cls(**{n: getattr(source, n) for n in names if getattr(source, n, None) is not None})
+
+    def refuse_given(self, *names: str, without: str) -> None:
+        """Refuse fields that have another value than their default, and no effect.
+
+        Args:
+            names: of the fields.
+            without: the flag without which they have none.
+
+        Raises:
+            ValueError: naming the flag of the first such field.
+        """
+        for one in fields(self):
+            if one.name in names and getattr(self, one.name) != one.default:
+                raise ValueError(f"{as_flag(one.name)} has no effect without {without}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyExitConfig(FlagFields):
     """Where the exits are, what their heads are made of, and how their losses are weighted.
 
     Raises:
@@ -222,9 +247,7 @@ class EarlyExitConfig:
 
     def _refuse_what_has_no_effect(self) -> None:
         if not self.exit_layer_nums:
-            for name in _NEED_EXITS:
-                if getattr(self, name):
-                    raise ValueError(f"{as_flag(name)} has no effect without --exit-layer-nums")
+            self.refuse_given(*_NEED_EXITS, without="--exit-layer-nums")
         if self.exit_layer_weight_warmup_iters == 0:
             for name, default in (("weight_init", 0.0), ("weight_warmup_style", "linear")):
                 value = getattr(self, f"exit_layer_{name}")
@@ -344,12 +367,6 @@ class EarlyExitConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
-
-    @classmethod
-    def from_attributes(cls, source: object) -> "EarlyExitConfig":
-        """Read the fields from the attributes of parsed arguments; absent ones keep defaults."""
-        names = (f.name for f in fields(cls))
-        return cls(**{n: getattr(source, n) for n in names if getattr(source, n, None) is not None})
 
 
 _PER_EXIT_DEFAULTS = {

@@ -4,8 +4,8 @@ from argparse import ArgumentTypeError, Namespace
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.errors import FieldError, as_flag, out_of_range
+from megatron.early_exit.config import EarlyExitConfig, FlagFields
+from megatron.early_exit.errors import FieldError, out_of_range, refuse_beside
 from megatron.early_exit.ranges import ZERO_OR_MORE
 from megatron.early_exit.schedules.generators import FilledOneFOneB
 from megatron.early_exit.schedules.generators.bubble_filling import (
@@ -49,7 +49,7 @@ def _ratio(text: str) -> float | str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FillingOptions:
+class FillingOptions(FlagFields):
     """How the bubbles of 1F1B are filled.
 
     Raises:
@@ -86,22 +86,12 @@ class FillingOptions:
         ZERO_OR_MORE.check_flags(
             self, "num_fill_warmup_microbatches", "num_fill_cooldown_microbatches"
         )
-        if self.fill_explicit_bubbles:
-            return
-        for name, default in (
-            ("num_fill_warmup_microbatches", None),
-            ("num_fill_cooldown_microbatches", None),
-            ("backward_forward_ratio", _ASSUMED_RATIO),
-            ("fill_samples", "extra"),
-        ):
-            if getattr(self, name) != default:
-                raise ValueError(f"{as_flag(name)} has no effect without --fill-explicit-bubbles")
-
-    @classmethod
-    def from_attributes(cls, source: object) -> "FillingOptions":
-        """Read the fields from the attributes of parsed arguments; absent ones keep defaults."""
-        values = {name: getattr(source, name, None) for name in cls.__dataclass_fields__}
-        return cls(**{name: value for name, value in values.items() if value is not None})
+        if not self.fill_explicit_bubbles:
+            self.refuse_given(
+                *("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches"),
+                *("backward_forward_ratio", "fill_samples"),
+                without="--fill-explicit-bubbles",
+            )
 
     @property
     def is_measured(self) -> bool:
@@ -170,13 +160,7 @@ def plan_fills(args: Namespace, options: FillingOptions, exits: EarlyExitConfig)
     Raises:
         ValueError: the flags do not go together.
     """
-    for name, (served, reason) in _REFUSED.items():
-        value = getattr(args, name, served)
-        if value != served:
-            shown = "" if value is True else f" {value}"
-            raise ValueError(
-                f"{as_flag(name)}{shown} cannot be combined with --fill-explicit-bubbles: {reason}"
-            )
+    refuse_beside("--fill-explicit-bubbles", args, _REFUSED)
     stages = args.pipeline_model_parallel_size
     if stages < 2:
         raise ValueError(

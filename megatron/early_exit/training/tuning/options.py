@@ -2,10 +2,10 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
-from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig
-from megatron.early_exit.errors import as_flag, out_of_range
+from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig, FlagFields
+from megatron.early_exit.errors import as_flag, out_of_range, refuse_beside
 from megatron.early_exit.ranges import ABOVE_ZERO, ZERO_TO_ONE
 
 _NEED_TUNING = (
@@ -35,7 +35,7 @@ _REFUSED: dict[str, tuple[object, str]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuningOptions:
+class TuningOptions(FlagFields):
     """What is tuned, and towards what.
 
     Raises:
@@ -76,23 +76,15 @@ class TuningOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "exit_layer_lr", tuple(self.exit_layer_lr or ()))
         if not self.tune_exit:
-            for name in _NEED_TUNING:
-                if getattr(self, name):
-                    raise ValueError(f"{as_flag(name)} has no effect without --tune-exit")
-        weight, temperature = self.exit_distillation_weight, self.exit_distillation_temperature
+            self.refuse_given(*_NEED_TUNING, without="--tune-exit")
         ZERO_TO_ONE.check_flags(self, "exit_distillation_weight")
         ABOVE_ZERO.check_flags(self, "exit_distillation_temperature")
-        if temperature != 1 and not weight:
+        temperature = self.exit_distillation_temperature
+        if temperature != 1 and not self.exit_distillation_weight:
             raise ValueError(
                 f"--exit-distillation-temperature {temperature} has no effect without "
                 "--exit-distillation-weight"
             )
-
-    @classmethod
-    def from_attributes(cls, source: object) -> "TuningOptions":
-        """Read the fields from the attributes of parsed arguments; absent ones keep defaults."""
-        names = (f.name for f in fields(cls))
-        return cls(**{n: getattr(source, n) for n in names if getattr(source, n, None) is not None})
 
     @property
     def distills(self) -> bool:
@@ -167,13 +159,7 @@ def _check(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) -> N
         ABOVE_ZERO.check(**{"--exit-layer-lr": rate})
     if rates and not getattr(args, "lr", 1.0):
         raise ValueError("--exit-layer-lr needs a positive --lr, whose schedule it follows")
-    for name, (served, reason) in _REFUSED.items():
-        value = getattr(args, name, served)
-        if value != served:
-            shown = "" if value is True else f" {value}"
-            raise ValueError(
-                f"{as_flag(name)}{shown} cannot be combined with --tune-exit: {reason}"
-            )
+    refuse_beside("--tune-exit", args, _REFUSED)
 
 
 def learning_rates(options: TuningOptions, exits: EarlyExitConfig) -> dict[int, float]:
