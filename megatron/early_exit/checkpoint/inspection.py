@@ -4,7 +4,9 @@ Parameters are counted as they are stored: rows that pad the vocabulary are amon
 """
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -13,10 +15,11 @@ from typing import Any
 from megatron.early_exit.checkpoint.architecture import UnsupportedArchitecture
 from megatron.early_exit.checkpoint.base import is_of_exit
 from megatron.early_exit.checkpoint.bridge import bridge_args
-from megatron.early_exit.checkpoint.description import ModelDescription, describe
-from megatron.early_exit.checkpoint.location import CheckpointLocation, locate
+from megatron.early_exit.checkpoint.description import describe
+from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.source import is_state
+from megatron.early_exit.config import EarlyExitConfig
 
 _LAYOUT = {
     "tensor": "tensor_model_parallel_size",
@@ -86,25 +89,31 @@ def inspect(path: str | Path) -> Inspection:
     """
     location = locate(path)
     reader = CheckpointReader(location.iteration_dir)
-    description, unsupported = _description(location)
-    state = _common_state(reader)
+    description, unsupported = None, None
+    try:
+        description = describe(location)
+    except UnsupportedArchitecture as error:
+        unsupported = str(error)
+    state: dict[str, Any] = {}
+    # The description may say enough; where it does not, `describe` has refused already.
+    with suppress(ValueError):
+        state = reader.common_state()
     args = state.get("args") or bridge_args(location.iteration_dir)
     layout = {name: getattr(args, flag, None) for name, flag in _LAYOUT.items()}
     entries = reader.tensors.items()
-    exits = {} if description is None else _heads(description)
+    dtypes = {entry.properties.dtype for name, entry in entries if not is_state(name)}
+    early_exit = EarlyExitConfig() if description is None else description.early_exit
     base = None if description is None else description.base
     as_dict = {} if description is None else description.to_dict()
     return Inspection(
         path=str(location.iteration_dir),
         iteration=state.get("iteration"),
         size_bytes=sum(f.stat().st_size for f in location.iteration_dir.rglob("*") if f.is_file()),
-        dtypes=tuple(
-            sorted({_short(e.properties.dtype) for name, e in entries if not is_state(name)})
-        ),
+        dtypes=tuple(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
         layout={k: v for k, v in layout.items() if isinstance(v, int)} or None,
         architecture=as_dict.get("architecture"),
         unsupported=unsupported,
-        exits=exits,
+        exits=dict.fromkeys(early_exit.positions, early_exit.head_flags),
         early_exit=as_dict.get("early_exit"),
         parameters=count_parameters({name: tuple(entry.size) for name, entry in entries}),
         tokenizer=as_dict.get("tokenizer"),
@@ -118,12 +127,10 @@ def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     Args:
         shapes: of tensors, by the names of `weight_shapes` or of a checkpoint.
     """
-    counts: dict[str, int] = {}
+    counts = Counter[str]()
     for name, shape in shapes.items():
-        part = _part(name)
-        counts[part] = counts.get(part, 0) + prod(shape)
-    model = sum(count for part, count in counts.items() if part != "optimizer")
-    counts["model"] = model
+        counts[_part(name)] += prod(shape)
+    counts["model"] = counts.total() - counts["optimizer"]
     return {part: counts[part] for part in sorted(counts, key=_order)}
 
 
@@ -144,26 +151,6 @@ def _order(part: str) -> tuple[int, int]:
     return ("embedding", "layers", "final head", "exit", "model", "optimizer").index(part), 0
 
 
-def _description(location: CheckpointLocation) -> tuple[ModelDescription | None, str | None]:
-    try:
-        return describe(location), None
-    except UnsupportedArchitecture as error:
-        return None, str(error)
-
-
-def _common_state(reader: CheckpointReader) -> dict[str, Any]:
-    try:
-        return reader.common_state()
-    except ValueError:
-        # The description may say enough; where it does not, `describe` has refused already.
-        return {}
-
-
-def _heads(description: ModelDescription) -> dict[int, str]:
-    early_exit = description.early_exit
-    return dict.fromkeys(early_exit.positions, early_exit.head_flags)
-
-
 def _wrapped(name: str, value: str) -> str:
     return textwrap.fill(
         f"{name:12}{value}",
@@ -174,15 +161,11 @@ def _wrapped(name: str, value: str) -> str:
     )
 
 
-def _short(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _joined(values: Mapping[str, Any] | None) -> str | None:
     if values is None:
         return None
-    known: Iterable[tuple[str, Any]] = values.items()
-    return ", ".join(f"{name} {value}" for name, value in known if value not in (None, False, ()))
+    known = {name: value for name, value in values.items() if value not in (None, False, ())}
+    return ", ".join(f"{name} {value}" for name, value in known.items())
 
 
 def _or_unknown(value: object) -> str:

@@ -21,11 +21,6 @@ class CheckpointLocation:
     iteration_dir: Path
 
     @property
-    def description_path(self) -> Path:
-        """The file that describes the model."""
-        return self.save_dir / DESCRIPTION_NAME
-
-    @property
     def tokenizer_dir(self) -> Path:
         """The folder with the tokenizer's files."""
         return self.save_dir / TOKENIZER_NAME

@@ -5,6 +5,7 @@ tensors and where their pieces are. No process group, no model and no Megatron i
 them together.
 """
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron.early_exit.checkpoint.location import METADATA_NAME
-from megatron.early_exit.checkpoint.safe_pickle import as_file, load_index, load_state
+from megatron.early_exit.checkpoint.safe_pickle import load_index, load_state
 from megatron.early_exit.patches.messages import without_distributed_warning
 
 _COMMON_KEY = "common_state/shard_0_1"
@@ -124,7 +125,7 @@ class CheckpointReader:
             with legacy.open("rb") as file:
                 state = load_state(file, label)
         elif isinstance(self._index.state_dict_metadata.get(_COMMON_KEY), BytesStorageMetadata):
-            state = load_state(as_file(self._read_bytes(_COMMON_KEY)), label)
+            state = load_state(BytesIO(self._read_bytes(_COMMON_KEY)), label)
         else:
             raise ValueError(f"checkpoint {self.path}: has no common state with its arguments")
         if isinstance(state, list):

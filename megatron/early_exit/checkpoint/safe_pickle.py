@@ -6,7 +6,6 @@ through torch's restricted loader, where every class that it does not know becom
 record of what was stored.
 """
 
-import io
 import pickle
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,28 +13,22 @@ from typing import Any, BinaryIO
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-_INDEX_CLASSES = frozenset(
-    {
-        ("collections", "OrderedDict"),
-        ("torch", "Size"),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
-        ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
-        ("torch.distributed.checkpoint.metadata", "Metadata"),
-        ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
-        ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-        ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-        ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
-        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-        ("torch.distributed.checkpoint.planner", "SavePlan"),
-        ("torch.distributed.checkpoint.planner", "TensorWriteData"),
-        ("torch.distributed.checkpoint.planner", "WriteItem"),
-        ("torch.distributed.checkpoint.planner", "WriteItemType"),
-        ("torch.serialization", "_get_layout"),
-    }
-)
+_INDEX_CLASSES = {
+    "collections": ("OrderedDict",),
+    "torch": ("Size",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex"),
+        *("StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
+    "torch.distributed.checkpoint.planner": (
+        *("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
+    ),
+    "torch.serialization": ("_get_layout",),
+}
+"""What an index may name: by module, its classes."""
 
-_INERT_PACKAGES = frozenset({"megatron", "pathlib"})
+_INERT_PACKAGES = ("megatron", "pathlib")
 """Found in indexes, and not needed to read tensors."""
 
 
@@ -48,7 +41,7 @@ class Inert:
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _INDEX_CLASSES:
+        if name in _INDEX_CLASSES.get(module, ()):
             return super().find_class(module, name)
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
@@ -91,8 +84,3 @@ def load_state(source: BinaryIO, label: str) -> Any:
             return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # as above; torch's own text advises to read it unsafely
         raise ValueError(f"{label} is damaged, or holds what cannot be read safely") from error
-
-
-def as_file(data: bytes) -> BinaryIO:
-    """`data` as a seekable file."""
-    return io.BytesIO(data)

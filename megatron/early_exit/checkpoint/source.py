@@ -15,12 +15,8 @@ from megatron.early_exit.checkpoint.tokenizer import TokenizerDescription
 from megatron.early_exit.checkpoint.weights import LAYERS, model_weights
 
 _STATE_PREFIXES = (
-    "optimizer.",
-    "chained_",
-    "rng_state",
-    "rerun_state_machine",
-    "opt_param_",
-    "tuning_",
+    *("optimizer.", "chained_", "opt_param_", "tuning_"),
+    *("rng_state", "rerun_state_machine"),
 )
 _STATE_ENDING = "_extra_state"
 _WRITTEN_ANEW = {

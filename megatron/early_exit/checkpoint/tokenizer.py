@@ -17,19 +17,9 @@ from megatron.early_exit.checkpoint.sentencepiece_text import SentencePieceText
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 HUGGINGFACE_TYPE = "HuggingFaceTokenizer"
 _HUGGINGFACE_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
+    *("added_tokens.json", "chat_template.jinja", "config.json", "generation_config.json"),
+    *("merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"),
 )
 
 

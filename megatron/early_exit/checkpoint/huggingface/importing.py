@@ -47,18 +47,14 @@ def import_hf(source: str | Path) -> Conversion:
     else:
         config, tensors, tokenizer_dir = read_json(path / CONFIG_NAME), open_shards(path), path
     try:
-        architecture = read_architecture(config, _stored_dtype(tensors))
+        stored = tensors[_EMBEDDING].dtype if _EMBEDDING in tensors else torch.float32
+        architecture = read_architecture(config, stored)
         origins, weights = _match(architecture, tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     tokenizer = find_tokenizer(tokenizer_dir, config)
     description = ModelDescription(architecture, EarlyExitConfig(), tokenizer)
     return Conversion(description, weights, {name: one.names for name, one in origins.items()})
-
-
-def _stored_dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
-    embedding = tensors.get(_EMBEDDING)
-    return torch.float32 if embedding is None else embedding.dtype
 
 
 def _match(

@@ -24,11 +24,7 @@ from megatron.early_exit.checkpoint.tokenizer import (
 )
 
 _TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
     "sentencepiece.bpe.model",
 )
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -123,7 +123,7 @@ class _Derivation:
         if stage == 0:
             parts.append(self._seconds("embedding"))
         if stage == self.layout.num_stages - 1:
-            parts.append(self._head())
+            parts.append(replace(self._seconds("head"), **self._logit_bytes(self.shape.vocab_size)))
         parts.append(
             StageCost(
                 forward_s=self.pass_overhead_s,
@@ -157,9 +157,6 @@ class _Derivation:
             activation_bytes=self.tokens * self.shape.layer_activation_bytes,
             weight_gradient_bytes=self.tokens * self.shape.layer_weight_gradient_bytes,
         )
-
-    def _head(self) -> StageCost:
-        return replace(self._seconds("head"), **self._logit_bytes(self.shape.vocab_size))
 
     def _logit_bytes(self, vocab_size: int) -> dict[str, float]:
         """Memory of an output projection whose logits live from forward to backward."""

@@ -58,14 +58,11 @@ def simulate(schedule: Schedule, costs: CostModel) -> Timeline:
     return Timeline(
         ranks=tuple(tuple(timed[action] for action in rank) for rank in lists),
         peak_bytes=tuple(
-            _static_bytes(rank, schedule, costs) + _peak_dynamic_bytes(actions_of_rank, costs)
+            sum(stage.static_bytes for stage in costs.stages[rank :: schedule.num_ranks])
+            + _peak_dynamic_bytes(actions_of_rank, costs)
             for rank, actions_of_rank in enumerate(lists)
         ),
     )
-
-
-def _static_bytes(rank: int, schedule: Schedule, costs: CostModel) -> float:
-    return sum(stage.static_bytes for stage in costs.stages[rank :: schedule.num_ranks])
 
 
 def _peak_dynamic_bytes(actions: Sequence[Action], costs: CostModel) -> float:

@@ -275,14 +275,8 @@ def restore_exits(args: object, stored: EarlyExitConfig, given: frozenset[str]) 
 _PER_EXIT_FIELDS = ("exit_layer_weight", "exit_layer_weight_init", "exit_layer_temperature")
 _NOT_RESTORED = frozenset(
     {
-        "layernorm_epsilon",
-        "norm_epsilon",
-        "layernorm_zero_centered_gamma",
-        "qk_layernorm",
-        "quick_geglu",
-        "rope_scaling_factor",
-        "rotary_seq_len_interpolation_factor",
-        "softmax_scale",
-        "use_rope_scaling",
+        *("layernorm_epsilon", "norm_epsilon", "layernorm_zero_centered_gamma", "qk_layernorm"),
+        *("quick_geglu", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
+        *("softmax_scale", "use_rope_scaling"),
     }
 )

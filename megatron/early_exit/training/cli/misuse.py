@@ -37,8 +37,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, _REFUSALS):
         if not message:
             # An assertion without a text has its condition only.
-            condition = frames[0][1] if frames else type(error).__name__
-            message = f"the arguments do not fit together, required: {_condition(condition)}"
+            condition = frames[0][1].removeprefix("assert ") if frames else type(error).__name__
+            message = f"the arguments do not fit together, required: {condition}"
         return f"{message} ({named})" if named else message
     if not named:
         return None
@@ -54,10 +54,6 @@ def _frames(error: BaseException) -> Iterator[tuple[FrameType, str]]:
         numbers = range(first, (summary.end_lineno or first) + 1)
         code = "".join(linecache.getline(summary.filename, number) for number in numbers)
         yield frame, " ".join(code.replace("\\\n", " ").split())
-
-
-def _condition(code: str) -> str:
-    return code.removeprefix("assert ")
 
 
 def _flags(frame: FrameType, code: str) -> list[str]:

@@ -42,8 +42,12 @@ class LossChecks:
         machine = get_rerun_state_machine()
         loss = loss.detach()
         if self.finite:
-            machine.validate_result(loss, _is_nan, "found NaN in the final loss")
-            machine.validate_result(loss, _is_infinite, "found Inf in the final loss")
+            machine.validate_result(
+                loss, lambda value: bool(value.isnan()), "found NaN in the final loss"
+            )
+            machine.validate_result(
+                loss, lambda value: bool(value.isinf()), "found Inf in the final loss"
+            )
         if self.spikes:
             is_spike = partial(machine.is_unexpectedly_large, threshold=_SPIKE, context="loss")
             machine.validate_result(loss, is_spike, "Spiky loss", fatal=False)
@@ -67,14 +71,6 @@ def rejected_results() -> Iterator[None]:
         if "Unexpected result" not in str(error):
             raise
         raise SystemExit(f"error: {error}") from error
-
-
-def _is_nan(loss: Tensor) -> bool:
-    return bool(loss.isnan())
-
-
-def _is_infinite(loss: Tensor) -> bool:
-    return bool(loss.isinf())
 
 
 def final_loss(

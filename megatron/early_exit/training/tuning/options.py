@@ -1,7 +1,6 @@
 """EE-Tuning's flags (arXiv 2402.00518), and how deep a model they need."""
 
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig, FlagFields
@@ -152,8 +151,8 @@ def _check(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) -> N
     rates = options.exit_layer_lr
     if rates and len(rates) != len(exits.exit_layer_nums):
         raise ValueError(
-            f"--exit-layer-lr {_join(rates)} has {len(rates)} values, allowed: one for each of "
-            f"the {len(exits.exit_layer_nums)} layers of --exit-layer-nums"
+            f"--exit-layer-lr {' '.join(map(str, rates))} has {len(rates)} values, allowed: one "
+            f"for each of the {len(exits.exit_layer_nums)} layers of --exit-layer-nums"
         )
     for rate in rates:
         ABOVE_ZERO.check(**{"--exit-layer-lr": rate})
@@ -167,7 +166,3 @@ def learning_rates(options: TuningOptions, exits: EarlyExitConfig) -> dict[int, 
     if not options.exit_layer_lr:
         return {}
     return dict(zip(exits.exit_layer_nums, options.exit_layer_lr, strict=True))
-
-
-def _join(values: Sequence[object]) -> str:
-    return " ".join(map(str, values))
