@@ -211,7 +211,7 @@ class EarlyExitConfig(FlagFields):
     probability (held constant in the backward pass)."""
 
     def __post_init__(self) -> None:
-        for name in ("exit_layer_nums", *_PER_EXIT_DEFAULTS):
+        for name in ("exit_layer_nums", *PER_EXIT_DEFAULTS):
             object.__setattr__(self, name, tuple(getattr(self, name) or ()))
         lowest = 2 if self.pre_exit else 1
         for number in self.exit_layer_nums:
@@ -223,7 +223,7 @@ class EarlyExitConfig(FlagFields):
                 f"--exit-layer-nums {_join(self.exit_layer_nums)}: layer {min(repeated)} is given "
                 "more than once, each layer may have one exit"
             )
-        for name, default in _PER_EXIT_DEFAULTS.items():
+        for name, default in PER_EXIT_DEFAULTS.items():
             self._check_per_exit_values(name, default)
         ZERO_OR_MORE.check_flags(self, "exit_layer_weight_warmup_iters")
         if self.exit_layer_weight_warmup_style not in get_args(WarmupStyle):
@@ -369,11 +369,12 @@ class EarlyExitConfig(FlagFields):
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
 
-_PER_EXIT_DEFAULTS = {
+PER_EXIT_DEFAULTS = {
     "exit_layer_weight": 1.0,
     "exit_layer_weight_init": 0.0,
     "exit_layer_temperature": 1.0,
 }
+"""The fields that list a number for each exit, in the order of `exit_layer_nums`."""
 
 
 HEAD_FIELDS = {

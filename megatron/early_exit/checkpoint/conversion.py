@@ -23,7 +23,7 @@ from megatron.early_exit.checkpoint.writer import (
 )
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-"""Of a layer or an exit: the numbers inside `linear_fc1` stay."""
+"""Finds the number of a layer or an exit, and not the one in `linear_fc1`."""
 
 
 @dataclass(frozen=True, slots=True)

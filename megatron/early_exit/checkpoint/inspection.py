@@ -35,7 +35,7 @@ class Inspection:
     path: str
     iteration: int | None
     size_bytes: int
-    """On the disk."""
+    """What its files take on the disk."""
     dtypes: tuple[str, ...]
     """The formats of the model's tensors."""
     layout: dict[str, int] | None
@@ -44,10 +44,10 @@ class Inspection:
     unsupported: str | None
     """What is in the way where the model is of a kind that inference cannot compute."""
     exits: dict[int, str]
-    """By position, the flags of its head."""
+    """The flags of the head of each exit, by position."""
     early_exit: dict[str, Any] | None
     parameters: dict[str, int]
-    """How many each part has."""
+    """How many parameters each part has."""
     tokenizer: dict[str, Any] | None
     base: str | None
     """Where the backbone is, of a checkpoint that holds exits only."""

@@ -129,7 +129,7 @@ def _located(
 
 
 def _stored_args(reader: CheckpointReader) -> Namespace | None:
-    """None where there are none: the description says as much of the model."""
+    """The arguments that are stored, or None: the description says as much of the model."""
     state = {}
     with suppress(ValueError):
         state = reader.common_state()

@@ -24,7 +24,7 @@ class _Format:
     beginning: bytes
     endings: tuple[str, ...]
     decompress: Callable[[IO[bytes]], Any] | None = None
-    """None where that is not supported."""
+    """None where files of this format are refused."""
 
 
 class _ZstdReader(io.RawIOBase):

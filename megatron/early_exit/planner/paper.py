@@ -40,7 +40,7 @@ class PaperModel:
         return self.model.global_batch_size // self.data_parallel // self.microbatch_size
 
     def layout(self, use_tp_pp_dp_mapping: bool) -> Layout:
-        """Over the paper's machines."""
+        """How the model is laid out over the paper's machines."""
         return Layout(
             layers_per_stage=(self.model.shape.num_layers // NUM_RANKS,) * NUM_RANKS,
             num_ranks=NUM_RANKS,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Role = Literal["", "w", "c"]
-"""Of a microbatch: full, or filling the warm-up or the cool-down bubble."""
+"""What a microbatch is for: "" is a full one, w and c fill the warm-up and the cool-down bubble."""
 
 Computation = Literal["F", "B", "I", "W", "L"]
 """F forward; B backward, which zero-bubble schedules split into I (gradient of the input) and W

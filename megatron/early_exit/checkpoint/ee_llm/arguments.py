@@ -11,7 +11,7 @@ from megatron.early_exit.checkpoint.tokenizer import (
     TokenizerDescription,
     load_tokenizer,
 )
-from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.config import PER_EXIT_DEFAULTS, EarlyExitConfig
 
 _NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size", "params_dtype")
 _REFUSED = {
@@ -72,7 +72,7 @@ def exits_of(args: Namespace) -> EarlyExitConfig:
         # EE-LLM takes values that have no effect, and saves them.
         given.pop("exit_layer_weight_init", None)
         given.pop("exit_layer_weight_warmup_style", None)
-    for name in ("exit_layer_weight", "exit_layer_weight_init", "exit_layer_temperature"):
+    for name in PER_EXIT_DEFAULTS:
         # Its own tool adds exits without values for their losses.
         if len(given.get(name, ())) != len(numbers):
             given.pop(name, None)

@@ -28,7 +28,7 @@ _IN_LAYER = (
     ("mlp.linear_fc1.", "mlp.dense_h_to_4h."),
     ("mlp.linear_fc2.", "mlp.dense_4h_to_h."),
 )
-"""Of a layer: beginnings of names here and there, the first that fits."""
+"""How names of tensors in a layer begin here and in EE-LLM; the first that fits counts."""
 
 
 def ee_llm_name(name: str, early_exit: EarlyExitConfig) -> str:
@@ -38,9 +38,8 @@ def ee_llm_name(name: str, early_exit: EarlyExitConfig) -> str:
         name: one of `weight_shapes`.
         early_exit: the model's exits.
     """
-    number_of = dict(
-        zip(early_exit.positions, sorted(early_exit.exit_layer_nums), strict=True)
-    )  # both ascend
+    # Both ascend.
+    number_of = dict(zip(early_exit.positions, sorted(early_exit.exit_layer_nums), strict=True))
     if name.startswith(LAYERS):
         layer, _, rest = name.removeprefix(LAYERS).partition(".")
         inside = _name_in_layer(rest)

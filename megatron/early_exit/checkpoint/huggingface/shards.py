@@ -13,7 +13,7 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Of weights, by the format's names; buffers may have others."""
+"""The dtypes that weights may have, by the format's names; buffers may have others."""
 
 
 def open_shards(folder: Path) -> dict[str, LazyTensor]:

@@ -46,7 +46,7 @@ class Model:
 
 
 def add_model_flags(parser: ArgumentParser) -> None:
-    """Add them."""
+    """Add the flags of a model and its exits to a command line."""
     group = parser.add_argument_group("model", "what is given here wins over --config")
     add = group.add_argument
     add(

@@ -22,7 +22,7 @@ _ACHIEVED_SHARE = 0.5
 
 
 def add_request_flags(parser: ArgumentParser) -> None:
-    """Add them."""
+    """Add the flags of machines and of the layout to a command line."""
     add = parser.add_argument_group("machines").add_argument
     add("--gpus", type=int, help="how many there are; all are used")
     add("--gpu", choices=ACCELERATORS, default="a100-80gb", help="default: %(default)s")
@@ -46,7 +46,7 @@ def add_request_flags(parser: ArgumentParser) -> None:
 
 
 def add_fill_flags(parser: ArgumentParser) -> None:
-    """Add those of partial microbatches in bubbles."""
+    """Add the flags of partial microbatches in bubbles to a command line."""
     add = parser.add_argument_group("filled bubbles").add_argument
     add("--fill-explicit-bubbles", action="store_true", help="of the plain schedule, with exits")
     add("--num-fill-warmup-microbatches", type=int, help="default: as many as are worth it")

@@ -8,7 +8,7 @@ from megatron.early_exit.planner.uniform_stages import ScheduleName, UniformStag
 
 
 def add_schedule_flags(parser: ArgumentParser) -> None:
-    """Add them; ranks, chunks and fills have flags that a plan has, too."""
+    """Add the flags that only a single schedule has; those of ranks, chunks and fills it shares."""
     group = parser.add_argument_group("one schedule", "on stages that take the same time")
     add = group.add_argument
     add("--schedule", choices=get_args(ScheduleName), help="time and draw it, instead of planning")

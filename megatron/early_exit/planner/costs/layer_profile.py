@@ -10,11 +10,11 @@ from typing import Any, Literal, get_args
 from megatron.early_exit.ranges import ABOVE_ZERO, ZERO_OR_MORE
 
 Part = Literal["layer", "embedding", "head", "exit"]
-"""Of a model: one backbone layer, the word embedding, the final head with its loss, one exit with
-its own."""
+"""A part of a model: one backbone layer, the word embedding, the final head with its loss, or one
+exit with its own."""
 
 Pass = Literal["forward", "backward"]
-"""Through a part."""
+"""The direction in which a microbatch goes through a part."""
 
 MEASURED_SIZES = (
     *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),

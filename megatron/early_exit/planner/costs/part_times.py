@@ -45,8 +45,8 @@ class PartTimes(Protocol):
     """What the parts of one model take."""
 
     def time(self, part: Part, num_sequences: int) -> PartTime:
-        """Of one layer, of the embedding, of the final head, or of one exit, whose loss may be
-        anywhere in its forward and backward.
+        """What one layer, the embedding, the final head or one exit takes; the loss of an exit may
+        be anywhere in its forward and backward.
 
         Args:
             part: which.

@@ -12,7 +12,7 @@ NAMES: dict[Kind, str] = {
 """What the kinds of computations are called, in the order of a legend."""
 
 CRITICAL_COLOR = "#c0392b"
-"""Of the outlines of computations on the critical path."""
+"""The colour that outlines computations on the critical path."""
 
 _COLORS: dict[Kind, str] = {
     "F": "#7fb2e5",

@@ -48,7 +48,7 @@ class StepTime:
 
     @classmethod
     def of(cls, timeline: Timeline) -> "StepTime":
-        """That of a timeline; a rank that has nothing to do starts and ends at once."""
+        """Sum up a timeline; a rank that has nothing to do starts and ends at once."""
         return cls(
             tuple(
                 RankTime(

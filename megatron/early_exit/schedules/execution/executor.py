@@ -43,7 +43,7 @@ class Executor:
         self._gradients: dict[Microbatch, Tensor] = {}
 
     def run(self) -> None:
-        """Run all of it."""
+        """Run the whole list."""
         self._sync.disable()
         for action in self._actions:
             self._act(action)

@@ -1,4 +1,4 @@
-"""One training step by a schedule: what Megatron calls its own schedules for."""
+"""Runs one training step by a schedule, which is what Megatron calls its own schedules for."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -63,7 +63,7 @@ def check_arguments(args: Namespace, exits: EarlyExitConfig) -> None:
 
 
 def _check_learning_rate(args: Namespace) -> None:
-    """What Megatron only asserts once every process has built its model."""
+    """Check what Megatron only asserts once every process has built its model."""
     if args.lr is None:
         raise ValueError("nothing says how fast to learn: give --lr")
     rates = Range(least=0, most=args.lr, most_means="--lr")
@@ -80,7 +80,8 @@ def _check_learning_rate(args: Namespace) -> None:
 
 
 def _check_temporary_folder() -> None:
-    """Megatron's processes that write a checkpoint talk over a socket in there."""
+    """Refuse a folder without room for the socket over which Megatron's processes talk that write a
+    checkpoint."""
     try:
         Listener(family="AF_UNIX").close()
     except OSError as error:
@@ -135,7 +136,7 @@ def check_data(args: Namespace, vocabulary: int) -> None:
 
 
 def _check_cache(args: Namespace) -> None:
-    """Megatron would fail there once the model is built."""
+    """Refuse a cache that cannot be written: Megatron would fail there once the model is built."""
     folder = args.data_cache_path
     if folder is None:
         return
@@ -151,7 +152,7 @@ def _check_cache(args: Namespace) -> None:
 
 
 def _check_splits(args: Namespace) -> None:
-    """Megatron would train on nothing, or evaluate on nothing, without a word or with a crash."""
+    """Refuse splits with which Megatron would train or evaluate on nothing, or crash."""
     _, per_split = read_blends(args)
     if per_split is not None:
         if args.split is not None:
@@ -212,7 +213,7 @@ def _check_object_storage(args: Namespace, source: DataSource) -> None:
 
 
 def _check_shares(source: DataSource, documents: int, split: str) -> None:
-    """Megatron looks for samples in a share without documents for ever."""
+    """Refuse shares without a document: Megatron would look for samples in them for ever."""
     ends = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
     for name, share in zip(("training", "validation", "test"), ends, strict=True):
         if share is not None and round(share[0] * documents) == round(share[1] * documents):
@@ -221,7 +222,11 @@ def _check_shares(source: DataSource, documents: int, split: str) -> None:
 
 
 def _check_files(source: DataSource, vocabulary: int) -> int:
-    """The number of documents."""
+    """Refuse a data set that is missing, damaged or of another vocabulary.
+
+    Returns:
+        The number of its documents.
+    """
     idx, data = f"{source.prefix}.idx", f"{source.prefix}.bin"
     for file in (idx, data):
         if not os.path.isfile(file):

@@ -21,7 +21,7 @@ from megatron.training.utils import print_rank_0
 
 from megatron.early_exit.checkpoint.description import read_saved_description
 from megatron.early_exit.checkpoint.location import TOKENIZER_NAME
-from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.config import PER_EXIT_DEFAULTS, EarlyExitConfig
 from megatron.early_exit.data.tokenizer import (
     check_tokenizer_arguments,
     complete_tokenizer_arguments,
@@ -263,7 +263,7 @@ def restore_exits(args: object, stored: EarlyExitConfig, given: frozenset[str]) 
     from_checkpoint = {f.name for f in fields(EarlyExitConfig)} - given
     if "exit_layer_nums" in given:
         # What is listed in the order of the layers belongs to the list that it came with.
-        from_checkpoint -= {"pre_exit", *_PER_EXIT_FIELDS}
+        from_checkpoint -= {"pre_exit", *PER_EXIT_DEFAULTS}
     values = {name: getattr(stored, name) for name in from_checkpoint}
     for name in given & {f.name for f in fields(EarlyExitConfig)}:
         values[name] = getattr(args, name)
@@ -272,7 +272,6 @@ def restore_exits(args: object, stored: EarlyExitConfig, given: frozenset[str]) 
     return EarlyExitConfig(**values)
 
 
-_PER_EXIT_FIELDS = ("exit_layer_weight", "exit_layer_weight_init", "exit_layer_temperature")
 _NOT_RESTORED = frozenset(
     {
         *("layernorm_epsilon", "norm_epsilon", "layernorm_zero_centered_gamma", "qk_layernorm"),

@@ -65,7 +65,7 @@ class FilledBubbles:
         return self._schedules[key]
 
     def _measure(self) -> None:
-        """Before each step until the ratio is known."""
+        """Time some steps, then share the ratio; called before each step until it is known."""
         if self._steps == _SKIPPED_STEPS:
             self.clock = PassClock()
         if self._steps == _SKIPPED_STEPS + _MEASURED_STEPS:

@@ -59,7 +59,7 @@ class ScheduledSteps:
         force_all_reduce: bool = False,
         **others: Any,
     ) -> list[Any]:
-        """One step, with the arguments of Megatron's schedules.
+        """Run one step; takes the arguments of Megatron's schedules.
 
         Returns:
             What the last stage's forwards reported, empty on the others.

@@ -115,7 +115,7 @@ class ExitObjective:
             self._iteration, self._dropout_draws = iteration, 0
 
     def start_step(self, per_token_share: float) -> None:
-        """Before a step in which stages work on different microbatches.
+        """Prepare a step in which stages work on different microbatches.
 
         Args:
             per_token_share: microbatches that contribute on the last stage, whose tokens are

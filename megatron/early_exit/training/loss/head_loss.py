@@ -107,8 +107,8 @@ class Teacher:
     def own_softmax(
         self, logits: Tensor, temperature: float, vocabulary: LocalVocabulary
     ) -> Tensor | None:
-        """Of a head, tempered like the teacher's; None where the head's own temperature is the
-        same, so that the loss by the labels has made it."""
+        """The head's softmax at the teacher's temperature; None where that is the head's own, so
+        that the loss by the labels has computed it already."""
         if self.temperature == temperature:
             return None
         return vocabulary.softmax(logits / self.temperature)

@@ -32,7 +32,7 @@ class LocalVocabulary:
         return logits
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over the ranks, in the same memory."""
+        """Sum values over the ranks, in the same memory."""
         if self._is_divided:
             torch.distributed.all_reduce(values, group=self._group)
         return values
@@ -56,8 +56,8 @@ class LocalVocabulary:
         return exponentials.div_(self.sum(exponentials.sum(dim=-1)).unsqueeze(1))
 
     def at_labels(self, values: Tensor, labels: Tensor) -> Tensor:
-        """Of [c, rows] the values [c] at the labels, summed over the ranks they are what the whole
-        vocabulary has there; for a label that is no answer, the mean over all answers."""
+        """Pick from [c, rows] the values at the labels, [c]: summed over the ranks they are what the
+        whole vocabulary has there, and for a label that is no answer the mean over all answers."""
         index, is_here = self._places(labels)
         found = torch.where(is_here, values.gather(1, index).squeeze(1), 0)
         if self._size is None:
