@@ -6,7 +6,6 @@ never needs the command line that trained the model.
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from megatron.early_exit.checkpoint.location import (
     TOKENIZER_NAME,
     CheckpointLocation,
     locate,
+    write_whole,
 )
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.tokenizer import (
@@ -114,13 +114,8 @@ def write_description(save_dir: str | Path, description: ModelDescription) -> No
     if description.tokenizer is not None:
         installed = install_tokenizer(description.tokenizer, save_dir / TOKENIZER_NAME)
         description = replace(description, tokenizer=installed)
-    target = save_dir / DESCRIPTION_NAME
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(description.to_dict(), indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(target)
+    text = json.dumps(description.to_dict(), indent=2) + "\n"
+    write_whole(save_dir / DESCRIPTION_NAME, text)
 
 
 def read_description(path: str | Path) -> ModelDescription:

@@ -1,12 +1,12 @@
 """What a few layers of a model took on a machine, and its file."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from megatron.early_exit.checkpoint.location import write_whole
 from megatron.early_exit.ranges import ABOVE_ZERO, ZERO_OR_MORE
 
 Part = Literal["layer", "embedding", "head", "exit"]
@@ -95,12 +95,7 @@ class LayerProfile:
         Raises:
             OSError: it cannot be written.
         """
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "LayerProfile":

@@ -56,7 +56,7 @@ class LocalVocabulary:
         return exponentials.div_(self.sum(exponentials.sum(dim=-1)).unsqueeze(1))
 
     def at_labels(self, values: Tensor, labels: Tensor) -> Tensor:
-        """Pick from [c, rows] the values at the labels, [c]: summed over the ranks they are what the
+        """Pick from [c, rows] the values [c] at the labels: summed over the ranks they are what the
         whole vocabulary has there, and for a label that is no answer the mean over all answers."""
         index, is_here = self._places(labels)
         found = torch.where(is_here, values.gather(1, index).squeeze(1), 0)

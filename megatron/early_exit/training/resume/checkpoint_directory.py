@@ -7,14 +7,13 @@ text file is believed only where it names a whole checkpoint; otherwise the newe
 """
 
 import json
-import os
 import re
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.early_exit.checkpoint.location import METADATA_NAME, TRACKER_NAME
+from megatron.early_exit.checkpoint.location import METADATA_NAME, TRACKER_NAME, write_whole
 from megatron.early_exit.checkpoint.safe_pickle import load_index
 
 _CONFIG_NAME = "metadata.json"
@@ -161,12 +160,7 @@ class CheckpointDirectory:
 
     def set_tracker(self, iteration: int) -> None:
         """Make the text file name `iteration`; a reader sees the old or the new name."""
-        partial = self.path / f".{TRACKER_NAME}.new"
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(str(iteration))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path / TRACKER_NAME)
+        write_whole(self.path / TRACKER_NAME, str(iteration))
 
     def drop_tracker(self) -> None:
         """Remove the text file, which names no checkpoint that is whole."""
