@@ -139,7 +139,7 @@ class FlagFields:
         names = (f.name for f in fields(cls))
         return cls(**{n: getattr(source, n) for n in names if getattr(source, n, None) is not None})
 
-    def refuse_given(self, *names: str, without: str) -> None:
+    def refuse_changed(self, *names: str, without: str) -> None:
         """Refuse fields that have another value than their default, and no effect.
 
         Args:
@@ -247,7 +247,7 @@ class EarlyExitConfig(FlagFields):
 
     def _refuse_what_has_no_effect(self) -> None:
         if not self.exit_layer_nums:
-            self.refuse_given(*_NEED_EXITS, without="--exit-layer-nums")
+            self.refuse_changed(*_NEED_EXITS, without="--exit-layer-nums")
         if self.exit_layer_weight_warmup_iters == 0:
             for name, default in (("weight_init", 0.0), ("weight_warmup_style", "linear")):
                 value = getattr(self, f"exit_layer_{name}")

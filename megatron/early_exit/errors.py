@@ -6,7 +6,7 @@ or an argument in Python.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 _NOT_SHOWN = object()
 
@@ -65,6 +65,17 @@ def refuse_beside(flag: str, args: object, others: Mapping[str, tuple[object, st
         if value != served:
             shown = "" if value is True else f" {value}"
             raise ValueError(f"{as_flag(name)}{shown} cannot be combined with {flag}: {reason}")
+
+
+def refuse_given(args: object, names: Iterable[str], reason: str) -> None:
+    """Refuse arguments that are given and have no effect, for a reason that ends the sentence.
+
+    Raises:
+        ValueError: naming the flag of the first such argument and its value.
+    """
+    for name in names:
+        if (value := getattr(args, name)) is not None:
+            raise ValueError(f"{as_flag(name)} {value} has no effect {reason}")
 
 
 def as_flag(name: str) -> str:

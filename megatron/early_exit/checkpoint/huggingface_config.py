@@ -79,12 +79,8 @@ def as_end_tokens(value: object) -> tuple[int, ...]:
 
 
 def end_tokens(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    """The tokens that end a text, those that generation knows first.
-
-    Args:
-        config: what config.json holds.
-        generation: what generation_config.json holds.
-    """
+    """The tokens that end a text, by what config.json and generation_config.json hold; those of the
+    latter come first."""
     named = [as_end_tokens(one.get("eos_token_id")) for one in (generation, config)]
     return tuple(dict.fromkeys(token for one in named for token in one))
 

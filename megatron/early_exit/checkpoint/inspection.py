@@ -122,11 +122,8 @@ def inspect(path: str | Path) -> Inspection:
 
 
 def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """How many numbers the parts of a model have, the state of its training among them.
-
-    Args:
-        shapes: of tensors, by the names of `weight_shapes` or of a checkpoint.
-    """
+    """How many numbers the parts of a model have, the state of its training among them, by the
+    shapes of tensors under the names of `weight_shapes` or of a checkpoint."""
     counts = Counter[str]()
     for name, shape in shapes.items():
         counts[_part(name)] += prod(shape)

@@ -84,11 +84,8 @@ class Tokenizer(Protocol):
         """
 
     def unfinished_length(self, data: bytes) -> int:
-        """The characters U+FFFD that `decode` gives for the unfinished character at the end.
-
-        Args:
-            data: its bytes, the first 1 to 3 of a character.
-        """
+        """How many characters U+FFFD `decode` gives for an unfinished character at the end, by its
+        first 1 to 3 bytes."""
 
     def token_name(self, token_id: int) -> str | None:
         """What the vocabulary calls a token; None for one that it lacks."""

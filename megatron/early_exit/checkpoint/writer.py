@@ -126,13 +126,7 @@ def check_written(stored: LazyWeights, hashes: Mapping[str, str], report: Report
 
 
 class _StreamPlanner(dcp.DefaultSavePlanner):
-    """Plans to write tensors that are read when their turn comes.
-
-    Args:
-        weights: the tensors.
-        common: what all ranks share.
-        report: told of each.
-    """
+    """Plans to write tensors, which are read when their turn comes, and what all ranks share."""
 
     def __init__(self, weights: LazyWeights, common: dict[str, Any], report: Report) -> None:
         super().__init__(flatten_state_dict=False)

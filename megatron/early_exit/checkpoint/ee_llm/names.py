@@ -32,12 +32,7 @@ _IN_LAYER = (
 
 
 def ee_llm_name(name: str, early_exit: EarlyExitConfig) -> str:
-    """What EE-LLM calls a tensor.
-
-    Args:
-        name: one of `weight_shapes`.
-        early_exit: the model's exits.
-    """
+    """What EE-LLM calls a tensor of `weight_shapes`, in a model with these exits."""
     # Both ascend.
     number_of = dict(zip(early_exit.positions, sorted(early_exit.exit_layer_nums), strict=True))
     if name.startswith(LAYERS):

@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 
+from megatron.early_exit.errors import refuse_given
 from megatron.early_exit.planner.command_line.model_flags import Model
 from megatron.early_exit.planner.command_line.profile_flags import read_profile
 from megatron.early_exit.planner.costs.hardware import ACCELERATORS, Accelerator
@@ -19,6 +20,7 @@ _HARDWARE: dict[str, tuple[str, float, str]] = {
     "network_bytes_per_s": ("--network-gb-per-s", 1e9, "GB/s of each GPU to other nodes"),
 }
 _ACHIEVED_SHARE = 0.5
+NUMBERS_OF_FILLS = ("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches")
 
 
 def add_request_flags(parser: ArgumentParser) -> None:
@@ -77,10 +79,7 @@ def read_fill_request(args: Namespace) -> FillRequest | None:
             backward_forward_ratio=args.backward_forward_ratio,
             most_cost=args.max_fill_cost,
         )
-    for name in ("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches"):
-        if getattr(args, name) is not None:
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise ValueError(f"{flag} has no effect without --fill-explicit-bubbles")
+    refuse_given(args, NUMBERS_OF_FILLS, "without --fill-explicit-bubbles")
     return None
 
 

@@ -3,7 +3,8 @@
 from argparse import ArgumentParser, Namespace
 from typing import get_args
 
-from megatron.early_exit.errors import as_flag
+from megatron.early_exit.errors import as_flag, refuse_given
+from megatron.early_exit.planner.command_line.request_flags import NUMBERS_OF_FILLS
 from megatron.early_exit.planner.uniform_stages import ScheduleName, UniformStages
 
 
@@ -41,19 +42,11 @@ def read_schedule(args: Namespace) -> UniformStages:
             raise ValueError(
                 f"{as_flag(name)} missing, allowed: 1 or more, with --schedule {args.schedule}"
             )
-    for name in ("config", "gpus", "profile"):
-        if getattr(args, name) is not None:
-            raise ValueError(
-                f"--{name} {getattr(args, name)} has no effect with --schedule {args.schedule}, "
-                "whose stages take the same time"
-            )
+    beside = f"with --schedule {args.schedule}"
+    names = ("config", "gpus", "profile")
+    refuse_given(args, names, f"{beside}, whose stages take the same time")
     if args.schedule != "filled":
-        for name in ("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches"):
-            if getattr(args, name) is not None:
-                raise ValueError(
-                    f"{as_flag(name)} {getattr(args, name)} has no effect with --schedule "
-                    f"{args.schedule}, allowed: with --schedule filled"
-                )
+        refuse_given(args, NUMBERS_OF_FILLS, f"{beside}, allowed: with --schedule filled")
     return UniformStages(
         name=args.schedule,
         num_ranks=args.pipeline_model_parallel_size,

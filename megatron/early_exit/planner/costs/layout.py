@@ -48,21 +48,13 @@ class Layout:
         return len(self.layers_per_stage)
 
     def leaves_node(self, stage: int, per_node: int) -> bool:
-        """Whether a stage and the next one are on different nodes, in any of the replicas.
-
-        Args:
-            stage: counted from 0.
-            per_node: accelerators of a node.
-        """
+        """Whether a stage and the next one are on different nodes of `per_node` accelerators, in
+        any of the replicas."""
         return self.spans_nodes({stage % self.num_ranks, (stage + 1) % self.num_ranks}, per_node)
 
     def spans_nodes(self, ranks: Collection[int], per_node: int) -> bool:
-        """Whether ranks of a pipeline are on different nodes, in any of the replicas.
-
-        Args:
-            ranks: of one pipeline.
-            per_node: accelerators of a node.
-        """
+        """Whether ranks of a pipeline are on different nodes of `per_node` accelerators, in any of
+        the replicas."""
         # Where on its node an accelerator is repeats after at most so many replicas.
         for replica in range(min(self.data_parallel, per_node)):
             if len({self._first_accelerator(rank, replica) // per_node for rank in ranks}) > 1:
@@ -70,11 +62,7 @@ class Layout:
         return False
 
     def replicas_per_node(self, per_node: int) -> int:
-        """How many replicas of a stage, or parts of such, a node has.
-
-        Args:
-            per_node: accelerators of a node.
-        """
+        """How many replicas of a stage, or parts of such, a node of `per_node` accelerators has."""
         apart = self._first_accelerator(0, 1) - self._first_accelerator(0, 0)
         return min(self.data_parallel, max(per_node // apart, 1))
 

@@ -49,7 +49,6 @@ class PartTimes(Protocol):
         be anywhere in its forward and backward.
 
         Args:
-            part: which.
             num_sequences: of a microbatch.
         """
 

@@ -38,11 +38,7 @@ class RankTime:
 
 @dataclass(frozen=True)
 class StepTime:
-    """A step without its single computations.
-
-    Attributes:
-        ranks: of the pipeline.
-    """
+    """A step without its single computations, by the ranks of the pipeline."""
 
     ranks: tuple[RankTime, ...]
 

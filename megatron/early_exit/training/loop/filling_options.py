@@ -87,7 +87,7 @@ class FillingOptions(FlagFields):
             self, "num_fill_warmup_microbatches", "num_fill_cooldown_microbatches"
         )
         if not self.fill_explicit_bubbles:
-            self.refuse_given(
+            self.refuse_changed(
                 *("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches"),
                 *("backward_forward_ratio", "fill_samples"),
                 without="--fill-explicit-bubbles",
@@ -129,13 +129,7 @@ class FillingOptions(FlagFields):
     def generator(
         self, stages: int, microbatches: int, exit_stages: frozenset[int], ratio: float
     ) -> FilledOneFOneB:
-        """The schedule of a step.
-
-        Args:
-            stages: of the pipeline.
-            microbatches: of the step, fills among them.
-            exit_stages: the stages that have exits.
-            ratio: time of a backward over that of a forward.
+        """The schedule of a step of so many microbatches, fills among them; see `places`.
 
         Raises:
             ValueError: see `places`; or none would be left for the whole pipeline.

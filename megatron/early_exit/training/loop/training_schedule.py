@@ -27,21 +27,12 @@ class StepPlan(Protocol):
 
     def __call__(self, num_microbatches: int) -> Schedule:
         """The schedule of the next step, with sends and receives; called once for each on all ranks
-        alike. A new object is proved before it is run, so equal steps should have the same one.
-
-        Args:
-            num_microbatches: of the step.
-        """
+        alike. A new object is proved before it is run, so equal steps should have the same one."""
 
 
 @dataclass
 class ScheduledSteps:
-    """Training steps by lists of actions, for `train_by`.
-
-    Attributes:
-        objective: of the exits.
-        plan: what each step does.
-    """
+    """Training steps by lists of actions, as a plan chooses them; for `train_by`."""
 
     objective: ExitObjective
     plan: StepPlan

@@ -6,13 +6,8 @@ from megatron.early_exit.config import EarlyExitConfig
 
 
 def exit_loss_weights(config: EarlyExitConfig, iteration: int) -> dict[int, float]:
-    """Weight of each exit's loss, by position.
-
-    A weight moves from its initial to its final value over the warm-up iterations, up or down.
-
-    Args:
-        iteration: number of iterations completed, from 0.
-    """
+    """Weight of each exit's loss by position, after so many completed iterations: it moves from its
+    initial to its final value over the warm-up iterations, up or down."""
     progress = 1.0
     if config.exit_layer_weight_warmup_iters > 0:
         progress = min(1.0, iteration / config.exit_layer_weight_warmup_iters)

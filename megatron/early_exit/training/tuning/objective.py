@@ -101,12 +101,7 @@ class TuningStep(ModelStep):
 
 
 class TuningPlan:
-    """The plan of `ScheduledSteps` for EE-Tuning.
-
-    Args:
-        stages: of the pipeline.
-        exit_stages: the stages that have exits.
-    """
+    """The plan of `ScheduledSteps` for EE-Tuning, on so many stages, of which some have exits."""
 
     def __init__(self, stages: int, exit_stages: frozenset[int]) -> None:
         self.clock: PassClock | None = None

@@ -75,7 +75,7 @@ class TuningOptions(FlagFields):
     def __post_init__(self) -> None:
         object.__setattr__(self, "exit_layer_lr", tuple(self.exit_layer_lr or ()))
         if not self.tune_exit:
-            self.refuse_given(*_NEED_TUNING, without="--tune-exit")
+            self.refuse_changed(*_NEED_TUNING, without="--tune-exit")
         ZERO_TO_ONE.check_flags(self, "exit_distillation_weight")
         ABOVE_ZERO.check_flags(self, "exit_distillation_temperature")
         temperature = self.exit_distillation_temperature
