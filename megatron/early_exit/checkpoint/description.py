@@ -18,9 +18,9 @@ from megatron.early_exit.checkpoint.location import (
     TOKENIZER_NAME,
     CheckpointLocation,
     locate,
-    write_whole,
 )
 from megatron.early_exit.checkpoint.reader import CheckpointReader
+from megatron.early_exit.checkpoint.text_files import write_whole
 from megatron.early_exit.checkpoint.tokenizer import (
     TokenizerDescription,
     install_tokenizer,

@@ -1,11 +1,11 @@
 """What the JSON files beside a model of Hugging Face's say, whichever family it is of: its sizes,
 and the tokens that end a text."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron.early_exit.checkpoint.text_files import read_json
 from megatron.early_exit.errors import out_of_range
 from megatron.early_exit.ranges import INDEX, ONE_OR_MORE
 
@@ -19,23 +19,6 @@ _NAMES = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_position_embeddings",
 }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        ValueError: there is no such file, or it holds something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, allowed: an object")
-    return values
 
 
 def read_sizes(config: Mapping[str, Any], head_size: int | None = None) -> dict[str, Any]:

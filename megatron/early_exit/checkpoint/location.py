@@ -1,10 +1,9 @@
-"""Where the parts of a checkpoint are, and how its small files are written.
+"""Where the parts of a checkpoint are.
 
 A save directory holds one `iter_XXXXXXX` directory per checkpoint and names the last complete one
 in a text file; what all of them share (description, tokenizer) is beside them.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,23 +69,6 @@ def named_iteration(save_dir: Path) -> Path:
     if name != "release" and not (name.isascii() and name.isdigit()):
         raise ValueError(f"checkpoint {save_dir}: {TRACKER_NAME} says {name!r}, not an iteration")
     return save_dir / (name if name == "release" else f"iter_{int(name):07d}")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file; a reader at any moment sees the old content or the new one.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _hint(path: Path) -> str:

@@ -64,7 +64,7 @@ def with_layer(content: dict, layer: object) -> dict:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: [c], "is no profile of layers: it is no JSON object"),
+        (lambda c: [c], "holds a list, allowed: an object"),
         (lambda c: without(c, "dtype"), "it has machine, shape, exit_heads, seconds_by_size, "),
         (
             lambda c: c | {"shape": {"hidden_size": 8}},

@@ -206,8 +206,11 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
         ("--config 7b", "--gpus missing"),
         ("--gpus 8", "--num-layers --hidden-size --num-attention-heads --vocab-size --seq-length"),
         ("--config 8b --gpus 8", "--config 8b is neither a model nor a file, allowed: 1.3b, 7b"),
-        ("--config {folder} --gpus 8", "folder cannot be read: No such file or directory"),
-        ("--config {no_json} --gpus 8", "is not JSON"),
+        (
+            "--config {folder} --gpus 8",
+            "folder/config.json cannot be read: No such file or directory",
+        ),
+        ("--config {no_json} --gpus 8", "is not a JSON file"),
         ("--config {experts} --gpus 8", "num_local_experts 8, allowed: dense models"),
         ("--config {heads} --gpus 8", "head_dim 128, allowed: hidden_size / num_attention_heads"),
         ("--config {less} --gpus 8", "vocab_size None is out of range, allowed: 1 or more"),

@@ -25,10 +25,10 @@ from megatron.early_exit.checkpoint.huggingface_config import (
     CONFIG_NAME,
     GENERATION_NAME,
     as_end_tokens,
-    read_json,
 )
 from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights
 from megatron.early_exit.checkpoint.source import open_checkpoint
+from megatron.early_exit.checkpoint.text_files import read_json
 from megatron.early_exit.checkpoint.writer import Report, check_written, new_directory
 from megatron.early_exit.config import HEAD_PARTS, EarlyExitConfig
 

@@ -17,8 +17,9 @@ from megatron.early_exit.checkpoint.huggingface.shards import DTYPES, open_shard
 from megatron.early_exit.checkpoint.huggingface.sources import locate_source
 from megatron.early_exit.checkpoint.huggingface.tokenizers import find_tokenizer
 from megatron.early_exit.checkpoint.huggingface.weight_map import BUFFER, Origin, origin
-from megatron.early_exit.checkpoint.huggingface_config import CONFIG_NAME, read_json
+from megatron.early_exit.checkpoint.huggingface_config import CONFIG_NAME
 from megatron.early_exit.checkpoint.lazy import LazyTensor
+from megatron.early_exit.checkpoint.text_files import read_json
 from megatron.early_exit.checkpoint.weights import LAYERS, weight_shapes
 from megatron.early_exit.config import EarlyExitConfig
 

@@ -6,8 +6,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron.early_exit.checkpoint.huggingface_config import read_json
 from megatron.early_exit.checkpoint.lazy import LazyTensor
+from megatron.early_exit.checkpoint.text_files import read_json
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

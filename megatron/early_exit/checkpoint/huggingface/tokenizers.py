@@ -15,8 +15,8 @@ from megatron.early_exit.checkpoint.huggingface_config import (
     GENERATION_NAME,
     as_end_tokens,
     end_tokens,
-    read_json,
 )
+from megatron.early_exit.checkpoint.text_files import read_json
 from megatron.early_exit.checkpoint.tokenizer import (
     HUGGINGFACE_TYPE,
     SENTENCEPIECE_TYPES,

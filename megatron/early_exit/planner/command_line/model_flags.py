@@ -1,13 +1,13 @@
 """The flags with which a model and its exits are described, with Megatron's names."""
 
-import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.early_exit.checkpoint.huggingface_config import read_sizes
+from megatron.early_exit.checkpoint.huggingface_config import CONFIG_NAME, read_sizes
+from megatron.early_exit.checkpoint.text_files import read_json
 from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig
 from megatron.early_exit.errors import FieldError, as_flag
 from megatron.early_exit.planner.costs.model_shape import ModelShape
@@ -116,15 +116,10 @@ def placements(exits: EarlyExitConfig, num_layers: int) -> tuple[EarlyExitConfig
 
 def _read_config(path: Path) -> dict[str, Any]:
     """What a config.json, or the one in a folder, tells of a `ModelShape`."""
-    file = path / "config.json" if path.is_dir() else path
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from None
+        config = read_json(path / CONFIG_NAME if path.is_dir() else path)
     except ValueError as error:
-        raise ValueError(f"--config {path} is not JSON: {error}") from None
-    if not isinstance(config, Mapping):
-        raise ValueError(f"--config {path} is no config.json of a model, allowed: a JSON object")
+        raise ValueError(f"--config {error}") from None
     for name in _EXPERTS:
         if config.get(name):
             raise ValueError(f"--config {path}: {name} {config[name]}, allowed: dense models")

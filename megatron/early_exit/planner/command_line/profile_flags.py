@@ -34,7 +34,7 @@ def read_profile(args: Namespace, model: Model) -> LayerProfile | None:
     try:
         profile = LayerProfile.read(path)
     except ValueError as error:
-        raise ValueError(f"--profile {path} {error}") from None
+        raise ValueError(f"--profile {error}") from None
     _check(profile, path, model)
     return profile
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megatron.early_exit.checkpoint.location import write_whole
+from megatron.early_exit.checkpoint.text_files import read_json, write_whole
 from megatron.early_exit.ranges import ABOVE_ZERO, ZERO_OR_MORE
 
 Part = Literal["layer", "embedding", "head", "exit"]
@@ -104,24 +104,13 @@ class LayerProfile:
         Raises:
             ValueError: there is no such file, or it is something else.
         """
+        content = read_json(path)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise ValueError(f"is not JSON: {error}") from None
-        try:
-            return cls._of_json(content)
+            _check_names("it", content, tuple(field.name for field in fields(cls)))
+            by_size = {int(size): times for size, times in content["seconds_by_size"].items()}
+            return cls(**{**content, "seconds_by_size": by_size})
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"is no profile of layers: {error}") from None
-
-    @classmethod
-    def _of_json(cls, content: Any) -> "LayerProfile":
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-        _check_names("it", content, tuple(field.name for field in fields(cls)))
-        by_size = {int(size): times for size, times in content["seconds_by_size"].items()}
-        return cls(**{**content, "seconds_by_size": by_size})
+            raise ValueError(f"{path} is no profile of layers: {error}") from None
 
 
 def _check_names(where: str, found: Mapping[Any, Any], wanted: tuple[str, ...]) -> None:

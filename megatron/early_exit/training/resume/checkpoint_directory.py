@@ -13,8 +13,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.early_exit.checkpoint.location import METADATA_NAME, TRACKER_NAME, write_whole
+from megatron.early_exit.checkpoint.location import METADATA_NAME, TRACKER_NAME
 from megatron.early_exit.checkpoint.safe_pickle import load_index
+from megatron.early_exit.checkpoint.text_files import write_whole
 
 _CONFIG_NAME = "metadata.json"
 _HASHES_NAME = "integrity.json"
