@@ -1,5 +1,7 @@
 """The line of progress, by a clock that the test sets."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from megatron.early_exit.training.loop import progress
@@ -39,3 +41,16 @@ def test_a_run_goes_on_where_it_was(monkeypatch, lines):
     shown = Progress(iterations=100, interval=10, tokens_per_iteration=lambda: 50)
     report(monkeypatch, shown, {95: 5.0, 100: 10.0})
     assert lines == [" progress: 100% (100/100) | 50 tokens/s | time left 0:00:00"]
+
+
+def test_events_are_on_the_disk_before_each_checkpoint(monkeypatch, lines):
+    written = []
+    writer = SimpleNamespace(flush=lambda: written.append(shown))
+    shown = Progress(9, 1, lambda: 50, writer=writer, save_intervals=(2, 5))
+    counts = []
+    for iteration in range(1, 7):
+        shown.report(iteration)
+        counts.append(len(written))
+    assert counts == [0, 1, 1, 2, 3, 4]
+    # Ranks without a writer have nothing to write.
+    Progress(9, 1, lambda: 50, save_intervals=(1,)).report(1)
