@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 
 from megatron.early_exit.schedules.actions import Action, Microbatch
 from megatron.early_exit.schedules.check import check
-from megatron.early_exit.schedules.check.activations import alive_activations
+from megatron.early_exit.schedules.check.passes import alive_activations
 from megatron.early_exit.schedules.communication import with_communication
 from megatron.early_exit.schedules.generators import (
     FilledOneFOneB,

@@ -1,5 +1,6 @@
 """A timeline as a picture, like the figures of the papers on pipeline schedules."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,19 +76,9 @@ def _draw_action(
     seconds = timed.end_s - timed.start_s
     # Later chunks of a rank are paler.
     chunk = timed.action.stage // num_ranks
-    axes.barh(
-        rank,
-        seconds,
-        left=timed.start_s,
-        height=0.8,
-        color=color_of(timed.action),
-        alpha=max(1 - 0.25 * chunk, 0.25),
-    )
-    axes.barh(
-        rank,
-        seconds,
-        left=timed.start_s,
-        height=0.8,
+    draw_box = partial(axes.barh, rank, seconds, left=timed.start_s, height=0.8)
+    draw_box(color=color_of(timed.action), alpha=max(1 - 0.25 * chunk, 0.25))
+    draw_box(
         fill=False,
         edgecolor=CRITICAL_COLOR if is_critical else "#555555",
         linewidth=1.8 if is_critical else 0.5,

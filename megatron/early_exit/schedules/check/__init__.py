@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from functools import lru_cache
 
-from megatron.early_exit.schedules.check.activations import check_activations
 from megatron.early_exit.schedules.check.fault import Places, ScheduleError
 from megatron.early_exit.schedules.check.messages import Sends, check_messages, check_waiting
-from megatron.early_exit.schedules.check.passes import check_passes
+from megatron.early_exit.schedules.check.passes import check_activations, check_passes
 from megatron.early_exit.schedules.data_flow import execution_order
 from megatron.early_exit.schedules.generators import Generator
 from megatron.early_exit.schedules.schedule import Schedule
