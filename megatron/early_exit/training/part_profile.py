@@ -23,14 +23,12 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.model.gpt_builder import EarlyExitGPTModelConfig
 from megatron.early_exit.model.layer_specs import gpt_layer_spec
 from megatron.early_exit.planner.costs.layer_profile import Part, Pass
-from megatron.early_exit.planner.costs.model_shape import ModelShape
+from megatron.early_exit.planner.costs.model_shape import ModelShape, padded_vocab_size
 from megatron.early_exit.schedules.execution.pass_clock import PassClock
 from megatron.early_exit.training.loss.exit_loss import ExitObjective, LossNormalization
 
 _LAYERS, _MORE_LAYERS = 1, 3
 _INIT_STD = 0.02
-# Megatron's --make-vocab-size-divisible-by.
-_VOCAB_MULTIPLE = 128
 
 Progress = Callable[[Part, int], None]
 Measured = dict[int, dict[Part, dict[Pass, float]]]
@@ -74,7 +72,7 @@ def llama_config(
         # Megatron's annotation forgets the virtual stage, which it passes.
         transformer_layer_spec=gpt_layer_spec,  # type: ignore[arg-type]
         early_exit=exits,
-        vocab_size=-(-shape.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE,
+        vocab_size=padded_vocab_size(shape.vocab_size),
         seq_length=shape.seq_length,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,

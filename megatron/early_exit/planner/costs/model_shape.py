@@ -102,6 +102,13 @@ class ModelShape(Architecture):
         return min(_BF16 * (inputs + outputs), self.layer_activation_bytes)
 
 
+def padded_vocab_size(vocab_size: int, tensor_parallel: int = 1) -> int:
+    """Rows of a vocabulary with the padding that Megatron adds by default."""
+    # Its --make-vocab-size-divisible-by.
+    multiple = 128 * tensor_parallel
+    return -(-vocab_size // multiple) * multiple
+
+
 def part_weights(part: HeadPart, shape: ModelShape) -> int:
     """Entries of the matrices of one part of an exit's head other than its output projection;
     vectors, such as a norm's, are left out."""

@@ -6,11 +6,8 @@ from dataclasses import dataclass, replace
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.errors import FieldError, out_of_range
 from megatron.early_exit.planner.costs.layout import Layout
-from megatron.early_exit.planner.costs.model_shape import ModelShape
+from megatron.early_exit.planner.costs.model_shape import ModelShape, padded_vocab_size
 from megatron.early_exit.planner.search.request import PlanRequest
-
-# Megatron's --make-vocab-size-divisible-by.
-_VOCAB_MULTIPLE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +40,7 @@ def candidates(request: PlanRequest) -> Iterator[Candidate]:
         raise _why_none(request)
     for tensor, pipeline, chunks, size in shapes:
         replicas = request.num_accelerators // tensor // pipeline
-        multiple = _VOCAB_MULTIPLE * tensor
-        padded = -(-request.shape.vocab_size // multiple) * multiple
+        padded = padded_vocab_size(request.shape.vocab_size, tensor)
         for mapping in (False, True):
             layout = Layout(
                 layers_per_stage=(request.shape.num_layers // pipeline // chunks,)
