@@ -8,9 +8,9 @@ import torch
 from decode_models import HuggingFace, Weights, products
 from decode_turns import PROMPT_LENGTH, Decoder, Report, Turn, ratio, take_turns, timed
 
+from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
-from megatron.early_exit.inference.model.spans import Span
 from megatron.early_exit.inference.modes.head_output import head_outputs
 
 LONG_RUN = 16

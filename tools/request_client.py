@@ -22,8 +22,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron.early_exit.client.api_key import API_KEY_VARIABLE
 from megatron.early_exit.client.completions import (
+    API_KEY_VARIABLE,
     CompletionClient,
     RequestFailed,
     Unreachable,

@@ -25,7 +25,7 @@ from typing import Any, get_args
 
 import torch
 
-from megatron.early_exit.client.api_key import API_KEY_VARIABLE
+from megatron.early_exit.client.completions import API_KEY_VARIABLE
 from megatron.early_exit.errors import as_flag, out_of_range
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
 from megatron.early_exit.inference.params import RANGES, Mode

@@ -8,8 +8,8 @@ import torch
 import transformers
 from transformers.modeling_outputs import ModelOutput
 
+from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.model.runner import SegmentRunner
-from megatron.early_exit.inference.model.spans import Span
 
 PROMPT = [5, 17, 3, 44, 8, 8, 1]
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import requests
 
+API_KEY_VARIABLE = "EARLY_EXIT_API_KEY"
+"""Name of the environment variable that holds the API key."""
 _CONNECT_S = 10.0
 _EXTRAS = {
     "stream": True,

@@ -20,7 +20,7 @@ from megatron.early_exit.inference.engine.loop import DecodingLoop
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.scheduler import Scheduler
 from megatron.early_exit.inference.engine.scoring import PrefixScore
-from megatron.early_exit.inference.model.spans import Span
+from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.modes.head_output import NOT_FINITE, HeadOutput
 from megatron.early_exit.inference.modes.mode import FINAL, Next, SampledToken
 from megatron.early_exit.inference.sequence import Sequence

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 
 from megatron.early_exit.inference.distributed.control import Message
-from megatron.early_exit.inference.model.spans import Span, in_pass_order
+from megatron.early_exit.inference.model.kv_cache import Span, in_pass_order
 from megatron.early_exit.inference.modes.head_output import HeadOutput
 from megatron.early_exit.inference.modes.mode import FINAL
 from megatron.early_exit.inference.modes.rule import NO_EXITS, ExitRule

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 
@@ -13,6 +14,16 @@ from megatron.early_exit.inference.engine.scoring import PrefixScore, TextScores
 from megatron.early_exit.inference.modes.mode import Next, Outcome, SampledToken
 from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.inference.sequence import Sequence
+
+
+class Loop(Protocol):
+    """What takes requests to their ends, see `DecodingLoop`."""
+
+    def submit(self, request: Request) -> None: ...
+
+    def cancel(self, key: int) -> None: ...
+
+    def step(self) -> list[tuple[Request, GeneratedToken]]: ...
 
 
 class DecodingLoop(ABC):

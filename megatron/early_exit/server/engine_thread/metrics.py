@@ -1,6 +1,6 @@
 """Figures for Prometheus, under the names that vLLM gives them, with a prefix of ours."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import perf_counter
 
 from prometheus_client import (
@@ -10,13 +10,44 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client import Counter as Count
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.server.engine_thread.histogram import SecondsHistogram
-from megatron.early_exit.server.engine_thread.tally import TokenTally
 
 _PREFIX = "early_exit:"
+
+
+class TokenTally(Collector):
+    """Tokens, and the layers that gave them; written by one thread, read by any.
+
+    Args:
+        prefix: of the names for Prometheus.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._by_layer: dict[int, int] = {}
+
+    def add(self, layer: int) -> None:
+        """Count a token."""
+        self._by_layer[layer] = self._by_layer.get(layer, 0) + 1
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """What Prometheus is told."""
+        by_layer = dict(self._by_layer)
+        name = f"{self._prefix}generation_tokens"
+        yield CounterMetricFamily(name, "Generated tokens.", sum(by_layer.values()))
+        exits = CounterMetricFamily(
+            f"{self._prefix}exit_tokens",
+            "Generated tokens by the layer that gave them.",
+            labels=["layer"],
+        )
+        for layer, count in sorted(by_layer.items()):
+            exits.add_metric([str(layer)], count)
+        yield exits
 
 
 class Metrics:
