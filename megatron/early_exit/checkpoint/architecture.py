@@ -78,6 +78,17 @@ class Architecture:
         """The projections to queries, keys and values have a bias."""
         return self.add_bias_linear or self.add_qkv_bias
 
+    @property
+    def mlp_weights(self) -> int:
+        """Weights in the matrices of one layer's MLP."""
+        return (3 if self.gated_linear_unit else 2) * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights in the matrices of one layer."""
+        heads = 2 * (self.num_attention_heads + self.num_query_groups)
+        return self.hidden_size * heads * self.kv_channels + self.mlp_weights
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return asdict(self)
