@@ -8,7 +8,7 @@ from megatron.early_exit.inference.early_exit_engine import DEFAULT_MAX_BATCH_SI
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Add them, with Megatron's names where it has such flags."""
+    """Add the flags, under Megatron's names where it has such flags."""
     add = parser.add_argument
     add("--load", type=Path, required=True, help="save directory, or one iteration")
     group = parser.add_argument_group("engine")

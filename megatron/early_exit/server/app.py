@@ -54,8 +54,8 @@ _GONE = 499
 
 
 class _StrictJson(DefaultJSONProvider):
-    """JSON without what is none (NaN, Infinity), no deeper than the parser's limit, and without
-    names that are given twice."""
+    """JSON without what the standard does not have (NaN, Infinity), no deeper than the parser's
+    limit, and without names that are given twice."""
 
     def loads(self, s: str | bytes, **kwargs: Any) -> Any:
         try:

@@ -155,11 +155,11 @@ class ParallelBackend:
         return self._closing
 
     def work(self, loop: Loop, build: BuildRequest) -> None:
-        """Compute for the first rank until it closes, and part from the others, too.
+        """Compute for the first rank until it closes, then disconnect from the other ranks.
 
         Args:
             loop: what `loop` has given.
-            build: makes a request of what the first rank tells of it.
+            build: makes a request from the first rank's message about it.
 
         Raises:
             ValueError: this is the first rank, or it does not drive the others.

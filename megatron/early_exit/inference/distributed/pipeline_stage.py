@@ -111,7 +111,7 @@ class PipelineStage:
         return scores
 
     def forget(self, key: int) -> None:
-        """No further piece of a request's prompt will come."""
+        """Drop what is kept for scoring a request's prompt: no further piece of it will come."""
         self._scorers.pop(key, None)
 
     def finish(self) -> None:

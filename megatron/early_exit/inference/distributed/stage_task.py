@@ -56,7 +56,7 @@ class StageTask:
         final: the final head is to be asked.
         verify: it is to be asked also when the rule has taken an exit's output.
         logits: they are wanted with the message about a head.
-        clear: what the slot has cached is not to be trusted, not even as a number.
+        clear: the slot's cache has to be cleared first, since it may hold NaN.
         outputs: of the exits that the rule has not taken.
     """
 

@@ -52,7 +52,7 @@ class Costs:
         shares_heads: bool,
         device: str,
     ) -> "Costs":
-        """Those of a model.
+        """The costs of a model.
 
         Args:
             shape: of the backbone.

@@ -36,7 +36,7 @@ class TokenTally(Collector):
         self._by_layer[layer] = self._by_layer.get(layer, 0) + 1
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        """What Prometheus is told."""
+        """The figures for Prometheus."""
         by_layer = dict(self._by_layer)
         name = f"{self._prefix}generation_tokens"
         yield CounterMetricFamily(name, "Generated tokens.", sum(by_layer.values()))
@@ -96,18 +96,18 @@ class Metrics:
         return generate_latest(self.registry)
 
     def answered(self, status: int) -> None:
-        """A request has got an answer, or the beginning of one."""
+        """Count a request that has got an answer, or the beginning of one."""
         self._answers.labels(str(status)).inc()
 
     def began(self, requests: list[Request]) -> None:
-        """The engine has taken sequences in."""
+        """Count sequences that the engine has taken in."""
         now = perf_counter()
         for request in requests:
             self._prompt.inc(len(request.prompt_token_ids))
             self._since[request.key] = (now, 0.0)
 
     def token(self, request: Request, token: GeneratedToken) -> None:
-        """A sequence has a new token."""
+        """Count a new token of a sequence."""
         self._tokens.add(token.exit_layer)
         now = perf_counter()
         began, last = self._since[request.key]
@@ -118,7 +118,7 @@ class Metrics:
         self._since[request.key] = (began, now)
 
     def ended(self, request: Request) -> None:
-        """A sequence has ended, in whatever way."""
+        """Count a sequence that has ended, for whatever reason."""
         began, _ = self._since.pop(request.key)
         self._whole.observe(perf_counter() - began)
         self._ended.labels(str(request.finish_reason)).inc()

@@ -1,4 +1,5 @@
-"""Who asks: the other end of the connection, or whom a proxy that is trusted names."""
+"""The address of a client: the other end of the connection, or the one that a trusted proxy
+reports."""
 
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network

@@ -213,8 +213,8 @@ class CompletionAnswer(JobAnswer[CompletionRequest]):
     def _best(
         self, token_id: int, logprob: float, best: Sequence[tuple[int, float]]
     ) -> dict[str, float]:
-        """The most probable tokens and the chosen one: of equal names, that of the more probable
-        stays, and the others are numbers."""
+        """The most probable tokens and the chosen one. Where several have the same name, the most
+        probable one keeps it, and the others are named by their numbers."""
         found: dict[str, float] = {}
         tokens = dict((*best, (token_id, logprob)))
         for one in sorted(tokens, key=tokens.__getitem__, reverse=True):
