@@ -221,7 +221,7 @@ REFUSALS = [
     (["add-exits", "base", "OUT", NUMS, "2", "2"], f"{NUMS} 2 2: layer 2 is given more than once"),
     (
         ["add-exits", "base", "OUT", NUMS, "2", "--use-exit-mlp", "--pre-exit"],
-        "--use-exit-mlp with --pre-exit is not possible",
+        "--use-exit-mlp cannot be combined with --pre-exit",
     ),
     (["add-exits", "whole", "OUT", NUMS, "2"], "has exits with --use-exit-norm and the new ones"),
     (["add-exits", "base", "OUT", NUMS, "2", "--seed", "1"], "--seed 1 has no effect without"),

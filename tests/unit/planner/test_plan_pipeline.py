@@ -214,7 +214,10 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
         ("--config {llama} --gpus 8", "--global-batch-size missing"),
         ("--config 7b --gpus 8 --num-attention-heads 7", "--num-attention-heads 7 is out of range"),
         ("--config 7b --gpus 8 --exit-layer-nums 40", "--exit-layer-nums 40 is out of range"),
-        ("--config 7b --gpus 8 --use-exit-mlp --pre-exit", "--use-exit-mlp with --pre-exit"),
+        (
+            "--config 7b --gpus 8 --use-exit-mlp --pre-exit",
+            "--use-exit-mlp cannot be combined with --pre-exit",
+        ),
         ("--config 7b --gpus 7", "--global-batch-size 2048 cannot be divided over replicas"),
         ("--config 7b --gpus 8 --top 0", "--top 0 is out of range, allowed: 1 or more"),
         ("--config 7b --gpus 8 --memory-headroom 1", "--memory-headroom 1.0 is out of range"),

@@ -47,7 +47,7 @@ class Model:
 
 def add_model_flags(parser: ArgumentParser) -> None:
     """Add them."""
-    group = parser.add_argument_group("model", "what is given here wins over --config")
+    group = parser.add_argument_group("model", "these flags override --config")
     add = group.add_argument
     add(
         "--config",
@@ -70,7 +70,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
     add("--pre-exit", action="store_true", help="plan this placement only (default: the better)")
     for name, part in HEAD_FIELDS.items():
         add(as_flag(name), action="store_true", help=part.help_when_planned)
-    add("--exit-vocab-size", type=int, help="exits answer with the first so many tokens only")
+    add("--exit-vocab-size", type=int, help="exits can predict only this many first tokens")
 
 
 def read_model(args: Namespace) -> Model:

@@ -12,9 +12,11 @@ def add_schedule_flags(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("one schedule", "on stages that take the same time")
     add = group.add_argument
     add("--schedule", choices=get_args(ScheduleName), help="time and draw it, instead of planning")
-    add("--num-microbatches", type=int, help="of the step")
-    add("--exit-stages", type=int, nargs="+", default=[], help="stages with an exit, from 0")
-    ratio = "forward of an exit, or of the final head, over a stage's (default: %(default)s)"
+    add("--num-microbatches", type=int, help="microbatches of the step")
+    add(
+        "--exit-stages", type=int, nargs="+", default=[], help="stages with an exit, counted from 0"
+    )
+    ratio = "time of an exit, or the final head, over that of a stage (default: %(default)s)"
     add("--exit-stage-ratio", type=float, default=0.5, help=ratio)
 
 
