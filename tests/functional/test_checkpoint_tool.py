@@ -230,7 +230,7 @@ REFUSALS = [
     (["add-exits", "moe", "OUT", NUMS, "2"], "--num-experts 8 is not supported by inference"),
     (
         ["add-exits", "bare", "OUT", NUMS, "2"],
-        "bare/iter_0000005: has no arguments of its training",
+        "bare/iter_0000005: contains no arguments of its training",
     ),
     (
         ["add-exits", "ee_llm", "OUT", NUMS, "2"],
@@ -254,7 +254,7 @@ REFUSALS = [
     (["import-hf", "base", "OUT"], "base"),
     (["export-hf", "none", "OUT"], "none: there is no such directory"),
     (["inspect", "none"], "none: there is no such directory"),
-    (["inspect", "bare"], "bare/iter_0000005: has no arguments of its training"),
+    (["inspect", "bare"], "bare/iter_0000005: contains no arguments of its training"),
 ]
 
 

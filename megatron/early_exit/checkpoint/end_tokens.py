@@ -1,4 +1,4 @@
-"""The tokens that end a text, as the files beside a tokenizer name them."""
+"""The tokens that end a text, according to the files beside a tokenizer."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def as_end_tokens(value: object) -> tuple[int, ...]:
 
 
 def end_tokens(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    """All of them, those that generation knows first.
+    """All tokens that end a text; those of generation_config.json come first.
 
     Args:
         config: what config.json holds.
@@ -28,7 +28,8 @@ def end_tokens(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tupl
 
 
 def end_tokens_in(folder: Path) -> tuple[int, ...]:
-    """Those that the files in a folder name; none where there are no such files.
+    """The tokens that end a text according to the files in a folder; none if there are no such
+    files.
 
     Raises:
         ValueError: a file is damaged.

@@ -1,4 +1,4 @@
-"""The tensors of a saved model, in whichever checkpoints they are."""
+"""The tensors of a saved model, from all checkpoints that contain them."""
 
 from megatron.early_exit.checkpoint.base import is_of_exit
 from megatron.early_exit.checkpoint.description import ModelDescription
@@ -10,15 +10,15 @@ from megatron.early_exit.config import EarlyExitConfig
 
 
 def model_weights(location: CheckpointLocation, description: ModelDescription) -> LazyWeights:
-    """All tensors of a model; of an exits-only checkpoint, those of its base are among them.
+    """All tensors of a model; for an exits-only checkpoint, they include those of its base.
 
     Args:
         location: of the checkpoint.
         description: of the model in it, with an architecture.
 
     Raises:
-        ValueError: a tensor is missing or has another shape, or the base is not there. Reading one
-            raises it where the base is another model than the exits were tuned on.
+        ValueError: a tensor is missing or has another shape, or the base is not there. Reading a
+            tensor raises it if the base is not the model that the exits were tuned on.
     """
     architecture, early_exit = description.architecture, description.early_exit
     assert architecture is not None

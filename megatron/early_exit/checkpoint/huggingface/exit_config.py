@@ -42,6 +42,6 @@ def write_exit_config(a: Architecture, early_exit: EarlyExitConfig) -> dict[str,
 
 
 def copy_modelling(folder: Path) -> None:
-    """Put the source files that compute the model beside its weights."""
+    """Copy the source files that compute the model into the folder of its weights."""
     for file in _FOLDER.glob("*_early_exit.py"):
         shutil.copyfile(file, folder / file.name)

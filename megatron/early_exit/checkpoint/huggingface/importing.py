@@ -1,4 +1,4 @@
-"""From a model in Hugging Face's format to one of ours."""
+"""Imports a model from Hugging Face's format."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -109,7 +109,8 @@ def _join(
 
 
 def _check_layers(weights: Mapping[str, LazyTensor]) -> None:
-    """A checkpoint has one tensor for those of all layers, and so one dtype."""
+    """Refuse layers with different dtypes: a checkpoint stacks their tensors in one, which has one
+    dtype."""
     dtypes: dict[str, Any] = {}
     for name, tensor in weights.items():
         kind = name.removeprefix(LAYERS).partition(".")[2] if name.startswith(LAYERS) else name

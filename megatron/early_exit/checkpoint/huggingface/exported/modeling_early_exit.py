@@ -2,8 +2,8 @@
 
 The rule: the next token is the choice of the first exit whose confidence, its largest softmax
 probability at the last position, reaches the threshold; else that of the last layer. Keys and
-values of earlier positions are those of all layers: where a token left early, the deeper layers
-catch up when a later token gets there.
+values of earlier positions are those of all layers: if a token left early, the deeper layers
+    process it as soon as a later token gets there.
 
 Shapes: b batch, s positions, h hidden size, v vocabulary.
 """
@@ -169,11 +169,11 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What `forward` gets of what `generate` has.
+        """The arguments of `generate` that are passed on to `forward`.
 
-        transformers hands on some of its own, such as the tokenizer that stop strings need, and
-        other things in other releases: what `forward` does not name is for `generate` alone,
-        but for what asks for a result.
+        transformers also passes some that only `generate` uses, such as the tokenizer that stop
+        strings need, and these differ between releases. So arguments that `forward` does not name
+        are dropped, except those that ask for a result.
         """
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         names = inspect.signature(type(self).forward).parameters
@@ -240,7 +240,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("use_cache False is not supported by early exit, allowed: True")
         if isinstance(cache, EarlyExitCache):
             if labels is not None:
-                raise ValueError("early exit gives no loss: labels are for the whole model")
+                raise ValueError("early exit computes no loss: labels need the whole model")
             if attention_mask is not None and not attention_mask.all():
                 raise ValueError("early exit continues sequences without padding only")
             if len(hidden) > 1:
