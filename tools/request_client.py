@@ -87,12 +87,12 @@ def check(args: argparse.Namespace) -> None:
         ValueError: a flag is invalid.
     """
     if not args.url.startswith(("http://", "https://")):
-        raise ValueError(f"--url {args.url} is no address, allowed: http://HOST:PORT")
+        raise ValueError(f"--url {args.url} is not an address, allowed: http://HOST:PORT")
     ONE_OR_MORE.check_flags(args, "concurrency")
     ABOVE_ZERO.check_flags(args, "timeout")
     path = args.prompts_file
     if path is not None and path.suffix not in (".jsonl", ".txt"):
-        raise ValueError(f"--prompts-file {path} is of no known kind, allowed: .jsonl, .txt")
+        raise ValueError(f"--prompts-file {path} has an unknown ending, allowed: .jsonl, .txt")
     if args.compare and args.mode == "full":
         raise ValueError("--mode full: there is nothing to --compare it with, allowed: the others")
     if args.prompt is None and path is None:

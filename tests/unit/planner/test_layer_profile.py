@@ -64,7 +64,7 @@ def with_layer(content: dict, layer: object) -> dict:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: [c], "is no profile of layers: it is no JSON object"),
+        (lambda c: [c], "is not a profile of layers: it is not a JSON object"),
         (lambda c: without(c, "dtype"), "it has machine, shape, exit_heads, seconds_by_size, "),
         (
             lambda c: c | {"shape": {"hidden_size": 8}},
@@ -72,7 +72,10 @@ def with_layer(content: dict, layer: object) -> dict:
         ),
         (lambda c: c | {"seconds_by_size": {}}, "it has no times"),
         (lambda c: c | {"seconds_by_size": {"0": {}}}, "or of microbatches below 1"),
-        (lambda c: c | {"seconds_by_size": {"x": {}}}, "is no profile of layers: invalid literal"),
+        (
+            lambda c: c | {"seconds_by_size": {"x": {}}},
+            "is not a profile of layers: invalid literal",
+        ),
         (
             lambda c: c | {"seconds_by_size": {"1": {}}},
             "microbatches of 1 has nothing, allowed: la",

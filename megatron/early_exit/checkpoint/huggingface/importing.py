@@ -80,7 +80,9 @@ def _match(
                 f"{_HEAD} differs from {_EMBEDDING} although tie_word_embeddings is on"
             )
     if left_over:
-        raise ValueError(f"tensor {left_over[0]} is no part of a model like the one in config.json")
+        raise ValueError(
+            f"tensor {left_over[0]} does not belong to a model like the one in config.json"
+        )
     return origins, weights
 
 

@@ -33,10 +33,10 @@ class Model:
     """What the flags describe.
 
     Attributes:
-        name: for titles.
-        shape: of the model.
-        placements: the same exits in the ways in which they may be placed.
-        global_batch_size: sequences of a step, None if nothing tells.
+        name: the name for titles.
+        shape: the shape of the model.
+        placements: the same exits in all placements that are allowed.
+        global_batch_size: sequences of a step; None if neither flags nor --config say it.
     """
 
     name: str
@@ -77,7 +77,7 @@ def read_model(args: Namespace) -> Model:
     """The model that the flags describe.
 
     Raises:
-        ValueError: something is missing or out of range; named by its flag.
+        ValueError: a value is missing or out of range; the message names its flag.
     """
     named = NAMED_MODELS.get((args.config or "").lower())
     known: dict[str, Any] = {}
@@ -106,8 +106,8 @@ def read_model(args: Namespace) -> Model:
 
 
 def placements(exits: EarlyExitConfig, num_layers: int) -> tuple[EarlyExitConfig, ...]:
-    """The placements that exits can have: an MLP takes the place of that of the layer before it,
-    and behind the last layer there is none to stand before."""
+    """The placements that exits can have. --pre-exit is impossible for exits with an MLP, which
+    replaces that of the layer before the exit, and for an exit after the last layer."""
     after = exits.placed(False)
     if not exits.positions or exits.replaces_mlp or exits.positions[-1] >= num_layers:
         return (after,)
@@ -115,7 +115,7 @@ def placements(exits: EarlyExitConfig, num_layers: int) -> tuple[EarlyExitConfig
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """What a config.json, or the one in a folder, tells of a `ModelShape`."""
+    """The fields of a `ModelShape` in a config.json, or in that of a folder."""
     file = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -124,7 +124,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"--config {path} is not JSON: {error}") from None
     if not isinstance(config, Mapping):
-        raise ValueError(f"--config {path} is no config.json of a model, allowed: a JSON object")
+        raise ValueError(f"--config {path} is not a config.json of a model, allowed: a JSON object")
     for name in _EXPERTS:
         if config.get(name):
             raise ValueError(f"--config {path}: {name} {config[name]}, allowed: dense models")

@@ -91,9 +91,11 @@ def read_request(args: Namespace, model: Model) -> PlanRequest:
         ValueError: a flag is missing or out of range.
     """
     if args.gpus is None:
-        raise ValueError("--gpus missing, allowed: how many there are, 1 or more")
+        raise ValueError("--gpus is missing, allowed: the number of GPUs, 1 or more")
     if model.global_batch_size is None:
-        raise ValueError("--global-batch-size missing, allowed: sequences of a step, 1 or more")
+        raise ValueError(
+            "--global-batch-size is missing, allowed: the sequences of a step, 1 or more"
+        )
     Range(least=0, most=1, excludes_most=True).check_flags(args, "memory_headroom")
     accelerator = _accelerator(args)
     return PlanRequest(

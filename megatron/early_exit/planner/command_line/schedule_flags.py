@@ -41,7 +41,7 @@ def read_schedule(args: Namespace) -> UniformStages:
     for name in ("pipeline_model_parallel_size", "num_microbatches"):
         if getattr(args, name) is None:
             raise ValueError(
-                f"{as_flag(name)} missing, allowed: 1 or more, with --schedule {args.schedule}"
+                f"{as_flag(name)} is missing, allowed: 1 or more, with --schedule {args.schedule}"
             )
     for name in ("config", "gpus", "profile"):
         if getattr(args, name) is not None:

@@ -115,12 +115,12 @@ class LayerProfile:
         try:
             return cls._of_json(content)
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"is no profile of layers: {error}") from None
+            raise ValueError(f"is not a profile of layers: {error}") from None
 
     @classmethod
     def _of_json(cls, content: Any) -> "LayerProfile":
         if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         _check_names("it", content, tuple(field.name for field in fields(cls)))
         by_size = {int(size): times for size, times in content["seconds_by_size"].items()}
         return cls(**{**content, "seconds_by_size": by_size})

@@ -22,8 +22,8 @@ def trusted_networks(text: str) -> tuple[Network, ...]:
                 found.append(ip_network(word, strict=False))
             except ValueError as error:
                 raise ValueError(
-                    f"--forwarded-allow-ips {word} is no address, allowed: addresses and networks "
-                    "such as 10.0.0.0/8, separated by commas, or *"
+                    f"--forwarded-allow-ips {word} is not an address, allowed: addresses and "
+                    "networks such as 10.0.0.0/8, separated by commas, or *"
                 ) from error
     return tuple(found)
 

@@ -45,7 +45,7 @@ def _ratio(text: str) -> float | str:
     try:
         return float(text)
     except ValueError:
-        raise ArgumentTypeError(f"{text} is no number, allowed: 0.01 to 100, or auto") from None
+        raise ArgumentTypeError(f"{text} is not a number, allowed: 0.01 to 100, or auto") from None
 
 
 @dataclass(frozen=True, kw_only=True)

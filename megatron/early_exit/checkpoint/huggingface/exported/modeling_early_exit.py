@@ -118,7 +118,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("exit_layers has no effect without early_exit_threshold")
             return super().generate(*args, **kwargs)
         if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
-            raise ValueError(f"early_exit_threshold {threshold!r} is no number, allowed: 0 to 1")
+            raise ValueError(f"early_exit_threshold {threshold!r} is not a number, allowed: 0 to 1")
         if not 0 <= threshold <= 1:
             raise ValueError(f"early_exit_threshold {threshold} is out of range, allowed: 0 to 1")
         enabled = self._known_exits(exit_layers)
@@ -138,11 +138,11 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             return None
         known = self.config.exit_layers
         if isinstance(exit_layers, str) or not isinstance(exit_layers, Iterable):
-            raise ValueError(f"exit_layers {exit_layers!r} is no list, allowed: some of {known}")
+            raise ValueError(f"exit_layers {exit_layers!r} is not a list, allowed: some of {known}")
         enabled = tuple(exit_layers)
         for layer in enabled:
             if layer not in known:
-                raise ValueError(f"exit_layers {layer!r} is no exit, allowed: {known}")
+                raise ValueError(f"exit_layers {layer!r} is not an exit, allowed: {known}")
         return enabled
 
     def _check_options(
