@@ -217,7 +217,10 @@ def test_a_kind_of_model_that_is_not_known_is_inspected_all_the_same(paths, caps
 NUMS = "--exit-layer-nums"
 REFUSALS = [
     (["add-exits", "base", "OUT", NUMS, "5"], f"{NUMS} 5 is out of range, allowed: 1 to 4"),
-    (["add-exits", "base", "OUT", NUMS, "1", "--pre-exit"], "allowed with --pre-exit: 2 to the"),
+    (
+        ["add-exits", "base", "OUT", NUMS, "1", "--pre-exit"],
+        "allowed: 2 to the number of layers with --pre-exit",
+    ),
     (["add-exits", "base", "OUT", NUMS, "2", "2"], f"{NUMS} 2 2: layer 2 is given more than once"),
     (
         ["add-exits", "base", "OUT", NUMS, "2", "--use-exit-mlp", "--pre-exit"],
