@@ -150,7 +150,7 @@ def run_clients(args: argparse.Namespace, folder: Path) -> Report:
         others = {status: n for status, n in tally.statuses.items() if status != 200}
         number = sum(tally.statuses.values())
         found = f"{len(tally.wrong)} of {number:,}, {tally.left:,} left early"
-        report.promise("every answer is what its question gets alone", found, not tally.wrong)
+        report.promise("every answer equals the one its request gets alone", found, not tally.wrong)
         report.promise("every status is 200", others or "yes", number > 0 and not others)
         server.judge(report, args.seconds)
     report.figures |= {

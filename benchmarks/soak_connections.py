@@ -195,7 +195,7 @@ def run_connections(args: argparse.Namespace, folder: Path) -> Report:
             late == 0 and tally.health_missed == 0,
         )
         report.promise(
-            "good clients get what their questions get alone",
+            "well-behaved clients get the right answers",
             f"{len(tally.wrong)} of {tally.right + len(tally.wrong)} do not",
             tally.right > 0 and not tally.wrong,
         )

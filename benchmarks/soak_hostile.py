@@ -172,7 +172,7 @@ def run_hostile(args: argparse.Namespace, folder: Path) -> Report:
         ):
             report.promise(text, f"{len(faults)} of {args.requests:,} not", not faults)
         report.promise(
-            "good requests between them get what they get alone",
+            "valid requests between them get the right answers",
             f"{len(tally.wrong)} of {tally.good:,} do not",
             tally.good > 0 and not tally.wrong,
         )

@@ -306,9 +306,9 @@ def _report(args: argparse.Namespace, killing: Killing) -> Report:
         "left_processes": killing.left,
     }
     kills = sum(killing.victims.values())
-    report.promise("as many kills as asked for", f"{kills} of {args.kills}", kills == args.kills)
+    report.promise("as many kills as --kills", f"{kills} of {args.kills}", kills == args.kills)
     report.promise(
-        "every life resumes, and none fails by itself",
+        "every killed run resumes, and none fails by itself",
         f"{len(killing.failed)} failed",
         not killing.failed,
     )

@@ -79,7 +79,7 @@ class Soaked:
             last = health(self.url)
         is_alive = last is not None and self.memory.process.is_running()
         report.promise("the server serves at the end", "yes" if is_alive else "no", is_alive)
-        report.promise("nothing is left running or waiting in it", _left(last), _left(last) == 0)
+        report.promise("no request is left running or waiting in it", _left(last), _left(last) == 0)
         tracebacks = self.log.read_text(errors="replace").count("Traceback")
         report.promise("no traceback in its log", tracebacks, tracebacks == 0)
         figures = self.memory.figures()
