@@ -1,4 +1,4 @@
-"""Pre-train a GPT with early exits. Takes Megatron's flags and those of the exits.
+"""Pre-train a GPT with early exits. The command takes Megatron's flags and the flags of the exits.
 
     torchrun --nproc-per-node 2 pretrain_early_exit_gpt.py --pipeline-model-parallel-size 2 \
         --exit-layer-nums 3 6 ... (see README.md and examples/)

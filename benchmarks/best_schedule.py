@@ -1,9 +1,10 @@
-"""The best schedule for sequences that leave at exits by chance, if only products took time.
+"""The best schedule for sequences that leave at exits at random, if only matrix products took time.
 
-A state is how many sequences wait in front of each segment; a step runs some consecutive segments
-with all that wait in front of them, and then asks all their heads in one product. What a position
-leaves undone is charged when it leaves, at the rate of large batches. Howard's policy iteration
-finds the steps with the most tokens per second (Puterman, Markov Decision Processes, 11.4).
+A state is the number of sequences that wait in front of each segment. A step runs some consecutive
+segments for all sequences that wait in front of them, and then evaluates all their heads in one
+product. When a position leaves, the layers that it skips are charged at once, at the rate of large
+batches. Howard's policy iteration finds the steps with the most tokens per second (Puterman, Markov
+Decision Processes, 11.4).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,21 +15,21 @@ import torch
 from torch import Tensor
 
 Seconds = Callable[[float], float]
-"""By rows."""
+"""Seconds that a product takes, by its number of rows."""
 
 
 def tokens_per_second(
     batch: int, chance: float, shares: Sequence[float], layers: Seconds, head: Seconds, rate: float
 ) -> float:
-    """What the best schedule reaches.
+    """Tokens per second of the best schedule.
 
     Args:
-        batch: sequences.
-        chance: of leaving at an exit that is asked.
-        shares: of each segment in the layers.
+        batch: number of sequences.
+        chance: probability of leaving at an exit that is evaluated.
+        shares: share of each segment in the layers.
         layers: time of all layers.
         head: time of a head.
-        rate: time of all layers for a row of a large batch.
+        rate: time of all layers for one row of a large batch.
     """
     last = len(shares) - 1
     states = [s for s in product(range(batch + 1), repeat=last + 1) if sum(s) == batch]
@@ -59,7 +60,8 @@ def tokens_per_second(
 def _spread(
     ways: dict[tuple[int, ...], float], count: int, leave: float, behind: int
 ) -> dict[tuple[int, ...], float]:
-    """Of `count` sequences each leaves with some chance, else it waits in front of `behind`."""
+    """Each of `count` sequences leaves with some probability, or else waits in front of segment
+    `behind`."""
     spread: dict[tuple[int, ...], float] = {}
     for (way, weight), gone in product(ways.items(), range(count + 1)):
         chance = comb(count, gone) * leave**gone * (1 - leave) ** (count - gone)

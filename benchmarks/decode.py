@@ -1,11 +1,12 @@
-"""How fast text is decoded, beside what the weights that have to be read allow.
+"""Measure the speed of decoding, and compare it with the limit set by the weights that are read.
 
     python benchmarks/decode.py [--model demo shape] [--dtype fp32 bf16] [--batch 1 8 32] [--quick]
 
-All settings of a model run in one process and take turns, so that noise meets all alike; figures
-are medians of the turns' ratios. The limit of full decoding at batch 1 is the time of the bare
-matrix-vector products over all of the model's weight matrices, the faster of plain and packed ones.
-Depths are forced: by a threshold of 0, or by a coin in the place of the threshold.
+All settings of a model are measured alternately in one process, so that noise affects all of them
+equally; figures are medians of the ratios of the rounds. The limit of full decoding at batch 1 is
+the time of the bare matrix-vector products with all of the model's weight matrices, plain or
+packed, whichever is faster. The depth at which tokens leave is forced, by a threshold of 0 or at
+random.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, choices=(1, 8, 32), default=[1, 8, 32])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--tokens", type=int, default=48, help="of each sequence in a turn")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens of each sequence in a round")
     parser.add_argument("--quick", action="store_true", help="3 rounds of 20 tokens")
     parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
     args = parser.parse_args()

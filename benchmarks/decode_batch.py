@@ -1,4 +1,5 @@
-"""Decoding several sequences at a time, of which some leave and others go deeper."""
+"""Measure decoding of several sequences at a time, of which some leave early and others go
+deeper."""
 
 import argparse
 import random
@@ -15,16 +16,16 @@ from megatron.early_exit.inference.early_exit_engine import DEFAULT_MAX_PENDING
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 
 PROBABILITIES = (0.5, 0.8)
-"""Of leaving, at each exit that is asked."""
+"""Probabilities of leaving at each exit that is evaluated."""
 BOUND = 0.98
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""Of the bare products."""
+"""Numbers of rows for which the bare products are measured."""
 LONG = 112
-"""Tokens of sequences that catch up now and then."""
+"""Tokens of a sequence that is long enough to reach the engine's limit on pending positions."""
 
 
 class RandomExit:
-    """Stands in for a threshold: how often a confidence reaches it does not depend on it."""
+    """Stands in for a threshold, and lets tokens leave at random, whatever the confidence."""
 
     def __init__(self, probability: float, seed: int) -> None:
         self._probability, self._random = probability, random.Random(seed)
@@ -34,7 +35,8 @@ class RandomExit:
 
 
 def by_rows(times: dict[str, list[float]], name: str) -> Seconds:
-    """Seconds of products by rows, between and beyond the numbers that were measured."""
+    """Seconds of products by their number of rows, interpolated and extrapolated from those
+    measured."""
     known = [median(times[f"{name} {rows}"]) for rows in ROWS]
 
     def seconds(rows: float) -> float:
@@ -48,10 +50,10 @@ def by_rows(times: dict[str, list[float]], name: str) -> Seconds:
 
 
 def best_depths(batch: int, shares: list[float], layers: Seconds, head: Seconds) -> float:
-    """Seconds of a token of each sequence, of which as many stop behind each segment.
+    """Least seconds for one token of each sequence, of which equally many stop after each segment.
 
-    At best all run in lock step and are asked together. What they leave undone is caught up with in
-    large batches; or they take it along, which for few rows costs nothing.
+    At best all sequences run in lock step, and their heads are evaluated together. Skipped layers
+    are computed later in large batches, or at once with the other rows, which is free for few rows.
     """
     kinds = len(shares)
     running = [sum(i % kinds >= k for i in range(batch)) for k in range(kinds)]
@@ -66,7 +68,7 @@ def best_depths(batch: int, shares: list[float], layers: Seconds, head: Seconds)
 def measure_batch(
     weights: Weights, model: SegmentedModel, batch: int, args: argparse.Namespace, report: Report
 ) -> None:
-    """Several sequences at a time."""
+    """Measure several sequences at a time, and report the figures."""
     tokens = args.tokens
     positions, depth = weights.early_exit.positions, weights.architecture.num_layers
     single, decoder = Decoder(model, 1, tokens), Decoder(model, batch, tokens)

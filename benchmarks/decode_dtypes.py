@@ -1,4 +1,4 @@
-"""In which number formats benchmarks of decoding are run on this machine's CPU."""
+"""The number formats in which the decoding benchmarks run on this machine's CPU."""
 
 import torch
 
@@ -8,7 +8,7 @@ BENCHMARKED = ("fp32", "bf16")
 
 
 def benchmarked_dtypes() -> list[str]:
-    """fp32, and bf16 where it is fast; says so where it is left out."""
+    """fp32, and bf16 if it is fast; otherwise a line says that it is left out."""
     speed = dtype_speed(torch.bfloat16)
     if speed.is_fast:
         return list(BENCHMARKED)

@@ -1,4 +1,5 @@
-"""The models of `decode.py`: weights, the bare products over them, and others that run them."""
+"""The models of `decode.py`: their weights, the bare products with them, and transformers on
+them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -96,7 +97,7 @@ def saved_weights(path: Path, dtype: torch.dtype) -> Weights:
 
 
 def products(matrices: list[Tensor], rows: int, packed: bool) -> Callable[[], None]:
-    """The bare products of some matrices with as many rows of input, and nothing else."""
+    """A function that computes only the products of some matrices with inputs of `rows` rows."""
     inputs = {size: torch.randn(rows, size).to(matrices[0].dtype) for size in _inputs(matrices)}
     if packed:
         functions = [(make_linear(matrix), inputs[matrix.shape[1]]) for matrix in matrices]
@@ -149,7 +150,7 @@ class HuggingFace:
         self.model = model.eval()
 
     def seconds_per_token(self, prompt: list[int], count: int) -> float:
-        """Greedy decoding behind the first token."""
+        """Seconds per token of greedy decoding, after the first token."""
         times: list[float] = []
 
         class Clock:

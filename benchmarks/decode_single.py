@@ -1,4 +1,4 @@
-"""Decoding one sequence at a time, beside the bytes of weights that have to be read for it."""
+"""Measure decoding of one sequence, and compare it with the time of reading the weights."""
 
 import argparse
 from statistics import median
@@ -8,18 +8,18 @@ import torch
 from decode_models import HuggingFace, Weights, products
 from decode_turns import PROMPT_LENGTH, Decoder, Report, Turn, ratio, take_turns, timed
 
+from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
-from megatron.early_exit.inference.model.spans import Span
 from megatron.early_exit.inference.modes.head_output import head_outputs
 
 LONG_RUN = 16
-"""Tokens that leave in a row before one goes through all layers."""
+"""Number of consecutive tokens that leave early before one goes through all layers."""
 TARGETS = {"fp32": 0.90, "bf16": 0.85}
 
 
 class EveryNth:
-    """Stands in for a threshold that all confidences reach but each n-th."""
+    """Stands in for a threshold that every confidence reaches except each n-th one."""
 
     def __init__(self, n: int) -> None:
         self._n, self._asked = n, 0
@@ -30,7 +30,7 @@ class EveryNth:
 
 
 def recomputing(model: SegmentedModel, tokens: int) -> Turn:
-    """The original's way: each step takes all tokens since the last full pass from layer 1 on."""
+    """EE-LLM's method: each step recomputes all tokens since the last full pass from layer 1 on."""
     runner = SegmentRunner(model, 1, PROMPT_LENGTH + tokens + 1)
     last = len(model.segments) - 1
 
@@ -59,7 +59,7 @@ def recomputing(model: SegmentedModel, tokens: int) -> Turn:
 def measure_single(
     weights: Weights, model: SegmentedModel, args: argparse.Namespace, report: Report
 ) -> None:
-    """One sequence at a time."""
+    """Measure one sequence at a time, and report the figures."""
     dtype = report.context["dtype"]
     tokens = args.tokens
     decoder = Decoder(model, 1, tokens)

@@ -1,4 +1,4 @@
-"""What the decoding benchmarks share: settings that take turns, and a report of the figures."""
+"""Shared code of the decoding benchmarks: alternating measurements, and a report of the figures."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -21,10 +21,10 @@ class Decoder:
 
     Args:
         model: the model.
-        batch: sequences.
-        tokens: of each.
-        max_pending: see `EarlyExitEngine`; by default what waits is never caught up with for its
-            number alone.
+        batch: number of sequences.
+        tokens: tokens of each sequence.
+        max_pending: see `EarlyExitEngine`; by default the number of pending positions alone
+            never triggers their computation.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Decoder:
     def seconds_per_token(
         self, params: Sequence[SamplingParams], thresholds: Sequence[object] | None = None
     ) -> float:
-        """From when all sequences have begun until the first one ends, over all tokens of that."""
+        """Seconds per token, from when all sequences have begun until the first one ends."""
         engine = self.engine
         requests = [engine.submit(*pair) for pair in zip(self.prompts, params, strict=True)]
         for request, threshold in zip(requests, thresholds or [], strict=False):
@@ -64,16 +64,17 @@ class Decoder:
         return seconds / count
 
     def full(self) -> float:
-        """All layers."""
+        """Seconds per token in full mode."""
         return self.seconds_per_token([self._params()] * self.batch)
 
     def leaving(self, threshold: object, exits: Sequence[int] | None = None) -> float:
-        """With a threshold or what stands in for it, made for each sequence."""
+        """Seconds per token with a threshold, or with an object made for each sequence that
+        replaces it."""
         thresholds = [threshold(i) if callable(threshold) else threshold for i in range(self.batch)]
         return self.seconds_per_token([self._leaving(exits)] * self.batch, thresholds)
 
     def depths(self, exits: Sequence[int]) -> float:
-        """In turns of sequences that always leave at each of some exits, and one in full mode."""
+        """Seconds per token if sequences leave, in turn, always at one of some exits or never."""
         kinds = [*(self._leaving((layer,)) for layer in exits), self._params()]
         return self.seconds_per_token([kinds[i % len(kinds)] for i in range(self.batch)])
 
@@ -86,7 +87,7 @@ class Decoder:
 
 
 def timed(function: Callable[[], None], repeats: int) -> Turn:
-    """Seconds of one call."""
+    """Time a function: seconds of one call."""
 
     def turn() -> float:
         with torch.inference_mode():
@@ -100,7 +101,7 @@ def timed(function: Callable[[], None], repeats: int) -> Turn:
 
 
 def take_turns(settings: dict[str, Turn], rounds: int) -> dict[str, list[float]]:
-    """Each setting once in each round, after one round that does not count."""
+    """Run each setting once per round, after a warm-up round that does not count."""
     times: dict[str, list[float]] = {name: [] for name in settings}
     for number in range(rounds + 1):
         for name, turn in settings.items():
@@ -111,7 +112,7 @@ def take_turns(settings: dict[str, Turn], rounds: int) -> dict[str, list[float]]
 
 
 def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
-    """Median over the rounds."""
+    """Median of the ratio over the rounds."""
     return median(a / b for a, b in zip(times[above], times[below], strict=True))
 
 
@@ -125,7 +126,7 @@ class Report:
     def add(
         self, name: str, value: float, bound: float | None, limit: float, note: str = ""
     ) -> None:
-        """A figure whose theoretical limit is `limit`, and that is to be `bound` or more."""
+        """Report a figure with its theoretical limit, which has to reach `bound`."""
         holds = None if bound is None else value >= bound
         self.figures.append(
             {**self.context, "name": name, "value": value, "bound": bound, "limit": limit}

@@ -1,14 +1,16 @@
-"""What a pipeline of two stages gains from an exit on the first one, and from several sequences.
+"""Measure what decoding on two pipeline stages gains from an exit on the first stage, and from
+several sequences.
 
     python benchmarks/pipeline_decode.py [--dtype fp32 bf16] [--vocab-size N] [--quick]
 
-The layers of SmolLM2-135M (random weights) with an exit at the end of the first stage, on two
-processes with one thread each. By default the vocabulary is such that a projection is 7 % of the
-weights, as in Llama-3-8B; with SmolLM2's own 49152 tokens it is 21 %. All settings run in one
-process group and take turns; figures are medians of the turns' ratios. The limit of the exit's
-latency is the share of the weights that a token has to wait for: the first stage's layers and the
-exit's projection, over all layers and the final one. The limit of the throughput is the number of
-sequences: as if their weights were read once for all of them.
+The model has the layers of SmolLM2-135M (random weights) and an exit at the end of the first stage,
+and runs in two processes with one thread each. The default vocabulary makes a projection 7 % of the
+weights, as in Llama-3-8B; with SmolLM2's own 49152 tokens it is 21 %. All settings are measured
+alternately in one process group; figures are medians of the ratios of the rounds. The limit of the
+exit's latency is the share of the weights that are read before the token is known: those of the
+first stage's layers and the exit's projection, divided by those of all layers and the final
+projection. The limit of the throughput is the number of sequences, as if the weights were read once
+for all of them.
 """
 
 import argparse
@@ -57,7 +59,7 @@ def make_engine(dtype: torch.dtype, architecture: Architecture) -> EarlyExitEngi
 
 
 def seconds(engine: EarlyExitEngine, params: SamplingParams, count: int) -> float:
-    """From the first tokens of `count` sequences to their last ones."""
+    """Seconds from the first tokens of `count` sequences to their last ones."""
     # Whatever a turn has left in the later stage is through when this is.
     engine.generate([[1]], SamplingParams(max_tokens=1))
     began = perf_counter()
@@ -66,7 +68,7 @@ def seconds(engine: EarlyExitEngine, params: SamplingParams, count: int) -> floa
 
 
 def measure(rank: int, folder: str, dtype: str, vocab_size: int, tokens: int, turns: int) -> None:
-    """Run the settings in turns; the first rank reports."""
+    """Run the settings alternately; the first rank reports."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/{dtype}", rank=rank, world_size=STAGES

@@ -1,11 +1,12 @@
-"""What exits cost in the EE-LLM paper's setting, in the simulator: four models on 64 A100s.
+"""Simulate what exits cost in the EE-LLM paper's setting: four models on 64 A100s.
 
     python benchmarks/pipeline_paper.py
 
-Each optimisation of the exits on and off, over the standard model: deferral to the backward phase,
-chunks of logits, and placement before the next stage's first layer. Then what filling bubbles costs
-at 2 to 16 stages, and in the four models. Fails where exits cost more than 2 % of the step or any
-peak memory with neighbouring stages on one node, or fills more than 1 %."""
+The first table shows the cost relative to the standard model with each optimisation of the exits on
+    and off: deferral to the backward phase, chunks of logits, and placement before the next stage's
+    first layer. The second shows what filling bubbles costs at 2 to 16 stages, and in the four
+    models. The command fails if, with neighbouring stages on one node, exits cost more than 2 % of
+    the step or any peak memory, or if fills cost more than 1 %."""
 
 from __future__ import annotations
 
@@ -50,10 +51,11 @@ BEST = VARIANTS[-1]
 
 
 def changes(model: PaperModel, variant: Variant, near: bool = True) -> tuple[float, float]:
-    """Step time and peak memory of the fullest rank over those of the standard model, less one.
+    """Relative increase of step time, and of peak memory on the fullest rank, over the standard
+    model.
 
     Args:
-        model: of the paper.
+        model: a model of the paper.
         variant: how its exits are computed.
         near: neighbouring stages are on one node (--use-tp-pp-dp-mapping) where they can be.
     """
@@ -65,8 +67,8 @@ def changes(model: PaperModel, variant: Variant, near: bool = True) -> tuple[flo
 
 
 def fill_cost(num_ranks: int, num_microbatches: int) -> float:
-    """What all fills that have room cost of a step, less one: even stages, a backward takes two
-    forwards, and a transfer a tenth of one."""
+    """Relative increase of the step time by all fills that fit, with equal stages, a backward pass
+    of two forward passes, and a transfer of a tenth of one."""
     costs = CostModel.even(num_ranks, 1.0, 2.0, transfer_s=0.1)
     plain = OneFOneB(num_ranks=num_ranks, num_microbatches=num_microbatches)
     filled = FilledOneFOneB(
@@ -77,7 +79,7 @@ def fill_cost(num_ranks: int, num_microbatches: int) -> float:
 
 
 def model_fill_cost(model: PaperModel) -> float:
-    """The same of a model of the paper, with its exits placed and deferred."""
+    """The same for a model of the paper, with its exits placed by --pre-exit and deferred."""
     exits = model.model.exits.placed(BEST.placement)
     filled, plain = (
         model.step(exits, BEST.execution, fill_bubbles=filling).step_s for filling in (True, False)

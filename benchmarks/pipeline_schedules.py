@@ -1,15 +1,16 @@
-"""What pipeline schedules take, beside what the simulator says they take.
+"""Measure the time of pipeline schedules, and compare it with the simulator's prediction.
 
     python benchmarks/pipeline_schedules.py [--layers 4] [--rounds 3] ...
 
 Two stages, each a process with one thread (or a GPU of its own), run training steps by lists of
-passes: 1F1B without exits, which Megatron's own schedule runs as well, with an exit at the end of
-the first stage, with the same exit moved to the second by --pre-exit, and with a microbatch more in
-the bubble of the warm-up, of the cool-down, and of both. The simulator is given what
-tools/profile_layers.py measures of a layer, of the embedding, of the head and of an exit, here on
-both stages at a time, which share the memory's bandwidth; it never sees the stages that are timed.
-All take turns, so that noise meets all; figures are medians. A step is forwards, backwards and
-messages, without the optimizer. The bound is 10 % between the two.
+passes: 1F1B without exits, which Megatron's own schedule runs as well; 1F1B with an exit at the end
+    of the first stage; with the same exit moved to the second stage by --pre-exit; and with a fill
+    in the bubble of the warm-up, of the cool-down, and of both. The simulator gets the times that
+    tools/profile_layers.py measures for a layer, the embedding, the head and an exit, here in both
+    processes at once, because they share the memory bandwidth; it gets no times of whole stages.
+    All cases are measured alternately, so that noise affects all of them; figures are medians. A
+    step consists of forward passes, backward passes and messages, without the optimizer.
+    Predictions may differ from measurements by 10 %.
 """
 
 import argparse
@@ -33,14 +34,16 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=4, help="of each stage")
+    parser.add_argument("--layers", type=int, default=4, help="layers of each stage")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--seq-length", type=int, default=128)
     parser.add_argument("--micro-batch-size", type=int, default=2)
-    parser.add_argument("--microbatches", type=int, default=8, help="full ones of a step")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each, the first not timed")
+    parser.add_argument("--microbatches", type=int, default=8, help="full microbatches of a step")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="runs of each case, of which the first is not timed"
+    )
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error(f"--rounds {args.rounds} is out of range, allowed: 2 or more")
@@ -50,7 +53,7 @@ def parse() -> argparse.Namespace:
 def predicted_costs(
     case: Case, profile: list[Seconds], layers: int, transfer_s: float
 ) -> CostModel:
-    """The stages of a case, made of their parts."""
+    """The costs of the stages of a case, summed over their parts."""
     stages = []
     for stage, seconds in enumerate(profile):
         parts: list[Part] = ["head" if stage else "embedding"]
@@ -65,7 +68,7 @@ def predicted_costs(
 
 
 def main() -> int:
-    """Measure and print; the status is 1 where the simulator is further off than the bound."""
+    """Measure and print; the exit status is 1 if an error of the simulator exceeds the bound."""
     options = parse()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -1,4 +1,5 @@
-"""The steps that `pipeline_schedules.py` times: a model on two stages, and the list of a step."""
+"""The steps that `pipeline_schedules.py` times: a model on two stages, and a step's list of
+actions."""
 
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ class Case:
     by_megatron: bool = False
 
     def exits(self, layers: int) -> EarlyExitConfig:
-        """Exits of the model with so many layers on each stage."""
+        """The exits of the model with this many layers on each stage."""
         if not self.exit_at_boundary:
             return EarlyExitConfig()
         return EarlyExitConfig(

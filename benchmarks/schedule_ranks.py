@@ -25,7 +25,7 @@ OPTIONS = {"transformer_impl": "local", "masked_softmax_fusion": False, "persist
 
 
 class Stage:
-    """This rank's chunk of a model, and the steps it takes."""
+    """This rank's chunk of a model, and its training steps."""
 
     def __init__(self, options: argparse.Namespace, exits: EarlyExitConfig, layers: int) -> None:
         from megatron.core.distributed import DistributedDataParallelConfig
@@ -64,7 +64,7 @@ class Stage:
         self._data = random_batches(options)
 
     def step(self, schedule: Schedule | None, microbatches: int) -> float:
-        """Seconds of a step by a schedule, or by Megatron's own for so many microbatches."""
+        """Seconds of a step with a schedule, or with Megatron's own for this many microbatches."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         run: Any = get_forward_backward_func()
@@ -109,7 +109,7 @@ def model_shape(options: argparse.Namespace, num_layers: int) -> ModelShape:
 
 
 def random_batches(options: argparse.Namespace) -> Iterator[dict[str, torch.Tensor]]:
-    """Tokens drawn by chance, for ever."""
+    """An endless stream of random tokens."""
     shape = options.micro_batch_size, options.seq_length
     while True:
         yield {
@@ -121,7 +121,7 @@ def random_batches(options: argparse.Namespace) -> Iterator[dict[str, torch.Tens
 
 
 def measure(rank: int, options: argparse.Namespace, port: int, answers: Any) -> None:
-    """On each rank: profile and time, in turns; rank 0 answers for all."""
+    """Profile and time alternately, on each rank; rank 0 returns the results of all ranks."""
     torch.set_num_threads(1)
     machine = platform.prepare()
     # What it says of each chunk hides the turns.
@@ -173,7 +173,7 @@ def measure(rank: int, options: argparse.Namespace, port: int, answers: Any) -> 
 
 
 def measure_transfer(rank: int, options: argparse.Namespace) -> float:
-    """Seconds of a hidden state from one stage to the other."""
+    """Seconds of sending a hidden state from one stage to the other."""
     shape = options.seq_length, options.micro_batch_size, options.hidden
     hidden = torch.zeros(shape, device="cuda")
     seconds = []

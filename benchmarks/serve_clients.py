@@ -1,4 +1,4 @@
-"""Many clients in one thread: bare HTTP, and nothing is looked into until all is over."""
+"""Many HTTP clients in one thread, which parse no answer before the load has ended."""
 
 import asyncio
 import json
@@ -11,20 +11,20 @@ from typing import Any
 from serve_requests import Item
 
 PATIENCE_S = 120.0
-"""A request that takes longer is lost."""
+"""A request that takes longer counts as lost."""
 _STREAMED = b', "stream": true, "return_token_ids": true}'
 
 
 @dataclass
 class Record:
-    """What came of one item.
+    """The result of one item.
 
     Attributes:
-        item: what was asked.
-        status: of HTTP; 0 where there was none.
-        begin: when it was sent.
-        times: when each part of the answer came.
-        parts: of the answer.
+        item: the request.
+        status: the HTTP status; 0 if there was none.
+        begin: when the request was sent.
+        times: when each part of the answer arrived.
+        parts: the parts of the answer.
     """
 
     item: Item
@@ -35,17 +35,18 @@ class Record:
 
     @property
     def is_cancelled(self) -> bool:
-        """The client has gone away as it was to."""
+        """Whether the client has disconnected as planned."""
         return len(self.parts) == self.item.cancel_after
 
     def events(self) -> list[dict[str, Any]]:
-        """The stream, without the mark of its end."""
+        """The events of the stream, without the one that marks its end."""
         whole = b"".join(self.parts).decode()
         lines = [line.removeprefix("data: ") for line in whole.split("\n\n") if line]
         return [json.loads(line) for line in lines if line != "[DONE]"]
 
     def is_right(self) -> bool:
-        """The answer is what the question alone gets, or as much of it as was waited for."""
+        """Whether the answer equals that which the question gets alone, up to where the client
+        left."""
         question = self.item.question
         if self.status != 200:
             return False
@@ -64,13 +65,14 @@ class Record:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the client has got."""
+        """The number of tokens that the client has received."""
         if self.is_cancelled:
             return sum(len(event["choices"][0]["token_ids"]) for event in self.events())
         return self.item.question.params.max_tokens
 
     def as_answered(self) -> Item:
-        """The item, for an engine that counts tokens where clients count events."""
+        """The item for an engine, whose client leaves after a number of tokens instead of
+        events."""
         return replace(self.item, cancel_after=self.num_tokens if self.is_cancelled else None)
 
     @property
@@ -81,7 +83,7 @@ class Record:
 
 
 class Client:
-    """One connection, made anew when it has been closed.
+    """One connection, which is opened again when it has been closed.
 
     Args:
         host: of the server.
@@ -95,7 +97,7 @@ class Client:
         self._pair: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def work(self, items: Iterator[Item], until: float, records: list[Record]) -> None:
-        """Ask one item after the other, until a time by `perf_counter`."""
+        """Send one item after the other, until a time of `perf_counter`."""
         while perf_counter() < until:
             record = Record(next(items))
             records.append(record)
@@ -148,10 +150,10 @@ class Client:
 async def load(
     host: str, port: int, items: Iterator[Item], num_clients: int, seconds: float
 ) -> tuple[list[Record], float]:
-    """Have clients ask for some time, and finish what they have begun.
+    """Let clients send requests for some time, and wait for the answers to all of them.
 
     Returns:
-        What came of it, in the order of asking, and the seconds that it took.
+        The records in the order of the requests, and the seconds that it took.
     """
     records: list[Record] = []
     begin = perf_counter()

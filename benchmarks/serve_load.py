@@ -1,12 +1,15 @@
-"""How much of the engine's speed is left behind HTTP, and whether the server holds out.
+"""Measure how much of the engine's speed the HTTP server keeps, and whether it is stable under
+load.
 
     python benchmarks/serve_load.py [--model small] [--load DIR] [--seconds 300] [--clients 64]
 
-Many clients ask a server of its own all the time: prompts and answers of several lengths, all
-modes, half of the answers as streams, of which a fifth is left in the middle. In turns with that,
-the engine answers the very same requests without a server, as many at a time. Each answer has to be
-the one that its request gets alone; the server's memory must not grow. Each figure is printed with
-the bound that it is held to. --url asks a running server; --load then has to be its checkpoint.
+The command starts a server and many clients, which send requests without a pause: prompts and
+    answers of several lengths, all modes, half of the answers as streams, in a fifth of which the
+    client disconnects in the middle. Alternately with that, the engine answers the very same
+    requests without a server, with the same concurrency. Each answer has to be equal to the one
+    that its request gets alone, and the server's memory must not grow. Each figure is printed with
+    its bound. With --url the clients use a running server, whose checkpoint has to be given with
+    --load.
 """
 
 import argparse
@@ -37,7 +40,7 @@ from megatron.early_exit.process_family import run_program
 
 THROUGHPUT_BOUND = 0.9
 GROWTH_BOUND = 0.03
-"""Of the server's memory, from the middle third of the time to the last."""
+"""Allowed growth of the server's memory, from the middle third of the time to the last."""
 
 
 def parse() -> argparse.Namespace:
@@ -46,18 +49,18 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", choices=tuple(SIZES), default="small", help="random weights to serve")
-    add("--load", type=Path, help="a checkpoint to serve in their place; it must know text")
-    add("--url", help="of a server that runs already, without a key")
-    add("--seconds", type=float, default=300.0, help="of load (default: %(default)s)")
-    add("--rounds", type=int, default=5, help="turns that they are divided into")
-    add("--clients", type=int, default=64, help="default: %(default)s")
+    add("--model", choices=tuple(SIZES), default="small", help="model with random weights to serve")
+    add("--load", type=Path, help="checkpoint to serve instead; it needs a tokenizer")
+    add("--url", help="address of a running server that needs no key")
+    add("--seconds", type=float, default=300.0, help="seconds of load (default: %(default)s)")
+    add("--rounds", type=int, default=5, help="rounds that the load is divided into")
+    add("--clients", type=int, default=64, help="number of clients (default: %(default)s)")
     add("--max-batch-size", type=int, default=16, help="of server and engine (default: 16)")
     add(
         "--threads",
         type=int,
         default=max(1, (os.cpu_count() or 1) - 1),
-        help="that server and engine compute with each (default: one core is left for the rest)",
+        help="threads of the server, and of the engine alone (default: all cores but one)",
     )
     add("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
@@ -68,7 +71,7 @@ def parse() -> argparse.Namespace:
 
 @dataclass
 class Turn:
-    """One turn of the server, and the engine's with the same requests."""
+    """One round of the server, and of the engine with the same requests."""
 
     records: list[Record]
     seconds: float
@@ -86,7 +89,7 @@ def take_turn(
     engine: EarlyExitEngine,
     memory: Memory,
 ) -> Turn:
-    """Load the server for its share of the time, and have the engine do the same."""
+    """Load the server for its share of the time, and give the same requests to the engine."""
     place = urlsplit(url)
     host = place.hostname
     assert host is not None
@@ -108,7 +111,7 @@ def take_turn(
 
 
 def figures_of(turns: list[Turn], memory: Memory) -> dict[str, Any]:
-    """What is to be printed."""
+    """The figures to print."""
     records = [record for turn in turns for record in turn.records]
     seconds = sum(turn.seconds for turn in turns)
     streams = [one for one in records if one.item.is_streamed and one.times]
@@ -134,13 +137,13 @@ def figures_of(turns: list[Turn], memory: Memory) -> dict[str, Any]:
 
 
 def show(figures: dict[str, Any]) -> list[str]:
-    """Print the figures; returns what is not as it should be."""
+    """Print the figures; returns the bounds that do not hold."""
     f = figures
     print(
         f"{f['requests']} requests, {f['cancelled']} of them left in mid-stream, "
         f"{f['tokens_per_second']:.1f} tokens/s\n"
         f"time to first token: p50 {f['first_token_p50_s']:.3f} s, "
-        f"p99 {f['first_token_p99_s']:.3f} s (waiting for a place in it)\n"
+        f"p99 {f['first_token_p99_s']:.3f} s (with waiting for a slot)\n"
         f"between tokens: p50 {1e3 * f['between_tokens_p50_s']:.1f} ms, "
         f"p99 {1e3 * f['between_tokens_p99_s']:.1f} ms\n"
         f"CPU: clients {f['client_cpu']:.0%} of a core, server {f['server_cpu']:.0%}; for the same "

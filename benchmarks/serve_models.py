@@ -1,4 +1,4 @@
-"""The checkpoints of `serve_load.py`: random weights that know text."""
+"""The checkpoints of `serve_load.py`: random weights, with a tokenizer."""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -71,7 +71,7 @@ def make_checkpoint(size: str, folder: Path) -> Path:
 
 
 def _random(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Spread such that heads are neither always nor never sure."""
+    """The weights are spread such that exits are neither always nor never confident."""
     generator = torch.Generator().manual_seed(sum(name.encode()))
     if len(shape) == 1:
         return torch.ones(shape)
@@ -81,7 +81,7 @@ def _random(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _make_tokenizer(vocab_size: int) -> transformers.PreTrainedTokenizerFast:
-    """It knows every byte and the words of the prompts."""
+    """Its vocabulary has every byte and the words of the prompts."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()

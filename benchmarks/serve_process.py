@@ -28,10 +28,10 @@ def served(checkpoint: Path, folder: Path, max_batch_size: int, threads: int) ->
     """The address of a server that ends with the block.
 
     Args:
-        checkpoint: what to serve.
-        folder: for the log.
-        max_batch_size: its flag.
-        threads: that it computes with.
+        checkpoint: the checkpoint to serve.
+        folder: the folder for the log.
+        max_batch_size: the server's flag.
+        threads: the number of threads that the server computes with.
     """
     port = _free_port()
     command = [sys.executable, str(TOOL), "--load", str(checkpoint), "--port", str(port)]
@@ -58,7 +58,7 @@ def _free_port() -> int:
 
 
 def health(url: str) -> dict[str, Any] | None:
-    """What the server says of itself; None where it says nothing yet."""
+    """The body of the server's /health; None if it does not answer yet."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=10) as response:
             found: dict[str, Any] = json.load(response)
@@ -72,12 +72,12 @@ def listener(port: int) -> psutil.Process:
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
             return psutil.Process(connection.pid)
-    raise SystemExit(f"--url: nobody on this machine listens on port {port}")
+    raise SystemExit(f"--url: no process on this machine listens on port {port}")
 
 
 @dataclass
 class Memory:
-    """Resident memory of a process while there is load, its threads and its open files."""
+    """The resident memory, threads and open files of a process, sampled under load."""
 
     process: psutil.Process
     samples: list[tuple[float, float]] = field(default_factory=list)

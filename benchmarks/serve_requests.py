@@ -1,4 +1,4 @@
-"""What the clients of `serve_load.py` ask and are to get, and the engine without a server."""
+"""The requests of `serve_load.py`, their expected answers, and the engine without a server."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 
 NUM_DISTINCT = 64
 CANCELLED = 0.2
-"""Of the streams, which are half of all requests."""
+"""Share of the streams (half of all requests) in which the client disconnects in the middle."""
 _LOGPROBS_APART = 1e-3
 """Sums of a batch are rounded otherwise than those of one sequence."""
 _WAYS: tuple[dict[str, Any], ...] = (
@@ -33,10 +33,10 @@ class Question:
     Attributes:
         prompt: a text.
         params: how to continue it.
-        body: the same for the server.
-        answer: the text that it gets alone.
-        n: texts that it asks for.
-        logprobs: of the prompt's tokens, where it asks for no more than to score them.
+        body: the same as a body for the server.
+        answer: the text that the request gets alone.
+        n: the number of texts that it asks for.
+        logprobs: those of the prompt's tokens, if the request asks only for these.
     """
 
     prompt: str
@@ -47,7 +47,7 @@ class Question:
     logprobs: tuple[float | None, ...] | None = None
 
     def accepts(self, choices: Sequence[dict[str, Any]]) -> bool:
-        """Whether these are the choices that it is to get."""
+        """Whether these are the expected choices."""
         if len(choices) != self.n or any(one["text"] != self.answer for one in choices):
             return False
         if self.logprobs is None:
@@ -64,10 +64,10 @@ class Item:
     """A question as one client asks it.
 
     Attributes:
-        question: what is asked.
-        is_streamed: the answer is to come token by token.
-        cancel_after: events of a stream after which the client goes away (tokens, for the engine);
-            None: at the end.
+        question: the request.
+        is_streamed: whether the answer is a stream.
+        cancel_after: the number of events of a stream after which the client disconnects (of
+            tokens, for the engine); None if it stays until the end.
     """
 
     question: Question
@@ -107,7 +107,7 @@ def endless_items(questions: Sequence[Question], seed: int) -> Iterator[Item]:
 
 
 def answer_all(engine: EarlyExitEngine, items: Sequence[Item], num_clients: int) -> float:
-    """Have the engine itself answer, as many at a time as there are clients; returns seconds."""
+    """Let the engine itself answer, with as many requests at a time as clients; returns seconds."""
     begin = perf_counter()
     waiting = iter(items)
     running: dict[int, Item] = {}

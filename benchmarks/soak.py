@@ -1,12 +1,16 @@
-"""Hours of the worst that training and the server meet, and whether they keep their promises.
+"""Test for hours whether training and the server keep their promises under kills and hostile load.
 
     python benchmarks/soak.py [--parts kills hostile clients connections] [--json FILE]
 
-Parts, each with a server or trainings of its own on 127.0.0.1, random but repeatable by --seed:
-kills: training under torchrun, and with ranks forked from a warm process, killed at random moments;
-hostile: requests that nobody should send; clients: many of them, who think, leave, stream, score;
-connections: thousands that say nothing, half of something, or do not read. Ends with a table, and
-with status 1 if a promise was broken. Parts can run side by side, as commands of their own.
+Each part has a server or training runs of its own on 127.0.0.1; --seed makes random choices
+repeatable. The parts are
+kills: training runs are killed at random moments, some under torchrun, others with ranks that are
+forked from a process that has imported everything;
+hostile: invalid requests;
+clients: many well-behaved clients, which pause, disconnect, stream and score prompts;
+connections: thousands of connections that send nothing, or a part of a request, or do not read.
+The command ends with a table, and with status 1 if a promise was broken. Parts can run side by side
+as separate commands.
 """
 
 import argparse
@@ -44,19 +48,29 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
-    add("--seed", type=int, default=0, help="of all that is random (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
     add("--json", type=Path, help="also write promises and figures here")
-    add("--model", choices=tuple(SIZES), default="tiny", help="random weights to serve")
+    add("--model", choices=tuple(SIZES), default="tiny", help="model with random weights to serve")
     add("--max-batch-size", type=int, default=16, help="of the server (default: %(default)s)")
-    add("--threads", type=int, default=1, help="that it computes with (default: %(default)s)")
+    add(
+        "--threads",
+        type=int,
+        default=1,
+        help="computing threads of the server (default: %(default)s)",
+    )
     group = parser.add_argument_group("lengths")
     add = group.add_argument
     add("--kills", type=int, default=100, help="default: %(default)s")
     add("--torchrun-every", type=int, default=5, help="of the lives to kill (default: %(default)s)")
     add("--steps", type=int, default=60, help="of a training (default: %(default)s)")
-    add("--requests", type=int, default=10_000, help="hostile ones (default: %(default)s)")
+    add("--requests", type=int, default=10_000, help="hostile requests (default: %(default)s)")
     add("--clients", type=int, default=64, help="default: %(default)s")
-    add("--seconds", type=float, default=3600.0, help="of clients (default: %(default)s)")
+    add(
+        "--seconds",
+        type=float,
+        default=3600.0,
+        help="seconds of load by clients (default: %(default)s)",
+    )
     add("--think", type=float, default=2.0, help="mean seconds of a client (default: %(default)s)")
     add("--connections", type=int, default=2000, help="default: %(default)s")
     add("--hold", type=float, default=120.0, help="seconds with all of them (default: %(default)s)")

@@ -1,7 +1,7 @@
-"""The part of `soak.py` with clients that behave: for an hour they think, ask, wait or leave.
+"""The part of `soak.py` with well-behaved clients, which pause, send requests, wait or disconnect.
 
-All modes, streams or not, several texts of a prompt, scores of prompts. Every answer is compared at
-once with what the question gets alone, so that nothing is kept but times."""
+They use all modes, streams, several texts per prompt, and scores of prompts. Every answer is
+compared at once with the one that its request gets alone, so that only times have to be kept."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from soak_server import Soaked, soaked
 from megatron.early_exit.client.figures import percentile
 
 SEVERAL, SCORED, ABANDONED = 0.1, 0.1, 0.03
-"""Shares of the requests: several texts, scores alone, and a client that leaves while it waits."""
+"""Shares of the requests that ask for several texts, ask for scores only, or are abandoned."""
 _WAVE_S = 120.0
-"""Half of each wave nobody thinks, so that the server is full; in the other half all do."""
+"""Seconds of a wave: in one half clients never pause, so that the server is full, in the other all
+do."""
 
 
 @dataclass
 class Tally:
-    """What came of all requests so far."""
+    """The results of all requests so far."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -58,7 +59,7 @@ class Tally:
 
 
 def with_others(questions: Sequence[Question], scored: Sequence[Question]) -> list[Question]:
-    """The questions, some of them for several texts, and those for scores, in their shares."""
+    """The requests, including those for several texts and for scores, in their shares."""
     several = [
         replace(one, n=n, body=json.dumps({**json.loads(one.body), "n": n}).encode())
         for n, one in zip((2, 3, 4) * len(questions), questions, strict=False)
@@ -142,14 +143,14 @@ async def _live_together(soaked: Soaked, args: argparse.Namespace, tally: Tally)
 
 
 def run_clients(args: argparse.Namespace, folder: Path) -> Report:
-    """Load a server for as long as asked for; returns what came of it."""
+    """Load a server for as long as the flags say; returns the report."""
     report, tally = Report("clients"), Tally()
     with soaked(args, folder) as server:
         asyncio.run(_live_together(server, args, tally))
         others = {status: n for status, n in tally.statuses.items() if status != 200}
         number = sum(tally.statuses.values())
         found = f"{len(tally.wrong)} of {number:,}, {tally.left:,} left early"
-        report.promise("every answer is what its question gets alone", found, not tally.wrong)
+        report.promise("every answer equals the one its request gets alone", found, not tally.wrong)
         report.promise("every status is 200", others or "yes", number > 0 and not others)
         server.judge(report, args.seconds)
     report.figures |= {

@@ -1,8 +1,9 @@
 """The part of `soak.py` with connections that keep the server waiting.
 
-They say nothing, half of the headers, a byte of them now and then, half of a body, or do not read
-what they have asked for. Those that the server lets go are made anew, so that there are always as
-many; all the while `/health` has to answer within a second, and good clients the right thing."""
+They send nothing, half of the headers, one byte of the headers now and then, or half of a body, or
+do not read the response. Connections that the server closes are opened again, so that their number
+stays the same. All the while, `/health` has to answer within a second, and well-behaved clients
+have to get the right answers."""
 
 from __future__ import annotations
 
@@ -26,17 +27,18 @@ from megatron.early_exit.client.figures import percentile
 HEALTH_S = 1.0
 _PROBE_S = 0.25
 _PER_S = 200
-"""New connections a second, so that the server's queue of them is not what is tested."""
+"""New connections per second; few enough not to fill the server's queue, which is not tested
+here."""
 _HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
 _LONG = b'{"prompt": "the quick", "max_tokens": 64, "ignore_eos": true, "stream": true}'
 _PAGES = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 20
-"""Cheap to answer: what is tried is who waits for whom, not how much the server can compute."""
+"""Requests that are cheap to answer: the test is about waiting, not about computing."""
 KINDS = ("idle", "half headers", "trickled headers", "half body", "slow reader", "pages unread")
 
 
 @dataclass
 class Tally:
-    """What has been seen so far."""
+    """The observations so far."""
 
     opened: Counter[str] = field(default_factory=Counter)
     is_open: Counter[str] = field(default_factory=Counter)
@@ -118,7 +120,7 @@ async def _fill(soaked: Soaked, number: int, random_: random.Random, tally: Tall
 
 
 async def _probe(soaked: Soaked, tally: Tally) -> None:
-    """Ask for the health, again and again, over new connections."""
+    """Request `/health` again and again, over new connections."""
     while True:
         begin = perf_counter()
         try:
@@ -150,7 +152,7 @@ async def _ask(soaked: Soaked, random_: random.Random, tally: Tally) -> None:
 
 
 async def _besiege(soaked: Soaked, args: argparse.Namespace, tally: Tally) -> int:
-    """Returns the most connections that were open at a time."""
+    """Return the largest number of connections that were open at a time."""
     random_ = random.Random(args.seed)
     whole = args.connections / _PER_S + args.hold
     progress = Progress("connections", whole, "seconds")
@@ -179,7 +181,7 @@ async def _besiege(soaked: Soaked, args: argparse.Namespace, tally: Tally) -> in
 
 
 def run_connections(args: argparse.Namespace, folder: Path) -> Report:
-    """Hold as many connections as asked for; returns what came of it."""
+    """Hold as many connections as the flags say; returns the report."""
     report, tally = Report("connections"), Tally()
     with soaked(args, folder) as server:
         # Not before: the server would inherit it.
@@ -193,7 +195,7 @@ def run_connections(args: argparse.Namespace, folder: Path) -> Report:
             late == 0 and tally.health_missed == 0,
         )
         report.promise(
-            "good clients get what their questions get alone",
+            "well-behaved clients get the right answers",
             f"{len(tally.wrong)} of {tally.right + len(tally.wrong)} do not",
             tally.right > 0 and not tally.wrong,
         )
@@ -218,10 +220,10 @@ def run_connections(args: argparse.Namespace, folder: Path) -> Report:
 
 
 def _allow_files(number: int) -> None:
-    """Let this process have so many files open.
+    """Allow this process to have this many files open.
 
     Raises:
-        SystemExit: it may not.
+        SystemExit: the system does not permit it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard not in (-1, resource.RLIM_INFINITY) and hard < number:

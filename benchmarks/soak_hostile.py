@@ -1,8 +1,8 @@
-"""The part of `soak.py` with requests that nobody should send.
+"""The part of `soak.py` with hostile requests.
 
-Wild values for every field of the OpenAPI document, bodies that are no JSON, bytes that are no
-HTTP, clients that go at any moment; between them, good requests that have to get what they get
-alone."""
+Clients send wild values for every field of the OpenAPI document, bodies that are not JSON and bytes
+that are not HTTP, and disconnect at any moment; between them, valid requests have to get the
+answers that they get alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _KINDS = ("fields",) * 9 + ("no HTTP",) * 4 + ("method",) * 2 + ("goes away",) *
 
 @dataclass
 class Tally:
-    """What came of all requests so far."""
+    """The results of all requests so far."""
 
     kinds: Counter[str] = field(default_factory=Counter)
     statuses: Counter[int] = field(default_factory=Counter)
@@ -54,7 +54,7 @@ def status_of(answer: bytes) -> int | None:
 
 
 async def send(soaked: Soaked, sent: bytes, patience_s: float, leave_after: int | None) -> bytes:
-    """Send bytes and read what comes, until the server closes, or as many bytes have come."""
+    """Send bytes and read the response, until the server closes or enough bytes have arrived."""
     answer = b""
     try:
         async with asyncio.timeout(patience_s):
@@ -115,7 +115,7 @@ async def _attack(
 
 
 def _is_error(answer: bytes) -> bool:
-    """Whether the answer explains itself as the document says."""
+    """Whether a refusal has the shape that the OpenAPI document says."""
     body = answer.partition(b"\r\n\r\n")[2]
     try:
         return bool(json.loads(body)["error"]["message"])
@@ -153,7 +153,7 @@ async def _attack_all(
 
 
 def run_hostile(args: argparse.Namespace, folder: Path) -> Report:
-    """Send as many as asked for; returns what came of it."""
+    """Send as many requests as the flags say; returns the report."""
     report, tally = Report("hostile"), Tally()
     with soaked(args, folder) as server:
         with urllib.request.urlopen(f"{server.url}/openapi.json", timeout=30) as response:
@@ -172,7 +172,7 @@ def run_hostile(args: argparse.Namespace, folder: Path) -> Report:
         ):
             report.promise(text, f"{len(faults)} of {args.requests:,} not", not faults)
         report.promise(
-            "good requests between them get what they get alone",
+            "valid requests between them get the right answers",
             f"{len(tally.wrong)} of {tally.good:,} do not",
             tally.good > 0 and not tally.wrong,
         )

@@ -1,8 +1,8 @@
-"""The part of `soak.py` that kills trainings: they go on as if nothing had happened.
+"""The part of `soak.py` that kills training runs, which have to resume as if nothing had happened.
 
-Who is killed, and when, is chosen by chance: all ranks at once, one of them, a worker of one, or
-torchrun; while starting, between steps, in every phase of a save. A training that gets to its end
-is compared with one that nobody disturbed, and the next one begins."""
+Victims and moments are chosen at random: all ranks at once, one rank, a worker of a rank, or
+torchrun; while starting, between steps, in every phase of saving. A run that reaches its end is
+compared with an undisturbed one, and then the next run begins."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ from tests.helpers.training_runs import write_documents  # noqa: E402
 from tests.helpers.warm_ranks import ROOT, Job, WarmRanks  # noqa: E402
 
 GONE_S = 30.0
-"""Until everybody has to have ended after a kill of one of them."""
+"""Seconds after a kill within which all processes of the run have to end."""
 _START_S = {"warm": 4.0, "torchrun": 40.0}
-"""What starting takes, about: kills of starting lives come within it."""
+"""Approximate seconds of a start, during which the kills of starting runs happen."""
 _LOADED = re.compile(r"successfully loaded checkpoint from .* at iteration +(\d+)")
 _LEFT_IN_TMP = re.compile(r"torchelastic_.*|torchinductor_.*|pymp-.*|tmp[a-z0-9_]{8}(wandb-\w+)?")
-"""What torch, Python and W&B leave in the temporary folder when they are killed; each is small."""
+"""Small files that torch, Python and W&B leave in the temporary folder when they are killed."""
 
 
 class Life(Protocol):
-    """One life of a training."""
+    """One life of a training run: from a start to its end or a kill."""
 
     kind: str
 
@@ -59,10 +59,10 @@ class Life(Protocol):
         """The status, when all have ended or one has failed."""
 
     def kill(self, random_: random.Random) -> str:
-        """Kill somebody; returns who it was. Everybody has ended afterwards."""
+        """Kill one or all processes; returns which. All processes have ended afterwards."""
 
     def output(self) -> str:
-        """What it has said so far."""
+        """The output so far."""
 
 
 @dataclass
@@ -136,7 +136,7 @@ def _wait(condition: Any, seconds: float) -> None:
 
 @dataclass
 class Killing:
-    """What has been seen so far."""
+    """The observations so far."""
 
     expected: dict[str, dict[int, set[float]]]
     victims: dict[str, int] = field(default_factory=dict)
@@ -149,7 +149,7 @@ class Killing:
     finished: int = 0
 
     def compare(self, training: Training) -> None:
-        """Look through a training that has come to its end."""
+        """Check a training run that has reached its end."""
         self.finished += 1
         found = training.log()
         self.differing += [
@@ -163,14 +163,14 @@ class Killing:
 
 
 def _is_unfinished(path: Path, save: Path) -> bool:
-    """Whether a name in a checkpoint directory is of something that no run may leave at its end."""
+    """Whether a name in a checkpoint directory is one that no finished run may leave behind."""
     if path.name.startswith("iter_"):
         return not (path / "metadata.json").exists() or not (path / ".metadata").exists()
     return path.name.startswith((".", "tmp")) or path.suffix in (".tmp", ".part")
 
 
 def run_kills(args: argparse.Namespace, folder: Path) -> Report:
-    """Kill as often as asked for; returns what came of it."""
+    """Kill as often as the flags say; returns the report."""
     # It tells which file it reads.
     logging.getLogger("tensorboard").setLevel(logging.WARNING)
     random_ = random.Random(args.seed)
@@ -306,9 +306,9 @@ def _report(args: argparse.Namespace, killing: Killing) -> Report:
         "left_processes": killing.left,
     }
     kills = sum(killing.victims.values())
-    report.promise("as many kills as asked for", f"{kills} of {args.kills}", kills == args.kills)
+    report.promise("as many kills as --kills", f"{kills} of {args.kills}", kills == args.kills)
     report.promise(
-        "every life resumes, and none fails by itself",
+        "every killed run resumes, and none fails by itself",
         f"{len(killing.failed)} failed",
         not killing.failed,
     )

@@ -1,4 +1,4 @@
-"""What the parts of `soak.py` report: promises, figures, and how far they are."""
+"""The reports of the parts of `soak.py`: promises, figures and progress."""
 
 import sys
 import time
@@ -10,12 +10,12 @@ _TELL_S = 10.0
 
 @dataclass(frozen=True)
 class Promise:
-    """One thing that has to hold.
+    """One promise that is tested.
 
     Attributes:
-        text: what.
-        found: what was seen.
-        holds: None where the run was too short to say.
+        text: the promise.
+        found: the observation.
+        holds: whether it was kept; None if the run was too short to say.
     """
 
     text: str
@@ -24,13 +24,13 @@ class Promise:
 
     @property
     def verdict(self) -> str:
-        """In a word or two."""
+        """The verdict in a word or two."""
         return {True: "holds", False: "BROKEN", None: "not judged"}[self.holds]
 
 
 @dataclass
 class Report:
-    """What came of one part."""
+    """The results of one part."""
 
     name: str
     figures: dict[str, Any] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Report:
         self.promises.append(Promise(text, str(found), holds))
 
     def as_dict(self) -> dict[str, Any]:
-        """For the record in JSON."""
+        """The report as JSON values."""
         promises = [
             {"promise": one.text, "found": one.found, "verdict": one.verdict}
             for one in self.promises
@@ -51,7 +51,7 @@ class Report:
 
 
 class Progress:
-    """A line now and then that says how far a part is and how long it will take.
+    """Prints a line now and then with the progress of a part and the time left.
 
     Args:
         name: of the part.

@@ -1,4 +1,4 @@
-"""What the parts of `soak.py` that have a server share: the server, good questions, judgements."""
+"""Shared code of the parts of `soak.py` that have a server: the server, valid requests, checks."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from soak_report import Report
 from megatron.early_exit.inference import EarlyExitEngine
 
 GROWTH = 0.03
-"""Of the server's memory, from the middle third of a part to the last."""
+"""Allowed growth of the server's memory, from the middle third of a part to the last."""
 JUDGED_S = 600.0
-"""Growth is judged in parts that take this long: before, threads still get their first requests."""
+"""Growth is checked only in parts that take this long: before, threads may get their first
+requests."""
 MORE_THREADS, MORE_FILES = 2, 8
 _SETTLE_S = 20.0
 
 
 @dataclass(frozen=True)
 class Soaked:
-    """A server of a part's own.
+    """The server of a part.
 
     Attributes:
         host: where it listens.
@@ -69,8 +70,8 @@ class Soaked:
             watcher.cancel()
 
     def judge(self, report: Report, seconds: float) -> None:
-        """Add what has to hold whatever the clients do: it lives, has nothing left to do, has not
-        grown, and its log has no traceback."""
+        """Add the promises that hold whatever the clients do: the server runs, has no requests
+        left, has not grown, and its log has no traceback."""
         last = health(self.url)
         until = time.monotonic() + _SETTLE_S
         while (last is None or _left(last)) and time.monotonic() < until:
@@ -78,7 +79,7 @@ class Soaked:
             last = health(self.url)
         is_alive = last is not None and self.memory.process.is_running()
         report.promise("the server serves at the end", "yes" if is_alive else "no", is_alive)
-        report.promise("nothing is left running or waiting in it", _left(last), _left(last) == 0)
+        report.promise("no request is left running or waiting in it", _left(last), _left(last) == 0)
         tracebacks = self.log.read_text(errors="replace").count("Traceback")
         report.promise("no traceback in its log", tracebacks, tracebacks == 0)
         figures = self.memory.figures()

@@ -1,4 +1,4 @@
-"""Bodies that nobody should send, made of the server's OpenAPI document and of chance."""
+"""Hostile request bodies, made at random from the server's OpenAPI document."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _OTHERS: tuple[Any, ...] = (
     {"": {}},
 )
 _RAW = ("NaN", "-Infinity", "1e999", "9" * 400, "01", "'a'", "{", '"\\u12"', "[" * 3000)
-"""Parts of a body that are no JSON, or hardly."""
+"""Parts of a body that are not JSON, or unusual JSON."""
 _PATHS = ("/../..", "//", "/%00", "/%ff", "*", "http://b/", "/?" + "a" * 9000)
 _GOOD: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "the quick", "max_tokens": 4},
@@ -49,7 +49,7 @@ _SLOT = "@@slot@@"
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What one path takes.
+    """The requests that one path accepts.
 
     Attributes:
         path: of the URL.
@@ -63,7 +63,7 @@ class Endpoint:
 
     @property
     def good(self) -> dict[str, Any]:
-        """A body that is right, but for endpoints that are not known here."""
+        """A valid body; empty for endpoints that this file does not know."""
         return dict(_GOOD.get(self.path, {}))
 
 
@@ -83,7 +83,7 @@ def endpoints(document: Mapping[str, Any]) -> list[Endpoint]:
 
 
 def wild_value(random_: random.Random, depth: int = 0) -> Any:
-    """Anything that JSON can say, and strings that it should not."""
+    """Any JSON value, including strings that are hard to handle."""
     kind = random_.random()
     if kind < 0.3:
         return random_.choice(_TEXTS)
@@ -146,7 +146,7 @@ BODIES: dict[str, Callable[[random.Random, Endpoint], bytes]] = {
 
 
 def request(path: str, body: bytes, *, method: str = "POST", close: bool = True) -> bytes:
-    """A request that is well-formed, whatever its body is."""
+    """A well-formed HTTP request with any body."""
     end = "Connection: close\r\n" if close else ""
     return (
         f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n{end}"
@@ -155,7 +155,7 @@ def request(path: str, body: bytes, *, method: str = "POST", close: bool = True)
 
 
 def no_http(random_: random.Random, endpoint: Endpoint) -> bytes:
-    """Bytes that are no request, or one that is wrong in its head."""
+    """Bytes that are not a request, or a request with wrong headers."""
     body = json.dumps(endpoint.good).encode()
     path, length = endpoint.path, len(body)
     head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
@@ -182,7 +182,7 @@ def no_http(random_: random.Random, endpoint: Endpoint) -> bytes:
 
 
 def other_method(random_: random.Random, endpoint: Endpoint) -> bytes:
-    """A path or a method that there is not, or another type of content."""
+    """A path or a method that does not exist, or a wrong content type."""
     method = random_.choice(("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE"))
     path = random_.choice(
         (endpoint.path, endpoint.path + "/", "/v1", "/static/../app.py", "/v1/models/%0d%0aX:1")

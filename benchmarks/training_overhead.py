@@ -1,13 +1,14 @@
-"""What exits cost in training: step time and peak memory beside floating-point operations.
+"""Measure what exits cost in training: step time, compared with floating-point operations, and peak
+memory.
 
     python benchmarks/training_overhead.py [--stages 2] [--exits 2 4] [--steps 12] ...
 
-The standard and the early-exit model are built in the same processes, at the same layout, and take
-turns step by step, so that noise meets both. Peak memory is measured in processes of its own, one
-model each, without what the process held before it had a model. The theoretical limit printed
-beside the time is the ratio of floating-point operations: with exits only on the first stage of a
-pipeline whose last stage has the final head, less is possible, because that work fills the first
-stage's idle time.
+The standard and the early-exit model are built in the same processes, in the same layout, and run
+alternately step by step, so that noise affects both. Peak memory is measured in separate processes
+with one model each, without the memory that was in use before the model was built. The theoretical
+limit of the time is the ratio of floating-point operations. With exits only on the first stage of a
+pipeline whose last stage has the final head, less time is possible, because the exits are computed
+in the first stage's idle time.
 """
 
 import argparse

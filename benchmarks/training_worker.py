@@ -1,4 +1,4 @@
-"""One rank of `training_overhead.py`: trains the standard and the early-exit model in turns.
+"""One rank of `training_overhead.py`: trains the standard and the early-exit model alternately.
 
 Megatron's builder, data parallelism, optimizer and training step, called as `pretrain` calls them,
 but for two models in one process. Measures the time of a step and the peak memory.
@@ -121,7 +121,7 @@ def flops(args: Namespace, exits: EarlyExitConfig) -> dict[str, float]:
 
 
 def peak_bytes() -> int:
-    """The most memory that was held on the device that the model is on."""
+    """The peak memory on the device of the model."""
     if MACHINE.device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     return _status("VmHWM")

@@ -1,11 +1,11 @@
-"""What tuning exits costs, beside training all of the same model: step time and peak memory.
+"""Measure the step time and peak memory of tuning exits, relative to training the whole model.
 
     python benchmarks/tuning_cost.py [--layers 8] [--exits 4] [--rounds 3] ...
 
-Both are the entry point itself, `pretrain_early_exit_gpt.py` in one process: the plain model with
-all its parameters, and `--tune-exit` on a checkpoint of it. They take turns, a few steps each, so
-that noise meets both. Peak memory is what a process holds beyond one that trains next to nothing.
-The limit printed beside the time is the ratio of floating-point operations.
+Both run `pretrain_early_exit_gpt.py` in one process: one trains all parameters of the plain model,
+the other uses `--tune-exit` on a checkpoint of it. They run alternately, a few steps each, so that
+noise affects both. Peak memory is what a process uses beyond one that trains a minimal model. The
+limit of the time is the ratio of floating-point operations.
 """
 
 import argparse
@@ -36,7 +36,7 @@ class Measured:
 
     Attributes:
         steps: seconds of each step, without the first ones.
-        peak_bytes: most memory that was held on the device.
+        peak_bytes: peak memory on the device.
     """
 
     steps: list[float]
@@ -56,8 +56,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, default=2)
     parser.add_argument("--microbatches", type=int, default=2)
     parser.add_argument("--exits", type=int, nargs="+", default=[4])
-    parser.add_argument("--steps", type=int, default=6, help="timed steps of each turn")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps in each round")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each run")
     parser.add_argument("extra", nargs="*", help="after --: more flags for both, e.g. --bf16")
     return parser.parse_args()
 
@@ -110,7 +110,8 @@ def run(command_flags: list[str]) -> Measured:
 
 
 def flop_ratio(args: argparse.Namespace) -> float:
-    """Operations of a tuned token over those of a trained one, products with weights only."""
+    """Operations of a token in tuning, relative to training, counting only products with
+    weights."""
     h = args.hidden
     mlp = 3 * h * int(4 * h * 2 / 3 // 64 * 64)
     layer, head = 4 * h * h + mlp, h * args.vocab

@@ -10,17 +10,18 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 TRAINING_ENDS = 0.6
-"""Share of the time by which training and all before it are done; loading a model and compiling it
-is neither training nor measuring."""
+"""Share of the time after which training, and everything before it, has to be done. Loading and
+compiling the model are neither training nor measuring."""
 MEASURING = 1 / 3
-"""Most of the time that measuring takes."""
+"""Largest share of the time that measuring takes."""
 
 LEAST_PROMPTS = 3
 """With fewer prompts the agreement would depend on single texts."""
 
 _STEP_MS = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
 _RESERVE = 0.9
-"""Of the time for training: steps may take a little longer than those that were timed."""
+"""Share of the training time that is planned for, because steps may take a little longer than those
+that were timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,8 @@ class Budget:
     """The time that an example may take.
 
     Attributes:
-        seconds: from `start` to the end.
-        start: by the clock.
+        seconds: the whole time.
+        start: value of the clock at its start.
     """
 
     seconds: float
@@ -42,22 +43,22 @@ class Budget:
         return cls(minutes * 60, time.monotonic())
 
     def left_for_training(self) -> float:
-        """Seconds until training is to be done; not below 0."""
+        """Seconds until training has to be done; not below 0."""
         return max(0.0, self.start + TRAINING_ENDS * self.seconds - self.clock())
 
     def left_for_measuring(self) -> float:
-        """Seconds that measuring may take from now on: what is left, but at most its share."""
+        """Seconds that measuring may take from now on: the time left, but at most its share."""
         left = self.start + self.seconds - self.clock()
         return max(0.0, min(left, MEASURING * self.seconds))
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What a short run of the same training has told.
+    """Times of a short run of the same training.
 
     Attributes:
-        step_seconds: of one step.
-        other_seconds: what a run takes beside its steps: imports, data, validation, saving.
+        step_seconds: time of one step.
+        other_seconds: time that a run takes besides its steps: imports, data, validation, saving.
     """
 
     step_seconds: float
@@ -68,40 +69,40 @@ class Trial:
         """Read the log of a run that logged every step.
 
         Raises:
-            ValueError: it has no steps.
+            ValueError: the log has no steps.
         """
         steps = [float(found) / 1000 for found in _STEP_MS.findall(log)]
         if not steps:
-            raise ValueError("the log of the trial tells no times of steps")
+            raise ValueError("the log of the trial run has no step times")
         # The first one pays for allocations.
         return cls(median(steps[1:] or steps), max(0.0, wall_seconds - sum(steps)))
 
     def steps_within(self, seconds: float, least: int, most: int | None = None) -> int:
-        """How many steps a whole run can take in that time, within bounds.
+        """The number of steps that a whole run can take in that time, within bounds.
 
         Args:
             seconds: from the start of the run's processes to their end.
-            least: even where they do not fit.
-            most: beyond, more would not help.
+            least: lower bound, even if that many do not fit.
+            most: upper bound, beyond which more steps would not help.
         """
         steps = int((_RESERVE * seconds - self.other_seconds) / self.step_seconds)
         return max(least, steps if most is None else min(most, steps))
 
 
 def guard_minutes(seconds: float) -> int:
-    """For --exit-duration-in-mins, which knows whole minutes: the first one behind that time."""
+    """The value of --exit-duration-in-mins, which takes whole minutes: that time, rounded up."""
     return max(1, math.ceil(seconds / 60))
 
 
 @dataclass(frozen=True, slots=True)
 class Measuring:
-    """How much is measured.
+    """The extent of a measurement.
 
     Attributes:
-        prompts: that are answered.
-        tokens: of each answer.
-        repeats: of each answer; the fastest counts.
-        thresholds: beside the full model.
+        prompts: number of prompts.
+        tokens: tokens of each answer.
+        repeats: number of times that each prompt is answered; the fastest counts.
+        thresholds: thresholds to measure, besides the full model.
     """
 
     prompts: int
@@ -117,20 +118,20 @@ class Measuring:
         )
 
     def seconds(self, token_seconds: float) -> float:
-        """What it takes.
+        """The time that it takes.
 
         Args:
-            token_seconds: of a token of the full model, summed over the engines.
+            token_seconds: time of a token of the full model, summed over the engines.
         """
         answers = self.prompts * self.repeats * (1 + len(self.thresholds))
         return answers * self.tokens * token_seconds
 
     def within(self, seconds: float, token_seconds: float) -> Measuring:
-        """As much of it as fits into a time, but never less than an honest table needs: two times
-        of each answer, the thresholds at both ends and some between, a few prompts.
+        """The largest part of it that fits into a time limit, but never less than a meaningful
+        table needs: the repeats, the thresholds at both ends and some between, a few prompts.
 
         Args:
-            seconds: that it may take.
+            seconds: time limit.
             token_seconds: see `seconds`.
         """
         choices = (self, *self._poorer())
@@ -138,7 +139,7 @@ class Measuring:
         return next(fitting, choices[-1])
 
     def _poorer(self) -> list[Measuring]:
-        """The same with less and less, from what costs the table least to what costs it most."""
+        """Smaller and smaller parts of it: what matters least for the table is left out first."""
         few = min(self.prompts, LEAST_PROMPTS)
         first = replace(self, prompts=max(few, self.prompts // 2))
         second = replace(first, thresholds=thinned(self.thresholds))
@@ -147,8 +148,7 @@ class Measuring:
 
 
 def thinned(thresholds: Sequence[float], most: int = 6) -> tuple[float, ...]:
-    """At most so many of them, both ends among them; lower ones, where speed is gained, rather than
-    higher ones."""
+    """At most `most` of them, including both ends; the low ones, which give speed, are kept."""
     if len(thresholds) <= most:
         return tuple(thresholds)
     return (thresholds[0], *thresholds[-(most - 1) :])

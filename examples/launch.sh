@@ -24,7 +24,7 @@ usage() {
 usage: [VARIABLE=value ...] $0 [FLAG ...]
 
 $purpose Flags of pretrain_early_exit_gpt.py that are given here are added
-after the script's own and win over them.
+after the script's own and override them.
 
 Paths, the same on every node (all must exist):
 ${more_paths:+$more_paths

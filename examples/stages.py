@@ -1,5 +1,5 @@
-"""What the scripts of the examples are made of: stages, short commands, and long ones whose log is
-told in a line now and then."""
+"""Building blocks of the examples' scripts: stages, short commands, and long commands whose log is
+summarised in a line now and then."""
 
 import os
 import re
@@ -20,7 +20,7 @@ _LAST_LINES = 30
 
 
 def stage(title: str, work: Callable[[], None]) -> None:
-    """Do one stage and say how long it took."""
+    """Run one stage and print how long it took."""
     print(f"\n== {title}", flush=True)
     start = time.monotonic()
     work()

@@ -1,12 +1,12 @@
-"""Convert checkpoints, add and take away exits, and look into them:
+"""Convert checkpoints, add or remove exits, and inspect checkpoints:
 
     python tools/checkpoint.py import-hf SmolLM2-135M base
     python tools/checkpoint.py add-exits base with_exits --exit-layer-nums 8 16 24 \\
         --use-exit-norm --use-exit-mlp
     python tools/checkpoint.py inspect with_exits
 
-Nothing is written over, every tensor that is written is read again and compared, and what goes
-wrong leaves nothing behind."""
+No existing file is overwritten, every tensor is read again and compared after it was written, and a
+conversion that fails leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--plain",
         action="store_true",
-        help="leave the exits out, for transformers' own generate(assistant_early_exit=k)",
+        help="export no exits, for transformers' own generate(assistant_early_exit=k)",
     )
     one = verb("add-exits", _add_exits, "add exits to a model", "SRC", "DST")
     one.add_argument(
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         nargs="+",
         required=True,
-        help="layers that get an exit, counted from 1; exits that the model has there are replaced",
+        help="layers that get an exit, counted from 1; existing exits there are replaced",
     )
     one.add_argument(
         "--pre-exit",
@@ -91,13 +91,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--exit-vocab-size",
         type=int,
         metavar="N",
-        help="exits answer with the first N tokens of the vocabulary only, which makes asking them "
-        "cheap (default: with all)",
+        help="exits can predict only the first N tokens of the vocabulary, which makes evaluating "
+        "them cheap (default: all)",
     )
-    one.add_argument("--random-init", action="store_true", help="draw new weights, copy nothing")
-    one.add_argument("--seed", type=int, help="of --random-init (default: 1234)")
+    one.add_argument(
+        "--random-init", action="store_true", help="start with random weights, not copies"
+    )
+    one.add_argument("--seed", type=int, help="seed of --random-init (default: 1234)")
 
-    verb("strip-exits", _strip_exits, "take the exits away", "SRC", "DST")
+    verb("strip-exits", _strip_exits, "remove the exits", "SRC", "DST")
     verb("merge-exits", _merge_exits, "join tuned exits and their base", "BASE", "EXITS", "DST")
     one = verb(
         "import-ee-llm", _import_ee_llm, "convert a checkpoint of the original EE-LLM", "SRC", "DST"
@@ -105,16 +107,16 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--tokenizer-model",
         type=Path,
-        help="the tokenizer's file or folder (default: where it was in training)",
+        help="the tokenizer's file or folder (default: the path that training used)",
     )
-    one.add_argument("--tokenizer-type", help="default: the one of training")
-    one = verb("inspect", _inspect, "say what is in a checkpoint", "SRC")
-    one.add_argument("--json", action="store_true", help="as JSON")
+    one.add_argument("--tokenizer-type", help="default: the type that training used")
+    one = verb("inspect", _inspect, "describe what a checkpoint contains", "SRC")
+    one.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 class Made(Protocol):
-    """What a verb has made, and not written yet."""
+    """A converted model that is not written yet."""
 
     @property
     def weights(self) -> LazyWeights: ...
@@ -136,9 +138,7 @@ def _export_hf(args: argparse.Namespace) -> None:
     export = open_export(args.src, args.plain)
     _write(export, args.folder)
     if export.tokenizer is None:
-        print(
-            "note: the model has no tokenizer that transformers has too, so there is none with it"
-        )
+        print("note: transformers does not support the model's tokenizer, so the folder has none")
     trust = ", trust_remote_code=True" if export.needs_remote_code else ""
     _say_what_was_written(export, args.folder, LOAD.format(str(args.folder), trust))
 
@@ -173,8 +173,8 @@ def _note_other_matrix(conversion: Conversion) -> None:
     is_tied = architecture.share_embeddings_and_output_weights
     if not (is_tied or conversion.description.early_exit.untie_exit_output_weights):
         print(
-            "note: the exits project with the word embedding, and this model's own output layer is "
-            "another matrix: without tuning they say nothing of use "
+            "note: the exits project with the word embedding, but this model's output layer is "
+            "another matrix: without tuning, their predictions are useless "
             "(--untie-exit-output-weights copies the output layer)"
         )
 
@@ -207,7 +207,8 @@ def _write_checkpoint(conversion: Conversion, target: Path, next_command: str) -
 
 
 def _write(made: Made, target: Path) -> None:
-    """Write it, with a bar on a terminal, and say what became of what."""
+    """Write the result, with a progress bar on a terminal, and print which source tensors each
+    tensor was made of."""
     for line in match_table(made.sources, made.weights):
         print(line)
     # Each tensor is written, and then read again.
@@ -225,7 +226,7 @@ def _say_what_was_written(made: Made, target: Path, next_command: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    # A polite end cleans up as an error does.
+    # SIGTERM removes unfinished files just as an error does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args = build_parser().parse_args(argv)
     try:

@@ -3,9 +3,9 @@
     python tools/generate.py --load checkpoint --prompt "def main():" \\
         --mode early_exit --early-exit-threshold 0.5 --max-tokens 100
 
-prints the text, on a terminal coloured by the exit that gave each token. With --prompts-file the
-prompts are JSON lines, {"prompt": "..."} each, or the lines of a .txt file; with --output the
-results are JSON lines with every field of a result."""
+prints the text; on a terminal each token is coloured by the exit that gave it. With --prompts-file
+the prompts are read from a .jsonl file with one {"prompt": "..."} per line, or from a .txt file
+with one prompt per line; with --output the results are written as JSON lines with all fields."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _INTEGERS = (
 
 @dataclass(frozen=True)
 class Answer:
-    """The result for one prompt, or why there is none."""
+    """The result for one prompt, or the reason why there is none."""
 
     prompt: str
     result: GenerationResult | None
@@ -67,9 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_engine_flags(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", help="one prompt")
-    prompts.add_argument("--prompts-file", type=Path, help="see above")
+    prompts.add_argument("--prompts-file", type=Path, help=".jsonl or .txt file, see above")
     parser.add_argument("--output", type=Path, help="write results as JSON lines to this file")
-    request = parser.add_argument_group("request", "see SamplingParams for what each means")
+    request = parser.add_argument_group("request", "fields of SamplingParams, which documents them")
     for field in fields(SamplingParams):
         name, flag = field.name, as_flag(field.name)
         default = f"default: {field.default}"
@@ -87,10 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """The request that the command line makes.
+    """The sampling parameters that the command line gives.
 
     Raises:
-        ValueError: a value is out of range; named by its flag.
+        ValueError: a value is out of range; the message names its flag.
     """
     given = {field.name: getattr(args, field.name) for field in fields(SamplingParams)}
     try:
@@ -102,7 +102,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 def answers(
     engine: EarlyExitEngine, prompts: Sequence[str], params: SamplingParams, bar: tqdm[Any]
 ) -> Iterator[Answer]:
-    """The answers in the order of the prompts, each as soon as it and those before it are there."""
+    """Yield the answers in the order of the prompts, each as soon as it is complete."""
     requests: list[Request | str] = []
     for prompt in prompts:
         try:
@@ -119,8 +119,8 @@ def answers(
 
 
 def show_stream(engine: EarlyExitEngine, prompt: str, params: SamplingParams, out: TextIO) -> None:
-    """Print one text as it grows, each token on the colour of its exit where `out` is a
-    terminal."""
+    """Print one text as it is generated; if `out` is a terminal, each token has the background
+    colour of its exit."""
     layers = (*engine.exit_layers, engine.num_layers)
     colours = ExitColours(layers, out)
     for token in engine.stream(prompt, params):
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     """Answer all prompts.
 
     Raises:
-        ValueError: a flag or what it names cannot be used.
+        ValueError: a flag, or the file that it names, cannot be used.
     """
     params = sampling_params(args)
     prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts_file)

@@ -1,11 +1,12 @@
-"""Plan the training of a model with exits on paper: which layout is the fastest that fits?
+"""Find the fastest parallel layout in which the training of a model with exits fits into memory.
 
     python tools/plan_pipeline.py --config 30b --gpu a100-80gb --gpus 64
 
-ranks tensor x pipeline x data parallelism, chunks, microbatches and placements of exits by the step
-time that a simulator predicts, and prints the flags of the fastest; --fill-explicit-bubbles adds
-partial microbatches in the bubbles. --timeline draws its schedule, as a picture (.png, .svg) or as
-a page to zoom into (.html). --schedule draws one schedule on stages that take the same time:
+ranks layouts (tensor x pipeline x data parallelism, chunks, microbatches, placements of exits) by
+the step time that a simulator predicts, and prints the flags of the fastest one;
+--fill-explicit-bubbles adds partial microbatches in the bubbles. --timeline draws the schedule of
+the fastest layout as a picture (.png, .svg) or as an interactive page (.html). --schedule simulates
+and draws a single schedule instead, on stages that all take the same time:
 
     python tools/plan_pipeline.py --schedule filled --pipeline-model-parallel-size 4 \\
         --num-microbatches 6 --exit-stages 1 2 --timeline filled.html"""
@@ -68,20 +69,22 @@ def build_parser() -> argparse.ArgumentParser:
     add_profile_flags(parser)
     add_fill_flags(parser)
     add_schedule_flags(parser)
-    add = parser.add_argument_group("answer").add_argument
-    add("--top", type=int, default=10, help="layouts to list (default: %(default)s)")
+    add = parser.add_argument_group("output").add_argument
+    add("--top", type=int, default=10, help="number of layouts to list (default: %(default)s)")
     every = "list all chunks, microbatches, orders and placements, not only each layout's best"
     add("--every-variant", action="store_true", help=every)
     add("--json", action="store_true", help="print JSON")
-    add("--timeline", type=Path, help="draw the first: .png, .svg or .html")
-    drawn = "of the step that is drawn (default: up to 4 for each rank)"
+    add(
+        "--timeline", type=Path, help="draw the first layout's schedule in this .png, .svg or .html"
+    )
+    drawn = "microbatches of the drawn step (default: up to 4 for each rank)"
     add("--timeline-microbatches", type=int, help=drawn)
-    add("--schedule-csv", type=Path, help="write the first's actions, a line for each rank")
+    add("--schedule-csv", type=Path, help="write the first schedule's actions, a line per rank")
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse flags about the answer before there is one.
+    """Refuse invalid output flags before the work starts.
 
     Raises:
         ValueError: one of them is out of range, or names a file that cannot be written.
@@ -98,7 +101,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def time_schedule(args: argparse.Namespace) -> None:
-    """Time one schedule, print it and write what is asked for.
+    """Time one schedule, print it and write the requested files.
 
     Raises:
         ValueError: a flag is missing or out of range.
@@ -124,7 +127,7 @@ def _timeline_json(timeline: Timeline) -> dict[str, object]:
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Find the fastest layouts, print them and write what is asked for.
+    """Find the fastest layouts, print them and write the requested files.
 
     Raises:
         ValueError: a flag is missing or out of range, or no layout fits.

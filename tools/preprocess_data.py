@@ -54,7 +54,7 @@ class Refuse(argparse.Action):
 
 
 class Progress:
-    """How far indexing is: a bar on a terminal, elsewhere a line every `interval` documents."""
+    """Shows the progress: a bar on a terminal, elsewhere a line every `interval` documents."""
 
     def __init__(self, total_bytes: int | None, interval: int) -> None:
         self.total_bytes = total_bytes
@@ -119,8 +119,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="JSON-lines files or quoted glob patterns, read in this order; what is compressed "
-        "(.gz, .bz2, .xz, .zst) is decompressed, - is the standard input",
+        help="JSON-lines files or quoted glob patterns, read in this order; compressed files "
+        "(.gz, .bz2, .xz, .zst) are decompressed, - is the standard input",
     )
     source.add_argument(
         "--json-keys",
@@ -133,15 +133,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--on-malformed",
         choices=("stop", "skip"),
         default="stop",
-        help="at a line that has no usable document: stop and write nothing (the default), or "
-        "report it and go on",
+        help="what to do at a line that has no usable document: stop and write nothing (the "
+        "default), or skip the line with a warning",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output-prefix",
         required=True,
         metavar="PATH",
-        help="the datasets are PATH_KEY_document.bin and .idx",
+        help="the datasets are written to PATH_KEY_document.bin and .idx",
     )
     output.add_argument("--append-eod", action="store_true", help="end documents with <eod>")
     output.add_argument("--overwrite", action="store_true", help="replace existing datasets")
@@ -151,8 +151,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="processes that tokenize (default: %(default)s, the available processors); the "
-        "output does not depend on it",
+        help="number of processes that tokenize (default: %(default)s, the available processors); "
+        "the output does not depend on it",
     )
     runtime.add_argument(
         "--log-interval",
@@ -168,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def summary(counts: IndexingCounts, encoder: DocumentEncoder, seconds: float) -> str:
-    """What was read and written, a line each."""
+    """Return what was read and written, one line for each figure."""
     return (
         f"documents  {counts.documents:,}\n"
         f"tokens     {counts.tokens:,}, {encoder.dtype.__name__}, of a vocabulary of "
@@ -182,7 +182,7 @@ def summary(counts: IndexingCounts, encoder: DocumentEncoder, seconds: float) ->
 
 
 def preprocess(args: argparse.Namespace) -> None:
-    """Index what the flags name. Raises ValueError or OSError for what cannot be done."""
+    """Index the files that the flags name. Raises ValueError or OSError if that is not possible."""
     reader = JsonLinesReader(find_inputs(args.input))
     encoder = DocumentEncoder(
         build_text_tokenizer(args), args.json_keys, append_eod=args.append_eod
@@ -210,9 +210,9 @@ def preprocess(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: returns its exit status."""
-    # A polite end cleans up as an error does.
+    # SIGTERM removes unfinished files just as an error does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    # PyTorch's word on more workers than processors: that is the user's choice.
+    # PyTorch's warning about more workers than processors: the number is the user's choice.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     try:
         preprocess(build_parser().parse_args(argv))

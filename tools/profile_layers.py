@@ -1,10 +1,10 @@
-"""Measure on this machine what the parts of a model take, for tools/plan_pipeline.py --profile.
+"""Measure on this machine how long the parts of a model take, for tools/plan_pipeline.py --profile.
 
     python tools/profile_layers.py --config 7b --micro-batch-size 1 2 4 --output profile.json
 
-builds a few layers of the model, on one GPU or on the CPU, with the model's flags of that command,
-and measures a forward and a backward of one layer, of the embedding, of the final head with its
-loss, and of one exit with its own."""
+builds a few layers of the model on one GPU or on the CPU, and measures the forward and the backward
+pass of one layer, of the embedding, of the final head with its loss, and of one exit with its loss.
+It takes the same flags to describe the model as tools/plan_pipeline.py."""
 
 from __future__ import annotations
 
@@ -35,22 +35,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_model_flags(parser)
     add = parser.add_argument_group("measurement").add_argument
-    sizes = "sequences of a microbatch, each of these (default: 1 2 4)"
+    sizes = "microbatch sizes to measure, in sequences (default: 1 2 4)"
     add("--micro-batch-size", type=int, nargs="+", default=[1, 2, 4], help=sizes)
     dtype = parser.add_mutually_exclusive_group()
     dtype.add_argument(
-        "--bf16", action="store_true", help="as plans need it (the default, even where it is slow)"
+        "--bf16",
+        action="store_true",
+        help="measure in bf16, as plans need it (the default, even where bf16 is slow)",
     )
-    dtype.add_argument("--fp32", action="store_true", help="to compare; no plans are made of it")
-    repeats = "times that each pass is measured; the median counts (default: %(default)s)"
+    dtype.add_argument(
+        "--fp32", action="store_true", help="measure in fp32, to compare; the planner refuses this"
+    )
+    repeats = "measurements of each pass, of which the median is used (default: %(default)s)"
     add("--repeats", type=int, default=10, help=repeats)
     add("--output", type=Path, required=True, help="JSON file to write")
-    add("--overwrite", action="store_true", help="replace the file")
+    add("--overwrite", action="store_true", help="replace an existing file")
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse flags about the measurement before it starts.
+    """Refuse invalid flags before the measurement starts.
 
     Raises:
         ValueError: one of them is out of range, or names a file that cannot be written.
@@ -75,7 +79,7 @@ def profile(args: argparse.Namespace, model: Model) -> LayerProfile:
     from megatron.early_exit import platform
 
     machine = platform.prepare()
-    # What it says of each chunk hides the progress.
+    # Its messages about each model chunk would hide the progress.
     logging.getLogger("megatron").setLevel(logging.WARNING)
     import torch
 
@@ -85,7 +89,7 @@ def profile(args: argparse.Namespace, model: Model) -> LayerProfile:
     dtype = torch.float32 if args.fp32 else torch.bfloat16
     if not (speed := dtype_speed(dtype, machine.device)).is_fast:
         print(
-            f"{speed.finding}: plans with this profile are plans for such machines",
+            f"{speed.finding}: plans with this profile hold only for such machines",
             file=sys.stderr,
         )
     exits, sizes = model.placements[0], sorted(set(args.micro_batch_size))
@@ -119,12 +123,12 @@ def profile(args: argparse.Namespace, model: Model) -> LayerProfile:
             )
         except ValueError as error:
             raise ValueError(
-                f"--repeats {args.repeats} is too few for what else runs here: {error}"
+                f"--repeats {args.repeats} is too few while other work runs here: {error}"
             ) from None
 
 
 def _layer_options(machine: Platform) -> dict[str, Any]:
-    """What training here sets by default."""
+    """The options that training on this machine sets by default."""
     fused, engine = machine.compiled_fusions, machine.transformer_engine
     return {
         "transformer_impl": machine.transformer_impl,

@@ -1,12 +1,13 @@
-"""Ask a running server, with or without exits:
+"""Send prompts to a running server, whose model may have exits or not:
 
     python tools/request_client.py --prompt "def main():" --mode early_exit --max-tokens 100
 
-prints the text as it comes, on a terminal coloured by the exit that gave each token, and how long
-it took. --prompts-file asks many prompts, of a .jsonl file {"prompt": "..."} each, of a .txt file
-its lines; --compare asks each in mode full as well. Without either, prompts are read from the
-terminal until an empty line or Ctrl-D. Texts go to the standard output, figures to the standard
-error; times are the client's own, with the connection in them."""
+prints the text as it arrives, with each token coloured by its exit on a terminal, and how long it
+took. --prompts-file sends many prompts, from a .jsonl file with one {"prompt": "..."} per line or a
+.txt file with one prompt per line; --compare sends each prompt in mode full as well. Without
+--prompt and --prompts-file, prompts are read from the terminal until an empty line or Ctrl-D. Texts
+go to the standard output, figures to the standard error; the client measures the times, so they
+include the connection."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron.early_exit.client.api_key import API_KEY_VARIABLE
 from megatron.early_exit.client.completions import (
+    API_KEY_VARIABLE,
     CompletionClient,
     RequestFailed,
     Unreachable,
@@ -48,40 +49,50 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--url", default="http://127.0.0.1:5000", help="of the server (default: %(default)s)")
-    add("--api-key", help=f"default: ${API_KEY_VARIABLE}, else none is sent")
-    add("--timeout", type=float, default=600.0, help="seconds without news (default: %(default)s)")
+    add(
+        "--url",
+        default="http://127.0.0.1:5000",
+        help="address of the server (default: %(default)s)",
+    )
+    add("--api-key", help=f"default: ${API_KEY_VARIABLE}, else no key")
+    silence = "seconds without data from the server until a request fails (default: %(default)s)"
+    add("--timeout", type=float, default=600.0, help=silence)
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", help="one prompt")
     prompts.add_argument("--prompts-file", type=Path, help=".jsonl or .txt, see above")
     add("--concurrency", type=int, default=1, help="requests at a time (default: %(default)s)")
-    add("--compare", action="store_true", help="ask in mode full, too, and compare")
+    add("--compare", action="store_true", help="send each prompt in mode full, too, and compare")
     add("--output", type=Path, help="write answers with their figures as JSON lines to this file")
-    request = parser.add_argument_group("request", "what is not given is the server's default")
+    request = parser.add_argument_group("request", "the server chooses what is not given here")
     add = request.add_argument
-    add("--model", help="name, as in /v1/models (default: the server's first)")
+    add("--model", help="a name listed by /v1/models (default: the first one)")
     add("--mode", choices=("full", "early_exit", "self_speculative"))
     add("--early-exit-threshold", type=float, help="least confidence of an exit, 0 to 1")
-    add("--exit-layers", type=int, nargs="+", help="exits to ask")
+    add("--exit-layers", type=int, nargs="+", help="exits that may be used")
     add("--max-tokens", type=int, default=100, help="default: %(default)s")
-    add("--temperature", type=float, default=0.0, help="default: 0, the most probable token")
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="default: 0, which takes the most probable token",
+    )
     add("--seed", type=int, help="default: the server draws one")
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse flags that make no sense here; the server checks what it is asked.
+    """Refuse flags that make no sense; the server checks the fields of the request.
 
     Raises:
-        ValueError: one of them does.
+        ValueError: a flag is invalid.
     """
     if not args.url.startswith(("http://", "https://")):
-        raise ValueError(f"--url {args.url} is no address, allowed: http://HOST:PORT")
+        raise ValueError(f"--url {args.url} is not an address, allowed: http://HOST:PORT")
     ONE_OR_MORE.check_flags(args, "concurrency")
     ABOVE_ZERO.check_flags(args, "timeout")
     path = args.prompts_file
     if path is not None and path.suffix not in (".jsonl", ".txt"):
-        raise ValueError(f"--prompts-file {path} is of no known kind, allowed: .jsonl, .txt")
+        raise ValueError(f"--prompts-file {path} has an unknown ending, allowed: .jsonl, .txt")
     if args.compare and args.mode == "full":
         raise ValueError("--mode full: there is nothing to --compare it with, allowed: the others")
     if args.prompt is None and path is None:
@@ -102,7 +113,7 @@ def request_body(args: argparse.Namespace) -> dict[str, Any]:
 def show_stream(
     client: CompletionClient, card: dict[str, Any], body: dict[str, Any], prompt: str
 ) -> None:
-    """Print one text as it comes, and its figures.
+    """Print one text as it arrives, and its figures.
 
     Raises:
         Unreachable: see `CompletionClient`.
@@ -119,10 +130,10 @@ def show_stream(
 
 
 def converse(client: CompletionClient, card: dict[str, Any], body: dict[str, Any]) -> None:
-    """Answer what is typed until nothing is; Ctrl-C ends an answer.
+    """Answer prompts that are typed, until an empty one; Ctrl-C ends an answer.
 
     Raises:
-        Unreachable: the server has gone away.
+        Unreachable: the server has stopped.
     """
     # Where there is readline, it lets input() edit and recall lines.
     with contextlib.suppress(ImportError):
@@ -143,12 +154,12 @@ def converse(client: CompletionClient, card: dict[str, Any], body: dict[str, Any
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask all prompts.
+    """Send all prompts.
 
     Raises:
         ValueError: a flag or a file cannot be used.
-        Unreachable: there is no server, or it has gone away.
-        RequestFailed: it refuses the only request, or the model or the key of all of them.
+        Unreachable: there is no server, or it has stopped.
+        RequestFailed: the server refuses the only request, or the model or the key of all requests.
     """
     check(args)
     prompts = [args.prompt] if args.prompts_file is None else read_prompts(args.prompts_file)
@@ -187,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report(number: int, outcome: Outcome) -> list[str]:
-    """What to say of one prompt, the first of which is number 1."""
+    """Return the lines to print about one prompt; `number` counts prompts from 1."""
     if outcome.answer is None:
         return [f"{number}: error: {outcome.error}"]
     compared = [f"{number}: {one.describe()}" for one in comparisons_of([outcome])]
@@ -195,7 +206,7 @@ def report(number: int, outcome: Outcome) -> list[str]:
 
 
 def comparisons_of(outcomes: Sequence[Outcome]) -> list[Comparison]:
-    """Those outcomes that have two answers."""
+    """Return the comparisons of all outcomes that have both answers."""
     pairs = ((one.answer, one.full) for one in outcomes)
     return [Comparison(answer, full) for answer, full in pairs if answer and full]
 

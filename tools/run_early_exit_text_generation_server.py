@@ -2,11 +2,12 @@
 
     python tools/run_early_exit_text_generation_server.py --load checkpoint
 
-answers OpenAI's clients at /v1, those of EE-LLM and Megatron at /api, and shows a page at /.
-Over several processes: torchrun --nproc-per-node 2 tools/run_early_exit_text_generation_server.py
---pipeline-model-parallel-size 2 --load checkpoint. SIGTERM ends it when all requests under way have
-been answered. It ends with the status 0 after that, 1 when the engine is lost, 2 for flags or a
-checkpoint that cannot be used, and 75 where the port or memory is taken by somebody else."""
+answers clients of OpenAI's API at /v1 and clients of EE-LLM and Megatron at /api, and shows a page
+at /. On several processes: torchrun --nproc-per-node 2
+tools/run_early_exit_text_generation_server.py --pipeline-model-parallel-size 2 --load checkpoint.
+After SIGTERM the server answers the requests under way and exits with status 0. Other exit statuses
+are 1 if the engine cannot continue, 2 if a flag or the checkpoint cannot be used, and 75 if the
+port or the memory that it needs is in use by another program."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from typing import Any, get_args
 
 import torch
 
-from megatron.early_exit.client.api_key import API_KEY_VARIABLE
+from megatron.early_exit.client.completions import API_KEY_VARIABLE
 from megatron.early_exit.errors import as_flag, out_of_range
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
 from megatron.early_exit.inference.params import RANGES, Mode
@@ -64,67 +65,78 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"0 takes any free one (default: ${_PORT_VARIABLE}, else 5000)",
     )
     add("--served-model-name", help="default: the name of the folder of --load")
-    add("--api-key", help=f"clients have to send it (default: ${API_KEY_VARIABLE}, else none)")
-    add("--max-model-len", type=int, help="tokens of a sequence (default: what the model can)")
+    add(
+        "--api-key", help=f"key that clients have to send (default: ${API_KEY_VARIABLE}, else none)"
+    )
+    add("--max-model-len", type=int, help="most tokens of a sequence (default: the model's limit)")
     add(
         "--allowed-origins",
         nargs="+",
         action="extend",
         default=[],
         metavar="ORIGIN",
-        help="pages elsewhere that may use the server (CORS): https://example.org and the like, a "
-        "JSON list of them, or * for all (default: none)",
+        help="origins whose web pages may use the server (CORS), such as https://example.org, a "
+        "JSON list of origins, or * for all (default: none)",
     )
-    exits = parser.add_argument_group("exits", "what applies where a request does not say it")
+    exits = parser.add_argument_group("exits", "defaults for fields that a request does not set")
     add = exits.add_argument
     add(
-        "--mode", choices=get_args(Mode), help="default: lossless self_speculative, if it has exits"
+        "--mode",
+        choices=get_args(Mode),
+        help="default: self_speculative, which is lossless; full for a model without exits",
     )
     for name, text in {
-        "early_exit_threshold": "least confidence to leave",
-        "num_draft_tokens": "most drafts at a time",
-        "draft_confidence": "least product of the confidences of drafts",
+        "early_exit_threshold": "least confidence with which a token leaves at an exit",
+        "num_draft_tokens": "most tokens to draft before they are verified",
+        "draft_confidence": "drafting goes on while the product of confidences is at least this",
     }.items():
         add(
             as_flag(name), type=type(DEFAULTS[name]), default=DEFAULTS[name], help=f"{text} {SHOWN}"
         )
-    add("--exit-layers", type=int, nargs="+", help="exits to ask (default: all)")
-    add("--draft-exit-layer", type=int, help="default: the first exit")
+    add("--exit-layers", type=int, nargs="+", help="exits that may be used (default: all)")
+    add("--draft-exit-layer", type=int, help="exit that drafts (default: the first one)")
     limits = parser.add_argument_group("limits")
     add = limits.add_argument
     for name, text in {
-        "max_waiting": "requests beyond --max-batch-size at which further ones are turned away",
-        "max_sequences": "texts of one request",
-        "max_body_bytes": "bytes of one request",
-        "request_timeout": "seconds until an answer is given up",
+        "max_waiting": "requests under way beyond --max-batch-size; further ones get status 429",
+        "max_sequences": "most texts generated for one request",
+        "max_body_bytes": "most bytes of one request body",
+        "request_timeout": "seconds after which a request is given up",
     }.items():
         add(
             as_flag(name), type=type(DEFAULTS[name]), default=DEFAULTS[name], help=f"{text} {SHOWN}"
         )
     add(
-        "--shutdown-timeout", type=float, default=30.0, help=f"seconds to finish at the end {SHOWN}"
+        "--shutdown-timeout",
+        type=float,
+        default=30.0,
+        help=f"seconds for requests under way after SIGTERM {SHOWN}",
     )
     add(
         "--forwarded-allow-ips",
         default="",
         metavar="ADDRESSES",
-        help="proxies whose X-Forwarded-For says in the log who asks: addresses and networks with "
-        "commas, or * (default: none)",
+        help="proxies whose X-Forwarded-For names the client in the log: comma-separated addresses "
+        "and networks, or * (default: none)",
     )
-    add("--log-prompts", action="store_true", help="put what users write into the log")
+    add(
+        "--log-prompts",
+        action="store_true",
+        help="write request bodies, with their prompts, into the log",
+    )
     add(
         "--example-prompt",
         metavar="TEXT",
         action="append",
         default=[],
-        help="what the server's page offers to begin with; give it once for each prompt (default: "
-        "what suits any model)",
+        help="prompt that the server's page offers as an example; repeat the flag for several "
+        "(default: prompts that suit any model)",
     )
     return parser
 
 
 def check_limits(args: argparse.Namespace) -> None:
-    """Refuse what no model makes right, before one is loaded.
+    """Refuse flags that are invalid for every model, before one is loaded.
 
     Raises:
         ValueError: a number is out of range.
@@ -139,8 +151,8 @@ def check_limits(args: argparse.Namespace) -> None:
     key = api_key_of(args)
     if key is not None and not (key.isascii() and key.isprintable() and key.split() == [key]):
         raise ValueError(
-            f"--api-key (or {API_KEY_VARIABLE}) is empty or has characters that no header carries, "
-            "allowed: ASCII without spaces"
+            f"--api-key (or {API_KEY_VARIABLE}) is empty or has characters that cannot be sent in "
+            "a header, allowed: ASCII without spaces"
         )
     trusted_networks(args.forwarded_allow_ips)
     if args.device is not None:
@@ -161,30 +173,30 @@ def origins_of(args: argparse.Namespace) -> tuple[str, ...]:
     """The origins of pages that may use the server.
 
     Raises:
-        ValueError: one of them is none.
+        ValueError: a value is not an origin.
     """
     found: list[object] = []
     for text in args.allowed_origins:
         try:
             found += json.loads(text) if text.startswith("[") else [text]
         except ValueError:
-            raise ValueError(f"--allowed-origins {text} is no JSON list") from None
+            raise ValueError(f"--allowed-origins {text} is not a JSON list") from None
     origins = [one for one in found if isinstance(one, str)]
     for origin in found:
         # Browsers send them in lower case, and compare letter by letter.
         if not isinstance(origin, str) or not (origin == "*" or _ORIGIN.fullmatch(origin)):
             raise ValueError(
-                f"--allowed-origins {origin} is no origin, allowed: * or "
+                f"--allowed-origins {origin} is not an origin, allowed: * or "
                 "http(s)://HOST[:PORT] in lower case without a path"
             )
     return tuple(origins)
 
 
 def settings_of(args: argparse.Namespace, exit_layers: Sequence[int]) -> ServerSettings:
-    """The operator's decisions.
+    """The server's settings from the flags.
 
     Raises:
-        ValueError: one of them asks for what the model does not have.
+        ValueError: a flag names an exit that the model does not have, or a mode that needs exits.
     """
     known = " ".join(map(str, exit_layers)) or "none, the model has no exits"
     for layer in args.exit_layers or ():
@@ -217,11 +229,11 @@ def settings_of(args: argparse.Namespace, exit_layers: Sequence[int]) -> ServerS
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Load the model and serve it until a signal comes; on ranks but the first, compute for it.
+    """Load the model and serve it until a signal arrives; other ranks than 0 compute for rank 0.
 
     Raises:
-        ValueError: a flag or what it names cannot be used.
-        OSError: there is no listening at that address.
+        ValueError: a flag, or the file that it names, cannot be used.
+        OSError: the server cannot listen at that address.
     """
     check_limits(args)
     if int(os.environ.get("RANK", "0")) > 0:
@@ -231,9 +243,9 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def follow(args: argparse.Namespace) -> int:
-    """Compute for the first rank until its end."""
+    """Compute for rank 0 until it ends."""
     engine = load_engine(args, args.max_model_len)
-    # torchrun sends them to all ranks; what is under way still needs this one.
+    # torchrun sends signals to all ranks, but requests under way still need this one.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     engine.work()
@@ -241,7 +253,7 @@ def follow(args: argparse.Namespace) -> int:
 
 
 def warn_of_open_doors(args: argparse.Namespace, sockets: Sequence[socket.socket]) -> None:
-    """Say that everybody may ask, where others than this machine's users can."""
+    """Warn if users of other machines can reach the server and it needs no key."""
     hosts = [str(one.getsockname()[0]) for one in sockets]
     if api_key_of(args) is None and not all(ip_address(one).is_loopback for one in hosts):
         LOG.warning(

@@ -1,5 +1,5 @@
-"""The demo's text and tokenizer, made from what is on every machine: the sources and the reference
-manual of Python's own standard library.
+"""Make the demo's text and tokenizer from what every machine has: the sources of Python's standard
+library and Python's reference manual.
 
     python examples/quickstart/corpus.py --output-dir data --vocab-size 4096
 
@@ -64,7 +64,7 @@ def is_prose_or_code(text: str) -> bool:
 
 
 def split(texts: Sequence[str], validation_share: float, seed: int) -> tuple[list[str], list[str]]:
-    """Shuffled training and validation texts, the latter with that share of all characters."""
+    """Shuffled training and validation texts; the latter have that share of all characters."""
     shuffled = list(texts)
     random.Random(seed).shuffle(shuffled)
     wanted = validation_share * sum(map(len, shuffled))
@@ -75,7 +75,7 @@ def split(texts: Sequence[str], validation_share: float, seed: int) -> tuple[lis
 
 
 def write_json_lines(path: Path, texts: Sequence[str]) -> None:
-    """Write a document a line."""
+    """Write one document per line."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
 
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--vocab-size", type=int, default=4096, help="(default: %(default)s)")
     parser.add_argument(
-        "--seed", type=int, default=1234, help="of the split (default: %(default)s)"
+        "--seed", type=int, default=1234, help="seed of the split (default: %(default)s)"
     )
     args = parser.parse_args(argv)
     try:

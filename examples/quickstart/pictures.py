@@ -52,8 +52,8 @@ def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
 def tradeoff_curve(points: Sequence[Point], picture: Path, least_agreement: float) -> None:
     """Draw agreement with the full model against speed, one mark for each threshold.
 
-    All speeds are over the first point's, a full model's. The agreement that is wanted is in the
-    picture, so that a difference of some tokens looks as small as it is.
+    All speeds are relative to the first point's, which is a full model's. A line marks the required
+    agreement, so that a difference of a few tokens looks as small as it is.
     """
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     slowest = points[0].tokens_per_second
@@ -91,7 +91,7 @@ def tradeoff_curve(points: Sequence[Point], picture: Path, least_agreement: floa
 
 
 def _label(axes: Axes, marks: Sequence[tuple[str, tuple[float, float]]]) -> None:
-    """Write the lowest thresholds' names beside their marks, and of others where there is room."""
+    """Label the marks with their thresholds, the lowest ones first, as far as there is room."""
     taken: list[tuple[float, float]] = []
     for name, place in sorted(marks):
         x, y = axes.transData.transform(place)

@@ -4,7 +4,7 @@
 
 Text of this machine's Python -> SentencePiece tokenizer -> indexed data -> training with two
 pipeline stages -> a sample coloured by exit -> speed and quality by threshold -> two pictures.
-How long the training is, and how much is measured, follows from the time and this machine's speed.
+The number of training steps and the extent of the measurement follow from this machine's speed.
 """
 
 import argparse
@@ -57,19 +57,20 @@ def parse() -> argparse.Namespace:
         "--minutes",
         type=float,
         default=os.environ.get("DEMO_MINUTES", "10"),
-        help="that all takes at most; fast machines need less (default: $DEMO_MINUTES, else 10)",
+        help="time limit of the whole demo; fast machines need less (default: $DEMO_MINUTES, else "
+        "10)",
     )
     steps = os.environ.get("DEMO_STEPS")
     parser.add_argument(
         "--steps",
         type=int,
         default=steps,
-        help="train so many, however long that takes (default: $DEMO_STEPS, else as --minutes "
-        f"allows, up to {MOST_STEPS})",
+        help="train for this many steps, however long that takes (default: $DEMO_STEPS, else as "
+        f"many as --minutes allows, up to {MOST_STEPS})",
     )
     parser.add_argument("--global-batch-size", type=int, default=16, help="default: %(default)s")
     parser.add_argument(
-        "--fresh", action="store_true", help="train again even if a finished run is there"
+        "--fresh", action="store_true", help="train again even if there is a finished run"
     )
     args = parser.parse_args()
     if not 1 <= args.minutes < math.inf:
@@ -137,8 +138,8 @@ def prompts(validation: Path) -> list[str]:
 
 
 def train_within(run: TrainingRun, budget: Budget) -> None:
-    """Train for as many steps as the time allows, by the speed of a few."""
-    print(f"   {TRIAL_STEPS} steps tell how fast this machine is:", flush=True)
+    """Time a few steps, and train for as many as the time allows."""
+    print(f"   {TRIAL_STEPS} steps to time this machine:", flush=True)
     found = trial(run)
     seconds = budget.left_for_training()
     steps = found.steps_within(seconds, LEAST_STEPS, MOST_STEPS)
@@ -202,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, "the next run starts anew what was not finished"))
+    sys.exit(run_program(main, "the next run repeats what was not finished"))

@@ -17,7 +17,7 @@ from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, Sam
 
 @dataclass(frozen=True)
 class Point:
-    """What one threshold gives, against the full model measured beside it.
+    """Results for one threshold, relative to the full model, which is measured alternately.
 
     Attributes:
         layers: "plain" or "compiled".
@@ -26,7 +26,7 @@ class Point:
         speedup: against the full model with the same layers.
         mean_exit_layer: number of layers run for a token, on average.
         agreement: share of tokens that the full model would choose after the same text.
-        identical: share of tokens at the place where the full model's own answer has the same one.
+        identical: share of positions at which the full model's own answer has the same token.
     """
 
     layers: str
@@ -39,7 +39,7 @@ class Point:
 
 
 def engines(checkpoint: Path, dtype: torch.dtype | None = None) -> dict[str, EarlyExitEngine]:
-    """A model with plain and with compiled layers; without the latter where nothing compiles."""
+    """Load a model with plain and with compiled layers; only the former if nothing compiles."""
     found = {"plain": EarlyExitEngine.from_checkpoint(checkpoint, dtype=dtype)}
     try:
         found["compiled"] = EarlyExitEngine.from_checkpoint(checkpoint, dtype=dtype, compile=True)
@@ -56,15 +56,15 @@ def measure(
 ) -> list[Point]:
     """Decode prompts with the full model and at every threshold, all greedily.
 
-    The settings take turns prompt by prompt, so that whatever else the machine does slows all of
-    them alike, and each answers every prompt several times, the fastest time counts. The full
-    model's point comes first, of each engine.
+    The settings alternate prompt by prompt, so that other work on the machine slows all of them
+    equally. Each setting answers every prompt several times, of which the fastest counts. The full
+    model's point comes first for each engine.
 
     Args:
         engines: see `engines`.
         prompts: texts that the model has not seen.
         most: what is measured if the time allows.
-        seconds: that it may take; less is measured where more would not fit, and said.
+        seconds: time limit; if it does not suffice for `most`, less is measured and a line says so.
     """
     start = monotonic()
     token_seconds = 0.0
@@ -74,14 +74,14 @@ def measure(
         token_seconds += 1 / _speed(warm[1:])
     part = most.within(seconds - (monotonic() - start), token_seconds)
     if part != most:
-        print(f"   measured in part, for want of time: {part.describe()}", flush=True)
+        print(f"   time is short, so only this is measured: {part.describe()}", flush=True)
     settings = list(product(engines, (None, *part.thresholds)))
     results: dict[tuple[str, float | None], list[GenerationResult]] = {one: [] for one in settings}
     for name, threshold in settings:
         engines[name].generate(prompts[0], _params(threshold, 8))
     for number, prompt in enumerate(prompts[: part.prompts]):
         if number >= LEAST_PROMPTS and monotonic() - start > seconds:
-            print(f"   time is up with {number} prompts: others run here", flush=True)
+            print(f"   time is up after {number} prompts: other work slows this", flush=True)
             break
         for name, threshold in settings:
             params = _params(threshold, part.tokens)
@@ -97,8 +97,8 @@ def measure(
 
 
 class _Agreement:
-    """Which tokens of an answer are the full model's choices, each text looked at once: answers at
-    neighbouring thresholds are often the same."""
+    """Tells which tokens of an answer the full model would choose. Each text is evaluated once,
+    because answers at neighbouring thresholds are often equal."""
 
     def __init__(self, engine: EarlyExitEngine) -> None:
         self.engine = engine
@@ -148,8 +148,8 @@ def _speed(answers: Sequence[GenerationResult]) -> float:
 
 
 def fastest(points: Sequence[Point], least_agreement: float) -> Point:
-    """The fastest point with at least that agreement, of those with the same layers; the full
-    model's agrees with itself."""
+    """The fastest of these points with at least that agreement. There is always one, because the
+    full model agrees with itself."""
     return max((p for p in points if p.agreement >= least_agreement), key=lambda p: p.speedup)
 
 
@@ -179,21 +179,22 @@ def table(points: Sequence[Point]) -> str:
 
 
 _WHY_ALL = (
-    "   Every threshold keeps as much: after so few steps the layers behind the first exit add "
-    "little to it. After more steps (--minutes) they do, and low thresholds cost quality."
+    "   Every threshold agrees as much: after so few steps the layers after the first exit improve "
+    "little on it. After more steps (--minutes) they do, and low thresholds cost quality."
 )
 
 
 def verdict(points: Sequence[Point], least_agreement: float) -> str:
-    """The fastest setting of each engine as a sentence; where that is the full model, and why."""
+    """A sentence that names the fastest setting of each engine; if that is the full model, it says
+    why."""
     lines = []
     for layers, own in by_layers(points).items():
         winner = fastest(own, least_agreement)
         where = "the full model" if winner.threshold is None else f"threshold {winner.threshold}"
         lines.append(
-            f"Fastest with {least_agreement:.0%} of the full model's choices or more, {layers} "
-            f"layers: {where}, {winner.speedup:.2f} times the full model's speed, "
-            f"{winner.agreement:.1%} equal"
+            f"Fastest setting with at least {least_agreement:.0%} agreement, {layers} layers: "
+            f"{where}, {winner.speedup:.2f} times the full model's speed, "
+            f"{winner.agreement:.1%} agreement"
         )
         if winner.threshold is None:
             lines.append(_why_none(own, least_agreement))
@@ -207,12 +208,12 @@ def _why_none(points: Sequence[Point], least_agreement: float) -> str:
     quick = [p for p in points if p.threshold is not None and p.speedup > 1]
     if not quick:
         return (
-            "   No threshold is faster here: to ask an exit takes as long as the layers that it "
-            "saves, of which a model this small has too few."
+            "   No threshold is faster here: evaluating an exit takes as long as the layers that "
+            "it saves, because a model this small has so few of them."
         )
     best = max(quick, key=lambda p: p.agreement)
     return (
-        f"   Thresholds that are faster keep less: {best.threshold} is {best.speedup:.2f} times as "
-        f"fast with {best.agreement:.1%} equal, less than {least_agreement:.0%}. Exits that were "
+        f"   Faster thresholds agree less: {best.threshold} is {best.speedup:.2f} times as fast "
+        f"with {best.agreement:.1%} agreement, less than {least_agreement:.0%}. Exits that are "
         "trained for longer agree more."
     )

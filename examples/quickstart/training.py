@@ -41,7 +41,7 @@ class TrainingRun:
         train_data, validation_data: prefixes of indexed data sets.
         tokenizer_model: SentencePiece model.
         directory: gets `checkpoint/`, `tensorboard/` and `log.txt`.
-        length: how long it is, in the words of the demo's command line.
+        length: the flag of the demo that determines how long it is.
         global_batch_size: samples in a step.
         dtype: torch.bfloat16 or torch.float32.
     """
@@ -66,7 +66,7 @@ class TrainingRun:
 
     @property
     def is_finished(self) -> bool:
-        """Whether this very run has been made before."""
+        """Whether a run with the same flags has finished before."""
         return self._made.exists() and self._made.read_text() == self._recipe()
 
     @property
@@ -81,11 +81,11 @@ class TrainingRun:
         self._made.write_text(self._recipe())
 
     def steps_done(self) -> int:
-        """Of the checkpoint that was saved last."""
+        """The iteration of the checkpoint that was saved last."""
         return int((self.checkpoint / "latest_checkpointed_iteration.txt").read_text())
 
     def _flags(self) -> list[str]:
-        """All but where and how long."""
+        """All flags except the paths of the output and the number of steps."""
         return [
             *f"{MODEL} {OPTIMIZATION} {PARALLELISM}".split(),
             *(["--bf16"] if self.dtype == torch.bfloat16 else []),
@@ -101,8 +101,8 @@ class TrainingRun:
         """The command line, ready to be run by hand from the repository's root.
 
         Args:
-            steps: optimizer steps; the learning rate rises over the first of them, and has fallen
-                to its least value at the last.
+            steps: optimizer steps; the learning rate rises during the first of them, and reaches
+                its least value at the last.
             log_interval: steps from one line of the log to the next.
         """
         return [
@@ -117,16 +117,16 @@ class TrainingRun:
 
 
 def training_dtype() -> torch.dtype:
-    """The fast one of the device that the stages run on.
+    """Return the number format that is fast on the device that the stages run on.
 
     Raises:
-        ValueError: the variable that says which formats are fast has an unknown value.
+        ValueError: the environment variable that lists the fast formats has an unknown value.
     """
     return best_training_dtype("cuda" if torch.cuda.device_count() >= STAGES else "cpu")
 
 
 def trial(run: TrainingRun) -> Trial:
-    """Time a few steps of a run; nothing is left of them.
+    """Time a few steps of a run, and delete their output.
 
     Raises:
         SystemExit: the training failed; the end of its log is printed.
@@ -140,13 +140,13 @@ def trial(run: TrainingRun) -> Trial:
 
 
 def train(run: TrainingRun, steps: int, minutes: int | None = None) -> None:
-    """Train from the start (what an earlier run left in its directory goes); print a line of
+    """Train from the start, after deleting the output of an earlier run; print a line of
     progress now and then; keep the whole log.
 
     Args:
         run: the run.
         steps: optimizer steps.
-        minutes: after which it ends and saves whatever step it has come to.
+        minutes: time limit, after which the run saves the step that it has reached and ends.
 
     Raises:
         SystemExit: the training failed; the end of its log is printed.
@@ -155,8 +155,8 @@ def train(run: TrainingRun, steps: int, minutes: int | None = None) -> None:
     _follow(run, [*run.command(steps), *guard])
     if (done := run.steps_done()) < steps:
         print(
-            f"   The machine became slower than it was: training ended after {done} of {steps} "
-            "steps, with a learning rate that had not fallen all the way."
+            f"   The machine became slower: training ended after {done} of {steps} steps, before "
+            "the learning rate had reached its least value."
         )
     run.mark_finished()
 

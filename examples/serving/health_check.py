@@ -1,9 +1,9 @@
-"""Asks the server in this container whether it can answer, wherever it listens.
+"""Check whether the server in this container answers requests, at whatever address it listens.
 
     python health_check.py [PROCESS]
 
-PROCESS is the server's process id, in a container 1. Exits with status 1, and says why, where there
-is no answer or another one than 200."""
+PROCESS is the server's process id (default: 1, as in a container). The exit status is 1, with a
+message that says why, if the server does not answer with status 200."""
 
 import http.client
 import sys
@@ -18,7 +18,8 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def addresses(process: psutil.Process) -> list[str]:
-    """Where a process or one that it has started accepts connections, as in a URL."""
+    """The addresses, as in a URL, at which a process or one that it has started accepts
+    connections."""
     found = []
     for member in (process, *process.children(recursive=True)):
         try:
@@ -35,7 +36,7 @@ def addresses(process: psutil.Process) -> list[str]:
 
 
 def answers(address: str) -> bool:
-    """Whether the server is well, by its own word at one of its addresses."""
+    """Whether the server says at this address that it answers requests."""
     try:
         with _OPENER.open(f"http://{address}/health", timeout=_TIMEOUT_S) as response:
             return bool(response.status == 200)

@@ -1,11 +1,11 @@
 """The one typed description of a model's exits.
 
-`EarlyExitConfig` is what the command line, the checkpoint and the engines agree on. Its fields
-carry the names of the flags (`exit_layer_nums` is `--exit-layer-nums`), its docstrings are their
-help texts, and `exits` is the normalised form that the rest of the package works with: an exit is
-known by its position p, the number of backbone layers that run before it.
+The command line, checkpoints and engines all use `EarlyExitConfig`. Its fields have the names of
+the flags (`exit_layer_nums` is `--exit-layer-nums`), their docstrings are the help texts, and
+`exits` is the normalised form that the rest of the package works with: an exit is identified by its
+position p, the number of backbone layers that run before it.
 
-`HEAD_PARTS` is the one list of what an exit's head can be made of.
+`HEAD_PARTS` is the one list of the parts that an exit's head can have.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,19 +40,20 @@ class Exit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadPart:
-    """A part of an exit's head that a flag asks for.
+    """A part of an exit's head that a flag adds.
 
     Attributes:
         field: name of the field of `EarlyExitConfig`, which is its flag.
         module: name of its module in the head and in checkpoints (`exits.{position}.{module}`).
-        tensors: the module of the backbone whose tensors and costs it has, or the names and shapes
-            of its own tensors; a size is a number or a field of the model's shape.
+        tensors: the module of the backbone that has the same tensors and costs, or the names and
+            shapes of the part's own tensors; a size is a number or the name of a field of the
+            model's shape.
         origin: module of the backbone that it is copied from when exits are added to a model:
-            `{layer}` is the layer that the exit follows, `{next_layer}` the one behind the exit
-            (the last one, where there is none), `{output}` the output layer, or the word embedding
-            that is tied to it. None where the backbone has nothing like it.
-        initial: value that all entries of its tensors start with where it has no origin.
-        replaces_mlp: it takes the place of the MLP of the layer that the exit follows.
+            `{layer}` is the layer that the exit follows, `{next_layer}` the one after the exit (the
+            last layer, if there is none), `{output}` the output layer, or the word embedding that
+            is tied to it. None if the backbone has no such module.
+        initial: initial value of all entries of its tensors if it has no origin.
+        replaces_mlp: it replaces the MLP of the layer that the exit follows.
         help_when_added: help text of the flag that adds it to a model.
         help_when_planned: help text of the planner's flag.
     """
@@ -68,14 +69,14 @@ class HeadPart:
 
     @property
     def has_mlp(self) -> bool:
-        """It is, or contains, an MLP like the backbone's."""
+        """Whether it is, or contains, an MLP like the backbone's."""
         return self.tensors in ("mlp", "layer")
 
     def own_shapes(self, model: object) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors that are like none of the backbone's.
+        """Names and shapes of the tensors that have no counterpart in the backbone.
 
         Args:
-            model: a description of the model's shape, with Megatron's names of sizes.
+            model: the model's shape, with Megatron's names of sizes.
         """
         if isinstance(self.tensors, str):
             return {}
@@ -92,7 +93,7 @@ HEAD_PARTS = (
         tensors="mlp",
         origin="decoder.layers.{layer}.mlp",
         replaces_mlp=True,
-        help_when_added="own MLP, a copy of that of the exit's layer, in its place",
+        help_when_added="own MLP, a copy of that of the exit's layer, which it replaces there",
         help_when_planned="each exit has its own MLP; not with --pre-exit",
     ),
     HeadPart(
@@ -100,7 +101,7 @@ HEAD_PARTS = (
         module="block",
         tensors="layer",
         origin="decoder.layers.{next_layer}",
-        help_when_added="own transformer layer, a copy of the one behind the exit",
+        help_when_added="own transformer layer, a copy of the one after the exit",
         help_when_planned="each exit has a whole layer",
     ),
     HeadPart(
@@ -116,9 +117,9 @@ HEAD_PARTS = (
         module="projection",
         tensors="output",
         origin="{output}",
-        help_when_added="own projection, a copy of the model's output layer; without it exits "
-        "project with the word embedding, which in a model with an output layer of its own is "
-        "another matrix",
+        help_when_added="own projection, a copy of the model's output layer; without this flag, "
+        "exits project with the word embedding, which is a different matrix if the model does not "
+        "tie its output layer to it",
         help_when_planned="each exit has its own projection",
     ),
 )
@@ -176,7 +177,7 @@ class EarlyExitConfig(FlagFields):
     """Give each exit its own norm before the output projection."""
 
     use_exit_mlp: bool = False
-    """Give each exit its own MLP that takes the place of its layer's MLP in the branch."""
+    """Give each exit its own MLP, which replaces its layer's MLP in the exit's branch."""
 
     use_exit_block: bool = False
     """Give each exit a whole transformer layer of its own."""
@@ -186,22 +187,24 @@ class EarlyExitConfig(FlagFields):
     exits, tied to the word embedding."""
 
     exit_vocab_size: int | None = None
-    """Tokens that exits can answer with: the first so many of the vocabulary, which are the most
-    frequent ones in most tokenizers (default: all). The projection is what asking an exit costs."""
+    """Number of tokens that exits can predict: the first ones of the vocabulary, which are the most
+    frequent ones in most tokenizers (default: all). Most of the cost of evaluating an exit is its
+    output projection."""
 
     exit_layer_weight: tuple[float, ...] = field(default=(), metadata=_numbers(float))
     """Weight of each exit's loss in the total loss, in the order of --exit-layer-nums
     (default: 1.0 each)."""
 
     exit_layer_weight_init: tuple[float, ...] = field(default=(), metadata=_numbers(float))
-    """Weight of each exit's loss at the first iteration, when --exit-layer-weight-warmup-iters
-    is positive (default: 0.0 each). A value above the final weight cools the exit down."""
+    """Weight of each exit's loss at the first iteration, if --exit-layer-weight-warmup-iters is
+    positive (default: 0.0 each). With a value above the final weight, the weight decreases."""
 
     exit_layer_weight_warmup_iters: int = 0
-    """Iterations over which the weights move from their initial to their final values."""
+    """Number of iterations over which the weights change from their initial to their final
+    values."""
 
     exit_layer_weight_warmup_style: WarmupStyle = "linear"
-    """Shape of the weights' warm-up or cool-down."""
+    """Shape of the change from the initial to the final weights."""
 
     exit_layer_temperature: tuple[float, ...] = field(default=(), metadata=_numbers(float))
     """Divisor of each exit's logits in its loss (default: 1.0 each)."""
@@ -221,7 +224,7 @@ class EarlyExitConfig(FlagFields):
         if repeated:
             raise ValueError(
                 f"--exit-layer-nums {_join(self.exit_layer_nums)}: layer {min(repeated)} is given "
-                "more than once, each layer may have one exit"
+                "more than once, allowed: one exit for each layer"
             )
         for name, default in PER_EXIT_DEFAULTS.items():
             self._check_per_exit_values(name, default)
@@ -233,15 +236,15 @@ class EarlyExitConfig(FlagFields):
             )
         if self.use_exit_mlp and self.pre_exit:
             raise ValueError(
-                "--use-exit-mlp with --pre-exit is not possible: the exit's MLP takes the place "
-                "of the MLP of the layer it follows, so the exit must be after that layer "
+                "--use-exit-mlp cannot be combined with --pre-exit: the exit's MLP replaces the "
+                "MLP of the layer that it follows, so the exit must be after that layer "
                 "(allowed: one of the two flags)"
             )
         Range(least=2, is_integer=True).check_flags(self, "exit_vocab_size")
         if self.exit_vocab_size is not None and self.untie_exit_output_weights:
             raise ValueError(
-                "--exit-vocab-size cannot be combined with --untie-exit-output-weights: exits "
-                "answer with the first rows of the word embedding"
+                "--exit-vocab-size cannot be combined with --untie-exit-output-weights: it makes "
+                "exits project with the first rows of the word embedding"
             )
         self._refuse_what_has_no_effect()
 
@@ -313,18 +316,18 @@ class EarlyExitConfig(FlagFields):
         return tuple(one.position for one in self.exits)
 
     def placed(self, pre_exit: bool) -> "EarlyExitConfig":
-        """The same exits after their layers, or with `pre_exit` before the next ones.
+        """The same exits, placed after their layers or, with `pre_exit`, before the next ones.
 
         Raises:
-            ValueError: their MLPs need them after their layers.
+            ValueError: exits with MLPs of their own can only be placed after their layers.
         """
         shift = int(pre_exit) - int(self.pre_exit)
         numbers = tuple(number + shift for number in self.exit_layer_nums)
         return replace(self, exit_layer_nums=numbers, pre_exit=pre_exit)
 
     def stages(self, layers_per_stage: Sequence[int]) -> tuple[int, ...]:
-        """The pipeline stage of each exit, in the order of their positions: the one of the layer
-        that it follows, or before which it is placed."""
+        """The pipeline stage of each exit, in the order of their positions: the stage of the layer
+        after which, or with `pre_exit` before which, the exit is placed."""
         ends = list(accumulate(layers_per_stage))
         return tuple(
             next(stage for stage, end in enumerate(ends) if layer <= end)
@@ -338,22 +341,22 @@ class EarlyExitConfig(FlagFields):
 
     @property
     def branch_parts(self) -> tuple[HeadPart, ...]:
-        """The parts of each head in front of the output projection, which every head has."""
+        """The parts of each head before the output projection."""
         return tuple(part for part in self.head_parts if part.tensors != "output")
 
     @property
     def replaces_mlp(self) -> bool:
-        """Whether exits branch off in front of the MLP of the layer that they follow."""
+        """Whether exits branch off before the MLP of the layer that they follow."""
         return any(part.replaces_mlp for part in self.head_parts)
 
     @property
     def head_options(self) -> dict[str, Any]:
-        """The fields that say what the heads of exits are made of."""
+        """The fields that determine the parts of exit heads, with their values."""
         return {name: getattr(self, name) for name in (*HEAD_FIELDS, "exit_vocab_size")}
 
     @property
     def head_words(self) -> list[str]:
-        """The flags that say what the heads of exits are made of, as words of a command line."""
+        """The flags that determine the parts of exit heads, as words of a command line."""
         words = [as_flag(name) for name in HEAD_FIELDS if getattr(self, name)]
         if self.exit_vocab_size is not None:
             words += ["--exit-vocab-size", str(self.exit_vocab_size)]

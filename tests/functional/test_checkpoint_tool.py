@@ -217,11 +217,14 @@ def test_a_kind_of_model_that_is_not_known_is_inspected_all_the_same(paths, caps
 NUMS = "--exit-layer-nums"
 REFUSALS = [
     (["add-exits", "base", "OUT", NUMS, "5"], f"{NUMS} 5 is out of range, allowed: 1 to 4"),
-    (["add-exits", "base", "OUT", NUMS, "1", "--pre-exit"], "allowed with --pre-exit: 2 to the"),
+    (
+        ["add-exits", "base", "OUT", NUMS, "1", "--pre-exit"],
+        "allowed: 2 to the number of layers with --pre-exit",
+    ),
     (["add-exits", "base", "OUT", NUMS, "2", "2"], f"{NUMS} 2 2: layer 2 is given more than once"),
     (
         ["add-exits", "base", "OUT", NUMS, "2", "--use-exit-mlp", "--pre-exit"],
-        "--use-exit-mlp with --pre-exit is not possible",
+        "--use-exit-mlp cannot be combined with --pre-exit",
     ),
     (["add-exits", "whole", "OUT", NUMS, "2"], "has exits with --use-exit-norm and the new ones"),
     (["add-exits", "base", "OUT", NUMS, "2", "--seed", "1"], "--seed 1 has no effect without"),
@@ -230,7 +233,7 @@ REFUSALS = [
     (["add-exits", "moe", "OUT", NUMS, "2"], "--num-experts 8 is not supported by inference"),
     (
         ["add-exits", "bare", "OUT", NUMS, "2"],
-        "bare/iter_0000005: has no arguments of its training",
+        "bare/iter_0000005: contains no arguments of its training",
     ),
     (
         ["add-exits", "ee_llm", "OUT", NUMS, "2"],
@@ -254,7 +257,7 @@ REFUSALS = [
     (["import-hf", "base", "OUT"], "base"),
     (["export-hf", "none", "OUT"], "none: there is no such directory"),
     (["inspect", "none"], "none: there is no such directory"),
-    (["inspect", "bare"], "bare/iter_0000005: has no arguments of its training"),
+    (["inspect", "bare"], "bare/iter_0000005: contains no arguments of its training"),
 ]
 
 

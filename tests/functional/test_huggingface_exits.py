@@ -173,7 +173,7 @@ def test_what_early_exit_refuses(tmp_path):
         ("one sequence at a time, 2 are given", two, on),
         ("without padding only", [PROMPT], {**on, "attention_mask": torch.tensor([[0] + [1] * 6])}),
         ("threshold 1.5 is out of range, allowed: 0 to 1", [PROMPT], {"early_exit_threshold": 1.5}),
-        (r"exit_layers 2 is no exit, allowed: \[1, 3\]", [PROMPT], {**on, "exit_layers": [2]}),
+        (r"exit_layers 2 is not an exit, allowed: \[1, 3\]", [PROMPT], {**on, "exit_layers": [2]}),
         ("has no effect without early_exit_threshold", [PROMPT], {"exit_layers": [1]}),
         (
             "allowed is one of the two",
@@ -200,14 +200,14 @@ def config_with(**options):
     ("message", "options"),
     [
         (
-            "early_exit_threshold '0.5' is no number, allowed: 0 to 1",
+            "early_exit_threshold '0.5' is not a number, allowed: 0 to 1",
             {"early_exit_threshold": "0.5"},
         ),
-        ("early_exit_threshold True is no number", {"early_exit_threshold": True}),
+        ("early_exit_threshold True is not a number", {"early_exit_threshold": True}),
         ("early_exit_threshold nan is out of range", {"early_exit_threshold": math.nan}),
-        ("exit_layers 3 is no list, allowed: some of", {**ON, "exit_layers": 3}),
-        ("exit_layers '13' is no list", {**ON, "exit_layers": "13"}),
-        ("exit_layers '1' is no exit, allowed:", {**ON, "exit_layers": [3, "1"]}),
+        ("exit_layers 3 is not a list, allowed: some of", {**ON, "exit_layers": 3}),
+        ("exit_layers '13' is not a list", {**ON, "exit_layers": "13"}),
+        ("exit_layers '1' is not an exit, allowed:", {**ON, "exit_layers": [3, "1"]}),
         ("use_cache False is not supported by early_exit_threshold", {**ON, "use_cache": False}),
         ("use_cache False is not supported", {**ON, **config_with(use_cache=False)}),
         ("num_beams 3 is not supported by early_exit_threshold", {**ON, "num_beams": 3}),

@@ -190,12 +190,15 @@ def test_a_conversation_ends_with_its_input(ask, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--prompt", "a", "--url", "localhost:1"], "--url localhost:1 is no address, allowed:"),
+        (
+            ["--prompt", "a", "--url", "localhost:1"],
+            "--url localhost:1 is not an address, allowed:",
+        ),
         (["--prompt", "a", "--concurrency", "0"], "--concurrency 0 is out of range, allowed: 1"),
         (["--prompt", "a", "--timeout", "0"], "--timeout 0.0 is out of range, allowed: above 0"),
         (
             ["--prompts-file", "in.csv"],
-            "--prompts-file in.csv is of no known kind, allowed: .jsonl",
+            "--prompts-file in.csv has an unknown ending, allowed: .jsonl",
         ),
         (["--prompts-file", "/no/such.txt"], "--prompts-file /no/such.txt cannot be read"),
         (["--prompt", "a", "--compare", "--mode", "full"], "--mode full: there is nothing to"),

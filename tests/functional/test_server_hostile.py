@@ -9,7 +9,7 @@ from urllib.parse import urlparse
 
 import pytest
 
-from megatron.early_exit.server.megatron_api.generate_models import GenerateRequest
+from megatron.early_exit.server.megatron_api.generate import GenerateRequest
 from megatron.early_exit.server.openai.chat_models import ChatRequest
 from megatron.early_exit.server.openai.completion_models import CompletionRequest
 from tests.helpers.speed import patient

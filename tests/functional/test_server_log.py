@@ -151,5 +151,7 @@ def test_only_those_that_are_trusted_are_believed(trusted, forwarded, client):
 
 
 def test_a_proxy_that_is_no_address_is_refused():
-    with pytest.raises(ValueError, match="--forwarded-allow-ips proxy is no address, allowed: "):
+    with pytest.raises(
+        ValueError, match="--forwarded-allow-ips proxy is not an address, allowed: "
+    ):
         trusted_networks("10.0.0.1, proxy")

@@ -127,7 +127,7 @@ def test_wandb_gets_every_figure(run: Run):
         ),
         (
             ["--exit-layer-nums", 2, "--use-exit-mlp", "--pre-exit"],
-            ["--use-exit-mlp with --pre-exit"],
+            ["--use-exit-mlp cannot be combined with --pre-exit"],
         ),
         (
             ["--exit-layer-nums", 2, "--exit-loss-chunk-tokens", 0],

@@ -1,5 +1,5 @@
-"""Requests of every kind that come, stop and are given up: drawn by Hypothesis, judged by the
-oracle."""
+"""Requests of every kind that arrive, end and are cancelled: drawn by Hypothesis, checked with the
+reference decoder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ THRESHOLDS = (0.0, 0.3, 0.6, 0.9, 1.0)
 
 
 class Syllables:
-    """A tokenizer of so few letters that stop strings are met; token 0 ends a document."""
+    """A tokenizer with so few letters that stop strings occur; token 0 ends a document."""
 
     vocab_size = LLAMA.vocab_size
     eod_id = 0
@@ -37,13 +37,13 @@ class Syllables:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request, and when it comes and goes in steps of the engine."""
+    """A request, with the engine's steps at which it is submitted and cancelled."""
 
     prompt: list[int]
     params: SamplingParams
     time: int
     given_up: int | None
-    """When it is cancelled, if it has not ended by then."""
+    """The step at which it is cancelled, if it has not ended by then."""
 
 
 stop_strings = st.text("abc", min_size=1, max_size=3)
@@ -51,7 +51,7 @@ stop_strings = st.text("abc", min_size=1, max_size=3)
 
 @st.composite
 def sampling_params(draw: st.DrawFn) -> SamplingParams:
-    """Greedy, in every mode, with every kind of stop."""
+    """Draw greedy parameters, in every mode, with every kind of stop."""
     mode = draw(st.sampled_from(["full", "early_exit", "self_speculative"]))
     fields: dict[str, Any] = {}
     if mode == "early_exit":
@@ -81,7 +81,7 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
 
 @st.composite
 def arrivals(draw: st.DrawFn) -> list[Arrival]:
-    """Some requests in the order of their arrival."""
+    """Draw some requests in the order of their arrival."""
     drawn, time = [], 0
     for _ in range(draw(st.integers(1, 6))):
         prompt = draw(st.lists(st.integers(0, LLAMA.vocab_size - 1), min_size=1, max_size=12))
@@ -93,7 +93,7 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
 
 
 def play(engine: EarlyExitEngine, drawn: list[Arrival]) -> list[GenerationResult]:
-    """Let the requests come and go, and step until all have ended."""
+    """Submit and cancel the requests, and step the engine until all have ended."""
     requests = []
     for now in count():
         for arrival in drawn[len(requests) :]:
@@ -109,7 +109,8 @@ def play(engine: EarlyExitEngine, drawn: list[Arrival]) -> list[GenerationResult
 
 
 def assert_oracles(model: TinyModel, arrival: Arrival, *results: GenerationResult) -> None:
-    """Each has the oracle's tokens up to the oracle's end, or to where it was given up."""
+    """Check that each request has the reference decoder's tokens up to its end, or to where it was
+    cancelled."""
     params = arrival.params
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else {Syllables.eod_id})
     tokens = generate(
@@ -146,7 +147,8 @@ def assert_agrees(
     text: str,
     end: tuple[str, str | int | None],
 ) -> None:
-    """The result is what it should be, or the beginning of that if it was given up."""
+    """Check that the result is the expected one, or the beginning of it if the request was
+    cancelled."""
     if result.finish_reason == "cancelled":
         assert arrival.given_up is not None
         assert len(result.token_ids) < len(tokens)
@@ -164,7 +166,7 @@ def assert_agrees(
 def until_the_end(
     tokens: list[ReferenceToken], params: SamplingParams, stops: set[int]
 ) -> tuple[list[ReferenceToken], str, tuple[str, str | int | None]]:
-    """The tokens up to the one that ends the sequence, their text, and the reasons; letter by
+    """The tokens up to the one that ends the sequence, their text, and the reasons, found letter by
     letter."""
     text = ""
     for number, token in enumerate(tokens, start=1):
@@ -183,7 +185,8 @@ def until_the_end(
 
 @cache
 def examples(number: int) -> list[list[Arrival]]:
-    """For what cannot be run by Hypothesis itself: the same ones in every run of the tests."""
+    """Examples for tests that Hypothesis itself cannot run; they are the same in every run of the
+    tests."""
     collected = []
 
     @settings(max_examples=number, phases=[Phase.generate])

@@ -1,4 +1,4 @@
-"""Where the tests of pages find a browser."""
+"""Finds the browser for the tests of pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Profiles of a machine that does what its data sheet says."""
+"""Profiles of a machine that is exactly as fast as its data sheet says."""
 
 from typing import get_args
 
@@ -18,7 +18,7 @@ A100 = ACCELERATORS["a100-80gb"]
 
 
 def derived_times(words: str = PLANNED) -> HardwareTimes:
-    """Of the parts of the model that a planner's flags describe, on an A100."""
+    """Times of the parts of the model that a planner's flags describe, on an A100."""
     model = read_model(build_parser().parse_args(words.split()))
     return HardwareTimes(model.shape, model.placements[0], A100)
 
@@ -26,7 +26,7 @@ def derived_times(words: str = PLANNED) -> HardwareTimes:
 def derived_profile(
     sizes: tuple[int, ...], factor: float = 1.0, words: str = PLANNED
 ) -> LayerProfile:
-    """What an A100 would have measured, or one that takes longer by a factor."""
+    """The profile that an A100 would give, or one whose times are longer by a factor."""
     times = derived_times(words)
 
     def seconds(part: Part, size: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""Checkpoints as the original EE-LLM wrote them, made of small models.
+"""Writes small models as checkpoints of the original EE-LLM.
 
 Keys, shapes and arguments follow listings of checkpoints that EE-LLM itself wrote; see
-`tests/unit/checkpoint/test_ee_llm.py` for what of them is compared.
+`tests/unit/checkpoint/test_ee_llm.py` for the parts of them that are compared.
 """
 
 import random
@@ -21,7 +21,7 @@ _ROW, _COLUMN, _GATED, _WHOLE = "row", "column", "gated", "whole"
 
 
 def with_shared_norms(model: TinyModel) -> TinyModel:
-    """EE-LLM has one norm before the MLPs of a layer and of its exit."""
+    """Give a layer's MLP and its exit's MLP the same norm, because EE-LLM has one norm for both."""
     weights = dict(model.weights)
     for name in weights:
         _, position, *rest = name.split(".")
@@ -31,7 +31,7 @@ def with_shared_norms(model: TinyModel) -> TinyModel:
 
 
 def saved_args(model: TinyModel, tensor: int, pipeline: int, divisor: int) -> Namespace:
-    """The arguments that matter of the two hundred that EE-LLM saves, and some that do not."""
+    """Those of EE-LLM's two hundred arguments that matter, and some that do not."""
     a, e = model.architecture, model.early_exit
     multiple = divisor * tensor
     return Namespace(
@@ -97,7 +97,7 @@ def saved_args(model: TinyModel, tensor: int, pipeline: int, divisor: int) -> Na
 
 
 class _Writer:
-    """What each stage has, whole; and what each of its ranks has of it."""
+    """The undivided tensors of each stage, and the parts that each of its ranks has."""
 
     def __init__(self, model: TinyModel, tensor: int, args: Namespace) -> None:
         self.model, self.tensor, self.args = model, tensor, args
@@ -106,7 +106,7 @@ class _Writer:
         )
 
     def stage(self, first: int, count: int) -> dict[str, Any]:
-        """The language model of one stage, values still whole: (tensor, how it is divided)."""
+        """The language model of one stage, with undivided values: (tensor, how it is divided)."""
         weights, layers = self.model.weights, range(first, first + count)
         language_model: dict[str, Any] = {}
         if first == 0:
@@ -216,7 +216,7 @@ def save_ee_llm(
     """Write a model as EE-LLM does.
 
     Args:
-        model: from `with_shared_norms`, where exits have MLPs.
+        model: from `with_shared_norms`, if exits have MLPs.
         save_dir: gets one iteration and the file that names it.
         tensor: tensor-parallel ranks.
         pipeline: pipeline stages.

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 
 class EeLlmReference:
-    """A model from what one rank saved.
+    """A model from the file that one rank saved.
 
     Args:
         state: the content of `mp_rank_00/model_optim_rng.pt`.
@@ -54,7 +54,7 @@ class EeLlmReference:
         return found
 
     def exit(self, index: int, hidden: Tensor, embedding: Tensor) -> Tensor:
-        """Block, norm and projection of an exit."""
+        """The logits of an exit: its block, norm and projection."""
         prefix = f"layers.{index}."
         if self.args.use_exit_block:
             hidden = self.attend(f"{prefix}exit_block.", hidden)

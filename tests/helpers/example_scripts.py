@@ -1,4 +1,4 @@
-"""Run scripts of examples/ and take the commands apart that they print."""
+"""Runs scripts of examples/ and parses the commands that they print."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RECORDER = """#!/bin/bash
 for word in "$@"; do printf '%s\\0' "$word"; done >>"$RECORD"
 printf '\\n' >>"$RECORD"
 """
-"""In the place of Python: writes its arguments down."""
+"""A script that replaces Python and records its arguments."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ExampleScripts:
     """The scripts of one folder.
 
     Attributes:
-        folder: where they are.
+        folder: the folder of the scripts.
         places: flags whose values are other folders in a dry run.
     """
 
@@ -45,7 +45,7 @@ class ExampleScripts:
     places: frozenset[str]
 
     def run(self, script: str, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run one with nothing but `environment` of the variables it reads."""
+        """Run a script; of the variables that it reads, only those in `environment` are set."""
         inherited = {k: v for k, v in os.environ.items() if not _OWN_VARIABLES.fullmatch(k)}
         process = subprocess.Popen(
             [self.folder / script, *flags],
@@ -67,7 +67,8 @@ class ExampleScripts:
         return subprocess.CompletedProcess(script, process.returncode, stdout, stderr)
 
     def recorded_dry_run(self, script: str, folder: Path) -> list[list[str]]:
-        """The arguments of the Python commands that a dry run starts; nothing is left of it."""
+        """The arguments of the Python commands that a dry run starts, after which its files are
+        deleted."""
         recorder, record, scratch = folder / "python", folder / "record", folder / "tmp"
         recorder.write_text(_RECORDER)
         recorder.chmod(0o755)
@@ -79,13 +80,14 @@ class ExampleScripts:
         return [line.split("\0")[:-1] for line in record.read_text().splitlines()]
 
     def printed(self, script: str, *flags: str, **environment: str) -> tuple[Flags, Flags, str]:
-        """What one would run: flags of torchrun, flags of the training, and its remarks."""
+        """What a script would run: the flags of torchrun, those of the training, and the script's
+        messages."""
         process = self.run(script, *flags, PRINT_ONLY="1", **environment)
         assert process.returncode == 0, process.stderr
         return *parse(process.stdout), process.stderr
 
     def refused(self, script: str, *flags: str, **environment: str) -> list[str]:
-        """What is wrong, of one that has to find something."""
+        """The problems that a script reports; it has to report at least one."""
         process = self.run(script, *flags, PRINT_ONLY="1", **environment)
         assert (process.returncode, process.stdout) == (2, "")
         lines = process.stderr.splitlines()
@@ -95,10 +97,10 @@ class ExampleScripts:
     def assert_dry_run_says_what_it_replaces(
         self, script: str, paths: dict[str, str]
     ) -> tuple[Flags, str]:
-        """All other flags are those of the real run.
+        """Check that a dry run has the flags of the real run, except those that it replaces.
 
         Returns:
-            The flags of torchrun, and the remarks.
+            The flags of torchrun, and the script's messages.
         """
         _, real, remarks = self.printed(script, **paths)
         assert remarks == ""
@@ -152,7 +154,8 @@ def group(words: list[str]) -> Flags:
 
 
 def table_rows(readme: Path, first_cell: str) -> list[list[str]]:
-    """The other cells of those rows of a README's tables that begin with `first_cell`."""
+    """The cells after the first one of those rows of a README's tables that begin with
+    `first_cell`."""
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in readme.read_text().splitlines()

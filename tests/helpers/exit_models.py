@@ -1,4 +1,4 @@
-"""Small GPTs with exits on one process, and the gradients they should have."""
+"""Small GPTs with exits in one process, and their expected gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def build_model(exits: EarlyExitConfig, **backbone: Any) -> Any:
     """An EarlyExitGPTModel in training mode, without dropout unless `backbone` asks for it.
 
     `backbone` holds fields of Megatron's transformer config, and `tied` for a final projection that
-    is the word embedding."""
+    is tied to the word embedding."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
 
@@ -91,7 +91,8 @@ class Microbatch:
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The gradients of all parameters, by name, and zeros where there are none; clears them."""
+    """The gradients of all parameters, by name, zeros for those that have none; clears them
+    afterwards."""
     found = {}
     for name, parameter in model.named_parameters():
         found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -100,10 +101,10 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 class PlainExits:
-    """The summed losses of a model with exits as one ordinary graph, for autograd.
+    """The summed losses of a model with exits as one ordinary autograd graph.
 
-    Hidden states are taken from the running backbone, every head's logits exist at once, and
-    nothing of the deferred loss is used."""
+    Hidden states are captured from the running backbone, the logits of all heads are in memory at
+    the same time, and no code of the deferred loss is used."""
 
     def __init__(self, model: Any, exits: EarlyExitConfig) -> None:
         self.model = model

@@ -1,4 +1,4 @@
-"""One rank of a tiny pipeline that takes filled steps, without Megatron's training loop."""
+"""One rank of a tiny pipeline that runs filled steps, without Megatron's training loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.exit_models import Microbatch, build_model, gradients
 
 
 class FilledStage:
-    """A stage with given weights; Megatron's process groups are there for the pipeline.
+    """A stage with given weights, with Megatron's process groups for the pipeline.
 
     Args:
         config: the exits of the model.
@@ -85,7 +85,7 @@ class FilledStage:
         self._num_tokens: Tensor | None = None
 
     def step(self, num_microbatches: int) -> tuple[dict[str, Tensor], int]:
-        """Take a step of so many microbatches.
+        """Run a step with this many microbatches.
 
         Returns:
             The gradients by the names that parameters have on one process, and the number of final
@@ -105,7 +105,8 @@ class FilledStage:
         return {self._names[name]: value * scale for name, value in found.items()}, len(reports)
 
     def _count_tokens(self, _: Any, num_tokens: Tensor | None, **__: Any) -> None:
-        """What Megatron divides by where losses are reduced per token: the last stage's count."""
+        """The number of tokens by which Megatron divides losses that are reduced per token: the
+        last stage's."""
         from megatron.core import parallel_state
 
         if num_tokens is not None:

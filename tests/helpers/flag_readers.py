@@ -1,5 +1,5 @@
-"""Which of Megatron's flags are read by code that a training run of this package reaches, found in
-the syntax trees of the installed Megatron and of this package."""
+"""Finds the flags of Megatron that are read by code which a training run of this package reaches,
+in the syntax trees of the installed Megatron and of this package."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _HOLDER = re.compile(r"(args|config|cfg|cfg_container)$")
 
 
 def read_flags(names: Collection[str]) -> set[str]:
-    """Those of `names` that some reached function takes from arguments or a configuration."""
+    """Those of `names` that some reachable function reads from arguments or a configuration."""
     found: set[str] = set()
     for path in _sources():
         text = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Small random models in Hugging Face's format, of every kind that is imported."""
+"""Small random models in Hugging Face's format, of every kind that can be imported."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 import transformers
 from transformers.modeling_outputs import ModelOutput
 
+from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.model.runner import SegmentRunner
-from megatron.early_exit.inference.model.spans import Span
 
 PROMPT = [5, 17, 3, 44, 8, 8, 1]
 
@@ -61,7 +61,8 @@ KINDS = {
 
 
 def _spread(model):
-    """Norms and biases too: transformers starts them with ones and zeros, which hide mistakes."""
+    """Randomise norms and biases, which transformers initialises with ones and zeros that hide
+    mistakes."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -79,7 +80,7 @@ def make_hf_reference(kind, seed=0, **changed):
 
 
 def save_hf_reference(reference, folder: Path, max_shard_size="5GB", **config) -> Path:
-    """Save a model, and change its config.json; a value of None takes the entry out."""
+    """Save a model, and change its config.json; a value of None removes the entry."""
     reference.save_pretrained(folder, max_shard_size=max_shard_size)
     change_config(folder, **config)
     return folder
@@ -109,7 +110,7 @@ def engine_logits(engine, tokens):
 
 
 def reference_tokens(reference, prompt, count, **options):
-    """Greedy ones, not stopping at any."""
+    """The greedy tokens of `generate`, which no token ends."""
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
     with torch.inference_mode():
         generated = reference.generate(torch.tensor([prompt]), max_new_tokens=count, **options)
@@ -117,7 +118,7 @@ def reference_tokens(reference, prompt, count, **options):
 
 
 def save_tokenizer(folder: Path, size: int) -> None:
-    """One that knows the words w0, w1, ..., and <s> and </s> for the tokens 1 and 2."""
+    """A tokenizer with the words w0, w1, ..., and with <s> and </s> as tokens 1 and 2."""
     import tokenizers
 
     words = {f"w{number}": number for number in range(size)}
@@ -130,5 +131,6 @@ def save_tokenizer(folder: Path, size: int) -> None:
 
 
 def cache_of(result: ModelOutput) -> Any:
-    """Keys and values in what a model or its `generate` gave: transformers renamed them in 5.24."""
+    """Keys and values in the output of a model or of `generate`, whose name transformers 5.24
+    changed."""
     return result.cache if hasattr(result, "cache") else result.past_key_values

@@ -1,4 +1,4 @@
-"""A training that is killed and goes on, and the moments to kill it at."""
+"""A training run that is killed and resumes, and the moments at which it is killed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def flags(iterations: int) -> list[object]:
 
 @dataclass
 class Training:
-    """One training run, however many lives it takes."""
+    """One training run with all of its lives: a life lasts from a start to a kill or the end."""
 
     ranks: WarmRanks
     folder: Path
@@ -53,15 +53,15 @@ class Training:
         return self.ranks.start(self.command(), NPROC, self.folder / f"life-{life}")
 
     def finish(self, life: int) -> str:
-        """Live on to the end; returns the output."""
+        """Run a life to the end; returns the output."""
         job = self.start(life)
         status = job.wait(LIFE_TIMEOUT_S)
         assert status == 0, job.output()[-6000:]
         return job.output()
 
     def log(self) -> dict[str, dict[int, set[float]]]:
-        """What all lives together logged: for each figure and step, the values; times and memory
-        are left out."""
+        """The values that all lives together logged, by figure and step, without times and
+        memory."""
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         events = EventAccumulator(str(self.folder / "events"), size_guidance={"scalars": 0})
@@ -83,25 +83,25 @@ Moment = Callable[[Training], bool]
 
 
 def at_once(_: Training) -> bool:
-    """Before anything has happened."""
+    """The moment to kill a life at once."""
     return True
 
 
 def after_a_step(training: Training) -> bool:
-    """When this life has taken a step."""
+    """Whether this life has taken a step."""
     logs = max(training.folder.glob("life-*"), key=lambda path: path.stat().st_mtime_ns)
     log = logs / f"rank{NPROC - 1}.log"
     return log.exists() and "] iteration " in log.read_text(errors="replace")
 
 
 def has(checkpoint: Path, part: str) -> bool:
-    """Whether a checkpoint has a file that matches; the one that is written last, with its text: it
-    is there for a moment before."""
+    """Whether a checkpoint has a file that matches `part`. The file that is written last counts
+    only when it has its text, because it exists for a moment without it."""
     return any(file.stat().st_size > 0 or file.suffix != ".json" for file in checkpoint.glob(part))
 
 
 def during_a_save(*parts: str) -> Moment:
-    """When a checkpoint directory of this life holds something that matches each of `parts`."""
+    """The moment when a checkpoint directory of a life contains a match for each of `parts`."""
 
     def moment(training: Training) -> bool:
         newest = training.newest()
@@ -124,11 +124,11 @@ PHASES = {
     "index": during_a_save(".metadata"),
     "finished, not named": during_a_save("metadata.json"),
 }
-"""Moments within a save, by what has been written."""
+"""Moments during a save, identified by the files that have been written."""
 
 
 def moments(random_: random.Random) -> list[tuple[str, Moment, float]]:
-    """Ten of them: name, moment, seconds to wait after it."""
+    """Ten moments, as a name, the moment, and seconds to wait after it."""
     chosen = [(name, moment, 0.0) for name, moment in PHASES.items()]
     chosen += [
         ("start", at_once, random_.uniform(0, 3)),

@@ -1,4 +1,5 @@
-"""A measure of confidence that the package does not have, and what it makes of a model's tokens."""
+"""A measure of confidence that the package does not have, and the tokens that a model gives with
+it."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ def margin(output: HeadOutput) -> float:
 def margin_tokens(
     model: TinyModel, tokens: Sequence[int], threshold: float
 ) -> list[tuple[int, int, float]]:
-    """For each prefix of a text the token behind it, the layer of the head that gives it, and that
-    head's confidence: the margin at an exit, the largest probability at the end."""
+    """For each prefix of a text, the next token, the layer of the head that gives it, and that
+    head's confidence: the margin at an exit, the largest probability at the final head."""
     logits = all_logits(model, tokens)
     found = []
     for position in range(len(tokens)):

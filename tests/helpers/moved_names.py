@@ -1,6 +1,6 @@
-"""Breaks each name of torch and Megatron that a patch changes, and prints what the patch says.
+"""Breaks each name of torch and Megatron that a patch changes, and prints the patch's errors.
 
-To be run in a process of its own, in which nothing is patched yet. Prints a JSON list of
+It has to run in a process of its own, in which nothing is patched yet. It prints a JSON list of
 [module of the patch, changed name, what was done to the name, error or None]."""
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
 
 
 def changes_of(patch: Callable[[], None]) -> list[tuple[Any, str, Any]]:
-    """Apply a patch and take it back; returns what it has changed: owner, name, original."""
+    """Apply a patch and undo it; returns its changes as (owner, name, original)."""
     changes: list[tuple[Any, str, Any]] = []
 
     def record(owner: Any, name: str, value: Any) -> None:
@@ -82,7 +82,7 @@ def changes_of(patch: Callable[[], None]) -> list[tuple[Any, str, Any]]:
 
 
 def ways_to_break(owner: Any, name: str, original: Any) -> Iterator[str]:
-    """Does one thing after the other to a name, and tells which."""
+    """Break a name in one way after the other, and yield a description of each."""
     setattr(owner, name, 7)
     yield "is of another kind"
     with contextlib.suppress(TypeError, ValueError):

@@ -1,8 +1,8 @@
-"""A stand-in for the text-generation server: it serves the page and answers from a script.
+"""A stand-in for the text-generation server: it serves the page and answers as a script says.
 
-It streams chosen tokens at a chosen pace and fails in every way that the page must explain, which a
-real model does not do at will. Requests and answers go through the real server's own models, so
-that the two speak the same. `python -m tests.helpers.page_server` serves it for a look.
+It streams given tokens at a given pace, and fails in every way that the page must explain, which a
+real model does not do on demand. Requests and answers go through the real server's pydantic models,
+so that both have the same protocol. `python -m tests.helpers.page_server` serves it for a look.
 """
 
 from __future__ import annotations
@@ -60,13 +60,14 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class ScriptedToken:
-    """A token, the layer that gives it, and how sure that layer is."""
+    """A token, the layer that gives it, and that layer's confidence."""
 
     text: str
     layer: int
     confidence: float
     data: bytes | None = None
-    """Of a part of a character, whose text comes with the last part; of a special token none."""
+    """The bytes of a token that is a part of a character, whose text comes with the last part;
+    empty for a special token."""
 
     @property
     def name(self) -> str:
@@ -87,8 +88,8 @@ def text_of(tokens: list[ScriptedToken]) -> str:
 
 
 def tokens_of(text: str, layers: str) -> list[ScriptedToken]:
-    """A token for each word of `text` with the blank before it, and for each line's end; their
-    layers are the digits in turn. Exits are surer than the default threshold."""
+    """A token for each word of `text` with the space before it, and for each line end; their layers
+    are the digits in turn. The confidence of exits is above the default threshold."""
     words = text.replace("\n", "\0\n\0").replace(" ", "\0 ").split("\0")
     tokens = []
     for i, word in enumerate(word for word in words if word):
@@ -99,7 +100,7 @@ def tokens_of(text: str, layers: str) -> list[ScriptedToken]:
 
 
 def all_layers(tokens: list[ScriptedToken]) -> list[ScriptedToken]:
-    """The same tokens, as the full model gives them."""
+    """The same tokens, as if the full model had given them."""
     return [replace(token, layer=NUM_LAYERS) for token in tokens]
 
 
@@ -122,7 +123,7 @@ FULL = all_layers(
 
 @dataclass
 class Script:
-    """What the server does; tests change it before they let the page ask."""
+    """What the server does; tests change it before the page sends a request."""
 
     early: list[ScriptedToken] = field(default_factory=lambda: list(EARLY))
     full: list[ScriptedToken] = field(default_factory=lambda: list(FULL))
@@ -136,24 +137,24 @@ class Script:
     """Tokens whose text comes with the next one's."""
     api_key: str | None = None
     refusal: tuple[int, str] | None = None
-    """Status and message that every completion gets, or only those of `refused_mode`."""
+    """Status and message of every completion, or only of those in `refused_mode`."""
     refused_mode: str | None = None
     refused_param: str | None = None
     """The field that a refusal names."""
     full_speed: float = 41.5
-    """Tokens per second of the full model; exits give 90.25."""
+    """Tokens per second of the full model; exits report 90.25."""
     acceptance: float = 0.75
-    """Share of the drafts."""
+    """Share of the drafts that are accepted."""
     unsure: float = 0.12
-    """How sure an exit is that does not give the token."""
+    """Confidence of an exit that does not give the token."""
     error_after: int | None = None
-    """So many tokens, then an error in the stream."""
+    """Number of tokens after which the stream has an error."""
     cut_after: int | None = None
-    """So many tokens, then the connection ends."""
+    """Number of tokens after which the connection ends."""
     requests: list[Json] = field(default_factory=list)
-    """The bodies of the completions that were asked for."""
+    """The request bodies of the completions."""
     left_at: list[int] = field(default_factory=list)
-    """How many tokens had been sent when a reader went away."""
+    """Numbers of tokens that had been sent when clients disconnected."""
 
 
 class PageServer:

@@ -32,7 +32,7 @@ num_microbatches = st.integers(1, 64)
 
 @st.composite
 def filled(draw: st.DrawFn) -> FilledOneFOneB:
-    """1F1B with from no to all fills."""
+    """1F1B with any number of the fills that fit."""
     ranks, ratio = draw(num_ranks), draw(ratios)
     fills = st.integers(0, max_fills(ranks, ratio))
     return FilledOneFOneB(
@@ -90,5 +90,5 @@ generators = st.one_of(
 
 
 def limits(generator: Generator) -> list[int]:
-    """The promised number of activations of each rank."""
+    """The largest number of activations that the generator allows on each rank."""
     return [generator.activation_limit(rank) for rank in range(generator.num_ranks)]

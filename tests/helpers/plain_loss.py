@@ -1,4 +1,4 @@
-"""The loss of an output projection the plain way: all logits at once, gradients by autograd."""
+"""The loss of an output projection, computed plainly: all logits at once, gradients by autograd."""
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ def token_losses(
     confidence_weighted: bool = False,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """What each token adds to the objective, [n], for logits [n, v], of which a head may have the
-    first `vocab_size` only: every other label is all of these alike."""
+    """The contribution of each token to the objective, [n], for logits [n, v]. A head may have only
+    the first `vocab_size` of them; any other label then counts as a uniform target over these."""
     logits = logits[:, :vocab_size].float() / temperature
     logprobs = functional.log_softmax(logits, dim=-1)
     own = logprobs.gather(1, labels.clamp(max=logits.shape[1] - 1)[:, None]).squeeze(1)
@@ -25,7 +25,8 @@ def token_losses(
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected| in the Euclidean norm; absolute where nothing is expected."""
+    """|found - expected| / |expected| in the Euclidean norm; |found| if the expected value is
+    zero."""
     difference = (found.double() - expected.double()).norm()
     size = expected.double().norm()
     return (difference / size if size > 0 else difference).item()

@@ -1,7 +1,8 @@
-"""The oracle of inference: no cache, a full forward over the whole prefix for every token.
+"""The reference decoder for inference: no cache, one forward pass over the whole prefix per token.
 
-Written from the definitions, apart from the engine: plain loops over layers and heads, Megatron's
-rotary embeddings and layout of weights as they are stored, one token decided per forward.
+It is written from the definitions, independently of the engine: plain loops over layers and heads,
+Megatron's rotary embeddings, weights in the layout in which they are stored, and one forward pass
+for each token.
 """
 
 import math
@@ -34,8 +35,8 @@ def generate(
     """Greedy tokens; a threshold of None means that no exit is ever taken.
 
     The rule: a token is the choice of the first enabled exit whose largest softmax probability on
-    the last position reaches the threshold, else of the final head. Of the first `num_forbidden`
-    tokens none is `forbidden`; that changes the choice, not the confidence.
+    the last position reaches the threshold, else of the final head. None of the first
+    `num_forbidden` tokens may be `forbidden`; that changes the choice, not the confidence.
     """
     tokens, generated = list(prompt), []
     for _ in range(max_tokens):
@@ -59,7 +60,7 @@ def scores(
     threshold: float | None,
     exit_layers: Sequence[int] | None = None,
 ) -> list[ReferenceToken]:
-    """What the rule of `generate` makes of each token of a text but the first."""
+    """The log-probability of each token of a text, except the first, by the rule of `generate`."""
     logits = all_logits(model, tokens)
     scored = []
     for position, token in enumerate(tokens[1:]):
@@ -76,7 +77,8 @@ def _answer(
     threshold: float | None,
     exit_layers: Sequence[int] | None,
 ) -> tuple[int, Tensor]:
-    """The layer of the head that answers in a place, and its probabilities [v], fp64."""
+    """The layer of the head that gives the token at a position, and its probabilities [v], in
+    fp64."""
     for layer in model.early_exit.positions if threshold is not None else ():
         probabilities = logits[layer][position].double().softmax(-1)
         is_enabled = exit_layers is None or layer in exit_layers

@@ -1,4 +1,4 @@
-"""Distributed checkpoints as Megatron leaves them on disk, written by one process in no time."""
+"""Distributed checkpoints as Megatron writes them, written quickly by one process."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def save(
     content_metadata: dict[str, object] | None = None,
     **args: object,
 ) -> Path:
-    """Write a whole checkpoint of `iteration`; `named` in the text file too.
+    """Write a whole checkpoint of `iteration`; if `named`, the text file names it.
 
     Args:
-        tensors: beside the word embedding and a norm.
-        args: in place of `ARGS`.
+        tensors: further tensors, besides the word embedding and a norm.
+        args: arguments that replace `ARGS`.
     """
     path = save_dir / f"iter_{iteration:07d}"
     common = {

@@ -23,9 +23,9 @@ from tests.helpers.speed import patient
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "run_early_exit_text_generation_server.py"
 START_S = patient(120)
-"""What loading libraries and a tiny model takes on a busy machine, and then some."""
+"""Time limit for loading libraries and a tiny model on a busy machine."""
 WAIT_S = patient(40)
-"""For what takes a moment: in a test that fails, no more than that."""
+"""Time limit for what normally takes a moment, so that a failing test does not wait long."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ServerProcess:
         return requests.post(f"{self.url}/v1/completions", json=body, timeout=START_S, **options)
 
     def health(self) -> requests.Response:
-        """Ask how it is."""
+        """Request `/health`."""
         return requests.get(f"{self.url}/health", timeout=WAIT_S)
 
     def signal(self, number: int, rank: int = 0) -> None:
@@ -60,7 +60,8 @@ class ServerProcess:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, below those that connections get by chance."""
+    """A port on which no process listens, below the range of ports that the system assigns to
+    connections."""
     while True:
         port = 20_000 + secrets.randbelow(12_000)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -68,7 +69,7 @@ def free_port() -> int:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = WAIT_S) -> None:
-    """Return as soon as a condition holds; fail if it does not in time."""
+    """Return as soon as a condition holds; fail after the time limit."""
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, f"not within {seconds} s"
@@ -87,11 +88,11 @@ def server_process(
     """Serve a checkpoint until the block ends.
 
     Args:
-        checkpoint: what to serve.
+        checkpoint: the checkpoint to serve.
         folder: for the log.
-        flags: of the tool, beside the checkpoint's and the port's.
+        flags: further flags of the tool, besides those for checkpoint and port.
         num_ranks: processes that divide the model.
-        port: where to listen; None takes a free one.
+        port: the port to listen on; None takes a free one.
         torchrun: let torchrun start the ranks.
     """
     port = port or free_port()
@@ -130,7 +131,7 @@ def _is_up(server: ServerProcess) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """With all that it has started."""
+    """Kill a process and all that it has started."""
     if process.poll() is None:
         started = psutil.Process(process.pid).children(recursive=True)
         process.kill()

@@ -1,6 +1,6 @@
-"""Call a function on several ranks that talk over gloo.
+"""Calls a function on several ranks that communicate over gloo.
 
-Ranks are forks of a process that has imported what takes seconds, and does nothing else."""
+Ranks are forks of a process that only imports the modules whose import takes seconds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _IMPORTED = ["megatron.early_exit.inference", "tests.helpers.huggingface_models"
 
 
 def forkserver() -> BaseContext:
-    """Starts processes that are forks of one without threads."""
+    """Starts processes as forks of a process without threads."""
     multiprocessing.set_forkserver_preload(_IMPORTED)
     return torch.multiprocessing.get_context("forkserver")
 

@@ -1,8 +1,7 @@
-"""How patient tests are on this machine.
+"""Scales the time limits of tests by the speed of this machine.
 
-Time limits of tests are there to end what hangs, and are written down for a fast machine. A slow
-one gets more time: it is measured once, before the first test, and all processes of a run are told
-the result."""
+Time limits end tests that hang, and are written for a fast machine. A slow machine gets more time:
+its speed is measured once, before the first test, and passed to all processes of a test run."""
 
 from __future__ import annotations
 
@@ -12,9 +11,9 @@ import time
 VARIABLE = "EARLY_EXIT_TEST_PATIENCE"
 """Environment variable with the factor, for the processes that a test run starts."""
 _FAST_S = 0.025
-"""Seconds that `_work` takes on the machine that limits are written down for."""
+"""Seconds that `_work` takes on the machine for which limits are written."""
 _MOST = 8.0
-"""Nothing is waited for longer than this many times, however slow the machine seems."""
+"""Largest factor by which limits are scaled, however slow the machine seems."""
 
 
 def _work() -> float:
@@ -26,8 +25,8 @@ def _work() -> float:
 
 
 def measured_patience(rounds: int = 3) -> float:
-    """The factor by which this machine is slower than the one that limits are written down for,
-    by the fastest of some rounds of plain Python; 1.0 to 8.0."""
+    """The factor by which this machine is slower than the one for which limits are written, by the
+    fastest of some rounds of plain Python; 1.0 to 8.0."""
     return min(_MOST, max(1.0, min(_work() for _ in range(rounds)) / _FAST_S))
 
 
@@ -39,5 +38,5 @@ def patience() -> float:
 
 
 def patient(seconds: float) -> float:
-    """A limit in seconds for this machine, from one for a fast machine."""
+    """Convert a limit in seconds for a fast machine into one for this machine."""
     return seconds * patience()

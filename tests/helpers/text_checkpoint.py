@@ -1,4 +1,4 @@
-"""A tiny model that knows text: random weights, exits, and a tokenizer with a chat template."""
+"""A tiny model for text: random weights, exits, and a tokenizer with a chat template."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ def save_text_checkpoint(
     seed: int = 0,
     exit_vocab_size: int | None = None,
 ) -> Path:
-    """Write a checkpoint whose tokenizer knows every byte, `<s>` (1) and `</s>` (2)."""
+    """Write a checkpoint whose tokenizer has every byte, `<s>` (1) and `</s>` (2)."""
     import tokenizers
     import transformers
 

@@ -56,7 +56,7 @@ def text_server(
     """Serve a checkpoint until the block ends.
 
     Args:
-        send_buffer_bytes: what the system keeps of an answer that its client does not read.
+        send_buffer_bytes: size of the system's buffer for an answer that its client does not read.
         settings: further fields of `ServerSettings`.
     """
     engine = EarlyExitEngine.from_checkpoint(checkpoint, max_batch_size=max_batch_size)

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind that inference decodes, trained in a moment."""
+"""Small tokenizers of every kind that inference decodes."""
 
 import io
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""All ranks of a schedule in threads, with passes that count instead of computing."""
+"""Runs all ranks of a schedule in threads, with passes that count instead of computing."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Mail:
 
 
 class Numbers:
-    """Passes that count: a hidden state how many stages it has been through, a gradient how many
-    stages it has come back through since it began, and where that was."""
+    """Passes that count: a hidden state is the number of stages that it has passed, and a gradient
+    is the stage at which it began."""
 
     def __init__(self, stage: int, num_stages: int) -> None:
         self.is_first_stage, self.is_last_stage = stage == 0, stage == num_stages - 1
@@ -81,7 +81,7 @@ class Numbers:
 
 
 def run_ranks(schedule: Any) -> list[Numbers]:
-    """All ranks of a schedule, each in a thread."""
+    """Run all ranks of a schedule, each in a thread."""
     queues: dict[Action, Queue] = defaultdict(Queue)
     for rank in schedule.ranks:
         for action in rank:

@@ -91,7 +91,8 @@ HEADS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A model with weights, spread such that heads are neither always nor never sure."""
+    """A model with weights that are spread such that exits are neither always nor never
+    confident."""
 
     architecture: Architecture
     early_exit: EarlyExitConfig
@@ -146,7 +147,7 @@ def save_checkpoint(
     """Write a model in the format of Megatron's distributed checkpoints.
 
     Args:
-        model: what to write.
+        model: the model to write.
         save_dir: gets one iteration and the file that names it.
         padding: rows to add to matrices over the vocabulary.
         stacked: layers in one tensor, as Megatron does for equal layers; else one by one.

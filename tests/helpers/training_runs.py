@@ -32,13 +32,13 @@ SCHEDULE = [
 
 @dataclass
 class Run:
-    """What a run wrote.
+    """The output of a training run.
 
     Attributes:
         scalars: values of each TensorBoard tag in the order of their steps.
         steps: the steps themselves.
         output: of all ranks.
-        folder: where its files are.
+        folder: the folder of its files.
     """
 
     output: str
@@ -48,9 +48,9 @@ class Run:
 
 
 def write_documents(folder: Path) -> list[object]:
-    """Write indexed data: short documents that count up in steps of one to three.
+    """Write indexed data: short documents whose tokens count up in steps of one to three.
 
-    Returns the flags that train on them; the ends of documents do not count in the loss."""
+    Returns the flags for training on them; the ends of documents are masked in the loss."""
     import numpy
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

@@ -1,7 +1,7 @@
-"""Start training commands quickly: Megatron is imported once, and every rank is a fork of that.
+"""Starts training commands quickly: one process imports Megatron, and every rank is a fork of it.
 
-Importing torch and Megatron takes several seconds of a rank's life, more than all the rest of a
-tiny run. Ranks are processes of their own in every other way: own session, environment, output."""
+Importing torch and Megatron takes several seconds, longer than the rest of a tiny run. In all other
+respects ranks are separate processes, with their own session, environment and output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ENTRY = ROOT / "pretrain_early_exit_gpt.py"
 
 
 def tails(output: str, size: int = 3000) -> str:
-    """The ends of what each rank has said, in the output of all of them."""
+    """The end of each rank's output, taken from the output of all ranks."""
     parts = (part.split("\n", 1) for part in _RANK.split(output) if part)
     return "\n".join(f"{name}\n{rest[-size:]}" for name, rest in parts)
 
@@ -61,7 +61,7 @@ class WarmRanks:
         self._server.communicate()
 
     def ask(self, request: dict[str, Any]) -> Any:
-        """One question to the server, and its answer."""
+        """Send one request to the fork server, and return its answer."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         print(json.dumps(request), file=self._server.stdin, flush=True)
@@ -132,7 +132,8 @@ class Job:
         self._statuses: dict[int, int] = {}
 
     def poll(self) -> int | None:
-        """None while all ranks are well; the status of the first that failed, or 0 at the end."""
+        """None while no rank has failed and some still run; then the status of the first that
+        failed, or 0."""
         alive = [pid for pid in self.pids if pid not in self._statuses]
         for pid, status in self._server.ask({"poll": alive}).items():
             self._statuses[int(pid)] = status
@@ -142,7 +143,7 @@ class Job:
         return 0 if len(self._statuses) == len(self.pids) else None
 
     def wait(self, timeout_s: float) -> int:
-        """The status when the job has ended; what is left of it is killed."""
+        """Wait for the end of the job and return its status; processes that are left are killed."""
         deadline = time.monotonic() + timeout_s
         status = self.poll()
         while status is None and time.monotonic() < deadline:
@@ -154,7 +155,7 @@ class Job:
         return -signal.SIGKILL if status is None else status
 
     def kill(self) -> None:
-        """SIGKILL every rank and all that it started."""
+        """Send SIGKILL to every rank and all processes that it has started."""
         for pid in self.pids:
             try:
                 os.killpg(pid, signal.SIGKILL)

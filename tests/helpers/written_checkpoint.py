@@ -1,4 +1,4 @@
-"""Checkpoints of small models as the converters write them."""
+"""Checkpoints of small models, written as the converters write them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.tiny_models import TinyModel
 
 
 def lazy_tensors(weights: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
-    """Tensors that are read when they are asked for."""
+    """Tensors as lazy tensors, which are read when they are needed."""
     return {
         name: LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
         for name, tensor in weights.items()

@@ -110,7 +110,7 @@ def test_unknown_warmup_style():
 
 def test_exit_mlp_before_its_layer():
     message = refusal(exit_layer_nums=(2,), use_exit_mlp=True, pre_exit=True)
-    assert "--use-exit-mlp with --pre-exit" in message
+    assert "--use-exit-mlp cannot be combined with --pre-exit" in message
 
 
 @pytest.mark.parametrize(

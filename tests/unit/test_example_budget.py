@@ -47,7 +47,7 @@ def test_a_trial_tells_the_typical_step_and_what_is_beside_the_steps() -> None:
     trial = Trial.of(log_of(4000, 1300, 1400, 9000, 1350, 1350), wall_seconds=50)
     assert trial == Trial(1.35, 50 - 18.4)
     assert Trial.of(log_of(500), wall_seconds=0.1) == Trial(0.5, 0.0)
-    with pytest.raises(ValueError, match="no times of steps"):
+    with pytest.raises(ValueError, match="no step times"):
         Trial.of("nothing", 1)
 
 
@@ -244,7 +244,7 @@ def test_measuring_ends_in_time_with_the_same_prompts_for_all(clock, capsys) -> 
     engines, order = fake_engines(clock)
     start = clock.now
     tradeoff.measure(engines, list("abcdefgh"), MEASURED, 30)
-    assert "measured in part, for want of time: 3 prompts, 44 tokens" in capsys.readouterr().out
+    assert "so only this is measured: 3 prompts, 44 tokens" in capsys.readouterr().out
     prompts = [prompt for _, prompt, _ in order[-3 * 2 * 2 * 7 :]]
     assert {p: prompts.count(p) for p in "abc"} == dict.fromkeys("abc", 28)
     assert clock.now - start < 60
@@ -263,7 +263,7 @@ def test_a_machine_that_becomes_slower_ends_between_two_prompts(clock, capsys) -
     tradeoff.measure(engines, list("abcdefgh"), most, part * 2)
     measured = {prompt for _, prompt, _ in order}
     assert LEAST_PROMPTS <= len(measured) < 8
-    assert f"with {len(measured)} prompts: others run here" in capsys.readouterr().out
+    assert f"after {len(measured)} prompts: other work slows this" in capsys.readouterr().out
 
 
 def point(threshold: float | None, speedup: float, agreement: float) -> tradeoff.Point:
@@ -278,14 +278,14 @@ def test_the_verdict_says_why_nothing_is_gained() -> None:
     slow = tradeoff.verdict([full, point(0.1, 0.9, 0.95), point(0.0, 0.95, 0.5)], 0.9)
     assert "No threshold is faster here" in slow
     rough = tradeoff.verdict([full, point(0.1, 0.9, 0.95), point(0.0, 1.5, 0.8)], 0.9)
-    assert "0.0 is 1.50 times as fast with 80.0% equal, less than 90%" in rough
+    assert "0.0 is 1.50 times as fast with 80.0% agreement, less than 90%" in rough
 
 
 def test_the_verdict_says_where_a_short_training_makes_every_threshold_good() -> None:
     points = [point(None, 1.0, 1.0), point(0.1, 1.2, 0.99), point(0.0, 2.0, 0.98)]
     found = tradeoff.verdict(points, 0.9)
     assert "threshold 0.0, 2.00 times" in found
-    assert "the layers behind the first exit add little to it" in found
+    assert "the layers after the first exit improve little on it" in found
 
 
 # --- the command line ------------------------------------------------------------------------

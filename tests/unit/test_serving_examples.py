@@ -128,7 +128,7 @@ def test_origins_are_words_or_a_list():
     assert origins("https://a.example:8443", "*") == ("https://a.example:8443", "*")
     assert origins('["http://localhost:3000"]') == ("http://localhost:3000",)
     for wrong in ("a.example", "https://a.example/", "https://A.example", "[5]", "[", "null"):
-        with pytest.raises(ValueError, match=r"--allowed-origins .* is no "):
+        with pytest.raises(ValueError, match=r"--allowed-origins .* is not an? "):
             origins(wrong)
 
 

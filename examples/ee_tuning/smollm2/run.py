@@ -2,9 +2,9 @@
 
     python examples/ee_tuning/smollm2/run.py            (--help lists the options)
 
-The model's file -> Megatron checkpoint -> exits tuned on real text for a time -> for each threshold
-the speed-up, the mean exit layer and how many tokens stay the full model's; self-speculative
-decoding, which loses nothing; and the curve as a picture.
+The model's file -> Megatron checkpoint -> exits tuned on real text -> for each threshold the
+speed-up, the mean exit layer and the agreement with the full model; the speed of self-speculative
+decoding, which is lossless; and a picture of quality against speed.
 """
 
 import argparse
@@ -55,21 +55,26 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--model",
-        help=f"a folder, a GGUF file or a name on the hub (default: what the package {PACKAGE} "
-        f"holds, else {HUB_NAME})",
+        help=f"a folder, a GGUF file or a name on the hub (default: the model in the package "
+        f"{PACKAGE}, else {HUB_NAME})",
     )
     parser.add_argument(
-        "--minutes", type=float, default=50.0, help="that all takes at most (default: %(default)s)"
-    )
-    parser.add_argument("--steps", type=int, help="tune so many steps instead")
-    parser.add_argument(
-        "--prompts", type=int, default=8, help="that are answered (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-tokens", type=int, default=64, help="of each answer (default: %(default)s)"
+        "--minutes",
+        type=float,
+        default=50.0,
+        help="time limit of the whole example (default: %(default)s)",
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="tune again even if tuned exits are there"
+        "--steps", type=int, help="tune for this many steps, whatever --minutes says"
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=8, help="number of prompts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=64, help="tokens of each answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="tune again even if there are tuned exits"
     )
     args = parser.parse_args()
     if not 1 <= args.minutes < math.inf:
@@ -85,7 +90,10 @@ def parse() -> argparse.Namespace:
     args.work_dir = args.work_dir.resolve()
     if args.model is not None:
         if (args.work_dir / "base").exists():
-            parser.error(f"--model {args.model}: {args.work_dir} holds a model, name another one")
+            parser.error(
+                f"--model {args.model}: --work-dir {args.work_dir} holds a model already, allowed: "
+                "a new folder"
+            )
         if Path(args.model).exists():
             args.model = str(Path(args.model).resolve())
     return args
@@ -138,8 +146,8 @@ def report(
     Args:
         layers, engine: what is measured.
         work_dir: of the example.
-        most: what is measured if the time allows.
-        seconds: that it may take.
+        most: the measurement to make if the time allows.
+        seconds: time limit.
     """
     prompts = held_out_prompts(work_dir / "data" / "validation.jsonl", most.prompts)
     start = time.monotonic()
@@ -172,13 +180,13 @@ def report(
 
 
 def _verdict(found: float, wanted: float) -> str:
-    return f"{'reaches' if found >= wanted else 'MISSES'} the {wanted:.1f} that it should"
+    return f"{'reaches' if found >= wanted else 'MISSES'} the goal of {wanted:.1f}"
 
 
 def _check_lossless(drafts: list[Speculation]) -> None:
-    """Texts may differ where two tokens are equally probable to the last bit of the sums."""
+    """Say what differing texts mean: rounding may decide between two equally probable tokens."""
     if any(one.identical < 1 for one in drafts):
-        print("   a text that differs is a tie of two tokens, or a defect: please report it")
+        print("   a text differs: two tokens were equally probable, or this is a bug to report")
 
 
 def main() -> None:
@@ -229,4 +237,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, "the next run starts anew what was not finished"))
+    sys.exit(run_program(main, "the next run repeats what was not finished"))

@@ -9,7 +9,7 @@ from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, Sam
 
 @dataclass(frozen=True)
 class Speculation:
-    """What drafting at one exit gives.
+    """Results of drafting at one exit.
 
     Attributes:
         exit_layer: where drafts come from.
@@ -27,7 +27,8 @@ class Speculation:
 def measure_speculation(
     engine: EarlyExitEngine, prompts: Sequence[str], max_tokens: int
 ) -> Iterator[Speculation]:
-    """Answer every prompt both ways, in turns and twice each; the faster time counts."""
+    """Answer every prompt alternately in both modes, twice each, of which the faster time
+    counts."""
     for layer in engine.exit_layers:
         common: dict[str, Any] = {"max_tokens": max_tokens, "ignore_eos": True}
         settings = (

@@ -1,4 +1,4 @@
-"""The tuning stage: which exits SmolLM2 gets, and how many steps fit into a time."""
+"""The tuning stage: the exits that SmolLM2 gets, and the command that tunes them."""
 
 import os
 import shutil
@@ -43,7 +43,7 @@ class Tuning:
 
     @property
     def checkpoint(self) -> Path:
-        """The exits."""
+        """The directory that the exits are saved in."""
         return self.directory / "checkpoint"
 
     @property
@@ -52,11 +52,11 @@ class Tuning:
         return (self.checkpoint / "latest_checkpointed_iteration.txt").exists()
 
     def run(self, steps: int, minutes: int | None = None) -> Path:
-        """Tune from the start; what an earlier run left goes. Returns the log.
+        """Tune from the start, after deleting the output of an earlier run. Returns the log.
 
         Args:
             steps: optimizer steps.
-            minutes: after which it ends and saves whatever step it has come to.
+            minutes: time limit, after which the run saves the step that it has reached and ends.
 
         Raises:
             SystemExit: it failed.
@@ -70,7 +70,7 @@ class Tuning:
         return log
 
     def trial(self) -> Trial:
-        """Time a few steps; nothing is left of them."""
+        """Time a few steps, and delete their output."""
         start = time.monotonic()
         short = replace(self, directory=self.directory.with_name("trial"))
         found = Trial.of(short.run(TRIAL_STEPS).read_text(), time.monotonic() - start)

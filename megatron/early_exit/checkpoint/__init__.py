@@ -1,1 +1,1 @@
-"""What a saved model is made of, and how to read it without Megatron's training code."""
+"""Saved models: their description, and how to read them without Megatron's training code."""

@@ -1,8 +1,8 @@
-"""The shape of a model, as far as computing its outputs is concerned.
+"""The architecture of a model: everything that determines its outputs, except the weights.
 
 `Architecture` is what inference needs to know about a backbone. It comes from the description that
-training writes beside its checkpoints, or from the arguments inside a plain Megatron checkpoint;
-what inference cannot compute yet is refused here, with the name of the flag that asked for it.
+training writes beside its checkpoints, or from the arguments inside a plain Megatron checkpoint.
+Features that inference cannot compute yet are refused here; the message names their flag.
 """
 
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -37,13 +37,13 @@ class Architecture:
     kv_channels: int
     """Size of one attention head."""
     vocab_size: int
-    """Tokens that exist; rows of the embedding beyond them are padding."""
+    """Number of tokens; further rows of the embedding are padding."""
     max_position_embeddings: int
     """Longest sequence, in tokens."""
     normalization: Normalization
     layernorm_epsilon: float
     layernorm_zero_centered_gamma: bool = False
-    """The stored gain of every norm is the gain minus one."""
+    """Whether the stored gain of every norm is the gain minus one."""
     activation: Activation
     gated_linear_unit: bool
     """The first linear layer of the MLP holds [gate; up] and the activation is on the gate."""
@@ -74,8 +74,19 @@ class Architecture:
 
     @property
     def qkv_bias(self) -> bool:
-        """The projections to queries, keys and values have a bias."""
+        """Whether the projections to queries, keys and values have a bias."""
         return self.add_bias_linear or self.add_qkv_bias
+
+    @property
+    def mlp_weights(self) -> int:
+        """Weights in the matrices of one layer's MLP."""
+        return (3 if self.gated_linear_unit else 2) * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights in the matrices of one layer."""
+        heads = 2 * (self.num_attention_heads + self.num_query_groups)
+        return self.hidden_size * heads * self.kv_channels + self.mlp_weights
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -87,8 +98,8 @@ class Architecture:
 
         Args:
             args: a namespace with Megatron's argument names.
-            vocab_size: size of the tokenizer's vocabulary; by default what the arguments know,
-                at last the padded size.
+            vocab_size: size of the tokenizer's vocabulary; by default that in the arguments, or
+                else the padded size.
 
         Raises:
             UnsupportedArchitecture: an argument asks for something that inference cannot compute;

@@ -1,8 +1,8 @@
 """The model that an exits-only checkpoint belongs to.
 
-EE-Tuning (arXiv 2402.00518) trains exits and nothing else, so that is all it saves; the rest of the
-model stays in the checkpoint that it started from. Which one that was is known by the hashes of its
-tensors: wherever it is moved, whatever layout it is written in again, it is the same model.
+EE-Tuning (arXiv 2402.00518) trains only exits, and saves only them; the rest of the model stays in
+the checkpoint with which tuning started. That base model is identified by the hashes of its
+tensors, so that it is recognised after it has been moved, or written again in another layout.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ from megatron.early_exit.checkpoint.location import CheckpointLocation, locate
 
 _EXITS = "exits."
 _THREADS = 4
-"""Reading and hashing leave the interpreter's lock alone."""
+"""Number of threads that read and hash, which they do without holding the interpreter's lock."""
 
 
 def is_of_exit(name: str) -> bool:
@@ -27,7 +27,7 @@ def is_of_exit(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class BaseReference:
-    """A backbone, by where it was and what is in it.
+    """A backbone, identified by its path and its content.
 
     Attributes:
         path: the checkpoint, absolute.
@@ -51,10 +51,10 @@ class BaseReference:
         return cls(str(location.iteration_dir.resolve()), found)
 
     def find(self, save_dir: Path) -> CheckpointLocation:
-        """Where the base is.
+        """Find the checkpoint of the base.
 
         Args:
-            save_dir: of the exits-only checkpoint, for the message.
+            save_dir: directory of the exits-only checkpoint, for the error message.
 
         Raises:
             ValueError: it is not there.
@@ -70,8 +70,8 @@ class BaseReference:
         """The same tensors, each of them compared with its hash when it is read.
 
         Raises:
-            ValueError: there are other tensors than in the base. Reading raises it where one has
-                another content.
+            ValueError: the tensors are not those of the base. Reading a tensor raises it if its
+                content differs.
         """
         self._check_names(name for name in weights if not is_of_exit(name))
         return {

@@ -1,7 +1,7 @@
-"""What Megatron Bridge says of a model, as Megatron's arguments.
+"""Megatron Bridge's description of a model, converted to Megatron's arguments.
 
-Bridge writes the same distributed checkpoints as Megatron, but for the arguments: what a model is
-stands in `run_config.yaml` beside the weights, under the names of Megatron's transformer config.
+Bridge writes the same distributed checkpoints as Megatron, except for the arguments: it describes
+the model in `run_config.yaml` beside the weights, with the names of Megatron's transformer config.
 """
 
 from argparse import Namespace
@@ -14,7 +14,7 @@ import torch
 _FILE = "run_config.yaml"
 _MODELS = "megatron.bridge.models."
 _KNOWN_MODELS = ("gpt_provider.", "llama.", "mistral.", "qwen.")
-"""Modules with models that are no more than their fields say."""
+"""Modules whose models are completely described by their fields."""
 
 _RENAMED = {
     "num_moe_experts": "num_experts",
@@ -116,7 +116,8 @@ def _activation(model: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _rope_scaling(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Bridge's Llama 3.1 has its factor under a name of its own, with the rest of the formula."""
+    """Megatron's arguments for Llama 3.1's frequency scaling, whose factor Bridge calls
+    `scale_factor`."""
     factor = model.get("scale_factor")
     if factor is None:
         return {}

@@ -1,4 +1,4 @@
-"""A model on its way from one format to another, and the checkpoint that it becomes."""
+"""The conversion of a model from one format to another, and the checkpoint that it writes."""
 
 import re
 from argparse import Namespace
@@ -23,18 +23,18 @@ from megatron.early_exit.checkpoint.writer import (
 )
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-"""Finds the number of a layer or an exit, and not the one in `linear_fc1`."""
+"""Matches the number of a layer or an exit, but not the digits inside `linear_fc1`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What a source holds, under this package's names.
+    """A model that has been opened for conversion, under this package's names.
 
     Attributes:
         description: of the model; its tokenizer's path is where the files are now.
         weights: its tensors, those of `weight_shapes`.
-        sources: for each of them, what it is made of, by the source's names.
-        args: Megatron's arguments, where the source has them.
+        sources: for each tensor, the names of those of the source that it is made of.
+        args: Megatron's arguments, if the source has them.
     """
 
     description: ModelDescription
@@ -52,11 +52,11 @@ class Conversion:
 
         Args:
             target: a directory that is empty or does not exist.
-            report: told of each tensor twice, when it is written and when it is found there.
+            report: called twice for each tensor, when it is written and when it has been verified.
 
         Raises:
-            ValueError: something cannot be read or written, or is not found as it was written;
-                nothing is left at `target`.
+            ValueError: a tensor or file cannot be read or written, or differs when it is read
+                again; nothing is left at `target`.
         """
         hashes: dict[str, str] = {}
 
@@ -85,9 +85,9 @@ def _check(
 
 
 def match_table(sources: Mapping[str, tuple[str, ...]], weights: LazyWeights) -> list[str]:
-    """One line for each kind of tensor: how many there are, what they are made of, and their shape.
+    """One line for each kind of tensor: their number, what they are made of, and their shape.
 
-    Tensors that differ in the number of their layer or exit only are one kind.
+    Tensors of one kind differ only in the number of their layer or exit.
     """
     rows = [
         (_pattern(name), " + ".join(map(_pattern, sources[name])), str(list(weights[name].shape)))

@@ -33,14 +33,14 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """Everything about a saved model but its weights."""
+    """Everything about a saved model except its weights."""
 
     architecture: Architecture | None
     """None for a model that inference cannot compute (yet)."""
     early_exit: EarlyExitConfig
     tokenizer: TokenizerDescription | None
     base: BaseReference | None = None
-    """The model that has the backbone, where only the exits are saved."""
+    """The model that has the backbone, if only the exits are saved."""
 
     @classmethod
     def from_args(
@@ -119,7 +119,7 @@ def write_description(save_dir: str | Path, description: ModelDescription) -> No
 
 
 def read_description(path: str | Path) -> ModelDescription:
-    """Read what a saved model is.
+    """Read the description of a saved model.
 
     Args:
         path: a save directory or one iteration in it. Without a description in the save directory
@@ -128,8 +128,7 @@ def read_description(path: str | Path) -> ModelDescription:
 
     Raises:
         ValueError: there is no such checkpoint, or it is damaged.
-        UnsupportedArchitecture: inference cannot compute the model; the message says what is in
-            the way.
+        UnsupportedArchitecture: inference cannot compute the model; the message names the feature.
     """
     return describe(locate(path))
 
@@ -162,7 +161,9 @@ def _describe_from_args(location: CheckpointLocation) -> ModelDescription:
     state = CheckpointReader(location.iteration_dir).common_state()
     args = state["args"] if "args" in state else bridge_args(location.iteration_dir)
     if args is None:
-        raise ValueError(f"checkpoint {location.iteration_dir}: has no arguments of its training")
+        raise ValueError(
+            f"checkpoint {location.iteration_dir}: contains no arguments of its training"
+        )
     kind = TokenizerDescription.from_args(args)
     if kind is not None and kind.model is not None:
         # The file may well be on the machine that trained the model only.

@@ -1,8 +1,8 @@
-"""Exits added to a model, and taken away.
+"""Adds exits to a model, and removes them.
 
-What a new exit is made of is copied from the model itself, so that before any tuning an exit after
-the last layer gives the model's own answers (EE-Tuning, arXiv 2402.00518); or it is drawn at
-random, as Megatron draws the weights of a model that it is about to train.
+The modules of a new exit are copies of the model's own modules, so that even before tuning, an exit
+after the last layer gives the model's own predictions (EE-Tuning, arXiv 2402.00518); or they are
+initialised at random, as Megatron initialises a model before training.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ from megatron.early_exit.checkpoint.weights import weight_shapes
 from megatron.early_exit.config import HEAD_PARTS, EarlyExitConfig, Exit
 
 RANDOM = "random"
-"""Stands in `Conversion.sources` for what is drawn."""
+"""The entry of `Conversion.sources` for tensors that are initialised at random."""
 INITIAL = "initial value"
-"""Stands in `Conversion.sources` for what starts alike in every model."""
+"""The entry of `Conversion.sources` for tensors with constant initial values."""
 
 _WORD_EMBEDDING, _OUTPUT_LAYER = "embedding.word_embeddings", "output_layer"
 _ENDS_OF_BRANCHES = ("linear_proj.weight", "linear_fc2.weight")
@@ -34,7 +34,7 @@ _ENDS_OF_BRANCHES = ("linear_proj.weight", "linear_fc2.weight")
 
 @dataclass(frozen=True, slots=True)
 class RandomInit:
-    """How the weights of new exits are drawn.
+    """The random initialisation of new exits.
 
     Attributes:
         seed: the same seed gives the same weights.
@@ -51,11 +51,11 @@ def add_exits(
     """The model with more exits.
 
     Args:
-        source: a model; its exits are kept, but for those at positions that are wanted.
+        source: a model; its exits are kept, except at the positions of new ones.
         wanted: the new exits.
         random_init: None copies the model's own modules: the final norm, the output layer (or the
-            word embedding, where it is that too), the MLP of the layer that the exit follows, and
-            the layer behind the exit (the last one, where there is none behind it).
+            word embedding, if they are tied), the MLP of the layer that the exit follows, and the
+            layer after the exit (the last layer, if there is none after it).
 
     Raises:
         ValueError: the exits do not fit the model or those that it has.
@@ -112,7 +112,7 @@ def _with_exits(
 
 
 def _joined(old: EarlyExitConfig, new: EarlyExitConfig, num_layers: int) -> EarlyExitConfig:
-    """The old exits and the new ones under one configuration, placed as the new ones are."""
+    """One configuration with the old exits and the new ones, with the placement of the new ones."""
     kept = [one for one in old.exits if one.position not in new.positions]
     if not kept:
         return new
@@ -138,7 +138,7 @@ def _joined(old: EarlyExitConfig, new: EarlyExitConfig, num_layers: int) -> Earl
 
 
 def _modules(position: int, architecture: Architecture) -> dict[str, Any]:
-    """What stands in `HeadPart.origin` for the places in it."""
+    """The values of the placeholders in `HeadPart.origin`."""
     is_tied = architecture.share_embeddings_and_output_weights
     return {
         "layer": position - 1,

@@ -26,7 +26,7 @@ def read_sizes(config: Mapping[str, Any], head_size: int | None = None) -> dict[
 
     Args:
         config: what config.json holds.
-        head_size: size of a head where config.json does not tell; None is h / heads.
+        head_size: size of a head if config.json does not say; None is h / heads.
 
     Raises:
         ValueError: one is missing, or out of range.

@@ -1,4 +1,4 @@
-"""Texts by a tokenizer of transformers."""
+"""A tokenizer of transformers."""
 
 import json
 from pathlib import Path
@@ -18,11 +18,11 @@ class HuggingFaceText:
     Args:
         path: a folder that transformers loads.
         eod_id: the token that ends a document; None is the tokenizer's own.
-        adds_special_tokens: prompts get those that the tokenizer frames texts with.
-        other_end_ids: tokens that end a text, beside this one and the tokenizer's own.
+        adds_special_tokens: prompts get the special tokens that the tokenizer puts around texts.
+        other_end_ids: further tokens that end a text, besides `eod_id` and the tokenizer's own.
 
     Raises:
-        ValueError: transformers is not there, or finds no tokenizer that it can load.
+        ValueError: transformers is not installed, or cannot load the tokenizer.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class HuggingFaceText:
         return name
 
     def _read_decoder(self) -> None:
-        """Find out what tokens are to the decoder."""
+        """Find out how the decoder treats tokens: as bytes, as text, or by leaving them out."""
         self._left_out = frozenset(self._tokenizer.all_special_ids)
         self._decoder: Any = None
         self._alphabet: dict[str, int] = {}
@@ -129,7 +129,7 @@ class HuggingFaceText:
 
 
 def _kinds(decoder: dict[str, Any] | None) -> set[str]:
-    """The kinds of a decoder and those that it is made of."""
+    """The types of a decoder and of its parts."""
     if decoder is None:
         return set()
     parts = (_kinds(one) for one in decoder.get("decoders", ()))

@@ -1,6 +1,6 @@
-"""What is in a checkpoint, to look at.
+"""A summary of the contents of a checkpoint, for people.
 
-Parameters are counted as they are stored: rows that pad the vocabulary are among them.
+Parameters are counted as they are stored, including rows that pad the vocabulary.
 """
 
 import textwrap
@@ -30,34 +30,34 @@ _LAYOUT = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inspection:
-    """One checkpoint. Fields are None where it does not say."""
+    """The contents of one checkpoint. A field is None if the checkpoint does not say."""
 
     path: str
     iteration: int | None
     size_bytes: int
-    """What its files take on the disk."""
+    """Size on the disk."""
     dtypes: tuple[str, ...]
     """The formats of the model's tensors."""
     layout: dict[str, int] | None
-    """Sizes of tensor, pipeline and expert parallelism in which it was written."""
+    """Sizes of tensor, pipeline and expert parallelism with which it was written."""
     architecture: dict[str, Any] | None
     unsupported: str | None
-    """What is in the way where the model is of a kind that inference cannot compute."""
+    """The reason why inference cannot compute the model; None if it can."""
     exits: dict[int, str]
-    """The flags of the head of each exit, by position."""
+    """The flags of each exit's head, by the exit's position."""
     early_exit: dict[str, Any] | None
     parameters: dict[str, int]
-    """How many parameters each part has."""
+    """Number of parameters of each part."""
     tokenizer: dict[str, Any] | None
     base: str | None
-    """Where the backbone is, of a checkpoint that holds exits only."""
+    """Path of the backbone, for a checkpoint with exits only."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The same for people."""
+        """The fields as lines of text."""
         facts = {
             "checkpoint": self.path,
             "iteration": _or_unknown(self.iteration),
@@ -79,7 +79,7 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Look into a checkpoint.
+    """Summarise a checkpoint.
 
     Args:
         path: a save directory or one iteration in it.
@@ -122,7 +122,7 @@ def inspect(path: str | Path) -> Inspection:
 
 
 def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """How many numbers the parts of a model have, the state of its training among them, by the
+    """The number of values in the parts of a model, including the state of its training, by the
     shapes of tensors under the names of `weight_shapes` or of a checkpoint."""
     counts = Counter[str]()
     for name, shape in shapes.items():

@@ -1,7 +1,7 @@
-"""Tensors that stay where they are until they are asked for.
+"""Tensors that are read only when they are needed.
 
-Converting a checkpoint holds one tensor at a time: a source offers its tensors by name, functions
-may change what they will give, and the writer reads one after the other.
+A conversion has one tensor in memory at a time: a source offers its tensors by name, functions may
+transform them, and the writer reads one after the other.
 """
 
 import hashlib
@@ -19,7 +19,8 @@ class LazyTensor:
     Attributes:
         shape: its size.
         dtype: of its entries.
-        read: gives it, on the CPU, anew each time; raises ValueError where that is not possible.
+        read: reads it from its source on every call and returns it on the CPU; raises ValueError if
+            that is not possible.
     """
 
     shape: tuple[int, ...]

@@ -1,7 +1,7 @@
-"""Where the parts of a checkpoint are.
+"""Paths of the parts of a checkpoint.
 
-A save directory holds one `iter_XXXXXXX` directory per checkpoint and names the last complete one
-in a text file; what all of them share (description, tokenizer) is beside them.
+A save directory contains one `iter_XXXXXXX` directory per checkpoint, a text file that names the
+last complete one, and what all of them share (description, tokenizer).
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class CheckpointLocation:
 
 
 def locate(path: str | Path) -> CheckpointLocation:
-    """Find the checkpoint that `path` means.
+    """Find the checkpoint that `path` refers to.
 
     Args:
         path: a save directory, for its last complete checkpoint, or the directory of one
@@ -57,7 +57,7 @@ def locate(path: str | Path) -> CheckpointLocation:
 
 
 def named_iteration(save_dir: Path) -> Path:
-    """The folder that the text file of a save directory names, whether it is there or not.
+    """The folder that the text file of a save directory names, whether it exists or not.
 
     Raises:
         ValueError: the text file names none.
@@ -72,7 +72,7 @@ def named_iteration(save_dir: Path) -> Path:
 
 
 def _hint(path: Path) -> str:
-    """What to do with a folder of another format."""
+    """A hint for error messages on what to do with a folder of another format."""
     verb = None
     if (path / "config.json").is_file():
         verb = "import-hf"

@@ -26,7 +26,7 @@ _SAME = (
 
 
 def plain_args(args: object) -> Namespace:
-    """What can be stored again of the arguments in a checkpoint: numbers, texts, lists of them.
+    """Those arguments of a checkpoint that can be stored again: numbers, texts, lists of them.
 
     Values of Megatron's own types are left out, and Megatron takes its defaults for them.
     """

@@ -1,8 +1,8 @@
 """Reading Megatron's distributed checkpoints (`torch_dist` format) in one process.
 
-Whatever layout of tensor, pipeline and data parallelism wrote a checkpoint, its index lists global
-tensors and where their pieces are. No process group, no model and no Megatron is needed to put
-them together.
+For every layout of tensor, pipeline and data parallelism, the index of a checkpoint lists global
+tensors and the places of their pieces. Assembling them needs no process group, no model and no
+Megatron.
 """
 
 from io import BytesIO
@@ -44,7 +44,7 @@ class _IndexedReader(dcp.FileSystemReader):
 
 
 class _OneTensor(dcp.DefaultLoadPlanner):
-    """Plans to load what a tensor in memory is of a global one.
+    """Plans to load a slice of a global tensor into a tensor in memory.
 
     Args:
         name: of the global tensor.
@@ -114,7 +114,8 @@ class CheckpointReader:
         return tensor if place is None else tensor[0]
 
     def common_state(self) -> dict[str, Any]:
-        """What all ranks share: `args` (attributes by Megatron's argument names), iteration, ...
+        """The state that all ranks share: `args` (attributes by Megatron's argument names),
+        iteration, ...
 
         Raises:
             ValueError: the checkpoint has none, or it is damaged.
@@ -158,7 +159,7 @@ class CheckpointReader:
 
 
 def _raise_signals(error: CheckpointException) -> None:
-    """torch wraps the exceptions of signals like any other."""
+    """Raise the exception of a signal itself, which torch wraps like any other."""
     for failure, _ in error.failures.values():
         if not isinstance(failure, Exception):
             raise failure from error

@@ -1,9 +1,9 @@
-"""Reading the pickled parts of a checkpoint without running what they name.
+"""Reads the pickled parts of a checkpoint without running any code that they name.
 
-A checkpoint is data from elsewhere, and a pickle may call any function. The index of a
-distributed checkpoint is read with a fixed list of harmless classes; the state common to all ranks
-through torch's restricted loader, where every class that it does not know becomes an `Inert`
-record of what was stored.
+A checkpoint is untrusted data, and a pickle may call any function. The index of a distributed
+checkpoint is read with a fixed list of harmless classes; the state common to all ranks is read by
+torch's restricted loader, where every class that the loader does not know becomes an `Inert` record
+of what was stored.
 """
 
 import pickle
@@ -29,7 +29,7 @@ _INDEX_CLASSES = {
 """What an index may name: by module, its classes."""
 
 _INERT_PACKAGES = ("megatron", "pathlib")
-"""Found in indexes, and not needed to read tensors."""
+"""Packages whose classes occur in indexes, but are not needed to read tensors."""
 
 
 class Inert:

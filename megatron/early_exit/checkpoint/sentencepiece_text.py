@@ -1,4 +1,4 @@
-"""Texts by a SentencePiece model, as Megatron reads it."""
+"""A tokenizer with a SentencePiece model, as Megatron uses it."""
 
 import re
 from pathlib import Path
@@ -44,7 +44,7 @@ class SentencePieceText:
         self.vocab_size = self._num_pieces + len(self._added)
 
     def drops_extra_spaces(self) -> bool:
-        """The model itself folds runs of spaces."""
+        """Whether the model itself replaces several spaces by one."""
         return bool(self.encode("x  y") == self.encode("x y"))
 
     @property
@@ -68,7 +68,8 @@ class SentencePieceText:
         return re.search("|".join(map(re.escape, self._special)), text)
 
     def _encode_part(self, text: str, before: list[int]) -> list[int]:
-        """The tokens of a text between special ones: a space by itself behind one is left out."""
+        """The tokens of a text between special tokens; a single space after a special token is left
+        out."""
         part = list(self._processor.encode(text))
         is_behind_special = bool(before) and before[-1] in self._special.values()
         if is_behind_special and part[:1] == [self._processor.piece_to_id("\u2581")]:

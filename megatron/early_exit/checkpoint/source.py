@@ -1,4 +1,4 @@
-"""Megatron's distributed checkpoints as what conversions begin with."""
+"""Megatron's distributed checkpoints as sources of conversions."""
 
 from argparse import Namespace
 from contextlib import suppress
@@ -33,7 +33,7 @@ _WRITTEN_ANEW = {
     "skipped_train_samples": 0,
     "consumed_valid_samples": 0,
 }
-"""What no longer holds of the arguments when a conversion has written the checkpoint."""
+"""The arguments that no longer apply to a checkpoint that a conversion has written."""
 
 
 def open_checkpoint(path: str | Path) -> Conversion:
@@ -44,7 +44,7 @@ def open_checkpoint(path: str | Path) -> Conversion:
 
     Raises:
         ValueError: there is no such checkpoint, it is damaged, or it holds more than its model.
-        UnsupportedArchitecture: it is a model of a kind that is not known.
+        UnsupportedArchitecture: the architecture of the model is not supported.
     """
     location = locate(path)
     description = describe(location)
@@ -62,7 +62,7 @@ def open_checkpoint(path: str | Path) -> Conversion:
 
 
 def open_parts(base: str | Path, exits: str | Path) -> Conversion:
-    """The model that an exits-only checkpoint and its base are together.
+    """The whole model of an exits-only checkpoint and its base.
 
     Args:
         base: a checkpoint of the model that the exits were tuned on, wherever it is now. Exits of
@@ -93,8 +93,8 @@ def open_parts(base: str | Path, exits: str | Path) -> Conversion:
 
 
 def stored_names(reader: CheckpointReader, name: str) -> tuple[str, ...]:
-    """Which entries of a checkpoint hold the tensor `name` of `weight_shapes`; none where it is
-    elsewhere."""
+    """The entries of a checkpoint that hold the tensor `name` of `weight_shapes`; none if it is in
+    another checkpoint."""
     layer, _, rest = name.removeprefix(LAYERS).partition(".")
     stacked = f"{LAYERS}{rest}" if name.startswith(LAYERS) and layer.isdigit() else name
     for entry in (name, stacked):

@@ -24,7 +24,7 @@ _HUGGINGFACE_FILES = (
 
 
 class Tokenizer(Protocol):
-    """What inference asks of a tokenizer."""
+    """The methods of a tokenizer that inference uses."""
 
     @property
     def vocab_size(self) -> int:
@@ -69,18 +69,18 @@ class Tokenizer(Protocol):
         """
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text of tokens; bytes that are no complete character become U+FFFD.
+        """The text of tokens; bytes that are not a complete character become U+FFFD.
 
-        That of a beginning is the beginning of the whole, but for its last character where that is
-        unfinished.
+        The text of the first tokens is the beginning of the text of all tokens, except for its last
+        character if that is unfinished.
         """
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """What a token is that may be a part of a character, or come between such parts.
+        """The bytes of a token that may be a part of a character, or come between such parts.
 
         Returns:
-            Its bytes; none for a token that `decode` leaves out as if it were not there. None for a
-            token of whole characters, which leaves a character before it unfinished for good.
+            Its bytes; empty for a token that `decode` skips. None for a token of whole characters,
+            after which an unfinished character before it can no longer be completed.
         """
 
     def unfinished_length(self, data: bytes) -> int:
@@ -88,7 +88,7 @@ class Tokenizer(Protocol):
         first 1 to 3 bytes."""
 
     def token_name(self, token_id: int) -> str | None:
-        """What the vocabulary calls a token; None for one that it lacks."""
+        """The name of a token in the vocabulary; None if the vocabulary lacks it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +144,11 @@ class TokenizerDescription:
 
 
 def load_tokenizer(description: TokenizerDescription, folder: Path) -> Tokenizer | None:
-    """Load a tokenizer, or None where its kind has no text or is not supported by inference.
+    """Load a tokenizer; None if its type has no text or is not supported by inference.
 
     Args:
         description: which tokenizer.
-        folder: what its relative paths are relative to.
+        folder: the folder to which its paths are relative.
 
     Raises:
         ValueError: its files are missing or damaged, or it is set up in a way that is not
@@ -181,7 +181,7 @@ def load_tokenizer(description: TokenizerDescription, folder: Path) -> Tokenizer
 
 
 def install_tokenizer(description: TokenizerDescription, folder: Path) -> TokenizerDescription:
-    """Copy a tokenizer's files into `folder`, atomically, and describe it from there.
+    """Copy a tokenizer's files into `folder`, atomically; returns the description of the copy.
 
     A folder that holds the same files already is left alone.
 

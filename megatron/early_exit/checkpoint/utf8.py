@@ -1,9 +1,9 @@
-"""Characters of UTF-8 that come byte by byte."""
+"""UTF-8 characters that arrive byte by byte."""
 
 import codecs
 
 REPLACEMENT = "\ufffd"
-"""What decoders give for bytes that are no character."""
+"""The character that decoders return for bytes that are not a character."""
 
 
 def unfinished_end(data: bytes) -> bytes:
@@ -14,7 +14,7 @@ def unfinished_end(data: bytes) -> bytes:
 
 
 def is_beginning(data: bytes) -> bool:
-    """Whether bytes are characters, the last one finished or not."""
+    """Whether bytes are characters, of which the last one may be unfinished."""
     try:
         data.decode()
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""The model's tensors, under one set of names whatever wrote the checkpoint.
+"""The model's tensors, under the same names whatever wrote the checkpoint.
 
 Names are Megatron's, with the layer number spelled out (`decoder.layers.0.mlp.linear_fc2.weight`);
 exits are `exits.{position}.`. Shapes: h hidden size, f MLP size, np and ng query heads and groups,
@@ -28,7 +28,7 @@ Weights = dict[str, Tensor]
 
 LAYERS = "decoder.layers."
 _SILENCE_S = 2.0
-"""How long the log says nothing while weights are read."""
+"""Seconds without a line in the log while weights are read."""
 _LOG = logging.getLogger(__name__)
 VOCABULARY_ENDINGS = ("word_embeddings.weight", "output_layer.weight", "projection.weight")
 
@@ -115,7 +115,8 @@ def load_weights(
     """Read tensors, one at a time.
 
     Args:
-        part: gives what is wanted of a tensor, by its name, or None; by default all is.
+        part: returns the wanted part of a tensor, by its name, or None to skip it; by default the
+            whole tensor is read.
 
     Raises:
         ValueError: one cannot be read.
@@ -143,7 +144,7 @@ def stored_weights(
     vocabulary.
 
     Args:
-        is_wanted: by name, what is looked for.
+        is_wanted: selects tensors by their names.
 
     Raises:
         ValueError: a tensor is missing or has another shape.
@@ -159,8 +160,8 @@ def stored_weights(
 def _find(
     reader: CheckpointReader, name: str, shape: tuple[int, ...], num_layers: int
 ) -> LazyTensor:
-    """The tensor `name`, also where the checkpoint stacks those of all layers, or keeps the halves
-    of a gated MLP apart."""
+    """The tensor `name`, even if the checkpoint stacks the tensors of all layers, or stores the
+    halves of a gated MLP separately."""
     halves = (f"{name}_w", f"{name}_v")
     if name not in reader.tensors and all(half in reader.tensors for half in halves):
         half_shape = (shape[0] // 2, *shape[1:])

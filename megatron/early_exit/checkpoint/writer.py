@@ -1,7 +1,7 @@
-"""Writing a model as one of Megatron's distributed checkpoints, in one process and one tensor at a
+"""Writes a model as one of Megatron's distributed checkpoints, in one process and one tensor at a
 time.
 
-What comes out is a save directory as training leaves one, except that it holds weights only: its
+The result is a save directory like those of training, except that it holds only weights: its
 checkpoint is called `release`, as Megatron calls converted ones, and training that loads it begins
 with iteration 0.
 """
@@ -42,12 +42,12 @@ _MODULES_WITH_STATE = ("decoder.", "exits.")
 _RELEASE = "release"
 
 Report = Callable[[str, int], object]
-"""Told the name of each tensor and its bytes when it is written."""
+"""Called with the name and the size in bytes of each tensor when it is written."""
 
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `target` when all has gone well, and else leaves nothing.
+    """A temporary folder that becomes `target` if the block succeeds, and is deleted otherwise.
 
     Raises:
         ValueError: there is something at `target` already, or it cannot be written.
@@ -81,7 +81,7 @@ def write_checkpoint(
         weights: every tensor that is to be stored.
         description: of the model; its tokenizer's files are copied.
         args: Megatron's arguments of the model, see `megatron_args`.
-        report: follows the progress.
+        report: called for each tensor.
 
     Raises:
         ValueError: a tensor cannot be read.
@@ -121,7 +121,9 @@ def check_written(stored: LazyWeights, hashes: Mapping[str, str], report: Report
     """
     for name, tensor in stored.items():
         if content_hash(tensor.read()) != hashes[name]:
-            raise ValueError(f"{name} is not on the disk as it was written: is the disk sound?")
+            raise ValueError(
+                f"{name} differs from what was written when it is read again: is the disk faulty?"
+            )
         report(name, tensor.num_bytes)
 
 
@@ -141,8 +143,8 @@ class _StreamPlanner(dcp.DefaultSavePlanner):
         return self.plan
 
     def _state_keys(self) -> Iterator[str]:
-        """Where modules keep what is no tensor. Megatron loads no model where they have not stored
-        it, although it is nothing, as it is without Transformer Engine's FP8."""
+        """Extra states of modules. Megatron refuses to load a model without them, although they are
+        empty without Transformer Engine's FP8."""
         modules = dict.fromkeys(name.rpartition(".")[0] for name in self._weights)
         for module in modules:
             if not module.startswith(_MODULES_WITH_STATE) or module.endswith(".projection"):
@@ -158,8 +160,8 @@ class _StreamPlanner(dcp.DefaultSavePlanner):
                 yield f"{name}._extra_state/shard_{layer}_{count}"
 
     def _item(self, name: str, tensor: LazyTensor) -> WriteItem:
-        """One tensor; of a layer its place in the one that stacks those of all layers, as Megatron
-        stores equal layers."""
+        """One tensor; for a tensor of a layer, its place in the tensor that stacks those of all
+        layers, as Megatron stores equal layers."""
         size, offsets, chunk = tensor.shape, (0,) * len(tensor.shape), tensor.shape
         if name.startswith(LAYERS):
             layer, _, rest = name.removeprefix(LAYERS).partition(".")

@@ -1,1 +1,1 @@
-"""What talks to the server: it needs neither torch nor a checkpoint."""
+"""The client of the server; it needs neither torch nor a checkpoint."""

@@ -9,6 +9,8 @@ from typing import Any
 
 import requests
 
+API_KEY_VARIABLE = "EARLY_EXIT_API_KEY"
+"""Name of the environment variable that holds the API key."""
 _CONNECT_S = 10.0
 _EXTRAS = {
     "stream": True,
@@ -16,10 +18,11 @@ _EXTRAS = {
     "logprobs": 0,
     "return_token_ids": True,
 }
-"""Tokens as they come, each with its exit, and the server's figures at the end."""
+"""The request fields for a stream of tokens with their exits, and the server's figures at its
+end."""
 
 WriteToken = Callable[[str, int], None]
-"""Takes what a token adds to the text, and the layer that it comes from."""
+"""Called with the text that a token adds, and the layer that gave the token."""
 
 
 class Unreachable(Exception):
@@ -27,19 +30,19 @@ class Unreachable(Exception):
 
 
 class RequestFailed(Exception):
-    """The server has refused a request or given it up."""
+    """The server has refused or cancelled a request."""
 
 
 @dataclass(kw_only=True)
 class Completion:
-    """The answer to one prompt, and when it came."""
+    """The answer to one prompt, and its times."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     exit_layers: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     latency_seconds: float = 0.0
-    """From sending the request to the end of the answer."""
+    """Seconds from sending the request to the end of the answer."""
     time_to_first_token_seconds: float | None = None
     """None where there is no token."""
     tokens_per_second: float | None = None
@@ -59,9 +62,9 @@ class CompletionClient:
     """Asks one server; may be used by several threads.
 
     Args:
-        url: of the server, with or without /v1 at its end.
-        api_key: what it wants to be sent; None sends nothing.
-        patience: seconds without news after which it is given up.
+        url: address of the server, with or without /v1 at its end.
+        api_key: the key to send; None sends none.
+        patience: seconds without data from the server after which a request fails.
     """
 
     def __init__(self, url: str, api_key: str | None, patience: float) -> None:
@@ -71,11 +74,11 @@ class CompletionClient:
         self._is_closed = False
 
     def card(self, model: str | None) -> dict[str, Any]:
-        """What the server says of a model, of its first one if none is named.
+        """The server's description of a model, or of its first one if none is named.
 
         Raises:
             Unreachable: there is no server.
-            RequestFailed: it does not know the model, or does not let us in.
+            RequestFailed: the server does not have the model, or refuses the key.
         """
         path = "/v1/models" if model is None else f"/v1/models/{model}"
         try:
@@ -89,15 +92,15 @@ class CompletionClient:
         return card
 
     def complete(self, body: dict[str, Any], write_token: WriteToken | None = None) -> Completion:
-        """Have a prompt continued.
+        """Request the continuation of a prompt.
 
         Args:
-            body: the request, but for what makes it a stream with exits.
-            write_token: called with each token when it comes.
+            body: the request, without the fields that make it a stream with exits.
+            write_token: called with each token when it arrives.
 
         Raises:
-            Unreachable: there is no server, or it has gone away before the end.
-            RequestFailed: it has refused the request, or given it up.
+            Unreachable: there is no server, or it has stopped before the end of the answer.
+            RequestFailed: the server has refused or cancelled the request.
         """
         answer = Completion()
         begin = perf_counter()
@@ -122,7 +125,7 @@ class CompletionClient:
         return answer
 
     def close(self) -> None:
-        """Give up what is under way in other threads."""
+        """Cancel requests that are under way in other threads."""
         self._is_closed = True
 
     @staticmethod
@@ -143,7 +146,7 @@ class CompletionClient:
         try:
             for line in response.iter_lines():
                 if self._is_closed:
-                    raise RequestFailed("it was given up")
+                    raise RequestFailed("the request was cancelled")
                 if line == b"data: [DONE]":
                     return
                 if line:
@@ -180,7 +183,7 @@ def _message(response: requests.Response) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """What lies below all wrappings."""
+    """The innermost cause of an exception."""
     while error.__context__ is not None:
         error = error.__context__
     return getattr(error, "strerror", None) or str(error)

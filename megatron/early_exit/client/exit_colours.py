@@ -9,11 +9,11 @@ _RESET = "\x1b[0m"
 
 
 class ExitColours:
-    """Writes a text as it grows, and counts its tokens.
+    """Writes a text as it is generated, and counts its tokens.
 
     Args:
-        layers: of the exits and of the whole model.
-        out: coloured where it is a terminal and `NO_COLOR` is not set.
+        layers: numbers of layers of the exits and of the whole model.
+        out: the output, which is coloured if it is a terminal and `NO_COLOR` is not set.
     """
 
     def __init__(self, layers: Sequence[int], out: TextIO) -> None:
@@ -29,8 +29,8 @@ class ExitColours:
         """Write what a token adds to the text.
 
         Args:
-            text: may be empty.
-            layer: where the token comes from.
+            text: the added text, which may be empty.
+            layer: the layer that gave the token.
         """
         self._counts[layer] += 1
         # A background must not run over the end of a line.
@@ -40,7 +40,7 @@ class ExitColours:
         self._out.flush()
 
     def legend(self) -> str:
-        """What the colours mean, and how many tokens have each."""
+        """A legend of the colours, with the number of tokens of each."""
         return ", ".join(
             f"{self._marks[layer]}layer {layer}{self._reset}: {count} tokens"
             for layer, count in self._counts.items()

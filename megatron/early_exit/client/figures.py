@@ -1,4 +1,4 @@
-"""What answers tell of a server's speed, and of what its exits change."""
+"""Figures from answers: a server's speed, and the effect of its exits."""
 
 import math
 from collections import Counter
@@ -10,7 +10,8 @@ from megatron.early_exit.client.completions import Completion
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The least value that at least this share of all does not exceed; NaN of none."""
+    """The least value that at least this share of the values does not exceed; NaN if there are
+    none."""
     if not values:
         return math.nan
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
@@ -31,8 +32,8 @@ def describe_all(answers: Sequence[Completion], seconds: float) -> list[str]:
     """The figures of many answers.
 
     Args:
-        answers: in any order.
-        seconds: that all of them took together.
+        answers: the answers, in any order.
+        seconds: the time that all of them took together.
     """
     tokens = sum(len(one.token_ids) for one in answers)
     latencies = [one.latency_seconds for one in answers]
@@ -50,11 +51,11 @@ def describe_all(answers: Sequence[Completion], seconds: float) -> list[str]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An answer beside that of all layers.
+    """An answer with exits, compared with the one of all layers.
 
     Attributes:
-        answer: with exits.
-        full: in mode `full`.
+        answer: the answer with exits.
+        full: the answer in mode `full`.
     """
 
     answer: Completion
@@ -62,23 +63,23 @@ class Comparison:
 
     @property
     def num_equal(self) -> int:
-        """Places with the same token."""
+        """Number of positions at which both answers have the same token."""
         pairs = zip(self.answer.token_ids, self.full.token_ids, strict=False)
         return sum(one == other for one, other in pairs)
 
     @property
     def num_tokens(self) -> int:
-        """Places with a token in either."""
+        """Number of positions at which at least one answer has a token."""
         return max(len(self.answer.token_ids), len(self.full.token_ids))
 
     @property
     def first_difference(self) -> int | None:
-        """The first place with different tokens; None where there is none."""
+        """The first position with different tokens; None if there is none."""
         pairs = zip_longest(self.answer.token_ids, self.full.token_ids)
         return next((i for i, (one, other) in enumerate(pairs) if one != other), None)
 
     def describe(self) -> str:
-        """Both speeds, and how far the tokens agree."""
+        """A line with both speeds and the agreement of the tokens."""
         speeds = f"{_speed(self.answer)}, in mode full {_speed(self.full)}"
         if self.first_difference is None:
             return f"{speeds}; all tokens equal"
@@ -87,8 +88,7 @@ class Comparison:
 
 
 def describe_comparisons(comparisons: Sequence[Comparison]) -> str:
-    """The speed-up of many answers, each with the time to its first token, and how far they
-    agree."""
+    """The speed-up over many answers, including the times to first tokens, and their agreement."""
     if not comparisons:
         return "speed-up over mode full: nothing to compare"
     speed, full_speed = (

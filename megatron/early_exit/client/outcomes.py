@@ -1,4 +1,4 @@
-"""Many prompts at a time, each alone or beside mode `full`."""
+"""Sends many prompts at a time, each alone or also in mode `full`."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +16,13 @@ _EXIT_FIELDS = ("mode", "early_exit_threshold", "exit_layers")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one prompt: an answer, with another one in mode `full` if wanted, or an error.
+    """The outcome of one prompt: an answer, also in mode `full` if that was requested, or an error.
 
     Attributes:
         prompt: the prompt.
-        answer: None where there is an error.
-        full: in mode `full`; None where there is an error or it was not wanted.
-        error: why there is no answer.
+        answer: the answer; None if there is an error.
+        full: the answer in mode `full`; None if there is an error or it was not requested.
+        error: the reason why there is no answer.
     """
 
     prompt: str
@@ -47,18 +47,18 @@ def ask(
     concurrency: int,
     compare_with: str | None,
 ) -> Iterator[Outcome]:
-    """What comes of each prompt, in their order, as soon as it and those before it are there.
+    """Yield the outcomes in the order of the prompts, each as soon as it is complete.
 
     Args:
-        client: knows the server.
+        client: the client of the server.
         body: the request without its prompt.
         prompts: the prompts.
         concurrency: requests at a time.
-        compare_with: ask each of this model as well, right after the first answer, without what the
-            request says of exits; None compares with nothing.
+        compare_with: name of a model to which each prompt is sent again right after its first
+            answer, without the fields about exits; None compares with nothing.
 
     Raises:
-        Unreachable: the server has gone away.
+        Unreachable: the server has stopped.
     """
     in_full = {name: value for name, value in body.items() if name not in _EXIT_FIELDS}
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file: of .txt its lines, of others JSON lines, {"prompt": "..."} each.
+    """The prompts of a file: the lines of a .txt file, or JSON lines {"prompt": "..."} of others.
 
     Raises:
-        ValueError: the file cannot be read, or a line is not what it should be.
+        ValueError: the file cannot be read, or a line has the wrong form.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

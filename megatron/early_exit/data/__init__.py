@@ -1,1 +1,1 @@
-"""Text to tokens: JSON lines, Megatron's tokenizers, and Megatron's indexed datasets."""
+"""Turns text into tokens: JSON lines, Megatron's tokenizers, and Megatron's indexed datasets."""

@@ -1,4 +1,5 @@
-"""Compressed input: told by its first bytes, whatever its name, and decompressed."""
+"""Decompresses input files, whose compression is recognised by their first bytes, not their
+names."""
 
 from __future__ import annotations
 
@@ -13,25 +14,26 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError)
-"""What decompressing damaged input raises."""
+"""The exceptions that decompressing damaged input raises."""
 _CHUNK_BYTES = 1 << 13
 
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """How compressed files begin, what their names end with, and what decompresses them."""
+    """A compression format: the first bytes of its files, their name endings, and the
+    decompressor."""
 
     beginning: bytes
     endings: tuple[str, ...]
     decompress: Callable[[IO[bytes]], Any] | None = None
-    """None where files of this format are refused."""
+    """None if decompression is not supported."""
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompresses frame by frame, and notices where one is cut short.
+    """Decompresses frame by frame, and detects a truncated frame.
 
     Raises:
-        ValueError: the zstandard package is not there.
+        ValueError: the zstandard package is not installed.
     """
 
     def __init__(self, source: IO[bytes]) -> None:
@@ -92,11 +94,11 @@ def decompressed(path: str, stored: IO[bytes]) -> IO[bytes]:
     """The content of a file, whether it is compressed or not.
 
     Args:
-        path: its name, which counts where its first bytes say nothing.
-        stored: itself, from its beginning.
+        path: its name, which counts if its first bytes are those of no known format.
+        stored: the open file, at its beginning.
 
     Raises:
-        ValueError: it is of a kind that is not supported.
+        ValueError: its format is not supported.
     """
     beginning = cast(io.BufferedReader, stored).peek(8)[:8]
     ending = Path(path).suffix.lower()

@@ -61,7 +61,7 @@ class EncodedBatch:
     """The documents of a `LineBatch` as token ids."""
 
     documents: dict[str, list[NDArray[Any]]]
-    """For each key, one array of shape [tokens] per document."""
+    """For each key, one array [tokens] per document."""
     text_bytes: int
     empty: int
     position: int
@@ -69,7 +69,8 @@ class EncodedBatch:
 
 
 class DocumentEncoder(Dataset[EncodedBatch]):
-    """Tokenizes batches of lines. Raises ValueError where there is no token for `append_eod`."""
+    """Tokenizes batches of lines. Raises ValueError if the tokenizer has no token for
+    `append_eod`."""
 
     def __init__(self, tokenizer: TextTokenizer, keys: Sequence[str], *, append_eod: bool) -> None:
         self.tokenizer = tokenizer
@@ -175,8 +176,9 @@ def index_json_lines(
 def _encoded_batches(
     reader: JsonLinesReader, encoder: DocumentEncoder, workers: int
 ) -> Iterator[EncodedBatch]:
-    """The batches in input order. A `DataLoader` whose samples are whole batches is a pool that
-    keeps the order, reads ahead by a bounded amount, and notices when a worker dies."""
+    """The encoded batches in input order. They come from a `DataLoader` whose samples are whole
+    batches: a worker pool that keeps the order, reads ahead by a bounded amount, and notices when a
+    worker dies."""
     in_processes = workers > 1
     loader: DataLoader[EncodedBatch] = DataLoader(
         encoder,
@@ -192,7 +194,7 @@ def _encoded_batches(
 
 
 def _end_with_parent(worker: int) -> None:
-    """Watch over the parent: if it is killed, its workers would wait forever for a reader."""
+    """End this worker when its parent is killed; otherwise it would wait forever for a reader."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -231,7 +233,8 @@ def _refuse_existing(prefixes: Iterable[str]) -> None:
 
 
 def _publish(draft: str, prefix: str) -> None:
-    """Move a finished dataset to its name. There is never an .idx beside another one's .bin."""
+    """Move a finished dataset to its name, such that an .idx never lies beside the .bin of another
+    dataset."""
     Path(get_idx_path(prefix)).unlink(missing_ok=True)
     Path(get_bin_path(draft)).replace(get_bin_path(prefix))
     Path(get_idx_path(draft)).replace(get_idx_path(prefix))

@@ -1,6 +1,6 @@
-"""JSON-lines input: finding the files, reading them in batches of raw lines, and taking the texts
-out of one line. Lines stay bytes until they are parsed, so that a broken one can be named by its
-file and number, whatever is wrong with it."""
+"""JSON-lines input: finds the files, reads them in batches of raw lines, and extracts the texts of
+a line. Lines stay bytes until they are parsed, so that an error message can name the file and
+number of a malformed line, whatever is wrong with it."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class LineBatch:
 class JsonLinesReader:
     """Iterates over input files as `LineBatch`es of about `batch_bytes`, in the given order.
 
-    `-` is the standard input; what is compressed (gz, bz2, xz, zst) is decompressed. Iterating
-    raises ValueError where a file cannot be read."""
+    `-` is the standard input; compressed files (gz, bz2, xz, zst) are decompressed. Iterating
+    raises ValueError if a file cannot be read."""
 
     paths: Sequence[str]
     batch_bytes: int = 1 << 18
 
     def total_bytes(self) -> int | None:
-        """Size of all files as they are stored, None where that cannot be known."""
+        """Size of all files as they are stored; None if that is unknown."""
         if not all(Path(path).is_file() for path in self.paths):
             return None
         return sum(Path(path).stat().st_size for path in self.paths)
@@ -86,7 +86,8 @@ def _batched(lines: Iterable[bytes], batch_bytes: int) -> Iterator[list[bytes]]:
 
 
 def find_inputs(patterns: Sequence[str]) -> list[str]:
-    """The files that paths and glob patterns name: in the given order, a pattern's files sorted.
+    """The files that paths and glob patterns name, in the given order; the files of a pattern are
+    sorted.
 
     Raises ValueError for a pattern without a file, a directory, and a file named twice."""
     paths: list[str] = []

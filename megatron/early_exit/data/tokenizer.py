@@ -1,5 +1,5 @@
-"""Megatron's own text tokenizers, from Megatron's own flags: what is built here gives the very ids
-that training and inference will see for the same `--tokenizer-*` values."""
+"""Megatron's own text tokenizers, built from Megatron's own flags: they give the same token ids as
+training and inference with the same `--tokenizer-*` flags."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOT_FOR_TEXT = ["padded_vocab_size", "pad_vocab_size", "chat_template"]
 
 
 class TextTokenizer(Protocol):
-    """What indexing asks of a tokenizer."""
+    """The methods of a tokenizer that indexing uses."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -38,7 +38,7 @@ class TextTokenizer(Protocol):
 
 
 def add_tokenizer_arguments(parser: ArgumentParser) -> None:
-    """Add the flags by which Megatron's training chooses its tokenizer."""
+    """Add the flags with which Megatron's training chooses its tokenizer."""
     group = ArgumentGroupFactory(TokenizerConfig, exclude=NOT_FOR_TEXT).build_group(
         parser, "tokenizer"
     )
@@ -49,7 +49,7 @@ def check_tokenizer_arguments(args: Namespace) -> None:
     """Refuse flags from which no tokenizer can be built.
 
     Raises:
-        ValueError: naming the flag.
+        ValueError: a flag is refused; the message names it.
     """
     kind: str | None = args.tokenizer_type
     if kind not in TEXT_TOKENIZERS:
@@ -64,7 +64,7 @@ def check_tokenizer_arguments(args: Namespace) -> None:
 
 
 def complete_tokenizer_arguments(args: Namespace) -> None:
-    """Give `--tokenizer-sentencepiece-legacy` the special tokens of EE-LLM and older Megatron,
+    """With `--tokenizer-sentencepiece-legacy`, add the special tokens of EE-LLM and older Megatron,
     which megatron-core leaves to its callers.
 
     Raises:

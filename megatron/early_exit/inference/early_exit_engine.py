@@ -159,7 +159,7 @@ class EarlyExitEngine:
         self._backend.on_death(callback)
 
     def close(self) -> None:
-        """Part from the other processes, if there are any; all have to do so.
+        """Disconnect from the other processes, if there are any; all have to do so.
 
         The other processes of a pipeline may do so early: they compute for the first one's requests
         until it closes.
@@ -282,8 +282,8 @@ class EarlyExitEngine:
         that it is about: they have an `error` and that `exception`, and the others go on.
 
         Raises:
-            Exception: such a one, where the engine is lost: it is divided over processes, which are
-                not at the same step any more, or its device computes no more.
+            Exception: the one that came up, where the engine cannot go on: its processes are no
+                longer at the same step, or its device no longer computes.
         """
         return self.loop.step()
 

@@ -8,15 +8,20 @@ from megatron.early_exit.inference.early_exit_engine import DEFAULT_MAX_BATCH_SI
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Add them, with Megatron's names where it has such flags."""
+    """Add the flags, under Megatron's names where it has such flags."""
     add = parser.add_argument
-    add("--load", type=Path, required=True, help="save directory, or one iteration")
+    add(
+        "--load",
+        type=Path,
+        required=True,
+        help="checkpoint: a save directory, or one iteration in it",
+    )
     group = parser.add_argument_group("engine")
     add = group.add_argument
     add(
         "--dtype",
         choices=DTYPES,
-        help="default: what the model was trained in, or fp32 where that is slow here",
+        help="default: the format that the model was trained in, or fp32 if that is slow here",
     )
     add("--device", help="default: the first GPU if there is one, else cpu")
     add(
@@ -26,19 +31,19 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     for name in ("tensor", "pipeline"):
         flag = f"--{name}-model-parallel-size"
-        add(flag, type=int, default=1, help="under torchrun (default: %(default)s)")
+        add(flag, type=int, default=1, help="needs torchrun if above 1 (default: %(default)s)")
     add(
         "--max-batch-size",
         type=int,
         default=DEFAULT_MAX_BATCH_SIZE,
-        help="sequences at a time (default: %(default)s)",
+        help="most sequences that are decoded at a time (default: %(default)s)",
     )
 
 
 def load_engine(
     args: argparse.Namespace, max_sequence_length: int | None = None
 ) -> EarlyExitEngine:
-    """Load what the flags say; of several processes rank 0 drives the others.
+    """Load the engine that the flags describe; with several processes, rank 0 drives the others.
 
     Args:
         args: with the flags.

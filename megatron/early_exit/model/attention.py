@@ -2,7 +2,7 @@
 
 It takes the place of Megatron's `DotProductAttention`, which builds the whole matrix of scores: the
 fused kernels here need memory linear in the sequence length, and read grouped keys and values
-without copying them out for every query head."""
+without repeating them for every query head."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _LONGEST_IN_SINGLE_PRECISION = 512
 class TorchAttention(MegatronModule):
     """softmax(scale * q k^T + mask) v over this rank's share of the heads.
 
-    The softmax is computed in fp32 whatever the inputs are, so `--attention-softmax-in-fp32` and
-    `--apply-query-key-layer-scaling` (which guards fp16 scores from overflow) hold by themselves.
+    The softmax is always computed in fp32, so `--attention-softmax-in-fp32` is always fulfilled,
+    and `--apply-query-key-layer-scaling` (which protects fp16 scores from overflow) is not needed.
 
     Shapes: s sequence length, b batch size, np query heads and ng key-value heads of this
     tensor-parallel rank, hn size of a head.
@@ -96,7 +96,7 @@ class TorchAttention(MegatronModule):
 
 
 def _kernel_dtype(query: Tensor) -> torch.dtype:
-    """The precision that attention is computed in.
+    """The number format in which attention is computed.
 
     On a CPU the backward kernel of PyTorch's attention is up to four times slower in half
     precision than in single for short sequences, and faster again for long ones.
@@ -107,7 +107,7 @@ def _kernel_dtype(query: Tensor) -> torch.dtype:
 
 
 def check_attention(config: TransformerConfig) -> None:
-    """Refuse what only Transformer Engine's attention does.
+    """Refuse options that only Transformer Engine's attention supports.
 
     Raises:
         ValueError: naming the flag.
@@ -127,8 +127,8 @@ def check_attention(config: TransformerConfig) -> None:
 def _mask(
     attention_mask: Tensor | None, mask_type: AttnMaskType, num_queries: int, key: Tensor
 ) -> tuple[Tensor | None, bool]:
-    """The mask of allowed pairs, broadcastable to [b, np, sq, sk], and whether the kernel applies
-    its own causal mask instead."""
+    """The mask of allowed pairs, broadcastable to [b, np, sq, sk], or None; and whether the kernel
+    applies its own causal mask instead."""
     if attention_mask is not None:
         return attention_mask.logical_not(), False
     if mask_type == AttnMaskType.no_mask or num_queries == 1:
@@ -145,7 +145,7 @@ def _mask(
 def _dropout_rng(dropout: float, config: TransformerConfig) -> AbstractContextManager[None]:
     """Random numbers for dropout: every tensor-parallel rank drops its own heads independently.
 
-    With sequence parallelism Megatron's transformer block has switched to them already."""
+    With sequence parallelism Megatron's transformer block already draws from such a state."""
     if dropout == 0.0 or config.sequence_parallel:
         return nullcontext()
     return tensor_parallel.get_cuda_rng_tracker().fork()

@@ -1,8 +1,8 @@
-"""The exit heads: what turns a backbone hidden state into logits over the vocabulary.
+"""The exit heads, which turn a hidden state of the backbone into logits over the vocabulary.
 
-The branch of an exit is [mlp] -> [block] -> [norm] -> output projection. Its modules are built
-from the specs of the backbone's own layers, so that whatever implementation the backbone runs on
-(Transformer Engine or local), the heads run on too.
+The branch of an exit is [mlp] -> [block] -> [norm] -> output projection. Its modules are built from
+the specs of the backbone's own layers, so that the heads run on the same implementation as the
+backbone (Transformer Engine or local).
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ from megatron.early_exit.model.rng import seeded_rng
 
 Result = TypeVar("Result")
 Criterion = Callable[[Tensor, Tensor], Result]
-"""What to do with a branch output [s, b, h] and a projection weight [v, h] (v: this tensor-parallel
+"""A function of a branch output [s, b, h] and a projection weight [v, h] (v: this tensor-parallel
 rank's part of the padded vocabulary)."""
 
 NormBuilder = Callable[..., Any]
@@ -33,12 +33,12 @@ _EXIT_SEED_STRIDE = 7919
 
 
 class ExitProjection(ColumnParallelLinear):
-    """Output projection of one exit; without a weight of its own when exits are tied."""
+    """Output projection of one exit; it has no weight of its own if exits are tied."""
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, criterion: Criterion[Result], tied_weight: Tensor | None = None
     ) -> Result:
-        """Hand the branch output and the projection weight to `criterion`.
+        """Call `criterion` with the branch output and the projection weight.
 
         The weight is used from inside this module's call, because the distributed optimizer
         waits for gathered parameters in a hook on the call.
@@ -52,7 +52,7 @@ class ExitHead(MegatronModule):
 
     Args:
         config: the backbone's transformer config.
-        options: what the heads are made of.
+        options: the fields that determine the parts of the heads.
         position: number of backbone layers before the exit.
         layer: a backbone layer whose specs the branch copies.
         norm: builder of the backbone's final norm.
@@ -105,14 +105,14 @@ class ExitHead(MegatronModule):
         tied_weight: Tensor | None,
         layer_kwargs: dict[str, Any],
     ) -> Result:
-        """Run the branch on a hidden state and hand its output to `criterion`.
+        """Run the branch on a hidden state and call `criterion` with its output.
 
         Args:
             hidden: [s, b, h], or [s / tp, b, h] with sequence parallelism: the residual stream
                 after layer `position`; with an exit MLP, the one before that layer's MLP.
             criterion: see `Criterion`.
             tied_weight: the word embedding, where exits are tied.
-            layer_kwargs: attention mask and rotary embeddings, as the backbone's layers get them.
+            layer_kwargs: attention mask and rotary embeddings, as passed to the backbone's layers.
         """
         return self.projection(self.branch(hidden, layer_kwargs), criterion, tied_weight)
 
@@ -128,8 +128,8 @@ class ExitHead(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Megatron's sharded state, with the norm of the MLP under the key that a backbone layer
-        gives it whichever implementation wrote it."""
+        """Megatron's sharded state, in which the norm of the MLP has the same key as in a backbone
+        layer, whichever implementation writes it."""
         state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for old, new in self.key_map.items():
             for entry in state.values():
@@ -143,7 +143,7 @@ class ExitHead(MegatronModule):
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What the parts of a head are built from; see `ExitHead`."""
+    """The arguments with which the parts of a head are built; see `ExitHead`."""
 
     layer: TransformerLayer
     norm: NormBuilder
@@ -192,7 +192,7 @@ def _norm_sizes(head: ExitHead) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class PartModule:
-    """How a part of the branch is built into a head, and what it makes of a hidden state."""
+    """How a part of the branch is built into a head, and how it transforms a hidden state."""
 
     build: Callable[[ExitHead, Surroundings], None]
     run: Callable[[ExitHead, Tensor, dict[str, Any]], Tensor]
@@ -203,11 +203,11 @@ PARTS: Mapping[str, PartModule] = {
     "block": PartModule(_build_block, _run_block),
     "norm": PartModule(_build_norm, _run_norm),
 }
-"""The parts of `HEAD_PARTS` that are in front of the projection, by their modules."""
+"""The parts of `HEAD_PARTS` that come before the projection, by the names of their modules."""
 
 
 class ExitHeads(MegatronModule):
-    """The heads of one model chunk, children named by position.
+    """The heads of one model chunk; its child modules are named by position.
 
     Args:
         config: the backbone's transformer config.
@@ -223,7 +223,7 @@ class ExitHeads(MegatronModule):
         self.pg_collection = pg_collection
         self.tp_group = pg_collection.tp
         self.tied_copy: Parameter | None = None
-        """This chunk's copy of the word embedding, where it has tied exits and no embedding."""
+        """This chunk's copy of the word embedding, if the chunk has tied exits but no embedding."""
         self.find_tied_weight: Callable[[], Tensor | None] = lambda: None
         """The weight that tied exits of this chunk project with."""
 
@@ -234,7 +234,8 @@ class ExitHeads(MegatronModule):
         layer: TransformerLayer,
         norm: NormBuilder,
     ) -> None:
-        """Build the head of the exit at `position` without touching the backbone's randomness."""
+        """Build the head of the exit at `position` without changing the random states of the
+        backbone."""
         tp_rank = torch.distributed.get_rank(self.tp_group)
         with seeded_rng(torch.initial_seed() + _EXIT_SEED_STRIDE * position, tp_rank):
             head = ExitHead(

@@ -1,4 +1,4 @@
-"""Megatron's configuration of a GPT with exits beside it, and what builds the model from it."""
+"""Megatron's configuration of a GPT with the exits added, and the builder of the model."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
@@ -21,11 +21,11 @@ class EarlyExitGPTModelConfig(GPTModelConfig):
     builder: ClassVar[str] = "megatron.early_exit.model.gpt_builder.EarlyExitGPTModelBuilder"
     early_exit: EarlyExitConfig = field(default_factory=EarlyExitConfig)
     tunes_exits: bool = False
-    """Nothing but the exits is trained, or saved."""
+    """Whether only the exits are trained and saved."""
     freezes_projections: bool = False
-    """Not even their output projections are trained."""
+    """Whether the exits' output projections are frozen, too."""
     has_final_head: bool = True
-    """The last stage ends with the final norm and the output layer."""
+    """Whether the last stage ends with the final norm and the output layer."""
 
     def __post_init__(self) -> None:
         if connect_tied_weights not in self.pre_wrap_hooks:
@@ -36,7 +36,7 @@ class EarlyExitGPTModelBuilder(GPTModelBuilder):
     """Builds `EarlyExitGPTModel` stages.
 
     Raises:
-        ValueError: a feature of the backbone does not go together with exits.
+        ValueError: a feature of the backbone cannot be combined with exits.
     """
 
     def build_model(
@@ -65,10 +65,10 @@ class EarlyExitGPTModelBuilder(GPTModelBuilder):
 
 
 def check_backbone(config: EarlyExitGPTModelConfig) -> None:
-    """Refuse what local layers, or exits, cannot be combined with.
+    """Refuse features that local layers or exits cannot be combined with.
 
     Raises:
-        ValueError: in one sentence with the flag.
+        ValueError: a feature is refused; the message names its flag.
     """
     transformer, exits = config.transformer, config.early_exit
     exits.validate(transformer.num_layers)

@@ -2,8 +2,8 @@
 
 The exits live in `model.exits`, outside `decoder.layers`: the backbone keeps Megatron's own
 checkpoint keys. Labels and loss mask reach an exit through the `context` and `context_mask`
-arguments of the layers: a decoder has no cross attention, so Megatron carries the two untouched,
-and also carries them, microbatch by microbatch, through activation recomputation.
+arguments of the layers: a decoder has no cross attention, so Megatron passes both on unchanged, for
+    each microbatch, also through activation recomputation.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.model.exit_head import ExitHeads
 
 TUNING_ANCHOR = "tuning_anchor"
-"""A parameter of models whose exits are tuned that means nothing."""
+"""Name of a parameter without meaning that models have whose exits are tuned."""
 
 _ANCHOR_SIZE = 4096
 _WORD_EMBEDDING_KEY = "embedding.word_embeddings.weight"
@@ -40,7 +40,7 @@ _BRANCH_KWARGS = (
 
 
 class ExitTap(Protocol):
-    """What happens at an exit while the backbone runs; training provides one."""
+    """A function that is called at an exit while the backbone runs; training provides one."""
 
     def __call__(
         self,
@@ -56,12 +56,12 @@ class ExitTap(Protocol):
 
 
 class EarlyExitGPTModel(GPTModel):
-    """GPTModel whose layers hand their hidden states to `exit_tap` at the exits."""
+    """GPTModel whose layers pass their hidden states to `exit_tap` at the exits."""
 
     exits: ExitHeads
     exit_tap: ExitTap | None
     tunes_exits: bool
-    """Nothing but the exits is trained, or saved."""
+    """Whether only the exits are trained and saved."""
 
     def add_exits(self, options: EarlyExitConfig) -> None:
         """Build the heads of the exits that belong to this chunk and attach them to its layers."""
@@ -84,10 +84,10 @@ class EarlyExitGPTModel(GPTModel):
             self._tie_exits()
 
     def tune_exits(self, freeze_projections: bool) -> None:
-        """Freeze everything but the weights that exits have for themselves.
+        """Freeze everything except the exits' own weights.
 
         Args:
-            freeze_projections: their output projections too.
+            freeze_projections: whether to freeze the exits' output projections, too.
         """
         self.tunes_exits = True
         self.requires_grad_(False)
@@ -104,15 +104,15 @@ class EarlyExitGPTModel(GPTModel):
 
     @property
     def needs_targets(self) -> bool:
-        """Whether this chunk is to get labels and loss mask: it has exits, or ends the pipeline,
-        where Megatron asks how many tokens count, also of a model without a final head."""
+        """Whether this chunk needs labels and loss mask: if it has exits, or is the last one of the
+        pipeline, where Megatron counts the tokens, even for a model without a final head."""
         ends = self.post_process
         if self.tunes_exits:
             ends = is_pp_last_stage(self.pg_collection.pp)
         return ends or bool(self.exits.heads)
 
     def train(self, mode: bool = True) -> "EarlyExitGPTModel":
-        """`torch.nn.Module.train`; a frozen backbone always computes what it does in inference."""
+        """As `torch.nn.Module.train`, but a frozen backbone always stays in evaluation mode."""
         super().train(mode)
         if self.tunes_exits:
             for name, module in self.named_children():
@@ -166,9 +166,9 @@ class EarlyExitGPTModel(GPTModel):
         """GPTModel's forward; `labels` and `loss_mask` [b, s] are used on every stage with exits.
 
         Returns:
-            What GPTModel returns: hidden states [s, b, h] before the last stage; on it, logits
-            [b, s, v] without labels, losses of the final head [b, s] with them. Where exits are
-            tuned, the labels are theirs only: logits, or hidden states without a final head.
+            What GPTModel returns: hidden states [s, b, h] before the last stage; on it, logits [b,
+            s, v] without labels, losses of the final head [b, s] with them. If exits are tuned,
+            only they use the labels: the result is logits, or hidden states without a final head.
         """
         if labels is not None and self.exits.heads:
             targets = {"context": labels, "context_mask": loss_mask}
@@ -188,8 +188,8 @@ class EarlyExitGPTModel(GPTModel):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """GPTModel's sharded state with `exits.*` beside it, or, where exits are tuned, only that;
-        a tied copy is saved as one more replica of the word embedding."""
+        """GPTModel's sharded state and that of `exits.*`, or only the latter if exits are tuned. A
+        tied copy is saved as one more replica of the word embedding."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         name = f"{prefix}exits.tied_copy"

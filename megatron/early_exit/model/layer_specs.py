@@ -1,5 +1,5 @@
-"""Which modules a transformer layer is made of: Megatron's own specs, and for layers without
-Transformer Engine the same with this package's attention and norms in the places of Megatron's."""
+"""The specs of transformer layers: Megatron's own, and for layers without Transformer Engine copies
+in which this package's attention and norms replace Megatron's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron.early_exit.model.norm import TorchNorm
 def gpt_layer_spec(
     model_config: GPTModelConfig, vp_stage: int | None = None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """What `GPTModelConfig.transformer_layer_spec` wants: the layers of this pipeline stage.
+    """The layer specs of this pipeline stage, for `GPTModelConfig.transformer_layer_spec`.
 
     Everything but `--transformer-impl local` is Megatron's default, untouched."""
     config = model_config.transformer
@@ -64,5 +64,5 @@ def _with_torch_modules(spec: ModuleSpec) -> ModuleSpec:
 
 
 def _torch_norm(norm: Any) -> Any:
-    """The norm to use where Megatron's spec names `norm`."""
+    """The norm that replaces `norm` of Megatron's spec."""
     return norm if norm in (IdentityOp, L2Norm, None) else TorchNorm

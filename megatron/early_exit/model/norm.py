@@ -46,7 +46,7 @@ class TorchNorm(torch.nn.Module):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def reset_parameters(self) -> None:
-        """Start as the plain normalisation, with no change of scale or offset."""
+        """Initialise as plain normalisation, without a change of scale or an offset."""
         torch.nn.init.constant_(
             self.weight, 0.0 if self.config.layernorm_zero_centered_gamma else 1.0
         )

@@ -1,7 +1,7 @@
-"""Random numbers for the exits that leave the backbone's random numbers as they were.
+"""Random numbers for the exits that do not change the random numbers of the backbone.
 
-A model with exits must draw the very weights and dropout masks that the same model draws without
-them, so whatever an exit draws is drawn inside one of these contexts.
+A model with exits must draw the same weights and dropout masks for its backbone as it does without
+exits, so every random number of an exit is drawn inside one of these contexts.
 """
 
 import hashlib
@@ -30,7 +30,8 @@ def preserved_rng() -> Iterator[None]:
 
 @contextmanager
 def seeded_rng(seed: int, tp_rank: int) -> Iterator[None]:
-    """Draw from `seed`; parallel regions differ by tensor-parallel rank as Megatron's do."""
+    """Draw from `seed`; in parallel regions each tensor-parallel rank draws other numbers, as in
+    Megatron."""
     with preserved_rng():
         tracker = get_cuda_rng_tracker()
         states = {}
@@ -45,7 +46,7 @@ def seeded_rng(seed: int, tp_rank: int) -> Iterator[None]:
 
 
 def derived_seed(*numbers: int) -> int:
-    """A seed that is a function of `numbers` and unlike that of any other numbers."""
+    """A seed that is a function of `numbers`, practically unique to them."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest()
     return int.from_bytes(digest)
 

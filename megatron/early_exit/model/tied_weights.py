@@ -1,11 +1,11 @@
-"""One output projection for all exits: copies of the word embedding kept equal over the stages.
+"""One output projection for all exits: equal copies of the word embedding on the stages.
 
-A chunk that has tied exits but neither the embedding nor an output layer tied to it holds a copy
-of its own, so that its gradient is complete when the chunk's backward passes are (which the
-overlapped reduction over data-parallel ranks relies on). After Megatron has finished the gradients,
-those of all copies are summed into all of them over one process group per pipeline. Megatron's
-own embedding group stays as it is: it knows one weight per rank and only models that tie their
-final projection.
+A chunk that has tied exits, but neither the embedding nor an output layer tied to it, has its own
+copy. So the gradient of the copy is complete when the chunk's backward passes are, on which the
+overlapped reduction over data-parallel ranks relies. After Megatron has finalised the gradients,
+those of all copies are all-reduced over one process group per pipeline. Megatron's own embedding
+group is not changed: it handles one weight per rank, and only models that tie their final
+projection.
 """
 
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ class TiedWeights:
     """The tied weights of this rank.
 
     Attributes:
-        group: ranks of this pipeline that hold any, the first one has the embedding.
-        contributing: weights whose gradients add up to the whole.
-        receiving: weights that only take the result.
+        group: ranks of this pipeline that have tied weights; the first one has the embedding.
+        contributing: weights whose gradients are summed.
+        receiving: weights that only receive the sum.
     """
 
     group: torch.distributed.ProcessGroup
@@ -51,9 +51,9 @@ def _local_weights(chunks: list[Any]) -> tuple[list[Parameter], list[Parameter]]
 
 
 def connect_tied_weights(chunks: list[MegatronModule]) -> list[MegatronModule]:
-    """Give every copy the embedding's values and remember who shares them.
+    """Copy the embedding's values to every copy, and record which ranks share them.
 
-    A collective call over all ranks; does nothing where no stage holds a copy.
+    This is a collective call over all ranks; it does nothing if no stage has a copy.
     """
     models: list[Any] = list(chunks)
     pipeline = models[0].pp_group
@@ -92,9 +92,9 @@ def _share_values(tied: TiedWeights) -> None:
 
 
 def finalize_gradients(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
-    """Megatron's `finalize_model_grads`, then the sum over the tied copies.
+    """Call Megatron's `finalize_model_grads`, then sum the gradients of the tied copies.
 
-    For `config.finalize_model_grads_func`.
+    It is used as `config.finalize_model_grads_func`.
     """
     finalize_model_grads(model, *args, **kwargs)
     tied: TiedWeights | None = getattr(unwrap_model(model[0]), "tied_weights", None)

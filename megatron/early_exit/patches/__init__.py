@@ -1,5 +1,5 @@
-"""Every change that this package makes to torch or Megatron, one file for each changed thing.
+"""All changes that this package makes to torch or Megatron, one file for each change.
 
-A file says why the thing is changed. Its functions make the change when they are called, and raise
-a RuntimeError where the installed version does not have the thing as it is known here. Who wants a
-change calls them: this room decides nothing, and imports nothing of the others."""
+The docstring of a file says why the change is needed. Its functions make the change when they are
+called, and raise a RuntimeError if the installed version does not have the expected target. Callers
+decide which changes are made; this folder imports no other part of the package."""

@@ -1,6 +1,6 @@
-"""The build of Megatron's data set helper: the wheel brings it compiled, not its sources.
+"""Skips the build of Megatron's data set helper: the wheel has it compiled, and without sources.
 
-The build would end the process for want of a Makefile, with or without a GPU."""
+The build would end the process because there is no Makefile, with or without a GPU."""
 
 import importlib
 
@@ -10,10 +10,10 @@ from megatron.early_exit.patches.replace import replace
 
 
 def skip_dataset_helper_build() -> None:
-    """Use the helper that the wheel brings.
+    """Use the compiled helper of the wheel.
 
     Raises:
-        ImportError: the wheel brings none.
+        ImportError: the wheel has none.
     """
     importlib.import_module("megatron.core.datasets.helpers_cpp")
     replace(utils, "compile_helpers", lambda: None)

@@ -1,16 +1,16 @@
-"""Megatron's `DistributedOptimizer`: how it saves and loads its state.
+"""Repairs how Megatron's `DistributedOptimizer` saves and loads its state.
 
-Over torch's own Adam it cannot resume. Torch keeps a step count for each parameter, Transformer
-Engine and Apex one for all. Without these two, on a GPU as on a CPU, Megatron 0.19 asks a new
-optimizer for the step count before there is one, gives all parameters one shared step tensor, which
-torch then advances once for each of them, and looks for steps among the tensors of the fully
-reshardable format, which has them elsewhere.
+With torch's own Adam, the optimizer cannot resume. Torch keeps a step count for each parameter;
+Transformer Engine and Apex keep one for all. Without these two, on a GPU as on a CPU, Megatron 0.19
+asks a new optimizer for its step count before there is one; it gives all parameters one shared step
+tensor, which torch then advances once for each parameter; and it looks for step counts among the
+tensors of the fully reshardable format, which stores them elsewhere.
 
-That format of 0.19.2 has another fault: Megatron gathers a buffer of parameters without the padding
-at the end of its buckets, but cuts the parameters out of it at their places with that padding.
-Where a bucket before the last one is padded (whenever its size is no multiple of 128 and of the
-data-parallel size), the optimizer state of all parameters after it is saved shifted, with no more
-than a warning.
+That format has another bug in 0.19.2: Megatron gathers a buffer of parameters without the padding
+at the end of its buckets, but slices the parameters out of it at offsets that include the padding.
+If a bucket before the last one is padded (whenever its size is not a multiple of 128 and of the
+data-parallel size), the optimizer state of all parameters after it is saved at shifted positions,
+with only a warning.
 """
 
 import functools
@@ -26,12 +26,13 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.early_exit.patches.replace import replaced, wrap
 
 IS_KNOWN_VERSION = __version__.partition("+")[0] == "0.19.2"
-"""The repair of the fully reshardable format fits this version; another one may have no need of it,
-or of another."""
+"""The version for which the fully reshardable format is repaired; another version may need no
+repair, or a different one."""
 
 
 def repair_torch_steps() -> None:
-    """Let state over torch's own Adam load, where neither Transformer Engine nor Apex is there."""
+    """Make the state of torch's own Adam loadable, if neither Transformer Engine nor Apex is
+    installed."""
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
     wrap(DistributedOptimizer, "state_dict", _with_initial_state, "self")
@@ -42,9 +43,9 @@ def repair_torch_steps() -> None:
 
 @functools.cache
 def repair_fully_reshardable_format() -> None:
-    """Make every distributed optimizer save and load what belongs to each parameter.
+    """Make every distributed optimizer save and load the right state for each parameter.
 
-    Calling it again does nothing more.
+    Further calls do nothing.
 
     Raises:
         RuntimeError: the installed megatron-core is not the version that this repairs.
@@ -61,7 +62,7 @@ def repair_fully_reshardable_format() -> None:
 
 
 def _with_initial_state(state_dict: Callable[..., Any]) -> Callable[..., Any]:
-    """Give an optimizer that took no step the state it will start with, before it is asked."""
+    """Initialise the state of an optimizer that has taken no step, before Megatron reads it."""
 
     def wrapper(self: Any) -> Any:
         if not self.optimizer.state:
@@ -77,7 +78,7 @@ def _with_initial_state(state_dict: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_own_steps(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
-    """Copy the shared step for every parameter after loading."""
+    """After loading, give every parameter its own copy of the shared step count."""
 
     def wrapper(self: Any, loaded: Any) -> Any:
         result = load_state_dict(self, loaded)
@@ -89,7 +90,7 @@ def _with_own_steps(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _without_step(set_states: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a parameter's loaded state have no step of its own: the step is restored apart."""
+    """Load a parameter's state without its step count, which is restored separately."""
 
     def wrapper(self: Any, parameter: Any, tensors: dict[str, Any]) -> Any:
         return set_states(self, parameter, {"step": None, **tensors})
@@ -98,7 +99,7 @@ def _without_step(set_states: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _without_steps(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep the steps away while the tensors of all parameters load."""
+    """Remove the step counts while the tensors of all parameters are loaded."""
 
     def wrapper(self: Any, loaded: Any) -> Any:
         states = list(self.optimizer.state.values())
@@ -123,7 +124,7 @@ def _with_true_places(save: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def places_without_padding(buffers: list[Any]) -> Iterator[None]:
-    """Let the parameters' places in each buffer be those without padding between buckets."""
+    """Make the parameters' offsets in each buffer those without padding between buckets."""
     with ExitStack() as stack:
         for buffer in buffers:
             shift, shifts = 0, []

@@ -1,4 +1,4 @@
-"""Megatron's choice of a pipeline schedule: it knows no schedules but its own."""
+"""Replaces Megatron's choice of a pipeline schedule, which is limited to its own schedules."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,10 +10,11 @@ from megatron.early_exit.patches.replace import wrap
 
 
 def train_by(step: Callable[..., list[Any]]) -> None:
-    """Make Megatron train by `step` from now on. Evaluation stays with Megatron's own schedules.
+    """Make Megatron train with `step` from now on. Evaluation still uses Megatron's own schedules.
 
     Args:
-        step: called with what Megatron calls its schedules with, but `forward_only`.
+        step: called with the arguments that Megatron passes to its schedules, except
+            `forward_only`.
     """
 
     def wrapper(get_schedule: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,5 @@
-"""Megatron's initialisation, which insists on CUDA and warms up kernels that are compiled at first
-use."""
+"""Changes Megatron's initialisation, which requires CUDA and warms up kernels that are compiled at
+first use."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,7 @@ from megatron.early_exit.patches.replace import replace, wrap
 
 
 def initialize_without_cuda() -> None:
-    """Let Megatron be initialised on a CPU."""
+    """Allow Megatron to be initialised on a CPU."""
     for module in (initialize, training, megatron.training):
         wrap(module, "initialize_megatron", _without_cuda, "allow_no_cuda, ...")
     replace(training, "set_jit_fusion_options", lambda tp_size=None: None)

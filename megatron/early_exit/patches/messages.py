@@ -1,7 +1,7 @@
-"""Messages of Megatron and torch that nobody who starts a run can act on, and filters for them.
+"""Filters for messages of Megatron and torch about which users cannot do anything.
 
-The lists are meant to stay narrow: each entry is one message, known to be harmless here. A warning
-or log record that is worded differently in another version is shown again."""
+The lists are meant to stay short: each entry is one message that is known to be harmless here. A
+warning or log record that another version words differently is shown again."""
 
 import builtins
 import importlib
@@ -73,7 +73,8 @@ def silence_cuda_remark() -> None:
 
 @contextmanager
 def without_distributed_warning() -> Iterator[None]:
-    """Filter out the warning that torch.distributed is not initialised, where it need not be."""
+    """Filter out the warning that torch.distributed is not initialised, for callers that do not
+    need it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=re.escape(_NOT_DISTRIBUTED))
         yield
@@ -105,7 +106,8 @@ def _print_unlike(start: str) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class _Unlike(logging.Filter):
-    """Passes the records whose message starts otherwise; a logger takes equal filters once."""
+    """Passes all records except those whose message starts in one way; a logger adds equal filters
+    once."""
 
     start: str
 

@@ -1,6 +1,6 @@
-"""Megatron's choice of learning rates: groups of parameters get rates of their own.
+"""Changes Megatron's choice of learning rates: groups of parameters get their own rates.
 
-Megatron reads them from its flags alone, which know nothing of the parameters of exits."""
+Megatron takes the rates only from its flags, which cannot name the parameters of exits."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
-"""Megatron's access to a GPU's random state, past the public functions of torch: there is only the
-CPU's."""
+"""Replaces Megatron's access to a GPU's random state, which bypasses torch's public functions, by
+that to the CPU's."""
 
 import torch
 from megatron.core.tensor_parallel import random
@@ -8,7 +8,7 @@ from megatron.early_exit.patches.replace import replace
 
 
 def use_cpu_random_state() -> None:
-    """Give Megatron the CPU's random state in the place of a GPU's."""
+    """Make Megatron use the CPU's random state instead of a GPU's."""
     replace(
         random,
         "_get_cuda_rng_state",

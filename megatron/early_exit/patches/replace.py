@@ -1,4 +1,4 @@
-"""How torch and Megatron are changed: a name is replaced only if it is what is expected there."""
+"""Functions to patch torch and Megatron, which replace a name only if it is what they expect."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def replace(owner: object, name: str, value: object, parameters: str | None = No
     Args:
         owner: a module, a class or an object of torch or Megatron.
         name: its attribute.
-        value: what takes the attribute's place.
-        parameters: the names of the attribute's parameters, "..." at the end for any others; None:
-            those of `value`.
+        value: the new value of the attribute.
+        parameters: the expected names of the attribute's parameters, with "..." at the end for any
+            others; None: those of `value`.
 
     Returns:
-        What was there.
+        The old value.
 
     Raises:
         RuntimeError: the attribute is gone, or is of another kind or has other parameters than
@@ -39,8 +39,8 @@ def replace(owner: object, name: str, value: object, parameters: str | None = No
 
 
 def wrap(owner: object, name: str, wrapper: Wrapper, parameters: str | None = None) -> None:
-    """Set `owner.name`, a function, to what `wrapper` makes of it; `parameters` as in `replace`,
-    None for a function that is written in C and does not tell them."""
+    """Set `owner.name`, a function, to `wrapper` of it; `parameters` as in `replace`, but None for
+    a function that is written in C and has no signature."""
     original = _original(owner, name, "function", parameters)
     setattr(owner, name, functools.wraps(original)(wrapper(original)))
 
@@ -49,7 +49,7 @@ def wrap(owner: object, name: str, wrapper: Wrapper, parameters: str | None = No
 def replaced(
     owner: object, name: str, value: object, parameters: str | None = None
 ) -> Iterator[None]:
-    """Set `owner.name` for a while; see `replace`."""
+    """Set `owner.name` for the duration of a block; see `replace`."""
     original = replace(owner, name, value, parameters)
     try:
         yield
@@ -84,7 +84,7 @@ def _kind(value: object) -> str:
 
 
 def _parameters(value: object) -> str | None:
-    """Names of the parameters, None for what is not called or written in C."""
+    """Names of the parameters; None for what is not callable or is written in C."""
     try:
         return ", ".join(inspect.signature(value).parameters)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -1,5 +1,5 @@
-"""Megatron's token dispatcher for experts: it sends split sizes as NumPy arrays, but converts them
-only where it copies them from a GPU."""
+"""Repairs Megatron's token dispatcher for experts, which needs split sizes as NumPy arrays, but
+converts them only if it copies them from a GPU."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from megatron.early_exit.patches.replace import replace
 
 
 def convert_split_sizes() -> None:
-    """Make NumPy arrays also of split sizes that are on the CPU already."""
+    """Convert split sizes to NumPy arrays even if they are on the CPU already."""
     replace(token_dispatcher, "maybe_move_tensor_to_cpu", _as_numpy)
 
 

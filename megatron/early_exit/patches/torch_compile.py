@@ -1,5 +1,5 @@
-"""`torch.compile` of Megatron's helpers: a CPU gains nothing from it, and compiling takes longer
-than a short run."""
+"""Switches off `torch.compile` of Megatron's helpers: a CPU gains nothing from it, and compiling
+takes longer than a short run."""
 
 import importlib
 import sys

@@ -1,7 +1,7 @@
-"""`torch.cuda`, which Megatron calls by name in a few hundred places: answered for a CPU.
+"""Replaces functions of `torch.cuda`, which Megatron calls in hundreds of places, for a CPU.
 
-One pass of replacements: no hook runs at each operation, and `torch.cuda.is_available` stays
-truthful for everybody who asks."""
+The functions are replaced once, so no hook runs at each operation, and `torch.cuda.is_available`
+still tells the truth."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TENSOR_TYPES = ("FloatTensor", "HalfTensor", "BFloat16Tensor")
 
 
 def answer_cuda_calls() -> None:
-    """Answer calls of `torch.cuda.*`; for a process on a machine without CUDA."""
+    """Replace functions of `torch.cuda`, for a process on a machine without CUDA."""
     stream = _Stream()
     properties = types.SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0)
     # What has no meaning on a CPU does nothing, each in a function of its own: torch's tracer
@@ -63,7 +63,7 @@ def answer_cuda_calls() -> None:
 
 
 class _Synchronous:
-    """A CUDA stream or event where everything is synchronous."""
+    """Stands in for a CUDA stream or event on a device where everything is synchronous."""
 
     def _nothing(self, *args: object, **kwargs: object) -> _Synchronous:
         return self
@@ -87,16 +87,16 @@ class _Event(_Synchronous):
         pass
 
     def elapsed_time(self, end: _Event) -> float:
-        """Milliseconds between two events: none are measured."""
+        """Milliseconds between two events; always 0, because nothing is measured."""
         return 0.0
 
 
 def _peak_memory() -> int:
-    """Bytes: the largest resident size that this process had."""
+    """Peak resident memory of this process, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _memory() -> int:
-    """Bytes: the resident size of this process."""
+    """Resident memory of this process, in bytes."""
     return int(psutil.Process().memory_info().rss)

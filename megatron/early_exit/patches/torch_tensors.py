@@ -1,4 +1,4 @@
-"""Where torch makes and moves tensors: Megatron says "cuda", and is given the CPU."""
+"""Makes torch create and keep tensors on the CPU where Megatron asks for "cuda"."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ FACTORIES = ("empty", "empty_like", "ones", "rand", "tensor", "zeros")
 
 
 def keep_tensors_on_cpu() -> None:
-    """Keep tensors and modules where they are, under the names that Megatron checks for."""
+    """Keep tensors and modules on the CPU, with the type names that Megatron checks for."""
     # PyTorch's device contexts remember at their first use which functions they are about. They
     # would remember the wrappers, and let the functions inside these pass.
     with CPU:
@@ -38,7 +38,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_cuda_names(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron asserts that gradients are of type `torch.cuda.FloatTensor`."""
+    """Return the type name `torch.cuda.FloatTensor`, which Megatron asserts for gradients."""
 
     def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         found = tensor_type(self, *args, **kwargs)

@@ -1,7 +1,7 @@
-"""Megatron's log of losses, in training and evaluation.
+"""Extends Megatron's log of losses, in training and evaluation.
 
-Megatron logs what its last pipeline stage reports, and has no place where another stage could add
-to that. Its training loop looks the three functions up by name."""
+Megatron logs what its last pipeline stage reports, and other stages have no way to add to that. Its
+training loop looks up the three functions by name."""
 
 from megatron.training import training
 
@@ -9,7 +9,7 @@ from megatron.early_exit.patches.replace import Wrapper, wrap
 
 
 def wrap_log(training_log: Wrapper, evaluate: Wrapper, evaluate_and_print: Wrapper) -> None:
-    """Wrap the functions that log an iteration, evaluate on a data set, and log that."""
+    """Wrap the functions that log an iteration, evaluate a data set, and log the evaluation."""
     losses = "loss_dict, total_loss_dict, learning_rate, iteration, ..."
     wrap(training, "training_log", training_log, losses)
     wrap(training, "evaluate", evaluate, "forward_step_func, data_iterator, model, ...")

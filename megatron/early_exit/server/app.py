@@ -28,9 +28,8 @@ from megatron.early_exit.server.openai.chat import chat
 from megatron.early_exit.server.openai.completions import completions
 from megatron.early_exit.server.openai.models import models
 from megatron.early_exit.server.openai.tokens import tokens
-from megatron.early_exit.server.operations.docs import NAMES, add_docs
+from megatron.early_exit.server.operations.browser import NAMES, add_docs, page
 from megatron.early_exit.server.operations.health import operations
-from megatron.early_exit.server.operations.page import page
 from megatron.early_exit.server.request_log import record
 from megatron.early_exit.server.service import Service
 from megatron.early_exit.server.settings import ServerSettings
@@ -55,8 +54,8 @@ _GONE = 499
 
 
 class _StrictJson(DefaultJSONProvider):
-    """JSON without what is none (NaN, Infinity), no deeper than the parser's limit, and without
-    names that are given twice."""
+    """JSON without what the standard does not have (NaN, Infinity), no deeper than the parser's
+    limit, and without names that are given twice."""
 
     def loads(self, s: str | bytes, **kwargs: Any) -> Any:
         try:

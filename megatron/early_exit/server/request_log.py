@@ -68,5 +68,5 @@ def note_end(outcome: dict[str, object], job: Job) -> None:
 
 
 def _wants_no_log(body: object) -> bool:
-    """Megatron's way to keep a prompt to oneself."""
+    """Whether the request asks, as Megatron's clients can, that its prompt is not logged."""
     return isinstance(body, dict) and body.get("no_log") is True

@@ -28,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 
 @contextmanager
 def bound_sockets(host: str, port: int) -> Iterator[list[socket.socket]]:
-    """Have an address, one socket for each of its protocols, before there is anything to serve.
+    """Bind an address, one socket for each of its protocols, before there is anything to serve.
 
     Nobody can connect before a `WebServer` listens. Where the block ends with an exception they are
     closed, else the server has them.

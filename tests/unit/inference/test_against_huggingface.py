@@ -6,9 +6,9 @@ import torch
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
-from megatron.early_exit.inference.model.spans import Span
 
 transformers = pytest.importorskip("transformers")
 PROMPT = [5, 17, 3, 44, 8, 8, 1]

@@ -72,7 +72,10 @@ def with_layer(content: dict, layer: object) -> dict:
         ),
         (lambda c: c | {"seconds_by_size": {}}, "it has no times"),
         (lambda c: c | {"seconds_by_size": {"0": {}}}, "or of microbatches below 1"),
-        (lambda c: c | {"seconds_by_size": {"x": {}}}, "is no profile of layers: invalid literal"),
+        (
+            lambda c: c | {"seconds_by_size": {"x": {}}},
+            "is not a profile of layers: invalid literal",
+        ),
         (
             lambda c: c | {"seconds_by_size": {"1": {}}},
             "microbatches of 1 has nothing, allowed: la",

@@ -203,7 +203,7 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--config 7b", "--gpus missing"),
+        ("--config 7b", "--gpus is missing"),
         ("--gpus 8", "--num-layers --hidden-size --num-attention-heads --vocab-size --seq-length"),
         ("--config 8b --gpus 8", "--config 8b is neither a model nor a file, allowed: 1.3b, 7b"),
         (
@@ -214,10 +214,13 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
         ("--config {experts} --gpus 8", "num_local_experts 8, allowed: dense models"),
         ("--config {heads} --gpus 8", "head_dim 128, allowed: hidden_size / num_attention_heads"),
         ("--config {less} --gpus 8", "vocab_size None is out of range, allowed: 1 or more"),
-        ("--config {llama} --gpus 8", "--global-batch-size missing"),
+        ("--config {llama} --gpus 8", "--global-batch-size is missing"),
         ("--config 7b --gpus 8 --num-attention-heads 7", "--num-attention-heads 7 is out of range"),
         ("--config 7b --gpus 8 --exit-layer-nums 40", "--exit-layer-nums 40 is out of range"),
-        ("--config 7b --gpus 8 --use-exit-mlp --pre-exit", "--use-exit-mlp with --pre-exit"),
+        (
+            "--config 7b --gpus 8 --use-exit-mlp --pre-exit",
+            "--use-exit-mlp cannot be combined with --pre-exit",
+        ),
         ("--config 7b --gpus 7", "--global-batch-size 2048 cannot be divided over replicas"),
         ("--config 7b --gpus 8 --top 0", "--top 0 is out of range, allowed: 1 or more"),
         ("--config 7b --gpus 8 --memory-headroom 1", "--memory-headroom 1.0 is out of range"),
@@ -241,7 +244,7 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
             f"--schedule 1f1b {PAPER} --num-fill-warmup-microbatches 1",
             "--num-fill-warmup-microbatches 1 has no effect with --schedule 1f1b",
         ),
-        ("--schedule 1f1b", "--pipeline-model-parallel-size missing"),
+        ("--schedule 1f1b", "--pipeline-model-parallel-size is missing"),
         (f"--schedule 1f1b {PAPER} --config 7b", "--config 7b has no effect with --schedule 1f1b"),
         (
             f"--schedule filled {PAPER} --num-fill-cooldown-microbatches 9",

@@ -1,4 +1,4 @@
-"""EE-LLM's arguments, as what this package knows of a model."""
+"""Converts EE-LLM's arguments to this package's descriptions of a model."""
 
 from argparse import Namespace
 from dataclasses import fields, replace
@@ -21,7 +21,7 @@ _REFUSED = {
     "virtual_pipeline_model_parallel_size": "--num-layers-per-virtual-pipeline-stage",
     "pipeline_model_parallel_split_rank": "--pipeline-model-parallel-split-rank",
 }
-"""Arguments under which EE-LLM saves other tensors, and their flags."""
+"""Arguments with which EE-LLM saves other tensors than those supported, and their flags."""
 
 
 def architecture_of(args: Namespace, vocab_size: int) -> Architecture:

@@ -1,4 +1,4 @@
-"""The files of EE-LLM's checkpoints, read without running what is in them.
+"""The files of EE-LLM's checkpoints, which are read without running code that they contain.
 
 Each pair of tensor and pipeline rank saved one pickle, `mp_rank_TT/model_optim_rng.pt`, or with
 pipeline stages `mp_rank_TT_PPP/model_optim_rng.pt`, in the folder of an iteration.
@@ -22,7 +22,7 @@ _LAYOUT_OF_WEIGHTS = 3.0
 
 
 class _Skipped:
-    """Stands for what is stored and not needed: the states of random number generators."""
+    """Replaces stored objects that are not needed: the states of random number generators."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -41,11 +41,12 @@ _KNOWN_TYPES: dict[str, type] = {
     "numpy.dtype": _Skipped,
     "_codecs.encode": _Skipped,
 }
-"""What a file may name beside what torch itself takes as harmless, and what stands for it here."""
+"""The names that a file may contain besides those that torch allows, and what replaces them
+here."""
 
 
 class RankFile:
-    """What one rank saved.
+    """The file that one rank saved.
 
     Args:
         path: of the file. Its tensors stay in it until they are used.

@@ -101,7 +101,7 @@ def _whole_names(stages: Sequence[Sequence[RankFile]], exit_layers: list[int]) -
 
 
 def _modern(name: str) -> str:
-    """Until the middle of 2023 norms were `layernorm`s."""
+    """Rename norms, whose names contained `layernorm` until the middle of 2023."""
     return name.replace("layernorm", "norm")
 
 

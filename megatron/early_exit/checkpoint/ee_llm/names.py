@@ -1,9 +1,10 @@
-"""What EE-LLM calls the tensors of a model, and how its tensor-parallel ranks divide them.
+"""EE-LLM's names of the tensors of a model, and how its tensor-parallel ranks divide the tensors.
 
-EE-LLM's layer N, counted from 0, has what belongs to the exit of `--exit-layer-nums` N + 1, be it
-before or after the layer: `exit_norm`, `exit_block`, and where exits have an MLP a pair of them,
-`mlp.trunk` for the backbone and `mlp.branch` for the exit, behind one norm. Projections of exits
-are numbered on each pipeline stage anew; here they have the number of their exit layer.
+EE-LLM's layer N, counted from 0, contains the modules of the exit of `--exit-layer-nums` N + 1,
+whether the exit is before or after the layer: `exit_norm`, `exit_block`, and if exits have an MLP
+two MLPs, `mlp.trunk` for the backbone and `mlp.branch` for the exit, after one norm. EE-LLM numbers
+the projections of exits from 0 on each pipeline stage; here they have the number of their exit
+layer.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,11 +29,11 @@ _IN_LAYER = (
     ("mlp.linear_fc1.", "mlp.dense_h_to_4h."),
     ("mlp.linear_fc2.", "mlp.dense_4h_to_h."),
 )
-"""How names of tensors in a layer begin here and in EE-LLM; the first that fits counts."""
+"""Prefixes of the names of a layer's tensors, here and in EE-LLM; the first that matches counts."""
 
 
 def ee_llm_name(name: str, early_exit: EarlyExitConfig) -> str:
-    """What EE-LLM calls a tensor of `weight_shapes`, in a model with these exits."""
+    """EE-LLM's name of a tensor of `weight_shapes`, in a model with these exits."""
     # Both ascend.
     number_of = dict(zip(early_exit.positions, sorted(early_exit.exit_layer_nums), strict=True))
     if name.startswith(LAYERS):

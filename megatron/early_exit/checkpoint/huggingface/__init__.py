@@ -1,4 +1,4 @@
-"""Models of Hugging Face's Llama family in and out: one table of names, read in both directions.
+"""Import and export of models of Hugging Face's Llama family, with one table of names for both.
 
 `import_hf` opens one as a `Conversion`, which writes a checkpoint of ours; `export_hf` writes a
 folder for transformers.

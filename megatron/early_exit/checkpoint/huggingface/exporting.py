@@ -1,4 +1,4 @@
-"""From one of our checkpoints to a folder that transformers loads."""
+"""Exports one of our checkpoints to a folder that transformers loads."""
 
 import json
 import shutil
@@ -127,10 +127,10 @@ def open_export(source: str | Path, plain: bool = False) -> Export:
     """Open a checkpoint for its export.
 
     A model without exits becomes one of transformers' own (Llama, Mistral, Qwen2 or Qwen3). One
-    with exits comes with a class of its own, which transformers runs with
-    `trust_remote_code=True` (the tokenizer is to be loaded with it too: transformers asks for the
-    model's configuration first). Its `generate(..., early_exit_threshold=0.8)` takes a token from
-    the first exit that is sure enough.
+    with exits comes with a class of its own, which transformers runs with `trust_remote_code=True`
+    (the tokenizer is to be loaded with it too: transformers asks for the model's configuration
+    first). Its `generate(..., early_exit_threshold=0.8)` takes a token from the first exit that is
+    confident enough.
 
     Args:
         source: a save directory or one iteration in it; with exits only, its base is found.

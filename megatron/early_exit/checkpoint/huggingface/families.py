@@ -118,7 +118,7 @@ def _has_biases(config: Mapping[str, Any]) -> bool:
 
 
 def write_config(a: Architecture) -> dict[str, Any]:
-    """A config.json for the class of transformers' own that computes a backbone.
+    """A config.json for the transformers class that computes a backbone.
 
     Raises:
         ValueError: none in the Llama family does; the message says what is in the way.
@@ -185,10 +185,10 @@ def _find_family(a: Architecture) -> Family:
 
 
 def refuse_inexpressible(a: Architecture) -> None:
-    """Refuse what no model of the Llama family has.
+    """Refuse features that no model of the Llama family has.
 
     Raises:
-        ValueError: as it says.
+        ValueError: the backbone has such a feature.
     """
     for name, allowed in _EXPRESSIBLE.items():
         if (value := getattr(a, name)) != allowed:

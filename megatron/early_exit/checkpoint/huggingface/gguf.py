@@ -25,7 +25,8 @@ _ENDS_OF_TURNS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 
 
 class GgufModel:
-    """What a GGUF file holds, and a folder for its tokenizer that is there as long as this is.
+    """The contents of a GGUF file, and a folder with its tokenizer that exists as long as this
+    object.
 
     Args:
         path: of the file.
@@ -74,7 +75,7 @@ class GgufModel:
 
 
 def _load(path: Path, name: str, **options: Any) -> Any:
-    """What one of transformers' automatic classes makes of the file."""
+    """Load the file with one of transformers' automatic classes."""
     try:
         import transformers
 

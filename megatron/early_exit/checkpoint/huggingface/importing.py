@@ -1,4 +1,4 @@
-"""From a model in Hugging Face's format to one of ours."""
+"""Imports a model from Hugging Face's format."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,7 +77,9 @@ def _match(
                 f"{_HEAD} differs from {_EMBEDDING} although tie_word_embeddings is on"
             )
     if left_over:
-        raise ValueError(f"tensor {left_over[0]} is no part of a model like the one in config.json")
+        raise ValueError(
+            f"tensor {left_over[0]} does not belong to a model like the one in config.json"
+        )
     return origins, weights
 
 
@@ -106,7 +108,8 @@ def _join(
 
 
 def _check_layers(weights: Mapping[str, LazyTensor]) -> None:
-    """A checkpoint has one tensor for those of all layers, and so one dtype."""
+    """Refuse layers with different dtypes: a checkpoint stacks their tensors in one, which has one
+    dtype."""
     dtypes: dict[str, Any] = {}
     for name, tensor in weights.items():
         kind = name.removeprefix(LAYERS).partition(".")[2] if name.startswith(LAYERS) else name

@@ -1,4 +1,4 @@
-"""How tensors of other libraries make up one of ours, and come out of it again.
+"""How tensors of other libraries are combined to one of ours, and extracted from it again.
 
 Shapes: h hidden size, f MLP size, np and ng query heads and groups, hn head size.
 """

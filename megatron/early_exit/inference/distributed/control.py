@@ -55,7 +55,7 @@ class ControlPlane:
         return json.loads(frames[0]), frames[1] if len(frames) > 1 else None
 
     def close(self) -> None:
-        """Everything that matters has arrived by now."""
+        """Close the connections; every message that matters has arrived by now."""
         for ends in (self._inbox, *self._lines):
             ends.close(linger=0)
         self.context.term()

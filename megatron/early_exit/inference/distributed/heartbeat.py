@@ -56,7 +56,7 @@ class Heartbeat:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """While this lasts, this process needs all of the others."""
+        """The context in which this process needs all others to be alive."""
         self._work_began = time.monotonic()
         try:
             yield
@@ -69,7 +69,7 @@ class Heartbeat:
             self._work_began = None
 
     def close(self) -> None:
-        """Leave in good order: once all others leave, too, or have been given time to."""
+        """Leave in good order: wait until all others leave, too, or their time for that is over."""
         self._leaves.set()
         self._thread.join(LEAVING_S)
 

@@ -21,15 +21,42 @@ from megatron.early_exit.inference.distributed.tensor_driver import (
     TensorDriver,
     repeat_calls,
 )
-from megatron.early_exit.inference.distributed.watched_loop import Loop, WatchedLoop
+from megatron.early_exit.inference.engine.loop import Loop
+from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.segment_loop import SegmentLoop
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from megatron.early_exit.inference.results import GeneratedToken
 
 NOT_A_WORKER = (
     "work is not possible here, allowed: ranks other than 0 of an engine that is loaded with "
     "has_driver=True over several processes"
 )
+
+
+class WatchedLoop:
+    """A loop that needs all processes to be alive while it runs.
+
+    Args:
+        loop: what does the work.
+        heartbeat: knows who is alive.
+    """
+
+    def __init__(self, loop: Loop, heartbeat: Heartbeat) -> None:
+        self.loop, self._heartbeat = loop, heartbeat
+
+    def submit(self, request: Request) -> None:
+        """See `DecodingLoop`."""
+        self.loop.submit(request)
+
+    def cancel(self, key: int) -> None:
+        """See `DecodingLoop`."""
+        self.loop.cancel(key)
+
+    def step(self) -> list[tuple[Request, GeneratedToken]]:
+        """See `DecodingLoop`."""
+        with self._heartbeat.working():
+            return self.loop.step()
 
 
 class SingleProcess:
@@ -128,11 +155,11 @@ class ParallelBackend:
         return self._closing
 
     def work(self, loop: Loop, build: BuildRequest) -> None:
-        """Compute for the first rank until it closes, and part from the others, too.
+        """Compute for the first rank until it closes, then disconnect from the other ranks.
 
         Args:
             loop: what `loop` has given.
-            build: makes a request of what the first rank tells of it.
+            build: makes a request from the first rank's message about it.
 
         Raises:
             ValueError: this is the first rank, or it does not drive the others.

@@ -20,7 +20,7 @@ from megatron.early_exit.inference.engine.loop import DecodingLoop
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.scheduler import Scheduler
 from megatron.early_exit.inference.engine.scoring import PrefixScore
-from megatron.early_exit.inference.model.spans import Span
+from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.modes.head_output import NOT_FINITE, HeadOutput
 from megatron.early_exit.inference.modes.mode import FINAL, Next, SampledToken
 from megatron.early_exit.inference.sequence import Sequence
@@ -68,7 +68,7 @@ class PipelineDriver(DecodingLoop):
         self._verified.pop(key, None)
 
     def close(self) -> None:
-        """Let the stages come to the end of what they have."""
+        """Let the stages finish the tasks that they have."""
         self._tell_stages({"kind": "close"})
         self.stage.finish()
 
@@ -166,7 +166,7 @@ class PipelineDriver(DecodingLoop):
             self._leaving.discard(task.key)
 
     def _conclude(self, task: StageTask, logits: Tensor) -> None:
-        """A stage has found out about a token."""
+        """Act on what a stage reports about a head's output."""
         request = self.requests.get(task.key)
         if request is None:
             return
@@ -197,7 +197,7 @@ class PipelineDriver(DecodingLoop):
                 self._continue(request, outcome)
 
     def _speculate(self, request: Request, head: int, output: HeadOutput) -> None:
-        """A draft goes on its way at once, and is verified when the last stage has seen it."""
+        """Send a draft on its way at once; it is verified when the last stage has seen it."""
         key, mode = request.key, request.mode
         if head == FINAL:
             self._verified.setdefault(key, []).append(output)

@@ -15,8 +15,8 @@ from megatron.early_exit.inference.distributed.stage_task import (
     StageTask,
 )
 from megatron.early_exit.inference.engine.scoring import PrefixScore, TextScorer
+from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.model.runner import SegmentRunner
-from megatron.early_exit.inference.model.spans import Span
 from megatron.early_exit.inference.modes.head_output import head_outputs
 from megatron.early_exit.inference.modes.mode import FINAL
 
@@ -111,7 +111,7 @@ class PipelineStage:
         return scores
 
     def forget(self, key: int) -> None:
-        """No further piece of a request's prompt will come."""
+        """Drop what is kept for scoring a request's prompt: no further piece of it will come."""
         self._scorers.pop(key, None)
 
     def finish(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 
 from megatron.early_exit.inference.distributed.control import Message
-from megatron.early_exit.inference.model.spans import Span, in_pass_order
+from megatron.early_exit.inference.model.kv_cache import Span, in_pass_order
 from megatron.early_exit.inference.modes.head_output import HeadOutput
 from megatron.early_exit.inference.modes.mode import FINAL
 from megatron.early_exit.inference.modes.rule import NO_EXITS, ExitRule
@@ -56,7 +56,7 @@ class StageTask:
         final: the final head is to be asked.
         verify: it is to be asked also when the rule has taken an exit's output.
         logits: they are wanted with the message about a head.
-        clear: what the slot has cached is not to be trusted, not even as a number.
+        clear: the slot's cache has to be cleared first, since it may hold NaN.
         outputs: of the exits that the rule has not taken.
     """
 

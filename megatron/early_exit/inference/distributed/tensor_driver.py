@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from megatron.early_exit.inference.distributed.control import ControlPlane, Message
-from megatron.early_exit.inference.distributed.watched_loop import Loop
+from megatron.early_exit.inference.engine.loop import Loop
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.segment_loop import SegmentLoop
 from megatron.early_exit.inference.params import SamplingParams

@@ -21,7 +21,7 @@ class FairQueue:
         return len(self._groups)
 
     def add(self, key: int, group: int) -> None:
-        """A key has arrived."""
+        """Add a key that has arrived."""
         if group not in self._waiting:
             self._waiting[group] = deque()
             self._last_turns[group] = self._next_turn()
@@ -29,7 +29,7 @@ class FairQueue:
         self._groups[key] = group
 
     def remove(self, key: int) -> None:
-        """A key does not wait any longer; nothing happens where it has not."""
+        """Remove a key that no longer waits; does nothing where it has not waited."""
         group = self._groups.pop(key, None)
         if group is not None:
             self._waiting[group].remove(key)

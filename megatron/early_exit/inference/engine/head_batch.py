@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.inference.model.heads import Head
+from megatron.early_exit.inference.model.kv_cache import Span, row_ends
 from megatron.early_exit.inference.model.runner import SegmentRunner
-from megatron.early_exit.inference.model.spans import Span, row_ends
 from megatron.early_exit.inference.modes.head_output import HeadOutput, head_outputs
 
 HeadOutputs = dict[tuple[int, int], list[HeadOutput]]

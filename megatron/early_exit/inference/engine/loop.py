@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 
@@ -13,6 +14,16 @@ from megatron.early_exit.inference.engine.scoring import PrefixScore, TextScores
 from megatron.early_exit.inference.modes.mode import Next, Outcome, SampledToken
 from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.inference.sequence import Sequence
+
+
+class Loop(Protocol):
+    """What takes requests to their ends, see `DecodingLoop`."""
+
+    def submit(self, request: Request) -> None: ...
+
+    def cancel(self, key: int) -> None: ...
+
+    def step(self) -> list[tuple[Request, GeneratedToken]]: ...
 
 
 class DecodingLoop(ABC):
@@ -96,7 +107,7 @@ class DecodingLoop(ABC):
         self._requeue(sequence)
 
     def _begin_token(self, request: Request) -> None:
-        """The last token of a request is to go through the model."""
+        """Queue the last token of a request for its way through the model."""
         sequence = request.sequence
         sequence.truncate(sequence.length - 1)
         self._rewind(sequence)
@@ -112,32 +123,32 @@ class DecodingLoop(ABC):
         self.cancel(key)
 
     def _can_go_on(self, error: Exception) -> bool:
-        """Let go of what an exception holds; whether the device still computes."""
+        """Release what an exception holds; returns whether the device still computes."""
         release(error, self.device)
         return is_usable(self.device)
 
     @abstractmethod
     def _rewind(self, sequence: Sequence) -> None:
-        """The caches of a sequence are right up to its last token, which is to be run."""
+        """Rewind the caches of a sequence to the position of its last token, which is run next."""
 
     @abstractmethod
     def _discard(self, sequence: Sequence) -> None:
-        """What the slot of a sequence has cached is not to be trusted, not even as a number."""
+        """Discard what the slot of a sequence has cached: it may even be NaN."""
 
     def _requeue(self, sequence: Sequence) -> None:
-        """A sequence waits for the first segment again."""
+        """Put a sequence in front of the first segment again."""
         return
 
     def _announce(self, request: Request, sampled: SampledToken) -> None:
-        """A request has got a token."""
+        """Record the token that a request has got."""
         return
 
     def _announce_failure(self, request: Request) -> None:
-        """A request has failed."""
+        """Record that a request has failed."""
         return
 
     def _next_to_score(self) -> int | None:
-        """Whose prompt has a piece that is to be scored now; None where there is none.
+        """The key of the request whose prompt is scored next; None where there is none.
 
         A prompt is scored to its end, and then one of another group has its turn.
         """
@@ -148,7 +159,7 @@ class DecodingLoop(ABC):
         return self._in_scoring
 
     def _take_scores(self, request: Request, scores: Iterable[PrefixScore]) -> None:
-        """The next piece of a prompt has been scored."""
+        """Add the scores of the next piece of a prompt."""
         request.take_scores(scores)
         if self.unscored[request.key].is_complete:
             del self.unscored[request.key]

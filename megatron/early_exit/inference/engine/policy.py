@@ -52,7 +52,7 @@ class Costs:
         shares_heads: bool,
         device: str,
     ) -> "Costs":
-        """Those of a model.
+        """The costs of a model.
 
         Args:
             shape: of the backbone.
@@ -61,9 +61,7 @@ class Costs:
             shares_heads: see above.
             device: the kind of device that it runs on.
         """
-        attention = 2 * (shape.num_attention_heads + shape.num_query_groups) * shape.kv_channels
-        mlp = (3 if shape.gated_linear_unit else 2) * shape.ffn_hidden_size
-        layer = float(shape.hidden_size * (attention + mlp))
+        layer = float(shape.layer_weights)
         segments = tuple(layer * (b - a) for a, b in pairwise((0, *exits, shape.num_layers)))
         head, exit_head = (
             _HEAD * shape.hidden_size * size for size in (shape.vocab_size, exit_vocab_size)

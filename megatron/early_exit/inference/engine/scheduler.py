@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from megatron.early_exit.inference.engine.exit_rates import ExitRateEstimator
 from megatron.early_exit.inference.engine.fair_queue import FairQueue
 from megatron.early_exit.inference.engine.policy import Costs, Policy, SegmentQueue
-from megatron.early_exit.inference.model.spans import Span, in_pass_order
+from megatron.early_exit.inference.model.kv_cache import Span, in_pass_order
 from megatron.early_exit.inference.sequence import Sequence
 from megatron.early_exit.ranges import ONE_OR_MORE, ZERO_TO_ONE
 

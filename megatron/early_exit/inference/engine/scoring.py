@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
-from megatron.early_exit.inference.model.spans import Span
 from megatron.early_exit.inference.modes.head_output import head_outputs
 from megatron.early_exit.inference.modes.mode import FINAL
 from megatron.early_exit.inference.modes.rule import NO_EXITS, ExitRule

@@ -38,7 +38,7 @@ _Group = Callable[..., Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What compiled layers take for granted, besides the model.
+    """What a compiled function assumes of the tensors that it is called with.
 
     Attributes:
         size: number of layers.

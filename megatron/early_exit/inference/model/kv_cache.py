@@ -3,13 +3,37 @@
 import copy
 import math
 from collections.abc import Sequence
-from typing import Self
+from itertools import accumulate
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _ALIGNMENT = 64
+
+
+class Span(NamedTuple):
+    """Consecutive positions of one sequence."""
+
+    slot: int
+    start: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+        return self.end - self.start
+
+
+def in_pass_order(span: Span) -> tuple[int, int]:
+    """Sort key of the spans of a pass: the shortest first, those of a length by their slots."""
+    return span.end - span.start, span.slot
+
+
+def row_ends(spans: Sequence[Span]) -> list[int]:
+    """The row behind the last one of each span."""
+    return list(accumulate([end - start for _, start, end in spans]))
 
 
 def untouched_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron.early_exit.inference.model.kv_cache import KVCache
+from megatron.early_exit.inference.model.kv_cache import KVCache, Span, row_ends
 from megatron.early_exit.inference.model.rotary import RotaryTable
-from megatron.early_exit.inference.model.spans import Span, row_ends
 
 _ROWS_OF_A_CALL = 8
 """Rows of attention that take as long as a call of its own."""

@@ -12,10 +12,15 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.inference.model.compiled import SHORTEST
-from megatron.early_exit.inference.model.kv_cache import KVCache, untouched_zeros
+from megatron.early_exit.inference.model.kv_cache import (
+    KVCache,
+    Span,
+    in_pass_order,
+    row_ends,
+    untouched_zeros,
+)
 from megatron.early_exit.inference.model.passes import Pass, Workspace, index_of
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
-from megatron.early_exit.inference.model.spans import Span, in_pass_order, row_ends
 
 _TYPICAL_ROWS, _TYPICAL_POSITIONS = 8, 128
 """Of steps that are compiled: the compiler decides by them which loops the threads divide."""

@@ -56,13 +56,13 @@ class TokenSampler:
 
     Attributes:
         params: the request.
-        sampler: its sampler.
+        logits_sampler: turns logits into the request's distribution, and draws from it.
         sequence: gets the tokens.
         layers: the exits' numbers of backbone layers, then the model's.
     """
 
     params: SamplingParams
-    sampler: Sampler
+    logits_sampler: Sampler
     sequence: Sequence
     layers: tuple[int, ...]
 
@@ -70,15 +70,15 @@ class TokenSampler:
         """The token that a head gives behind those generated and `behind`."""
         if self.is_greedy(behind):
             return self.take(output, head, output.best_token)
-        return self.take(output, head, self.sampler.draw(self.distribution(output, behind)))
+        return self.take(output, head, self.logits_sampler.draw(self.distribution(output, behind)))
 
     def is_greedy(self, behind: abc.Sequence[int] = ()) -> bool:
         """Whether the token behind those generated and `behind` is that of the largest logit."""
-        return self.sampler.is_greedy(len(self.sequence.generated) + len(behind))
+        return self.logits_sampler.is_greedy(len(self.sequence.generated) + len(behind))
 
     def distribution(self, output: HeadOutput, behind: abc.Sequence[int] = ()) -> Tensor:
         """The probabilities [v] of the token behind those generated and `behind`."""
-        return self.sampler.distribution(output.logits, [*self.sequence.generated, *behind])
+        return self.logits_sampler.distribution(output.logits, [*self.sequence.generated, *behind])
 
     def take(self, output: HeadOutput, head: int, token: int) -> SampledToken:
         """A given token with what a head says about it."""

@@ -78,7 +78,7 @@ class SelfSpeculativeMode(DecodingMode):
             draft, distribution = output.best_token, None
         else:
             distribution = self.sampler.distribution(output, drafts)
-            draft = self.sampler.sampler.draw(distribution)
+            draft = self.sampler.logits_sampler.draw(distribution)
         drafts.append(draft)
         self._distributions.append(distribution)
         return Next.DRAFTED
@@ -133,7 +133,7 @@ class SelfSpeculativeMode(DecodingMode):
         """The token that the full model gives in the place of a draft."""
         if distribution is None:
             return output.best_token
-        sampler = self.sampler.sampler
+        sampler = self.sampler.logits_sampler
         target = self.sampler.distribution(output, accepted)
         if sampler.uniform() * float(distribution[draft]) < float(target[draft]):
             return draft

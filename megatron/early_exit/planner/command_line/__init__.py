@@ -1,1 +1,1 @@
-"""The flags of tools/plan_pipeline.py, and its answer."""
+"""The flags of tools/plan_pipeline.py, and its output."""

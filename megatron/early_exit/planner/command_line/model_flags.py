@@ -33,10 +33,10 @@ class Model:
     """What the flags describe.
 
     Attributes:
-        name: for titles.
-        shape: of the model.
-        placements: the same exits in the ways in which they may be placed.
-        global_batch_size: sequences of a step, None if nothing tells.
+        name: the name for titles.
+        shape: the shape of the model.
+        placements: the same exits in all placements that are allowed.
+        global_batch_size: sequences of a step; None if neither flags nor --config say it.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Model:
 
 def add_model_flags(parser: ArgumentParser) -> None:
     """Add the flags of a model and its exits to a command line."""
-    group = parser.add_argument_group("model", "what is given here wins over --config")
+    group = parser.add_argument_group("model", "these flags override --config")
     add = group.add_argument
     add(
         "--config",
@@ -70,14 +70,14 @@ def add_model_flags(parser: ArgumentParser) -> None:
     add("--pre-exit", action="store_true", help="plan this placement only (default: the better)")
     for name, part in HEAD_FIELDS.items():
         add(as_flag(name), action="store_true", help=part.help_when_planned)
-    add("--exit-vocab-size", type=int, help="exits answer with the first so many tokens only")
+    add("--exit-vocab-size", type=int, help="exits can predict only this many first tokens")
 
 
 def read_model(args: Namespace) -> Model:
     """The model that the flags describe.
 
     Raises:
-        ValueError: something is missing or out of range; named by its flag.
+        ValueError: a value is missing or out of range; the message names its flag.
     """
     named = NAMED_MODELS.get((args.config or "").lower())
     known: dict[str, Any] = {}
@@ -106,8 +106,8 @@ def read_model(args: Namespace) -> Model:
 
 
 def placements(exits: EarlyExitConfig, num_layers: int) -> tuple[EarlyExitConfig, ...]:
-    """The placements that exits can have: an MLP takes the place of that of the layer before it,
-    and behind the last layer there is none to stand before."""
+    """The placements that exits can have. --pre-exit is impossible for exits with an MLP, which
+    replaces that of the layer before the exit, and for an exit after the last layer."""
     after = exits.placed(False)
     if not exits.positions or exits.replaces_mlp or exits.positions[-1] >= num_layers:
         return (after,)
@@ -115,7 +115,7 @@ def placements(exits: EarlyExitConfig, num_layers: int) -> tuple[EarlyExitConfig
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """What a config.json, or the one in a folder, tells of a `ModelShape`."""
+    """The fields of a `ModelShape` in a config.json, or in that of a folder."""
     try:
         config = read_json(path / CONFIG_NAME if path.is_dir() else path)
     except ValueError as error:

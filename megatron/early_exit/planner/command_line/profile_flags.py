@@ -13,7 +13,7 @@ _REPLACED = ("achieved_share", "tflops")
 
 def add_profile_flags(parser: ArgumentParser) -> None:
     """Add the flag of a profile to a command line."""
-    measured = "file of tools/profile_layers.py; its times replace derived ones"
+    measured = "output of tools/profile_layers.py, whose times replace derived ones"
     parser.add_argument_group("measured times").add_argument("--profile", type=Path, help=measured)
 
 

@@ -48,7 +48,8 @@ def table(plans: list[Plan], request: PlanRequest) -> str:
 
 
 def origin_of_times(plans: list[Plan], profile: LayerProfile) -> str:
-    """What times of a profile were measured on, and for which of the plans there are none."""
+    """A line that says on which machine a profile was measured, and for which plans it is
+    extrapolated."""
     text = f"times measured in {profile.dtype} with microbatches of {_list(profile.sizes)} on "
     text += profile.machine
     sizes = {plan.costing.candidate.layout.microbatch_size for plan in plans}
@@ -61,7 +62,7 @@ LEGEND = (
     "before the next\nones (--pre-exit); order of the ranks (tp-pp-dp: --use-tp-pp-dp-mapping); "
     "update: the part of the step that\nis not in the pipeline's schedule"
 )
-"""What the columns are that do not explain themselves."""
+"""Explanation of the columns whose names do not explain themselves."""
 
 
 def flags(plan: Plan, request: PlanRequest) -> list[str]:

@@ -1,4 +1,4 @@
-"""The flags that say what there is to run on, and what of the layout is given."""
+"""The flags that describe the machines, and those that fix parts of the layout."""
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
@@ -15,9 +15,9 @@ from megatron.early_exit.ranges import ABOVE_ZERO, ONE_OR_MORE, Range
 _HARDWARE: dict[str, tuple[str, float, str]] = {
     "flops_per_s": ("--tflops", 1e12, "dense bf16 peak of a GPU in TFLOP/s"),
     "memory_bytes": ("--memory-gb", 1e9, "its memory in GB"),
-    "memory_bytes_per_s": ("--memory-gb-per-s", 1e9, "bandwidth of that"),
+    "memory_bytes_per_s": ("--memory-gb-per-s", 1e9, "bandwidth of its memory in GB/s"),
     "node_bytes_per_s": ("--node-gb-per-s", 1e9, "GB/s to a GPU of the same node, one direction"),
-    "network_bytes_per_s": ("--network-gb-per-s", 1e9, "GB/s of each GPU to other nodes"),
+    "network_bytes_per_s": ("--network-gb-per-s", 1e9, "GB/s from each GPU to other nodes"),
 }
 _ACHIEVED_SHARE = 0.5
 NUMBERS_OF_FILLS = ("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches")
@@ -26,22 +26,22 @@ NUMBERS_OF_FILLS = ("num_fill_warmup_microbatches", "num_fill_cooldown_microbatc
 def add_request_flags(parser: ArgumentParser) -> None:
     """Add the flags of machines and of the layout to a command line."""
     add = parser.add_argument_group("machines").add_argument
-    add("--gpus", type=int, help="how many there are; all are used")
+    add("--gpus", type=int, help="number of GPUs, all of which are used")
     add("--gpu", choices=ACCELERATORS, default="a100-80gb", help="default: %(default)s")
     for flag, _, text in _HARDWARE.values():
-        add(flag, type=float, help=f"{text} (default: of --gpu)")
+        add(flag, type=float, help=f"{text} (default: that of --gpu)")
     add("--gpus-per-node", type=int, help="default: 8")
     share = "share of the memory left for libraries and fragments (default: %(default)s)"
     add("--memory-headroom", type=float, default=0.1, help=share)
     share = f"share of the peak that matrix products reach (default: {_ACHIEVED_SHARE})"
     add("--achieved-share", type=float, help=share)
-    overhead = "what a pass of a stage takes to start kernels and messages (default: %(default)s)"
+    overhead = "time to start kernels and messages in a pass of a stage (default: %(default)s)"
     add("--pass-overhead-us", type=float, default=50.0, help=overhead)
-    group = parser.add_argument_group("layout", "what is given is kept, the rest is searched")
+    group = parser.add_argument_group("layout", "what is not given is searched")
     add = group.add_argument
     add("--tensor-model-parallel-size", type=int)
     add("--pipeline-model-parallel-size", type=int)
-    add("--num-virtual-stages-per-pipeline-rank", type=int, help="1: not interleaved")
+    add("--num-virtual-stages-per-pipeline-rank", type=int, help="1 is not interleaved")
     add("--micro-batch-size", type=int)
     add("--no-overlap-grad-reduce", action="store_true", help="plan without --overlap-grad-reduce")
     add("--overlap-param-gather", action="store_true", help="as Megatron's flag")
@@ -50,18 +50,18 @@ def add_request_flags(parser: ArgumentParser) -> None:
 def add_fill_flags(parser: ArgumentParser) -> None:
     """Add the flags of partial microbatches in bubbles to a command line."""
     add = parser.add_argument_group("filled bubbles").add_argument
-    add("--fill-explicit-bubbles", action="store_true", help="of the plain schedule, with exits")
+    add("--fill-explicit-bubbles", action="store_true", help="fill the bubbles of 1F1B, with exits")
     add("--num-fill-warmup-microbatches", type=int, help="default: as many as are worth it")
     add("--num-fill-cooldown-microbatches", type=int, help="default: as many as are worth it")
     add("--backward-forward-ratio", type=float, default=2.0, help="default: %(default)s")
     most = (
-        "share of the step that fills may cost, where their number is open (default: %(default)s)"
+        "share of the step that fills may cost if their number is not given (default: %(default)s)"
     )
     add("--max-fill-cost", type=float, default=0.01, help=most)
 
 
 def read_fill_request(args: Namespace) -> FillRequest | None:
-    """How bubbles are to be filled, None for not at all.
+    """The request to fill bubbles; None if bubbles are not to be filled.
 
     Raises:
         ValueError: a flag is out of range, or has no effect.
@@ -84,15 +84,17 @@ def read_fill_request(args: Namespace) -> FillRequest | None:
 
 
 def read_request(args: Namespace, model: Model) -> PlanRequest:
-    """What is asked of the planner.
+    """The planning request that the flags describe.
 
     Raises:
         ValueError: a flag is missing or out of range.
     """
     if args.gpus is None:
-        raise ValueError("--gpus missing, allowed: how many there are, 1 or more")
+        raise ValueError("--gpus is missing, allowed: the number of GPUs, 1 or more")
     if model.global_batch_size is None:
-        raise ValueError("--global-batch-size missing, allowed: sequences of a step, 1 or more")
+        raise ValueError(
+            "--global-batch-size is missing, allowed: the sequences of a step, 1 or more"
+        )
     Range(least=0, most=1, excludes_most=True).check_flags(args, "memory_headroom")
     accelerator = _accelerator(args)
     return PlanRequest(

@@ -13,9 +13,11 @@ def add_schedule_flags(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("one schedule", "on stages that take the same time")
     add = group.add_argument
     add("--schedule", choices=get_args(ScheduleName), help="time and draw it, instead of planning")
-    add("--num-microbatches", type=int, help="of the step")
-    add("--exit-stages", type=int, nargs="+", default=[], help="stages with an exit, from 0")
-    ratio = "forward of an exit, or of the final head, over a stage's (default: %(default)s)"
+    add("--num-microbatches", type=int, help="microbatches of the step")
+    add(
+        "--exit-stages", type=int, nargs="+", default=[], help="stages with an exit, counted from 0"
+    )
+    ratio = "time of an exit, or the final head, over that of a stage (default: %(default)s)"
     add("--exit-stage-ratio", type=float, default=0.5, help=ratio)
 
 
@@ -40,7 +42,7 @@ def read_schedule(args: Namespace) -> UniformStages:
     for name in ("pipeline_model_parallel_size", "num_microbatches"):
         if getattr(args, name) is None:
             raise ValueError(
-                f"{as_flag(name)} missing, allowed: 1 or more, with --schedule {args.schedule}"
+                f"{as_flag(name)} is missing, allowed: 1 or more, with --schedule {args.schedule}"
             )
     beside = f"with --schedule {args.schedule}"
     names = ("config", "gpus", "profile")

@@ -110,7 +110,7 @@ class LayerProfile:
             by_size = {int(size): times for size, times in content["seconds_by_size"].items()}
             return cls(**{**content, "seconds_by_size": by_size})
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no profile of layers: {error}") from None
+            raise ValueError(f"{path} is not a profile of layers: {error}") from None
 
 
 def _check_names(where: str, found: Mapping[Any, Any], wanted: tuple[str, ...]) -> None:

@@ -63,16 +63,6 @@ class ModelShape(Architecture):
         return self.hidden_size + 2 * self.num_query_groups * self.kv_channels
 
     @property
-    def mlp_weights(self) -> int:
-        """Weights of one layer's MLP."""
-        return 3 * self.hidden_size * self.ffn_hidden_size
-
-    @property
-    def layer_weights(self) -> int:
-        """Weights of one layer; the norms' are left out."""
-        return self.hidden_size * (self._qkv_size + self.hidden_size) + self.mlp_weights
-
-    @property
     def projection_weights(self) -> int:
         """Weights of the embedding, or of an output projection."""
         return self.vocab_size * self.hidden_size

@@ -96,10 +96,10 @@ TokenName = Annotated[str, Field(pattern="^[0-9]{1,18}$")]
 
 
 def not_supported(value: bool) -> bool:
-    """Refuse a switch that is on.
+    """Refuse a switch that is on, and return one that is off.
 
     Raises:
-        ValueError: it is.
+        ValueError: the switch is on.
     """
     if value:
         raise ValueError("is not supported, allowed: false")

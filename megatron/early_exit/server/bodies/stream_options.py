@@ -38,7 +38,7 @@ def check_stream_options(body: _Streamable) -> None:
     """Refuse options of a stream where there is none.
 
     Raises:
-        ApiError: there is none.
+        ApiError: the request has options, and does not ask for a stream.
     """
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: has no effect without stream", "stream_options")

@@ -47,7 +47,7 @@ class SecondsHistogram(Collector):
         self._sum += seconds
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """What Prometheus is told."""
+        """The figures for Prometheus."""
         reached, buckets = 0, []
         for bound, count in zip((*map(str, _BOUNDS_S), "+Inf"), self._counts, strict=True):
             reached += count

@@ -70,12 +70,12 @@ class Job:
         return sum(len(request.tokens) for request in self.requests)
 
     def begin(self, requests: list[Request]) -> None:
-        """The engine has taken all sequences in."""
+        """Record that the engine has taken in all sequences."""
         self.requests = requests
         self._news.put([])
 
     def add(self, tokens: Tokens, now: float) -> None:
-        """New tokens of a step; those of a moment go out together.
+        """Add the new tokens of a step; those that come within a moment go out together.
 
         Args:
             now: by `time.monotonic`.
@@ -92,7 +92,7 @@ class Job:
             self._held = []
 
     def end_one(self, request: Request) -> bool:
-        """A sequence has ended; returns whether it was the last one."""
+        """Record that a sequence has ended; returns whether it was the last one."""
         self._unfinished -= 1
         if request.error is not None:
             self.fail(_of_request(request.error))
@@ -101,11 +101,11 @@ class Job:
         return self._unfinished == 0
 
     def fail(self, error: ApiError) -> None:
-        """There will be no answer, or no more of it."""
+        """End the job with an error: there will be no answer, or no more of it."""
         self._close(error)
 
     def expire(self) -> None:
-        """Its time is over."""
+        """End the job because its time is over."""
         self.fail(self._late())
 
     def _late(self) -> ApiError:
@@ -141,7 +141,7 @@ class Job:
             yield news
 
     def results(self) -> list[GenerationResult]:
-        """The answers, in order; it has ended well."""
+        """The answers, in order; only to be asked for after the job has ended well."""
         return [request.result() for request in self.requests]
 
     def _next(self, is_gone: Callable[[], bool]) -> Tokens | None:

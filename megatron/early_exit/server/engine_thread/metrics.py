@@ -1,6 +1,6 @@
 """Figures for Prometheus, under the names that vLLM gives them, with a prefix of ours."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import perf_counter
 
 from prometheus_client import (
@@ -10,13 +10,44 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client import Counter as Count
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.server.engine_thread.histogram import SecondsHistogram
-from megatron.early_exit.server.engine_thread.tally import TokenTally
 
 _PREFIX = "early_exit:"
+
+
+class TokenTally(Collector):
+    """Tokens, and the layers that gave them; written by one thread, read by any.
+
+    Args:
+        prefix: of the names for Prometheus.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._by_layer: dict[int, int] = {}
+
+    def add(self, layer: int) -> None:
+        """Count a token."""
+        self._by_layer[layer] = self._by_layer.get(layer, 0) + 1
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """The figures for Prometheus."""
+        by_layer = dict(self._by_layer)
+        name = f"{self._prefix}generation_tokens"
+        yield CounterMetricFamily(name, "Generated tokens.", sum(by_layer.values()))
+        exits = CounterMetricFamily(
+            f"{self._prefix}exit_tokens",
+            "Generated tokens by the layer that gave them.",
+            labels=["layer"],
+        )
+        for layer, count in sorted(by_layer.items()):
+            exits.add_metric([str(layer)], count)
+        yield exits
 
 
 class Metrics:
@@ -65,18 +96,18 @@ class Metrics:
         return generate_latest(self.registry)
 
     def answered(self, status: int) -> None:
-        """A request has got an answer, or the beginning of one."""
+        """Count a request that has got an answer, or the beginning of one."""
         self._answers.labels(str(status)).inc()
 
     def began(self, requests: list[Request]) -> None:
-        """The engine has taken sequences in."""
+        """Count sequences that the engine has taken in."""
         now = perf_counter()
         for request in requests:
             self._prompt.inc(len(request.prompt_token_ids))
             self._since[request.key] = (now, 0.0)
 
     def token(self, request: Request, token: GeneratedToken) -> None:
-        """A sequence has a new token."""
+        """Count a new token of a sequence."""
         self._tokens.add(token.exit_layer)
         now = perf_counter()
         began, last = self._since[request.key]
@@ -87,7 +118,7 @@ class Metrics:
         self._since[request.key] = (began, now)
 
     def ended(self, request: Request) -> None:
-        """A sequence has ended, in whatever way."""
+        """Count a sequence that has ended, for whatever reason."""
         began, _ = self._since.pop(request.key)
         self._whole.observe(perf_counter() - began)
         self._ended.labels(str(request.finish_reason)).inc()

@@ -117,7 +117,7 @@ class EngineWorker:
             self._commands.put(lambda: self._begin(job))
 
     def cancel(self, job: Job) -> None:
-        """Nobody waits for a job any more."""
+        """End a job for which nobody waits any more."""
         self._commands.put(lambda: self._drop(job))
 
     def stop(self, seconds: float) -> None:

@@ -1,4 +1,5 @@
-"""Who asks: the other end of the connection, or whom a proxy that is trusted names."""
+"""The address of a client: the other end of the connection, or the one that a trusted proxy
+reports."""
 
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
@@ -21,8 +22,8 @@ def trusted_networks(text: str) -> tuple[Network, ...]:
                 found.append(ip_network(word, strict=False))
             except ValueError as error:
                 raise ValueError(
-                    f"--forwarded-allow-ips {word} is no address, allowed: addresses and networks "
-                    "such as 10.0.0.0/8, separated by commas, or *"
+                    f"--forwarded-allow-ips {word} is not an address, allowed: addresses and "
+                    "networks such as 10.0.0.0/8, separated by commas, or *"
                 ) from error
     return tuple(found)
 

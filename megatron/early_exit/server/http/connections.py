@@ -60,7 +60,7 @@ class ConnectionLimits:
 
 
 def make_room_for_files() -> int:
-    """Allow as many open files as the system lets, up to what is of use; how many those are."""
+    """Raise the limit of open files as far as the system allows and it is of use; returns it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _WANTED_FILES if hard == resource.RLIM_INFINITY else min(_WANTED_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -120,7 +120,7 @@ class Connection(HTTPChannel):  # type: ignore[misc]
         self.served_until = time.time()
 
     def write_soon(self, data: Any) -> int:
-        """Have bytes sent; a client's silence counts from when there is something to read."""
+        """Queue bytes for sending. A client's silence counts from when it has something to read."""
         if not self.total_outbufs_len:
             self.last_activity = time.time()
         return int(super().write_soon(data))
@@ -132,7 +132,7 @@ class Connection(HTTPChannel):  # type: ignore[misc]
 
     @property
     def is_served(self) -> bool:
-        """Whether a thread has a request of it, or will have."""
+        """Whether a thread answers one of its requests, or soon will."""
         return bool(self.requests)
 
     @property
@@ -142,7 +142,7 @@ class Connection(HTTPChannel):  # type: ignore[misc]
 
     @property
     def num_bytes(self) -> int:
-        """What is kept for it."""
+        """Bytes that are kept for it in memory or in files."""
         bodies = [getattr(one, "body_rcv", None) for one in (*self.requests, self.request)]
         return int(self.total_outbufs_len) + sum(len(one) for one in bodies if one is not None)
 
@@ -174,7 +174,7 @@ class _Listener(TcpWSGIServer):  # type: ignore[misc]
     most: int
 
     def readable(self) -> bool:
-        """Whether to accept: as long as others can give way."""
+        """Whether to accept connections: as long as others can give way."""
         return bool(self.accepting) and len(self._map) < self.most
 
     def handle_accept(self) -> None:

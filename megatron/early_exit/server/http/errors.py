@@ -1,4 +1,4 @@
-"""What a client is told when its request cannot be served."""
+"""The errors that a client gets when its request cannot be served."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -86,7 +86,7 @@ class ApiError(Exception):
         )
 
     def note(self) -> None:
-        """Put why it was refused into the line of the request in the log."""
+        """Put the reason of the refusal into the request's line of the log."""
         g.outcome["reason"] = self.logged[:_LONGEST_REASON]
         if self.body.error.code is not None:
             g.outcome["code"] = self.body.error.code

@@ -1,4 +1,4 @@
-"""Tokens of texts and back, under vLLM's names."""
+"""Texts to tokens and back, under vLLM's names."""
 
 from flask import Response
 from flask_openapi3.blueprint import APIBlueprint

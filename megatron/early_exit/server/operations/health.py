@@ -29,7 +29,7 @@ def operations(service: Service) -> APIBlueprint:
 
     @blueprint.get("/health", responses={200: Health, 503: Health})
     def health() -> tuple[Response, int]:
-        """Whether the engine's own thread comes round, not only the web server's."""
+        """Tell whether the engine's own thread makes progress, not only the web server's."""
         reason = worker.unhealthy_reason()
         found = Health(
             status="ok" if reason is None else "failed" if worker.failure else "unavailable",

@@ -45,7 +45,7 @@ def _ratio(text: str) -> float | str:
     try:
         return float(text)
     except ValueError:
-        raise ArgumentTypeError(f"{text} is no number, allowed: 0.01 to 100, or auto") from None
+        raise ArgumentTypeError(f"{text} is not a number, allowed: 0.01 to 100, or auto") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,26 +57,28 @@ class FillingOptions(FlagFields):
     """
 
     fill_explicit_bubbles: bool = False
-    """Run extra microbatches in the bubbles at the begin and the end of each 1F1B step, through a
-    part of the pipeline (EE-LLM, arXiv 2312.04916): more samples for the same time."""
+    """Run extra microbatches in the bubbles at the beginning and the end of each 1F1B step, through
+    a part of the pipeline (EE-LLM, arXiv 2312.04916): a step uses more samples in the same time."""
 
     num_fill_warmup_microbatches: int | None = None
-    """Microbatches in the bubble of the warm-up, which train the exits of the first stages
-    (default: as many as fit; more make a step longer)."""
+    """Number of extra microbatches in the bubble of the warm-up, which train the exits of the first
+    stages (default: as many as fit; more make a step longer)."""
 
     num_fill_cooldown_microbatches: int | None = None
-    """Microbatches in the bubble of the cool-down, which train the last stages (default: as many
-    as fit; more make a step longer)."""
+    """Number of extra microbatches in the bubble of the cool-down, which train the last stages
+    (default: as many as fit; more make a step longer)."""
 
     backward_forward_ratio: Any = field(
         default=_ASSUMED_RATIO, metadata={"argparse_meta": {"type": _ratio, "metavar": "RATIO"}}
     )
-    """Time of a backward pass over that of a forward pass, which says how many microbatches fit;
-    auto measures it in the first iterations and fills from then on."""
+    """Time of a backward pass divided by that of a forward pass, which determines how many
+    microbatches fit into the bubbles; auto measures it in the first iterations and fills bubbles
+    from then on."""
 
     fill_samples: Literal["extra", "from-batch"] = "extra"
-    """Where the samples of fills come from: extra adds them to --global-batch-size, from-batch
-    takes them from it, so that fewer microbatches run through the whole pipeline."""
+    """Where the samples of the extra microbatches come from: extra adds them to
+    --global-batch-size, from-batch takes them from it, so that fewer microbatches run through the
+    whole pipeline."""
 
     def __post_init__(self) -> None:
         ratio = self.backward_forward_ratio
@@ -100,11 +102,11 @@ class FillingOptions(FlagFields):
 
     @property
     def assumed_ratio(self) -> float:
-        """The ratio as long as none has been measured."""
+        """The ratio to use until one has been measured."""
         return _ASSUMED_RATIO if self.is_measured else float(self.backward_forward_ratio)
 
     def places(self, stages: int, exit_stages: frozenset[int], ratio: float) -> FilledOneFOneB:
-        """The fills of a step, beside a single full microbatch.
+        """The schedule of a step with its fills and a single full microbatch.
 
         Args:
             stages: of the pipeline.
@@ -112,7 +114,7 @@ class FillingOptions(FlagFields):
             ratio: time of a backward over that of a forward.
 
         Raises:
-            ValueError: there are no places for as many as are asked for.
+            ValueError: more fills are requested than there are places for.
         """
         try:
             return FilledOneFOneB(
@@ -129,10 +131,10 @@ class FillingOptions(FlagFields):
     def generator(
         self, stages: int, microbatches: int, exit_stages: frozenset[int], ratio: float
     ) -> FilledOneFOneB:
-        """The schedule of a step of so many microbatches, fills among them; see `places`.
+        """The schedule of a step of so many microbatches, including fills; see `places`.
 
         Raises:
-            ValueError: see `places`; or none would be left for the whole pipeline.
+            ValueError: see `places`; or no microbatch would be left for the whole pipeline.
         """
         filled = self.places(stages, exit_stages, ratio)
         fills = len(filled.warmup_depths) + len(filled.cooldown_depths)
@@ -149,10 +151,10 @@ def plan_fills(args: Namespace, options: FillingOptions, exits: EarlyExitConfig)
     """Count the samples of fills in the global batch of checked arguments.
 
     Returns:
-        A line that says what a step is made of.
+        A line that describes the microbatches of a step.
 
     Raises:
-        ValueError: the flags do not go together.
+        ValueError: the flags cannot be combined.
     """
     refuse_beside("--fill-explicit-bubbles", args, _REFUSED)
     stages = args.pipeline_model_parallel_size

@@ -1,4 +1,4 @@
-"""EE-Tuning's flags (arXiv 2402.00518), and how deep a model they need."""
+"""EE-Tuning's flags (arXiv 2402.00518), and the number of layers that they need."""
 
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -30,12 +30,12 @@ _REFUSED: dict[str, tuple[object, str]] = {
     "decoupled_lr": (None, "--exit-layer-lr gives exits their rates"),
     "recompute_granularity": (None, "nothing of the backbone is kept for a backward pass"),
 }
-"""Megatron's flags that have no place in EE-Tuning: the one value that has, and why."""
+"""Megatron's flags that EE-Tuning refuses: the one allowed value, and the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuningOptions(FlagFields):
-    """What is tuned, and towards what.
+    """What is tuned, and with which objective.
 
     Raises:
         ValueError: a field is outside its range; the message names the flag, the value and the
@@ -43,9 +43,9 @@ class TuningOptions(FlagFields):
     """
 
     tune_exit: bool = False
-    """Train the exits and nothing else, on the frozen model of --load or --pretrained-checkpoint
-    (EE-Tuning, arXiv 2402.00518). What is saved are the exits; layers behind the last exit are
-    neither built nor run, but for what makes pipeline stages equal."""
+    """Train only the exits, on the frozen model of --load or --pretrained-checkpoint (EE-Tuning,
+    arXiv 2402.00518). Only the exits are saved; layers after the last exit are neither built nor
+    run, except those that are needed to make pipeline stages equal."""
 
     tune_exit_pipeline_parallel_size: int | None = None
     """Build and run only this many of the first pipeline stages that
@@ -53,24 +53,25 @@ class TuningOptions(FlagFields):
     last exit)."""
 
     freeze_exit_output_weights: bool = False
-    """Leave output projections of exits as they are loaded, with --untie-exit-output-weights."""
+    """Do not train the output projections that exits have with --untie-exit-output-weights."""
 
     random_init: bool = False
-    """Start exits that the model does not have with random weights; the default is copies of its
-    own modules."""
+    """Initialise new exits with random weights; by default they start as copies of the model's own
+    modules."""
 
     exit_layer_lr: tuple[float, ...] = field(
         default=(), metadata={"argparse_meta": {"type": float, "nargs": "+", "default": []}}
     )
     """Largest learning rate of each exit, in the order of --exit-layer-nums (default: --lr);
-    --min-lr is scaled alike."""
+    --min-lr is scaled by the same factor."""
 
     exit_distillation_weight: float = 0.0
-    """Part of each exit's loss that is the divergence from the model's own final head,
-    KL(final || exit); the rest is the plain loss. The whole model is run then."""
+    """Share of each exit's loss that is the divergence from the model's final head, KL(final ||
+    exit); the rest is the plain loss. Requires running the whole model."""
 
     exit_distillation_temperature: float = 1.0
-    """Divisor of the logits of both heads in that divergence, which is multiplied by its square."""
+    """Divisor of the logits of both heads in the divergence of --exit-distillation-weight, which is
+    multiplied by the square of this temperature."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exit_layer_lr", tuple(self.exit_layer_lr or ()))
@@ -92,10 +93,10 @@ class TuningOptions(FlagFields):
 
 
 def plan_depth(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) -> None:
-    """Set the arguments that Megatron builds a model from to the part that tuning needs.
+    """Restrict the arguments from which Megatron builds a model to the part that tuning needs.
 
-    Layers, `num_layers`, up to the last exit, as a multiple of the stages; what the model has in
-    all is kept in `full_num_layers`.
+    `num_layers` becomes the depth of the last exit, rounded up to a multiple of the stages;
+    `full_num_layers` keeps the depth of the whole model.
 
     Raises:
         ValueError: the flags do not go together.
@@ -162,7 +163,7 @@ def _check(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) -> N
 
 
 def learning_rates(options: TuningOptions, exits: EarlyExitConfig) -> dict[int, float]:
-    """The largest learning rate of each exit that has one of its own, by position."""
+    """The largest learning rate of each exit, by position, if they are set."""
     if not options.exit_layer_lr:
         return {}
     return dict(zip(exits.exit_layer_nums, options.exit_layer_lr, strict=True))

@@ -363,7 +363,7 @@ CONFIGS = {
     "dtype": ({"dtype": "float8"}, "params_dtype 'float8' is unknown, allowed: float32, bfloat16"),
     "one layer less": (
         {"num_hidden_layers": 2},
-        "tensor model.layers.2.input_layernorm.weight is no part of a model like the one in",
+        "tensor model.layers.2.input_layernorm.weight does not belong to a model like the one in",
     ),
     "one layer more": (
         {"num_hidden_layers": 4},
@@ -421,7 +421,7 @@ def test_files_that_are_refused(tmp_path, llama_folder):
     save_file(missing, weights)
     refused("tensor model.norm.weight is missing$")
     save_file({**tensors, "model.layers.1.mlp.router.weight": torch.ones(2)}, weights)
-    refused("tensor model.layers.1.mlp.router.weight is no part of a model like")
+    refused("tensor model.layers.1.mlp.router.weight does not belong to a model like")
     name = "model.layers.1.self_attn.k_proj.weight"
     save_file({**tensors, name: tensors[name].to(torch.bfloat16)}, weights)
     refused("q_proj.weight, .* differ in dtype, allowed: one for all$")

@@ -5,9 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from megatron.early_exit.inference.model.kv_cache import KVCache
+from megatron.early_exit.inference.model.kv_cache import KVCache, Span, in_pass_order
 from megatron.early_exit.inference.model.passes import Pass
-from megatron.early_exit.inference.model.spans import Span, in_pass_order
 
 SLOTS, CAPACITY, SIZE = 5, 12, 4
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from megatron.early_exit.server.bodies.stream_options import StreamOptions, with_options
 from megatron.early_exit.server.http.errors import ApiError
-from megatron.early_exit.server.megatron_api.generate_models import GenerateRequest
+from megatron.early_exit.server.megatron_api.generate import GenerateRequest
 from megatron.early_exit.server.openai.chat_models import ChatRequest
 from megatron.early_exit.server.openai.completion_models import CompletionRequest
 

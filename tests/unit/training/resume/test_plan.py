@@ -218,7 +218,7 @@ def test_the_command_line_wins_over_restored_exits(given, flags, expected):
 
 def test_restored_flags_that_contradict_the_command_line_are_refused():
     stored = exits(1, 3, use_exit_mlp=True)
-    with pytest.raises(ValueError, match="--use-exit-mlp with --pre-exit"):
+    with pytest.raises(ValueError, match="--use-exit-mlp cannot be combined with --pre-exit"):
         restore_exits(Namespace(pre_exit=True), stored, frozenset({"pre_exit"}))
 
 

@@ -1,4 +1,4 @@
-"""What goes into a folder with exits as it is: its own model for transformers.
+"""Files that are copied unchanged into an exported folder with exits: its model for transformers.
 
-These files import torch and transformers and nothing else, for they leave this package.
+They import only torch and transformers, because they are used without this package.
 """

@@ -1,4 +1,4 @@
-"""What early exit remembers of a sequence."""
+"""The cache of a sequence that is generated with early exits."""
 
 from collections.abc import Iterable
 from dataclasses import fields
@@ -30,7 +30,8 @@ def one_cache(cache: Any, past_key_values: Any) -> Any:
 
 
 class EarlyExitCache(DynamicCache):
-    """Keys and values of one sequence, and what its deeper layers have still to run.
+    """Keys and values of one sequence, and the hidden states that its deeper layers have not
+    processed yet.
 
     Args:
         threshold: least confidence to leave at an exit.
@@ -50,11 +51,11 @@ class EarlyExitCache(DynamicCache):
         self._waiting: dict[int, Tensor] = {}
 
     def put(self, segment: int, hidden: Tensor) -> None:
-        """Let positions [1, s, h] wait in front of a segment, behind those that do already."""
+        """Append positions [1, s, h] to those that wait in front of a segment."""
         self._waiting[segment] = self.take(segment, hidden)
 
     def take(self, segment: int, hidden: Tensor) -> Tensor:
-        """All positions that wait in front of a segment, and these behind them."""
+        """All positions that wait in front of a segment, followed by these."""
         earlier = self._waiting.pop(segment, None)
         return hidden if earlier is None else torch.cat((earlier, hidden), dim=1)
 
@@ -64,4 +65,4 @@ class EarlyExitCache(DynamicCache):
         Raises:
             ValueError: always.
         """
-        raise ValueError("early exit cannot take tokens back, as assisted generation wants")
+        raise ValueError("early exit cannot remove tokens, which assisted generation requires")

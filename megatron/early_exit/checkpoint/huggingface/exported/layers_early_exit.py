@@ -1,4 +1,4 @@
-"""What the model consists of.
+"""The layers and heads of the model.
 
 Shapes: b batch, s positions, h hidden size, n heads, d size of a head, v vocabulary.
 """
@@ -16,7 +16,7 @@ from .configuration_early_exit import EarlyExitConfig
 
 @dataclass(frozen=True)
 class Place:
-    """Where the positions of a pass are.
+    """The rotary embeddings and the attention mask for the positions of a pass.
 
     Attributes:
         cos, sin: [b or 1, 1, s, d], of the rotary embeddings.
@@ -30,7 +30,7 @@ class Place:
 
 
 class RMSNorm(nn.Module):
-    """Over the last dimension, with a gain."""
+    """RMSNorm over the last dimension, with a gain."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Layer(nn.Module):
 
 
 class Exit(nn.Module):
-    """What stands between the residual stream and the logits of an exit: [mlp] [block] [norm]
+    """The head of an exit, from the residual stream to the logits: [mlp] [block] [norm]
     [projection]."""
 
     def __init__(self, config: EarlyExitConfig, number: int) -> None:
@@ -160,7 +160,7 @@ def find_place(
     positions: Tensor | None = None,
     attention_mask: Tensor | None = None,
 ) -> Place:
-    """Where [b, s, h] is, behind `seen` positions.
+    """The `Place` of a hidden state [b, s, h] that follows `seen` positions.
 
     Args:
         config: of the model.

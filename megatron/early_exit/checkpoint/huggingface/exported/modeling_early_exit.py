@@ -2,8 +2,8 @@
 
 The rule: the next token is the choice of the first exit whose confidence, its largest softmax
 probability at the last position, reaches the threshold; else that of the last layer. Keys and
-values of earlier positions are those of all layers: where a token left early, the deeper layers
-catch up when a later token gets there.
+values of earlier positions are those of all layers: if a token left early, the deeper layers
+    process it as soon as a later token gets there.
 
 Shapes: b batch, s positions, h hidden size, v vocabulary.
 """
@@ -118,7 +118,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("exit_layers has no effect without early_exit_threshold")
             return super().generate(*args, **kwargs)
         if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
-            raise ValueError(f"early_exit_threshold {threshold!r} is no number, allowed: 0 to 1")
+            raise ValueError(f"early_exit_threshold {threshold!r} is not a number, allowed: 0 to 1")
         if not 0 <= threshold <= 1:
             raise ValueError(f"early_exit_threshold {threshold} is out of range, allowed: 0 to 1")
         enabled = self._known_exits(exit_layers)
@@ -138,11 +138,11 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             return None
         known = self.config.exit_layers
         if isinstance(exit_layers, str) or not isinstance(exit_layers, Iterable):
-            raise ValueError(f"exit_layers {exit_layers!r} is no list, allowed: some of {known}")
+            raise ValueError(f"exit_layers {exit_layers!r} is not a list, allowed: some of {known}")
         enabled = tuple(exit_layers)
         for layer in enabled:
             if layer not in known:
-                raise ValueError(f"exit_layers {layer!r} is no exit, allowed: {known}")
+                raise ValueError(f"exit_layers {layer!r} is not an exit, allowed: {known}")
         return enabled
 
     def _check_options(
@@ -169,11 +169,11 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What `forward` gets of what `generate` has.
+        """The arguments of `generate` that are passed on to `forward`.
 
-        transformers hands on some of its own, such as the tokenizer that stop strings need, and
-        other things in other releases: what `forward` does not name is for `generate` alone,
-        but for what asks for a result.
+        transformers also passes some that only `generate` uses, such as the tokenizer that stop
+        strings need, and these differ between releases. So arguments that `forward` does not name
+        are dropped, except those that ask for a result.
         """
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         names = inspect.signature(type(self).forward).parameters
@@ -240,7 +240,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("use_cache False is not supported by early exit, allowed: True")
         if isinstance(cache, EarlyExitCache):
             if labels is not None:
-                raise ValueError("early exit gives no loss: labels are for the whole model")
+                raise ValueError("early exit computes no loss: labels need the whole model")
             if attention_mask is not None and not attention_mask.all():
                 raise ValueError("early exit continues sequences without padding only")
             if len(hidden) > 1:

@@ -1,20 +1,38 @@
-"""`/docs`: the API in a browser, and the document that it is made from."""
+"""What people open in a browser: the page at `/` that shows exits, and the API at `/docs`."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
-from flask import Blueprint, Response, jsonify, redirect, url_for
+from flask import Blueprint, Response, jsonify, redirect, send_from_directory, url_for
 from flask_openapi3.openapi import OpenAPI
 from flask_openapi3_swagger.plugins import RegisterPlugin
 from werkzeug.wrappers import Response as AnyResponse
 
-_STREAMS = ("/v1/completions", "/v1/chat/completions")
+FOLDER = Path(__file__).resolve().parents[1] / "page"
 NAMES = ("docs", "swagger")
-"""The blueprints. They need no key: they show what is known of the project, and no model."""
+"""The blueprints of the API. They need no key: they show what is known of the project, and no
+model."""
+_STREAMS = ("/v1/completions", "/v1/chat/completions")
+
+
+def page() -> Blueprint:
+    """The page and its files."""
+    blueprint = Blueprint("page", __name__)
+
+    @blueprint.get("/")
+    def index() -> Response:
+        return send_from_directory(FOLDER, "index.html")
+
+    @blueprint.get("/static/<name>")
+    def static_file(name: str) -> Response:
+        return send_from_directory(FOLDER, name)
+
+    return blueprint
 
 
 def add_docs(app: OpenAPI, needs_key: bool) -> None:
-    """Add the endpoints; the others have to be there."""
+    """Add the endpoints that describe the API; all others have to be there already."""
     blueprint = Blueprint("docs", __name__)
 
     @blueprint.get("/openapi.json")
