@@ -18,7 +18,7 @@ from decode_batch import measure_batch
 from decode_dtypes import BENCHMARKED, benchmarked_dtypes
 from decode_models import random_weights, saved_weights
 from decode_single import measure_single
-from decode_turns import Report
+from decode_turns import FigureTable
 
 from megatron.early_exit.hardware.dtypes import DTYPES
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
@@ -61,25 +61,25 @@ def main() -> None:
     """Measure and print."""
     args = parse()
     torch.set_num_threads(args.threads)
-    report = Report()
+    table = FigureTable()
     for name in args.model:
         if name == "demo" and not DEMO.exists():
             print("demo: no checkpoint here, `make demo` makes one")
             continue
         for dtype in args.dtype:
-            report.context = {"model": name, "dtype": dtype, "threads": args.threads}
+            table.context = {"model": name, "dtype": dtype, "threads": args.threads}
             print(f"{name}, {dtype}, {args.threads} threads")
             kind = DTYPES[dtype]
             weights = random_weights(kind) if name == "shape" else saved_weights(DEMO, kind)
             model = SegmentedModel(*weights, compile_rows=True)
             for batch in args.batch:
                 if batch == 1:
-                    measure_single(weights, model, args, report)
+                    measure_single(weights, model, args, table)
                 else:
-                    measure_batch(weights, model, batch, args, report)
+                    measure_batch(weights, model, batch, args, table)
     if args.json:
-        args.json.write_text(json.dumps(report.figures, indent=1) + "\n")
-    missed = [f for f in report.figures if f["bound"] is not None and f["value"] < f["bound"]]
+        args.json.write_text(json.dumps(table.figures, indent=1) + "\n")
+    missed = [f for f in table.figures if f["bound"] is not None and f["value"] < f["bound"]]
     if missed:
         raise SystemExit(f"{len(missed)} of the bounds do not hold")
 

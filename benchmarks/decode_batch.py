@@ -10,7 +10,7 @@ from statistics import median
 
 from best_schedule import Seconds, tokens_per_second
 from decode_models import Weights, products
-from decode_turns import Decoder, Report, Turn, ratio, take_turns, timed
+from decode_turns import Decoder, FigureTable, Turn, ratio, take_turns, timed
 
 from megatron.early_exit.inference.early_exit_engine import DEFAULT_MAX_PENDING
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
@@ -66,7 +66,11 @@ def best_depths(batch: int, shares: list[float], layers: Seconds, head: Seconds)
 
 
 def measure_batch(
-    weights: Weights, model: SegmentedModel, batch: int, args: argparse.Namespace, report: Report
+    weights: Weights,
+    model: SegmentedModel,
+    batch: int,
+    args: argparse.Namespace,
+    table: FigureTable,
 ) -> None:
     """Measure several sequences at a time, and report the figures."""
     tokens = args.tokens
@@ -88,20 +92,20 @@ def measure_batch(
     layers, head = by_rows(times, "layers"), by_rows(times, "head")
     full = layers(batch) + head(batch)
     print(f"  tokens/s at batch {batch}: {1 / median(times['full']):.1f}")
-    report.add(
+    table.add(
         f"batch {batch} over batch 1",
         ratio(times, "full 1", "full"),
         4.0 if batch == 8 else None,
         batch * median(times["bare 1"]) / full,
     )
-    report.add(
+    table.add(
         "  over that without compiled layers",
         ratio(times, "plain", "full"),
         None,
         batch * median(times["plain"]) / full,
     )
     shares = [(end - start) / depth for start, end in pairwise([0, *positions, depth])]
-    report.add(
+    table.add(
         f"thirds of fixed depths over full, batch {batch}",
         ratio(times, "long full", "depths"),
         BOUND,
@@ -109,7 +113,7 @@ def measure_batch(
     )
     for p in PROBABILITIES:
         best = tokens_per_second(batch, p, shares, layers, head, layers(ROWS[-1]) / ROWS[-1])
-        report.add(
+        table.add(
             f"exits with probability {p} over full, batch {batch}",
             ratio(times, "full", f"mixed {p}"),
             BOUND,

@@ -6,7 +6,7 @@ from time import perf_counter
 
 import torch
 from decode_models import HuggingFace, Weights, products
-from decode_turns import PROMPT_LENGTH, Decoder, Report, Turn, ratio, take_turns, timed
+from decode_turns import PROMPT_LENGTH, Decoder, FigureTable, Turn, ratio, take_turns, timed
 
 from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.model.runner import SegmentRunner
@@ -57,10 +57,10 @@ def recomputing(model: SegmentedModel, tokens: int) -> Turn:
 
 
 def measure_single(
-    weights: Weights, model: SegmentedModel, args: argparse.Namespace, report: Report
+    weights: Weights, model: SegmentedModel, args: argparse.Namespace, table: FigureTable
 ) -> None:
     """Measure one sequence at a time, and report the figures."""
-    dtype = report.context["dtype"]
+    dtype = table.context["dtype"]
     tokens = args.tokens
     decoder = Decoder(model, 1, tokens)
     longer = Decoder(model, 1, max(3 * (LONG_RUN + 1), tokens))
@@ -87,12 +87,12 @@ def measure_single(
         f"  tokens/s at batch 1: {1 / full:.1f}; bare products ({limit}): "
         f"{1 / median(times[limit]):.1f}"
     )
-    report.add("full over bare products", ratio(times, limit, "full"), TARGETS[dtype], 1.0)
-    report.add("  without compiled layers", ratio(times, limit, "uncompiled"), None, 1.0)
+    table.add("full over bare products", ratio(times, limit, "full"), TARGETS[dtype], 1.0)
+    table.add("  without compiled layers", ratio(times, limit, "uncompiled"), None, 1.0)
     if "transformers" in times:
         gain = ratio(times, "transformers", "full")
         of_limit = ratio(times, limit, "transformers")
-        report.add(
+        table.add(
             "full over transformers",
             gain,
             1.0,
@@ -102,9 +102,9 @@ def measure_single(
     segments, head = weights.segment_bytes()
     ideal = (sum(segments) + head) / (segments[0] + head)
     gain = ratio(times, "full", "leaving")
-    report.add(f"leaving always after layer {first}", gain, 0.9 * ideal, ideal)
+    table.add(f"leaving always after layer {first}", gain, 0.9 * ideal, ideal)
     share = 1 / (LONG_RUN + 1)
     ideal = (sum(segments) + head) / (segments[0] + head + share * (sum(segments[1:]) + head))
     gain = ratio(times, "full", "runs")
-    report.add(f"runs of {LONG_RUN} exits, then all layers", gain, None, ideal)
-    report.add("  over recomputing from layer 1", ratio(times, "recomputing", "runs"), 1.0, ideal)
+    table.add(f"runs of {LONG_RUN} exits, then all layers", gain, None, ideal)
+    table.add("  over recomputing from layer 1", ratio(times, "recomputing", "runs"), 1.0, ideal)

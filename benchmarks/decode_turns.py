@@ -116,7 +116,7 @@ def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
     return median(a / b for a, b in zip(times[above], times[below], strict=True))
 
 
-class Report:
+class FigureTable:
     """Prints figures, each with its limit and whether it holds."""
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ class Report:
     def add(
         self, name: str, value: float, bound: float | None, limit: float, note: str = ""
     ) -> None:
-        """Report a figure with its theoretical limit, which has to reach `bound`."""
+        """FigureTable a figure with its theoretical limit, which has to reach `bound`."""
         holds = None if bound is None else value >= bound
         self.figures.append(
             {**self.context, "name": name, "value": value, "bound": bound, "limit": limit}

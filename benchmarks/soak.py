@@ -29,11 +29,11 @@ from soak_clients import run_clients
 from soak_connections import run_connections
 from soak_hostile import run_hostile
 from soak_kills import run_kills
-from soak_report import Report, table
+from soak_report import PartResult, table
 
 from megatron.early_exit.process_family import run_program
 
-PARTS: dict[str, Callable[[argparse.Namespace, Path], Report]] = {
+PARTS: dict[str, Callable[[argparse.Namespace, Path], PartResult]] = {
     "kills": run_kills,
     "hostile": run_hostile,
     "clients": run_clients,

@@ -19,7 +19,7 @@ from typing import Any
 
 from serve_clients import Client, Record
 from serve_requests import Item, Question, endless_items
-from soak_report import Progress, Report
+from soak_report import PartResult, ProgressLine
 from soak_server import Soaked, soaked
 
 from megatron.early_exit.client.figures import percentile
@@ -124,7 +124,7 @@ async def _live_together(soaked: Soaked, args: argparse.Namespace, tally: Tally)
     items = endless_items(questions, args.seed)
     random_ = random.Random(args.seed)
     begin = perf_counter()
-    progress = Progress("clients", args.seconds, "seconds")
+    progress = ProgressLine("clients", args.seconds, "seconds")
 
     async def tell() -> None:
         while True:
@@ -142,9 +142,9 @@ async def _live_together(soaked: Soaked, args: argparse.Namespace, tally: Tally)
         teller.cancel()
 
 
-def run_clients(args: argparse.Namespace, folder: Path) -> Report:
+def run_clients(args: argparse.Namespace, folder: Path) -> PartResult:
     """Load a server for as long as the flags say; returns the report."""
-    report, tally = Report("clients"), Tally()
+    report, tally = PartResult("clients"), Tally()
     with soaked(args, folder) as server:
         asyncio.run(_live_together(server, args, tally))
         others = {status: n for status, n in tally.statuses.items() if status != 200}

@@ -19,7 +19,7 @@ from pathlib import Path
 from time import perf_counter
 
 from serve_requests import Item
-from soak_report import Progress, Report
+from soak_report import PartResult, ProgressLine
 from soak_server import Soaked, soaked
 
 from megatron.early_exit.client.figures import percentile
@@ -155,7 +155,7 @@ async def _besiege(soaked: Soaked, args: argparse.Namespace, tally: Tally) -> in
     """Return the largest number of connections that were open at a time."""
     random_ = random.Random(args.seed)
     whole = args.connections / _PER_S + args.hold
-    progress = Progress("connections", whole, "seconds")
+    progress = ProgressLine("connections", whole, "seconds")
     begin, most = perf_counter(), 0
     async with soaked.watched():
         tasks = [
@@ -180,9 +180,9 @@ async def _besiege(soaked: Soaked, args: argparse.Namespace, tally: Tally) -> in
     return most
 
 
-def run_connections(args: argparse.Namespace, folder: Path) -> Report:
+def run_connections(args: argparse.Namespace, folder: Path) -> PartResult:
     """Hold as many connections as the flags say; returns the report."""
-    report, tally = Report("connections"), Tally()
+    report, tally = PartResult("connections"), Tally()
     with soaked(args, folder) as server:
         # Not before: the server would inherit it.
         _allow_files(args.connections + 500)

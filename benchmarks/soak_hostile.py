@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_requests import Item
-from soak_report import Progress, Report
+from soak_report import PartResult, ProgressLine
 from soak_server import GROWTH, Soaked, soaked
 from soak_values import BODIES, Endpoint, endpoints, no_http, other_method, request
 
@@ -134,7 +134,7 @@ async def _ask(soaked: Soaked, random_: random.Random, tally: Tally) -> None:
 async def _attack_all(
     soaked: Soaked, args: argparse.Namespace, found: list[Endpoint], tally: Tally
 ) -> None:
-    progress = Progress("hostile", args.requests, "requests")
+    progress = ProgressLine("hostile", args.requests, "requests")
     numbers = iter(range(args.requests))
 
     async def work() -> None:
@@ -152,9 +152,9 @@ async def _attack_all(
             group.create_task(work())
 
 
-def run_hostile(args: argparse.Namespace, folder: Path) -> Report:
+def run_hostile(args: argparse.Namespace, folder: Path) -> PartResult:
     """Send as many requests as the flags say; returns the report."""
-    report, tally = Report("hostile"), Tally()
+    report, tally = PartResult("hostile"), Tally()
     with soaked(args, folder) as server:
         with urllib.request.urlopen(f"{server.url}/openapi.json", timeout=30) as response:
             document: dict[str, Any] = json.load(response)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
-from soak_report import Progress, Report
+from soak_report import PartResult, ProgressLine
 
 from megatron.early_exit import platform
 from megatron.early_exit.process_family import MARK, members, started
@@ -169,7 +169,7 @@ def _is_unfinished(path: Path, save: Path) -> bool:
     return path.name.startswith((".", "tmp")) or path.suffix in (".tmp", ".part")
 
 
-def run_kills(args: argparse.Namespace, folder: Path) -> Report:
+def run_kills(args: argparse.Namespace, folder: Path) -> PartResult:
     """Kill as often as the flags say; returns the report."""
     # It tells which file it reads.
     logging.getLogger("tensorboard").setLevel(logging.WARNING)
@@ -203,7 +203,7 @@ def _kill(
     undisturbed = Training(ranks, folder / "undisturbed", training_flags)
     undisturbed.finish(0)
     killing = Killing(undisturbed.log())
-    progress = Progress("kills", args.kills, "kills")
+    progress = ProgressLine("kills", args.kills, "kills")
     number, training = 0, Training(ranks, folder / "training-0", training_flags)
     # A life may end by itself before its moment comes.
     for life in range(3 * args.kills):
@@ -293,8 +293,8 @@ def _tracker(training: Training) -> int:
     return int(path.read_text()) if path.exists() else 0
 
 
-def _report(args: argparse.Namespace, killing: Killing) -> Report:
-    report = Report("kills")
+def _report(args: argparse.Namespace, killing: Killing) -> PartResult:
+    report = PartResult("kills")
     report.figures = {
         "victims": killing.victims,
         "moments": killing.moments,

@@ -29,7 +29,7 @@ class Promise:
 
 
 @dataclass
-class Report:
+class PartResult:
     """The results of one part."""
 
     name: str
@@ -50,7 +50,7 @@ class Report:
         return {"seconds": round(self.seconds, 1), "promises": promises, **self.figures}
 
 
-class Progress:
+class ProgressLine:
     """Prints a line now and then with the progress of a part and the time left.
 
     Args:
@@ -82,7 +82,7 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def table(reports: list[Report]) -> str:
+def table(reports: list[PartResult]) -> str:
     """All promises, as text in columns."""
     rows = [("part", "promise", "found", "")]
     rows += [(one.name, p.text, p.found, p.verdict) for one in reports for p in one.promises]

@@ -16,7 +16,7 @@ from serve_clients import Client, Record
 from serve_models import make_checkpoint
 from serve_process import Memory, health, listener, served
 from serve_requests import Item, Question, make_questions
-from soak_report import Report
+from soak_report import PartResult
 
 from megatron.early_exit.inference import EarlyExitEngine
 
@@ -69,7 +69,7 @@ class Soaked:
         finally:
             watcher.cancel()
 
-    def judge(self, report: Report, seconds: float) -> None:
+    def judge(self, report: PartResult, seconds: float) -> None:
         """Add the promises that hold whatever the clients do: the server runs, has no requests
         left, has not grown, and its log has no traceback."""
         last = health(self.url)

@@ -53,7 +53,7 @@ class Refuse(argparse.Action):
         parser.error(f"{flag} is not supported: {REFUSED[flag]}")
 
 
-class Progress:
+class IndexingProgress:
     """Shows the progress: a bar on a terminal, elsewhere a line every `interval` documents."""
 
     def __init__(self, total_bytes: int | None, interval: int) -> None:
@@ -189,7 +189,7 @@ def preprocess(args: argparse.Namespace) -> None:
     )
     # Documents are longer than the model's window, and are meant to be.
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    progress = Progress(reader.total_bytes(), args.log_interval)
+    progress = IndexingProgress(reader.total_bytes(), args.log_interval)
     try:
         counts = index_json_lines(
             reader,

@@ -23,7 +23,7 @@ import soak_connections
 import soak_hostile
 import soak_kills
 import soak_server
-from soak_report import Report
+from soak_report import PartResult
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def short(monkeypatch):
     return soak.parse()
 
 
-def assert_kept(report: Report) -> None:
+def assert_kept(report: PartResult) -> None:
     broken = [one for one in report.promises if one.holds is False]
     assert broken == []
 
@@ -93,9 +93,9 @@ def test_kills(short, tmp_path, ranks, monkeypatch):
 
 
 def test_a_broken_promise_is_the_status_and_in_the_record(tmp_path, monkeypatch, capsys):
-    def run(args: argparse.Namespace, folder: Path) -> Report:
+    def run(args: argparse.Namespace, folder: Path) -> PartResult:
         assert folder.is_dir()
-        report = Report("kills", {"kills": 3})
+        report = PartResult("kills", {"kills": 3})
         report.promise("all is well", "nothing is", False)
         report.promise("memory does not grow", "too short", None)
         return report
