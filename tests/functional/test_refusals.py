@@ -61,5 +61,5 @@ def test_data_of_a_larger_vocabulary_never_reach_the_model(ranks, data, tmp_path
 
 def test_a_share_without_documents_does_not_hang(ranks, data, tmp_path):
     (error,), _ = errors(ranks, tmp_path, 1, *data, *STEPS, "--split", "99999,1,0", status=2)
-    assert "--split 99999,1,0" in error
-    assert "3000 documents and none for validation" in error
+    assert "--split '99999,1,0' leaves none of the 3000 documents of" in error
+    assert "for validation, allowed: a larger share, or 0" in error

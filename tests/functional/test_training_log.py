@@ -141,7 +141,7 @@ def test_wandb_gets_every_figure(run: Run):
         ),
         (
             ["--lr-warmup-iters", 3, "--lr-decay-iters", 3],
-            ["--lr-warmup-iters 3", "--lr-decay-iters 3"],
+            ["--lr-warmup-iters 3", "0 to less than 3 (--lr-decay-iters)"],
         ),
         (["--tokenizer-type", "SentencePieceTokenizer"], ["--tokenizer-model is required"]),
         (
