@@ -35,7 +35,7 @@ test: setup ## Run every check and test (tests/unit/test_project.py runs lint, t
 	@bash tools/setup/install_browser.sh >/dev/null || true
 	@$(PYTEST) tests
 
-test-fast: setup ## Run the checks and the unit tests, under three minutes
+test-fast: setup ## Run the checks and the unit tests (three minutes on fast cores, nine on slow ones)
 	@$(PYTEST) tests/unit
 
 test-oldest test-newest: test-%:
