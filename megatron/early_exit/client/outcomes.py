@@ -5,11 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron.early_exit.client.completions import (
-    Completion,
-    CompletionClient,
-    RequestFailed,
-)
+from megatron.early_exit.client.completions import Completion, CompletionClient, RequestFailed
 
 _EXIT_FIELDS = ("mode", "early_exit_threshold", "exit_layers")
 

@@ -240,10 +240,7 @@ class EarlyExitEngine:
         return self._tokens(self._request(prompt, params or SamplingParams()))
 
     def submit(
-        self,
-        prompt: str | abc.Sequence[int],
-        params: SamplingParams,
-        group: Request | None = None,
+        self, prompt: str | abc.Sequence[int], params: SamplingParams, group: Request | None = None
     ) -> Request:
         """Take in a request, which `step` brings forward together with the others.
 

@@ -228,11 +228,7 @@ class ExitHeads(MegatronModule):
         """The weight that tied exits of this chunk project with."""
 
     def add(
-        self,
-        options: EarlyExitConfig,
-        position: int,
-        layer: TransformerLayer,
-        norm: NormBuilder,
+        self, options: EarlyExitConfig, position: int, layer: TransformerLayer, norm: NormBuilder
     ) -> None:
         """Build the head of the exit at `position` without changing the random states of the
         backbone."""

@@ -20,12 +20,7 @@ class TorchNorm(torch.nn.Module):
         ValueError: `config.normalization` is neither of the two.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        hidden_size: int,
-        eps: float = 1e-5,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         if config.normalization not in ("LayerNorm", "RMSNorm"):
             raise ValueError(

@@ -135,11 +135,7 @@ class Service:
             )
 
     def submit(
-        self,
-        prompts: Sequence[list[int]],
-        params: SamplingParams,
-        answers: int,
-        is_streamed: bool,
+        self, prompts: Sequence[list[int]], params: SamplingParams, answers: int, is_streamed: bool
     ) -> Job:
         """Hand sequences to the engine, and wait until it has taken them in.
 

@@ -4,12 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from megatron.early_exit.inference.distributed.control import Message
-from megatron.early_exit.inference.engine.scoring import (
-    Piece,
-    PrefixScore,
-    ScoringRule,
-    TextScores,
-)
+from megatron.early_exit.inference.engine.scoring import Piece, PrefixScore, ScoringRule, TextScores
 from megatron.early_exit.inference.modes.rule import ExitRule
 
 

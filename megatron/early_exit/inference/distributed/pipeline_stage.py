@@ -9,11 +9,7 @@ from torch import Tensor, distributed
 from megatron.early_exit.inference.distributed.control import Message
 from megatron.early_exit.inference.distributed.pipeline_scores import piece_of, rule_of
 from megatron.early_exit.inference.distributed.process_groups import RankInfo
-from megatron.early_exit.inference.distributed.stage_task import (
-    HeadMessage,
-    StageBatch,
-    StageTask,
-)
+from megatron.early_exit.inference.distributed.stage_task import HeadMessage, StageBatch, StageTask
 from megatron.early_exit.inference.engine.scoring import PrefixScore, TextScorer
 from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.model.runner import SegmentRunner

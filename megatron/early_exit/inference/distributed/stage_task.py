@@ -143,7 +143,6 @@ class StageBatch:
         spans = sorted(self.spans.values(), key=in_pass_order)
         places = {span.slot: index for index, span in enumerate(spans)}
         order = sorted(
-            range(len(self.tasks)),
-            key=lambda i: (places[self.tasks[i].slot], self.tasks[i].start),
+            range(len(self.tasks)), key=lambda i: (places[self.tasks[i].slot], self.tasks[i].start)
         )
         return spans, order

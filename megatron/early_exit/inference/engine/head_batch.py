@@ -57,11 +57,7 @@ class HeadBatch:
         self._calls: list[_HeadCall] = []
 
     def add(
-        self,
-        segment: int,
-        spans: abc.Sequence[Span],
-        counts: abc.Sequence[int],
-        hidden: Tensor,
+        self, segment: int, spans: abc.Sequence[Span], counts: abc.Sequence[int], hidden: Tensor
     ) -> None:
         """Add the head behind a segment.
 

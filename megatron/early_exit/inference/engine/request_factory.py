@@ -98,14 +98,7 @@ class RequestFactory:
         if params.prompt_logprobs is not None:
             rule = ScoringRule(mode.scoring_rule, params.prompt_logprobs)
             scoring = TextScores(tokens, rule, token_sampler.layers)
-        return Request(
-            sequence,
-            params,
-            mode,
-            Stopping(params, stops, room, text),
-            echo,
-            scoring,
-        )
+        return Request(sequence, params, mode, Stopping(params, stops, room, text), echo, scoring)
 
     def encode(self, prompt: str | abc.Sequence[int], room: int = 0) -> list[int]:
         """The token ids of a prompt, checked.

@@ -3,12 +3,7 @@
 from collections.abc import Callable, Iterator
 from time import perf_counter
 
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Gauge,
-    generate_latest,
-)
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from prometheus_client import Counter as Count
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector

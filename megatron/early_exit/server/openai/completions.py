@@ -8,10 +8,7 @@ from flask_openapi3.models.tag import Tag
 
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.params import SamplingParams
-from megatron.early_exit.inference.results import (
-    GeneratedToken,
-    PromptToken,
-)
+from megatron.early_exit.inference.results import GeneratedToken, PromptToken
 from megatron.early_exit.server.bodies.stream_options import check_stream_options
 from megatron.early_exit.server.bodies.token_texts import as_number, as_token_id
 from megatron.early_exit.server.engine_thread.job import Job, Tokens
