@@ -45,10 +45,6 @@ def load_engine(
 ) -> EarlyExitEngine:
     """Load the engine that the flags describe; with several processes, rank 0 drives the others.
 
-    Args:
-        args: with the flags.
-        max_sequence_length: see `EarlyExitEngine`.
-
     Raises:
         ValueError: see `EarlyExitEngine.from_checkpoint`.
     """

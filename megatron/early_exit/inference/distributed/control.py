@@ -20,9 +20,6 @@ class ControlPlane:
 
     All processes of the group must create it together; their addresses are exchanged over the
     group. Messages from the same sender arrive in their order.
-
-    Args:
-        group: the processes.
     """
 
     def __init__(self, group: distributed.ProcessGroup) -> None:
@@ -44,11 +41,8 @@ class ControlPlane:
         self._lines[rank].send_multipart(frames if attachment is None else [*frames, attachment])
 
     def receive(self, wait: bool = True) -> tuple[Message, bytes | None] | None:
-        """The next message, and what is attached to it; None where none has come.
-
-        Args:
-            wait: for a message.
-        """
+        """The next message, and what is attached to it; None where none has come: by default it
+        waits for one."""
         if not self._inbox.poll(None if wait else 0):
             return None
         frames = self._inbox.recv_multipart()

@@ -35,12 +35,7 @@ NOT_A_WORKER = (
 
 
 class WatchedLoop:
-    """A loop that needs all processes to be alive while it runs.
-
-    Args:
-        loop: what does the work.
-        heartbeat: knows who is alive.
-    """
+    """A loop that needs all processes to be alive while it runs, as a heartbeat knows."""
 
     def __init__(self, loop: Loop, heartbeat: Heartbeat) -> None:
         self.loop, self._heartbeat = loop, heartbeat
@@ -60,11 +55,7 @@ class WatchedLoop:
 
 
 class SingleProcess:
-    """A model in a single process: the counterpart of `ParallelBackend`.
-
-    Args:
-        model: the whole model.
-    """
+    """A whole model in a single process: the counterpart of `ParallelBackend`."""
 
     def __init__(self, model: SegmentedModel) -> None:
         self.architecture = model.architecture
@@ -203,15 +194,10 @@ def parallel_model(
     compile_rows: bool = False,
     has_driver: bool = False,
 ) -> tuple[SegmentedModel, ParallelBackend]:
-    """This process's part of a model.
+    """This process's part of a whole model with its exits.
 
-    Args:
-        rank_info: of the process.
-        architecture: the whole model.
-        early_exit: its exits.
-        weights: this process's parts of the tensors, see `own_part`.
-        compile_rows: see `SegmentedModel`.
-        has_driver: see `ParallelBackend`.
+    `weights` has its parts of the tensors, see `own_part`; for `compile_rows` see `SegmentedModel`,
+    for `has_driver` see `ParallelBackend`.
     """
     shape, exits, renamed = stage_as_model(rank_info, architecture, early_exit, weights)
     model = SegmentedModel(shape, exits, renamed, rank_info.tensor, compile_rows)

@@ -20,13 +20,7 @@ def order_message(key: int, scoring: TextScores, piece: Piece) -> Message:
 
 
 def scores_message(key: int, scores: Iterable[PrefixScore], **where: int) -> Message:
-    """What tells of scores of a request's prompt.
-
-    Args:
-        key: of the request.
-        scores: of prefixes.
-        where: what else there is to say of them.
-    """
+    """What tells of scores of a request's prompt, and what else there is to say of them."""
     return {"kind": "scored", "key": key, "scores": [asdict(score) for score in scores], **where}
 
 
@@ -55,9 +49,6 @@ class PiecesUnderWay:
 
     Every stage tells of every piece: of the positions that one of its exits is sure of, the last
     stage of all.
-
-    Args:
-        num_stages: of the pipeline.
 
     Attributes:
         num_pieces: how many are on their way.

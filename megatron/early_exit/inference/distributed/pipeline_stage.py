@@ -81,23 +81,15 @@ class PipelineStage:
 
     @torch.inference_mode()
     def score(self, order: Message) -> list[PrefixScore]:
-        """Run a piece of a text through, with caches of its own.
-
-        Args:
-            order: see `order_message`.
+        """Run a piece of a text through, as an `order_message` says, with caches of its own.
 
         Returns:
             The scores of which the heads here are sure.
         """
         key, length, piece = order["key"], order["length"], piece_of(order)
         if piece.start == 0:
-            self._scorers[key] = TextScorer(
-                self.runner.model,
-                length,
-                rule_of(order),
-                self.first_exit,
-                self.rank_info.is_last_stage,
-            )
+            place = (self.first_exit, self.rank_info.is_last_stage)
+            self._scorers[key] = TextScorer(self.runner.model, length, rule_of(order), *place)
         hidden = None if self.rank_info.is_first_stage else self._receive(len(piece.tokens))
         scores, hidden = self._scorers[key].run(piece, hidden)
         if not self.rank_info.is_last_stage:
@@ -152,9 +144,8 @@ class PipelineStage:
 
     def _receive(self, num_rows: int) -> Tensor:
         model = self.runner.model
-        hidden = torch.empty(
-            num_rows, model.architecture.hidden_size, dtype=model.dtype, device=model.device
-        )
+        shape = (num_rows, model.architecture.hidden_size)
+        hidden = torch.empty(shape, dtype=model.dtype, device=model.device)
         source = self.rank_info.rank - self.rank_info.stage_size
         distributed.recv(hidden, source, group=self.rank_info.group)
         return hidden

@@ -170,14 +170,8 @@ def stage_as_model(
     early_exit: EarlyExitConfig,
     weights: Mapping[str, Tensor],
 ) -> tuple[Architecture, EarlyExitConfig, Weights]:
-    """This process's part as a model of its own, whose first layer is the stage's first.
-
-    Args:
-        rank_info: of the process.
-        architecture: the whole backbone.
-        early_exit: all exits.
-        weights: what `own_part` has left.
-    """
+    """This process's part of the whole backbone and all exits as a model of its own, whose first
+    layer is the stage's first; `weights` is what `own_part` has left."""
     layers = rank_info.layers(architecture.num_layers)
     own_exits = rank_info.exits(architecture.num_layers, early_exit)
     positions = [early_exit.positions[index] - layers.start for index in own_exits]

@@ -60,13 +60,8 @@ class TensorDriver:
 
 
 def repeat_calls(loop: Loop, control: ControlPlane, build: BuildRequest) -> None:
-    """Make the calls that the first rank's `TensorDriver` tells of, until it closes.
-
-    Args:
-        loop: of this rank.
-        control: messages from the first rank.
-        build: makes the requests, which are those of the first rank under the same keys.
-    """
+    """Make the calls that the first rank's `TensorDriver` tells of, until it closes. The requests
+    that `build` makes are those of the first rank under the same keys."""
     while True:
         heard = control.receive()
         assert heard is not None

@@ -12,23 +12,13 @@ _PRIOR = 4
 
 
 class ExitRateEstimator:
-    """Estimates the rate at which each exit gives tokens, for all sequences and for each.
-
-    Args:
-        num_exits: of the model.
-    """
+    """Estimates the rate at which each of a model's exits gives tokens, in all and by sequence."""
 
     def __init__(self, num_exits: int) -> None:
         self._average = [0.5] * num_exits
 
     def start(self, sequence: Sequence, exits: Iterable[int], can_defer_exit: bool = True) -> None:
-        """Note which exits a sequence asks.
-
-        Args:
-            sequence: gets its first estimates.
-            exits: their indices.
-            can_defer_exit: see `Sequence`.
-        """
+        """Note the indices of the exits that a sequence asks, and give it its first estimates."""
         sequence.exits = frozenset(exits)
         sequence.can_defer_exit = can_defer_exit
         sequence.exit_rates = [

@@ -46,11 +46,7 @@ class _HeadCall:
 
 
 class HeadBatch:
-    """The heads to evaluate for batches that have run one after another.
-
-    Args:
-        runner: has run them.
-    """
+    """The heads to evaluate for batches that a runner has run one after another."""
 
     def __init__(self, runner: SegmentRunner) -> None:
         self._runner = runner

@@ -52,22 +52,18 @@ class Costs:
         shares_heads: bool,
         device: str,
     ) -> "Costs":
-        """The costs of a model.
+        """The costs of a model on a kind of device.
 
         Args:
-            shape: of the backbone.
             exits: the layers that its exits follow.
             exit_vocab_size: tokens that they answer with.
-            shares_heads: see above.
-            device: the kind of device that it runs on.
         """
         layer = float(shape.layer_weights)
         segments = tuple(layer * (b - a) for a, b in pairwise((0, *exits, shape.num_layers)))
         head, exit_head = (
             _HEAD * shape.hidden_size * size for size in (shape.vocab_size, exit_vocab_size)
         )
-        rows = ROWS.get(device, ROWS["cuda"])
-        return cls(segments, head, exit_head, shares_heads, rows)
+        return cls(segments, head, exit_head, shares_heads, ROWS.get(device, ROWS["cuda"]))
 
 
 class SegmentQueue:

@@ -1,8 +1,8 @@
 """From a prompt and its parameters to a request that an engine can run, or a refusal."""
 
 from collections import abc
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import torch
@@ -20,10 +20,11 @@ from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.inference.sequence import Sequence
 
 
+@dataclass(kw_only=True, eq=False)
 class RequestFactory:
     """Checks what depends on the model.
 
-    Args:
+    Attributes:
         vocab_size: tokens that the model knows.
         num_layers: of its backbone.
         exit_layers: its exits, each named by the number of backbone layers before it.
@@ -36,27 +37,17 @@ class RequestFactory:
         draw_seed: gives seeds to requests that sample and have none.
     """
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        num_layers: int,
-        exit_layers: tuple[int, ...],
-        max_sequence_length: int,
-        max_pending: int,
-        tokenizer: Tokenizer | None,
-        eod_id: int | None,
-        other_end_ids: tuple[int, ...],
-        device: torch.device,
-        draw_seed: Callable[[], int],
-    ) -> None:
-        self.draw_seed = draw_seed
-        self.vocab_size, self.num_layers = vocab_size, num_layers
-        self.exit_layers = exit_layers
-        self.max_sequence_length, self.max_pending = max_sequence_length, max_pending
-        self.tokenizer, self.device = tokenizer, device
-        self.eod_id, self.other_end_ids = eod_id, other_end_ids
-        self._keys = count(1)
+    vocab_size: int
+    num_layers: int
+    exit_layers: tuple[int, ...]
+    max_sequence_length: int
+    max_pending: int
+    tokenizer: Tokenizer | None
+    eod_id: int | None
+    other_end_ids: tuple[int, ...]
+    device: torch.device
+    draw_seed: Callable[[], int]
+    _keys: Iterator[int] = field(default_factory=lambda: count(1), init=False)
 
     def build(
         self, prompt: str | abc.Sequence[int], params: SamplingParams, key: int | None = None
@@ -83,11 +74,10 @@ class RequestFactory:
                     raise FieldError(name, "is unknown", self._known, value=token)
         stops = stop_token_ids(params, self.eod_id, self.other_end_ids)
         sampler = Sampler(params, tokens, stops, self.vocab_size, self.device)
-        sequence = Sequence(next(self._keys) if key is None else key, tokens)
-        sequence.group = sequence.key
-        token_sampler = TokenSampler(
-            params, sampler, sequence, (*self.exit_layers, self.num_layers)
-        )
+        key = next(self._keys) if key is None else key
+        sequence = Sequence(key, tokens, group=key)
+        layers = (*self.exit_layers, self.num_layers)
+        token_sampler = TokenSampler(params, sampler, sequence, layers)
         text = None if self.tokenizer is None else TextStream(self.tokenizer, tokens)
         echo = ""
         if params.echo and self.tokenizer is not None:
@@ -97,7 +87,7 @@ class RequestFactory:
         scoring = None
         if params.prompt_logprobs is not None:
             rule = ScoringRule(mode.scoring_rule, params.prompt_logprobs)
-            scoring = TextScores(tokens, rule, token_sampler.layers)
+            scoring = TextScores(tokens, rule, layers)
         return Request(sequence, params, mode, Stopping(params, stops, room, text), echo, scoring)
 
     def encode(self, prompt: str | abc.Sequence[int], room: int = 0) -> list[int]:
@@ -112,20 +102,16 @@ class RequestFactory:
         if not isinstance(prompt, str):
             tokens = list(_checked_iterable(prompt))
         elif self.tokenizer is None:
-            raise FieldError(
-                "prompts",
-                "a text needs a tokenizer that inference supports, and this model has none",
-                "lists of token ids",
-            )
+            problem = "a text needs a tokenizer that inference supports, and this model has none"
+            raise FieldError("prompts", problem, "lists of token ids")
         else:
             tokens = self.tokenizer.encode(prompt)
         if not tokens:
             raise FieldError("prompts", "a prompt is empty", "1 token or more")
         longest = self.max_sequence_length - room
         if len(tokens) > longest:
-            raise FieldError(
-                "prompts", f"a prompt of {len(tokens)} tokens is too long", f"up to {longest}"
-            )
+            problem = f"a prompt of {len(tokens)} tokens is too long"
+            raise FieldError("prompts", problem, f"up to {longest}")
         for token in tokens:
             if not self._knows(token):
                 raise FieldError("prompts", f"token {token!r} is unknown", self._known)

@@ -247,8 +247,7 @@ class Scheduler:
 
     def go_on(self, sequence: Sequence) -> None:
         """The sequence has got tokens or drafts, and starts on the last of them."""
-        sequence.segment = 0
-        sequence.since = self._step
+        sequence.segment, sequence.since = 0, self._step
 
 
 def _cut(waiting: int, room: int, num_verified: int) -> int:

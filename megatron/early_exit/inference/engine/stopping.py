@@ -11,13 +11,8 @@ from megatron.early_exit.inference.results import FinishReason
 def stop_token_ids(
     params: SamplingParams, eod_id: int | None, other_end_ids: Iterable[int] = ()
 ) -> dict[int, int | None]:
-    """The tokens that end a sequence, each with the `stop_reason` for it, as in vLLM.
-
-    Args:
-        params: the request.
-        eod_id: the token that ends a document; None where the model has none.
-        other_end_ids: further tokens that end a text.
-    """
+    """The tokens that end a sequence, each with the `stop_reason` for it, as in vLLM; `eod_id` is
+    the one that ends a document, `other_end_ids` are further ones that end a text."""
     found: dict[int, int | None] = {}
     if not params.ignore_eos:
         found |= {one: one for one in other_end_ids}
@@ -46,12 +41,8 @@ class StopStrings:
         self._held = ""
 
     def add(self, piece: str, may_stop: bool = True) -> str:
-        """The text that is certain now and was not before the piece.
-
-        Args:
-            piece: the next text.
-            may_stop: a stop string that is complete within the piece counts.
-        """
+        """The text that is certain now and was not before the piece; with `may_stop` a stop string
+        that is complete within the piece counts."""
         assert self.matched is None
         text = self._held + piece
         if may_stop and (match := self._first_match(text, len(self._held))):
@@ -125,10 +116,8 @@ class Stopping:
         self.offset = 0
         self.finish_reason: FinishReason | None = "length" if room <= 0 else None
         self.stop_reason: str | int | None = None
-        self._params = params
-        self._token_ids = token_ids
-        self._room = room
-        self._text = text
+        self._params, self._text = params, text
+        self._token_ids, self._room = token_ids, room
         self._length = 0
         """Characters of the text, those held back for stop strings among them."""
         self._strings = StopStrings(params.stop)

@@ -104,8 +104,7 @@ class TextStream:
         count = _CONTEXT
         while count < len(self._window):
             behind = self._window[-count:]
-            certain = self._num_certain(behind)
-            if certain:
+            if certain := self._num_certain(behind):
                 self._window, self._given = behind, certain
                 break
             count *= 2

@@ -72,9 +72,8 @@ class GraphedLayers:
         length = min(max(_power_of_two(longest), _FEWEST_POSITIONS), this.cache.capacity)
         graph = self._graphs.get((this.cache, rows, length))
         if graph is None:
-            graph = self._record(
-                this.cache, hidden.new_zeros(rows, hidden.shape[1]), places, length
-            )
+            zeros = hidden.new_zeros(rows, hidden.shape[1])
+            graph = self._record(this.cache, zeros, places, length)
             self._graphs[this.cache, rows, length] = graph
         graph.places.copy_(places)
         graph.hidden[:count] = hidden

@@ -54,12 +54,11 @@ class KVCache:
     Args:
         num_attentions: attentions that share the buffer, of a segment or of an exit's block.
         num_slots: sequences at a time.
-        capacity: positions of each.
+        capacity: positions of each that are for use.
         num_groups: key-value heads.
         head_size: entries of a key or value.
 
     Attributes:
-        capacity: positions of each slot that are for use.
         first: number of the first attention.
         data: [attentions, slots, capacity + 1, 2 ng, hn], keys before values.
         by_slot: for each slot, and in it for each attention, [1, capacity + 1, 2 ng, hn].

@@ -47,20 +47,12 @@ def arrange(
     return own
 
 
-def _squared_relu(x: Tensor) -> Tensor:
-    return functional.relu(x).square()
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
 _ACTIVATIONS: Mapping[str, Function] = {
     "gelu": functional.gelu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "silu": functional.silu,
-    "squared_relu": _squared_relu,
-    "quick_gelu": _quick_gelu,
+    "squared_relu": lambda x: functional.relu(x).square(),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
 

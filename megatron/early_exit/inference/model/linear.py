@@ -29,9 +29,7 @@ def make_linear(weight: Tensor, bias: Tensor | None = None) -> Function:
 def make_addition(weight: Tensor, bias: Tensor | None, reduce: Function | None) -> Addition:
     """x [r, n], y [r, k] -> x + y weight^T + bias, for a weight [n, k].
 
-    Args:
-        weight, bias: of the product.
-        reduce: adds up the products of ranks that share it; None where it is whole.
+    `reduce` adds up the products of ranks that share it; it is None where the product is whole.
     """
     if torch.compiler.is_compiling():
         return lambda x, y: x + _compiled_product(y, weight, bias)

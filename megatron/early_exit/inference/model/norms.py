@@ -43,8 +43,7 @@ class _CpuRmsNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dim() == 2 and x.shape[0] == 1:
-            both = torch.layer_norm(
-                x * self.signs, self.both_shape, self.both_gains, None, self.eps
-            )
+            signed = x * self.signs
+            both = torch.layer_norm(signed, self.both_shape, self.both_gains, None, self.eps)
             return both.narrow(0, 0, 1)
         return functional.rms_norm(x, self.shape, self.gain, self.eps)

@@ -100,7 +100,6 @@ class Pass:
 
     Attributes:
         cache: where it is now, see `move_to`.
-        spans: what is computed.
         count: number of rows, r.
         index: slot and position of each row; None where the rows are a single span.
         results: the rows that need a result; None is all of them.
@@ -176,9 +175,7 @@ class Pass:
             for i in range(stop - start):
                 seen[slot - first][i] = start + i + 1
                 places.append((slot - first, i))
-        mask = None
-        if min(map(min, seen)) < end:
-            mask = self._mask(seen, end)
+        mask = self._mask(seen, end) if min(map(min, seen)) < end else None
         if count == num_slots * num_rows and slots == sorted(slots):
             return _Call(queries, first, num_slots, num_rows, end, mask)
         device = self.cache.data.device

@@ -37,13 +37,7 @@ class _Run:
 
 
 class SegmentRunner:
-    """The model with room for `num_slots` sequences of up to `capacity` positions.
-
-    Args:
-        model: what runs.
-        num_slots: sequences at a time.
-        capacity: positions of each.
-    """
+    """The model with room for `num_slots` sequences of up to `capacity` positions at a time."""
 
     def __init__(self, model: SegmentedModel, num_slots: int, capacity: int) -> None:
         self.model = model
@@ -61,16 +55,9 @@ class SegmentRunner:
         self._last: _Run | None = None
 
     def _new_cache(self, num_attentions: int) -> KVCache:
-        shape = self.model.architecture
-        return KVCache(
-            num_attentions,
-            self.num_slots,
-            self.capacity,
-            shape.num_query_groups,
-            shape.kv_channels,
-            self.model.dtype,
-            self.model.device,
-        )
+        model, shape = self.model, self.model.architecture
+        sizes = (self.num_slots, self.capacity, shape.num_query_groups, shape.kv_channels)
+        return KVCache(num_attentions, *sizes, model.dtype, model.device)
 
     @torch.inference_mode()
     def warm_up(self) -> None:

@@ -114,10 +114,11 @@ class SegmentedModel:
     def _layer(self, weights: Mapping[str, Tensor], prefix: str, number: int) -> _Layer:
         """The layer with some prefix, and its number among those that share a cache."""
         own = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        own |= self._arrange(own, f"{prefix}self_attention.")
+        order = None if self.rotary is None else self.rotary.order
+        own |= arrange(self.architecture, own, f"{prefix}self_attention.", order)
         packed = {n: pack(t) if t.dim() == 2 else t for n, t in own.items()}
         halves = (
-            self._attention(packed, f"{prefix}self_attention.", number),
+            Attention(self.architecture, packed, f"{prefix}self_attention.", number, self._reduce),
             self._mlp(packed, f"{prefix}mlp."),
         )
         if self._compiler is None:
@@ -147,13 +148,6 @@ class SegmentedModel:
         if self.device.type == "cuda":
             return GraphedLayers(self._compiler, plain)
         return CompiledLayers(self._compiler, plain, [layer.packed for layer in layers])
-
-    def _arrange(self, weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        order = None if self.rotary is None else self.rotary.order
-        return arrange(self.architecture, weights, prefix, order)
-
-    def _attention(self, weights: Mapping[str, Tensor], prefix: str, number: int) -> Attention:
-        return Attention(self.architecture, weights, prefix, number, self._reduce)
 
     def _mlp(self, weights: Mapping[str, Tensor], prefix: str) -> Mlp:
         return Mlp(self.architecture, weights, prefix, self._reduce)

@@ -56,7 +56,6 @@ class TensorParallel:
 
         Args:
             name: of the tensor, see `megatron.early_exit.checkpoint.weights`.
-            whole: the tensor.
             gated: MLPs are gated.
         """
         if name.endswith(_DIVIDED_BY_ROWS):
