@@ -26,12 +26,7 @@ class ExitColours:
         self._counts = dict.fromkeys(layers, 0)
 
     def write(self, text: str, layer: int) -> None:
-        """Write what a token adds to the text.
-
-        Args:
-            text: the added text, which may be empty.
-            layer: the layer that gave the token.
-        """
+        """Write what a token adds to the text, if anything; `layer` is that which gave it."""
         self._counts[layer] += 1
         # A background must not run over the end of a line.
         pieces = text.split("\n")

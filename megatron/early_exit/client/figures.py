@@ -29,12 +29,7 @@ def describe(answer: Completion) -> str:
 
 
 def describe_all(answers: Sequence[Completion], seconds: float) -> list[str]:
-    """The figures of many answers.
-
-    Args:
-        answers: the answers, in any order.
-        seconds: the time that all of them took together.
-    """
+    """The figures of many answers, in any order, which took so many seconds together."""
     tokens = sum(len(one.token_ids) for one in answers)
     latencies = [one.latency_seconds for one in answers]
     firsts = [one.time_to_first_token_seconds for one in answers]

@@ -46,9 +46,7 @@ def ask(
     """Yield the outcomes in the order of the prompts, each as soon as it is complete.
 
     Args:
-        client: the client of the server.
         body: the request without its prompt.
-        prompts: the prompts.
         concurrency: requests at a time.
         compare_with: name of a model to which each prompt is sent again right after its first
             answer, without the fields about exits; None compares with nothing.

@@ -75,9 +75,8 @@ class TorchAttention(MegatronModule):
             raise ValueError("packed sequences need --transformer-impl transformer_engine")
         if attention_bias is not None:
             raise ValueError("an attention bias needs --transformer-impl transformer_engine")
-        allowed, causal = _mask(
-            attention_mask, attn_mask_type or self.attn_mask_type, query.size(0), key
-        )
+        mask_type = attn_mask_type or self.attn_mask_type
+        allowed, causal = _mask(attention_mask, mask_type, query.size(0), key)
         dropout = self.dropout if self.training else 0.0
         dtype = _kernel_dtype(query)
         with _dropout_rng(dropout, self.config):

@@ -27,15 +27,9 @@ TUNING_ANCHOR = "tuning_anchor"
 _ANCHOR_SIZE = 4096
 _WORD_EMBEDDING_KEY = "embedding.word_embeddings.weight"
 _BRANCH_KWARGS = (
-    "attention_mask",
-    "rotary_pos_emb",
-    "rotary_pos_cos",
-    "rotary_pos_sin",
-    "rotary_pos_cos_sin",
-    "attention_bias",
-    "packed_seq_params",
-    "sequence_len_offset",
-    "padding_mask",
+    *("attention_mask", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin"),
+    *("rotary_pos_cos_sin", "attention_bias", "packed_seq_params"),
+    *("sequence_len_offset", "padding_mask"),
 )
 
 
@@ -52,7 +46,6 @@ class ExitTap(Protocol):
         layer_kwargs: dict[str, Any],
     ) -> Tensor:
         """Return `hidden` [s, b, h] unchanged in value; labels and loss_mask are [b, s]."""
-        ...
 
 
 class EarlyExitGPTModel(GPTModel):
@@ -84,11 +77,8 @@ class EarlyExitGPTModel(GPTModel):
             self._tie_exits()
 
     def tune_exits(self, freeze_projections: bool) -> None:
-        """Freeze everything except the exits' own weights.
-
-        Args:
-            freeze_projections: whether to freeze the exits' output projections, too.
-        """
+        """Freeze everything except the exits' own weights; with `freeze_projections` also their
+        output projections."""
         self.tunes_exits = True
         self.requires_grad_(False)
         # Megatron's optimizers and checkpoints want something of every pipeline stage, also of one
@@ -106,9 +96,7 @@ class EarlyExitGPTModel(GPTModel):
     def needs_targets(self) -> bool:
         """Whether this chunk needs labels and loss mask: if it has exits, or is the last one of the
         pipeline, where Megatron counts the tokens, even for a model without a final head."""
-        ends = self.post_process
-        if self.tunes_exits:
-            ends = is_pp_last_stage(self.pg_collection.pp)
+        ends = is_pp_last_stage(self.pg_collection.pp) if self.tunes_exits else self.post_process
         return ends or bool(self.exits.heads)
 
     def train(self, mode: bool = True) -> "EarlyExitGPTModel":
@@ -135,9 +123,8 @@ class EarlyExitGPTModel(GPTModel):
             if self.exit_tap is None or labels is None:
                 return hidden
             branch_kwargs = {name: kwargs.get(name) for name in _BRANCH_KWARGS}
-            return self.exit_tap(
-                self.exits, position, hidden, labels, kwargs.get("context_mask"), branch_kwargs
-            )
+            mask = kwargs.get("context_mask")
+            return self.exit_tap(self.exits, position, hidden, labels, mask, branch_kwargs)
 
         if options.replaces_mlp:
             _tap_before_mlp(layer, tap)
@@ -196,9 +183,8 @@ class EarlyExitGPTModel(GPTModel):
         if name in state:
             first_layer: Any = self.decoder.layers[0]
             copy_number = 1 + first_layer.layer_number
-            state[name] = self.exits.tied_sharded_tensor(
-                prefix + _WORD_EMBEDDING_KEY, copy_number, metadata
-            )
+            key = prefix + _WORD_EMBEDDING_KEY
+            state[name] = self.exits.tied_sharded_tensor(key, copy_number, metadata)
         if not self.tunes_exits:
             return state
         anchor = state[f"{prefix}{TUNING_ANCHOR}"]

@@ -42,9 +42,8 @@ class TorchNorm(torch.nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise as plain normalisation, without a change of scale or an offset."""
-        torch.nn.init.constant_(
-            self.weight, 0.0 if self.config.layernorm_zero_centered_gamma else 1.0
-        )
+        gain = 0.0 if self.config.layernorm_zero_centered_gamma else 1.0
+        torch.nn.init.constant_(self.weight, gain)
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
 

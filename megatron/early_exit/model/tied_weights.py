@@ -61,9 +61,8 @@ def connect_tied_weights(chunks: list[MegatronModule]) -> list[MegatronModule]:
     contributing, receiving = _local_weights(models)
     has_copy = any(chunk.exits.tied_copy is not None for chunk in models)
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(
-        everyone, (ranks, has_copy, bool(contributing or receiving))
-    )
+    own = (ranks, has_copy, bool(contributing or receiving))
+    torch.distributed.all_gather_object(everyone, own)
     mine = None
     for one in sorted({entry[0] for entry in everyone}):
         members = [rank for rank in one if everyone[rank][2]]

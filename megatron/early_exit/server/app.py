@@ -83,12 +83,7 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 def create_app(worker: EngineWorker, settings: ServerSettings) -> OpenAPI:
-    """The application.
-
-    Args:
-        worker: owns the engine.
-        settings: the operator's.
-    """
+    """The application, which serves a worker's engine as the operator has set it."""
     app = OpenAPI(
         __name__,
         info=Info(title="Early-exit text generation", version="1"),

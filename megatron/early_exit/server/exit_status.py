@@ -12,15 +12,8 @@ EXIT_CONFIGURATION = 2
 EXIT_TEMPORARY = 75
 """It could not start now, but may the next time: the port or memory is taken (`EX_TEMPFAIL`)."""
 _PERMANENT_ERRNOS = {
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EINVAL,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.EAFNOSUPPORT,
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM),
+    *(errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.EAFNOSUPPORT),
 }
 
 

@@ -49,12 +49,9 @@ class ServedModel:
         end = name.removeprefix(f"{self.name}:")
         decided = None if end == name else self._named(end)
         if decided is None:
-            raise ApiError(
-                404,
-                f"model {name[:200]!r}: does not exist, allowed: {', '.join(self.names())}",
-                "model",
-                "model_not_found",
-            )
+            allowed = ", ".join(self.names())
+            message = f"model {name[:200]!r}: does not exist, allowed: {allowed}"
+            raise ApiError(404, message, "model", "model_not_found")
         return replace(self.exits, **decided, model=name, decided=frozenset(decided))
 
     def _named(self, end: str) -> dict[str, Any] | None:

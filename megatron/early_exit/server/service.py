@@ -65,9 +65,8 @@ class Service:
         """
         most, count = self.settings.max_sequences, len(prompts) * answers
         if count > most:
-            raise ApiError(
-                400, f"{param}: asks for {count} texts, allowed: up to {most} in a request", param
-            )
+            message = f"{param}: asks for {count} texts, allowed: up to {most} in a request"
+            raise ApiError(400, message, param)
         return [self.encode(prompt, param, room, add_special_tokens) for prompt in prompts]
 
     def encode_text(self, text: str, param: str, add_special_tokens: bool = True) -> list[int]:
@@ -102,11 +101,9 @@ class Service:
             tokens = prompt
             unknown = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
             if unknown is not None:
-                raise ApiError(
-                    400,
-                    f"{param}: token {unknown} is unknown, allowed: 0 to {self.vocab_size - 1}",
-                    param,
-                )
+                known = f"0 to {self.vocab_size - 1}"
+                message = f"{param}: token {unknown} is unknown, allowed: {known}"
+                raise ApiError(400, message, param)
         if not tokens:
             raise ApiError(400, f"{param}: is empty, allowed: 1 token or more", param)
         if len(tokens) > longest:
@@ -126,13 +123,11 @@ class Service:
         longest = max(map(len, prompts))
         room = self.max_model_len - longest
         if value is not None and value > room:
-            raise ApiError(
-                400,
+            message = (
                 f"{name} {value}: does not fit behind a prompt of {longest} tokens in a context of "
-                f"{self.max_model_len}, allowed: up to {room}",
-                name,
-                "context_length_exceeded",
+                f"{self.max_model_len}, allowed: up to {room}"
             )
+            raise ApiError(400, message, name, "context_length_exceeded")
 
     def submit(
         self, prompts: Sequence[list[int]], params: SamplingParams, answers: int, is_streamed: bool
@@ -184,7 +179,6 @@ class Service:
 
     def stream(self, job: Job, events: Iterator[str]) -> Response:
         """Send what `events` makes of a job as server-sent events."""
-
         outcome: dict[str, object] = g.outcome
 
         def lines() -> Iterator[str]:

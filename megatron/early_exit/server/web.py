@@ -138,11 +138,7 @@ class WebServer:
         return 0 if self._is_well() else 1
 
     def stop(self, grace: float) -> None:
-        """Take nothing new in, and give answers time to be made and read.
-
-        Args:
-            grace: seconds for both.
-        """
+        """Take nothing new in, and give answers `grace` seconds to be made and read."""
         until = time.monotonic() + grace
         self._worker.stop(grace)
         # At least one look: what was given up is to be told of even without any grace.

@@ -188,11 +188,8 @@ class ExitFields(RequestModel):
     def _threshold(self) -> float | None:
         names = (self.early_exit_threshold, self.early_exit_thres)
         if None not in names and names[0] != names[1]:
-            raise ApiError(
-                400,
-                f"early_exit_thres {names[1]}: contradicts early_exit_threshold {names[0]}",
-                "early_exit_thres",
-            )
+            message = f"early_exit_thres {names[1]}: contradicts early_exit_threshold {names[0]}"
+            raise ApiError(400, message, "early_exit_thres")
         return names[0] if names[1] is None else names[1]
 
     def _mode(self, given: dict[str, Any]) -> Mode | None:
@@ -200,11 +197,9 @@ class ExitFields(RequestModel):
         if self.use_early_exit is not None:
             switched = "early_exit" if self.use_early_exit else "full"
         if self.mode is not None and switched not in (None, self.mode):
-            raise ApiError(
-                400,
-                f"use_early_exit {str(self.use_early_exit).lower()}: contradicts mode {self.mode}",
-                "use_early_exit",
-            )
+            value = json.dumps(self.use_early_exit)
+            message = f"use_early_exit {value}: contradicts mode {self.mode}"
+            raise ApiError(400, message, "use_early_exit")
         if self.mode is None and switched is None and given.keys() & MODE_FIELDS["early_exit"]:
             return "early_exit"
         return self.mode or switched
@@ -253,11 +248,8 @@ class SamplingFields(ExitFields):
             ApiError: a field has no effect.
         """
         if self.top_p_bound and self.top_p_decay in (None, 1):
-            raise ApiError(
-                400,
-                f"top_p_bound {self.top_p_bound}: has no effect without top_p_decay",
-                "top_p_bound",
-            )
+            message = f"top_p_bound {self.top_p_bound}: has no effect without top_p_decay"
+            raise ApiError(400, message, "top_p_bound")
         names = (
             *("top_p", "top_k", "min_p", "top_p_decay", "top_p_bound", "repetition_penalty"),
             *("seed", "min_tokens", "presence_penalty", "frequency_penalty"),

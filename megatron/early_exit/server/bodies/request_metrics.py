@@ -27,13 +27,8 @@ def usage(prompts: int, generated: int) -> Usage:
 def request_metrics(
     results: Sequence[GenerationResult], params: SamplingParams, num_layers: int
 ) -> RequestMetrics:
-    """The figures of a request.
-
-    Args:
-        results: of all its sequences.
-        params: how they were continued.
-        num_layers: of the whole model.
-    """
+    """The figures of a request, by the results of all its sequences; `num_layers` is that of the
+    whole model."""
     layers = Counter(layer for one in results for layer in one.exit_layers)
     count = layers.total()
     times = [one.statistics for one in results if one.token_ids]

@@ -45,11 +45,7 @@ def check_stream_options(body: _Streamable) -> None:
 
 
 def with_options(events: Iterator[str], options: StreamOptions | None) -> Iterator[str]:
-    """The events of a stream as its options want them, each on one line.
-
-    Args:
-        events: JSON objects.
-    """
+    """The events of a stream, JSON objects, as its options want them, each on one line."""
     lines = (event.translate(_LINE_ENDS) for event in events)
     if options is None or not options.include_obfuscation:
         return lines

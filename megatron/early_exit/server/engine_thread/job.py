@@ -75,11 +75,8 @@ class Job:
         self._news.put([])
 
     def add(self, tokens: Tokens, now: float) -> None:
-        """Add the new tokens of a step; those that come within a moment go out together.
-
-        Args:
-            now: by `time.monotonic`.
-        """
+        """Add the new tokens of a step, which ended at `now` by `time.monotonic`; those that come
+        within a moment go out together."""
         if self.is_streamed:
             self._held += tokens
             if now >= self._next_news:
@@ -129,9 +126,6 @@ class Job:
 
     def tokens(self, is_gone: Callable[[], bool]) -> Iterator[Tokens]:
         """The tokens as they come, where they are streamed; else nothing, and it ends at the end.
-
-        Args:
-            is_gone: tells whether the client has gone away.
 
         Raises:
             ApiError: there is no whole answer.

@@ -35,11 +35,8 @@ class TokenTally(Collector):
         by_layer = dict(self._by_layer)
         name = f"{self._prefix}generation_tokens"
         yield CounterMetricFamily(name, "Generated tokens.", sum(by_layer.values()))
-        exits = CounterMetricFamily(
-            f"{self._prefix}exit_tokens",
-            "Generated tokens by the layer that gave them.",
-            labels=["layer"],
-        )
+        name, text = f"{self._prefix}exit_tokens", "Generated tokens by the layer that gave them."
+        exits = CounterMetricFamily(name, text, labels=["layer"])
         for layer, count in sorted(by_layer.items()):
             exits.add_metric([str(layer)], count)
         yield exits
@@ -75,13 +72,7 @@ class Metrics:
         num_waiting: Callable[[], int],
         cache_usage: Callable[[], float],
     ) -> None:
-        """Read these numbers whenever somebody asks for the figures.
-
-        Args:
-            num_running: sequences in the engine's batches.
-            num_waiting: sequences that wait for their turn.
-            cache_usage: share of the caches in use, 0 to 1.
-        """
+        """Read these numbers of `EngineWorker` whenever somebody asks for the figures."""
         self._running.set_function(num_running)
         self._waiting.set_function(num_waiting)
         self._cache.set_function(cache_usage)

@@ -103,14 +103,10 @@ class EngineWorker:
             if self._refuses:
                 raise ApiError(503, "the server is about to stop", code="shutting_down")
             # Whatever their sizes: they take turns, so that large ones do not keep small ones out.
-            if len(self._jobs) >= self._max_batch_size + self._max_waiting:
-                raise ApiError(
-                    429,
-                    f"{len(self._jobs)} requests are under way, the server's limit is "
-                    f"{self._max_batch_size + self._max_waiting}: try again later",
-                    code="queue_full",
-                    retry_after=1,
-                )
+            limit = self._max_batch_size + self._max_waiting
+            if len(self._jobs) >= limit:
+                busy = f"{len(self._jobs)} requests are under way, the server's limit is {limit}"
+                raise ApiError(429, f"{busy}: try again later", code="queue_full", retry_after=1)
             self._num_sequences += job.size
             self._jobs.add(job)
             # Within the lock: whoever stops the thread finds it behind all jobs.
@@ -121,11 +117,8 @@ class EngineWorker:
         self._commands.put(lambda: self._drop(job))
 
     def stop(self, seconds: float) -> None:
-        """Take nothing new in, finish what is under way, and leave the engine.
-
-        Args:
-            seconds: how long to wait for what is under way; the rest is given up.
-        """
+        """Take nothing new in, finish what is under way, and leave the engine; what is not finished
+        after so many seconds is given up."""
         with self._lock:
             self._refuses = True
         until = time.monotonic() + seconds

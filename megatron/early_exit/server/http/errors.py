@@ -81,9 +81,8 @@ class ApiError(Exception):
         self.logged = message
         """The same without what users write."""
         kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-        self.body = ErrorResponse(
-            error=ErrorBody(message=message, type=kind, param=param, code=code)
-        )
+        error = ErrorBody(message=message, type=kind, param=param, code=code)
+        self.body = ErrorResponse(error=error)
 
     def note(self) -> None:
         """Put the reason of the refusal into the request's line of the log."""
@@ -97,9 +96,8 @@ class ApiError(Exception):
         body = self.body
         if request.path == GENERATE_PATH:
             body = GenerateErrorResponse(error=body.error, message=body.error.message)
-        response = current_app.response_class(
-            body.model_dump_json(), self.status, mimetype="application/json"
-        )
+        text = body.model_dump_json()
+        response = current_app.response_class(text, self.status, mimetype="application/json")
         if self.retry_after is not None:
             response.headers["Retry-After"] = str(self.retry_after)
         if self.status == 401:

@@ -109,12 +109,8 @@ _FIELDS = {
 
 def generate(service: Service) -> APIBlueprint:
     """The endpoint."""
-    blueprint = APIBlueprint(
-        "generate",
-        __name__,
-        abp_tags=[Tag(name="Megatron and EE-LLM")],
-        abp_responses=GENERATE_ERRORS,
-    )
+    tags = [Tag(name="Megatron and EE-LLM")]
+    blueprint = APIBlueprint("generate", __name__, abp_tags=tags, abp_responses=GENERATE_ERRORS)
 
     def generated(body: GenerateRequest) -> Response:
         begin = perf_counter()

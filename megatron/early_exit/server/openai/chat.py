@@ -54,12 +54,8 @@ def chat(service: Service) -> APIBlueprint:
 def _prompt(body: ChatRequest, service: Service) -> list[int]:
     tokenizer = service.tokenizer
     if tokenizer is None or tokenizer.chat_template is None:
-        raise ApiError(
-            400,
-            "messages: the model's tokenizer has no chat template, use /v1/completions",
-            "messages",
-            "no_chat_template",
-        )
+        message = "messages: the model's tokenizer has no chat template, use /v1/completions"
+        raise ApiError(400, message, "messages", "no_chat_template")
     try:
         return tokenizer.encode_chat([one.for_template() for one in body.messages])
     except ValueError as error:

@@ -27,9 +27,8 @@ _DEFAULT_MAX_TOKENS = 16
 
 def completions(service: Service) -> APIBlueprint:
     """The endpoint."""
-    blueprint = APIBlueprint(
-        "completions", __name__, abp_tags=[Tag(name="OpenAI")], abp_responses=ERRORS
-    )
+    tags = [Tag(name="OpenAI")]
+    blueprint = APIBlueprint("completions", __name__, abp_tags=tags, abp_responses=ERRORS)
 
     @blueprint.post("/v1/completions", responses={200: CompletionResponse})
     def create_completion(body: CompletionRequest) -> Response:
@@ -51,17 +50,15 @@ def completions(service: Service) -> APIBlueprint:
 
 def _params(body: CompletionRequest, service: Service) -> SamplingParams:
     if body.best_of not in (None, body.n):
-        raise ApiError(
-            400, f"best_of {body.best_of}: is not supported, allowed: {body.n} (n)", "best_of"
-        )
+        message = f"best_of {body.best_of}: is not supported, allowed: {body.n} (n)"
+        raise ApiError(400, message, "best_of")
     check_stream_options(body)
     if body.exit_details and body.logprobs is None:
         raise ApiError(400, "exit_details true: has no effect without logprobs", "exit_details")
     settings = service.model.settings(body.model)
     if body.max_tokens == 0 and not body.echo:
-        raise ApiError(
-            400, "max_tokens 0: gives nothing, allowed: 1 or more, or 0 with echo", "max_tokens"
-        )
+        message = "max_tokens 0: gives nothing, allowed: 1 or more, or 0 with echo"
+        raise ApiError(400, message, "max_tokens")
     scores_prompt = body.echo and body.logprobs is not None
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     try:
@@ -96,9 +93,8 @@ class CompletionAnswer(JobAnswer[CompletionRequest]):
 
     def whole(self) -> CompletionResponse:
         """The body, when all has ended."""
-        choices = [
-            self._choice(index, request.tokens) for index, request in enumerate(self._job.requests)
-        ]
+        requests = enumerate(self._job.requests)
+        choices = [self._choice(index, request.tokens) for index, request in requests]
         return CompletionResponse(**self._head, choices=choices, **self._figures())
 
     def _events(self, batches: Iterator[Tokens]) -> Iterator[str]:
@@ -121,9 +117,8 @@ class CompletionAnswer(JobAnswer[CompletionRequest]):
             self._held[index] = []
             if choice.finish_reason is not None:
                 self._open.discard(index)
-            response = CompletionResponse(
-                **self._head, choices=[choice], usage=self._running_usage()
-            )
+            usage = self._running_usage()
+            response = CompletionResponse(**self._head, choices=[choice], usage=usage)
             yield response.model_dump_json()
 
     def _choice(self, index: int, tokens: Sequence[GeneratedToken]) -> CompletionChoice:
@@ -131,9 +126,7 @@ class CompletionAnswer(JobAnswer[CompletionRequest]):
         is_first = index not in self._begun
         self._begun.add(index)
         text = "".join(token.text or "" for token in tokens)
-        logprobs = None
-        if self._body.logprobs is not None:
-            logprobs = self._empty_logprobs()
+        logprobs = None if self._body.logprobs is None else self._empty_logprobs()
         if is_first and self._body.echo:
             prompt = self._echo(index)
             text = prompt + text

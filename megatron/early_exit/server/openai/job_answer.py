@@ -43,11 +43,7 @@ class JobAnswer[Body: (CompletionRequest, ChatRequest)](ABC):
         g.outcome |= {"id": self._head["id"], "model": self._head["model"][:200]}
 
     def events(self, batches: Iterator[Tokens]) -> Iterator[str]:
-        """The stream's events.
-
-        Args:
-            batches: the tokens of the job, as they come.
-        """
+        """The stream's events, for the tokens of the job as they come."""
         return with_options(self._events(self._counted(batches)), self._body.stream_options)
 
     @abstractmethod

@@ -44,9 +44,8 @@ class ModelPath(BaseModel):
 
 def models(service: Service) -> APIBlueprint:
     """The endpoints."""
-    blueprint = APIBlueprint(
-        "models", __name__, abp_tags=[Tag(name="OpenAI")], abp_responses=ERRORS
-    )
+    tags = [Tag(name="OpenAI")]
+    blueprint = APIBlueprint("models", __name__, abp_tags=tags, abp_responses=ERRORS)
     created = int(time.time())
     tokenizer = service.tokenizer
 

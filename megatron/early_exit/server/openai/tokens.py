@@ -56,9 +56,8 @@ class TokenizerInfo(BaseModel):
 
 def tokens(service: Service) -> APIBlueprint:
     """The endpoints."""
-    blueprint = APIBlueprint(
-        "tokens", __name__, abp_tags=[Tag(name="Tokens")], abp_responses=ERRORS
-    )
+    tags = [Tag(name="Tokens")]
+    blueprint = APIBlueprint("tokens", __name__, abp_tags=tags, abp_responses=ERRORS)
 
     def tokenizer() -> Tokenizer:
         if service.tokenizer is None:
@@ -81,13 +80,9 @@ def tokens(service: Service) -> APIBlueprint:
         service.model.settings(body.model)
         unknown = next((one for one in body.tokens if one >= service.vocab_size), None)
         if unknown is not None:
-            raise ApiError(
-                400,
-                f"tokens: token {unknown} is unknown, allowed: 0 to {service.vocab_size - 1}",
-                "tokens",
-            )
-        result = DetokenizeResponse(prompt=tokenizer().decode(body.tokens))
-        return answer(result)
+            known = f"0 to {service.vocab_size - 1}"
+            raise ApiError(400, f"tokens: token {unknown} is unknown, allowed: {known}", "tokens")
+        return answer(DetokenizeResponse(prompt=tokenizer().decode(body.tokens)))
 
     @blueprint.get("/tokenizer_info", responses={200: TokenizerInfo})
     def tokenizer_info() -> Response:

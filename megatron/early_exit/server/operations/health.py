@@ -22,9 +22,8 @@ class Health(BaseModel):
 
 def operations(service: Service) -> APIBlueprint:
     """The endpoints."""
-    blueprint = APIBlueprint(
-        "operations", __name__, abp_tags=[Tag(name="Operations")], abp_responses=ERRORS
-    )
+    tags = [Tag(name="Operations")]
+    blueprint = APIBlueprint("operations", __name__, abp_tags=tags, abp_responses=ERRORS)
     worker = service.worker
 
     @blueprint.get("/health", responses={200: Health, 503: Health})
