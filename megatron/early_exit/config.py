@@ -11,9 +11,10 @@ position p, the number of backbone layers that run before it.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 from megatron.early_exit.errors import FieldError, as_flag, out_of_range
+from megatron.early_exit.flags import FlagFields
 from megatron.early_exit.ranges import ABOVE_ZERO, ZERO_OR_MORE, Range
 
 WarmupStyle = Literal["linear", "cosine"]
@@ -128,31 +129,6 @@ HEAD_PARTS = (
 
 def _numbers(kind: type) -> dict[str, Any]:
     return {"argparse_meta": {"type": kind, "nargs": "+", "default": []}}
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlagFields:
-    """What flags say: each field is one, and has its default where the flag is not given."""
-
-    @classmethod
-    def from_attributes(cls, source: object) -> Self:
-        """Read the fields from the attributes of parsed arguments; absent ones keep defaults."""
-        names = (f.name for f in fields(cls))
-        return cls(**{n: getattr(source, n) for n in names if getattr(source, n, None) is not None})
-
-    def refuse_changed(self, *names: str, without: str) -> None:
-        """Refuse fields that have another value than their default, and no effect.
-
-        Args:
-            names: of the fields.
-            without: the flag without which they have none.
-
-        Raises:
-            ValueError: naming the flag of the first such field.
-        """
-        for one in fields(self):
-            if one.name in names and getattr(self, one.name) != one.default:
-                raise ValueError(f"{as_flag(one.name)} has no effect without {without}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,6 @@ or an argument in Python.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
 _NOT_SHOWN = object()
 
 
@@ -47,35 +45,6 @@ class FieldError(ValueError):
 def out_of_range(field: str, value: object, allowed: str) -> FieldError:
     """The refusal of a value that is not among what is allowed."""
     return FieldError(field, "is out of range", allowed, value=value)
-
-
-def refuse_beside(flag: str, args: object, others: Mapping[str, tuple[object, str]]) -> None:
-    """Refuse arguments that have no place beside a flag.
-
-    Args:
-        flag: which is given.
-        args: parsed arguments.
-        others: for each argument the one value that has a place, and why.
-
-    Raises:
-        ValueError: naming the flag of the first such argument, its value and the reason.
-    """
-    for name, (served, reason) in others.items():
-        value = getattr(args, name, served)
-        if value != served:
-            shown = "" if value is True else f" {value}"
-            raise ValueError(f"{as_flag(name)}{shown} cannot be combined with {flag}: {reason}")
-
-
-def refuse_given(args: object, names: Iterable[str], reason: str) -> None:
-    """Refuse arguments that are given and have no effect, for a reason that ends the sentence.
-
-    Raises:
-        ValueError: naming the flag of the first such argument and its value.
-    """
-    for name in names:
-        if (value := getattr(args, name)) is not None:
-            raise ValueError(f"{as_flag(name)} {value} has no effect {reason}")
 
 
 def as_flag(name: str) -> str:

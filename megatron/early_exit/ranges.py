@@ -81,6 +81,7 @@ ZERO_OR_MORE = Range(least=0)
 INDEX = Range(least=0, is_integer=True)
 ABOVE_ZERO = Range(least=0, excludes_least=True)
 ZERO_TO_ONE = Range(least=0, most=1)
+BELOW_ONE = Range(least=0, most=1, excludes_most=True)
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -265,7 +265,7 @@ class ReadsLittle(HTTPAdapter):
     """Connections for which the system keeps few bytes that have not been read."""
 
     def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
-        """Make them."""
+        """Make the connections, with a small receive buffer each."""
         small = (socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
         # Set before the connection is made: the window is agreed on then.
         options["socket_options"] = [*HTTPConnection.default_socket_options, small]

@@ -29,7 +29,10 @@ DOCUMENTS = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/architectur
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
-GROUND = {"config", "hardware", "patches", "legacy_tokens", "process_family", "ranges", "errors"}
+GROUND = {
+    *("config", "hardware", "patches", "legacy_tokens", "process_family"),
+    *("ranges", "flags", "errors"),
+}
 
 
 def load(path: Path) -> Any:

@@ -3,14 +3,14 @@
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 
-from megatron.early_exit.errors import refuse_given
+from megatron.early_exit.flags import refuse_given
 from megatron.early_exit.planner.command_line.model_flags import Model
 from megatron.early_exit.planner.command_line.profile_flags import read_profile
 from megatron.early_exit.planner.costs.hardware import ACCELERATORS, Accelerator
 from megatron.early_exit.planner.costs.update import Overlap
 from megatron.early_exit.planner.search.filling import FillRequest
 from megatron.early_exit.planner.search.request import PlanRequest
-from megatron.early_exit.ranges import ABOVE_ZERO, ONE_OR_MORE, Range
+from megatron.early_exit.ranges import ABOVE_ZERO, BELOW_ONE, ONE_OR_MORE
 
 _HARDWARE: dict[str, tuple[str, float, str]] = {
     "flops_per_s": ("--tflops", 1e12, "dense bf16 peak of a GPU in TFLOP/s"),
@@ -95,7 +95,7 @@ def read_request(args: Namespace, model: Model) -> PlanRequest:
         raise ValueError(
             "--global-batch-size is missing, allowed: the sequences of a step, 1 or more"
         )
-    Range(least=0, most=1, excludes_most=True).check_flags(args, "memory_headroom")
+    BELOW_ONE.check_flags(args, "memory_headroom")
     accelerator = _accelerator(args)
     return PlanRequest(
         shape=model.shape,

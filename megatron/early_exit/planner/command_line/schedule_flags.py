@@ -3,7 +3,8 @@
 from argparse import ArgumentParser, Namespace
 from typing import get_args
 
-from megatron.early_exit.errors import as_flag, refuse_given
+from megatron.early_exit.errors import as_flag
+from megatron.early_exit.flags import refuse_given
 from megatron.early_exit.planner.command_line.request_flags import NUMBERS_OF_FILLS
 from megatron.early_exit.planner.uniform_stages import ScheduleName, UniformStages
 

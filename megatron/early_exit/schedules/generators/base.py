@@ -1,5 +1,6 @@
 """What every generator of schedules offers, and what those with one stage on each rank share."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,7 +26,7 @@ class Generator(Hashable, Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageByStage:
+class StageByStage(ABC):
     """A schedule with one stage on each rank.
 
     Attributes:
@@ -46,6 +47,6 @@ class StageByStage:
         """The schedule, without sends and receives."""
         return Schedule(tuple(tuple(self.actions(stage)) for stage in range(self.num_ranks)))
 
+    @abstractmethod
     def actions(self, stage: int) -> Sequence[Action]:
         """The computations of one stage in their order."""
-        raise NotImplementedError

@@ -27,7 +27,8 @@ class InRange:
         if is_integer and allowed.most == math.inf:
             allowed = replace(allowed, most=2**63 - 1)
         least = "gt" if allowed.excludes_least else "ge"
-        ends: dict[str, Any] = {least: allowed.least, "le": allowed.most}
+        most = "lt" if allowed.excludes_most else "le"
+        ends: dict[str, Any] = {least: allowed.least, most: allowed.most}
         if is_integer:
             schema: CoreSchema = core_schema.int_schema(strict=True, **ends)
         else:

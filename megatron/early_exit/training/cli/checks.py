@@ -19,7 +19,7 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.errors import FieldError, out_of_range
-from megatron.early_exit.ranges import ONE_OR_MORE, Range
+from megatron.early_exit.ranges import BELOW_ONE, ONE_OR_MORE, Range
 from megatron.early_exit.training.loop.data import DataSource, data_sources, read_blends
 from megatron.early_exit.training.resume.plan import is_torch_dist
 
@@ -76,7 +76,7 @@ def _check_learning_rate(args: Namespace) -> None:
     if args.lr_warmup_fraction is None:
         warmup = Range(least=0, most=decay, excludes_most=True, most_means=length)
         warmup.check_flags(args, f"lr_warmup_{unit}")
-    Range(least=0, most=1, excludes_most=True).check_flags(args, "lr_warmup_fraction")
+    BELOW_ONE.check_flags(args, "lr_warmup_fraction")
 
 
 def _check_temporary_folder() -> None:

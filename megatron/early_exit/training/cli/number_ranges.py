@@ -8,7 +8,7 @@ from argparse import Namespace
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron.early_exit.errors import out_of_range
-from megatron.early_exit.ranges import ABOVE_ZERO, ZERO_OR_MORE, ZERO_TO_ONE, Range
+from megatron.early_exit.ranges import ABOVE_ZERO, BELOW_ONE, ZERO_OR_MORE, ZERO_TO_ONE, Range
 
 _POSITIVE = (
     *("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels"),
@@ -50,7 +50,7 @@ def check_numbers(args: Namespace) -> None:
     ABOVE_ZERO.check_flags(args, *_POSITIVE)
     ZERO_OR_MORE.check_flags(args, *_NOT_NEGATIVE)
     ZERO_TO_ONE.check_flags(args, *_SHARES)
-    Range(least=0, most=1, excludes_most=True).check_flags(args, *_LESS_THAN_ONE)
+    BELOW_ONE.check_flags(args, *_LESS_THAN_ONE)
 
 
 def check_combinations(args: Namespace) -> None:

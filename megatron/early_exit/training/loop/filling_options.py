@@ -4,8 +4,9 @@ from argparse import ArgumentTypeError, Namespace
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from megatron.early_exit.config import EarlyExitConfig, FlagFields
-from megatron.early_exit.errors import FieldError, out_of_range, refuse_beside
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.errors import FieldError, out_of_range
+from megatron.early_exit.flags import FlagFields, refuse_beside
 from megatron.early_exit.ranges import ZERO_OR_MORE
 from megatron.early_exit.schedules.generators import FilledOneFOneB
 from megatron.early_exit.schedules.generators.bubble_filling import (

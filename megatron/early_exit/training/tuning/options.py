@@ -3,8 +3,9 @@
 from argparse import Namespace
 from dataclasses import dataclass, field
 
-from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig, FlagFields
-from megatron.early_exit.errors import as_flag, out_of_range, refuse_beside
+from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig
+from megatron.early_exit.errors import as_flag, out_of_range
+from megatron.early_exit.flags import FlagFields, refuse_beside
 from megatron.early_exit.ranges import ABOVE_ZERO, ZERO_TO_ONE
 
 _NEED_TUNING = (

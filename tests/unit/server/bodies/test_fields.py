@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import string
+from typing import Annotated
 
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from megatron.early_exit.ranges import ABOVE_ZERO, BELOW_ONE, ZERO_TO_ONE
+from megatron.early_exit.server.bodies.ranges import InRange
 from megatron.early_exit.server.bodies.stream_options import StreamOptions, with_options
 from megatron.early_exit.server.http.errors import ApiError
 from megatron.early_exit.server.megatron_api.generate import GenerateRequest
@@ -210,3 +214,19 @@ def test_a_field_that_nobody_knows_is_refused_even_if_it_is_null(kind):
     kind.model_validate({**BASES[kind], "seed": None})
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         kind.model_validate({**BASES[kind], "sead": None})
+
+
+@pytest.mark.parametrize(
+    ("allowed", "inside", "outside"),
+    [
+        (BELOW_ONE, (0.0, 0.99), (1.0, -0.1)),
+        (ABOVE_ZERO, (0.1, 1e9), (0.0, -1.0)),
+        (ZERO_TO_ONE, (0.0, 1.0), (1.1, -0.1)),
+    ],
+)
+def test_a_body_has_the_ends_of_the_range(allowed, inside, outside):
+    field = TypeAdapter(Annotated[float, InRange(allowed)])
+    assert [field.validate_python(number) for number in inside] == list(inside)
+    for number in outside:
+        with pytest.raises(ValidationError, match=re.escape(f"allowed: a number, {allowed}")):
+            field.validate_python(number)
