@@ -20,7 +20,7 @@ from megatron.early_exit.checkpoint.location import (
     locate,
 )
 from megatron.early_exit.checkpoint.reader import CheckpointReader
-from megatron.early_exit.checkpoint.text_files import write_whole
+from megatron.early_exit.checkpoint.text_files import read_json, write_whole
 from megatron.early_exit.checkpoint.tokenizer import (
     TokenizerDescription,
     install_tokenizer,
@@ -152,7 +152,7 @@ def read_saved_description(save_dir: Path) -> ModelDescription | None:
     if not path.is_file():
         return None
     try:
-        return ModelDescription.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return ModelDescription.from_dict(read_json(path))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"model description {path}: {error}") from error
 
