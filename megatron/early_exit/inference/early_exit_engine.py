@@ -8,10 +8,15 @@ from pathlib import Path
 import torch
 
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
+from megatron.early_exit.inference.cache_budget import (
+    DEFAULT_GPU_MEMORY_UTILIZATION,
+    plan_caches,
+)
 from megatron.early_exit.inference.distributed.parallel_backend import (
     ParallelBackend,
     SingleProcess,
 )
+from megatron.early_exit.inference.engine.cache_pages import CachePages
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.request_factory import RequestFactory
 from megatron.early_exit.inference.loading import load_model
@@ -39,9 +44,17 @@ class EarlyExitEngine:
         max_sequence_length: most tokens of a sequence; by default as many as the model can.
         backend: how a model is divided of which `model` is a part; None where it is whole.
         other_end_ids: further tokens that end a text, beside the tokenizer's.
+        kv_cache_memory: bytes for keys and values in this process, of running sequences and of past
+            ones; by default up to twice what `max_batch_size` sequences of full length need, at
+            most half of the memory that a machine has left, or what `gpu_memory_utilization`
+            leaves of a GPU. When it runs out, the youngest sequence waits, and is computed again.
+        gpu_memory_utilization: share of a GPU's memory that this process may use in all.
+        prefix_caching: keep keys and values of past sequences, so that what new ones begin with
+            alike (a system prompt, an earlier turn of a chat) is not computed again.
 
     Raises:
-        ValueError: a size is out of range, or the model is to be compiled and that is not possible.
+        ValueError: a size is out of range, there is not enough memory for one sequence, or the
+            model is to be compiled and that is not possible.
     """
 
     def __init__(
@@ -54,6 +67,9 @@ class EarlyExitEngine:
         max_sequence_length: int | None = None,
         backend: ParallelBackend | None = None,
         other_end_ids: abc.Sequence[int] = (),
+        kv_cache_memory: int | None = None,
+        gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION,
+        prefix_caching: bool = True,
     ) -> None:
         context = model.architecture.max_position_embeddings
         length = context if max_sequence_length is None else max_sequence_length
@@ -67,10 +83,24 @@ class EarlyExitEngine:
         self.max_pending = max_pending
         self.max_sequence_length = length
         self._backend = SingleProcess(model) if backend is None else backend
-        runner = SegmentRunner(model, max_batch_size, length)
+        budget = plan_caches(
+            model,
+            max_batch_size,
+            length,
+            kv_cache_memory,
+            gpu_memory_utilization,
+            self._backend.agree,
+        )
+        self.pages = CachePages(
+            budget.page_bytes,
+            budget.bytes,
+            keeps_prefixes=prefix_caching,
+            counts_held=not budget.reserves_slots,
+        )
+        runner = SegmentRunner(model, budget.num_slots, length)
         _LOG.info("warming up, which includes compiling where that is asked for")
         runner.warm_up()
-        self.loop = self._backend.loop(runner)
+        self.loop = self._backend.loop(runner, self.pages)
         whole = self._backend.architecture
         self._requests = RequestFactory(
             vocab_size=whole.vocab_size,
@@ -98,6 +128,9 @@ class EarlyExitEngine:
         pipeline_parallel: int = 1,
         compile: bool = False,
         has_driver: bool = False,
+        kv_cache_memory: int | None = None,
+        gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION,
+        prefix_caching: bool = True,
     ) -> "EarlyExitEngine":
         """Load a model that Megatron saved in the `torch_dist` format, at whatever layout.
 
@@ -121,6 +154,7 @@ class EarlyExitEngine:
                 tenth to a half faster, small models' even more. On a GPU as CUDA graphs, which
                 nobody has run yet.
             has_driver: rank 0 alone gets requests, as in a server.
+            kv_cache_memory, gpu_memory_utilization, prefix_caching: see the class.
 
         Raises:
             ValueError: the checkpoint is missing, damaged, or of a kind that cannot be computed,
@@ -130,9 +164,19 @@ class EarlyExitEngine:
         loaded = load_model(
             path, dtype, device, tensor_parallel, pipeline_parallel, compile, has_driver
         )
-        sizes = (max_pending, max_batch_size, max_sequence_length)
-        ends = loaded.other_end_ids
-        return cls(loaded.model, loaded.tokenizer, loaded.eod_id, *sizes, loaded.backend, ends)
+        return cls(
+            loaded.model,
+            loaded.tokenizer,
+            loaded.eod_id,
+            max_pending,
+            max_batch_size,
+            max_sequence_length,
+            loaded.backend,
+            loaded.other_end_ids,
+            kv_cache_memory,
+            gpu_memory_utilization,
+            prefix_caching,
+        )
 
     @property
     def is_worker(self) -> bool:

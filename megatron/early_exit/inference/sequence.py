@@ -22,6 +22,11 @@ class Sequence:
         exit_rates: for each segment, how likely the head behind it gives the next token; 0 where
             that head is not asked.
         num_answers: how many exits have given, or not given, a token.
+        num_answered: segments, from the first one on, whose heads are not asked about the last
+            token any more: they were, before the sequence had to give back its pages.
+        num_admissions: how often it has got a slot.
+        num_cached: tokens of the prompt that were not computed: past requests began with them, too.
+        is_stored: pages of its prompt are there for others.
     """
 
     key: int
@@ -37,6 +42,10 @@ class Sequence:
     can_defer_exit: bool = True
     exit_rates: list[float] = field(default_factory=list)
     num_answers: int = 0
+    num_answered: int = 0
+    num_admissions: int = 0
+    num_cached: int = 0
+    is_stored: bool = False
 
     @property
     def length(self) -> int:

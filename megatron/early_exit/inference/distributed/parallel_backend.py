@@ -21,6 +21,7 @@ from megatron.early_exit.inference.distributed.tensor_driver import (
     TensorDriver,
     repeat_calls,
 )
+from megatron.early_exit.inference.engine.cache_pages import CachePages
 from megatron.early_exit.inference.engine.loop import Loop
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.segment_loop import SegmentLoop
@@ -66,9 +67,13 @@ class SingleProcess:
         """A random seed."""
         return secrets.randbits(63)
 
-    def loop(self, runner: SegmentRunner) -> Loop:
-        """The loop over the model."""
-        return SegmentLoop(runner)
+    def agree(self, number: int) -> int:
+        """The number itself: there are no others to agree with."""
+        return number
+
+    def loop(self, runner: SegmentRunner, pages: CachePages) -> Loop:
+        """The loop over the model, whose sequences get their memory from `pages`."""
+        return SegmentLoop(runner, pages=pages)
 
     def work(self, loop: Loop, build: BuildRequest) -> None:
         """Refuse: there is no driver to work for."""
@@ -125,14 +130,20 @@ class ParallelBackend:
         """A seed that is the same on all ranks."""
         return self._seeds.getrandbits(63)
 
-    def loop(self, runner: SegmentRunner) -> Loop:
-        """The loop over this process's part of the model."""
-        return WatchedLoop(self._own_loop(runner), self._heartbeat)
+    def agree(self, number: int) -> int:
+        """The least number of all ranks."""
+        numbers = [0] * self.rank_info.num_ranks
+        distributed.all_gather_object(numbers, number, group=self.rank_info.group)
+        return min(numbers)
 
-    def _own_loop(self, runner: SegmentRunner) -> Loop:
+    def loop(self, runner: SegmentRunner, pages: CachePages) -> Loop:
+        """The loop over this process's part of the model."""
+        return WatchedLoop(self._own_loop(runner, pages), self._heartbeat)
+
+    def _own_loop(self, runner: SegmentRunner, pages: CachePages) -> Loop:
         control, rank_info = self._control, self.rank_info
         if rank_info.num_stages == 1:
-            loop = SegmentLoop(runner, is_alone=False)
+            loop = SegmentLoop(runner, is_alone=False, pages=pages)
             if control is None or rank_info.rank > 0:
                 return loop
             self._closing = TensorDriver(loop, control, rank_info.num_ranks)

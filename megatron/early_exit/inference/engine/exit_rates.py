@@ -17,9 +17,8 @@ class ExitRateEstimator:
     def __init__(self, num_exits: int) -> None:
         self._average = [0.5] * num_exits
 
-    def start(self, sequence: Sequence, exits: Iterable[int], can_defer_exit: bool = True) -> None:
-        """Note the indices of the exits that a sequence asks, and give it its first estimates."""
-        sequence.exits = frozenset(exits)
+    def start(self, sequence: Sequence, can_defer_exit: bool = True) -> None:
+        """Give a sequence its first estimates for the exits that it asks."""
         sequence.can_defer_exit = can_defer_exit
         sequence.exit_rates = [
             rate if index in sequence.exits else 0.0 for index, rate in enumerate(self._average)

@@ -84,6 +84,7 @@ class RequestFactory:
             echo = prompt if isinstance(prompt, str) else self.tokenizer.decode(tokens)
         context = ModeContext(token_sampler, self.exit_layers, self.max_pending, room)
         mode = MODES[params.mode].of(context)
+        sequence.exits = frozenset(mode.rule.exits)
         scoring = None
         if params.prompt_logprobs is not None:
             rule = ScoringRule(mode.scoring_rule, params.prompt_logprobs)

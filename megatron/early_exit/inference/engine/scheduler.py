@@ -7,10 +7,11 @@ next one (dynamic rebatching, arXiv 2512.15705). Where an exit is not worth a qu
 the batch runs on, takes along those that wait on its way, and all its heads are asked at its end.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from megatron.early_exit.inference.engine.cache_pages import CachePages
 from megatron.early_exit.inference.engine.exit_rates import ExitRateEstimator
 from megatron.early_exit.inference.engine.fair_queue import FairQueue
 from megatron.early_exit.inference.engine.policy import Costs, Policy, SegmentQueue
@@ -45,6 +46,10 @@ class Scheduler:
     free slot goes to the one that has the fewest. Who has a slot keeps it to the end, so none gets
     all of them: of four or more slots a group leaves a quarter to those that come later.
 
+    A sequence begins when there is memory for its pages. When they run out, the youngest one has to
+    give back its own, and computes them again before any other begins. Who begins with the same
+    tokens as a sequence that is computing them waits for those, if they are most of what it has.
+
     What runs next is what promises the most tokens for its time, see `Policy`. It includes a deeper
     segment when `quorum`, a share of all sequences, waits for that: who waits gets no tokens. In
     simulations with measured times a quarter was best. And it includes the segment for which a
@@ -58,7 +63,10 @@ class Scheduler:
         quorum: share of the running sequences that does not wait for a deeper segment any longer.
         patience: steps that a sequence waits at most while others are preferred.
         costs: what running takes; None takes all segments for alike, and heads for nothing.
+        pages: gives memory to sequences; without a limit by default.
+        blocks: exits that have a block.
         running: the sequences that have slots, by key.
+        vacated: slots that sequences had to leave since somebody last took note of it.
         exit_rates: how often each exit gives a token.
     """
 
@@ -68,9 +76,16 @@ class Scheduler:
     quorum: float = 0.25
     patience: int = 16
     costs: Costs | None = None
+    pages: CachePages | None = None
+    blocks: frozenset[int] = frozenset()
     running: dict[int, Sequence] = field(default_factory=dict)
+    vacated: list[int] = field(default_factory=list)
     _arrivals: FairQueue = field(default_factory=FairQueue)
     _waiting: dict[int, Sequence] = field(default_factory=dict)
+    _first_in_line: deque[int] = field(default_factory=deque)
+    """Those that wait for memory; nobody begins before them."""
+    _followers: dict[int, list[int]] = field(default_factory=dict)
+    """Those that wait for what another sequence computes."""
     _began: dict[int, int] = field(default_factory=dict)
     """For each group that runs the step at which its last sequence has begun."""
     _free: list[int] = field(default_factory=list)
@@ -81,6 +96,7 @@ class Scheduler:
         ONE_OR_MORE.check(num_slots=self.num_slots, max_rows=self.max_rows, patience=self.patience)
         ZERO_TO_ONE.check(quorum=self.quorum)
         self._free = list(reversed(range(self.num_slots)))
+        self._pages = self.pages or CachePages((0,) * self.num_segments, keeps_prefixes=False)
         self._policy = Policy(self.costs or Costs((1.0,) * self.num_segments))
         self.exit_rates = ExitRateEstimator(self.num_segments - 1)
 
@@ -91,16 +107,28 @@ class Scheduler:
 
     def remove(self, key: int) -> None:
         """A sequence has ended, or is no longer wanted; what is pending of it is never run."""
-        sequence = self.running.pop(key, None)
-        if sequence is None:
-            self._arrivals.remove(key)
-            self._waiting.pop(key, None)
-        else:
-            if all(one.group != sequence.group for one in self.running.values()):
-                self._began.pop(sequence.group, None)
-            self._free.append(sequence.slot)
-            # The lowest first keeps the slots in use together.
-            self._free.sort(reverse=True)
+        if key in self.running:
+            self._take_slot_of(key)
+            return
+        self._arrivals.remove(key)
+        if self._waiting.pop(key, None) is not None:
+            for line in (self._first_in_line, *self._followers.values()):
+                if key in line:
+                    line.remove(key)
+
+    def _take_slot_of(self, key: int) -> None:
+        sequence = self.running.pop(key)
+        if all(one.group != sequence.group for one in self.running.values()):
+            self._began.pop(sequence.group, None)
+        self._free.append(sequence.slot)
+        # The lowest first keeps the slots in use together.
+        self._free.sort(reverse=True)
+        self._pages.release(key)
+        self.stop_following(key)
+
+    def stop_following(self, key: int) -> None:
+        """Nobody waits any longer for what a sequence computes: it is stored, or never will be."""
+        self._first_in_line.extend(self._followers.pop(key, ()))
 
     def admit(self) -> list[Sequence]:
         """Give free slots to those whose turn it is.
@@ -108,30 +136,70 @@ class Scheduler:
         Who knows which exits they ask tells `exit_rates` of them, before anything else runs.
         """
         admitted: list[Sequence] = []
-        if not (self._free and self._arrivals):
+        if not (self._free and self._waiting):
             return admitted
         held = Counter(sequence.group for sequence in self.running.values())
-        most = self.num_slots - self.num_slots // 4
-        while self._free and (key := self._arrivals.take(held, most)) is not None:
-            sequence = self._waiting.pop(key)
+        while self._free and (key := self._next_in_line(held)) is not None:
+            sequence = self._waiting[key]
+            leader = self._leader_of(sequence)
+            if leader is not None:
+                self._followers.setdefault(leader, []).append(key)
+                continue
+            if not self._pages.admit(sequence, self.blocks & sequence.exits):
+                self._first_in_line.appendleft(key)
+                break
+            del self._waiting[key]
             held[sequence.group] += 1
             sequence.slot, sequence.since = self._free.pop(), self._step
-            sequence.cached = [0] * self.num_segments
+            sequence.segment = 0
+            sequence.num_admissions += 1
             self.running[key] = sequence
             admitted.append(sequence)
         return admitted
 
+    def _next_in_line(self, held: Counter[int]) -> int | None:
+        if self._first_in_line:
+            return self._first_in_line.popleft()
+        return self._arrivals.take(held, self.num_slots - self.num_slots // 4)
+
+    def _leader_of(self, sequence: Sequence) -> int | None:
+        """The sequence that computes most of what this one needs, if there is one."""
+        if sequence.num_admissions:
+            return None
+        computing = (one for one in self.running.values() if not one.is_stored)
+        worth = (one.key for one in computing if self._pages.is_worth_waiting(sequence, one))
+        return next(worth, None)
+
     def next(self) -> ScheduledBatch | None:
         """The next batch; None where nothing waits."""
-        groups: list[list[Sequence]] = [[] for _ in range(self.num_segments)]
-        for sequence in self.running.values():
-            groups[sequence.segment].append(sequence)
-        if not self.running:
-            return None
-        segments = self._segments(groups)
-        self._step += 1
-        self._end = segments[-1]
-        return self._through(self.batch(segments[0], groups[segments[0]]))
+        while self.running:
+            groups: list[list[Sequence]] = [[] for _ in range(self.num_segments)]
+            for sequence in self.running.values():
+                groups[sequence.segment].append(sequence)
+            segments = self._segments(groups)
+            self._step += 1
+            self._end = segments[-1]
+            step = self._through(self.batch(segments[0], groups[segments[0]]))
+            if self._reserve(step):
+                return step
+            self._preempt()
+        return None
+
+    def _reserve(self, step: ScheduledBatch) -> bool:
+        pairs = zip(step.sequences, step.spans, strict=True)
+        return self._pages.reserve([(one, step.segment, step.last, span.end) for one, span in pairs])
+
+    def _preempt(self) -> None:
+        """Take its pages from the youngest sequence. It keeps its tokens, and what heads have said
+        about the last of them."""
+        key, sequence = list(self.running.items())[-1]
+        assert len(self.running) > 1, "one sequence alone has the memory that it needs"
+        self._take_slot_of(key)
+        self.vacated.append(sequence.slot)
+        self._pages.counts.preemptions += 1
+        sequence.num_answered = max(sequence.num_answered, sequence.segment)
+        self._waiting[key] = sequence
+        self._first_in_line.appendleft(key)
 
     def _segments(self, groups: list[list[Sequence]]) -> range:
         if not any(one.exits for one in self.running.values()):
@@ -171,7 +239,10 @@ class Scheduler:
         asking = {one.key for one in passed if step.last in one.exits and not one.can_defer_exit}
         group = [one for one in self.running.values() if one.segment == behind]
         group = [one for one in group if one.key not in asking]
-        return self._through(self.batch(behind, group)) if group else None
+        if not group:
+            return None
+        onward = self._through(self.batch(behind, group))
+        return onward if self._reserve(onward) else None
 
     def _through(self, step: ScheduledBatch) -> ScheduledBatch:
         """The same positions through all segments behind which none of them is asked about, or
@@ -218,7 +289,7 @@ class Scheduler:
         places: Counter[int] = Counter()
         order: dict[int, tuple[int, int]] = {}
         for one in longer:
-            if one.cached[segment] > 0:
+            if one.cached[segment] > (0 if segment else one.num_cached):
                 order[one.key] = (-1, one.since)
             else:
                 order[one.key] = (places[one.group], self._began.get(one.group, one.since))
@@ -235,7 +306,7 @@ class Scheduler:
         complete = []
         for index, (sequence, span) in enumerate(zip(step.sequences, step.spans, strict=True)):
             is_complete = span.end == sequence.limit
-            if span.start == 0 == step.segment:
+            if step.segment == 0 and span.start == sequence.num_cached:
                 self._began[sequence.group] = self._step
             for segment in range(step.segment, step.last + 1):
                 sequence.cached[segment] = span.end
@@ -248,6 +319,7 @@ class Scheduler:
     def go_on(self, sequence: Sequence) -> None:
         """The sequence has got tokens or drafts, and starts on the last of them."""
         sequence.segment, sequence.since = 0, self._step
+        sequence.num_answered = 0
 
 
 def _cut(waiting: int, room: int, num_verified: int) -> int:

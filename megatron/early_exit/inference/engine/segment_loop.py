@@ -2,12 +2,15 @@
 
 import torch
 
+from megatron.early_exit.inference.engine.cache_pages import CachePages
 from megatron.early_exit.inference.engine.failures import reason_of
 from megatron.early_exit.inference.engine.head_batch import HeadBatch, HeadOutputs
 from megatron.early_exit.inference.engine.loop import DecodingLoop
 from megatron.early_exit.inference.engine.policy import Costs
+from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.scheduler import ScheduledBatch, Scheduler
 from megatron.early_exit.inference.engine.scoring import TextScorer
+from megatron.early_exit.inference.model.page_store import PageStore
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.modes.head_output import NOT_FINITE, HeadOutput
 from megatron.early_exit.inference.modes.mode import DecodingMode, Next
@@ -22,9 +25,12 @@ class SegmentLoop(DecodingLoop):
         is_alone: no other process makes the same steps. Then an exception ends the requests that it
             is about, and the loop goes on; else the processes would not be at the same step any
             more, so `step` raises it. It also does where the device computes no more.
+        pages: gives memory of the caches to sequences; without a limit by default.
     """
 
-    def __init__(self, runner: SegmentRunner, is_alone: bool = True) -> None:
+    def __init__(
+        self, runner: SegmentRunner, is_alone: bool = True, pages: CachePages | None = None
+    ) -> None:
         model = runner.model
         heads = [*(exit_.head for exit_ in model.exits), model.final_head]
         costs = Costs.of(
@@ -34,9 +40,15 @@ class SegmentLoop(DecodingLoop):
             len({id(head.projection) for head in heads}) == 1,
             model.device.type,
         )
-        scheduler = Scheduler(len(model.segments), runner.num_slots, costs=costs)
+        blocks = frozenset(i for i, one in enumerate(model.exits) if one.head.block is not None)
+        if pages is None:
+            pages = CachePages((0,) * len(model.segments), keeps_prefixes=False)
+        scheduler = Scheduler(
+            len(model.segments), runner.num_slots, costs=costs, pages=pages, blocks=blocks
+        )
         super().__init__(scheduler, model.device)
-        self.runner = runner
+        self.runner, self.pages = runner, pages
+        self._store = PageStore(runner, pages.page_size)
         self._is_alone = is_alone
         self._scorers: dict[int, TextScorer] = {}
         self._suspects: set[int] = set()
@@ -44,6 +56,11 @@ class SegmentLoop(DecodingLoop):
 
     def cancel(self, key: int) -> None:
         """End a request that is under way; nothing happens where there is none."""
+        sequence = self.scheduler.running.get(key)
+        if sequence is not None:
+            if sequence.generated and self.requests[key].error is None:
+                self._store_pages(sequence)
+            self.runner.release(sequence.slot)
         super().cancel(key)
         self._scorers.pop(key, None)
 
@@ -56,8 +73,11 @@ class SegmentLoop(DecodingLoop):
 
     def _decode(self) -> None:
         """Run a batch, and ask its heads."""
+        while self.scheduler.vacated:
+            self.runner.release(self.scheduler.vacated.pop())
         for sequence in self.scheduler.admit():
             self._admit(sequence)
+        self._store.drop(self.pages.take_dropped())
         self._suspects = set(self.scheduler.running)
         step = self.scheduler.next()
         self._suspects = set()
@@ -75,10 +95,12 @@ class SegmentLoop(DecodingLoop):
         self._suspects = {sequence.key}
         try:
             self.runner.truncate(sequence.slot, 0)
+            for index, page in enumerate(self.pages.take_prefix(sequence.key)):
+                self._store.load(page.number, sequence.slot, index)
             mode = self._mode(sequence)
-            mode.start(0)
-            exits = [i for i in range(self.scheduler.num_segments - 1) if mode.asks(i)]
-            self.scheduler.exit_rates.start(sequence, exits, not mode.verifies)
+            if sequence.num_admissions == 1:
+                mode.start(0)
+            self.scheduler.exit_rates.start(sequence, not mode.verifies)
         except Exception as error:
             self._contain(error)
 
@@ -140,6 +162,8 @@ class SegmentLoop(DecodingLoop):
         """Positions that the head behind a segment is asked about."""
         if segment == self.scheduler.num_segments - 1:
             return sequence.num_verified
+        if segment < sequence.num_answered:
+            return 0
         return int(self._mode(sequence).asks(segment))
 
     def _decide(self, passed: dict[int, list[int]], outputs: HeadOutputs) -> dict[int, list[int]]:
@@ -192,6 +216,23 @@ class SegmentLoop(DecodingLoop):
 
     def _mode(self, sequence: Sequence) -> DecodingMode:
         return self.requests[sequence.key].mode
+
+    def _begin_token(self, request: Request) -> None:
+        if not request.sequence.is_stored:
+            # What the heads have said of it is finite, so others can have it.
+            self._store_pages(request.sequence)
+        super()._begin_token(request)
+
+    def _store_pages(self, sequence: Sequence) -> None:
+        """Keep the pages of a sequence for others that begin with the same tokens."""
+        sequence.is_stored = True
+        copies = self.pages.store(sequence, self.runner.block_lengths(sequence.slot))
+        self._store.drop(self.pages.take_dropped())
+        for copy in copies:
+            self._store.save(
+                copy.page.number, sequence.slot, copy.index, copy.depth, copy.blocks
+            )
+        self.scheduler.stop_following(sequence.key)
 
     def _rewind(self, sequence: Sequence) -> None:
         self.runner.truncate(sequence.slot, sequence.length - 1)

@@ -1,16 +1,14 @@
 """Keys and values of many sequences for a run of consecutive attentions."""
 
 import copy
-import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 64
+from megatron.early_exit.inference.model.lazy_zeros import LazyZeros
 
 
 class Span(NamedTuple):
@@ -34,18 +32,6 @@ def in_pass_order(span: Span) -> tuple[int, int]:
 def row_ends(spans: Sequence[Span]) -> list[int]:
     """The row behind the last one of each span."""
     return list(accumulate([end - start for _, start, end in spans]))
-
-
-def untouched_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that take no memory of a CPU before they are written over: long sequences have room,
-    and short ones do not pay for it."""
-    if device.type != "cpu":
-        return torch.zeros(*shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    # PyTorch writes its zeros; NumPy asks the system for memory that is zero.
-    raw = torch.from_numpy(np.zeros(size + _ALIGNMENT, dtype=np.uint8))
-    start = -raw.data_ptr() % _ALIGNMENT
-    return raw[start : start + size].view(dtype).view(*shape)
 
 
 class KVCache:
@@ -77,7 +63,8 @@ class KVCache:
         # A place that is never used: a compiler would take all that there are for a constant.
         shape = (num_attentions, num_slots, capacity + 1, 2 * num_groups, head_size)
         # What is masked must be finite.
-        self._hold(untouched_zeros(shape, dtype, device))
+        self._memory = LazyZeros(shape, dtype, device)
+        self._hold(self._memory.data)
         self.num_groups, self.capacity, self.first = num_groups, capacity, 0
 
     def _hold(self, data: Tensor) -> None:
@@ -91,6 +78,11 @@ class KVCache:
         part._hold(self.data[attentions.start - self.first : attentions.stop - self.first])
         part.first = attentions.start
         return part
+
+    def release(self, slot: int, start: int) -> None:
+        """Give back the memory of a slot's positions from `start` on; nothing is in them then."""
+        for attention in self.by_attention:
+            self._memory.release(attention[slot, start:])
 
     def rows(self, slot: int, start: int, end: int) -> tuple[Tensor, ...]:
         """For each attention [end - start, 2 ng, hn], to be filled with keys and values."""

@@ -17,13 +17,16 @@ from megatron.early_exit.inference.model.kv_cache import (
     Span,
     in_pass_order,
     row_ends,
-    untouched_zeros,
 )
+from megatron.early_exit.inference.model.lazy_zeros import LazyZeros
 from megatron.early_exit.inference.model.passes import Pass, Workspace, index_of
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 
 _TYPICAL_ROWS, _TYPICAL_POSITIONS = 8, 128
 """Of steps that are compiled: the compiler decides by them which loops the threads divide."""
+
+_KEPT_POSITIONS = 256
+"""Positions of a slot whose memory is not given back: the next sequence needs it at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,21 @@ class _Run:
     spans: tuple[Span, ...]
     this: Pass
     hidden: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SlotMemory:
+    """Some positions of a slot.
+
+    Attributes:
+        segments: keys and values of each [attentions, positions, 2 ng, hn].
+        kept: the residual stream at each exit [positions, h].
+        blocks: keys and values of each exit's block [positions, 2 ng, hn]; None without one.
+    """
+
+    segments: list[Tensor]
+    kept: list[Tensor]
+    blocks: list[Tensor | None]
 
 
 class SegmentRunner:
@@ -49,7 +67,8 @@ class SegmentRunner:
         ]
         self._block_lengths = [[0] * num_slots for _ in model.exits]
         shape = (len(model.exits), num_slots, capacity, model.architecture.hidden_size)
-        self._kept = untouched_zeros(shape, model.dtype, model.device)
+        self._kept_memory = LazyZeros(shape, model.dtype, model.device)
+        self._kept = self._kept_memory.data
         """The residual stream at the cut behind each segment but the last."""
         self._workspace: Workspace | None = None
         self._last: _Run | None = None
@@ -217,6 +236,42 @@ class SegmentRunner:
         segment."""
         return self.model.final_head.logits(hidden)
 
+    def slot_memory(self, span: Span) -> "SlotMemory":
+        """What is kept of some positions of a slot; it may be written to."""
+        slot, start, end = span
+        return SlotMemory(
+            [
+                self._cache.data[one.attentions.start : one.attentions.stop, slot, start:end]
+                for one in self.model.segments
+            ],
+            list(self._kept[:, slot, start:end]),
+            [
+                None if cache is None else cache.data[0, slot, start:end]
+                for cache in self._block_caches
+            ],
+        )
+
+    def extend_block(self, exit_index: int, span: Span) -> None:
+        """The block of an exit has seen a span, too, behind those that it has seen before."""
+        lengths = self._block_lengths[exit_index]
+        if lengths[span.slot] == span.start:
+            lengths[span.slot] = span.end
+
+    def block_lengths(self, slot: int) -> list[int]:
+        """For each exit, the positions of a slot that its block has cached; 0 without one."""
+        return [lengths[slot] for lengths in self._block_lengths]
+
+    def release(self, slot: int) -> None:
+        """Give back the memory of a slot whose sequence has ended, but for what short ones need."""
+        for cache in self._caches:
+            cache.release(slot, _KEPT_POSITIONS)
+        for kept in self._kept:
+            self._kept_memory.release(kept[slot, _KEPT_POSITIONS:])
+
+    @property
+    def _caches(self) -> list[KVCache]:
+        return [self._cache, *filter(None, self._block_caches)]
+
     def truncate(self, slot: int, length: int) -> None:
         """Forget what blocks have cached from position `length` on; a new sequence starts at 0."""
         for lengths in self._block_lengths:
@@ -230,6 +285,6 @@ class SegmentRunner:
         """
         self.truncate(slot, 0)
         self._last = None
-        for cache in (self._cache, *filter(None, self._block_caches)):
+        for cache in self._caches:
             cache.data[:, slot, :length].zero_()
         self._kept[:, slot, :length].zero_()

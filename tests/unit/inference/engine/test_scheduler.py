@@ -44,8 +44,8 @@ class Simulation:
         while True:
             for sequence in self.scheduler.admit():
                 self.order.append(sequence.key)
-                exits = range(self.scheduler.num_segments - 1)
-                self.scheduler.exit_rates.start(sequence, exits, self.run_on)
+                sequence.exits = frozenset(range(self.scheduler.num_segments - 1))
+                self.scheduler.exit_rates.start(sequence, self.run_on)
             step = self.scheduler.next()
             if step is None:
                 return

@@ -1,0 +1,117 @@
+"""How much memory the caches may take, and for how many sequences at a time that is enough."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron.early_exit.errors import FieldError, out_of_range
+from megatron.early_exit.hardware.resources import available_memory
+from megatron.early_exit.inference.engine.cache_pages import PAGE_SIZE
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from megatron.early_exit.ranges import ONE_OR_MORE, Range
+
+DEFAULT_GPU_MEMORY_UTILIZATION = 0.9
+_WORKSPACE = 2**30
+"""Bytes of a GPU that are left for what is computed."""
+_SHARE_OF_A_MACHINE = 0.5
+"""Most of the memory that is left on a machine with a CPU that caches take if nobody says."""
+_PREFIXES = 2
+"""Caches for all slots, and as much again for pages of past sequences."""
+_SHARE_OF_SLOTS = 0.8
+"""Of a GPU's caches, at most; the rest is for pages of past sequences."""
+
+Agree = Callable[[int], int]
+"""Takes this process's number, gives the least of all processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheBudget:
+    """What an engine may use for its caches.
+
+    Attributes:
+        num_slots: sequences at a time.
+        page_bytes: what a page takes in each segment.
+        bytes: for all pages.
+        reserves_slots: slots take all of their memory from the beginning, and `bytes` is for pages
+            of past sequences alone.
+    """
+
+    num_slots: int
+    page_bytes: tuple[int, ...]
+    bytes: int
+    reserves_slots: bool = False
+
+
+def page_bytes(model: SegmentedModel, page_size: int = PAGE_SIZE) -> tuple[int, ...]:
+    """Bytes of a page in each segment of a model, or of this process's part of it: keys and values
+    of its attentions, and what is kept at the exit behind it."""
+    shape = model.architecture
+    position = 2 * shape.num_query_groups * shape.kv_channels
+    sizes = [len(segment.attentions) * position for segment in model.segments]
+    for index, exit_ in enumerate(model.exits):
+        sizes[index] += shape.hidden_size + (0 if exit_.head.block is None else position)
+    return tuple(page_size * size * model.dtype.itemsize for size in sizes)
+
+
+def plan_caches(
+    model: SegmentedModel,
+    max_batch_size: int,
+    max_sequence_length: int,
+    kv_cache_memory: int | None,
+    gpu_memory_utilization: float,
+    agree: Agree,
+) -> CacheBudget:
+    """Divide the memory that there is.
+
+    Args:
+        model: the model, or this process's part of it; its weights take their memory already.
+        max_batch_size: sequences at a time, where there is memory for so many.
+        max_sequence_length: most positions of a sequence.
+        kv_cache_memory: bytes for the caches of this process; None is what the device has left.
+        gpu_memory_utilization: share of a GPU's memory that this process may use in all.
+        agree: what all processes of the engine can do.
+
+    Raises:
+        FieldError: there is not enough memory for one sequence.
+    """
+    Range(least=0, most=1, excludes_least=True).check(gpu_memory_utilization=gpu_memory_utilization)
+    ONE_OR_MORE.check(kv_cache_memory=kv_cache_memory)
+    sizes = page_bytes(model)
+    slot = sum(sizes) * -(-max_sequence_length // PAGE_SIZE)
+    is_on_cpu = model.device.type == "cpu"
+    if kv_cache_memory is not None:
+        size = kv_cache_memory
+    elif is_on_cpu:
+        most = int(available_memory() * _SHARE_OF_A_MACHINE)
+        # Memory of a CPU is taken when it is written to, so one sequence may always try.
+        size = max(min(_PREFIXES * max_batch_size * slot, most), slot)
+    else:
+        size = _left_on_gpu(model.device, gpu_memory_utilization)
+    size = agree(size)
+    slot = -agree(-slot)
+    if size < slot:
+        raise _too_small(size, slot, max_sequence_length, kv_cache_memory is not None)
+    if is_on_cpu:
+        return CacheBudget(max_batch_size, sizes, size)
+    num_slots = min(max_batch_size, max(int(size * _SHARE_OF_SLOTS) // slot, 1))
+    return CacheBudget(num_slots, sizes, size - num_slots * slot, reserves_slots=True)
+
+
+def _left_on_gpu(device: torch.device, utilization: float) -> int:
+    free, total = torch.cuda.mem_get_info(device)
+    return int(utilization * total) - (total - free) - _WORKSPACE
+
+
+def _too_small(size: int, slot: int, length: int, is_asked: bool) -> FieldError:
+    if is_asked:
+        allowed = f"{slot} bytes or more, which one sequence of {length} tokens takes"
+        return out_of_range("kv_cache_memory", size, allowed)
+    most = max(size, 0) * length // slot
+    return FieldError(
+        "max_sequence_length",
+        f"is not possible: one sequence takes {slot / 1e9:.1f} GB of the caches, and "
+        f"gpu_memory_utilization leaves {max(size, 0) / 1e9:.1f} GB",
+        f"up to {most}",
+        value=length,
+    )
