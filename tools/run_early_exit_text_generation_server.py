@@ -271,7 +271,7 @@ def serve_at(args: argparse.Namespace, sockets: Sequence[socket.socket]) -> int:
     log(LOG, "loading the model; it is served when it is ready", load=str(args.load))
     engine = load_engine(args, args.max_model_len)
     settings = settings_of(args, engine.exit_layers)
-    worker = EngineWorker(engine, args.max_batch_size, settings.max_waiting, Metrics())
+    worker = EngineWorker(engine, engine.max_batch_size, settings.max_waiting, Metrics())
     server = WebServer(create_app(worker, settings), worker, settings, sockets, args.max_batch_size)
     engine.on_death(server.fail)
     exits = settings.exits

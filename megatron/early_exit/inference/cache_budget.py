@@ -35,12 +35,14 @@ class CacheBudget:
         bytes: for all pages.
         reserves_slots: slots take all of their memory from the beginning, and `bytes` is for pages
             of past sequences alone.
+        bytes_of_sequences: for pages of running sequences.
     """
 
     num_slots: int
     page_bytes: tuple[int, ...]
     bytes: int
-    reserves_slots: bool = False
+    reserves_slots: bool
+    bytes_of_sequences: int
 
 
 def page_bytes(model: SegmentedModel, page_size: int = PAGE_SIZE) -> tuple[int, ...]:
@@ -93,9 +95,10 @@ def plan_caches(
     if size < slot:
         raise _too_small(size, slot, max_sequence_length, kv_cache_memory is not None)
     if is_on_cpu:
-        return CacheBudget(max_batch_size, sizes, size)
+        return CacheBudget(max_batch_size, sizes, size, False, size)
     num_slots = min(max_batch_size, max(int(size * _SHARE_OF_SLOTS) // slot, 1))
-    return CacheBudget(num_slots, sizes, size - num_slots * slot, reserves_slots=True)
+    slots = num_slots * slot
+    return CacheBudget(num_slots, sizes, size - slots, True, slots)
 
 
 def _left_on_gpu(device: torch.device, utilization: float) -> int:

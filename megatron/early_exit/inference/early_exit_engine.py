@@ -52,6 +52,10 @@ class EarlyExitEngine:
         prefix_caching: keep keys and values of past sequences, so that what new ones begin with
             alike (a system prompt, an earlier turn of a chat) is not computed again.
 
+    Attributes:
+        max_batch_size: sequences that run at a time, as far as there is memory for them.
+        pages: what sequences take of the caches, and how it went so far.
+
     Raises:
         ValueError: a size is out of range, there is not enough memory for one sequence, or the
             model is to be compiled and that is not possible.
@@ -97,6 +101,8 @@ class EarlyExitEngine:
             keeps_prefixes=prefix_caching,
             counts_held=not budget.reserves_slots,
         )
+        self.max_batch_size = budget.num_slots
+        self._cache_bytes = budget.bytes_of_sequences
         runner = SegmentRunner(model, budget.num_slots, length)
         _LOG.info("warming up, which includes compiling where that is asked for")
         runner.warm_up()
@@ -224,6 +230,11 @@ class EarlyExitEngine:
     def vocab_size(self) -> int:
         """Tokens that the model knows."""
         return self._backend.architecture.vocab_size
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the memory for running sequences' keys and values that they take."""
+        return self.pages.bytes_held / self._cache_bytes
 
     def generate(
         self, prompts: Prompts, params: SamplingParams | abc.Sequence[SamplingParams] | None = None

@@ -1,10 +1,20 @@
 """The flags with which command lines load an engine."""
 
 import argparse
+import math
+import string
 from pathlib import Path
 
 from megatron.early_exit.hardware.dtypes import DTYPES
+from megatron.early_exit.inference.cache_budget import DEFAULT_GPU_MEMORY_UTILIZATION
 from megatron.early_exit.inference.early_exit_engine import DEFAULT_MAX_BATCH_SIZE, EarlyExitEngine
+
+_UNITS = {
+    "": 1,
+    **{unit: 1000**power for power, unit in enumerate("kmgt", 1)},
+    **{f"{unit}i": 1024**power for power, unit in enumerate("kmgt", 1)},
+}
+_SIZES = "bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB"
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +48,28 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MAX_BATCH_SIZE,
         help="most sequences that are decoded at a time (default: %(default)s)",
     )
+    add(
+        "--kv-cache-memory",
+        type=memory_size,
+        metavar="SIZE",
+        help="most memory for keys and values in each process, such as 8GiB or 500MB; when it runs "
+        "out, the youngest sequence waits and is computed again (default: enough for "
+        "--max-batch-size sequences, at most half of what the machine has left, or what "
+        "--gpu-memory-utilization leaves)",
+    )
+    add(
+        "--gpu-memory-utilization",
+        type=float,
+        default=DEFAULT_GPU_MEMORY_UTILIZATION,
+        help="share of a GPU's memory that each process may use in all (default: %(default)s)",
+    )
+    add(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep keys and values of past requests for new ones that begin with the same tokens "
+        "(default: yes)",
+    )
 
 
 def load_engine(
@@ -58,4 +90,24 @@ def load_engine(
         pipeline_parallel=args.pipeline_model_parallel_size,
         compile=args.compile,
         has_driver=True,
+        kv_cache_memory=args.kv_cache_memory,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        prefix_caching=args.enable_prefix_caching,
     )
+
+
+def memory_size(text: str) -> int:
+    """Bytes of a text such as `8GiB`, `500MB` or `1000000`.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    number = text.rstrip(string.ascii_letters + " ")
+    unit = text[len(number) :].strip().lower().removesuffix("b")
+    try:
+        size = float(number) * _UNITS[unit]
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size, allowed: {_SIZES}") from None
+    if not 1 <= size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is out of range, allowed: 1 byte or more")
+    return int(size)

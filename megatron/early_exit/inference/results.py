@@ -82,6 +82,8 @@ class GenerationStatistics:
     """The start, by `time.perf_counter`."""
     drafts: DraftCounts | None = None
     """In mode `self_speculative`."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that were not computed, since an earlier request began with them."""
 
     @property
     def decode_tokens_per_second(self) -> float:

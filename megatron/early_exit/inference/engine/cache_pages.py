@@ -116,20 +116,22 @@ class CachePages:
             sequence: has no pages.
             blocks: exits with a block that it asks.
         """
-        # The last position is computed in any case: the next token comes of it.
-        known = sequence.token_ids(0, sequence.length)[:-1]
+        # The final head is asked about the last positions, so they are computed in any case.
+        known = sequence.token_ids(0, sequence.length - sequence.num_verified)
         prefix = self._tree.match(known, frozenset(blocks)) if self.keeps_prefixes else []
         depth = len(self._page_bytes)
         if sequence.exits and not sequence.num_admissions:
             depth = min(min(sequence.exits) + 1, depth)
-        if not self._has_room(self._to_depth[depth] * self._pages(sequence.length)):
+        needed = self._pages(sequence.length)
+        deeper = sum(self._to_depth[max(page.depth, depth)] for page in prefix)
+        if not self._has_room(self._to_depth[depth] * (needed - len(prefix)) + deeper):
             return False
         prefix = [page for page in prefix if page.is_stored]
         counts = [sum(page.depth > i for page in prefix) for i in range(len(self._page_bytes))]
         self._prefixes[sequence.key] = prefix
         self._held[sequence.key] = [0] * len(counts)
         for segment, pages in enumerate(counts):
-            self._take(sequence.key, segment, pages)
+            self._take(sequence.key, segment, needed if segment < depth else pages)
         sequence.cached = [self.page_size * pages for pages in counts]
         if not sequence.num_admissions:
             sequence.num_cached = sequence.cached[0]
@@ -145,8 +147,9 @@ class CachePages:
         """Whether another sequence computes most of what this one would have to."""
         if not self.keeps_prefixes:
             return False
-        common = common_length(sequence.prompt, other.prompt) // self.page_size
-        has = len(self._tree.match(sequence.prompt[:-1])) if common else 0
+        known = sequence.prompt[:-1]
+        common = common_length(known, other.prompt) // self.page_size
+        has = len(self._tree.match(known)) if common else 0
         gain = self.page_size * (common - has)
         return gain > (len(sequence.prompt) - self.page_size * has) / 2
 

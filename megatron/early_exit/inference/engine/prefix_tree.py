@@ -30,9 +30,9 @@ class StoredPage:
 class PrefixTree:
     """Stored pages by the tokens from the beginning of a text to their ends.
 
-    Tokens are compared, not hashes of them, so no page is ever taken for another. The least recently
-    used page is the first to go. Whoever uses a page uses those above it, so none of them ever goes
-    before one below.
+    Tokens are compared, not hashes of them, so no page is ever taken for another. The page whose
+    last use is longest ago is the first to go. Whoever uses a page uses those above it, so none of
+    them ever goes before one below.
 
     Args:
         page_size: positions of a page.
@@ -90,7 +90,8 @@ class PrefixTree:
 
     def remove(self, page: StoredPage) -> None:
         """Forget a page, which has none below it."""
-        assert not page.children and page.parent is not None
+        assert not page.children
+        assert page.parent is not None
         page.is_stored = False
         del self._by_use[page.number], page.parent.children[page.tokens]
 

@@ -148,6 +148,7 @@ class Request:
                 end - first if count > 1 else 0.0,
                 start,
                 self.mode.counts,
+                self.sequence.num_cached,
             ),
             stop_reason=self._stopping.stop_reason,
             error=self.error,

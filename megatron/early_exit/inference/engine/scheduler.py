@@ -187,7 +187,9 @@ class Scheduler:
 
     def _reserve(self, step: ScheduledBatch) -> bool:
         pairs = zip(step.sequences, step.spans, strict=True)
-        return self._pages.reserve([(one, step.segment, step.last, span.end) for one, span in pairs])
+        return self._pages.reserve(
+            [(one, step.segment, step.last, span.end) for one, span in pairs]
+        )
 
     def _preempt(self) -> None:
         """Take its pages from the youngest sequence. It keeps its tokens, and what heads have said

@@ -229,9 +229,7 @@ class SegmentLoop(DecodingLoop):
         copies = self.pages.store(sequence, self.runner.block_lengths(sequence.slot))
         self._store.drop(self.pages.take_dropped())
         for copy in copies:
-            self._store.save(
-                copy.page.number, sequence.slot, copy.index, copy.depth, copy.blocks
-            )
+            self._store.save(copy.page.number, sequence.slot, copy.index, copy.depth, copy.blocks)
         self.scheduler.stop_following(sequence.key)
 
     def _rewind(self, sequence: Sequence) -> None:

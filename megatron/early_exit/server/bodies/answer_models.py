@@ -15,12 +15,21 @@ class Head(BaseModel):
     confidence: float
 
 
+class PromptTokensDetails(BaseModel):
+    """What became of the tokens of a request's prompts."""
+
+    cached_tokens: int = Field(
+        description="Those that were not computed, since an earlier request began with them."
+    )
+
+
 class Usage(BaseModel):
     """Tokens of a request."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class SpeculativeDecoding(BaseModel):

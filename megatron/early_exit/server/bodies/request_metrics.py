@@ -6,21 +6,26 @@ from collections.abc import Sequence
 from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.inference.results import GenerationResult
 from megatron.early_exit.server.bodies.answer_models import (
+    PromptTokensDetails,
     RequestMetrics,
     SpeculativeDecoding,
     Usage,
 )
 
 
-def usage(prompts: int, generated: int) -> Usage:
+def usage(prompts: int, generated: int, cached: int) -> Usage:
     """The tokens of a request.
 
     Args:
         prompts: tokens of its prompts, each of which counts once.
         generated: tokens of all answers.
+        cached: tokens of its prompts that were not computed.
     """
     return Usage(
-        prompt_tokens=prompts, completion_tokens=generated, total_tokens=prompts + generated
+        prompt_tokens=prompts,
+        completion_tokens=generated,
+        total_tokens=prompts + generated,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
     )
 
 

@@ -8,6 +8,7 @@ from prometheus_client import Counter as Count
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
+from megatron.early_exit.inference.engine.cache_pages import CacheCounts
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.server.engine_thread.histogram import SecondsHistogram
@@ -42,6 +43,32 @@ class TokenTally(Collector):
         yield exits
 
 
+class CacheTally(Collector):
+    """What the caches have saved and cost.
+
+    Args:
+        prefix: of the names for Prometheus.
+        counts: written by the engine's thread.
+    """
+
+    def __init__(self, prefix: str, counts: CacheCounts) -> None:
+        self._prefix, self._counts = prefix, counts
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """The figures for Prometheus."""
+        counts = self._counts
+        for name, text, value in (
+            (
+                "prefix_cache_queries",
+                "Tokens of prompts that were looked up.",
+                counts.prompt_tokens,
+            ),
+            ("prefix_cache_hits", "Those that were not computed again.", counts.cached_tokens),
+            ("num_preemptions", "Sequences that had to wait for memory.", counts.preemptions),
+        ):
+            yield CounterMetricFamily(self._prefix + name, text, value)
+
+
 class Metrics:
     """Counts what the server does; sequences in the engine's thread, answers in any."""
 
@@ -52,7 +79,7 @@ class Metrics:
         count, histogram = self._counter, self._histogram
         self._running = self._gauge("num_requests_running", "Sequences in the batches.")
         self._waiting = self._gauge("num_requests_waiting", "Sequences that wait for their turn.")
-        self._cache = self._gauge("kv_cache_usage_perc", "Share of the sequences' caches in use.")
+        self._cache = self._gauge("kv_cache_usage_perc", "Share of the caches' memory in use.")
         self._prompt = count("prompt_tokens", "Tokens of prompts.")
         self._tokens = TokenTally(_PREFIX)
         self.registry.register(self._tokens)
@@ -71,11 +98,13 @@ class Metrics:
         num_running: Callable[[], int],
         num_waiting: Callable[[], int],
         cache_usage: Callable[[], float],
+        cache_counts: CacheCounts,
     ) -> None:
-        """Read these numbers of `EngineWorker` whenever somebody asks for the figures."""
+        """Read these numbers of an engine whenever somebody asks for the figures."""
         self._running.set_function(num_running)
         self._waiting.set_function(num_waiting)
         self._cache.set_function(cache_usage)
+        self.registry.register(CacheTally(_PREFIX, cache_counts))
 
     def text(self) -> bytes:
         """All figures."""

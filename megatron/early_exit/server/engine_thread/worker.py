@@ -55,7 +55,12 @@ class EngineWorker:
         self._next_expiry = self._next_look = 0.0
         self._pulse = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        metrics.watch(lambda: self.num_running, lambda: self.num_waiting, lambda: self.cache_usage)
+        metrics.watch(
+            lambda: self.num_running,
+            lambda: self.num_waiting,
+            lambda: engine.cache_usage,
+            engine.pages.counts,
+        )
 
     @property
     def num_running(self) -> int:
@@ -66,13 +71,6 @@ class EngineWorker:
     def num_waiting(self) -> int:
         """Sequences that wait for their turn."""
         return self._num_sequences - self.num_running
-
-    @property
-    def cache_usage(self) -> float:
-        """Share of the running sequences' caches that holds tokens."""
-        running = list(self._running.values())[: self._max_batch_size]
-        capacity = self._max_batch_size * self.engine.max_sequence_length
-        return sum(request.sequence.length for _, _, request in running) / capacity
 
     def unhealthy_reason(self) -> str | None:
         """Why requests are not answered now; None where they are."""

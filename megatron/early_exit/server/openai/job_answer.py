@@ -60,8 +60,9 @@ class JobAnswer[Body: (CompletionRequest, ChatRequest)](ABC):
         options = self._body.stream_options
         if options is None or not options.continuous_usage_stats:
             return None
-        prompts = (request.prompt_token_ids for request in self._job.requests[:: self._body.n])
-        return usage(sum(map(len, prompts)), self._num_given)
+        sequences = [request.sequence for request in self._job.requests[:: self._body.n]]
+        prompts = sum(len(one.prompt) for one in sequences)
+        return usage(prompts, self._num_given, sum(one.num_cached for one in sequences))
 
     @property
     def _ends_with_figures(self) -> bool:
@@ -72,10 +73,12 @@ class JobAnswer[Body: (CompletionRequest, ChatRequest)](ABC):
     def _figures(self) -> dict[str, Any]:
         """What the request has cost; all has ended."""
         results = self._job.results()
+        prompts = results[:: self._body.n]
         return {
             "usage": usage(
-                sum(len(one.prompt_token_ids) for one in results[:: self._body.n]),
+                sum(len(one.prompt_token_ids) for one in prompts),
                 sum(len(one.token_ids) for one in results),
+                sum(one.statistics.num_cached_tokens for one in prompts),
             ),
             "metrics": request_metrics(results, self._params, self._service.num_layers),
         }

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron.early_exit.inference.engine.cache_pages import CachePages
 from megatron.early_exit.server.engine_thread.metrics import Metrics
 from megatron.early_exit.server.engine_thread.worker import EngineWorker
 
@@ -16,7 +17,8 @@ def failed_requests(count: int) -> list[Any]:
 
 
 def test_a_step_in_which_many_requests_fail_is_one_failed_step() -> None:
-    worker = EngineWorker(SimpleNamespace(), 1, 1, Metrics())  # type: ignore[arg-type]
+    engine = SimpleNamespace(pages=CachePages((1,)))
+    worker = EngineWorker(engine, 1, 1, Metrics())  # type: ignore[arg-type]
     for _ in range(7):
         worker._log_failures(failed_requests(12))
     with pytest.raises(RuntimeError, match="of request"):

@@ -1,0 +1,122 @@
+"""The memory of the caches is divided such that it is never more than there is."""
+
+from argparse import ArgumentTypeError
+
+import pytest
+import torch
+
+from megatron.early_exit.inference import EarlyExitEngine, cache_budget
+from megatron.early_exit.inference.cache_budget import page_bytes, plan_caches
+from megatron.early_exit.inference.engine_flags import memory_size
+from megatron.early_exit.inference.model.runner import SegmentRunner
+from tests.helpers.tiny_models import HEADS, make_model
+
+LENGTH = 64
+GIB = 2**30
+
+
+class OnGpu:
+    """A model that says it is on a GPU."""
+
+    def __init__(self, model):
+        self._model = model
+        self.device = torch.device("cuda", 1)
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+
+def planned(model, slots=16, length=LENGTH, memory=None, share=0.9, agree=lambda number: number):
+    return plan_caches(model, slots, length, memory, share, agree)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_pages_take_what_slots_hold(heads):
+    model = make_model(exits=(1, 3), **HEADS[heads]).segmented
+    runner = SegmentRunner(model, 1, LENGTH)
+    tensors = [runner._cache.data[:, :, :LENGTH], runner._kept]
+    tensors += [cache.data[:, :, :LENGTH] for cache in runner._caches[1:]]
+    whole = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    assert sum(page_bytes(model)) * LENGTH // 16 == whole
+
+
+def test_a_machine_keeps_half_of_its_memory(monkeypatch):
+    model = make_model().segmented
+    slot = sum(page_bytes(model)) * LENGTH // 16
+    for left, expected in [(100, 32 * slot), (20, 10 * slot), (1, slot)]:
+        monkeypatch.setattr(cache_budget, "available_memory", lambda left=left: left * slot)
+        found = planned(model)
+        assert (found.num_slots, found.bytes, found.reserves_slots) == (16, expected, False)
+    assert planned(model, memory=3 * slot).bytes == 3 * slot
+
+
+def test_slots_of_a_gpu_are_as_many_as_fit(monkeypatch):
+    model = OnGpu(make_model().segmented)
+    slot = sum(page_bytes(model)) * LENGTH // 16
+
+    def left(slots: int) -> None:
+        free = GIB + slots * slot
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, 10 * free))
+
+    left(1000)
+    assert planned(model, share=1.0).num_slots == 16
+    left(10)
+    found = planned(model, share=1.0)
+    assert (found.num_slots, found.reserves_slots) == (8, True)
+    assert found.bytes + found.bytes_of_sequences == 10 * slot
+    left(1)
+    assert planned(model, share=1.0).num_slots == 1
+    left(0)
+    with pytest.raises(ValueError, match=r"^max_sequence_length 64 is not possible: .* up to 0$"):
+        planned(model, share=1.0)
+    left(10)
+    with pytest.raises(ValueError, match="max_sequence_length"):
+        planned(model, share=0.5)
+
+
+def test_processes_agree():
+    model = make_model().segmented
+    slot = sum(page_bytes(model)) * LENGTH // 16
+    told = []
+
+    def agree(number: int) -> int:
+        told.append(number)
+        return number // 2 if number > 0 else number
+
+    assert planned(model, memory=8 * slot, agree=agree).bytes == 4 * slot
+    assert told == [8 * slot, -slot]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_cache_memory": 0}, "kv_cache_memory 0 is out of range, allowed: 1 or more"),
+        ({"kv_cache_memory": 1.5}, "kv_cache_memory 1.5 is not an integer, allowed: 1 or more"),
+        (
+            {"kv_cache_memory": 1000},
+            "kv_cache_memory 1000 is out of range, allowed: 32768 bytes or more, which one "
+            "sequence of 64 tokens takes",
+        ),
+        (
+            {"gpu_memory_utilization": 0.0},
+            "gpu_memory_utilization 0.0 is out of range, allowed: above 0, up to 1",
+        ),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        EarlyExitEngine(make_model().segmented, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8GiB", 8 * GIB), ("500 MB", 500_000_000), ("1.5k", 1500), ("1000000", 10**6), ("1B", 1)],
+)
+def test_sizes_as_people_write_them(text, expected):
+    assert memory_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "8 gigabytes", "-1GB", "0", "1e400", "nan", "8XiB"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(ArgumentTypeError, match=r"allowed: (bytes|1 byte)"):
+        memory_size(text)
