@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -51,7 +52,8 @@ class Decoder:
         engine = self.engine
         requests = [engine.submit(*pair) for pair in zip(self.prompts, params, strict=True)]
         for request, threshold in zip(requests, thresholds or [], strict=False):
-            request.mode.threshold = threshold  # type: ignore[attr-defined]
+            # A benchmark's own object may stand in for the number.
+            request.mode.rule = replace(request.mode.rule, threshold=threshold)  # type: ignore[arg-type]
         while not all(request.sequence.generated for request in requests):
             engine.step()
         before, start = sum(len(request.sequence.generated) for request in requests), perf_counter()
