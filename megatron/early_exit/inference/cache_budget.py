@@ -7,7 +7,7 @@ import torch
 
 from megatron.early_exit.errors import FieldError, out_of_range
 from megatron.early_exit.hardware.resources import available_memory
-from megatron.early_exit.inference.engine.cache_pages import PAGE_SIZE
+from megatron.early_exit.inference.engine.cache_pages import PAGE_SIZE, CachePages
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.ranges import ONE_OR_MORE, Range
 
@@ -33,16 +33,27 @@ class CacheBudget:
         num_slots: sequences at a time.
         page_bytes: what a page takes in each segment.
         bytes: for all pages.
-        reserves_slots: slots take all of their memory from the beginning, and `bytes` is for pages
-            of past sequences alone.
-        bytes_of_sequences: for pages of running sequences.
+        reserved: bytes that slots take from the beginning, where they do so; `bytes` is then for
+            pages of past sequences alone.
     """
 
     num_slots: int
     page_bytes: tuple[int, ...]
     bytes: int
-    reserves_slots: bool
-    bytes_of_sequences: int
+    reserved: int = 0
+
+    def pages(self, keeps_prefixes: bool) -> CachePages:
+        """What gives out the pages of one process that computes all segments."""
+        return CachePages(
+            self.page_bytes, self.bytes, keeps_prefixes=keeps_prefixes, reserved=self.reserved
+        )
+
+    def pages_of_stages(self, keeps_prefixes: bool, agree: Agree) -> CachePages:
+        """What gives out the pages of several stages, each of which takes a page of its own when
+        the first one does: it counts pages, not bytes."""
+        size = sum(self.page_bytes)
+        budget, reserved = agree(self.bytes // size), agree(self.reserved // size)
+        return CachePages((1,), budget, keeps_prefixes=keeps_prefixes, reserved=reserved)
 
 
 def page_bytes(model: SegmentedModel, page_size: int = PAGE_SIZE) -> tuple[int, ...]:
@@ -95,10 +106,10 @@ def plan_caches(
     if size < slot:
         raise _too_small(size, slot, max_sequence_length, kv_cache_memory is not None)
     if is_on_cpu:
-        return CacheBudget(max_batch_size, sizes, size, False, size)
+        return CacheBudget(max_batch_size, sizes, size)
     num_slots = min(max_batch_size, max(int(size * _SHARE_OF_SLOTS) // slot, 1))
     slots = num_slots * slot
-    return CacheBudget(num_slots, sizes, size - slots, True, slots)
+    return CacheBudget(num_slots, sizes, size - slots, slots)
 
 
 def _left_on_gpu(device: torch.device, utilization: float) -> int:

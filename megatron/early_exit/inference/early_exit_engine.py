@@ -16,7 +16,6 @@ from megatron.early_exit.inference.distributed.parallel_backend import (
     ParallelBackend,
     SingleProcess,
 )
-from megatron.early_exit.inference.engine.cache_pages import CachePages
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.request_factory import RequestFactory
 from megatron.early_exit.inference.loading import load_model
@@ -95,14 +94,8 @@ class EarlyExitEngine:
             gpu_memory_utilization,
             self._backend.agree,
         )
-        self.pages = CachePages(
-            budget.page_bytes,
-            budget.bytes,
-            keeps_prefixes=prefix_caching,
-            counts_held=not budget.reserves_slots,
-        )
+        self.pages = self._backend.pages(budget, prefix_caching)
         self.max_batch_size = budget.num_slots
-        self._cache_bytes = budget.bytes_of_sequences
         runner = SegmentRunner(model, budget.num_slots, length)
         _LOG.info("warming up, which includes compiling where that is asked for")
         runner.warm_up()
@@ -230,11 +223,6 @@ class EarlyExitEngine:
     def vocab_size(self) -> int:
         """Tokens that the model knows."""
         return self._backend.architecture.vocab_size
-
-    @property
-    def cache_usage(self) -> float:
-        """Share of the memory for running sequences' keys and values that they take."""
-        return self.pages.bytes_held / self._cache_bytes
 
     def generate(
         self, prompts: Prompts, params: SamplingParams | abc.Sequence[SamplingParams] | None = None

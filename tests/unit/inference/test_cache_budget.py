@@ -46,7 +46,7 @@ def test_a_machine_keeps_half_of_its_memory(monkeypatch):
     for left, expected in [(100, 32 * slot), (20, 10 * slot), (1, slot)]:
         monkeypatch.setattr(cache_budget, "available_memory", lambda left=left: left * slot)
         found = planned(model)
-        assert (found.num_slots, found.bytes, found.reserves_slots) == (16, expected, False)
+        assert (found.num_slots, found.bytes, found.reserved) == (16, expected, 0)
     assert planned(model, memory=3 * slot).bytes == 3 * slot
 
 
@@ -62,8 +62,8 @@ def test_slots_of_a_gpu_are_as_many_as_fit(monkeypatch):
     assert planned(model, share=1.0).num_slots == 16
     left(10)
     found = planned(model, share=1.0)
-    assert (found.num_slots, found.reserves_slots) == (8, True)
-    assert found.bytes + found.bytes_of_sequences == 10 * slot
+    assert (found.num_slots, found.reserved) == (8, 8 * slot)
+    assert found.bytes + found.reserved == 10 * slot
     left(1)
     assert planned(model, share=1.0).num_slots == 1
     left(0)

@@ -10,6 +10,7 @@ from torch import Tensor, distributed
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.inference.cache_budget import CacheBudget
 from megatron.early_exit.inference.distributed.control import ControlPlane
 from megatron.early_exit.inference.distributed.heartbeat import Heartbeat
 from megatron.early_exit.inference.distributed.pipeline_driver import PipelineDriver
@@ -70,6 +71,10 @@ class SingleProcess:
     def agree(self, number: int) -> int:
         """The number itself: there are no others to agree with."""
         return number
+
+    def pages(self, budget: CacheBudget, keeps_prefixes: bool) -> CachePages:
+        """What gives sequences memory of the caches."""
+        return budget.pages(keeps_prefixes)
 
     def loop(self, runner: SegmentRunner, pages: CachePages) -> Loop:
         """The loop over the model, whose sequences get their memory from `pages`."""
@@ -136,6 +141,12 @@ class ParallelBackend:
         distributed.all_gather_object(numbers, number, group=self.rank_info.group)
         return min(numbers)
 
+    def pages(self, budget: CacheBudget, keeps_prefixes: bool) -> CachePages:
+        """What gives sequences memory of the caches; all ranks must call this together."""
+        if self.rank_info.num_stages == 1:
+            return budget.pages(keeps_prefixes)
+        return budget.pages_of_stages(keeps_prefixes, self.agree)
+
     def loop(self, runner: SegmentRunner, pages: CachePages) -> Loop:
         """The loop over this process's part of the model."""
         return WatchedLoop(self._own_loop(runner, pages), self._heartbeat)
@@ -151,7 +162,7 @@ class ParallelBackend:
         assert control is not None
         stage = PipelineStage(runner, rank_info, self._first_exit)
         if rank_info.rank == 0:
-            self._closing = PipelineDriver(stage, control, runner.num_slots)
+            self._closing = PipelineDriver(stage, control, runner.num_slots, pages)
         else:
             self._closing = PipelineWorker(stage, control)
         return self._closing

@@ -14,7 +14,9 @@ from megatron.early_exit.inference.distributed.pipeline_scores import (
     scores_of,
 )
 from megatron.early_exit.inference.distributed.pipeline_stage import PipelineStage
+from megatron.early_exit.inference.distributed.stage_pages import StagePages
 from megatron.early_exit.inference.distributed.stage_task import StageTask
+from megatron.early_exit.inference.engine.cache_pages import CachePages
 from megatron.early_exit.inference.engine.failures import reason_of
 from megatron.early_exit.inference.engine.loop import DecodingLoop
 from megatron.early_exit.inference.engine.request import Request
@@ -38,11 +40,15 @@ class PipelineDriver(DecodingLoop):
         stage: the first one.
         control: messages to and from the other processes.
         num_slots: sequences that run at a time.
+        pages: gives memory of the caches to sequences, see `CacheBudget.pages_of_stages`.
     """
 
-    def __init__(self, stage: PipelineStage, control: ControlPlane, num_slots: int) -> None:
-        super().__init__(Scheduler(1, num_slots), stage.runner.model.device)
-        self.stage, self.control = stage, control
+    def __init__(
+        self, stage: PipelineStage, control: ControlPlane, num_slots: int, pages: CachePages
+    ) -> None:
+        super().__init__(Scheduler(1, num_slots, pages=pages), stage.runner.model.device)
+        self.stage, self.control, self.pages = stage, control, pages
+        self._stage_pages = StagePages(pages, self._manage)
         self._ready: deque[Sequence] = deque()
         self._pieces = PiecesUnderWay(stage.rank_info.num_stages)
         self._damaged: set[int] = set()
@@ -58,6 +64,10 @@ class PipelineDriver(DecodingLoop):
         request = self.requests.get(key)
         if request is not None and not request.is_finished:
             self._tell({"kind": "cancelled", "key": key})
+        if request is not None and key in self.scheduler.running:
+            if request.sequence.generated and request.error is None:
+                self._stage_pages.store(request.sequence)
+            self._stage_pages.leave(key, request.sequence.slot)
         if key in self.unscored:
             self._tell_stages({"kind": "forget", "key": key})
             self.stage.forget(key)
@@ -76,6 +86,7 @@ class PipelineDriver(DecodingLoop):
         """Run one batch through the first stage and score a piece of a prompt, or wait for what the
         others report."""
         for sequence in self.scheduler.admit():
+            self._stage_pages.begin(sequence.key)
             self._begin_token(self.requests[sequence.key])
             self._requeue(sequence)
         is_busy = self._score() or bool(self._ready)
@@ -113,6 +124,9 @@ class PipelineDriver(DecodingLoop):
         chosen = [one for one in self._ready if one not in deep]
         self._ready = deque(deep)
         self._leaving.difference_update(one.key for one in chosen)
+        chosen = self._with_memory(chosen)
+        if not chosen:
+            return
         step = self.scheduler.batch(0, chosen)
         tasks = [self._task(*pair) for pair in zip(step.sequences, step.spans, strict=True)]
         self.scheduler.ran(step)
@@ -123,14 +137,39 @@ class PipelineDriver(DecodingLoop):
         rest = self.stage.run([tasks], self._conclude_here)
         rows = [task.message() for task in rest]
         self.control.send(self.stage.rank_info.next_leader, {"kind": "rows", "tasks": rows})
+        self._stage_pages.give_up()
+
+    def _with_memory(self, chosen: list[Sequence]) -> list[Sequence]:
+        """Those of the sequences that can run now. Where there is not enough memory, the youngest
+        one that has no drafts on their way has to give back its own."""
+        room = self.stage.runner.capacity
+        while True:
+            needs = [(one, 0, 0, min(self._end_of_token(one), room)) for one in chosen]
+            if self.pages.reserve(needs):
+                return chosen
+            # With drafts it has the memory for all of them already.
+            fresh = {one.key for one in (*chosen, *self._ready) if not one.drafts}
+            youngest = next(key for key in reversed(self.scheduler.running) if key in fresh)
+            self.scheduler.preempt(youngest)
+            self._stage_pages.leave(youngest, self.scheduler.vacated.pop())
+            chosen = [one for one in chosen if one.key != youngest]
+            self._ready = deque(one for one in self._ready if one.key != youngest)
+
+    def _end_of_token(self, sequence: Sequence) -> int:
+        """The end of what a sequence needs memory for until its next token is known."""
+        params = self.requests[sequence.key].params
+        verifies = self.requests[sequence.key].mode.verifies
+        drafts = params.num_draft_tokens - len(sequence.drafts) if verifies else 0
+        return sequence.length + max(drafts, 0)
 
     def _task(self, sequence: Sequence, span: Span) -> StageTask:
         request = self.requests[sequence.key]
         tokens = tuple(sequence.token_ids(span.start, span.end))
         clear = span.slot in self._damaged
         self._damaged.discard(span.slot)
+        load = self._stage_pages.take_load(sequence.key)
         if span.end < sequence.length:
-            return StageTask(sequence.key, *span, tokens, clear=clear)
+            return StageTask(sequence.key, *span, tokens, clear=clear, load=load)
         return StageTask(
             sequence.key,
             *span,
@@ -140,6 +179,7 @@ class PipelineDriver(DecodingLoop):
             verify=request.mode.verifies,
             logits=request.params.needs_logits,
             clear=clear,
+            load=load,
         )
 
     def _listen(self, wait: bool) -> None:
@@ -211,7 +251,14 @@ class PipelineDriver(DecodingLoop):
         if key not in self._drafting and num_verified == request.sequence.num_verified:
             self._continue(request, mode.at_end(self._verified.pop(key)))
 
+    def _manage(self, order: Message) -> None:
+        self._tell_stages(order)
+        self.stage.manage(order)
+
     def _begin_token(self, request: Request) -> None:
+        if request.sequence.generated and not request.sequence.is_stored:
+            self._stage_pages.store(request.sequence)
+            self.scheduler.stop_following(request.key)
         super()._begin_token(request)
         self._drafting.add(request.key)
 

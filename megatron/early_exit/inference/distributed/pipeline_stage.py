@@ -10,8 +10,10 @@ from megatron.early_exit.inference.distributed.control import Message
 from megatron.early_exit.inference.distributed.pipeline_scores import piece_of, rule_of
 from megatron.early_exit.inference.distributed.process_groups import RankInfo
 from megatron.early_exit.inference.distributed.stage_task import HeadMessage, StageBatch, StageTask
+from megatron.early_exit.inference.engine.cache_pages import PAGE_SIZE
 from megatron.early_exit.inference.engine.scoring import PrefixScore, TextScorer
 from megatron.early_exit.inference.model.kv_cache import Span
+from megatron.early_exit.inference.model.page_store import PageStore
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.modes.head_output import head_outputs
 from megatron.early_exit.inference.modes.mode import FINAL
@@ -36,6 +38,7 @@ class PipelineStage:
         self.runner, self.rank_info, self.first_exit = runner, rank_info, first_exit
         self._sends: list[tuple[distributed.Work, Tensor]] = []
         self._scorers: dict[int, TextScorer] = {}
+        self._store = PageStore(runner, PAGE_SIZE, keeps_for_blocks=True)
 
     def run(self, messages: Sequence[Sequence[StageTask]], report: Report) -> list[StageTask]:
         """Run the tasks of several messages as one batch.
@@ -64,6 +67,10 @@ class PipelineStage:
             for task in tasks:
                 if task.clear:
                     self.runner.clear(task.slot)
+                if task.load:
+                    self.runner.truncate(task.slot, 0)
+                for place, number in enumerate(task.load):
+                    self._store.load(number, task.slot, place)
             for span in spans:
                 self.runner.truncate(span.slot, span.start)
             tokens = [token for task in tasks for token in task.tokens]
@@ -78,6 +85,18 @@ class PipelineStage:
                 return []
             self._send(hidden)
         return [replace(task, tokens=()) for task in tasks]
+
+    @torch.inference_mode()
+    def manage(self, order: Message) -> None:
+        """Store pages and give up others, as `StagePages` says."""
+        for number, slot, place in order["save"]:
+            segments, blocks = self.runner.model.segments, self.runner.block_lengths(slot)
+            end = (place + 1) * PAGE_SIZE
+            seen = [index for index, length in enumerate(blocks) if length >= end]
+            self._store.save(number, slot, place, len(segments), seen)
+        self._store.drop(order["drop"])
+        for slot in order["release"]:
+            self.runner.release(slot)
 
     @torch.inference_mode()
     def score(self, order: Message) -> list[PrefixScore]:

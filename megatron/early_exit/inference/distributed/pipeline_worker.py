@@ -89,6 +89,12 @@ class PipelineWorker:
             self.stage.run(batch, lambda task, logits: None)
         elif kind == "score":
             self._score(message)
+        elif kind == "pages":
+            # They are about positions that have come before.
+            while self._rows:
+                self._run()
+            self._pass_on(message)
+            self.stage.manage(message)
         elif kind == "forget":
             self._pass_on(message)
             self.stage.forget(message["key"])

@@ -57,6 +57,7 @@ class StageTask:
         verify: it is to be asked also when the rule has taken an exit's output.
         logits: they are wanted with the message about a head.
         clear: the slot's cache has to be cleared first, since it may hold NaN.
+        load: numbers of stored pages that go into the slot first, for the positions before `start`.
         outputs: of the exits that the rule has not taken.
     """
 
@@ -70,6 +71,7 @@ class StageTask:
     verify: bool = False
     logits: bool = False
     clear: bool = False
+    load: tuple[int, ...] = ()
     outputs: tuple[HeadMessage, ...] = field(default=())
 
     @property
@@ -100,8 +102,9 @@ class StageTask:
     def from_message(cls, message: Message) -> "StageTask":
         """The inverse of `message`."""
         outputs = tuple(HeadMessage(**output) for output in message["outputs"])
-        rule, tokens = ExitRule.from_message(message["rule"]), tuple(message["tokens"])
-        return cls(**{**message, "tokens": tokens, "rule": rule, "outputs": outputs})
+        rule = ExitRule.from_message(message["rule"])
+        lists = {name: tuple(message[name]) for name in ("tokens", "load")}
+        return cls(**{**message, **lists, "rule": rule, "outputs": outputs})
 
 
 @dataclass(slots=True)
@@ -125,7 +128,9 @@ class StageBatch:
         """Whether tasks, in the order of a pass, continue what is in the batch."""
         ends = {slot: span.end for slot, span in self.spans.items()}
         for task in tasks:
-            if ends.get(task.slot, task.start) != task.start or (task.clear and task.slot in ends):
+            if ends.get(task.slot, task.start) != task.start:
+                return False
+            if task.slot in ends and (task.clear or task.load):
                 return False
             ends[task.slot] = task.end
         return True

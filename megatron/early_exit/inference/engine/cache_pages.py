@@ -63,8 +63,8 @@ class CachePages:
         budget: bytes for all; None is no limit.
         page_size: positions of a page.
         keeps_prefixes: pages of past sequences are kept.
-        counts_held: what running sequences take is part of the budget, which else is for pages of
-            past ones alone.
+        reserved: bytes that slots have from the beginning; the budget is then for pages of past
+            sequences alone.
 
     Attributes:
         counts: how the caches have been used.
@@ -77,10 +77,10 @@ class CachePages:
         budget: int | None = None,
         page_size: int = PAGE_SIZE,
         keeps_prefixes: bool = True,
-        counts_held: bool = True,
+        reserved: int = 0,
     ) -> None:
         self.page_size, self.budget = page_size, budget
-        self.keeps_prefixes, self._counts_held = keeps_prefixes, counts_held
+        self.keeps_prefixes, self._reserved = keeps_prefixes, reserved
         self._page_bytes = tuple(page_bytes)
         self._to_depth = tuple(accumulate(page_bytes, initial=0))
         self._tree = PrefixTree(page_size)
@@ -99,6 +99,12 @@ class CachePages:
     def bytes_stored(self) -> int:
         """What pages of past sequences take."""
         return self._bytes_stored
+
+    @property
+    def usage(self) -> float:
+        """Share of the memory for running sequences that they take; 0 without a limit."""
+        limit = self._reserved or self.budget
+        return self._bytes_held / limit if limit else 0.0
 
     @property
     def num_stored(self) -> int:
@@ -241,12 +247,12 @@ class CachePages:
 
     @property
     def _bytes_counted(self) -> int:
-        return self._bytes_held if self._counts_held else 0
+        return 0 if self._reserved else self._bytes_held
 
     def _has_room(self, size: int) -> bool:
         """Whether running sequences can have so many bytes more, after what is stored had to go for
         them."""
-        if not self._counts_held:
+        if self._reserved:
             return True
         if self.budget is not None and self._bytes_held + size > self.budget:
             return False

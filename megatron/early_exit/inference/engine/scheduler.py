@@ -182,7 +182,7 @@ class Scheduler:
             step = self._through(self.batch(segments[0], groups[segments[0]]))
             if self._reserve(step):
                 return step
-            self._preempt()
+            self.preempt(next(reversed(self.running)))
         return None
 
     def _reserve(self, step: ScheduledBatch) -> bool:
@@ -191,11 +191,11 @@ class Scheduler:
             [(one, step.segment, step.last, span.end) for one, span in pairs]
         )
 
-    def _preempt(self) -> None:
-        """Take its pages from the youngest sequence. It keeps its tokens, and what heads have said
-        about the last of them."""
-        key, sequence = list(self.running.items())[-1]
+    def preempt(self, key: int) -> None:
+        """Take its pages from a sequence. It keeps its tokens, and what heads have said about the
+        last of them, and it is the first to begin again."""
         assert len(self.running) > 1, "one sequence alone has the memory that it needs"
+        sequence = self.running[key]
         self._take_slot_of(key)
         self.vacated.append(sequence.slot)
         self._pages.counts.preemptions += 1

@@ -15,12 +15,12 @@ class _Content:
 
     Attributes:
         segments: of each that has seen it [attentions, positions, 2 ng, hn].
-        kept: [positions, h], the residual stream behind the last of them, where an exit is there.
+        kept: by exit, the residual stream there [positions, h], where positions may wait behind it.
         blocks: by exit, of those whose blocks have seen it [positions, 2 ng, hn].
     """
 
     segments: list[Tensor] = field(default_factory=list)
-    kept: Tensor | None = None
+    kept: dict[int, Tensor] = field(default_factory=dict)
     blocks: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -30,10 +30,15 @@ class PageStore:
     Args:
         runner: whose slots they are.
         page_size: positions of a page.
+        keeps_for_blocks: the residual stream is kept for the blocks of exits that have not seen a
+            page yet.
     """
 
-    def __init__(self, runner: SegmentRunner, page_size: int) -> None:
+    def __init__(
+        self, runner: SegmentRunner, page_size: int, keeps_for_blocks: bool = False
+    ) -> None:
         self._runner, self._page_size = runner, page_size
+        self._keeps_for_blocks = keeps_for_blocks
         self._pages: dict[int, _Content] = {}
 
     def __len__(self) -> int:
@@ -56,7 +61,12 @@ class PageStore:
         if depth > len(content.segments):
             missing = range(len(content.segments), depth)
             content.segments.extend(memory.segments[segment].clone() for segment in missing)
-            content.kept = memory.kept[depth - 1].clone() if depth <= len(memory.kept) else None
+            content.kept = {
+                exit_index: kept.clone()
+                for exit_index, kept in enumerate(memory.kept)
+                if exit_index == depth - 1
+                or (self._keeps_for_blocks and memory.blocks[exit_index] is not None)
+            }
         for exit_index in blocks:
             block = memory.blocks[exit_index]
             if block is not None and exit_index not in content.blocks:
@@ -69,8 +79,8 @@ class PageStore:
         memory = self._runner.slot_memory(span)
         for target, source in zip(memory.segments, content.segments, strict=False):
             target.copy_(source)
-        if content.kept is not None:
-            memory.kept[len(content.segments) - 1].copy_(content.kept)
+        for exit_index, kept in content.kept.items():
+            memory.kept[exit_index].copy_(kept)
         for exit_index, source in content.blocks.items():
             block = memory.blocks[exit_index]
             assert block is not None

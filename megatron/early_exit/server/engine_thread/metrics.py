@@ -8,7 +8,7 @@ from prometheus_client import Counter as Count
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from megatron.early_exit.inference.engine.cache_pages import CacheCounts
+from megatron.early_exit.inference.engine.cache_pages import CacheCounts, CachePages
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.server.engine_thread.histogram import SecondsHistogram
@@ -97,14 +97,13 @@ class Metrics:
         self,
         num_running: Callable[[], int],
         num_waiting: Callable[[], int],
-        cache_usage: Callable[[], float],
-        cache_counts: CacheCounts,
+        pages: CachePages,
     ) -> None:
         """Read these numbers of an engine whenever somebody asks for the figures."""
         self._running.set_function(num_running)
         self._waiting.set_function(num_waiting)
-        self._cache.set_function(cache_usage)
-        self.registry.register(CacheTally(_PREFIX, cache_counts))
+        self._cache.set_function(lambda: pages.usage)
+        self.registry.register(CacheTally(_PREFIX, pages.counts))
 
     def text(self) -> bytes:
         """All figures."""

@@ -58,8 +58,7 @@ class EngineWorker:
         metrics.watch(
             lambda: self.num_running,
             lambda: self.num_waiting,
-            lambda: engine.cache_usage,
-            engine.pages.counts,
+            engine.pages,
         )
 
     @property

@@ -44,7 +44,7 @@ STEPS = st.tuples(st.integers(0, 3), st.integers(1, 14), st.integers(1, 2), st.b
 @settings(max_examples=150)
 @given(budget=st.integers(5, 60), steps=st.lists(STEPS, max_size=12), counts=st.booleans())
 def test_never_more_than_the_budget(budget, steps, counts):
-    pages = CachePages(BYTES, budget, SIZE, counts_held=counts)
+    pages = CachePages(BYTES, budget, SIZE, reserved=0 if counts else 1000)
     store: dict[int, int] = {}
     for key, (kind, length, depth, ends) in enumerate(steps):
         sequence = sequence_of(key, [kind] * length)

@@ -1,0 +1,61 @@
+"""The pages of all stages of a pipeline: the first stage gives them out, the others follow."""
+
+from collections.abc import Callable, Iterable
+
+from megatron.early_exit.inference.distributed.control import Message
+from megatron.early_exit.inference.engine.cache_pages import CachePages
+from megatron.early_exit.inference.sequence import Sequence
+
+
+class StagePages:
+    """Tells the stages which pages to store, and which to give up.
+
+    Args:
+        pages: counts them, see `CacheBudget.pages_of_stages`.
+        tell: has every stage follow a `pages_message`, behind all tasks that it has got so far.
+    """
+
+    def __init__(self, pages: CachePages, tell: Callable[[Message], None]) -> None:
+        self._pages, self._tell = pages, tell
+        self._loads: dict[int, tuple[int, ...]] = {}
+
+    def begin(self, key: int) -> None:
+        """A sequence has been admitted."""
+        self._loads[key] = tuple(page.number for page in self._pages.take_prefix(key))
+
+    def take_load(self, key: int) -> tuple[int, ...]:
+        """The numbers of the pages with which a sequence begins, for its first task."""
+        return self._loads.pop(key, ())
+
+    def store(self, sequence: Sequence) -> None:
+        """Store the pages of a sequence whose tokens so far are final."""
+        sequence.is_stored = True
+        copies = self._pages.store(sequence, ())
+        save = [(one.page.number, sequence.slot, one.index) for one in copies]
+        if save:
+            self._tell(pages_message(save=save))
+
+    def leave(self, key: int, slot: int) -> None:
+        """A sequence has left its slot."""
+        self._loads.pop(key, None)
+        self._tell(pages_message(release=[slot]))
+
+    def give_up(self) -> None:
+        """Give up the pages that had to go, once no task has yet to load any."""
+        if self._pages.dropped and not self._loads:
+            self._tell(pages_message(drop=self._pages.take_dropped()))
+
+
+def pages_message(
+    save: Iterable[tuple[int, int, int]] = (),
+    drop: Iterable[int] = (),
+    release: Iterable[int] = (),
+) -> Message:
+    """What the stages do about pages.
+
+    Args:
+        save: the number of each page to store, the slot where it is, and its index there.
+        drop: numbers of stored pages to give up.
+        release: slots whose memory nobody needs any more.
+    """
+    return {"kind": "pages", "save": list(save), "drop": list(drop), "release": list(release)}
