@@ -317,7 +317,9 @@ def test_a_token_passes_the_files_that_are_listed(tmp_path, threshold, layer):
         engine.step()
     found: set[str] = set()
     while not request.is_finished:
-        found |= traced(engine.step)[0]
+        passed = traced(engine.step)[0]
+        # With the last token the request's memory is given back, too.
+        found |= set() if request.is_finished else passed
     assert {token.exit_layer for token in request.tokens} == {layer}
     listed = ARCHITECTURE.partition("<!-- files of a token -->")[2].partition("<!-- end -->")[0]
     # Weights are only packed where PyTorch has oneDNN.

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
-from megatron.early_exit.inference.cache_budget import (
-    DEFAULT_GPU_MEMORY_UTILIZATION,
-    plan_caches,
-)
 from megatron.early_exit.inference.distributed.parallel_backend import (
     ParallelBackend,
     SingleProcess,
+)
+from megatron.early_exit.inference.engine.cache_budget import (
+    DEFAULT_GPU_MEMORY_UTILIZATION,
+    plan_caches,
 )
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.request_factory import RequestFactory

@@ -6,8 +6,8 @@ import string
 from pathlib import Path
 
 from megatron.early_exit.hardware.dtypes import DTYPES
-from megatron.early_exit.inference.cache_budget import DEFAULT_GPU_MEMORY_UTILIZATION
 from megatron.early_exit.inference.early_exit_engine import DEFAULT_MAX_BATCH_SIZE, EarlyExitEngine
+from megatron.early_exit.inference.engine.cache_budget import DEFAULT_GPU_MEMORY_UTILIZATION
 
 _UNITS = {
     "": 1,

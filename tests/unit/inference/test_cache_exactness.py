@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
-from megatron.early_exit.inference.cache_budget import page_bytes
+from megatron.early_exit.inference.engine.cache_budget import page_bytes
 from tests.helpers.reference_decoder import ReferenceToken, generate
 from tests.helpers.tiny_models import HEADS, LLAMA, TinyModel, make_model
 

@@ -10,7 +10,6 @@ from torch import Tensor, distributed
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.inference.cache_budget import CacheBudget
 from megatron.early_exit.inference.distributed.control import ControlPlane
 from megatron.early_exit.inference.distributed.heartbeat import Heartbeat
 from megatron.early_exit.inference.distributed.pipeline_driver import PipelineDriver
@@ -22,6 +21,7 @@ from megatron.early_exit.inference.distributed.tensor_driver import (
     TensorDriver,
     repeat_calls,
 )
+from megatron.early_exit.inference.engine.cache_budget import CacheBudget
 from megatron.early_exit.inference.engine.cache_pages import CachePages
 from megatron.early_exit.inference.engine.loop import Loop
 from megatron.early_exit.inference.engine.request import Request

@@ -77,7 +77,8 @@ class SegmentLoop(DecodingLoop):
             self.runner.release(self.scheduler.vacated.pop())
         for sequence in self.scheduler.admit():
             self._admit(sequence)
-        self._store.drop(self.pages.take_dropped())
+        if self.pages.dropped:
+            self._store.drop(self.pages.take_dropped())
         self._suspects = set(self.scheduler.running)
         step = self.scheduler.next()
         self._suspects = set()

@@ -5,8 +5,9 @@ from argparse import ArgumentTypeError
 import pytest
 import torch
 
-from megatron.early_exit.inference import EarlyExitEngine, cache_budget
-from megatron.early_exit.inference.cache_budget import page_bytes, plan_caches
+from megatron.early_exit.inference import EarlyExitEngine
+from megatron.early_exit.inference.engine import cache_budget
+from megatron.early_exit.inference.engine.cache_budget import page_bytes, plan_caches
 from megatron.early_exit.inference.engine_flags import memory_size
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from tests.helpers.tiny_models import HEADS, make_model
