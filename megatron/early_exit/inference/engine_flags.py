@@ -14,7 +14,7 @@ _UNITS = {
     **{unit: 1000**power for power, unit in enumerate("kmgt", 1)},
     **{f"{unit}i": 1024**power for power, unit in enumerate("kmgt", 1)},
 }
-_SIZES = "bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB"
+_SIZES = "1 byte or more, as a number, or as one with KB, MB, GB, TB, KiB, MiB, GiB or TiB"
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +107,7 @@ def memory_size(text: str) -> int:
     try:
         size = float(number) * _UNITS[unit]
     except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size, allowed: {_SIZES}") from None
+        size = 0.0
     if not 1 <= size < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is out of range, allowed: 1 byte or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size, allowed: {_SIZES}")
     return int(size)
