@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.model.quantization import branch_context, branch_init_context
 from megatron.early_exit.model.rng import seeded_rng
 
 Result = TypeVar("Result")
@@ -82,8 +83,9 @@ class ExitHead(MegatronModule):
         self.key_map = dict(layer.submodules_config.sharded_state_dict_keys_map)
         self.branch_modules = [part.module for part in options.branch_parts]
         around = Surroundings(layer, norm, pg_collection)
-        for name in self.branch_modules:
-            PARTS[name].build(self, around)
+        with branch_init_context(config, position):
+            for name in self.branch_modules:
+                PARTS[name].build(self, around)
         assert config.init_method is not None
         self.projection = ExitProjection(
             config.hidden_size,
@@ -117,9 +119,14 @@ class ExitHead(MegatronModule):
         return self.projection(self.branch(hidden, layer_kwargs), criterion, tied_weight)
 
     def branch(self, hidden: Tensor, layer_kwargs: dict[str, Any]) -> Tensor:
-        """Everything before the projection, [s, b, h] -> [s, b, h]."""
-        for name in self.branch_modules:
-            hidden = PARTS[name].run(self, hidden, layer_kwargs)
+        """Everything before the projection, [s, b, h] -> [s, b, h].
+
+        In FP8 or FP4 where the backbone's layer is, as the projection, like Megatron's output
+        layer, never is.
+        """
+        with branch_context(self.config, self.position):
+            for name in self.branch_modules:
+                hidden = PARTS[name].run(self, hidden, layer_kwargs)
         return hidden
 
     def sharded_state_dict(

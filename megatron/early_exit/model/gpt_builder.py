@@ -98,10 +98,30 @@ def check_backbone(config: EarlyExitGPTModelConfig) -> None:
             "--fine-grained-activation-offloading cannot be combined with --use-exit-block: "
             "it counts the layers that run in the forward pass"
         )
+    if transformer.fine_grained_activation_offloading:
+        _check_offloading(transformer.offload_modules or [], exits)
+    if transformer.fp8_output_proj:
+        raise ValueError(
+            "--fp8-output-proj cannot be combined with --exit-layer-nums: the exits' projections "
+            "are not computed in FP8"
+        )
     for part in exits.branch_parts:
         if part.has_mlp and transformer.num_moe_experts is not None:
             raise ValueError(
                 f"{as_flag(part.field)} cannot be combined with --num-experts "
                 f"{transformer.num_moe_experts}: the heads of a mixture-of-experts model are made "
                 "of a norm and a projection"
+            )
+
+
+def _check_offloading(modules: list[str], exits: EarlyExitConfig) -> None:
+    """Refuse to offload an exit's input: after the copy Megatron frees it, although the exit's
+    backward still needs it."""
+    freed = {"mlp_norm"} if exits.replaces_mlp else {"attn_norm"}
+    for module in modules:
+        if module in freed:
+            raise ValueError(
+                f"--offload-modules {module} cannot be combined with "
+                f"{'--use-exit-mlp' if exits.replaces_mlp else '--exit-layer-nums'}: it frees the "
+                "input of exits before their backward, allowed: the other modules"
             )

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel.utils import is_pp_last_stage
+from megatron.core.quantization.utils import get_quant_config_or_none
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
@@ -73,6 +74,7 @@ class EarlyExitGPTModel(GPTModel):
                 raise ValueError("exits need layers without cross attention")
             self.exits.add(options, position, layer, norm)
             self._attach(options, position, layer)
+        self._set_precision_of_exits()
         if self.exits.heads and not options.untie_exit_output_weights:
             self._tie_exits()
 
@@ -107,6 +109,13 @@ class EarlyExitGPTModel(GPTModel):
                 if name != "exits":
                     module.eval()
         return self
+
+    def _set_precision_of_exits(self) -> None:
+        """Apply `--te-precision-config-file` to the heads, as GPTModel did to the backbone, which
+        was all there was when it was built."""
+        for name, module in self.exits.named_modules(prefix="exits"):
+            if hasattr(module, "finish_init"):
+                module.finish_init(get_quant_config_or_none(name, self.config.quant_recipe))
 
     def _tie_exits(self) -> None:
         if self.pre_process:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch import Tensor
 
 _MODEL_PARALLEL_OFFSET = 2718
 _SHARED_STATE = "data-parallel-rng"
@@ -35,14 +36,23 @@ def seeded_rng(seed: int, tp_rank: int) -> Iterator[None]:
     with preserved_rng():
         tracker = get_cuda_rng_tracker()
         states = {}
-        for name in tracker.get_states():
+        for name, state in tracker.get_states().items():
             offset = 0 if name == _SHARED_STATE else _MODEL_PARALLEL_OFFSET + tp_rank
-            torch.cuda.manual_seed(seed + offset)
-            states[name] = torch.cuda.get_rng_state()
+            states[name] = _seeded_state(seed + offset, state)
         tracker.set_states(states)
         torch.manual_seed(seed)
         torch.cuda.manual_seed(seed)
         yield
+
+
+def _seeded_state(seed: int, like: Tensor | torch.Generator) -> Tensor | torch.Generator:
+    """A state of the tracker, in the form of the one that it replaces: Transformer Engine's tracker
+    (`--te-rng-tracker`) has generators, and Megatron's own their contents."""
+    if isinstance(like, torch.Generator):
+        # A copy: the tracker's own goes on where it is after the block.
+        return like.clone_state().manual_seed(seed)
+    torch.cuda.manual_seed(seed)
+    return torch.cuda.get_rng_state()
 
 
 def derived_seed(*numbers: int) -> int:

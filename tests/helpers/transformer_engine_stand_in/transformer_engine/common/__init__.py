@@ -1,0 +1,3 @@
+"""What Transformer Engine's frameworks share."""
+
+from transformer_engine.common import recipe as recipe
