@@ -71,7 +71,8 @@ def known_flags() -> set[str]:
     and in Megatron."""
     megatron = find_spec("megatron.training")
     (training,) = megatron.submodule_search_locations
-    made = [*Path(training, "config").glob("*.py")]
+    (core,) = find_spec("megatron.core").submodule_search_locations
+    made = [*Path(training, "config").glob("*.py"), Path(core, "transformer/transformer_config.py")]
     made += [
         PACKAGE / "training" / name for name in ("loop/filling_options.py", "tuning/options.py")
     ]
