@@ -12,11 +12,14 @@ TOKENS, HIDDEN, VOCAB, RANKS = 19, 16, 48, 2
 
 
 def compare_with_whole_head(
-    temperature: float, confidence_weighted: bool, vocab_size: int | None
+    temperature: float, confidence_weighted: bool, vocab_size: int | None, fused: bool
 ) -> dict[str, float]:
-    """On each rank: relative errors of its share, and whether equal logits are told apart."""
+    """On each rank: relative errors of its share, and whether equal logits are told apart; with
+    `fused` by the functions that a GPU compiles."""
+    from megatron.early_exit.training.loss import head_loss as module
     from megatron.early_exit.training.loss.head_loss import HeadLossOptions, head_loss
 
+    module._is_fused = lambda *_: fused
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
     whole = torch.randn(VOCAB, HIDDEN, generator=generator) / 4
@@ -53,5 +56,10 @@ def compare_with_whole_head(
 def test_divided_vocabulary():
     # A head with few answers has some of them on each rank, or all on the first.
     for kind in ((1.0, False, None), (2.5, True, None), (0.7, True, 40), (1.0, False, 11)):
-        for errors in spawn(compare_with_whole_head, RANKS, *kind):
+        for errors in spawn(compare_with_whole_head, RANKS, *kind, False):
             assert max(errors.values()) < 1e-6, errors
+
+
+def test_divided_vocabulary_in_fused_functions():
+    for errors in spawn(compare_with_whole_head, RANKS, 2.5, True, None, True):
+        assert max(errors.values()) < 1e-6, errors

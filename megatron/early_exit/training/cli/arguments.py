@@ -39,6 +39,6 @@ def add_early_exit_arguments(parser: ArgumentParser) -> ArgumentParser:
         default=None,
         metavar="TOKENS",
         help="Tokens whose exit logits exist at a time (default: as many as fit in "
-        "256 MiB, on a CPU in 16 MiB).",
+        "512 MiB, on a CPU in 16 MiB).",
     )
     return parser

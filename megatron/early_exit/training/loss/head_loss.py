@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron.early_exit.training.loss.softmax import ChunkSoftmax, EagerSoftmax, FusedSoftmax
 from megatron.early_exit.training.loss.vocabulary import LocalVocabulary
 
-# A GPU needs thousands of tokens at a time to be busy; a CPU is faster where a chunk stays in its
-# cache, and has less memory beside it to hide behind.
-_LOGITS_BYTES_PER_CHUNK = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}
+# A GPU needs thousands of tokens at a time to be busy, and reads and writes the whole gradient of
+# the weight once for each chunk; a CPU is faster where a chunk stays in its cache, and has less
+# memory beside it to hide behind.
+_LOGITS_BYTES_PER_CHUNK = {"cuda": 512 * 2**20, "cpu": 16 * 2**20}
+# Where the softmax is not fused, a GPU holds logits and gradient in bf16 beside an fp32 copy.
+_BYTES_PER_LOGIT = {"cuda": 8, "cpu": 4}
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class HeadLossOptions:
     Attributes:
         temperature: divisor of the logits.
         confidence_weighted: weight each token by its largest softmax probability.
-        chunk_tokens: tokens per chunk; None bounds a chunk's fp32 logits to 256 MiB on a
-            GPU and 16 MiB on a CPU.
+        chunk_tokens: tokens per chunk; None bounds the memory of a chunk's logits to 512 MiB on
+            a GPU and 16 MiB on a CPU.
         tp_group: the tensor-parallel group that the vocabulary is divided over.
         vocab_size: tokens that the head can answer with, the first ones; None is all. A label that
             is none of them counts as spread evenly over them, so that the head learns to be unsure.
@@ -58,13 +62,20 @@ class HeadLossOptions:
     vocab_size: int | None = None
 
     def chunks(
-        self, tokens: int, vocab_size: int, device: torch.device, group: int = 1
+        self,
+        tokens: int,
+        vocab_size: int,
+        device: torch.device,
+        *,
+        group: int = 1,
+        bytes_per_logit: int | None = None,
     ) -> Iterator[slice]:
         """Slices of at most the allowed number of tokens; of groups of tokens, where these are
         counted (a chunk then has one group at least)."""
         size = self.chunk_tokens
         if size is None:
-            size = _LOGITS_BYTES_PER_CHUNK[device.type] // (4 * vocab_size)
+            bytes_per_logit = bytes_per_logit or _BYTES_PER_LOGIT[device.type]
+            size = _LOGITS_BYTES_PER_CHUNK[device.type] // (bytes_per_logit * vocab_size)
         size = max(1, size // group)
         count = -(-tokens // size)
         size = -(-tokens // max(count, 1))
@@ -154,7 +165,15 @@ def head_loss(
     """
     vocabulary = LocalVocabulary(len(weight), options.tp_group, options.vocab_size)
     hidden, frozen_weight = hidden.detach(), weight.detach()[: vocabulary.rows]
-    slices = list(options.chunks(len(hidden), vocabulary.rows, hidden.device))
+    fused = _is_fused(hidden, options, teacher)
+    slices = list(
+        options.chunks(
+            len(hidden),
+            vocabulary.rows,
+            hidden.device,
+            bytes_per_logit=hidden.element_size() if fused else None,
+        )
+    )
     hidden_gradient = None if coefficients is None else torch.empty_like(hidden)
     weight_gradient = None
     if coefficients is not None and weight.requires_grad:
@@ -162,11 +181,17 @@ def head_loss(
     parts = []
     with torch.no_grad():
         for rows in slices:
-            logits = vocabulary.mask(torch.mm(hidden[rows], frozen_weight.t()).float())
+            logits = torch.mm(hidden[rows], frozen_weight.t())
             own = None
-            if teacher is not None and coefficients is not None:
-                own = teacher.own_softmax(logits, options.temperature, vocabulary)
-            part, exponentials, total = _chunk_loss(logits, labels[rows], options, vocabulary)
+            softmax: ChunkSoftmax
+            if fused:
+                softmax = FusedSoftmax(logits, labels[rows], options.temperature, vocabulary)
+            else:
+                logits = vocabulary.mask(logits.float())
+                if teacher is not None and coefficients is not None:
+                    own = teacher.own_softmax(logits, options.temperature, vocabulary)
+                softmax = EagerSoftmax(logits, labels[rows], options.temperature, vocabulary)
+            part = _loss_of(softmax, options)
             parts.append(part)
             if coefficients is None or hidden_gradient is None:
                 continue
@@ -177,8 +202,7 @@ def head_loss(
                 by_label = by_label * (1 - teacher.weight)
                 by_teacher = scale * (teacher.weight * teacher.temperature)
                 by_softmax = by_label + by_teacher if own is None else by_label
-            gradient = exponentials.mul_((by_softmax / total).unsqueeze(1))
-            gradient = vocabulary.subtract_at_labels(gradient, labels[rows], by_label)
+            gradient = softmax.gradient(by_softmax, by_label)
             if teacher is not None:
                 teacher.add_gradient(gradient, own, rows, by_teacher.unsqueeze(1))
             gradient = gradient.to(hidden.dtype)
@@ -191,20 +215,14 @@ def head_loss(
     return HeadLoss(*(torch.cat(field) for field in fields)), hidden_gradient
 
 
-def _chunk_loss(
-    logits: Tensor, labels: Tensor, options: HeadLossOptions, vocabulary: LocalVocabulary
-) -> tuple[HeadLoss, Tensor, Tensor]:
-    """Loss of a chunk [c, v]; also exp(logits - max) (in the memory of `logits`) and its sum."""
-    if options.temperature != 1.0:
-        logits /= options.temperature
-    largest, choice = vocabulary.largest(logits)
-    logits -= largest.unsqueeze(1)
-    target = vocabulary.at_labels(logits, labels)
-    exponentials = logits.exp_()
-    total, target = vocabulary.sum(torch.stack([exponentials.sum(dim=-1), target])).unbind()
-    confidence = total.reciprocal()
+def _is_fused(hidden: Tensor, options: HeadLossOptions, teacher: Teacher | None) -> bool:
+    return hidden.is_cuda and teacher is None and options.vocab_size is None
+
+
+def _loss_of(softmax: ChunkSoftmax, options: HeadLossOptions) -> HeadLoss:
+    confidence = softmax.total.reciprocal()
     weight = confidence if options.confidence_weighted else torch.ones_like(confidence)
-    return HeadLoss(total.log() - target, (choice == labels).float(), weight), exponentials, total
+    return HeadLoss(softmax.total.log() - softmax.target, softmax.is_choice.float(), weight)
 
 
 class _WeightGradient:
@@ -227,6 +245,16 @@ class _WeightGradient:
         """total += logits_gradient.T @ hidden."""
         if self.total.dtype == hidden.dtype:
             self._used.addmm_(logits_gradient.t(), hidden)
+        elif hidden.is_cuda and self.total.dtype == torch.float32:
+            # In the product itself, which reads and writes 8 bytes for each weight and chunk. A
+            # product in bf16 that is added afterwards passes 12, and is rounded once more.
+            torch.addmm(
+                self._used,
+                logits_gradient.t(),
+                hidden,
+                out_dtype=torch.float32,
+                out=self._used,
+            )
         else:
             self._used += torch.mm(logits_gradient.t(), hidden)
 

@@ -13,6 +13,7 @@ from megatron.early_exit import platform
 
 platform.prepare()
 
+from megatron.early_exit.training.loss import head_loss as module  # noqa: E402
 from megatron.early_exit.training.loss.head_loss import (  # noqa: E402
     HeadLoss,
     HeadLossOptions,
@@ -29,6 +30,18 @@ TOKENS, HIDDEN, VOCAB = 23, 16, 50
 def process_groups() -> Iterator[None]:
     with model_parallel():
         yield
+
+
+@pytest.fixture(params=["eager", "fused"])
+def softmax(request, monkeypatch) -> str:
+    """Run a test also with the functions that a GPU compiles, uncompiled."""
+    if request.param == "fused":
+        monkeypatch.setattr(
+            module,
+            "_is_fused",
+            lambda hidden, options, teacher: teacher is None and options.vocab_size is None,
+        )
+    return request.param
 
 
 def options(**changes: object) -> HeadLossOptions:
@@ -73,7 +86,7 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("chunk_tokens", [None, 1, 5, 8, TOKENS, 1000])
-def test_gradients_are_those_of_autograd(kind, chunk_tokens):
+def test_gradients_are_those_of_autograd(softmax, kind, chunk_tokens):
     case = Case()
     _, hidden_gradient = case.run(chunk_tokens=chunk_tokens, **kind)
     expected_hidden, expected_weight = case.expected_gradients(**kind)
@@ -140,19 +153,29 @@ def test_chunks_cover_the_tokens_and_stay_within_the_bound(tokens, chunk):
     assert all(0 < one.stop - one.start <= chunk for one in slices)
 
 
-@pytest.mark.parametrize(("device", "bound"), [("cuda", 256 * 2**20), ("cpu", 16 * 2**20)])
-def test_default_chunk_is_bounded_by_memory(device, bound):
+@pytest.mark.parametrize(
+    ("device", "itemsize", "bytes_per_logit", "bound"),
+    [
+        # Logits, their copy in fp32, and their gradient.
+        ("cuda", None, 8, 512 * 2**20),
+        # The gradient takes the place of the logits.
+        ("cuda", 2, 2, 512 * 2**20),
+        ("cuda", 4, 4, 512 * 2**20),
+        ("cpu", None, 4, 16 * 2**20),
+    ],
+)
+def test_default_chunk_is_bounded_by_memory(device, itemsize, bytes_per_logit, bound):
     vocab, device = 100_000, torch.device(device)
-    slices = list(options().chunks(4096, vocab, device))
+    slices = list(options().chunks(4096, vocab, device, bytes_per_logit=itemsize))
     longest = max(one.stop - one.start for one in slices)
     assert len(slices) > 1
-    assert bound / 2 < longest * vocab * 4 <= bound
+    assert bound / 2 < longest * vocab * bytes_per_logit <= bound
     tiny = options().chunks(3, 10**9, device)
     assert [one.stop - one.start for one in tiny] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_per_token_results(kind):
+def test_per_token_results(softmax, kind):
     case = Case()
     result, _ = case.run(chunk_tokens=7, **kind)
     logits = (case.hidden @ case.weight.detach().t()) / kind.get("temperature", 1.0)
@@ -168,7 +191,7 @@ def test_per_token_results(kind):
     torch.testing.assert_close(result.weight, confidence if weighted else torch.ones(TOKENS))
 
 
-def test_of_equal_logits_the_lowest_id_is_the_choice():
+def test_of_equal_logits_the_lowest_id_is_the_choice(softmax):
     case = Case()
     with torch.no_grad():
         case.weight[1:] = case.weight[0]
@@ -176,7 +199,23 @@ def test_of_equal_logits_the_lowest_id_is_the_choice():
     assert torch.equal(result.correct, (case.labels == 0).float())
 
 
-def test_huge_logits_overflow_nothing():
+def test_the_lowest_of_two_equal_logits_is_found_on_either_side(softmax):
+    case = Case(tokens=3)
+    with torch.no_grad():
+        case.weight[7] = case.weight[30] = 3 * case.hidden.sum(dim=0)
+        case.weight[3] = -case.weight[7]
+    best = (case.hidden @ case.weight.t()).argmax(dim=-1)
+    assert 7 in best
+    assert 30 not in best
+    case.labels = torch.where(best == 7, 30, best)
+    result, _ = case.run()
+    assert torch.equal(result.correct, (best != 7).float())
+    case.labels = best
+    result, _ = case.run()
+    assert result.correct.all()
+
+
+def test_huge_logits_overflow_nothing(softmax):
     case = Case()
     case.hidden *= 1e6
     result, gradient = case.run()
@@ -251,7 +290,7 @@ class DataParallelHook:
     ],
     ids=str,
 )
-def test_main_grad_accumulates_over_calls(dtype, main_dtype, bound, chunk_tokens):
+def test_main_grad_accumulates_over_calls(softmax, dtype, main_dtype, bound, chunk_tokens):
     case = Case(dtype=dtype)
     hook = DataParallelHook(case.weight, main_dtype)
     for _ in range(3):
@@ -262,6 +301,28 @@ def test_main_grad_accumulates_over_calls(dtype, main_dtype, bound, chunk_tokens
     assert case.weight.main_grad.dtype == main_dtype
     assert relative_error(case.weight.main_grad, 3 * expected_weight) < bound
     assert relative_error(hidden_gradient, expected_hidden) < bound
+
+
+class OnGpu(Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_a_gpu_adds_to_an_fp32_gradient_within_the_product(monkeypatch):
+    case = Case(dtype=torch.bfloat16)
+    main_gradient = case.weight.main_grad = torch.ones(VOCAB, HIDDEN)
+    calls = []
+
+    def addmm(total, left, right, *, out_dtype, out):
+        calls.append((total.data_ptr(), left.dtype, right.dtype, out_dtype, out.data_ptr()))
+
+    monkeypatch.setattr(module.torch, "addmm", addmm)
+    total = module._WeightGradient(case.weight, rows=VOCAB, chunks=2)
+    total.add(torch.ones(TOKENS, VOCAB, dtype=torch.bfloat16), case.hidden.as_subclass(OnGpu))
+    place, bf16 = main_gradient.data_ptr(), torch.bfloat16
+    assert calls == [(place, bf16, bf16, torch.float32, place)]
+    assert main_gradient.eq(1).all()
 
 
 def test_other_uses_of_a_tied_weight_still_reach_main_grad():
@@ -281,7 +342,7 @@ def test_other_uses_of_a_tied_weight_still_reach_main_grad():
 
 @pytest.mark.parametrize("chunk_tokens", [None, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_plain_grad_accumulates_over_calls(dtype, chunk_tokens):
+def test_plain_grad_accumulates_over_calls(softmax, dtype, chunk_tokens):
     case = Case(dtype=dtype)
     for _ in range(2):
         case.run(chunk_tokens=chunk_tokens)
@@ -290,10 +351,29 @@ def test_plain_grad_accumulates_over_calls(dtype, chunk_tokens):
     assert relative_error(case.weight.grad, expected) < (1e-6 if dtype.itemsize == 4 else 1e-2)
 
 
-def test_bf16_chunks_round_like_autograd():
+def test_bf16_chunks_round_like_autograd(softmax):
     case = Case(dtype=torch.bfloat16, tokens=400)
     _, gradient = case.run(chunk_tokens=50)
     exact, automatic = case.expected_gradients(), case.expected_gradients(torch.bfloat16)
     for found, plain, expected in zip((gradient, case.weight.grad), automatic, exact, strict=True):
         error, plain_error = relative_error(found, expected), relative_error(plain, expected)
         assert error < 1.5 * plain_error
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [{}, {"temperature": 2.5, "confidence_weighted": True}], ids=str)
+@pytest.mark.parametrize("main_grad", [False, True])
+def test_a_gpu_computes_what_a_cpu_does(kind, main_grad):
+    case = Case(dtype=torch.bfloat16, tokens=400)
+    exact_hidden, exact_weight = case.expected_gradients(**kind)
+    expected, _ = case.run(chunk_tokens=150, **kind)
+    for name in ("hidden", "labels", "coefficients"):
+        setattr(case, name, getattr(case, name).cuda())
+    case.weight = Parameter(case.weight.detach().cuda())
+    if main_grad:
+        DataParallelHook(case.weight, torch.float32)
+    found, gradient = case.run(chunk_tokens=150, **kind)
+    torch.testing.assert_close(found.loss.cpu(), expected.loss, rtol=1e-2, atol=1e-2)
+    weight_gradient = case.weight.main_grad if main_grad else case.weight.grad
+    assert relative_error(gradient.cpu(), exact_hidden) < 1e-2
+    assert relative_error(weight_gradient.cpu(), exact_weight) < 1e-2
