@@ -117,11 +117,12 @@ def check_backbone(config: EarlyExitGPTModelConfig) -> None:
 def _check_offloading(modules: list[str], exits: EarlyExitConfig) -> None:
     """Refuse to offload an exit's input: after the copy Megatron frees it, although the exit's
     backward still needs it."""
-    freed = {"mlp_norm"} if exits.replaces_mlp else {"attn_norm"}
-    for module in modules:
-        if module in freed:
-            raise ValueError(
-                f"--offload-modules {module} cannot be combined with "
-                f"{'--use-exit-mlp' if exits.replaces_mlp else '--exit-layer-nums'}: it frees the "
-                "input of exits before their backward, allowed: the other modules"
-            )
+    freed, flag = "attn_norm", "--exit-layer-nums"
+    for part in exits.head_parts:
+        if part.replaces_mlp:
+            freed, flag = "mlp_norm", as_flag(part.field)
+    if freed in modules:
+        raise ValueError(
+            f"--offload-modules {freed} cannot be combined with {flag}: it frees the input of "
+            "exits before their backward, allowed: the other modules"
+        )
