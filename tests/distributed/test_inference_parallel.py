@@ -27,6 +27,7 @@ from megatron.early_exit.inference.modes.rule import MEASURES, ExitRule
 from megatron.early_exit.inference.results import PromptToken
 from tests.helpers.arrivals import CONTEXT, Arrival, Syllables, assert_oracles, examples, play
 from tests.helpers.compiler import has_cpp_compiler, needs_compiler
+from tests.helpers.nccl_transfers import NcclTransfers
 from tests.helpers.margin import margin, margin_tokens
 from tests.helpers.reference_decoder import generate
 from tests.helpers.spawn import spawn
@@ -37,6 +38,10 @@ THRESHOLDS = (0.0, 0.3, 0.6, 0.9, 1.0)
 MODELS = [("llama", head) for head in HEADS] + [("gpt2", "all")]
 LAYOUTS = {2: ((2, 1), (1, 2)), 4: ((1, 4), (2, 2))}
 """Number of processes -> tensor and pipeline parallel sizes."""
+TRANSFERS: dict[str, dict[str, bool]] = {
+    "blocking": {"blocking": True},
+    "synchronizing": {"synchronizing": True},
+}
 ONE = ("llama", "all")
 """The model that more is asked of, in every layout."""
 SLOTS, NUM_ARRIVALS = (1, 3), 20
@@ -91,6 +96,8 @@ def generate_everything(folder: str, arriving: list[list[Arrival]]) -> dict[Any,
             if (kind, head) == ONE:
                 found[layout, "more"] = more_of_one(engine)
             engine.close()
+        for name, fields in TRANSFERS.items() if layout[1] > 1 else ():
+            found[layout, name] = with_transfers_of_nccl(folder, layout, **fields)
         if layout[0] == 1 and has_cpp_compiler():
             engine = divided_engine(folder, *ONE, layout, compile=True)
             pairs = zip(*greedy_requests(0), strict=True)
@@ -105,6 +112,22 @@ def generate_everything(folder: str, arriving: list[list[Arrival]]) -> dict[Any,
             found["arrivals", num_slots] = [play(engine, drawn) for drawn in arriving]
             engine.close()
     return found
+
+
+def with_transfers_of_nccl(folder: str, layout: tuple[int, int], **fields: bool) -> dict[str, Any]:
+    """What comes of transfers that stop their process, and which communicators they need."""
+    with NcclTransfers(**fields).used() as transfers:
+        engine = divided_engine(folder, *ONE, layout)
+        communicators = list(transfers.communicators)
+        results = engine.generate(*greedy_requests(MODELS.index(ONE)))
+        scores = scored_texts(engine)
+        engine.close()
+    return {
+        "results": results,
+        "scores": scores,
+        "communicators": communicators,
+        "late": transfers.communicators[len(communicators) :],
+    }
 
 
 def pipeline_engine(model: TinyModel, num_slots: int) -> EarlyExitEngine:
@@ -261,6 +284,25 @@ def test_every_rank_gets_the_oracles_tokens(found):
                     assert result.exit_layers == [token.exit_layer for token in expected], where
                 assert result.logprobs == pytest.approx([t.logprob for t in expected], abs=3e-4)
                 assert result.finish_reason == "length"
+
+
+def test_transfers_that_stop_processes_change_nothing(found):
+    for layout, name in itertools.product(LAYOUTS[len(found)], TRANSFERS):
+        if layout[1] == 1:
+            continue
+        for rank, results in enumerate(found):
+            told = results[layout, name]
+            plain = found[0][(layout, *ONE)]
+            assert [r.token_ids for r in told["results"]] == [r.token_ids for r in plain]
+            assert [r.exit_layers for r in told["results"]] == [r.exit_layers for r in plain]
+            scored = zip(told["scores"], found[0][(layout, *ONE, "scored")], strict=True)
+            for one, other in scored:
+                assert_same_scores(one.prompt_tokens, other.prompt_tokens)
+            # A communicator for each neighbour is there before the first request, in a group each.
+            neighbours = {rank - layout[0], rank + layout[0]} & set(range(len(found)))
+            assert {peer for _, peer in told["communicators"]} == neighbours
+            assert len({group for group, _ in told["communicators"]}) == len(neighbours)
+            assert told["late"] == []
 
 
 @needs_compiler

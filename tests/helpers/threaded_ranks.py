@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,24 +19,50 @@ from tests.helpers.speed import patient
 TIMEOUT_S = patient(60)
 
 
-class Mail:
-    """Messages between threads."""
+class Box:
+    """One message: what is sent, and when both sides have posted their part."""
 
-    def __init__(self, queues: dict[Action, Queue]) -> None:
-        self._queues = queues
+    def __init__(self) -> None:
+        self.queue: Queue = Queue()
+        self.is_sent, self.is_expected = Event(), Event()
+
+
+class Mail:
+    """Messages between threads.
+
+    Args:
+        boxes: of all messages, by their receives.
+        blocking: a send stops the thread until the receive is posted.
+    """
+
+    def __init__(self, boxes: dict[Action, Box], blocking: bool = False) -> None:
+        self._boxes, self._blocking = boxes, blocking
+        self._events: list[Event] = []
         self._posted: dict[tuple[str, Microbatch], Action] = {}
         self._on_the_way: dict[tuple[str, Microbatch], tuple] = {}
 
     def send(self, action, tensor, when_sent):
-        self._queues[partner_of(action)].put(tensor.clone())
+        box = self._boxes[partner_of(action)]
+        box.queue.put(tensor.clone())
+        box.is_sent.set()
+        self._events.append(box.is_expected)
+        if self._blocking:
+            self.synchronize()
         self._on_the_way[action.kind, action.microbatch] = tensor, when_sent
 
     def receive(self, action):
         self._posted[action.kind, action.microbatch] = action
+        self._boxes[action].is_expected.set()
+        self._events.append(self._boxes[action].is_sent)
+
+    def synchronize(self):
+        """Wait until everything that is posted here is so on the other side, too."""
+        assert all(event.wait(TIMEOUT_S) for event in self._events), "the ranks wait for ever"
+        self._events.clear()
 
     def take(self, kind, microbatch):
         action = self._posted.pop((kind, microbatch), None)
-        return None if action is None else self._queues[action].get(timeout=TIMEOUT_S)
+        return None if action is None else self._boxes[action].queue.get(timeout=TIMEOUT_S)
 
     def end_send(self, kind, microbatch):
         tensor, when_sent = self._on_the_way.pop((kind, microbatch), (None, None))
@@ -51,7 +78,10 @@ class Numbers:
     """Passes that count: a hidden state is the number of stages that it has passed, and a gradient
     is the stage at which it began."""
 
-    def __init__(self, stage: int, num_stages: int) -> None:
+    def __init__(
+        self, stage: int, num_stages: int, before_pass: Callable[[], None] = lambda: None
+    ) -> None:
+        self.before_pass = before_pass
         self.is_first_stage, self.is_last_stage = stage == 0, stage == num_stages - 1
         self.config = SimpleNamespace(no_sync_func=None, grad_sync_func=None)
         self.model = None
@@ -61,6 +91,7 @@ class Numbers:
         self.freed = 0
 
     def forward(self, microbatch, hidden, keeps, ends_at_exit):
+        self.before_pass()
         assert (hidden is None) == self.is_first_stage
         passed = 0 if hidden is None else int(hidden)
         assert passed == self.stage
@@ -71,25 +102,35 @@ class Numbers:
         self.freed += 1
 
     def backward(self, microbatch, alive, gradient):
+        self.before_pass()
         assert int(alive.output) == self.stage + 1
         start = self.stage if gradient is None else int(gradient)
         self.log.append(f"B{microbatch} from {start}")
         return torch.tensor(start)
 
     def exits_backward(self, microbatch):
+        self.before_pass()
         self.log.append(f"L{microbatch}")
 
 
-def run_ranks(schedule: Any) -> list[Numbers]:
-    """Run all ranks of a schedule, each in a thread."""
-    queues: dict[Action, Queue] = defaultdict(Queue)
-    for rank in schedule.ranks:
-        for action in rank:
-            queues[action] = Queue()
-    passes = [Numbers(stage, schedule.num_ranks) for stage in range(schedule.num_ranks)]
-    executors = [
-        Executor(rank, one, Mail(queues)) for rank, one in zip(schedule.ranks, passes, strict=True)
+def run_ranks(
+    schedule: Any, blocking: bool = False, synchronizing: bool = False
+) -> list[Numbers]:
+    """Run all ranks of a schedule, each in a thread.
+
+    Args:
+        schedule: with its messages.
+        blocking: sends stop their rank until the receive is posted.
+        synchronizing: ranks wait before each pass for all that they have posted, as where CUDA
+            gives memory back.
+    """
+    boxes = {action: Box() for rank in schedule.ranks for action in rank}
+    mails = [Mail(boxes, blocking) for _ in schedule.ranks]
+    passes = [
+        Numbers(stage, len(mails), mail.synchronize if synchronizing else lambda: None)
+        for stage, mail in enumerate(mails)
     ]
+    executors = list(map(Executor, schedule.ranks, passes, mails))
     with ThreadPoolExecutor(schedule.num_ranks) as pool:
         for done in [pool.submit(executor.run) for executor in executors]:
             done.result(timeout=TIMEOUT_S)

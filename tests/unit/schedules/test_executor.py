@@ -17,12 +17,15 @@ from megatron.early_exit.schedules.generators import FilledOneFOneB, Tuning  # n
 from tests.helpers.pipeline_schedules import overfilled, tuning  # noqa: E402
 from tests.helpers.threaded_ranks import Mail, Numbers, run_ranks  # noqa: E402
 
+WAITS = [{}, {"blocking": True}, {"synchronizing": True}]
+
 
 @settings(max_examples=30, deadline=None)
-@given(st.one_of(overfilled(), tuning()))
-def test_all_of_each_list_is_run_with_its_neighbours_results(generator):
+@given(st.one_of(overfilled(), tuning()), st.sampled_from(WAITS))
+def test_all_of_each_list_is_run_with_its_neighbours_results(generator, waits):
     schedule = with_communication(generator.build())
-    for passes, rank in zip(run_ranks(schedule), schedule.computations.ranks, strict=True):
+    ranks = zip(run_ranks(schedule, **waits), schedule.computations.ranks, strict=True)
+    for passes, rank in ranks:
         done = [line.split()[0] for line in passes.log]
         assert done == [f"{action.kind}{action.microbatch}" for action in rank]
         backwards = [action for action in rank if action.kind == "B"]

@@ -134,8 +134,10 @@ class PipelineDriver(DecodingLoop):
         for rank in self.stage.rank_info.peers:
             batch = [[task.message() for task in tasks]]
             self.control.send(rank, {"kind": "batch", "tasks": batch})
-        rest = self.stage.run([tasks], self._conclude_here)
-        rows = [task.message() for task in rest]
+        self.stage.run([tasks], self._conclude_here, self._hand_on)
+
+    def _hand_on(self, tasks: list[StageTask]) -> None:
+        rows = [task.message() for task in tasks]
         self.control.send(self.stage.rank_info.next_leader, {"kind": "rows", "tasks": rows})
         self._stage_pages.give_up()
 

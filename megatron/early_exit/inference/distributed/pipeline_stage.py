@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from megatron.early_exit.inference.distributed.control import Message
 from megatron.early_exit.inference.distributed.pipeline_scores import piece_of, rule_of
 from megatron.early_exit.inference.distributed.process_groups import RankInfo
+from megatron.early_exit.inference.distributed.stage_links import StageLinks
 from megatron.early_exit.inference.distributed.stage_task import HeadMessage, StageBatch, StageTask
 from megatron.early_exit.inference.engine.cache_pages import PAGE_SIZE
 from megatron.early_exit.inference.engine.scoring import PrefixScore, TextScorer
@@ -20,6 +21,8 @@ from megatron.early_exit.inference.modes.mode import FINAL
 
 Report = Callable[[StageTask, Tensor], None]
 """Gets a task with outputs that the driver has to know, and the last one's logits [v]."""
+HandOn = Callable[[list[StageTask]], None]
+"""Gets what is left to do for the next stage, in the order of the hidden states' rows."""
 
 
 class PipelineStage:
@@ -36,20 +39,22 @@ class PipelineStage:
 
     def __init__(self, runner: SegmentRunner, rank_info: RankInfo, first_exit: int) -> None:
         self.runner, self.rank_info, self.first_exit = runner, rank_info, first_exit
-        self._sends: list[tuple[distributed.Work, Tensor]] = []
+        model = runner.model
+        size = model.architecture.hidden_size
+        self._links = StageLinks(rank_info, size, model.dtype, model.device)
         self._scorers: dict[int, TextScorer] = {}
         self._store = PageStore(runner, PAGE_SIZE, keeps_for_blocks=True)
 
-    def run(self, messages: Sequence[Sequence[StageTask]], report: Report) -> list[StageTask]:
+    def run(
+        self, messages: Sequence[Sequence[StageTask]], report: Report, hand_on: HandOn
+    ) -> None:
         """Run the tasks of several messages as one batch.
 
         Args:
-            messages: as they came, and as the hidden states will.
+            messages: as they came, and as the hidden states that `expect` was told of do.
             report: called as soon as a head has been asked.
-
-        Returns:
-            What is left to do for the next stage, in the order in which the hidden states are on
-            their way to it.
+            hand_on: has to tell the next stage, before the hidden states are sent: a send may end
+                only when they are received.
         """
         batch = StageBatch()
         for tasks in messages:
@@ -59,8 +64,7 @@ class PipelineStage:
         with torch.inference_mode():
             hidden = None
             if not self.rank_info.is_first_stage:
-                counts = [sum(task.num_rows for task in message) for message in messages]
-                rows = torch.cat([self._receive(count) for count in counts]).split(
+                rows = torch.cat([self._links.take() for _ in messages]).split(
                     [task.num_rows for task in batch.tasks]
                 )
                 hidden = torch.cat([rows[i] for i in order])
@@ -82,9 +86,16 @@ class PipelineStage:
             assert hidden is not None
             if self.rank_info.is_last_stage:
                 self._ask_final(hidden, tasks, report)
-                return []
-            self._send(hidden)
-        return [replace(task, tokens=()) for task in tasks]
+            else:
+                # The runner may write over it before it is gone.
+                hidden = hidden.clone()
+                hand_on([replace(task, tokens=()) for task in tasks])
+                self._links.send(hidden)
+
+    def expect(self, num_rows: int) -> None:
+        """Have hidden states [num_rows, h] received that the stage before sends, for one of the
+        next calls of `run`."""
+        self._links.expect(num_rows)
 
     @torch.inference_mode()
     def manage(self, order: Message) -> None:
@@ -100,7 +111,8 @@ class PipelineStage:
 
     @torch.inference_mode()
     def score(self, order: Message) -> list[PrefixScore]:
-        """Run a piece of a text through, as an `order_message` says, with caches of its own.
+        """Run a piece of a text through, as an `order_message` says, with caches of its own. The
+        other stages have to have the message.
 
         Returns:
             The scores of which the heads here are sure.
@@ -109,10 +121,13 @@ class PipelineStage:
         if piece.start == 0:
             place = (self.first_exit, self.rank_info.is_last_stage)
             self._scorers[key] = TextScorer(self.runner.model, length, rule_of(order), *place)
-        hidden = None if self.rank_info.is_first_stage else self._receive(len(piece.tokens))
+        hidden = None
+        if not self.rank_info.is_first_stage:
+            self.expect(len(piece.tokens))
+            hidden = self._links.take()
         scores, hidden = self._scorers[key].run(piece, hidden)
         if not self.rank_info.is_last_stage:
-            self._send(hidden)
+            self._links.send(hidden.clone())
         if piece.end == length:
             self.forget(key)
         return scores
@@ -123,9 +138,7 @@ class PipelineStage:
 
     def finish(self) -> None:
         """Wait until the next stage has got everything."""
-        for sent, _ in self._sends:
-            sent.wait()
-        self._sends = []
+        self._links.finish()
 
     def _ask_exit(self, index: int, tasks: list[StageTask], report: Report) -> list[StageTask]:
         head = self.first_exit + index
@@ -160,19 +173,3 @@ class PipelineStage:
                 told = (message,) if task.verify else task.outputs
                 report(replace(task, outputs=told), output.logits)
             tasks[i] = task
-
-    def _receive(self, num_rows: int) -> Tensor:
-        model = self.runner.model
-        shape = (num_rows, model.architecture.hidden_size)
-        hidden = torch.empty(shape, dtype=model.dtype, device=model.device)
-        source = self.rank_info.rank - self.rank_info.stage_size
-        distributed.recv(hidden, source, group=self.rank_info.group)
-        return hidden
-
-    def _send(self, hidden: Tensor) -> None:
-        self._sends = [(sent, kept) for sent, kept in self._sends if not sent.is_completed()]
-        hidden = hidden.clone()  # The runner may write over it before it is gone.
-        target = self.rank_info.rank + self.rank_info.stage_size
-        sent = distributed.isend(hidden, target, group=self.rank_info.group)
-        assert sent is not None
-        self._sends.append((sent, hidden))

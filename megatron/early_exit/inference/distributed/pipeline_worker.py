@@ -84,9 +84,14 @@ class PipelineWorker:
         kind = message["kind"]
         if kind == "rows":
             self._rows.append([StageTask.from_message(task) for task in message["tasks"]])
+            # At once, although they may wait here: until then the stage before waits for this one
+            # wherever it has to wait for its whole device.
+            self._expect(sum(task.num_rows for task in self._rows[-1]))
+        elif kind == "expect":
+            self._expect(message["num_rows"])
         elif kind == "batch":
             batch = [[StageTask.from_message(task) for task in tasks] for tasks in message["tasks"]]
-            self.stage.run(batch, lambda task, logits: None)
+            self.stage.run(batch, lambda task, logits: None, lambda tasks: None)
         elif kind == "score":
             self._score(message)
         elif kind == "pages":
@@ -104,6 +109,13 @@ class PipelineWorker:
             self._early.setdefault(message["key"], []).append(message)
         else:
             self._decide(message)
+
+    def _expect(self, num_rows: int) -> None:
+        rank_info = self.stage.rank_info
+        if rank_info.rank == rank_info.leader:
+            for rank in rank_info.peers:
+                self.control.send(rank, {"kind": "expect", "num_rows": num_rows})
+        self.stage.expect(num_rows)
 
     def _decide(self, message: Message) -> None:
         request = self.requests.get(message["key"])
@@ -153,10 +165,11 @@ class PipelineWorker:
         tasks = [[task.message() for task in message] for message in messages]
         for rank in rank_info.peers:
             self.control.send(rank, {"kind": "batch", "tasks": tasks})
-        rest = self.stage.run(messages, self._report)
-        if not rank_info.is_last_stage:
-            message = {"kind": "rows", "tasks": [task.message() for task in rest]}
-            self.control.send(rank_info.next_leader, message)
+        self.stage.run(messages, self._report, self._hand_on)
+
+    def _hand_on(self, tasks: list[StageTask]) -> None:
+        rows = [task.message() for task in tasks]
+        self.control.send(self.stage.rank_info.next_leader, {"kind": "rows", "tasks": rows})
 
     def _report(self, task: StageTask, logits: Tensor) -> None:
         attached = logits.cpu().numpy().tobytes() if task.logits else None
