@@ -20,6 +20,7 @@ from megatron.early_exit.config import EarlyExitConfig
 from tests.helpers.exit_models import Microbatch as Batch
 from tests.helpers.exit_models import PlainExits, build_model, gradients
 from tests.helpers.filled_stage import FilledStage
+from tests.helpers.nccl_transfers import NcclTransfers
 from tests.helpers.plain_loss import relative_error
 from tests.helpers.single_process import model_parallel
 from tests.helpers.spawn import spawn
@@ -121,12 +122,15 @@ CASES = {
 
 def run_stages(cases: dict[str, Case], weights: Path) -> dict[str, dict[str, Tensor]]:
     """On each rank: the gradients of the second of two filled steps of each case, which finds every
-    stage at the same place in the data."""
+    stage at the same place in the data, although transfers have stopped the ranks in the first as
+    NCCL's may."""
     found = {}
     for name, case in cases.items():
         batches = (Batch(seed) for seed in range(2 * case.num_batches))
         with stage_of_pipeline(case, torch.load(weights / name), batches) as stage:
-            stage.step(case.num_batches)
+            with NcclTransfers(blocking=True).used() as transfers:
+                stage.step(case.num_batches)
+            assert transfers.communicators
             found[name], reports = stage.step(case.num_batches)
             on_last = torch.distributed.get_rank() == case.num_stages - 1
             assert reports == (case.num_full + len(case.cooldown_depths)) * on_last
