@@ -119,7 +119,14 @@ def with_transfers_of_nccl(folder: str, layout: tuple[int, int], **fields: bool)
     with NcclTransfers(**fields).used() as transfers:
         engine = divided_engine(folder, *ONE, layout)
         communicators = list(transfers.communicators)
-        results = engine.generate(*greedy_requests(MODELS.index(ONE)))
+        pairs = zip(*greedy_requests(MODELS.index(ONE)), strict=True)
+        results = []
+        for prompt, params in pairs:
+            results += engine.generate([prompt], params)
+            # As a script may do that measures: nothing is on its way between two calls.
+            transfers.synchronize()
+            torch.distributed.barrier()
+        results += engine.generate(*greedy_requests(MODELS.index(ONE)))
         scores = scored_texts(engine)
         engine.close()
     return {
@@ -292,7 +299,7 @@ def test_transfers_that_stop_processes_change_nothing(found):
             continue
         for rank, results in enumerate(found):
             told = results[layout, name]
-            plain = found[0][(layout, *ONE)]
+            plain = found[0][(layout, *ONE)] * 2
             assert [r.token_ids for r in told["results"]] == [r.token_ids for r in plain]
             assert [r.exit_layers for r in told["results"]] == [r.exit_layers for r in plain]
             scored = zip(told["scores"], found[0][(layout, *ONE, "scored")], strict=True)

@@ -58,6 +58,14 @@ class PipelineDriver(DecodingLoop):
         self._leaving: set[int] = set()
         """Requests whose last token has left at this stage."""
         self._verified: dict[int, list[HeadOutput]] = {}
+        self._last_key = self._settled = 0
+        self._is_advancing = False
+
+    def submit(self, request: Request) -> None:
+        """See `DecodingLoop`."""
+        if not request.is_finished:
+            self._last_key = request.key
+        super().submit(request)
 
     def cancel(self, key: int) -> None:
         """End a request that is under way; nothing happens where there is none."""
@@ -76,6 +84,8 @@ class PipelineDriver(DecodingLoop):
         self._drafting.discard(key)
         self._leaving.discard(key)
         self._verified.pop(key, None)
+        if not self._is_advancing:
+            self._settle()
 
     def close(self) -> None:
         """Let the stages finish the tasks that they have."""
@@ -85,6 +95,7 @@ class PipelineDriver(DecodingLoop):
     def _advance(self) -> None:
         """Run one batch through the first stage and score a piece of a prompt, or wait for what the
         others report."""
+        self._is_advancing = True
         for sequence in self.scheduler.admit():
             self._stage_pages.begin(sequence.key)
             self._begin_token(self.requests[sequence.key])
@@ -93,6 +104,15 @@ class PipelineDriver(DecodingLoop):
         self._listen(wait=bool(self.requests) and not is_busy)
         if self._ready:
             self._run()
+        self._is_advancing = False
+        self._settle()
+
+    def _settle(self) -> None:
+        """Tell which requests have ended, and that no more comes for them from this stage."""
+        settled = next(iter(self.requests), self._last_key + 1) - 1
+        if settled > self._settled:
+            self._settled = settled
+            self._tell_stages({"kind": "settled", "key": settled})
 
     def _score(self) -> bool:
         """Score a piece of a prompt, if there is one and not every stage has one to do; whether

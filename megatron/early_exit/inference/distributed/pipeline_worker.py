@@ -32,7 +32,8 @@ class PipelineWorker:
         self.requests: dict[int, Request] = {}
         self._tokens: list[tuple[Request, GeneratedToken]] = []
         self._rows: deque[list[StageTask]] = deque()
-        self._last_key = 0
+        self._last_key = self._last_unsettled = 0
+        self._settled = self._settled_behind = 0
         self._early: dict[int, list[Message]] = {}
         """What was chosen for requests that the script has yet to make."""
         self._closes = self._is_closed = self._is_leaving = False
@@ -41,6 +42,7 @@ class PipelineWorker:
         """Take in a request."""
         self._last_key = request.key
         if not request.is_finished:
+            self._last_unsettled = request.key
             self.requests[request.key] = request
             for message in self._early.pop(request.key, []):
                 self._decide(message)
@@ -54,10 +56,15 @@ class PipelineWorker:
     def step(self) -> list[tuple[Request, GeneratedToken]]:
         """Do what comes; where requests are under way, wait for it.
 
+        When all have ended it also does what the others still need of this process: what calls it
+        may wait for them next.
+
         Returns:
             The tokens that have become known since.
         """
         self._turn(wait=bool(self.requests))
+        while not self.requests and self._settled_behind < self._last_unsettled:
+            self._turn()
         tokens, self._tokens = self._tokens, []
         return tokens
 
@@ -76,6 +83,9 @@ class PipelineWorker:
             heard = self.control.receive(wait=False)
         if self._is_due():
             self._run()
+        if self._settled_behind < self._settled and not self._is_due():
+            self._settled_behind = self._settled
+            self._pass_on({"kind": "settled", "key": self._settled})
         if self._closes and not self._rows:
             self._is_closed = True
             self._pass_on({"kind": "close"})
@@ -103,6 +113,8 @@ class PipelineWorker:
         elif kind == "forget":
             self._pass_on(message)
             self.stage.forget(message["key"])
+        elif kind == "settled":
+            self._settled = message["key"]
         elif kind == "close":
             self._closes = True
         elif message["key"] > self._last_key and not self._is_leaving:
