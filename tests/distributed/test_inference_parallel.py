@@ -27,8 +27,8 @@ from megatron.early_exit.inference.modes.rule import MEASURES, ExitRule
 from megatron.early_exit.inference.results import PromptToken
 from tests.helpers.arrivals import CONTEXT, Arrival, Syllables, assert_oracles, examples, play
 from tests.helpers.compiler import has_cpp_compiler, needs_compiler
-from tests.helpers.nccl_transfers import NcclTransfers
 from tests.helpers.margin import margin, margin_tokens
+from tests.helpers.nccl_transfers import NcclTransfers
 from tests.helpers.reference_decoder import generate
 from tests.helpers.spawn import spawn
 from tests.helpers.tiny_models import GPT2, HEADS, LLAMA, TinyModel, make_model, save_checkpoint

@@ -113,9 +113,7 @@ class Numbers:
         self.log.append(f"L{microbatch}")
 
 
-def run_ranks(
-    schedule: Any, blocking: bool = False, synchronizing: bool = False
-) -> list[Numbers]:
+def run_ranks(schedule: Any, blocking: bool = False, synchronizing: bool = False) -> list[Numbers]:
     """Run all ranks of a schedule, each in a thread.
 
     Args:

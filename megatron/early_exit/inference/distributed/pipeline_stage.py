@@ -45,9 +45,7 @@ class PipelineStage:
         self._scorers: dict[int, TextScorer] = {}
         self._store = PageStore(runner, PAGE_SIZE, keeps_for_blocks=True)
 
-    def run(
-        self, messages: Sequence[Sequence[StageTask]], report: Report, hand_on: HandOn
-    ) -> None:
+    def run(self, messages: Sequence[Sequence[StageTask]], report: Report, hand_on: HandOn) -> None:
         """Run the tasks of several messages as one batch.
 
         Args:

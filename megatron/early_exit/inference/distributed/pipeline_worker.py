@@ -34,6 +34,8 @@ class PipelineWorker:
         self._rows: deque[list[StageTask]] = deque()
         self._last_key = self._last_unsettled = 0
         self._settled = self._settled_behind = 0
+        """Of the requests up to these, nothing more comes from the stages before, and nothing is
+        due here."""
         self._early: dict[int, list[Message]] = {}
         """What was chosen for requests that the script has yet to make."""
         self._closes = self._is_closed = self._is_leaving = False

@@ -4,6 +4,11 @@ Nothing is waited for before it is needed: a send ends when the receiver has got
 receive when its computation begins. So a rank does not stop because its neighbour is busy with a
 microbatch that fills a bubble. Messages of one direction between two ranks are posted in the same
 order on both, which is what matches them.
+
+With NCCL the first message between two ranks stops both until they have built a communicator, and
+messages of both directions may share one, so that they end in the order of their posts. Neither can
+stop the ranks for ever, nor can a rank that waits for its whole device: all ranks post their
+messages in one order (see `communication`), so the first that has not ended waits for nothing.
 """
 
 import copy
