@@ -103,26 +103,28 @@ def test_room_for_few_positions():
         assert result.token_ids == plain.token_ids
 
 
-def replayed(model):
-    """A model whose layers are "captured" such that a CPU can replay them."""
+class CpuRecorder:
+    """Captures work such that a CPU can do it again."""
 
-    def capture(work):
+    def record(self, work):
         result = work()
         return lambda: result.copy_(work()), result
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "megatron.early_exit.inference.model.segmented_model.CompiledLayers",
-            lambda compiler, layers, _: GraphedLayers(compiler, layers, capture),
-        )
-        return compiled(model)
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """Makes models whose layers are captured, also those of segments that are fused later."""
+    name = "megatron.early_exit.inference.model.segmented_model.CompiledLayers"
+    recorder = CpuRecorder()
+    monkeypatch.setattr(name, lambda compiler, layers, _: GraphedLayers(compiler, layers, recorder))
+    return compiled
 
 
 @needs_compiler
 @pytest.mark.parametrize(
     ("architecture", "heads"), [("llama", "all"), ("gpt2", "norm"), ("qwen", "projection")]
 )
-def test_captured_layers_serve_batches(architecture, heads):
+def test_captured_layers_serve_batches(architecture, heads, replayed):
     """Rows and lengths are rounded up: what stands in for missing rows changes nothing."""
     model = make_model(ARCHITECTURES[architecture], exits=(2,), **HEADS[heads])
     segmented = replayed(model)
@@ -139,6 +141,7 @@ def test_captured_layers_serve_batches(architecture, heads):
             expected = generate(model, prompt, one.max_tokens, threshold)
             assert result.token_ids == [token.token_id for token in expected]
             assert result.exit_layers == [token.exit_layer for token in expected]
+    assert isinstance(segmented.fused(0, 1).compiled, GraphedLayers)
 
 
 @pytest.mark.gpu

@@ -43,12 +43,14 @@ class _Kind:
     Attributes:
         size: number of layers.
         is_single: there is one row.
+        has_slots: the caches are of several sequences.
         shape: of each cache.
         stride: of each cache.
     """
 
     size: int
     is_single: bool
+    has_slots: bool
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
@@ -89,7 +91,6 @@ class LayerCompiler:
         # Weights are arguments, so it does not matter of which layers.
         self._group = group
         self._unguarded: dict[_Kind, _Group] = {}
-        self._guarded = torch.compile(self._new_group("rows"), fullgraph=True)
 
     def run(
         self,
@@ -99,7 +100,6 @@ class LayerCompiler:
         slots: Tensor | None,
         positions: Tensor,
         end: int,
-        is_captured: bool = False,
     ) -> Tensor:
         """Take rows through layers.
 
@@ -110,17 +110,12 @@ class LayerCompiler:
             slots: [r], of the rows; None where the caches are of the only row's sequence alone.
             positions: [r], of the rows.
             end: a position behind that of every row.
-            is_captured: the call is recorded, and what it takes does not matter.
         """
         seen = self.positions[:end]
         rows = (slots, positions, seen, self._turns)
         for first in range(0, len(layers), _MOST_TOGETHER):
             group = slice(first, first + _MOST_TOGETHER)
-            function = self._guarded
-            if is_captured:
-                _leave_open(hidden, rows)
-            else:
-                function = self._function(len(layers[group]), caches[0], hidden, rows)
+            function = self._function(len(layers[group]), caches[0], hidden, rows)
             hidden = function(layers[group], caches[group], hidden, rows)
         return hidden
 
@@ -132,7 +127,8 @@ class LayerCompiler:
         differ but for the numbers of rows and positions, the only ones that stay open, so nothing
         is looked at.
         """
-        kind = _Kind(size, len(hidden) == 1, cache.shape, cache.stride())
+        has_slots = rows[0] is not None
+        kind = _Kind(size, len(hidden) == 1, has_slots, cache.shape, cache.stride())
         function = self._unguarded.get(kind)
         if function is None:
             _leave_open(hidden, rows)

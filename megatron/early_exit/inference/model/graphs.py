@@ -8,6 +8,8 @@ masked).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,9 +19,50 @@ from megatron.early_exit.inference.model.kv_cache import KVCache
 from megatron.early_exit.inference.model.passes import Pass
 
 _FEWEST_POSITIONS = 128
+_RUNS_BEFORE = 3
+"""Of work that is captured: what it does only the first times must not be part of a graph."""
 
-Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
-"""Takes work that has run before; gives what does it again, and where its result will be."""
+
+class Recorder(Protocol):
+    """Captures work such that it can be done again."""
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Run some work; returns what does it again, and where its result will be."""
+        ...
+
+
+class CudaGraphRecorder:
+    """Captures work on one device as CUDA graphs, whichever device is the current one.
+
+    The graphs are replayed one after another, so they share the memory for what lies between.
+
+    Args:
+        device: where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream()
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """See `Recorder`."""
+        with torch.cuda.device(self._device):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(_RUNS_BEFORE):
+                    work()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                result = work()
+
+        def replay() -> None:
+            with torch.cuda.device(self._device):
+                graph.replay()
+
+        return replay, result
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +88,20 @@ class GraphedLayers:
     Args:
         compiler: of the model's layers.
         layers: see `CompiledLayers`.
-        capture: what records the work; by default a CUDA graph.
+        recorder: captures them.
     """
 
     def __init__(
         self,
         compiler: LayerCompiler,
         layers: Sequence[Mapping[str, Tensor]],
-        capture: Capture | None = None,
+        recorder: Recorder,
     ) -> None:
-        self._compiler, self._layers = compiler, layers
-        self._capture = cuda_graph if capture is None else capture
-        self._graphs: dict[tuple[KVCache, int, int], _Graph] = {}
+        self._compiler, self._layers, self._recorder = compiler, layers, recorder
+        # A graph is of use as long as the cache that it reads and writes.
+        self._graphs: WeakKeyDictionary[KVCache, dict[tuple[int, int], _Graph]] = (
+            WeakKeyDictionary()
+        )
 
     def serves(self, this: Pass) -> bool:
         """Whether a pass has a single position of each of its sequences."""
@@ -70,11 +115,11 @@ class GraphedLayers:
         places = torch.tensor([[s.slot for s in spans], [s.start for s in spans]])
         longest = max(span.end for span in spans)
         length = min(max(_power_of_two(longest), _FEWEST_POSITIONS), this.cache.capacity)
-        graph = self._graphs.get((this.cache, rows, length))
+        graphs = self._graphs.setdefault(this.cache, {})
+        graph = graphs.get((rows, length))
         if graph is None:
             zeros = hidden.new_zeros(rows, hidden.shape[1])
-            graph = self._record(this.cache, zeros, places, length)
-            self._graphs[this.cache, rows, length] = graph
+            graph = graphs[rows, length] = self._record(this.cache, zeros, places, length)
         graph.places.copy_(places)
         graph.hidden[:count] = hidden
         graph.hidden[count:] = hidden[0]
@@ -87,26 +132,10 @@ class GraphedLayers:
         caches = cache.by_attention[: len(self._layers)]
 
         def work() -> Tensor:
-            return self._compiler.run(
-                self._layers, caches, hidden, slots, positions, length, is_captured=True
-            )
+            return self._compiler.run(self._layers, caches, hidden, slots, positions, length)
 
-        replay, result = self._capture(work)
+        replay, result = self._recorder.record(work)
         return _Graph(hidden, places, replay, result)
-
-
-def cuda_graph(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Capture work on the current device; it runs a few times for that."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
-    return graph.replay, result
 
 
 def _power_of_two(least: int) -> int:

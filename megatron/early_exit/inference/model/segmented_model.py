@@ -15,7 +15,11 @@ from torch import Tensor, device, dtype
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference.model.compiled import CompiledLayers, LayerCompiler
-from megatron.early_exit.inference.model.graphs import GraphedLayers
+from megatron.early_exit.inference.model.graphs import (
+    CudaGraphRecorder,
+    GraphedLayers,
+    Recorder,
+)
 from megatron.early_exit.inference.model.heads import BranchPart, Head, ModelExit
 from megatron.early_exit.inference.model.layers import Attention, Mlp, arrange
 from megatron.early_exit.inference.model.linear import Function, make_linear
@@ -71,6 +75,7 @@ class SegmentedModel:
         self._compiler = (
             LayerCompiler(architecture, self.rotary, self.device) if compile_rows else None
         )
+        self._recorder: Recorder | None = None
         self._layers = [
             self._layer(weights, f"decoder.layers.{number}.", number)
             for number in range(architecture.num_layers)
@@ -146,7 +151,9 @@ class SegmentedModel:
             return None
         plain = [layer.plain for layer in layers]
         if self.device.type == "cuda":
-            return GraphedLayers(self._compiler, plain)
+            if self._recorder is None:
+                self._recorder = CudaGraphRecorder(self.device)
+            return GraphedLayers(self._compiler, plain, self._recorder)
         return CompiledLayers(self._compiler, plain, [layer.packed for layer in layers])
 
     def _mlp(self, weights: Mapping[str, Tensor], prefix: str) -> Mlp:
