@@ -3,11 +3,20 @@
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron.early_exit.inference.model.compiled import CompiledLayers
 from megatron.early_exit.inference.model.graphs import GraphedLayers
 from megatron.early_exit.inference.model.layers import HalfLayer
 from megatron.early_exit.inference.model.passes import Pass
+
+_ATTENTION_ON_GPUS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""cuDNN builds a plan for every new shape, which takes tens of milliseconds, and a step of decoding
+has a new one nearly always."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +33,12 @@ class Segment:
 
     def __call__(self, hidden: Tensor, this: Pass) -> Tensor:
         """Residual stream [r, h] at the start of the segment -> at its end."""
+        if hidden.is_cuda:
+            with sdpa_kernel(_ATTENTION_ON_GPUS):
+                return self._run(hidden, this)
+        return self._run(hidden, this)
+
+    def _run(self, hidden: Tensor, this: Pass) -> Tensor:
         is_compiled = self.compiled is not None and self.compiled.serves(this)
         for step in self.compiled_steps if is_compiled else self.steps:
             hidden = step(hidden, this)
