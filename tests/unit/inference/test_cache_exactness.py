@@ -3,11 +3,13 @@
 from functools import cache
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.engine.cache_budget import page_bytes
+from megatron.early_exit.inference.model.page_store import PageStore
 from tests.helpers.reference_decoder import ReferenceToken, generate
 from tests.helpers.tiny_models import HEADS, LLAMA, TinyModel, make_model
 
@@ -138,6 +140,30 @@ def test_what_requests_begin_with_is_computed_once():
     plain.generate([prompt] * 2, SamplingParams(max_tokens=1))
     assert plain.pages.counts.cached_tokens == 0
     assert plain.pages.num_stored == 0
+
+
+def test_a_page_that_finds_no_memory_costs_nothing_but_itself(monkeypatch):
+    engine = EarlyExitEngine(model_of("norm").segmented)
+    params = SamplingParams(max_tokens=6)
+    (expected,) = engine.generate([TEXTS["one"]], params)
+    assert engine.pages.num_stored > 1
+    save = PageStore.save
+
+    def failing(store, number, *args):
+        if number % 2:
+            raise torch.OutOfMemoryError
+        save(store, number, *args)
+
+    monkeypatch.setattr(PageStore, "save", failing)
+    prompts = [[5, *TEXTS["one"][1:]], TEXTS["one"]]
+    _, again = engine.generate(prompts, params)
+    assert again.token_ids == expected.token_ids
+    assert engine.pages.num_stored == len(engine.loop._store)
+    assert engine.pages.bytes_stored == sum(
+        engine.pages._to_depth[page.depth] for page in engine.pages._tree._by_use.values()
+    )
+    monkeypatch.undo()
+    assert [one.token_ids for one in engine.generate(prompts, params)][1] == expected.token_ids
 
 
 def test_pages_of_a_failed_request_are_not_kept():

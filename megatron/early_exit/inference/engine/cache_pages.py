@@ -232,6 +232,11 @@ class CachePages:
             pages[index].depth, pages[index].blocks = depth, blocks
         return [PageCopy(pages[index], index, depth, blocks) for index, depth, blocks in copies]
 
+    def clear(self) -> None:
+        """Give up all stored pages."""
+        while (page := self._tree.oldest()) is not None:
+            self._give_up(page)
+
     def take_dropped(self) -> list[int]:
         """The numbers of the stored pages that went since the last call."""
         dropped, self.dropped = self.dropped, []
@@ -266,10 +271,13 @@ class CachePages:
         while self._bytes_counted + self._bytes_stored + size > self.budget:
             page = self._tree.oldest()
             assert page is not None
-            self._tree.remove(page)
-            self._bytes_stored -= self._to_depth[page.depth]
-            self.counts.evictions += 1
-            self.dropped.append(page.number)
+            self._give_up(page)
+
+    def _give_up(self, page: StoredPage) -> None:
+        self._tree.remove(page)
+        self._bytes_stored -= self._to_depth[page.depth]
+        self.counts.evictions += 1
+        self.dropped.append(page.number)
 
 
 def common_length(one: abc.Sequence[int], other: abc.Sequence[int]) -> int:

@@ -3,7 +3,7 @@
 import torch
 
 from megatron.early_exit.inference.engine.cache_pages import CachePages
-from megatron.early_exit.inference.engine.failures import reason_of
+from megatron.early_exit.inference.engine.failures import is_out_of_memory, reason_of
 from megatron.early_exit.inference.engine.head_batch import HeadBatch, HeadOutputs
 from megatron.early_exit.inference.engine.loop import DecodingLoop
 from megatron.early_exit.inference.engine.policy import Costs
@@ -114,6 +114,8 @@ class SegmentLoop(DecodingLoop):
         failed, self._suspects = self._suspects, set()
         if not (self._is_alone and failed and self._can_go_on(error)):
             raise error
+        if is_out_of_memory(error):
+            self._give_up_stored_pages()
         for key in failed:
             self._fail(key, reason_of(error), error)
 
@@ -229,9 +231,19 @@ class SegmentLoop(DecodingLoop):
         sequence.is_stored = True
         copies = self.pages.store(sequence, self.runner.block_lengths(sequence.slot))
         self._store.drop(self.pages.take_dropped())
-        for copy in copies:
-            self._store.save(copy.page.number, sequence.slot, copy.index, copy.depth, copy.blocks)
+        try:
+            for one in copies:
+                self._store.save(one.page.number, sequence.slot, one.index, one.depth, one.blocks)
+        except Exception as error:
+            # The sequence itself has what it needs.
+            if not (self._is_alone and is_out_of_memory(error) and self._can_go_on(error)):
+                raise
+            self._give_up_stored_pages()
         self.scheduler.stop_following(sequence.key)
+
+    def _give_up_stored_pages(self) -> None:
+        self.pages.clear()
+        self._store.drop(self.pages.take_dropped())
 
     def _rewind(self, sequence: Sequence) -> None:
         self.runner.truncate(sequence.slot, sequence.length - 1)
