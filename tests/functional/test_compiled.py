@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 
+from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.model.graphs import GraphedLayers
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
@@ -18,6 +19,14 @@ from tests.helpers.speed import patient
 from tests.helpers.tiny_models import ARCHITECTURES, HEADS, LLAMA, make_model
 
 PROMPT = [5, 17, 3, 44, 8]
+
+
+def shallow(architecture: Architecture, num_layers: int = 2) -> Architecture:
+    """The compiler takes seconds for each layer of a group."""
+    return replace(architecture, num_layers=num_layers)
+
+
+SHALLOW = shallow(LLAMA)
 
 
 @pytest.fixture(autouse=True)
@@ -36,15 +45,16 @@ def compiled(model):
 @pytest.mark.parametrize(
     ("architecture", "heads", "exits"),
     [
-        ("llama", "all", (2,)),
-        ("gpt2", "norm", (2,)),
+        ("llama", "all", (1,)),
+        ("gpt2", "norm", (1,)),
         # The second exit's block has to catch up.
-        ("nemotron", "block", (1, 3)),
-        ("qwen", "mlp", (2,)),
+        ("nemotron", "block", (1, 2)),
+        ("qwen", "mlp", (1,)),
     ],
 )
 def test_same_as_the_oracle(architecture, heads, exits):
-    model = make_model(ARCHITECTURES[architecture], exits=exits, **HEADS[heads])
+    shape = shallow(ARCHITECTURES[architecture], len(exits) + 1)
+    model = make_model(shape, exits=exits, **HEADS[heads])
     engine = EarlyExitEngine(compiled(model))
     for threshold in (0.6, None):
         params = SamplingParams(max_tokens=24)
@@ -62,7 +72,7 @@ def test_same_as_the_oracle(architecture, heads, exits):
 @needs_compiler
 def test_alone_and_in_a_batch():
     """Sequences change between the ways for one row, for several, and for many."""
-    model = make_model(LLAMA, exits=(2,), use_exit_norm=True)
+    model = make_model(SHALLOW, exits=(1,), use_exit_norm=True)
     engine = EarlyExitEngine(compiled(model), max_batch_size=9)
     prompts = [PROMPT, [7], [9, 9, 2], [1, 2, 3, 4, 5, 6, 7], *([n] * 9 for n in range(15))]
     params = [
@@ -78,7 +88,7 @@ def test_alone_and_in_a_batch():
 @pytest.mark.parametrize("heads", ["norm", "block", "mlp"])
 def test_verification_and_catch_up(heads):
     """Several positions of a sequence, beside single ones of others."""
-    model = make_model(LLAMA, exits=(2,), **HEADS[heads])
+    model = make_model(SHALLOW, exits=(1,), **HEADS[heads])
     engine = EarlyExitEngine(compiled(model), max_pending=5)
     speculative = SamplingParams(max_tokens=20, mode="self_speculative", draft_confidence=0.0)
     leaving = SamplingParams(max_tokens=20, mode="early_exit", early_exit_threshold=0.2)
@@ -96,7 +106,7 @@ def test_verification_and_catch_up(heads):
 def test_room_for_few_positions():
     """With all places in a cache, the compiler would take their number for a constant."""
     room = 2
-    model = make_model(replace(LLAMA, max_position_embeddings=room), exits=(2,))
+    model = make_model(replace(SHALLOW, max_position_embeddings=room), exits=(1,))
     engine = EarlyExitEngine(compiled(model), max_batch_size=2)
     (plain,) = EarlyExitEngine(model.segmented).generate([[7]], SamplingParams(max_tokens=room))
     for result in engine.generate([[7], [7], [7]], SamplingParams(max_tokens=room)):
@@ -121,12 +131,10 @@ def replayed(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    ("architecture", "heads"), [("llama", "all"), ("gpt2", "norm"), ("qwen", "projection")]
-)
+@pytest.mark.parametrize(("architecture", "heads"), [("llama", "all"), ("gpt2", "norm")])
 def test_captured_layers_serve_batches(architecture, heads, replayed):
     """Rows and lengths are rounded up: what stands in for missing rows changes nothing."""
-    model = make_model(ARCHITECTURES[architecture], exits=(2,), **HEADS[heads])
+    model = make_model(shallow(ARCHITECTURES[architecture]), exits=(1,), **HEADS[heads])
     segmented = replayed(model)
     prompts = [PROMPT, [7], [9, 9, 2], [1, 2, 3, 4, 5, 6, 7], [4, 4]]
     for threshold in (0.5, None):
@@ -161,9 +169,9 @@ def test_cuda_graphs(heads):
 
 @needs_compiler
 def test_no_request_waits_for_the_compiler():
-    model = make_model(LLAMA, exits=(2,))
+    model = make_model(SHALLOW, exits=(1,))
     engine = EarlyExitEngine(compiled(model))
-    # Two layers, of either segment, and all four; for one row, and for several.
+    # One layer, of either segment, and both; for one row, and for several.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     for threshold in (0.0, 0.5, 1.0):
         engine.generate(
@@ -207,7 +215,7 @@ except ValueError as error:
 
 def test_refused_where_the_compiler_is_off():
     """Preparing a CPU for training turns it off for the process."""
-    model = compiled(make_model(LLAMA, exits=(2,)))
+    model = compiled(make_model(SHALLOW, exits=(1,)))
     off = torch.compiler.set_stance("force_eager")
     with off, pytest.raises(ValueError, match=r"the compiler .* is turned off"):
         EarlyExitEngine(model)
@@ -222,11 +230,11 @@ def test_refused_where_ranks_share_a_layer(tmp_path):
 def test_a_step_touches_no_more_of_the_caches_than_it_needs():
     """What it takes must not grow with the positions that there is room for."""
     room = 2**19
-    model = compiled(make_model(replace(LLAMA, max_position_embeddings=room), exits=(2,)))
+    model = compiled(make_model(replace(SHALLOW, max_position_embeddings=room), exits=(1,)))
     EarlyExitEngine(model, max_batch_size=1).generate([PROMPT], SamplingParams(max_tokens=5))
     process = psutil.Process()
     before = process.memory_info().rss
-    # Memory is there when it is touched, 2 MiB at a time. Nothing is compiled again.
+    # Memory is there when it is touched. Nothing is compiled again.
     engine = EarlyExitEngine(model, max_batch_size=1)
     engine.generate([PROMPT], SamplingParams(max_tokens=5))
     groups, size = LLAMA.num_query_groups, LLAMA.kv_channels
@@ -236,7 +244,7 @@ def test_a_step_touches_no_more_of_the_caches_than_it_needs():
 
 @needs_compiler
 def test_few_layers_are_compiled_for_all():
-    model = make_model(LLAMA, exits=(2,), use_exit_norm=True)
+    model = make_model(SHALLOW, exits=(1,), use_exit_norm=True)
     engine = EarlyExitEngine(compiled(model))
     for length in (1, 2, 9, 30):
         engine.generate([PROMPT * 6][:1], SamplingParams(max_tokens=length))
@@ -247,7 +255,7 @@ def test_few_layers_are_compiled_for_all():
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    model = make_model(LLAMA, exits=(2,), use_exit_norm=True, dtype=dtype)
+    model = make_model(SHALLOW, exits=(1,), use_exit_norm=True, dtype=dtype)
     params = SamplingParams(max_tokens=12)
     (plain,) = EarlyExitEngine(model.segmented).generate([PROMPT], params)
     engine = EarlyExitEngine(compiled(model))

@@ -1,5 +1,6 @@
 """How much memory the caches may take, and for how many sequences at a time that is enough."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -96,7 +97,9 @@ def plan_caches(
     if kv_cache_memory is not None:
         size = kv_cache_memory
     elif is_on_cpu:
-        most = int(available_memory() * _SHARE_OF_A_MACHINE)
+        # torchrun says how many processes share the machine.
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        most = int(available_memory() * _SHARE_OF_A_MACHINE / ranks)
         # Memory of a CPU is taken when it is written to, so one sequence may always try.
         size = max(min(_PREFIXES * max_batch_size * slot, most), slot)
     else:

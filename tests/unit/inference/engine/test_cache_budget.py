@@ -49,6 +49,9 @@ def test_a_machine_keeps_half_of_its_memory(monkeypatch):
         found = planned(model)
         assert (found.num_slots, found.bytes, found.reserved) == (16, expected, 0)
     assert planned(model, memory=3 * slot).bytes == 3 * slot
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(cache_budget, "available_memory", lambda: 40 * slot)
+    assert planned(model).bytes == 5 * slot
 
 
 def test_slots_of_a_gpu_are_as_many_as_fit(monkeypatch):
