@@ -110,7 +110,6 @@ class EarlyExitEngine:
             tokenizer=tokenizer,
             eod_id=self.eod_id,
             other_end_ids=self.other_end_ids,
-            device=model.device,
             draw_seed=self._backend.draw_seed,
         )
 

@@ -179,8 +179,13 @@ class SamplingParams:
     @property
     def takes_largest_logit(self) -> bool:
         """Whether each token is that of the largest logit, as the model gives it."""
+        return self.temperature == 0 and not self.changes_logits
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether penalties or biases change the logits that the model gives."""
         changes = self.presence_penalty or self.frequency_penalty or self.logit_bias
-        return self.temperature == 0 and self.repetition_penalty == 1 and not changes
+        return self.repetition_penalty != 1 or bool(changes)
 
     @property
     def needs_logits(self) -> bool:

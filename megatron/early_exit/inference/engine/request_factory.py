@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
 
-import torch
-
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.engine.request import Request
@@ -33,7 +31,6 @@ class RequestFactory:
         tokenizer: None where prompts are token ids only.
         eod_id: the token that ends a document, if there is one.
         other_end_ids: further tokens that end a text.
-        device: where logits are.
         draw_seed: gives seeds to requests that sample and have none.
     """
 
@@ -45,7 +42,6 @@ class RequestFactory:
     tokenizer: Tokenizer | None
     eod_id: int | None
     other_end_ids: tuple[int, ...]
-    device: torch.device
     draw_seed: Callable[[], int]
     _keys: Iterator[int] = field(default_factory=lambda: count(1), init=False)
 
@@ -73,7 +69,7 @@ class RequestFactory:
                 if not self._knows(token):
                     raise FieldError(name, "is unknown", self._known, value=token)
         stops = stop_token_ids(params, self.eod_id, self.other_end_ids)
-        sampler = Sampler(params, tokens, stops, self.vocab_size, self.device)
+        sampler = Sampler(params, tokens, stops, self.vocab_size)
         key = next(self._keys) if key is None else key
         sequence = Sequence(key, tokens, group=key)
         layers = (*self.exit_layers, self.num_layers)

@@ -4,7 +4,8 @@ import torch
 
 from megatron.early_exit.inference.engine.cache_pages import CachePages
 from megatron.early_exit.inference.engine.failures import is_out_of_memory, reason_of
-from megatron.early_exit.inference.engine.head_batch import HeadBatch, HeadOutputs
+from megatron.early_exit.inference.engine.head_batch import HeadBatch
+from megatron.early_exit.inference.engine.head_reading import HeadOutputs
 from megatron.early_exit.inference.engine.loop import DecodingLoop
 from megatron.early_exit.inference.engine.policy import Costs
 from megatron.early_exit.inference.engine.request import Request
@@ -156,8 +157,9 @@ class SegmentLoop(DecodingLoop):
                 counts = first if self.scheduler.exit_rates.is_likely(sequence, own) else later
                 counts[index] = self._num_asked(sequence, step.last)
                 own.append(step.last)
-            likely.add(step.last, step.spans, first, hidden)
-            unlikely.add(step.last, step.spans, later, hidden)
+            modes = [self._mode(sequence) for sequence in step.sequences]
+            likely.add(step.last, step.spans, modes, first, hidden)
+            unlikely.add(step.last, step.spans, modes, later, hidden)
             step = self.scheduler.onward(step, complete)
         return passed, likely, unlikely
 

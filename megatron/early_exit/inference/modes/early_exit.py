@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
+from megatron.early_exit.inference.modes.draw import Draw
 from megatron.early_exit.inference.modes.head_output import HeadOutput
 from megatron.early_exit.inference.modes.mode import (
     FINAL,
@@ -52,6 +53,17 @@ class EarlyExitMode(DecodingMode):
 
     def asks(self, exit_index: int) -> bool:
         return exit_index in self.rule.exits and (self._left is None or self.details)
+
+    def draws(
+        self, head: int, outputs: Sequence[HeadOutput] | None = None
+    ) -> Sequence[Draw | None]:
+        if self._left is not None:
+            return ()
+        if head != FINAL and outputs is not None:
+            (output,) = outputs
+            if not self.rule.takes(self.rule.measured(output).confidence):
+                return ()
+        return (self.sampler.draw(),)
 
     def at_exit(self, exit_index: int, output: HeadOutput, is_taken: bool) -> Outcome:
         self._record(output, exit_index)

@@ -1,11 +1,14 @@
 """What the heads say about positions."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from megatron.early_exit.inference.modes.draw import Drawn
 
 NOT_FINITE = "the model's logits are not finite numbers"
 _BLOCK = 1024
@@ -24,6 +27,9 @@ class HeadOutput:
         best_logprob: its logarithm of probability.
         confidence: how sure the head is: the largest softmax probability, or what else the rule
             measures that decides about leaving there.
+        drawn: the token that it gives where that is drawn; it counts if the mode takes it.
+        best: the most probable tokens and their logits, as many as the request wants to know, where
+            they have come from the device together with the rest.
     """
 
     logits: Tensor
@@ -31,37 +37,57 @@ class HeadOutput:
     best_token: int
     best_logprob: float
     confidence: float
+    drawn: Drawn | None = None
+    best: tuple[tuple[int, float], ...] | None = None
 
     @property
     def is_finite(self) -> bool:
         """Whether the logits are numbers to choose by."""
         return math.isfinite(self.normalizer)
 
+    @property
+    def token(self) -> int:
+        """The token that it gives: the one that was drawn, else the most probable one."""
+        return self.best_token if self.drawn is None else self.drawn.token
+
     def logprob(self, token: int) -> float:
         """Logarithm of the probability of a token."""
         if token == self.best_token:
             return self.best_logprob
+        if self.drawn is not None and token == self.drawn.token:
+            return self.drawn.logit - self.normalizer
         return float(self.logits[token]) - self.normalizer
 
     def top_logprobs(self, count: int) -> tuple[tuple[int, float], ...]:
         """The most probable tokens and the logarithms of their probabilities."""
-        largest, indices = self.logits.topk(min(count, len(self.logits)))
-        values = largest.tolist()
+        best, count = self.best, min(count, len(self.logits))
+        if best is None or len(best) != count:
+            largest, indices = self.logits.topk(count)
+            best = tuple(zip(indices.tolist(), largest.tolist(), strict=True))
         # To the last bit what `logprob` says: who asks whether a token is the best one compares.
-        logprobs = (
-            self.best_logprob if value == values[0] else value - self.normalizer for value in values
+        return tuple(
+            (token, self.best_logprob if logit == best[0][1] else logit - self.normalizer)
+            for token, logit in best
         )
-        return tuple(zip(indices.tolist(), logprobs, strict=True))
 
 
 def head_outputs(logits: Tensor) -> list[HeadOutput]:
     """The outputs of heads with logits [n, v], at the cost of one small transfer to the host."""
     logits = logits.to(torch.float32)
+    return outputs_of(logits, head_figures(logits).tolist())
+
+
+def head_figures(logits: Tensor) -> Tensor:
+    """What heads with logits [n, v] in fp32 say, as numbers [3, n] that `outputs_of` reads."""
     values, best = _largest(logits)
     # The maximum's own, not a difference, so that a confidence close to 1 keeps its digits.
     logprobs = logits.log_softmax(dim=-1).amax(dim=-1)
     # fp32 holds every index up to 2**24 exactly, more than any vocabulary.
-    figures = torch.stack((values - logprobs, logprobs, best.to(torch.float32))).tolist()
+    return torch.stack((values - logprobs, logprobs, best.to(torch.float32)))
+
+
+def outputs_of(logits: Tensor, figures: Sequence[Sequence[float]]) -> list[HeadOutput]:
+    """The outputs of heads with logits [n, v], from the numbers of `head_figures` on the host."""
     return [
         HeadOutput(row, normalizer, int(token), logprob, math.exp(logprob))
         for row, normalizer, logprob, token in zip(logits.unbind(), *figures, strict=True)

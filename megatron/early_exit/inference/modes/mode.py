@@ -5,15 +5,16 @@ its sequence, and whether its rule lets a token leave there, and answers with wh
 next. It knows one sequence and nothing of batches, caches or layouts.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections import abc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import ClassVar, Self
 
-from torch import Tensor
-
 from megatron.early_exit.errors import FieldError
+from megatron.early_exit.inference.modes.batch_sampler import draw
+from megatron.early_exit.inference.modes.draw import Draft, Draw
 from megatron.early_exit.inference.modes.head_output import HeadOutput
 from megatron.early_exit.inference.modes.rule import NO_EXITS, ExitRule
 from megatron.early_exit.inference.modes.sampling import Sampler
@@ -21,6 +22,7 @@ from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.inference.results import DraftCounts, HeadReport
 from megatron.early_exit.inference.sequence import Sequence
 
+NO_TOKEN = "the head gives no token that the request allows"
 FINAL = -1
 """Stands for the final head where exits are numbered."""
 
@@ -56,7 +58,7 @@ class TokenSampler:
 
     Attributes:
         params: the request.
-        logits_sampler: turns logits into the request's distribution, and draws from it.
+        logits_sampler: what the request asks of the choice of tokens, and its random numbers.
         sequence: gets the tokens.
         layers: the exits' numbers of backbone layers, then the model's.
     """
@@ -66,19 +68,54 @@ class TokenSampler:
     sequence: Sequence
     layers: tuple[int, ...]
 
+    @property
+    def is_always_greedy(self) -> bool:
+        """Whether each token is that of the largest logit."""
+        return self.logits_sampler.is_always_greedy
+
     def sample(self, output: HeadOutput, head: int, behind: abc.Sequence[int] = ()) -> SampledToken:
         """The token that a head gives behind those generated and `behind`."""
-        if self.is_greedy(behind):
-            return self.take(output, head, output.best_token)
-        return self.take(output, head, self.logits_sampler.draw(self.distribution(output, behind)))
+        output = self.drawn(output, self.draw(behind))
+        return self.take(output, head, output.token)
 
-    def is_greedy(self, behind: abc.Sequence[int] = ()) -> bool:
-        """Whether the token behind those generated and `behind` is that of the largest logit."""
-        return self.logits_sampler.is_greedy(len(self.sequence.generated) + len(behind))
+    def draw(
+        self,
+        behind: abc.Sequence[int] = (),
+        later: int = 0,
+        draft: Draft | None = None,
+        keeps: bool = False,
+    ) -> Draw | None:
+        """The draw of the token behind those generated and `behind`; None where it is that of the
+        largest logit.
 
-    def distribution(self, output: HeadOutput, behind: abc.Sequence[int] = ()) -> Tensor:
-        """The probabilities [v] of the token behind those generated and `behind`."""
-        return self.logits_sampler.distribution(output.logits, [*self.sequence.generated, *behind])
+        Args:
+            behind: drafts in front of it.
+            later: random numbers that are taken before its own.
+            draft, keeps: see `Draw`.
+        """
+        sampler, generated = self.logits_sampler, self.sequence.generated
+        if sampler.is_greedy(len(generated) + len(behind)):
+            return None
+        return Draw(sampler, generated, tuple(behind), sampler.num_taken + later, draft, keeps)
+
+    def drawn(self, output: HeadOutput, wanted: Draw | None) -> HeadOutput:
+        """The output with the token of a draw, for which random numbers are taken.
+
+        Where the token has not been drawn yet, together with other sequences', it is now.
+
+        Raises:
+            FloatingPointError: the head gives no token that the request allows.
+        """
+        found = output.drawn
+        if wanted is None:
+            return output if found is None else replace(output, drawn=None)
+        if found is None or found.draw != wanted:
+            (found,) = draw([output.logits.float()], [wanted])
+            output = replace(output, drawn=found)
+        if not math.isfinite(found.logit):
+            raise FloatingPointError(NO_TOKEN)
+        self.logits_sampler.take_numbers(found.count)
+        return output
 
     def take(self, output: HeadOutput, head: int, token: int) -> SampledToken:
         """A given token with what a head says about it."""
@@ -176,6 +213,25 @@ class DecodingMode(ABC):
     def asks(self, exit_index: int) -> bool:
         """Whether the exit is to be computed for the last position."""
         return exit_index in self.rule.exits
+
+    def draws(
+        self, head: int, outputs: abc.Sequence[HeadOutput] | None = None
+    ) -> abc.Sequence[Draw | None]:
+        """The tokens to draw where a head is asked, together with those of other sequences.
+
+        What is drawn counts only if the mode takes it; what is not drawn here, it draws when it
+        needs it.
+
+        Args:
+            head: of an exit, or FINAL.
+            outputs: what it says; None where that is not known yet: then all that it may have to
+                give.
+
+        Returns:
+            One for each position that the head is asked about; None, or no more, where there is
+            nothing to draw.
+        """
+        return (self.sampler.draw(),) if head == FINAL else ()
 
     @abstractmethod
     def at_exit(self, exit_index: int, output: HeadOutput, is_taken: bool) -> Outcome:

@@ -10,8 +10,7 @@ from collections import abc
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
-from torch import Tensor
-
+from megatron.early_exit.inference.modes.draw import Draft, Draw
 from megatron.early_exit.inference.modes.head_output import HeadOutput
 from megatron.early_exit.inference.modes.mode import (
     FINAL,
@@ -44,7 +43,7 @@ class SelfSpeculativeMode(DecodingMode):
     _likelihood: float = 1.0
     """That all drafts are accepted, by the exit's confidences."""
     _aim: int = 0
-    _distributions: list[Tensor | None] = field(default_factory=list)
+    _drafts: list[Draft] = field(default_factory=list)
 
     @classmethod
     def of(cls, context: ModeContext) -> Self:
@@ -66,29 +65,54 @@ class SelfSpeculativeMode(DecodingMode):
 
     def at_exit(self, exit_index: int, output: HeadOutput, is_taken: bool) -> Outcome:
         self._record(output, exit_index)
+        if not (self._has_room and self._drafts_at(output)):
+            return Next.DEEPER
+        self._likelihood *= output.confidence
         drafts = self.sampler.sequence.drafts
-        left = self.room - len(self.sampler.sequence.generated)
-        if len(drafts) >= min(self._aim, left - 1):
-            return Next.DEEPER
-        likelihood = self._likelihood * output.confidence
-        if not (self.drafting.takes(likelihood) and output.is_finite):
-            return Next.DEEPER
-        self._likelihood = likelihood
-        if self.sampler.is_greedy(drafts):
-            draft, distribution = output.best_token, None
-        else:
-            distribution = self.sampler.distribution(output, drafts)
-            draft = self.sampler.logits_sampler.draw(distribution)
-        drafts.append(draft)
-        self._distributions.append(distribution)
+        output = self.sampler.drawn(output, self.sampler.draw(drafts, keeps=True))
+        drafts.append(output.token)
+        probabilities = None if output.drawn is None else output.drawn.probabilities
+        self._drafts.append(Draft(output.token, probabilities))
         return Next.DRAFTED
+
+    def draws(
+        self, head: int, outputs: abc.Sequence[HeadOutput] | None = None
+    ) -> abc.Sequence[Draw | None]:
+        drafts = self.sampler.sequence.drafts
+        if head == FINAL:
+            # Once the outputs are known, drawing waits for nothing any more: then no token is drawn
+            # in vain, behind a draft that is refused.
+            return self._verifications() if outputs is None or not drafts else ()
+        if not self._has_room or (outputs is not None and not self._drafts_at(outputs[0])):
+            return ()
+        return (self.sampler.draw(drafts, keeps=True),)
+
+    def _verifications(self) -> list[Draw | None]:
+        """What is drawn in the places of the drafts and behind them. Each has the random numbers
+        that are next if all in front of it are accepted, else it does not count."""
+        draws: list[Draw | None] = []
+        drafts = self.sampler.sequence.drafts
+        for place, draft in enumerate((*self._drafts, None)):
+            later = sum(one is not None for one in draws)
+            draws.append(self.sampler.draw(drafts[:place], later, draft))
+        return draws
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether one more draft may be made."""
+        sequence = self.sampler.sequence
+        return len(sequence.drafts) < min(self._aim, self.room - len(sequence.generated) - 1)
+
+    def _drafts_at(self, output: HeadOutput) -> bool:
+        """Whether the exit is sure enough to draft."""
+        return self.drafting.takes(self._likelihood * output.confidence) and output.is_finite
 
     def at_end(self, outputs: abc.Sequence[HeadOutput]) -> tuple[SampledToken, ...]:
         drafts, self.sampler.sequence.drafts = self.sampler.sequence.drafts, []
         self._likelihood = 1.0
-        distributions, self._distributions = self._distributions, []
+        drafted, self._drafts = self._drafts, []
         reports, self._heads = self._heads, []
-        tokens = self._verify(drafts, distributions, outputs)
+        tokens = self._verify(drafted, outputs)
         self.counts.verifications += 1
         self.counts.drafted += len(drafts)
         # Behind the accepted drafts there is one token of the final head.
@@ -101,40 +125,22 @@ class SelfSpeculativeMode(DecodingMode):
         return tuple(tokens)
 
     def _verify(
-        self,
-        drafts: abc.Sequence[int],
-        distributions: abc.Sequence[Tensor | None],
-        outputs: abc.Sequence[HeadOutput],
+        self, drafts: abc.Sequence[Draft], outputs: abc.Sequence[HeadOutput]
     ) -> list[SampledToken]:
         """The drafts up to the first that is refused, and one token of the final head."""
         (exit_index,) = self.rule.exits
         tokens: list[SampledToken] = []
         accepted: list[int] = []
-        for draft, distribution, output in zip(drafts, distributions, outputs, strict=False):
-            token = self._verified(draft, distribution, output, accepted)
-            head = exit_index if token == draft else FINAL
-            tokens.append(self.sampler.take(output, head, token))
-            if token != draft:
+        for draft, output in zip(drafts, outputs, strict=False):
+            output = self.sampler.drawn(output, self.sampler.draw(accepted, draft=draft))
+            is_accepted = output.token == draft.token
+            head = exit_index if is_accepted else FINAL
+            tokens.append(self.sampler.take(output, head, output.token))
+            if not is_accepted:
                 break
-            accepted.append(token)
+            accepted.append(draft.token)
         else:
             # The last pass has given a token behind the drafts, too.
             tokens.append(self.sampler.sample(outputs[len(drafts)], FINAL, accepted))
         self._aim = self.drafting.next_aim(len(accepted) + 1)
         return tokens
-
-    def _verified(
-        self,
-        draft: int,
-        distribution: Tensor | None,
-        output: HeadOutput,
-        accepted: abc.Sequence[int],
-    ) -> int:
-        """The token that the full model gives in the place of a draft."""
-        if distribution is None:
-            return output.best_token
-        sampler = self.sampler.logits_sampler
-        target = self.sampler.distribution(output, accepted)
-        if sampler.uniform() * float(distribution[draft]) < float(target[draft]):
-            return draft
-        return sampler.draw(sampler.residual(target, distribution))

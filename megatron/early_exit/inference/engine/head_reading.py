@@ -1,0 +1,135 @@
+"""From logits on a device to what heads say, with the tokens that they may have to give.
+
+Where reading a number means to wait for the device, everything is computed ahead and read together:
+also tokens that in the end another head gives. On the host only what is needed is computed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.early_exit.inference.model.kv_cache import Span
+from megatron.early_exit.inference.modes.batch_sampler import DrawBatch, draw
+from megatron.early_exit.inference.modes.draw import Draw
+from megatron.early_exit.inference.modes.head_output import HeadOutput, head_figures, outputs_of
+from megatron.early_exit.inference.modes.mode import DecodingMode
+from megatron.early_exit.inference.modes.rows import some_rows
+from megatron.early_exit.inference.transfer import download
+
+HeadOutputs = dict[tuple[int, int], list[HeadOutput]]
+"""What heads say about the positions that they were asked about, by segment and slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadCall:
+    """One head to evaluate for the last positions of some spans.
+
+    Attributes:
+        segment: the one that the head is behind.
+        head: index of the exit, or FINAL.
+        spans: of each sequence.
+        modes: for each span the mode of its sequence.
+        counts: for each span the number of positions.
+        hidden: [r, h], what has run.
+        rows: those of it that the head is asked about.
+    """
+
+    segment: int
+    head: int
+    spans: list[Span]
+    modes: list[DecodingMode]
+    counts: list[int]
+    hidden: Tensor
+    rows: list[int]
+
+
+Logits = Sequence[tuple[Sequence[HeadCall], Tensor]]
+"""Calls, and the logits [n, v] in fp32 of all their rows."""
+
+
+def read(logits: Logits) -> HeadOutputs:
+    """What heads say."""
+    if all(one.device.type == "cpu" for _, one in logits):
+        outputs = _outputs(logits, [head_figures(one).tolist() for _, one in logits])
+        _draw_what_is_needed(logits, outputs)
+        return outputs
+    return _read_ahead(logits)
+
+
+def _outputs(logits: Logits, figures: Sequence[Sequence[Sequence[float]]]) -> HeadOutputs:
+    outputs: HeadOutputs = {}
+    for (calls, own), numbers in zip(logits, figures, strict=True):
+        found = iter(outputs_of(own, numbers))
+        for call in calls:
+            for span, count in zip(call.spans, call.counts, strict=True):
+                outputs[call.segment, span.slot] = [next(found) for _ in range(count)]
+    return outputs
+
+
+def _draw_what_is_needed(logits: Logits, outputs: HeadOutputs) -> None:
+    """Put tokens to the outputs of the first head of each sequence that has to give some."""
+    wanted: list[tuple[list[HeadOutput], int, Draw]] = []
+    given: set[int] = set()
+    calls = [call for own, _ in logits for call in own]
+    for call in sorted(calls, key=lambda call: call.segment):
+        for span, mode in zip(call.spans, call.modes, strict=True):
+            if mode.sampler.is_always_greedy or span.slot in given:
+                continue
+            found = outputs[call.segment, span.slot]
+            if not all(one.is_finite for one in found):
+                continue
+            for place, one in enumerate(mode.draws(call.head, found)):
+                if one is not None:
+                    wanted.append((found, place, one))
+                    given.add(span.slot)
+    if not wanted:
+        return
+    drawn = draw([found[place].logits for found, place, _ in wanted], [one for *_, one in wanted])
+    for (found, place, _), one in zip(wanted, drawn, strict=True):
+        found[place] = replace(found[place], drawn=one)
+
+
+def _read_ahead(logits: Logits) -> HeadOutputs:
+    """Draw all tokens that may be needed, and read everything at once."""
+    draws: dict[int, Draw] = {}
+    best: dict[int, list[int]] = {}
+    places: list[tuple[tuple[int, int], int]] = []
+    for calls, _ in logits:
+        for call in calls:
+            for span, mode, count in zip(call.spans, call.modes, call.counts, strict=True):
+                first = len(places)
+                places += [((call.segment, span.slot), place) for place in range(count)]
+                if not mode.sampler.is_always_greedy:
+                    own = enumerate(mode.draws(call.head), start=first)
+                    draws.update((row, one) for row, one in own if one is not None)
+                if num_best := mode.sampler.params.logprobs:
+                    best.setdefault(num_best, []).extend(range(first, len(places)))
+    figures = [head_figures(own) for _, own in logits]
+    batch = None
+    if draws or best:
+        together = logits[0][1] if len(logits) == 1 else torch.cat([own for _, own in logits])
+    if draws:
+        batch = DrawBatch(some_rows(together, list(draws))[0], list(draws.values()))
+        figures.append(batch.figures)
+    for num_best, rows in best.items():
+        largest = some_rows(together, rows)[0].topk(min(num_best, together.shape[-1]))
+        # fp32 holds every token exactly, see `head_figures`.
+        figures.append(torch.stack((largest.indices.to(torch.float32), largest.values)))
+    numbers = download(figures)
+    outputs = _outputs(logits, numbers[: len(logits)])
+    numbers = numbers[len(logits) :]
+
+    def add(row: int, **fields: Any) -> None:
+        key, place = places[row]
+        outputs[key][place] = replace(outputs[key][place], **fields)
+
+    if batch is not None:
+        for row, one in zip(draws, batch.read(numbers.pop(0)), strict=True):
+            add(row, drawn=one)
+    for rows, (tokens, values) in zip(best.values(), numbers, strict=True):
+        for row, *own in zip(rows, tokens, values, strict=True):
+            add(row, best=tuple(zip(map(int, own[0]), own[1], strict=True)))
+    return outputs
