@@ -114,7 +114,7 @@ class DrawBatch:
         if not verified:
             return _drawn(probabilities, numbers)
         part, index = some_rows(probabilities, verified)
-        drafts, is_accepted, residual = _verified(part, [draws[place] for place in verified])
+        drafts, is_accepted, residual = compare_drafts(part, [draws[place] for place in verified])
         if self._is_on_host and index is None and is_accepted.all():
             return drafts
         tokens = _drawn(replaced(probabilities, index, residual), numbers)
@@ -170,7 +170,7 @@ def _drawn(probabilities: Tensor, numbers: Sequence[float]) -> Tensor:
     return torch.searchsorted(reached, aims, right=True)
 
 
-def _verified(target: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor]:
+def compare_drafts(target: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor]:
     """Compare drafts with probabilities [n, v].
 
     Returns:

@@ -14,6 +14,7 @@ from megatron.early_exit.inference.modes.rule import DraftRule, ExitRule
 from megatron.early_exit.inference.modes.sampling import Sampler
 from megatron.early_exit.inference.modes.self_speculative import SelfSpeculativeMode
 from megatron.early_exit.inference.sequence import Sequence
+from tests.helpers.row_sampling import distribution
 from tests.helpers.tiny_models import make_model
 
 MODEL = make_model(exits=(1, 3), use_exit_norm=True)
@@ -46,7 +47,7 @@ def drafting_mode(
 
 def speculate(params: SamplingParams) -> list[list[int]]:
     """The tokens of many rounds with two drafts each, of one request's random numbers."""
-    sampler = Sampler(params, [], (), VOCAB, torch.device("cpu"))
+    sampler = Sampler(params, [], (), VOCAB)
     draft = head_outputs(DRAFT[None])[0]
     rounds = []
     for _ in range(DRAWS):
@@ -69,15 +70,15 @@ def test_sampled_tokens_have_the_full_models_distribution(options):
     params = SamplingParams(
         **{"mode": "self_speculative", "temperature": 1.0, "seed": 3, "max_tokens": 100, **options}
     )
-    full = Sampler(params, [], (), VOCAB, torch.device("cpu"))
+    full = Sampler(params, [], (), VOCAB)
     rounds = speculate(params)
     first = [tokens[0] for tokens in rounds]
-    assert chi_square(first, full.distribution(TARGET, [])) < BOUND
+    assert chi_square(first, distribution(full, TARGET)) < BOUND
     for token in range(VOCAB):
         # Behind an accepted draft comes what the full model gives behind that very token.
         second = [tokens[1] for tokens in rounds if tokens[0] == token and len(tokens) > 1]
         if len(second) > 200:
-            assert chi_square(second, full.distribution(BEHIND[token % 3], [token])) < BOUND
+            assert chi_square(second, distribution(full, BEHIND[token % 3], [token])) < BOUND
     assert {len(tokens) for tokens in rounds} == {1, 2, 3}
 
 
@@ -107,7 +108,7 @@ def test_a_seed_gives_the_same_text_in_any_batch(prompts, mode, slots):
 
 def test_drafts_follow_what_is_accepted():
     params = SamplingParams(mode="self_speculative", max_tokens=100)
-    sampler = Sampler(SamplingParams(), [], (), VOCAB, torch.device("cpu"))
+    sampler = Sampler(SamplingParams(), [], (), VOCAB)
     mode = drafting_mode(params, sampler, 4, 0.0)
     agreeing, other = head_outputs(torch.stack((DRAFT, TARGET)))
 
@@ -127,7 +128,7 @@ def test_drafts_follow_what_is_accepted():
 
 def test_an_unsure_exit_does_not_draft():
     params = SamplingParams(mode="self_speculative", draft_confidence=0.99, max_tokens=100)
-    sampler = Sampler(params, [], (), VOCAB, torch.device("cpu"))
+    sampler = Sampler(params, [], (), VOCAB)
     mode = drafting_mode(params, sampler, 4, 0.99)
     assert mode.at_exit(0, head_outputs(DRAFT[None])[0], True) is Next.DEEPER
     assert mode.sampler.sequence.drafts == []
@@ -137,7 +138,7 @@ def test_drafts_end_where_one_of_them_is_likely_to_be_wrong():
     logits = torch.full((VOCAB,), -20.0)
     logits[:2] = torch.log(torch.tensor([0.6, 0.4]))
     params = SamplingParams(mode="self_speculative", max_tokens=100)
-    sampler = Sampler(params, [], (), VOCAB, torch.device("cpu"))
+    sampler = Sampler(params, [], (), VOCAB)
     mode = drafting_mode(params, sampler, 9, 0.2)
     (sure, other) = head_outputs(torch.stack((logits, TARGET)))
     # 0.6 ** 3 = 0.216, and 0.6 ** 4 = 0.13: also behind drafts that were not accepted.
