@@ -88,8 +88,8 @@ def _draw_what_is_needed(logits: Logits, outputs: HeadOutputs) -> None:
     if not wanted:
         return
     drawn = draw([found[place].logits for found, place, _ in wanted], [one for *_, one in wanted])
-    for (found, place, _), one in zip(wanted, drawn, strict=True):
-        found[place] = replace(found[place], drawn=one)
+    for (found, place, _), token in zip(wanted, drawn, strict=True):
+        found[place] = replace(found[place], drawn=token)
 
 
 def _read_ahead(logits: Logits) -> HeadOutputs:
@@ -130,6 +130,6 @@ def _read_ahead(logits: Logits) -> HeadOutputs:
         for row, one in zip(draws, batch.read(numbers.pop(0)), strict=True):
             add(row, drawn=one)
     for rows, (tokens, values) in zip(best.values(), numbers, strict=True):
-        for row, *own in zip(rows, tokens, values, strict=True):
-            add(row, best=tuple(zip(map(int, own[0]), own[1], strict=True)))
+        for row, its_tokens, its_values in zip(rows, tokens, values, strict=True):
+            add(row, best=tuple(zip(map(int, its_tokens), its_values, strict=True)))
     return outputs
