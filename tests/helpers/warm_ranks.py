@@ -39,7 +39,7 @@ class WarmRanks:
 
     def __init__(self) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -29,7 +29,7 @@ from tests.helpers.exit_models import (  # noqa: E402
 )
 from tests.helpers.plain_loss import relative_error  # noqa: E402
 from tests.helpers.single_process import model_parallel  # noqa: E402
-from tests.helpers.transformer_engine import under_transformer_engine  # noqa: E402
+from tests.helpers.stand_in_process import under_transformer_engine  # noqa: E402
 
 HEADS: dict[str, dict[str, Any]] = {
     "projection": {},

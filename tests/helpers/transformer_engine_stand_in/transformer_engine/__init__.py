@@ -1,7 +1,7 @@
 """A stand-in for Transformer Engine on a CPU: what Megatron's layers use of it, computed plainly.
 
 Megatron takes it for the real one, so it must only be on `sys.path` in processes of their own; see
-`tests/helpers/transformer_engine.py`."""
+`tests/helpers/stand_in_process.py`."""
 
 from transformer_engine import common as common
 from transformer_engine import pytorch as pytorch
