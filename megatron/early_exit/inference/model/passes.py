@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from megatron.early_exit.inference.model.kv_cache import KVCache, Span, row_ends
 from megatron.early_exit.inference.model.rotary import RotaryTable
+from megatron.early_exit.inference.transfer import upload
 
 _ROWS_OF_A_CALL = 8
 """Rows of attention that take as long as a call of its own."""
@@ -127,7 +128,7 @@ class Pass:
         self._turns: Tensor | None = None
         self.results: Tensor | None = None
         if last_only and count > len(spans):
-            self.results = torch.tensor(row_ends(spans), device=device) - 1
+            self.results = upload([end - 1 for end in row_ends(spans)], device)
             spans = [Span(slot, end - 1, end) for slot, _, end in spans]
         self._asking = spans
         self._calls: list[_Call] = []
@@ -179,7 +180,7 @@ class Pass:
         if count == num_slots * num_rows and slots == sorted(slots):
             return _Call(queries, first, num_slots, num_rows, end, mask)
         device = self.cache.data.device
-        where = torch.tensor(places, device=device).unbind(1)
+        where = upload(places, device).unbind(1)
         shape = (num_slots, num_rows, self.cache.num_groups, self._per_group)
         spread = self.cache.data.new_zeros(*shape, self.cache.data.shape[-1])
         in_use = (where[0], where[1])
@@ -187,7 +188,7 @@ class Pass:
 
     def _mask(self, seen: list[list[int]], end: int) -> Tensor:
         data = self.cache.data
-        limits = torch.tensor(seen, device=data.device)[:, :, None]
+        limits = upload(seen, data.device)[:, :, None]
         unseen = torch.arange(end, device=data.device) >= limits
         mask = torch.zeros(unseen.shape, dtype=data.dtype, device=data.device)
         mask.masked_fill_(unseen, -torch.inf)
@@ -262,7 +263,7 @@ def index_of(spans: Sequence[Span], device: torch.device) -> tuple[Tensor, Tenso
         return None
     slots = [slot for slot, start, end in spans for _ in range(start, end)]
     positions = [position for _, start, end in spans for position in range(start, end)]
-    both = torch.tensor((slots, positions), device=device)
+    both = upload((slots, positions), device)
     return both[0], both[1]
 
 

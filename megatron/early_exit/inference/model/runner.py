@@ -21,6 +21,7 @@ from megatron.early_exit.inference.model.kv_cache import (
 from megatron.early_exit.inference.model.lazy_zeros import LazyZeros
 from megatron.early_exit.inference.model.passes import Pass, Workspace, index_of
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from megatron.early_exit.inference.transfer import upload
 
 _TYPICAL_ROWS, _TYPICAL_POSITIONS = 8, 128
 """Of steps that are compiled: the compiler decides by them which loops the threads divide."""
@@ -168,7 +169,7 @@ class SegmentRunner:
 
     def _embed(self, spans: Sequence[Span], tokens: Sequence[int]) -> Tensor:
         device = self.model.device
-        hidden = self.model.word_embeddings[torch.tensor(tokens, device=device)]
+        hidden = self.model.word_embeddings[upload(tokens, device)]
         table = self.model.position_embeddings
         if table is not None:
             hidden += torch.cat([table[start:end] for _, start, end in spans])
@@ -193,7 +194,7 @@ class SegmentRunner:
                 return last.hidden
             if len(spans) == 1:
                 return last.hidden[-1:]
-            return last.hidden[torch.tensor(row_ends(spans), device=self.model.device) - 1]
+            return last.hidden[upload([end - 1 for end in row_ends(spans)], self.model.device)]
         ends = tuple(Span(slot, end - 1, end) for slot, _, end in spans)
         return self._gather(cut, ends, index_of(ends, self.model.device))
 
@@ -219,7 +220,8 @@ class SegmentRunner:
             lengths[slot] = end
         if order == sorted(order):
             return logits
-        return logits[torch.tensor(order, device=logits.device).argsort()]
+        places = sorted(range(len(order)), key=order.__getitem__)
+        return logits[upload(places, logits.device)]
 
     def exit_features(self, index: int, span: Span) -> Tensor:
         """What an exit projects, [r, h], for all positions of a span, after its segment ran. Its

@@ -25,7 +25,7 @@ from megatron.early_exit.inference.modes.rows import column, fp32_factor, replac
 _NUCLEI = (512, 16384)
 """How many tokens to order for top-p before the whole vocabulary is. Most nuclei are smaller than
 the first, and ordering so few of 128k takes a thirtieth of the time."""
-_HOST_NUMBERS = 2**17
+_HOST_NUMBERS = 2**16
 """Logits that a CPU's cache holds together with what is computed of them."""
 
 
@@ -58,8 +58,9 @@ class DrawBatch:
         orders_all: top-p is to order the whole vocabulary at once.
 
     Attributes:
-        figures: [n, 2] fp32, what `read` needs: tokens (fp32 holds every integer up to 2**24
-            exactly, more than any vocabulary), v where there is none; and their logits.
+        figures: [n, 1] int64 or [n, 2] fp32, what `read` needs: tokens, v where there is none, and
+            from an accelerator their logits. fp32 holds every integer up to 2**24 exactly, more
+            than any vocabulary.
     """
 
     def __init__(self, logits: Tensor, draws: Sequence[Draw], orders_all: bool = False) -> None:
@@ -77,8 +78,10 @@ class DrawBatch:
             if rows:
                 part, index = some_rows(scores, rows)
                 tokens = replaced(tokens, index, self._sampled(part, rows))
-        chosen = logits.gather(1, tokens.clamp(max=logits.shape[-1] - 1))
-        self.figures = torch.cat((tokens.to(torch.float32), chosen), dim=1)
+        self.figures = tokens
+        if not self._is_on_host:
+            chosen = logits.gather(1, tokens.clamp(max=logits.shape[-1] - 1))
+            self.figures = torch.cat((tokens.to(torch.float32), chosen), dim=1)
 
     def read(self, figures: Sequence[Sequence[float]]) -> list[Drawn]:
         """The tokens, from the numbers of `figures` on the host.
@@ -86,16 +89,12 @@ class DrawBatch:
         A row whose nucleus has turned out to be large is drawn once more, with the same random
         numbers.
         """
-        size = self._logits.shape[-1]
-        found = [
-            Drawn(
-                one, int(token), logit if token < size else math.nan, self._probabilities.get(row)
-            )
-            for row, (one, (token, logit)) in enumerate(zip(self._draws, figures, strict=True))
-        ]
-        if not self._orders_all and (
-            rows := [i for i, one in enumerate(found) if one.token == size]
-        ):
+        size, found = self._logits.shape[-1], []
+        for row, (one, (token, *logit)) in enumerate(zip(self._draws, figures, strict=True)):
+            chosen = logit[0] if logit else None
+            found.append(Drawn(one, int(token), chosen, self._probabilities.get(row)))
+        rows = [row for row, one in enumerate(found) if one.token == size]
+        if rows and not self._orders_all:
             logits, _ = some_rows(self._logits, rows)
             again = DrawBatch(logits, [self._draws[row] for row in rows], orders_all=True)
             for row, one in zip(rows, again.read(again.figures.tolist()), strict=True):
@@ -123,18 +122,17 @@ class DrawBatch:
 
     def _limited(self, scores: Tensor, draws: Sequence[Draw]) -> Tensor:
         """Scores [n, v] after temperature, min-p, top-k and top-p."""
-        params, size, device = (
-            [one.sampler.params for one in draws],
-            scores.shape[-1],
-            scores.device,
-        )
+        size, device = scores.shape[-1], scores.device
         # Less the largest first: a small temperature then overflows to -inf, never to inf.
         scores = scores - scores.amax(dim=-1, keepdim=True)
-        temperatures = [fp32_factor(one.temperature) for one in params]
-        if self._is_on_host and len(set(temperatures)) == 1:
+        temperatures = [fp32_factor(one.sampler.params.temperature) for one in draws]
+        if len(temperatures) == 1 and self._is_on_host:
             scores.div_(temperatures[0])
         else:
             scores.div_(column(temperatures, device))
+        if not any(one.sampler.is_limited for one in draws):
+            return scores
+        params = [one.sampler.params for one in draws]
         if places := [place for place, one in enumerate(params) if one.min_p > 0]:
             part, index = some_rows(scores, places)
             log_p = column([math.log(params[place].min_p) for place in places], device)

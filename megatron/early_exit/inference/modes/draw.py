@@ -61,15 +61,15 @@ class Drawn:
     Attributes:
         draw: what was asked for.
         token: the token; v where there is none that the request allows.
-        logit: what the head says of it, before the request's parameters change anything; NaN where
-            there is no token.
+        logit: what the head says of it, before the request's parameters change anything, if that
+            has come from the device together with the token.
         probabilities: [v], what it was drawn from, if they were wanted; None also at temperature 0,
             where it is the most probable token of those that the request allows.
     """
 
     draw: Draw
     token: int
-    logit: float
+    logit: float | None
     probabilities: Tensor | None
 
     @property

@@ -54,8 +54,9 @@ class HeadOutput:
         """Logarithm of the probability of a token."""
         if token == self.best_token:
             return self.best_logprob
-        if self.drawn is not None and token == self.drawn.token:
-            return self.drawn.logit - self.normalizer
+        drawn = self.drawn
+        if drawn is not None and token == drawn.token and drawn.logit is not None:
+            return drawn.logit - self.normalizer
         return float(self.logits[token]) - self.normalizer
 
     def top_logprobs(self, count: int) -> tuple[tuple[int, float], ...]:

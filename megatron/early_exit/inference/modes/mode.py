@@ -5,7 +5,6 @@ its sequence, and whether its rule lets a token leave there, and answers with wh
 next. It knows one sequence and nothing of batches, caches or layouts.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections import abc
 from dataclasses import dataclass, field, replace
@@ -112,7 +111,7 @@ class TokenSampler:
         if found is None or found.draw != wanted:
             (found,) = draw([output.logits.float()], [wanted])
             output = replace(output, drawn=found)
-        if not math.isfinite(found.logit):
+        if found.token == len(output.logits):
             raise FloatingPointError(NO_TOKEN)
         self.logits_sampler.take_numbers(found.count)
         return output

@@ -26,6 +26,7 @@ class Sampler:
         num_taken: random numbers that have been taken.
         is_always_greedy: each token is that of the largest logit.
         is_adjusted: the logits may be changed before anything is drawn from them.
+        is_limited: some tokens may be ruled out because others are more probable.
         counts: the tokens that penalties are for; None where there are no penalties.
 
     Raises:
@@ -51,6 +52,8 @@ class Sampler:
         self._takes_largest_logit = params.takes_largest_logit
         self.is_always_greedy = self._takes_largest_logit and not self.forbidden(0)
         self.is_adjusted = params.changes_logits or bool(self.forbidden(0))
+        self.is_limited = bool(params.min_p or params.top_k) or params.top_p_decay < 1
+        self.is_limited |= params.top_p < 1
         repeats = params.repetition_penalty != 1.0
         self.counts: TokenCounts | None = None
         if repeats or params.presence_penalty or params.frequency_penalty:

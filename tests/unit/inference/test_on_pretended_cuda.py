@@ -1,0 +1,171 @@
+"""The engine on a device that is not the host: no mixed devices, and no more kernels and waits than
+a step needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from tests.helpers.pretended_cuda import CudaTensor, PretendedCuda, pretended_engine
+from tests.helpers.reference_decoder import generate
+from tests.helpers.tiny_models import ARCHITECTURES, HEADS, LLAMA, make_model
+
+PROMPTS = [[5, 17, 3, 44, 8], [7], [9, 9, 2], list(range(1, 20)), [4, 4]]
+EVERYTHING: dict[str, Any] = {
+    "temperature": 1.1,
+    "top_p": 0.9,
+    "top_k": 20,
+    "min_p": 0.01,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.2,
+    "frequency_penalty": 0.1,
+    "logit_bias": {3: 1.0},
+    "min_tokens": 60,
+    "stop_token_ids": (1, 2),
+    "logprobs": 3,
+}
+MODES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "early_exit": {"early_exit_threshold": 0.4},
+    "self_speculative": {},
+}
+
+
+@pytest.fixture
+def cuda() -> Iterator[PretendedCuda]:
+    with PretendedCuda() as mode:
+        yield mode
+    assert mode.mixed == []
+
+
+def sampled(mode: str, seed: int, **fields: Any) -> SamplingParams:
+    fields = {"temperature": 1.0, "max_tokens": 8} | fields | MODES[mode]
+    return SamplingParams(mode=mode, seed=seed, **fields)
+
+
+def requests() -> list[SamplingParams]:
+    """One for each prompt: greedy and sampled ones of all modes."""
+    return [
+        SamplingParams(max_tokens=8, exit_details=True, logprobs=2),
+        SamplingParams(max_tokens=8, mode="early_exit", early_exit_threshold=0.5),
+        SamplingParams(max_tokens=8, mode="self_speculative", prompt_logprobs=2),
+        sampled("early_exit", 3, **EVERYTHING | {"min_tokens": 2, "exit_details": True}),
+        sampled("self_speculative", 4, min_tokens=3, stop_token_ids=(1, 2, 3), logprobs=1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "heads"),
+    [
+        ("llama", "all"),
+        ("gpt2", "block"),
+        ("nemotron", "mlp"),
+        ("llama", "projection"),
+        ("llama", "few answers"),
+        ("qwen", "untied"),
+    ],
+)
+def test_results_are_those_of_the_cpu(cuda, architecture, heads):
+    model = make_model(ARCHITECTURES[architecture], exits=(1, 3), **HEADS[heads])
+    found = pretended_engine(model, max_batch_size=4).generate(PROMPTS, requests())
+    engine = EarlyExitEngine(model.segmented, max_batch_size=4)
+    for one, expected in zip(found, engine.generate(PROMPTS, requests()), strict=True):
+        assert one.token_ids == expected.token_ids
+        assert one.exit_layers == expected.exit_layers
+        assert one.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+        for best, other in zip(one.top_logprobs, expected.top_logprobs, strict=True):
+            assert [token for token, _ in best] == [token for token, _ in other]
+            assert [value for _, value in best] == pytest.approx([v for _, v in other], abs=1e-5)
+    for prompt, one, threshold in zip(PROMPTS, found, (None, 0.5, None), strict=False):
+        tokens = generate(model, prompt, 8, threshold)
+        assert one.token_ids == [token.token_id for token in tokens]
+
+
+def steady(
+    cuda: PretendedCuda, params: list[SamplingParams], heads: str = "norm", steps: int = 8
+) -> tuple[float, float]:
+    """Kernels and waits of a step in which each request has a row."""
+    model = make_model(exits=(1, 3), **HEADS[heads])
+    engine = pretended_engine(model, max_batch_size=len(params))
+    for number, one in enumerate(params):
+        engine.submit([1 + number] * 3, one)
+    for _ in range(3):
+        engine.step()
+    cuda.reset()
+    for _ in range(steps):
+        engine.step()
+    assert not any(request.is_finished for request in engine.loop.requests.values())
+    return cuda.launches.total() / steps, cuda.waits.total() / steps
+
+
+@pytest.mark.parametrize("heads", ["norm", "untied"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fields", [None, {}, EVERYTHING], ids=["greedy", "plain", "everything"])
+def test_a_step_waits_once(cuda, mode, fields, heads):
+    own = {"temperature": 0.0} if fields is None else fields
+    params = [sampled(mode, seed, **own | {"max_tokens": 60}) for seed in range(3)]
+    _, waits = steady(cuda, params, heads)
+    # Where an exit is unlikely to be needed, it is asked only when it is known to be.
+    assert 0 < waits <= (1.5 if mode == "early_exit" else 1), cuda.waits
+
+
+@pytest.mark.parametrize(
+    ("fields", "budget"), [({}, 14), ({"temperature": 0.7, "top_p": 0.9}, 26), (EVERYTHING, 56)]
+)
+def test_sampling_launches_as_many_kernels_for_many_rows_as_for_few(cuda, fields, budget):
+    def params(count: int, **own: Any) -> list[SamplingParams]:
+        return [sampled("full", seed, **own | {"max_tokens": 60}) for seed in range(count)]
+
+    greedy = [steady(cuda, params(count, temperature=0.0))[0] for count in (2, 7)]
+    launches = [steady(cuda, params(count, **fields))[0] for count in (2, 7)]
+    extra = [one - base for one, base in zip(launches, greedy, strict=True)]
+    assert extra[0] == extra[1] <= budget, cuda.launches
+
+
+def test_a_large_nucleus_takes_one_more_wait(cuda):
+    model = make_model(replace(LLAMA, vocab_size=700))
+    wide = sampled("full", 1, temperature=90.0, top_p=0.99, max_tokens=20)
+    params = [wide, sampled("full", 2, temperature=0.1, top_p=0.5, max_tokens=20)]
+    engine = pretended_engine(model, max_batch_size=2)
+    cuda.reset()
+    found = engine.generate(PROMPTS[:2], params)
+    expected = EarlyExitEngine(model.segmented).generate(PROMPTS[:2], params)
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    assert 20 < cuda.waits.total() <= 2 * 20, cuda.waits
+
+
+def test_mixed_devices_and_waits_are_found():
+    with PretendedCuda() as mode:
+        here, there = torch.ones(2), torch.ones(2, device="cuda")
+        assert (there.device.type, (there + 1).device.type, here.device.type) == (
+            "cuda",
+            "cuda",
+            "cpu",
+        )
+        assert isinstance(there.view(2, 1).sum(), CudaTensor)
+        launches = dict(mode.launches)
+        assert not mode.waits
+        for wait in (
+            there.tolist,
+            lambda: bool((there > 0).all()),
+            lambda: there[there > 0],
+            lambda: here.to("cuda"),
+            lambda: there.cpu() + here,
+            there.nonzero,
+            lambda: torch.tensor([1.0], device="cuda"),
+        ):
+            mode.waits.clear()
+            wait()
+            assert mode.waits.total() == 1
+        mode.waits.clear()
+        here.pin_memory().to("cuda", non_blocking=True)
+        assert not mode.waits
+        with pytest.raises(RuntimeError, match="different devices: add"):
+            there.add(here)
+    assert launches == {"ones": 1, "add": 1, "sum": 1}
+    assert len(mode.mixed) == 1
