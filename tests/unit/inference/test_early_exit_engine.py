@@ -8,6 +8,7 @@ import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.engine import scoring
+from megatron.early_exit.inference.modes.mode import NO_TOKEN
 from tests.helpers.reference_decoder import all_logits
 from tests.helpers.tiny_models import LLAMA, make_model
 
@@ -265,3 +266,22 @@ def test_a_cancelled_request_keeps_what_it_has():
 def test_prompts_out_of_range(prompts, message):
     with pytest.raises(ValueError, match=message):
         EarlyExitEngine(MODEL.segmented).generate(prompts)
+
+
+def test_a_head_that_gives_no_allowed_token_fails_its_request_only():
+    model = make_model(exits=(1,), use_exit_norm=True, exit_vocab_size=10)
+    engine = EarlyExitEngine(model.segmented)
+    forbidding = SamplingParams(
+        mode="early_exit",
+        early_exit_threshold=0.0,
+        temperature=1.0,
+        min_tokens=2,
+        stop_token_ids=tuple(range(10)),
+    )
+    failing, other = (
+        engine.submit([1, 2], params) for params in (forbidding, SamplingParams(max_tokens=4))
+    )
+    while not (failing.is_finished and other.is_finished):
+        engine.step()
+    assert str(failing.exception) == NO_TOKEN
+    assert (other.finish_reason, len(other.tokens)) == ("length", 4)

@@ -130,6 +130,6 @@ def _read_ahead(logits: Logits) -> HeadOutputs:
         for row, one in zip(draws, batch.read(numbers.pop(0)), strict=True):
             add(row, drawn=one)
     for rows, (tokens, values) in zip(best.values(), numbers, strict=True):
-        for row, its_tokens, its_values in zip(rows, tokens, values, strict=True):
-            add(row, best=tuple(zip(map(int, its_tokens), its_values, strict=True)))
+        for row, ids, own in zip(rows, tokens, values, strict=True):
+            add(row, best=tuple(zip(map(int, ids), own, strict=True)))
     return outputs

@@ -25,7 +25,7 @@ from megatron.early_exit.inference.modes.rows import column, fp32_factor, replac
 _NUCLEI = (512, 16384)
 """How many tokens to order for top-p before the whole vocabulary is. Most nuclei are smaller than
 the first, and ordering so few of 128k takes a thirtieth of the time."""
-_HOST_NUMBERS = 2**16
+_HOST_NUMBERS = 2**17
 """Logits that a CPU's cache holds together with what is computed of them."""
 
 
@@ -97,8 +97,8 @@ class DrawBatch:
         if rows and not self._orders_all:
             logits, _ = some_rows(self._logits, rows)
             again = DrawBatch(logits, [self._draws[row] for row in rows], orders_all=True)
-            for row, one in zip(rows, again.read(again.figures.tolist()), strict=True):
-                found[row] = one
+            for row, drawn in zip(rows, again.read(again.figures.tolist()), strict=True):
+                found[row] = drawn
         return found
 
     def _sampled(self, scores: Tensor, rows: Sequence[int]) -> Tensor:

@@ -109,7 +109,7 @@ class TokenSampler:
         if wanted is None:
             return output if found is None else replace(output, drawn=None)
         if found is None or found.draw != wanted:
-            (found,) = draw([output.logits.float()], [wanted])
+            (found,) = draw([output.logits], [wanted])
             output = replace(output, drawn=found)
         if found.token == len(output.logits):
             raise FloatingPointError(NO_TOKEN)
