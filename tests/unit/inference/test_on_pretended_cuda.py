@@ -125,6 +125,7 @@ def test_sampling_launches_as_many_kernels_for_many_rows_as_for_few(cuda, fields
     launches = [steady(cuda, params(count, **fields))[0] for count in (2, 7)]
     extra = [one - base for one, base in zip(launches, greedy, strict=True)]
     assert extra[0] == extra[1] <= budget, cuda.launches
+    assert greedy[0] == greedy[1] <= 72
 
 
 def test_a_large_nucleus_takes_one_more_wait(cuda):
