@@ -173,7 +173,8 @@ def pretended_engine(model: TinyModel, **options: Any) -> EarlyExitEngine:
     weights = {name: tensor.to("cuda") for name, tensor in model.weights.items()}
     segmented = SegmentedModel(model.architecture, model.early_exit, weights)
     assert segmented.device == CUDA
-    return EarlyExitEngine(segmented, **options)
+    # How much a GPU has left nobody can ask here.
+    return EarlyExitEngine(segmented, **{"kv_cache_memory": 2**28, **options})
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
