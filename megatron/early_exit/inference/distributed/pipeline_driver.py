@@ -47,8 +47,8 @@ class PipelineDriver(DecodingLoop):
         self, stage: PipelineStage, control: ControlPlane, num_slots: int, pages: CachePages
     ) -> None:
         super().__init__(Scheduler(1, num_slots, pages=pages), stage.runner.model.device)
-        self.stage, self.control, self.pages = stage, control, pages
-        self._stage_pages = StagePages(pages, self._manage)
+        self.stage, self.control = stage, control
+        self._stage_pages = StagePages(pages, self.scheduler, self._manage)
         self._ready: deque[Sequence] = deque()
         self._pieces = PiecesUnderWay(stage.rank_info.num_stages)
         self._damaged: set[int] = set()
@@ -144,7 +144,12 @@ class PipelineDriver(DecodingLoop):
         chosen = [one for one in self._ready if one not in deep]
         self._ready = deque(deep)
         self._leaving.difference_update(one.key for one in chosen)
-        chosen = self._with_memory(chosen)
+        ends = [self._end_of_token(one) for one in chosen]
+        preempted = self._stage_pages.reserve(chosen, ends, self._ready)
+        chosen, self._ready = (
+            [one for one in chosen if one.key not in preempted],
+            deque(one for one in self._ready if one.key not in preempted),
+        )
         if not chosen:
             return
         step = self.scheduler.batch(0, chosen)
@@ -155,34 +160,18 @@ class PipelineDriver(DecodingLoop):
             batch = [[task.message() for task in tasks]]
             self.control.send(rank, {"kind": "batch", "tasks": batch})
         self.stage.run([tasks], self._conclude_here, self._hand_on)
+        self._stage_pages.give_up()
 
     def _hand_on(self, tasks: list[StageTask]) -> None:
         rows = [task.message() for task in tasks]
         self.control.send(self.stage.rank_info.next_leader, {"kind": "rows", "tasks": rows})
-        self._stage_pages.give_up()
-
-    def _with_memory(self, chosen: list[Sequence]) -> list[Sequence]:
-        """Those of the sequences that can run now. Where there is not enough memory, the youngest
-        one that has no drafts on their way has to give back its own."""
-        room = self.stage.runner.capacity
-        while True:
-            needs = [(one, 0, 0, min(self._end_of_token(one), room)) for one in chosen]
-            if self.pages.reserve(needs):
-                return chosen
-            # With drafts it has the memory for all of them already.
-            fresh = {one.key for one in (*chosen, *self._ready) if not one.drafts}
-            youngest = next(key for key in reversed(self.scheduler.running) if key in fresh)
-            self.scheduler.preempt(youngest)
-            self._stage_pages.leave(youngest, self.scheduler.vacated.pop())
-            chosen = [one for one in chosen if one.key != youngest]
-            self._ready = deque(one for one in self._ready if one.key != youngest)
 
     def _end_of_token(self, sequence: Sequence) -> int:
         """The end of what a sequence needs memory for until its next token is known."""
-        params = self.requests[sequence.key].params
-        verifies = self.requests[sequence.key].mode.verifies
-        drafts = params.num_draft_tokens - len(sequence.drafts) if verifies else 0
-        return sequence.length + max(drafts, 0)
+        request = self.requests[sequence.key]
+        drafts = request.params.num_draft_tokens if request.mode.verifies else 0
+        end = sequence.length + max(drafts - len(sequence.drafts), 0)
+        return min(end, self.stage.runner.capacity)
 
     def _task(self, sequence: Sequence, span: Span) -> StageTask:
         request = self.requests[sequence.key]

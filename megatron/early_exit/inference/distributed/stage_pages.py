@@ -1,9 +1,11 @@
 """The pages of all stages of a pipeline: the first stage gives them out, the others follow."""
 
+from collections import abc
 from collections.abc import Callable, Iterable
 
 from megatron.early_exit.inference.distributed.control import Message
 from megatron.early_exit.inference.engine.cache_pages import CachePages
+from megatron.early_exit.inference.engine.scheduler import Scheduler
 from megatron.early_exit.inference.sequence import Sequence
 
 
@@ -12,11 +14,14 @@ class StagePages:
 
     Args:
         pages: counts them, see `CacheBudget.pages_of_stages`.
+        scheduler: knows who runs.
         tell: has every stage follow a `pages_message`, behind all tasks that it has got so far.
     """
 
-    def __init__(self, pages: CachePages, tell: Callable[[Message], None]) -> None:
-        self._pages, self._tell = pages, tell
+    def __init__(
+        self, pages: CachePages, scheduler: Scheduler, tell: Callable[[Message], None]
+    ) -> None:
+        self._pages, self._scheduler, self._tell = pages, scheduler, tell
         self._loads: dict[int, tuple[int, ...]] = {}
 
     def begin(self, key: int) -> None:
@@ -26,6 +31,34 @@ class StagePages:
     def take_load(self, key: int) -> tuple[int, ...]:
         """The numbers of the pages with which a sequence begins, for its first task."""
         return self._loads.pop(key, ())
+
+    def reserve(
+        self, chosen: abc.Sequence[Sequence], ends: abc.Sequence[int], ready: Iterable[Sequence]
+    ) -> set[int]:
+        """Take the pages for what runs next. Where there are not enough, the youngest sequence that
+        has no drafts on their way has to give back its own, until there are.
+
+        Args:
+            chosen: run next.
+            ends: of their positions; of one that drafts, of all that it may draft.
+            ready: others that do not wait for any stage.
+
+        Returns:
+            The keys of those that had to give back their pages.
+        """
+        # With drafts a sequence has the pages for all of them already.
+        fresh = {one.key for one in (*chosen, *ready) if not one.drafts}
+        preempted: set[int] = set()
+        while not self._pages.reserve(
+            (one, 0, 0, end)
+            for one, end in zip(chosen, ends, strict=True)
+            if one.key not in preempted
+        ):
+            youngest = next(key for key in reversed(self._scheduler.running) if key in fresh)
+            self._scheduler.preempt(youngest)
+            self.leave(youngest, self._scheduler.vacated.pop())
+            preempted.add(youngest)
+        return preempted
 
     def store(self, sequence: Sequence) -> None:
         """Store the pages of a sequence whose tokens so far are final."""
