@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -40,9 +41,11 @@ class Point:
 
 def engines(checkpoint: Path, dtype: torch.dtype | None = None) -> dict[str, EarlyExitEngine]:
     """Load a model with plain and with compiled layers; only the former if nothing compiles."""
-    found = {"plain": EarlyExitEngine.from_checkpoint(checkpoint, dtype=dtype)}
+    # Every threshold computes the prompts itself: what another one has kept would help it.
+    load = partial(EarlyExitEngine.from_checkpoint, checkpoint, dtype=dtype, prefix_caching=False)
+    found = {"plain": load()}
     try:
-        found["compiled"] = EarlyExitEngine.from_checkpoint(checkpoint, dtype=dtype, compile=True)
+        found["compiled"] = load(compile=True)
     except ValueError as error:
         print(f"   only plain layers are measured: {error}")
     return found
