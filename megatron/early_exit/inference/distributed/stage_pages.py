@@ -62,7 +62,6 @@ class StagePages:
 
     def store(self, sequence: Sequence) -> None:
         """Store the pages of a sequence whose tokens so far are final."""
-        sequence.is_stored = True
         copies = self._pages.store(sequence, ())
         save = [(one.page.number, sequence.slot, one.index) for one in copies]
         if save:

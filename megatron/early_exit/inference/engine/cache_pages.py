@@ -122,13 +122,16 @@ class CachePages:
             sequence: has no pages.
             blocks: exits with a block that it asks.
         """
-        # The final head is asked about the last positions, so they are computed in any case.
-        known = sequence.token_ids(0, sequence.length - sequence.num_verified)
-        prefix = self._tree.match(known, frozenset(blocks)) if self.keeps_prefixes else []
         depth = len(self._page_bytes)
         if sequence.exits and not sequence.num_admissions:
             depth = min(min(sequence.exits) + 1, depth)
         needed = self._pages(sequence.length)
+        if not self._fits(self._to_depth[depth] * needed):
+            # Who waits for memory is looked at in every step, so nothing is searched for it.
+            return False
+        # The final head is asked about the last positions, so they are computed in any case.
+        known = sequence.token_ids(0, sequence.length - sequence.num_verified)
+        prefix = self._tree.match(known, frozenset(blocks)) if self.keeps_prefixes else []
         deeper = sum(self._to_depth[max(page.depth, depth)] for page in prefix)
         if not self._has_room(self._to_depth[depth] * (needed - len(prefix)) + deeper):
             return False
@@ -201,6 +204,7 @@ class CachePages:
         Returns:
             What has to be copied before anything else runs.
         """
+        sequence.is_stored = True
         if not self.keeps_prefixes:
             return []
         # The last token has no place yet; where it has, that of a draft that was refused.
@@ -257,12 +261,17 @@ class CachePages:
     def _has_room(self, size: int) -> bool:
         """Whether running sequences can have so many bytes more, after what is stored had to go for
         them."""
-        if self._reserved:
-            return True
-        if self.budget is not None and self._bytes_held + size > self.budget:
+        if not self._fits(size):
             return False
-        self._make_room(size)
+        if not self._reserved:
+            self._make_room(size)
         return True
+
+    def _fits(self, size: int) -> bool:
+        """Whether there would be so many bytes if nothing were stored."""
+        if self._reserved or self.budget is None:
+            return True
+        return self._bytes_held + size <= self.budget
 
     def _make_room(self, size: int) -> None:
         """Give up stored pages until so many bytes are free."""

@@ -128,7 +128,8 @@ class Scheduler:
 
     def stop_following(self, key: int) -> None:
         """Nobody waits any longer for what a sequence computes: it is stored, or never will be."""
-        self._first_in_line.extend(self._followers.pop(key, ()))
+        for follower in self._followers.pop(key, ()):
+            self._arrivals.add(follower, self._waiting[follower].group)
 
     def admit(self) -> list[Sequence]:
         """Give free slots to those whose turn it is.

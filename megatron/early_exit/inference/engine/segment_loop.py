@@ -230,7 +230,6 @@ class SegmentLoop(DecodingLoop):
 
     def _store_pages(self, sequence: Sequence) -> None:
         """Keep the pages of a sequence for others that begin with the same tokens."""
-        sequence.is_stored = True
         copies = self.pages.store(sequence, self.runner.block_lengths(sequence.slot))
         self._store.drop(self.pages.take_dropped())
         try:

@@ -56,8 +56,10 @@ def test_never_more_than_the_budget(budget, steps, counts):
         assert [page.number in store for page in pages.take_prefix(key)].count(False) == 0
         fits = run(pages, sequence, depth, length)
         assert pages.bytes_stored + (pages.bytes_held if counts else 0) <= budget
-        if ends:
-            stored(pages, sequence) if fits else pages.release(key)
+        if ends and fits:
+            stored(pages, sequence)
+        elif ends:
+            pages.release(key)
         for number in pages.take_dropped():
             store.pop(number, None)
         store |= {page.number: page.depth for page in pages._tree.match([kind] * length)}

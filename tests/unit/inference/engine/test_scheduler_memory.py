@@ -113,7 +113,23 @@ def test_followers_come_when_what_they_need_is_there():
     leader.generated.append(1)
     assert scheduler.pages is not None
     assert len(scheduler.pages.store(leader, [])) == 2
-    leader.is_stored = True
     scheduler.stop_following(0)
     assert admit(scheduler) == [1]
     assert follower.cached == [8, 8]
+
+
+def test_followers_have_no_more_slots_than_others_of_their_group():
+    """A group leaves a quarter of the slots to those that come later."""
+    scheduler = scheduler_of(budget=1000, num_slots=8, keeps_prefixes=True)
+    group = [Sequence(key, [5] * 9, group=0) for key in range(8)]
+    for sequence in group:
+        scheduler.add(sequence)
+    assert admit(scheduler) == [0]
+    run_to_the_end(scheduler)
+    group[0].generated.append(1)
+    assert scheduler.pages is not None
+    scheduler.pages.store(group[0], [])
+    scheduler.stop_following(0)
+    assert admit(scheduler) == [1, 2, 3, 4, 5]
+    add(scheduler, 9, 3)
+    assert admit(scheduler) == [9]
