@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ class PretendedCuda(TorchFunctionMode):
     def _move(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """`to` and `cuda`."""
+        """Move a tensor between the host and the device that is pretended (`to`, `cuda`)."""
         tensor, *rest = args
         device = kwargs.pop("device", CUDA if name == "cuda" else None)
         for one in rest:
@@ -173,8 +174,8 @@ def pretended_engine(model: TinyModel, **options: Any) -> EarlyExitEngine:
     weights = {name: tensor.to("cuda") for name, tensor in model.weights.items()}
     segmented = SegmentedModel(model.architecture, model.early_exit, weights)
     assert segmented.device == CUDA
-    # How much a GPU has left nobody can ask here.
-    return EarlyExitEngine(segmented, **{"kv_cache_memory": 2**28, **options})
+    with patch("torch.cuda.mem_get_info", lambda device: (2**33, 2**33)):
+        return EarlyExitEngine(segmented, **options)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -12,10 +12,7 @@ from megatron.early_exit.inference.distributed.parallel_backend import (
     ParallelBackend,
     SingleProcess,
 )
-from megatron.early_exit.inference.engine.cache_budget import (
-    DEFAULT_GPU_MEMORY_UTILIZATION,
-    plan_caches,
-)
+from megatron.early_exit.inference.engine.cache_budget import plan_caches
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.request_factory import RequestFactory
 from megatron.early_exit.inference.loading import load_model
@@ -47,7 +44,8 @@ class EarlyExitEngine:
             ones; by default up to twice what `max_batch_size` sequences of full length need, at
             most half of the memory that a machine has left, or what `gpu_memory_utilization`
             leaves of a GPU. When it runs out, the youngest sequence waits, and is computed again.
-        gpu_memory_utilization: share of a GPU's memory that this process may use in all.
+        gpu_memory_utilization: share of a GPU's memory that this process may use in all, where
+            `kv_cache_memory` is not given (0.9).
         prefix_caching: keep keys and values of past sequences, so that what new ones begin with
             alike (a system prompt, an earlier turn of a chat) is not computed again.
 
@@ -71,7 +69,7 @@ class EarlyExitEngine:
         backend: ParallelBackend | None = None,
         other_end_ids: abc.Sequence[int] = (),
         kv_cache_memory: int | None = None,
-        gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION,
+        gpu_memory_utilization: float | None = None,
         prefix_caching: bool = True,
     ) -> None:
         context = model.architecture.max_position_embeddings
@@ -127,7 +125,7 @@ class EarlyExitEngine:
         compile: bool = False,
         has_driver: bool = False,
         kv_cache_memory: int | None = None,
-        gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION,
+        gpu_memory_utilization: float | None = None,
         prefix_caching: bool = True,
     ) -> "EarlyExitEngine":
         """Load a model that Megatron saved in the `torch_dist` format, at whatever layout.
@@ -164,16 +162,16 @@ class EarlyExitEngine:
         )
         return cls(
             loaded.model,
-            loaded.tokenizer,
-            loaded.eod_id,
-            max_pending,
-            max_batch_size,
-            max_sequence_length,
-            loaded.backend,
-            loaded.other_end_ids,
-            kv_cache_memory,
-            gpu_memory_utilization,
-            prefix_caching,
+            tokenizer=loaded.tokenizer,
+            eod_id=loaded.eod_id,
+            max_pending=max_pending,
+            max_batch_size=max_batch_size,
+            max_sequence_length=max_sequence_length,
+            backend=loaded.backend,
+            other_end_ids=loaded.other_end_ids,
+            kv_cache_memory=kv_cache_memory,
+            gpu_memory_utilization=gpu_memory_utilization,
+            prefix_caching=prefix_caching,
         )
 
     @property

@@ -60,8 +60,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--gpu-memory-utilization",
         type=float,
-        default=DEFAULT_GPU_MEMORY_UTILIZATION,
-        help="share of a GPU's memory that each process may use in all (default: %(default)s)",
+        help="share of a GPU's memory that each process may use in all, where --kv-cache-memory is "
+        f"not given (default: {DEFAULT_GPU_MEMORY_UTILIZATION})",
     )
     add(
         "--enable-prefix-caching",

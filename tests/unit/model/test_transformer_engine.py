@@ -30,19 +30,10 @@ from tests.helpers.exit_models import (  # noqa: E402
 from tests.helpers.plain_loss import relative_error  # noqa: E402
 from tests.helpers.single_process import model_parallel  # noqa: E402
 from tests.helpers.stand_in_process import under_transformer_engine  # noqa: E402
+from tests.helpers.tiny_models import HEADS as HEADS_OF_ALL_KINDS  # noqa: E402
 
-HEADS: dict[str, dict[str, Any]] = {
-    "projection": {},
-    "norm": {"use_exit_norm": True},
-    "mlp": {"use_exit_mlp": True, "use_exit_norm": True},
-    "block": {"use_exit_block": True, "use_exit_norm": True},
-    "all": {
-        "use_exit_mlp": True,
-        "use_exit_block": True,
-        "use_exit_norm": True,
-        "untie_exit_output_weights": True,
-    },
-}
+# What parts a head has matters here, not what it answers with.
+HEADS = {name: HEADS_OF_ALL_KINDS[name] for name in ("projection", "norm", "mlp", "block", "all")}
 NORMS = ["RMSNorm", "LayerNorm"]
 
 FP8 = {"fp8": "e4m3", "fp8_recipe": "tensorwise"}
@@ -150,7 +141,7 @@ def _formats(backbone: dict[str, Any], pre_exit: bool) -> dict[str, Any]:
 
 
 def _bf16_for_exit_mlps() -> Any:
-    """As of `--te-precision-config-file`."""
+    """What Megatron makes of a `--te-precision-config-file` that computes exits' MLPs in bf16."""
     from megatron.core.quantization.quant_config import GlobMatcher, RecipeConfig
 
     plain = {

@@ -73,7 +73,7 @@ def plan_caches(
     max_batch_size: int,
     max_sequence_length: int,
     kv_cache_memory: int | None,
-    gpu_memory_utilization: float,
+    gpu_memory_utilization: float | None,
     agree: Agree,
 ) -> CacheBudget:
     """Divide the memory that there is.
@@ -83,19 +83,27 @@ def plan_caches(
         max_batch_size: sequences at a time, where there is memory for so many.
         max_sequence_length: most positions of a sequence.
         kv_cache_memory: bytes for the caches of this process; None is what the device has left.
-        gpu_memory_utilization: share of a GPU's memory that this process may use in all.
+        gpu_memory_utilization: share of a GPU's memory that this process may use in all; None is
+            `DEFAULT_GPU_MEMORY_UTILIZATION`.
         agree: what all processes of the engine can do.
 
     Raises:
-        FieldError: there is not enough memory for one sequence.
+        FieldError: a number is out of range or has no effect here, or there is not enough memory
+            for one sequence.
     """
     Range(least=0, most=1, excludes_least=True).check(gpu_memory_utilization=gpu_memory_utilization)
     ONE_OR_MORE.check(kv_cache_memory=kv_cache_memory)
     sizes = page_bytes(model)
     slot = sum(sizes) * -(-max_sequence_length // PAGE_SIZE)
     is_on_cpu = model.device.type == "cpu"
+    if gpu_memory_utilization is not None and (is_on_cpu or kv_cache_memory is not None):
+        where = "on a CPU" if is_on_cpu else "beside kv_cache_memory"
+        problem = f"has no effect {where}"
+        raise FieldError("gpu_memory_utilization", problem, value=gpu_memory_utilization)
     if kv_cache_memory is not None:
         size = kv_cache_memory
+        if not is_on_cpu and size > (free := agree(_left_on_gpu(model.device, 1.0))):
+            raise out_of_range("kv_cache_memory", size, f"up to {free} bytes, which are left")
     elif is_on_cpu:
         # torchrun says how many processes share the machine.
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -103,7 +111,8 @@ def plan_caches(
         # Memory of a CPU is taken when it is written to, so one sequence may always try.
         size = max(min(_PREFIXES * max_batch_size * slot, most), slot)
     else:
-        size = _left_on_gpu(model.device, gpu_memory_utilization)
+        share = gpu_memory_utilization or DEFAULT_GPU_MEMORY_UTILIZATION
+        size = _left_on_gpu(model.device, share)
     size = agree(size)
     slot = -agree(-slot)
     if size < slot:

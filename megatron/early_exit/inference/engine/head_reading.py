@@ -51,7 +51,7 @@ Logits = Sequence[tuple[Sequence[HeadCall], Tensor]]
 
 
 def read(logits: Logits) -> HeadOutputs:
-    """What heads say."""
+    """Read what the heads of some calls say, and draw the tokens that they have to give."""
     if all(one.device.type == "cpu" for _, one in logits):
         outputs = _outputs(logits, [head_figures(one).tolist() for _, one in logits])
         _draw_what_is_needed(logits, outputs)

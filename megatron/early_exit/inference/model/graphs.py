@@ -47,7 +47,7 @@ class CudaGraphRecorder:
             self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """See `Recorder`."""
+        """Capture some work as a graph, after it has run a few times, see `Recorder`."""
         with torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):

@@ -2,15 +2,14 @@
 
 import math
 import mmap
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-"""Linux's, which Python names from 3.14 on: more than there is may be asked for."""
-_HUGE = 2**21
-"""Bytes of the processor's large pages."""
+_NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
+"""Linux's MAP_NORESERVE, which Python does not name: more than there is may be asked for."""
 
 
 class LazyZeros:

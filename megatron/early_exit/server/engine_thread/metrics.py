@@ -58,11 +58,7 @@ class CacheTally(Collector):
         """The figures for Prometheus."""
         counts = self._counts
         for name, text, value in (
-            (
-                "prefix_cache_queries",
-                "Tokens of prompts that were looked up.",
-                counts.prompt_tokens,
-            ),
+            ("prefix_cache_queries", "Tokens of prompts that began.", counts.prompt_tokens),
             ("prefix_cache_hits", "Those that were not computed again.", counts.cached_tokens),
             ("num_preemptions", "Sequences that had to wait for memory.", counts.preemptions),
         ):

@@ -128,7 +128,7 @@ def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 @jit_fuser
 def _sum_of_exponentials(logits: Tensor, temperatures: Tensor, largest: Tensor) -> Tensor:
-    """[c], in fp32."""
+    """The sum of exp(logit - largest) of each row, [c] in fp32."""
     return _shifted(logits, temperatures, largest).exp().sum(dim=-1)
 
 

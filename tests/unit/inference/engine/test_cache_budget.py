@@ -27,7 +27,7 @@ class OnGpu:
         return getattr(self._model, name)
 
 
-def planned(model, slots=16, length=LENGTH, memory=None, share=0.9, agree=lambda number: number):
+def planned(model, slots=16, length=LENGTH, memory=None, share=None, agree=lambda number: number):
     return plan_caches(model, slots, length, memory, share, agree)
 
 
@@ -76,6 +76,11 @@ def test_slots_of_a_gpu_are_as_many_as_fit(monkeypatch):
     left(10)
     with pytest.raises(ValueError, match="max_sequence_length"):
         planned(model, share=0.5)
+    assert planned(model, memory=4 * slot).reserved == 3 * slot
+    with pytest.raises(ValueError, match=f"^kv_cache_memory .* up to {10 * slot} bytes"):
+        planned(model, memory=10 * slot + 1)
+    with pytest.raises(ValueError, match=r"^gpu_memory_utilization 0.9 has no effect beside kv_"):
+        planned(model, memory=4 * slot, share=0.9)
 
 
 def test_processes_agree():
@@ -105,6 +110,7 @@ def test_processes_agree():
             {"gpu_memory_utilization": 0.0},
             "gpu_memory_utilization 0.0 is out of range, allowed: above 0, up to 1",
         ),
+        ({"gpu_memory_utilization": 0.5}, "gpu_memory_utilization 0.5 has no effect on a CPU"),
     ],
 )
 def test_refusals(options, message):

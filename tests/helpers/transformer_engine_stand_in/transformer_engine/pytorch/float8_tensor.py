@@ -4,4 +4,4 @@ from transformer_engine.pytorch.tensor import QuantizedTensor
 
 
 class Float8Tensor(QuantizedTensor):
-    """An FP8 tensor."""
+    """Stands in for the class of parameters that are stored in FP8."""
