@@ -78,7 +78,7 @@ class SingleProcess:
 
     def loop(self, runner: SegmentRunner, pages: CachePages) -> Loop:
         """The loop over the model, whose sequences get their memory from `pages`."""
-        return SegmentLoop(runner, pages=pages)
+        return SegmentLoop(runner, pages)
 
     def work(self, loop: Loop, build: BuildRequest) -> None:
         """Refuse: there is no driver to work for."""
@@ -154,7 +154,7 @@ class ParallelBackend:
     def _own_loop(self, runner: SegmentRunner, pages: CachePages) -> Loop:
         control, rank_info = self._control, self.rank_info
         if rank_info.num_stages == 1:
-            loop = SegmentLoop(runner, is_alone=False, pages=pages)
+            loop = SegmentLoop(runner, pages, is_alone=False)
             if control is None or rank_info.rank > 0:
                 return loop
             self._closing = TensorDriver(loop, control, rank_info.num_ranks)

@@ -23,15 +23,13 @@ class SegmentLoop(DecodingLoop):
 
     Args:
         runner: the model and its caches.
+        pages: gives memory of the caches to sequences.
         is_alone: no other process makes the same steps. Then an exception ends the requests that it
             is about, and the loop goes on; else the processes would not be at the same step any
             more, so `step` raises it. It also does where the device computes no more.
-        pages: gives memory of the caches to sequences; without a limit by default.
     """
 
-    def __init__(
-        self, runner: SegmentRunner, is_alone: bool = True, pages: CachePages | None = None
-    ) -> None:
+    def __init__(self, runner: SegmentRunner, pages: CachePages, is_alone: bool = True) -> None:
         model = runner.model
         heads = [*(exit_.head for exit_ in model.exits), model.final_head]
         costs = Costs.of(
@@ -42,8 +40,6 @@ class SegmentLoop(DecodingLoop):
             model.device.type,
         )
         blocks = frozenset(i for i, one in enumerate(model.exits) if one.head.block is not None)
-        if pages is None:
-            pages = CachePages((0,) * len(model.segments), keeps_prefixes=False)
         scheduler = Scheduler(
             len(model.segments), runner.num_slots, costs=costs, pages=pages, blocks=blocks
         )

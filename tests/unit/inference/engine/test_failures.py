@@ -179,7 +179,7 @@ def test_an_engine_whose_device_computes_no_more_is_lost():
 
 def test_a_loop_that_is_not_alone_does_not_go_on_by_itself():
     engine = make_engine(next(iter(MODELS.values())))
-    engine.loop = SegmentLoop(engine.loop.runner, is_alone=False)
+    engine.loop = SegmentLoop(engine.loop.runner, engine.pages, is_alone=False)
     engine.submit(PROMPT, GREEDY)
     with failing("a choice", MemoryError(), 1, is_behind=False), pytest.raises(MemoryError):
         engine.step()
