@@ -42,14 +42,15 @@ class HeadBatch:
             counts: for each the positions at its end to ask about; 0 does not ask.
             hidden: [r, h], what came of it.
         """
+        if not any(counts):
+            return
         ends = zip(row_ends(spans), counts, strict=True)
         rows = [row for end, count in ends for row in range(end - count, end)]
-        if rows:
-            head = segment if segment < len(self._runner.model.exits) else FINAL
-            asked = [span for span, count in zip(spans, counts, strict=True) if count]
-            asking = [mode for mode, count in zip(modes, counts, strict=True) if count]
-            own = [count for count in counts if count]
-            self._calls.append(HeadCall(segment, head, asked, asking, own, hidden, rows))
+        head = segment if segment < len(self._runner.model.exits) else FINAL
+        asked = [span for span, count in zip(spans, counts, strict=True) if count]
+        asking = [mode for mode, count in zip(modes, counts, strict=True) if count]
+        own = [count for count in counts if count]
+        self._calls.append(HeadCall(segment, head, asked, asking, own, hidden, rows))
 
     def outputs(self) -> HeadOutputs:
         """Evaluate the heads; those that share a projection run as one product. Where that has to

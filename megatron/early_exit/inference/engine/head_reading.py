@@ -62,18 +62,19 @@ def read(logits: Logits) -> HeadOutputs:
 def _outputs(logits: Logits, figures: Sequence[Sequence[Sequence[float]]]) -> HeadOutputs:
     outputs: HeadOutputs = {}
     for (calls, own), numbers in zip(logits, figures, strict=True):
-        found = iter(outputs_of(own, numbers))
+        found, first = outputs_of(own, numbers), 0
         for call in calls:
             for span, count in zip(call.spans, call.counts, strict=True):
-                outputs[call.segment, span.slot] = [next(found) for _ in range(count)]
+                outputs[call.segment, span.slot] = found[first : first + count]
+                first += count
     return outputs
 
 
 def _draw_what_is_needed(logits: Logits, outputs: HeadOutputs) -> None:
     """Put tokens to the outputs of the first head of each sequence that has to give some."""
+    calls = [call for own, _ in logits for call in own if _may_draw(call)]
     wanted: list[tuple[list[HeadOutput], int, Draw]] = []
     given: set[int] = set()
-    calls = [call for own, _ in logits for call in own]
     for call in sorted(calls, key=lambda call: call.segment):
         for span, mode in zip(call.spans, call.modes, strict=True):
             if mode.sampler.is_always_greedy or span.slot in given:
@@ -90,6 +91,10 @@ def _draw_what_is_needed(logits: Logits, outputs: HeadOutputs) -> None:
     drawn = draw([found[place].logits for found, place, _ in wanted], [one for *_, one in wanted])
     for (found, place, _), token in zip(wanted, drawn, strict=True):
         found[place] = replace(found[place], drawn=token)
+
+
+def _may_draw(call: HeadCall) -> bool:
+    return any(not mode.sampler.is_always_greedy for mode in call.modes)
 
 
 def _read_ahead(logits: Logits) -> HeadOutputs:
