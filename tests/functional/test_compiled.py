@@ -124,9 +124,7 @@ class CpuRecorder:
 @pytest.fixture
 def replayed(monkeypatch):
     """Makes models whose layers are captured, also those of segments that are fused later."""
-    name = "megatron.early_exit.inference.model.segmented_model.CompiledLayers"
-    recorder = CpuRecorder()
-    monkeypatch.setattr(name, lambda compiler, layers, _: GraphedLayers(compiler, layers, recorder))
+    monkeypatch.setattr(SegmentedModel, "_new_recorder", lambda model: CpuRecorder())
     return compiled
 
 
@@ -150,6 +148,30 @@ def test_captured_layers_serve_batches(architecture, heads, replayed):
             assert result.token_ids == [token.token_id for token in expected]
             assert result.exit_layers == [token.exit_layer for token in expected]
     assert isinstance(segmented.fused(0, 1).compiled, GraphedLayers)
+
+
+@needs_compiler
+@pytest.mark.parametrize("heads", ["norm", "block"])
+def test_captured_layers_verify_and_catch_up(heads, replayed, monkeypatch):
+    """Several positions of a sequence are captured, too, and nothing is while requests run."""
+    model = make_model(SHALLOW, exits=(1,), **HEADS[heads])
+    engine = EarlyExitEngine(replayed(model), max_pending=5)
+    monkeypatch.delattr(CpuRecorder, "record")
+    counts = []
+    run = GraphedLayers.__call__
+    monkeypatch.setattr(
+        GraphedLayers,
+        "__call__",
+        lambda layers, hidden, this: counts.append(this.count) or run(layers, hidden, this),
+    )
+    speculative = SamplingParams(max_tokens=20, mode="self_speculative", draft_confidence=0.0)
+    leaving = SamplingParams(max_tokens=20, mode="early_exit", early_exit_threshold=0.2)
+    prompts = [PROMPT, [7], [9, 9, 2]]
+    found = engine.generate(prompts, [speculative, leaving, speculative])
+    for prompt, threshold, result in zip(prompts, (None, 0.2, None), found, strict=True):
+        expected = generate(model, prompt, 20, threshold)
+        assert result.token_ids == [token.token_id for token in expected]
+    assert max(counts) > len(prompts)
 
 
 @pytest.mark.gpu

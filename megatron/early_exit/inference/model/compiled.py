@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.inference.model.kv_cache import KVCache, Span
 from megatron.early_exit.inference.model.layers import Attention, Mlp
 from megatron.early_exit.inference.model.passes import Pass
 from megatron.early_exit.inference.model.rotary import RotaryTable
-from megatron.early_exit.inference.model.rows_pass import Rows, RowsPass
+from megatron.early_exit.inference.model.rows_pass import Rows, RowsPassMaker, TracedRows
 from megatron.early_exit.patches.messages import silence_cuda_remark
 
 SHORTEST = 2
@@ -29,8 +30,14 @@ SHORTEST = 2
 _MOST_ROWS = 64
 """Beyond, the plain layers' attention is the faster one."""
 
+_TYPICAL_ROWS, _TYPICAL_POSITIONS = 8, 128
+"""Of the first calls: the compiler decides by them which loops the threads divide."""
+
 _MOST_TOGETHER = 4
 """Layers that are compiled as one: each call takes some microseconds, each layer a second."""
+
+PassMaker = Callable[[KVCache, Sequence[Span]], Pass]
+"""Makes a pass over some spans of a cache."""
 
 _Group = Callable[..., Tensor]
 """Takes a hidden state through some layers."""
@@ -62,13 +69,18 @@ class LayerCompiler:
         architecture: shape of the model.
         rotary: the rotary table, if the model has rotary embeddings.
         device: of the weights.
+        make_pass: makes what the attentions need.
 
     Attributes:
         positions: [most positions], 0, 1, 2, ...
     """
 
     def __init__(
-        self, architecture: Architecture, rotary: RotaryTable | None, device: torch.device
+        self,
+        architecture: Architecture,
+        rotary: RotaryTable | None,
+        device: torch.device,
+        make_pass: RowsPassMaker = TracedRows,
     ) -> None:
         silence_cuda_remark()
         self._turns = None if rotary is None else rotary.real_turns
@@ -83,7 +95,7 @@ class LayerCompiler:
             if not torch.compiler.is_compiling():
                 raise RuntimeError("the compiler of PyTorch is turned off in this process")
             for weights, cache in zip(layers, caches, strict=True):
-                this = RowsPass(cache, architecture, *rows)
+                this = make_pass(cache, architecture, rows)
                 attention = Attention(architecture, weights, "self_attention.", 0)
                 hidden = Mlp(architecture, weights, "mlp.")(attention(hidden, this))
             return hidden
@@ -99,7 +111,7 @@ class LayerCompiler:
         hidden: Tensor,
         slots: Tensor | None,
         positions: Tensor,
-        end: int,
+        end: int | None = None,
     ) -> Tensor:
         """Take rows through layers.
 
@@ -109,9 +121,9 @@ class LayerCompiler:
             hidden: [r, h], the residual stream; contiguous, as are slots and positions.
             slots: [r], of the rows; None where the caches are of the only row's sequence alone.
             positions: [r], of the rows.
-            end: a position behind that of every row.
+            end: a position behind that of every row; of no use to `OperatorRows`.
         """
-        seen = self.positions[:end]
+        seen = None if end is None else self.positions[:end]
         rows = (slots, positions, seen, self._turns)
         for first in range(0, len(layers), _MOST_TOGETHER):
             group = slice(first, first + _MOST_TOGETHER)
@@ -157,7 +169,8 @@ def _leave_open(hidden: Tensor, rows: Rows) -> None:
     slots, positions, seen, _ = rows
     several = () if len(hidden) == 1 else (hidden, slots, positions)
     for tensor in (seen, *several):
-        torch._dynamo.mark_dynamic(tensor, 0)
+        if tensor is not None:
+            torch._dynamo.mark_dynamic(tensor, 0)
 
 
 class CompiledLayers:
@@ -177,6 +190,20 @@ class CompiledLayers:
         packed: Sequence[Mapping[str, Tensor]],
     ) -> None:
         self._compiler, self._layers, self._packed = compiler, layers, packed
+
+    def warm_up(self, cache: KVCache, make_pass: PassMaker, hidden_size: int) -> None:
+        """Compile everything that passes over a cache may need: for a single row, for several of a
+        sequence, and for those of several sequences."""
+        end = min(cache.capacity, _TYPICAL_POSITIONS)
+        if end < SHORTEST:
+            return
+        passes = [[Span(0, end - 1, end)], [Span(0, max(end - _TYPICAL_ROWS, 0), end)]]
+        if len(cache.by_slot) > 1:
+            passes.append([Span(slot, end - 1, end) for slot in range(2)])
+        for spans in passes:
+            this = make_pass(cache, spans)
+            if self.serves(this):
+                self(cache.data.new_zeros(this.count, hidden_size), this)
 
     def serves(self, this: Pass) -> bool:
         """Whether a pass is over few positions, and not only over first ones."""

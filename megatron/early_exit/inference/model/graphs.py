@@ -1,9 +1,9 @@
 """Compiled layers captured as CUDA graphs: a step of decoding is one launch for each segment.
 
 A graph is replayed on the same memory, so its inputs are copied to where they were at its capture,
-and sizes are rounded up to few: rows to a power of two (the first one stands in for those that are
-missing; what it writes twice is the same), positions likewise (those beyond a row's own are
-masked).
+and the number of rows is rounded up to a power of two. Slots and positions are inputs, too, so a
+graph serves sequences of all lengths, and several positions of a sequence. All are captured before
+the first request.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +14,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.model.compiled import SHORTEST, LayerCompiler
+from megatron.early_exit.inference.model.compiled import LayerCompiler, PassMaker
 from megatron.early_exit.inference.model.kv_cache import KVCache
 from megatron.early_exit.inference.model.passes import Pass
+from megatron.early_exit.inference.transfer import upload
 
-_FEWEST_POSITIONS = 128
+ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of rows for which steps are captured; with more of them, a step takes so long that
+launching its kernels does not matter."""
 _RUNS_BEFORE = 3
 """Of work that is captured: what it does only the first times must not be part of a graph."""
 
@@ -81,9 +84,20 @@ class _Graph:
     replay: Callable[[], None]
     result: Tensor
 
+    def take(self, hidden: Tensor, places: list[tuple[int, int]]) -> None:
+        """Take the rows [n, h] that run next, with their slots and positions.
+
+        The first one stands in for those that are missing: what it writes again is the same.
+        """
+        count, rows = len(hidden), len(self.hidden)
+        places = places + places[:1] * (rows - count)
+        self.places.copy_(upload(places, self.places.device).t())
+        self.hidden[:count] = hidden
+        self.hidden[count:] = hidden[0]
+
 
 class GraphedLayers:
-    """Consecutive whole layers of a segment, for passes with one position of each sequence.
+    """Consecutive whole layers of a segment, for passes over few positions, whosever they are.
 
     Args:
         compiler: of the model's layers.
@@ -99,40 +113,40 @@ class GraphedLayers:
     ) -> None:
         self._compiler, self._layers, self._recorder = compiler, layers, recorder
         # A graph is of use as long as the cache that it reads and writes.
-        self._graphs: WeakKeyDictionary[KVCache, dict[tuple[int, int], _Graph]] = (
-            WeakKeyDictionary()
-        )
+        self._graphs: WeakKeyDictionary[KVCache, dict[int, _Graph]] = WeakKeyDictionary()
+
+    def warm_up(self, cache: KVCache, make_pass: PassMaker, hidden_size: int) -> None:
+        """Capture the steps over a cache for all numbers of rows, the most first: the others have
+        room in the memory that those take."""
+        graphs = self._graphs.setdefault(cache, {})
+        for count in reversed(ROW_COUNTS):
+            if count not in graphs:
+                graphs[count] = self._record(cache, count, hidden_size)
 
     def serves(self, this: Pass) -> bool:
-        """Whether a pass has a single position of each of its sequences."""
-        fits = this.cache.capacity >= SHORTEST
-        return fits and all(end == start + 1 for _, start, end in this.spans)
+        """Whether steps over the cache of a pass have been captured, and it is over few positions.
+
+        The caches of texts that are scored are of no use for another text, so nothing is captured
+        for them.
+        """
+        return this.count <= ROW_COUNTS[-1] and this.cache in self._graphs
 
     def __call__(self, hidden: Tensor, this: Pass) -> Tensor:
-        """Residual stream [r, h] in front of the layers -> behind them."""
-        count, rows = len(hidden), _power_of_two(len(hidden))
-        spans = [*this.spans, *[this.spans[0]] * (rows - count)]
-        places = torch.tensor([[s.slot for s in spans], [s.start for s in spans]])
-        longest = max(span.end for span in spans)
-        length = min(max(_power_of_two(longest), _FEWEST_POSITIONS), this.cache.capacity)
-        graphs = self._graphs.setdefault(this.cache, {})
-        graph = graphs.get((rows, length))
-        if graph is None:
-            zeros = hidden.new_zeros(rows, hidden.shape[1])
-            graph = graphs[rows, length] = self._record(this.cache, zeros, places, length)
-        graph.places.copy_(places)
-        graph.hidden[:count] = hidden
-        graph.hidden[count:] = hidden[0]
+        """Residual stream [r, h] in front of the layers -> behind them, the rows that ask."""
+        count = len(hidden)
+        graph = self._graphs[this.cache][_power_of_two(count)]
+        graph.take(hidden, [(slot, i) for slot, start, end in this.spans for i in range(start, end)])
         graph.replay()
-        return graph.result[:count].clone()
+        return graph.result[:count].clone() if this.results is None else graph.result[this.results]
 
-    def _record(self, cache: KVCache, hidden: Tensor, places: Tensor, length: int) -> _Graph:
-        places = places.to(hidden.device)
+    def _record(self, cache: KVCache, count: int, hidden_size: int) -> _Graph:
+        hidden = cache.data.new_zeros(count, hidden_size)
+        places = torch.zeros(2, count, dtype=torch.int64, device=hidden.device)
         slots, positions = places.unbind()
         caches = cache.by_attention[: len(self._layers)]
 
         def work() -> Tensor:
-            return self._compiler.run(self._layers, caches, hidden, slots, positions, length)
+            return self._compiler.run(self._layers, caches, hidden, slots, positions)
 
         replay, result = self._recorder.record(work)
         return _Graph(hidden, places, replay, result)

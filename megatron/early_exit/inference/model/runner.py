@@ -4,14 +4,13 @@ Each sequence has a slot. The residual stream is kept at every cut, so a segment
 its result is needed, over all positions that wait in front of it, as one batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.model.compiled import SHORTEST
 from megatron.early_exit.inference.model.kv_cache import (
     KVCache,
     Span,
@@ -22,9 +21,6 @@ from megatron.early_exit.inference.model.lazy_zeros import LazyZeros
 from megatron.early_exit.inference.model.passes import Pass, Workspace, index_of
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.transfer import upload
-
-_TYPICAL_ROWS, _TYPICAL_POSITIONS = 8, 128
-"""Of steps that are compiled: the compiler decides by them which loops the threads divide."""
 
 _KEPT_POSITIONS = 256
 """Positions of a slot whose memory is not given back: the next sequence needs it at once."""
@@ -81,7 +77,7 @@ class SegmentRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile what is to be compiled, so that no request waits for it.
+        """Compile and capture what is to be compiled, so that no request waits for it.
 
         Raises:
             ValueError: the compiler does not work here.
@@ -91,29 +87,15 @@ class SegmentRunner:
         for exit_, cache in zip(self.model.exits, self._block_caches, strict=True):
             if exit_.head.block is not None and cache is not None:
                 runs.append((exit_.head.block, cache))
-        for spans in self._typical_spans():
-            rows = sum(span.length for span in spans)
-            hidden = self._kept.new_zeros(rows, self.model.architecture.hidden_size)
-            for segment, cache in runs:
-                this = self._pass(cache, spans)
-                if segment.compiled is None or not segment.compiled.serves(this):
-                    continue
-                try:
-                    segment(hidden, this)
-                except Exception as error:
-                    # Whatever goes wrong in there is of the machine, and many things can.
-                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    raise ValueError(f"compile is not possible here: {reason}") from error
-
-    def _typical_spans(self) -> Iterator[list[Span]]:
-        """A single row, several of a sequence, and those of several sequences."""
-        end = min(self.capacity, _TYPICAL_POSITIONS)
-        if end < SHORTEST:
-            return
-        yield [Span(0, end - 1, end)]
-        yield [Span(0, max(end - _TYPICAL_ROWS, 0), end)]
-        if self.num_slots > 1:
-            yield [Span(slot, end - 1, end) for slot in range(2)]
+        for segment, cache in runs:
+            if segment.compiled is None:
+                continue
+            try:
+                segment.compiled.warm_up(cache, self._pass, self.model.architecture.hidden_size)
+            except Exception as error:
+                # Whatever goes wrong in there is of the machine, and many things can.
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ValueError(f"compile is not possible here: {reason}") from error
 
     def run(
         self,

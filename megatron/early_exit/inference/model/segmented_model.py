@@ -26,6 +26,7 @@ from megatron.early_exit.inference.model.linear import Function, make_linear
 from megatron.early_exit.inference.model.norms import make_norm
 from megatron.early_exit.inference.model.packed import pack
 from megatron.early_exit.inference.model.rotary import RotaryTable
+from megatron.early_exit.inference.model.rows_pass import OperatorRows, TracedRows
 from megatron.early_exit.inference.model.segment import Segment
 from megatron.early_exit.inference.model.tensor_parallel import TensorParallel
 
@@ -72,10 +73,13 @@ class SegmentedModel:
         self.rotary: RotaryTable | None = None
         if architecture.position_embedding_type == "rope":
             self.rotary = RotaryTable(architecture, self.device)
+        self._recorder = self._new_recorder() if compile_rows else None
+        make_pass = TracedRows if self._recorder is None else OperatorRows
         self._compiler = (
-            LayerCompiler(architecture, self.rotary, self.device) if compile_rows else None
+            LayerCompiler(architecture, self.rotary, self.device, make_pass)
+            if compile_rows
+            else None
         )
-        self._recorder: Recorder | None = None
         self._layers = [
             self._layer(weights, f"decoder.layers.{number}.", number)
             for number in range(architecture.num_layers)
@@ -107,6 +111,10 @@ class SegmentedModel:
     def device(self) -> device:
         """Where the weights are."""
         return self.word_embeddings.device
+
+    def _new_recorder(self) -> Recorder | None:
+        """What captures steps on the model's device; None where nothing does."""
+        return CudaGraphRecorder(self.device) if self.device.type == "cuda" else None
 
     def fused(self, first: int, last: int) -> Segment:
         """The segments from `first` to `last` as one."""
@@ -150,9 +158,7 @@ class SegmentedModel:
         if self._compiler is None or not layers:
             return None
         plain = [layer.plain for layer in layers]
-        if self.device.type == "cuda":
-            if self._recorder is None:
-                self._recorder = CudaGraphRecorder(self.device)
+        if self._recorder is not None:
             return GraphedLayers(self._compiler, plain, self._recorder)
         return CompiledLayers(self._compiler, plain, [layer.packed for layer in layers])
 

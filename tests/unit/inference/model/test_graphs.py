@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.early_exit.inference.model import graphs
-from megatron.early_exit.inference.model.graphs import CudaGraphRecorder, GraphedLayers
+from megatron.early_exit.inference.model.graphs import ROW_COUNTS, CudaGraphRecorder, GraphedLayers
 from megatron.early_exit.inference.model.kv_cache import KVCache, Span
 from megatron.early_exit.inference.model.passes import Pass
 
@@ -31,8 +31,7 @@ class Recorder:
 class PlusPositions:
     """Stands in for layers: adds its slot and position to each row."""
 
-    def run(self, layers, caches, hidden, slots, positions, end):
-        assert int(positions.max()) < end
+    def run(self, layers, caches, hidden, slots, positions):
         return hidden + slots[:, None] * 100 + positions[:, None]
 
 
@@ -40,49 +39,62 @@ def cache_of(capacity: int = 300) -> KVCache:
     return KVCache(1, 5, capacity, 1, 2, torch.float32, CPU)
 
 
-def ran(layers: GraphedLayers, cache: KVCache, spans: list[Span]) -> torch.Tensor:
-    hidden = torch.arange(float(len(spans) * WIDTH)).view(-1, WIDTH)
-    this = Pass(cache, spans, None, 1)
+def warmed_up(recorder: Recorder, cache: KVCache) -> GraphedLayers:
+    layers = GraphedLayers(PlusPositions(), [{}], recorder)
+    layers.warm_up(cache, lambda cache, spans: Pass(cache, spans, None, 1), WIDTH)
+    return layers
+
+
+def ran(layers: GraphedLayers, cache: KVCache, spans: list[Span], last_only: bool = False):
+    places = [(slot, i) for slot, start, end in spans for i in range(start, end)]
+    hidden = torch.arange(float(len(places) * WIDTH)).view(-1, WIDTH)
+    this = Pass(cache, spans, None, 1, last_only)
     assert layers.serves(this)
-    expected = hidden + torch.tensor([[span.slot * 100 + span.start] for span in spans])
+    expected = hidden + torch.tensor([[slot * 100 + i] for slot, i in places])
     found = layers(hidden, this)
-    assert torch.equal(found, expected)
+    assert torch.equal(found, expected if this.results is None else expected[this.results])
     return found
 
 
-def test_few_graphs_serve_many_sizes():
+def test_nothing_is_captured_after_the_start():
     recorder, cache = Recorder(), cache_of()
-    layers = GraphedLayers(PlusPositions(), [{}], recorder)
+    layers = warmed_up(recorder, cache)
+    assert recorder.count == len(ROW_COUNTS)
     results = [ran(layers, cache, [Span(0, 5, 6)])]
     for count in (3, 4, 5, 4, 3):
         results.append(
             ran(layers, cache, [Span(slot, 7 + slot, 8 + slot) for slot in range(count)])
         )
-    assert recorder.count == 3
     ran(layers, cache, [Span(1, 200, 201)])
-    assert recorder.count == 4
+    assert recorder.count == len(ROW_COUNTS)
     # What has been given out is not written over by the next replay.
     assert torch.equal(results[1], results[-1])
 
 
+@pytest.mark.parametrize("last_only", [False, True])
+def test_several_positions_of_a_sequence(last_only):
+    cache = cache_of()
+    layers = warmed_up(Recorder(), cache)
+    for spans in ([Span(2, 4, 9)], [Span(3, 1, 2), Span(0, 5, 8), Span(1, 0, 60)]):
+        ran(layers, cache, spans, last_only)
+
+
+def test_long_passes_and_other_caches_are_not_served():
+    """What is scored has a cache of its own, for which capturing would not pay."""
+    cache = cache_of()
+    layers = warmed_up(Recorder(), cache)
+    assert layers.serves(Pass(cache, [Span(0, 0, 64)], None, 1))
+    assert not layers.serves(Pass(cache, [Span(0, 0, 65)], None, 1))
+    assert not layers.serves(Pass(cache_of(), [Span(0, 0, 1)], None, 1))
+
+
 def test_graphs_go_with_their_caches():
-    """Each text that is scored has caches of its own."""
-    recorder = Recorder()
-    layers = GraphedLayers(PlusPositions(), [{}], recorder)
-    for number in range(1, 4):
-        cache = cache_of()
-        ran(layers, cache, [Span(0, 5, 6)])
-        assert recorder.count == number
-        assert len(layers._graphs) == 1
-        del cache
-        gc.collect()
-        assert len(layers._graphs) == 0
-
-
-def test_passes_with_several_positions_of_a_sequence_are_not_captured():
-    layers = GraphedLayers(PlusPositions(), [{}], Recorder())
-    assert not layers.serves(Pass(cache_of(), [Span(0, 0, 2)], None, 1))
-    assert not layers.serves(Pass(cache_of(1), [Span(0, 0, 1)], None, 1))
+    cache = cache_of()
+    layers = warmed_up(Recorder(), cache)
+    assert len(layers._graphs) == 1
+    del cache
+    gc.collect()
+    assert len(layers._graphs) == 0
 
 
 def test_work_is_captured_and_replayed_on_its_own_device(monkeypatch):

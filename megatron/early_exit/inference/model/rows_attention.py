@@ -1,0 +1,159 @@
+"""Attention of single positions to what a cache has of their sequences, as one operator.
+
+Compilers and graphs take the operator for one step, whatever happens inside. Lengths are numbers on
+the device, so what is captured once serves texts of all lengths, and each row may be of a sequence
+of its own or one of several of a sequence.
+
+On GPUs these are kernels of PyTorch that divide long texts over the processors. They find the keys
+where they are: a row is a sequence of its own to them, which begins at some place of the whole
+cache and has so many places.
+
+Shapes: r rows; np query heads, ng key-value heads, hn head size; m places of a slot.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class RowPlaces(NamedTuple):
+    """Where rows are in a cache.
+
+    Attributes:
+        slots: [r], of each row.
+        positions: [r], of each row in its slot.
+        starts: [r + 1] in int32, the places before the slot of each row; the last one is of no
+            meaning.
+        lengths: [r] in int32, the positions that each row attends to.
+        firsts: [r + 1] in int32, 0, 1, 2, ...
+    """
+
+    slots: Tensor
+    positions: Tensor
+    starts: Tensor
+    lengths: Tensor
+    firsts: Tensor
+
+
+def row_places(slots: Tensor, positions: Tensor, num_places: int) -> RowPlaces:
+    """Where rows are in a cache with `num_places` places in a slot, m."""
+    starts = functional.pad((slots * num_places).to(torch.int32), (0, 1))
+    lengths = (positions + 1).to(torch.int32)
+    firsts = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)
+    return RowPlaces(slots, positions, starts, lengths, firsts)
+
+
+@torch.library.custom_op("early_exit::attend_rows", mutates_args=("cache",))
+def attend_rows(
+    cache: Tensor,
+    queries: Tensor,
+    new: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    firsts: Tensor,
+    scale: float,
+) -> Tensor:
+    """Put keys and values into a cache, and attend to it: all rows see what the others have put.
+
+    Args:
+        cache: [slots, m, 2 ng, hn], keys before values.
+        queries: [r, np, hn]
+        new: [r, 2 ng, hn]
+        slots: see `RowPlaces`, as those that follow.
+        scale: of the scores.
+
+    Returns:
+        [r, np, hn]
+    """
+    cache.index_put_((slots, positions), new)
+    places = RowPlaces(slots, positions, starts, lengths, firsts)
+    return _kernel_for(cache)(cache, queries, places, scale)
+
+
+@attend_rows.register_fake
+def _(cache: Tensor, queries: Tensor, *_: Tensor | float) -> Tensor:
+    return torch.empty_like(queries, memory_format=torch.contiguous_format)
+
+
+_Kernel = Callable[[Tensor, Tensor, RowPlaces, float], Tensor]
+"""Cache, queries, places and scale to what the rows attend to, [r, np, hn]."""
+
+
+def _kernel_for(cache: Tensor) -> _Kernel:
+    if not cache.is_cuda:
+        return plain
+    size, width = cache.shape[-1], cache.dtype.itemsize
+    is_new = torch.cuda.get_device_capability(cache.device) >= (8, 0)
+    if width == 2 and size % 8 == 0 and size <= 256 and is_new:
+        return flash
+    # The kernel reads 16 bytes at a time.
+    return efficient if size * width % 16 == 0 else plain
+
+
+def flash(cache: Tensor, queries: Tensor, places: RowPlaces, scale: float) -> Tensor:
+    """FlashAttention 2 (arXiv 2307.08691), for 16-bit numbers. With fewer key-value heads than
+    query heads it divides the keys of a row over the processors."""
+    keys, values = _keys_and_values(cache)
+    attended, *_ = torch.ops.aten._flash_attention_forward(
+        queries.contiguous(),
+        keys,
+        values,
+        places.firsts,
+        places.starts,
+        1,
+        cache.shape[1],
+        0.0,
+        False,
+        False,
+        scale=scale,
+        seqused_k=places.lengths,
+    )
+    return attended
+
+
+def efficient(cache: Tensor, queries: Tensor, places: RowPlaces, scale: float) -> Tensor:
+    """The kernel of xFormers, for all formats. It knows no groups of query heads: those of a group
+    stand in for positions, of which each sees the same keys."""
+    keys, values = _keys_and_values(cache)
+    groups = keys.shape[1]
+    rows, heads, size = queries.shape
+    per_group = heads // groups
+    by_position = queries.view(rows, groups, per_group, size).transpose(1, 2).flatten(0, 1)
+    attended, *_ = torch.ops.aten._efficient_attention_forward(
+        by_position[None],
+        keys[None],
+        values[None],
+        None,
+        places.firsts * per_group,
+        places.starts,
+        per_group,
+        cache.shape[1],
+        0.0,
+        0,
+        scale=scale,
+        seqlen_k=places.lengths,
+    )
+    by_row = attended.view(rows, per_group, groups, size).transpose(1, 2)
+    return by_row.reshape(rows, heads, size)
+
+
+def plain(cache: Tensor, queries: Tensor, places: RowPlaces, scale: float) -> Tensor:
+    """The same, written for clarity, over all places of the rows' slots."""
+    keys, values = cache[places.slots].transpose(1, 2).chunk(2, dim=1)
+    seen = torch.arange(cache.shape[1], device=cache.device) < places.lengths[:, None]
+    grouped = queries.unflatten(1, (keys.shape[1], -1))
+    attended = functional.scaled_dot_product_attention(
+        grouped, keys, values, attn_mask=seen[:, None, None], scale=scale
+    )
+    return attended.reshape(queries.shape)
+
+
+def _keys_and_values(cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of all slots one after another, [slots m, ng, hn], where they are."""
+    keys, values = cache.view(-1, *cache.shape[2:]).chunk(2, dim=1)
+    return keys, values
