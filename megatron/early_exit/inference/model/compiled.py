@@ -21,7 +21,8 @@ from megatron.early_exit.inference.model.kv_cache import KVCache, Span
 from megatron.early_exit.inference.model.layers import Attention, Mlp
 from megatron.early_exit.inference.model.passes import Pass
 from megatron.early_exit.inference.model.rotary import RotaryTable
-from megatron.early_exit.inference.model.rows_pass import Rows, RowsPassMaker, TracedRows
+from megatron.early_exit.inference.model.rows_pass import Places, RowsPass
+from megatron.early_exit.inference.model.traced_attention import TracedPlaces
 from megatron.early_exit.patches.messages import silence_cuda_remark
 
 SHORTEST = 2
@@ -69,18 +70,13 @@ class LayerCompiler:
         architecture: shape of the model.
         rotary: the rotary table, if the model has rotary embeddings.
         device: of the weights.
-        make_pass: makes what the attentions need.
 
     Attributes:
         positions: [most positions], 0, 1, 2, ...
     """
 
     def __init__(
-        self,
-        architecture: Architecture,
-        rotary: RotaryTable | None,
-        device: torch.device,
-        make_pass: RowsPassMaker = TracedRows,
+        self, architecture: Architecture, rotary: RotaryTable | None, device: torch.device
     ) -> None:
         silence_cuda_remark()
         self._turns = None if rotary is None else rotary.real_turns
@@ -90,12 +86,13 @@ class LayerCompiler:
             layers: Sequence[Mapping[str, Tensor]],
             caches: Sequence[Tensor],
             hidden: Tensor,
-            rows: Rows,
+            places: Places,
+            turns: Tensor | None,
         ) -> Tensor:
             if not torch.compiler.is_compiling():
                 raise RuntimeError("the compiler of PyTorch is turned off in this process")
             for weights, cache in zip(layers, caches, strict=True):
-                this = make_pass(cache, architecture, rows)
+                this = RowsPass(cache, architecture, places, turns)
                 attention = Attention(architecture, weights, "self_attention.", 0)
                 hidden = Mlp(architecture, weights, "mlp.")(attention(hidden, this))
             return hidden
@@ -109,29 +106,24 @@ class LayerCompiler:
         layers: Sequence[Mapping[str, Tensor]],
         caches: Sequence[Tensor],
         hidden: Tensor,
-        slots: Tensor | None,
-        positions: Tensor,
-        end: int | None = None,
+        places: Places,
     ) -> Tensor:
         """Take rows through layers.
 
         Args:
             layers: the tensors of each, see `CompiledLayers`.
-            caches: of each layer [slots, positions, 2 ng, hn].
+            caches: of each layer [slots, places, 2 ng, hn]; of the only row's sequence alone where
+                `places` have no slots.
             hidden: [r, h], the residual stream; contiguous, as are slots and positions.
-            slots: [r], of the rows; None where the caches are of the only row's sequence alone.
-            positions: [r], of the rows.
-            end: a position behind that of every row; of no use to `OperatorRows`.
+            places: of the rows.
         """
-        seen = None if end is None else self.positions[:end]
-        rows = (slots, positions, seen, self._turns)
         for first in range(0, len(layers), _MOST_TOGETHER):
             group = slice(first, first + _MOST_TOGETHER)
-            function = self._function(len(layers[group]), caches[0], hidden, rows)
-            hidden = function(layers[group], caches[group], hidden, rows)
+            function = self._function(len(layers[group]), caches[0], hidden, places)
+            hidden = function(layers[group], caches[group], hidden, places, self._turns)
         return hidden
 
-    def _function(self, size: int, cache: Tensor, hidden: Tensor, rows: Rows) -> _Group:
+    def _function(self, size: int, cache: Tensor, hidden: Tensor, places: Places) -> _Group:
         """The function for a number of layers.
 
         PyTorch would look at every tensor in every call, whether it is what the function was
@@ -139,11 +131,11 @@ class LayerCompiler:
         differ but for the numbers of rows and positions, the only ones that stay open, so nothing
         is looked at.
         """
-        has_slots = rows[0] is not None
+        has_slots = places.slots is not None
         kind = _Kind(size, len(hidden) == 1, has_slots, cache.shape, cache.stride())
         function = self._unguarded.get(kind)
         if function is None:
-            _leave_open(hidden, rows)
+            _leave_open(hidden, places)
             function = torch.compile(
                 self._new_group(f"group_{len(self._unguarded)}"),
                 fullgraph=True,
@@ -164,13 +156,11 @@ class LayerCompiler:
         return FunctionType(code, globals(), "group", None, group.__closure__)
 
 
-def _leave_open(hidden: Tensor, rows: Rows) -> None:
+def _leave_open(hidden: Tensor, places: Places) -> None:
     """The numbers of rows and positions are not what a function is compiled for; one row is."""
-    slots, positions, seen, _ = rows
-    several = () if len(hidden) == 1 else (hidden, slots, positions)
-    for tensor in (seen, *several):
-        if tensor is not None:
-            torch._dynamo.mark_dynamic(tensor, 0)
+    rows = [] if len(hidden) == 1 else [hidden]
+    for tensor in rows + places.open_sizes(len(hidden)):
+        torch._dynamo.mark_dynamic(tensor, 0)
 
 
 class CompiledLayers:
@@ -216,8 +206,9 @@ class CompiledLayers:
         # The attention of a layer that another segment ends comes last.
         if this.count == 1:
             caches = this.cache.by_slot[slot][: len(self._layers)]
-            position = self._compiler.positions[start:end]
-            return self._compiler.run(self._layers, caches, hidden, None, position, end)
+            positions = self._compiler.positions[start:end]
+            places = TracedPlaces(None, positions, self._compiler.positions[:end])
+            return self._compiler.run(self._layers, caches, hidden, places)
         caches = this.cache.by_attention[: len(self._layers)]
         if this.index is None:
             positions = self._compiler.positions[start:end]
@@ -225,5 +216,6 @@ class CompiledLayers:
         else:
             slots, positions = this.index
             end = max([span.end for span in this.spans])
-        hidden = self._compiler.run(self._packed, caches, hidden, slots, positions, end)
+        places = TracedPlaces(slots, positions, self._compiler.positions[:end])
+        hidden = self._compiler.run(self._packed, caches, hidden, places)
         return hidden if this.results is None else hidden[this.results]

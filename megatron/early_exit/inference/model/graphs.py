@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron.early_exit.inference.model.compiled import LayerCompiler, PassMaker
 from megatron.early_exit.inference.model.kv_cache import KVCache
 from megatron.early_exit.inference.model.passes import Pass
+from megatron.early_exit.inference.model.rows_attention import row_places
 from megatron.early_exit.inference.transfer import upload
 
 ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64)
@@ -135,7 +136,9 @@ class GraphedLayers:
         """Residual stream [r, h] in front of the layers -> behind them, the rows that ask."""
         count = len(hidden)
         graph = self._graphs[this.cache][_power_of_two(count)]
-        graph.take(hidden, [(slot, i) for slot, start, end in this.spans for i in range(start, end)])
+        graph.take(
+            hidden, [(slot, i) for slot, start, end in this.spans for i in range(start, end)]
+        )
         graph.replay()
         return graph.result[:count].clone() if this.results is None else graph.result[this.results]
 
@@ -143,10 +146,12 @@ class GraphedLayers:
         hidden = cache.data.new_zeros(count, hidden_size)
         places = torch.zeros(2, count, dtype=torch.int64, device=hidden.device)
         slots, positions = places.unbind()
-        caches = cache.by_attention[: len(self._layers)]
+        caches, num_places = cache.by_attention[: len(self._layers)], cache.data.shape[2]
 
         def work() -> Tensor:
-            return self._compiler.run(self._layers, caches, hidden, slots, positions)
+            return self._compiler.run(
+                self._layers, caches, hidden, row_places(slots, positions, num_places)
+            )
 
         replay, result = self._recorder.record(work)
         return _Graph(hidden, places, replay, result)

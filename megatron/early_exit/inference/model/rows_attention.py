@@ -20,7 +20,7 @@ from torch.nn import functional
 
 
 class RowPlaces(NamedTuple):
-    """Where rows are in a cache.
+    """Where rows are in the caches, see `Places`.
 
     Attributes:
         slots: [r], of each row.
@@ -37,9 +37,17 @@ class RowPlaces(NamedTuple):
     lengths: Tensor
     firsts: Tensor
 
+    def open_sizes(self, num_rows: int) -> list[Tensor]:
+        """See `Places`."""
+        return [] if num_rows == 1 else list(self)
+
+    def attend(self, cache: Tensor, queries: Tensor, new: Tensor, scale: float) -> Tensor:
+        """See `Places`."""
+        return attend_rows(cache, queries, new, *self, scale)
+
 
 def row_places(slots: Tensor, positions: Tensor, num_places: int) -> RowPlaces:
-    """Where rows are in a cache with `num_places` places in a slot, m."""
+    """Where rows are in caches with `num_places` places in a slot, m."""
     starts = functional.pad((slots * num_places).to(torch.int32), (0, 1))
     lengths = (positions + 1).to(torch.int32)
     firsts = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)

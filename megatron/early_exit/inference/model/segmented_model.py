@@ -26,7 +26,6 @@ from megatron.early_exit.inference.model.linear import Function, make_linear
 from megatron.early_exit.inference.model.norms import make_norm
 from megatron.early_exit.inference.model.packed import pack
 from megatron.early_exit.inference.model.rotary import RotaryTable
-from megatron.early_exit.inference.model.rows_pass import OperatorRows, TracedRows
 from megatron.early_exit.inference.model.segment import Segment
 from megatron.early_exit.inference.model.tensor_parallel import TensorParallel
 
@@ -74,11 +73,8 @@ class SegmentedModel:
         if architecture.position_embedding_type == "rope":
             self.rotary = RotaryTable(architecture, self.device)
         self._recorder = self._new_recorder() if compile_rows else None
-        make_pass = TracedRows if self._recorder is None else OperatorRows
         self._compiler = (
-            LayerCompiler(architecture, self.rotary, self.device, make_pass)
-            if compile_rows
-            else None
+            LayerCompiler(architecture, self.rotary, self.device) if compile_rows else None
         )
         self._layers = [
             self._layer(weights, f"decoder.layers.{number}.", number)

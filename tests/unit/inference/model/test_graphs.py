@@ -31,8 +31,8 @@ class Recorder:
 class PlusPositions:
     """Stands in for layers: adds its slot and position to each row."""
 
-    def run(self, layers, caches, hidden, slots, positions):
-        return hidden + slots[:, None] * 100 + positions[:, None]
+    def run(self, layers, caches, hidden, places):
+        return hidden + places.slots[:, None] * 100 + places.positions[:, None]
 
 
 def cache_of(capacity: int = 300) -> KVCache:

@@ -1,0 +1,35 @@
+"""The code of decoding steps for an H100, made without one: it cannot rot unseen."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="torch comes without Triton on this platform")
+
+PRODUCTS = 4
+"""Of a layer: queries, keys and values; the attention's projection; two of the MLP."""
+OTHERS = 5
+"""Kernels of a layer around them: two norms, the turns of queries and of keys, the activation."""
+LAYERS = 2
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_layer_is_few_kernels(rows):
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.pretended_h100", str(rows)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["attentions"] == LAYERS
+    assert found["kernels"] + found["products"] <= LAYERS * (PRODUCTS + OTHERS)
+    assert found["products"] in (0, LAYERS * PRODUCTS)
+    # Nothing is as large as a cache: none is copied.
+    assert found["largest_buffer"] == rows * 2 * 14336
+    assert len(found["machine_code"]) >= OTHERS - 1
+    assert all(size > 1000 for size in found["machine_code"].values())
