@@ -174,21 +174,6 @@ def test_captured_layers_verify_and_catch_up(heads, replayed, monkeypatch):
     assert max(counts) > len(prompts)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("heads", ["norm", "all"])
-def test_cuda_graphs(heads):
-    model = make_model(LLAMA, exits=(1, 3), **HEADS[heads])
-    weights = {name: tensor.cuda() for name, tensor in model.weights.items()}
-    segmented = SegmentedModel(model.architecture, model.early_exit, weights, compile_rows=True)
-    params = SamplingParams(max_tokens=24, mode="early_exit", early_exit_threshold=0.6)
-    prompts = [PROMPT, [7], [9, 9, 2]]
-    together = EarlyExitEngine(segmented).generate(prompts, params)
-    for prompt, result in zip(prompts, together, strict=True):
-        expected = generate(model, prompt, 24, 0.6)
-        assert result.token_ids == [token.token_id for token in expected]
-        assert result.exit_layers == [token.exit_layer for token in expected]
-
-
 @needs_compiler
 def test_no_request_waits_for_the_compiler():
     model = make_model(SHALLOW, exits=(1,))
