@@ -228,11 +228,6 @@ def test_refused_where_the_compiler_is_off():
         EarlyExitEngine(model)
 
 
-def test_refused_where_ranks_share_a_layer(tmp_path):
-    with pytest.raises(ValueError, match="compile is not possible with tensor_parallel 2"):
-        EarlyExitEngine.from_checkpoint(tmp_path, tensor_parallel=2, compile=True)
-
-
 @needs_compiler
 def test_a_step_touches_no_more_of_the_caches_than_it_needs():
     """What it takes must not grow with the positions that there is room for."""

@@ -155,7 +155,7 @@ class EarlyExitEngine:
         Raises:
             ValueError: the checkpoint is missing, damaged, or of a kind that cannot be computed,
                 the model or the number of processes does not fit the layout, or `compile` is not
-                possible here or with `tensor_parallel`.
+                possible here.
         """
         loaded = load_model(
             path, dtype, device, tensor_parallel, pipeline_parallel, compile, has_driver

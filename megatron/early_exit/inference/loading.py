@@ -56,10 +56,6 @@ def load_model(
         ValueError: the checkpoint is missing, damaged, or of a kind that cannot be computed, or the
             model or the number of processes does not fit the layout.
     """
-    if compile_rows and tensor_parallel > 1:
-        raise ValueError(
-            f"compile is not possible with tensor_parallel {tensor_parallel}, allowed: 1"
-        )
     rank_info = None
     if (tensor_parallel, pipeline_parallel) != (1, 1):
         rank_info, device = join(tensor_parallel, pipeline_parallel, device)

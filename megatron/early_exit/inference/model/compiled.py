@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.inference.model.kv_cache import KVCache, Span
 from megatron.early_exit.inference.model.layers import Attention, Mlp
+from megatron.early_exit.inference.model.linear import Function
 from megatron.early_exit.inference.model.passes import Pass
 from megatron.early_exit.inference.model.rotary import RotaryTable
 from megatron.early_exit.inference.model.rows_pass import Places, RowsPass
@@ -70,13 +71,18 @@ class LayerCompiler:
         architecture: shape of the model.
         rotary: the rotary table, if the model has rotary embeddings.
         device: of the weights.
+        reduce: see `TensorParallel.traceable_reduce`; None where layers are whole.
 
     Attributes:
         positions: [most positions], 0, 1, 2, ...
     """
 
     def __init__(
-        self, architecture: Architecture, rotary: RotaryTable | None, device: torch.device
+        self,
+        architecture: Architecture,
+        rotary: RotaryTable | None,
+        device: torch.device,
+        reduce: Function | None = None,
     ) -> None:
         silence_cuda_remark()
         self._turns = None if rotary is None else rotary.real_turns
@@ -93,8 +99,8 @@ class LayerCompiler:
                 raise RuntimeError("the compiler of PyTorch is turned off in this process")
             for weights, cache in zip(layers, caches, strict=True):
                 this = RowsPass(cache, architecture, places, turns)
-                attention = Attention(architecture, weights, "self_attention.", 0)
-                hidden = Mlp(architecture, weights, "mlp.")(attention(hidden, this))
+                attention = Attention(architecture, weights, "self_attention.", 0, reduce)
+                hidden = Mlp(architecture, weights, "mlp.", reduce)(attention(hidden, this))
             return hidden
 
         # Weights are arguments, so it does not matter of which layers.

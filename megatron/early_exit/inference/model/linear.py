@@ -32,7 +32,11 @@ def make_addition(weight: Tensor, bias: Tensor | None, reduce: Function | None) 
     `reduce` adds up the products of ranks that share it; it is None where the product is whole.
     """
     if torch.compiler.is_compiling():
-        return lambda x, y: x + _compiled_product(y, weight, bias)
+        if reduce is None:
+            return lambda x, y: x + _compiled_product(y, weight, bias)
+        if bias is None:
+            return lambda x, y: x + reduce(_compiled_product(y, weight, None))
+        return lambda x, y: x + reduce(_compiled_product(y, weight, None)) + bias
     weight = weight if weight.is_mkldnn else pack(weight)
     if reduce is None and not weight.is_mkldnn:
         transposed = weight.t()

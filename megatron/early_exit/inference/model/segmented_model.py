@@ -73,9 +73,7 @@ class SegmentedModel:
         if architecture.position_embedding_type == "rope":
             self.rotary = RotaryTable(architecture, self.device)
         self._recorder = self._new_recorder() if compile_rows else None
-        self._compiler = (
-            LayerCompiler(architecture, self.rotary, self.device) if compile_rows else None
-        )
+        self._compiler = self._new_compiler() if compile_rows else None
         self._layers = [
             self._layer(weights, f"decoder.layers.{number}.", number)
             for number in range(architecture.num_layers)
@@ -107,6 +105,11 @@ class SegmentedModel:
     def device(self) -> device:
         """Where the weights are."""
         return self.word_embeddings.device
+
+    def _new_compiler(self) -> LayerCompiler:
+        shared = self._tensor_parallel
+        reduce = None if shared is None else shared.traceable_reduce
+        return LayerCompiler(self.architecture, self.rotary, self.device, reduce)
 
     def _new_recorder(self) -> Recorder | None:
         """What captures steps on the model's device; None where nothing does."""

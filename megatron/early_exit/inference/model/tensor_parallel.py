@@ -7,15 +7,22 @@ the embedding that it may be. All ranks see the same bits, so they decide alike 
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, distributed
 
 from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.inference.model.linear import Function
 
 _DIVIDED_BY_ROWS = ("linear_qkv.weight", "linear_qkv.bias")
 _DIVIDED_BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
 _GATED = ("linear_fc1.weight", "linear_fc1.bias")
+
+
+def _reduce(part: Tensor, group_name: str) -> Tensor:
+    operators = torch.ops._c10d_functional
+    return operators.wait_tensor(operators.all_reduce(part, "sum", group_name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,11 @@ class TensorParallel:
         """The sum of what the ranks have; `part` is written over."""
         distributed.all_reduce(part, group=self.group)
         return part
+
+    @property
+    def traceable_reduce(self) -> Function:
+        """The same as `reduce` in operators that a compiler takes as they are."""
+        return partial(_reduce, group_name=self.group.group_name)
 
     def gather(self, part: Tensor, vocab_size: int) -> Tensor:
         """Logits [n, v] from those of each rank's rows."""
