@@ -15,6 +15,8 @@ from megatron.early_exit.inference.model.rows_attention import (
     row_places,
 )
 
+CUDA = torch.device("cuda", 0)
+"""Not its name: a process that has been prepared for training takes that for the CPU."""
 SCALE = 0.3
 PLACES = 12
 HEADS = [(4, 4), (6, 2), (4, 1)]
@@ -126,9 +128,9 @@ def test_as_row_by_row(num_heads, num_groups, slots, positions, kernel, stand_in
 def test_the_gpu_takes_these_arguments(num_heads, num_groups, kernel, dtype):
     """PyTorch knows the shapes of its kernels' results without running them."""
     with FakeTensorMode():
-        cache = torch.empty(4, PLACES, 2 * num_groups, 64, dtype=dtype, device="cuda")
-        queries = torch.empty(3, num_heads, 64, dtype=dtype, device="cuda")
-        index = torch.empty(3, dtype=torch.int64, device="cuda")
+        cache = torch.empty(4, PLACES, 2 * num_groups, 64, dtype=dtype, device=CUDA)
+        queries = torch.empty(3, num_heads, 64, dtype=dtype, device=CUDA)
+        index = torch.empty(3, dtype=torch.int64, device=CUDA)
         found = kernel(cache, queries, row_places(index, index, PLACES), SCALE)
         assert found.shape == queries.shape
         assert found.dtype == dtype
@@ -150,7 +152,7 @@ def test_the_gpu_takes_these_arguments(num_heads, num_groups, kernel, dtype):
 def test_the_kernel_for_a_cache(dtype, size, capability, kernel, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
-        cache = torch.empty(1, 1, 2, size, dtype=dtype, device="cuda")
+        cache = torch.empty(1, 1, 2, size, dtype=dtype, device=CUDA)
         assert rows_attention._kernel_for(cache) is kernel
     assert rows_attention._kernel_for(torch.empty(1, 1, 2, size, dtype=dtype)) is plain
 
