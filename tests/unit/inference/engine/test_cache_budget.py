@@ -1,16 +1,21 @@
 """The memory of the caches is divided such that it is never more than there is."""
 
 from argparse import ArgumentTypeError
+from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+from megatron.early_exit.checkpoint.weights import weight_shapes
+from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference import EarlyExitEngine
 from megatron.early_exit.inference.engine import cache_budget
 from megatron.early_exit.inference.engine.cache_budget import page_bytes, plan_caches
 from megatron.early_exit.inference.engine_flags import memory_size
 from megatron.early_exit.inference.model.runner import SegmentRunner
-from tests.helpers.tiny_models import HEADS, make_model
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from tests.helpers.tiny_models import HEADS, LLAMA, make_model
 
 LENGTH = 64
 GIB = 2**30
@@ -130,3 +135,66 @@ def test_sizes_as_people_write_them(text, expected):
 def test_sizes_that_are_none(text):
     with pytest.raises(ArgumentTypeError, match="is not a size, allowed: 1 byte or more"):
         memory_size(text)
+
+
+QWEN3 = replace(
+    LLAMA,
+    num_layers=36,
+    hidden_size=4096,
+    ffn_hidden_size=12288,
+    num_attention_heads=32,
+    num_query_groups=8,
+    kv_channels=128,
+    vocab_size=151936,
+    max_position_embeddings=40960,
+    qk_layernorm=True,
+    params_dtype="bfloat16",
+)
+LARGE = {
+    "Qwen3-8B": QWEN3,
+    "Llama-3.1-8B": replace(
+        QWEN3,
+        num_layers=32,
+        ffn_hidden_size=14336,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        qk_layernorm=False,
+    ),
+    "Llama-2-7B": replace(
+        QWEN3,
+        num_layers=32,
+        ffn_hidden_size=11008,
+        num_query_groups=32,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+        qk_layernorm=False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("heads", ["norm", "block"])
+def test_large_models_fit_at_defaults(name, heads, monkeypatch):
+    """On a GPU of 80 GB, by tensors that have sizes but no memory."""
+    shape, gpu, total = LARGE[name], torch.device("cuda", 0), 80 * 10**9
+    exits = EarlyExitConfig(exit_layer_nums=(8, 16), **HEADS[heads])
+    with FakeTensorMode():
+        weights = {
+            name: torch.empty(size, dtype=torch.bfloat16, device=gpu)
+            for name, size in weight_shapes(shape, exits).items()
+        }
+        model = SegmentedModel(shape, exits, weights)
+        free = total - _bytes(weights.values())
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, total))
+        found = planned(model, length=shape.max_position_embeddings)
+        runner = SegmentRunner(model, found.num_slots, shape.max_position_embeddings)
+        caches = _bytes([runner._kept, *(cache.data for cache in runner._caches)])
+    assert all(one.device == gpu for one in (runner._kept, runner._cache.data))
+    assert 0.5 * (found.bytes + found.reserved) < caches
+    # Slots have one place more than positions.
+    assert caches < 1.001 * found.reserved
+    assert free - caches - found.bytes > 0.05 * total
+
+
+def _bytes(tensors):
+    return sum(one.numel() * one.itemsize for one in tensors)
