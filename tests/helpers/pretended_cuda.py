@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
@@ -169,10 +170,53 @@ class PretendedCuda(TorchFunctionMode):
         self.waits[name, _place()] += 1
 
 
-def pretended_engine(model: TinyModel, **options: Any) -> EarlyExitEngine:
-    """An engine on the pretended device, which has to be entered."""
+class PretendedRecorder:
+    """Captures work on the pretended device; doing it again is one launch.
+
+    Attributes:
+        count: of what has been captured.
+    """
+
+    def __init__(self, mode: PretendedCuda) -> None:
+        self._mode = mode
+        self.count = 0
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """See `Recorder`."""
+        self.count += 1
+        result = work()
+
+        def replay() -> None:
+            launches, waits = self._mode.launches.copy(), self._mode.waits.copy()
+            result.copy_(work())
+            assert self._mode.waits == waits, "a graph cannot wait"
+            self._mode.launches = launches
+            self._mode.launches["replay"] += 1
+
+        return replay, result
+
+
+def pretended_engine(
+    model: TinyModel, recorder: PretendedRecorder | None = None, **options: Any
+) -> EarlyExitEngine:
+    """An engine on the pretended device, which has to be entered; with a recorder its layers are
+    captured, though not compiled."""
     weights = {name: tensor.to("cuda") for name, tensor in model.weights.items()}
-    segmented = SegmentedModel(model.architecture, model.early_exit, weights)
+    with ExitStack() as patches:
+        if recorder is not None:
+            for target, stand_in in {
+                f"{SegmentedModel.__module__}.CudaGraphRecorder": lambda device: recorder,
+                "torch.compile": lambda function, **_: function,
+                "torch.compiler.is_compiling": lambda: True,
+            }.items():
+                patches.enter_context(patch(target, stand_in))
+        segmented = SegmentedModel(
+            model.architecture, model.early_exit, weights, compile_rows=recorder is not None
+        )
+        return _engine_of(segmented, **options)
+
+
+def _engine_of(segmented: SegmentedModel, **options: Any) -> EarlyExitEngine:
     assert segmented.device == CUDA
     with patch("torch.cuda.mem_get_info", lambda device: (2**33, 2**33)):
         return EarlyExitEngine(segmented, **options)

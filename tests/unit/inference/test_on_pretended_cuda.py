@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
-from tests.helpers.pretended_cuda import CudaTensor, PretendedCuda, pretended_engine
+from megatron.early_exit.inference.model import rows_attention
+from tests.helpers.pretended_cuda import (
+    CudaTensor,
+    PretendedCuda,
+    PretendedRecorder,
+    pretended_engine,
+)
 from tests.helpers.reference_decoder import generate
 from tests.helpers.tiny_models import ARCHITECTURES, HEADS, LLAMA, make_model
 
@@ -86,12 +92,44 @@ def test_results_are_those_of_the_cpu(cuda, architecture, heads):
         assert one.token_ids == [token.token_id for token in tokens]
 
 
+@pytest.fixture
+def recorder(cuda, monkeypatch) -> PretendedRecorder:
+    """Captures layers, in which the kernels of a GPU are not there."""
+    monkeypatch.setattr(rows_attention, "_kernel_for", lambda cache: rows_attention.plain)
+    # The layers are made whenever they are run: no compiler has put them together.
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    return PretendedRecorder(cuda)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "heads"),
+    [("llama", "all"), ("gpt2", "block"), ("nemotron", "mlp"), ("qwen", "untied")],
+)
+def test_captured_layers(cuda, recorder, architecture, heads):
+    """As plain layers, in one launch for a stretch of layers; nothing is captured on the way."""
+    model = make_model(ARCHITECTURES[architecture], exits=(1, 3), **HEADS[heads])
+    engine = pretended_engine(model, recorder, max_batch_size=4)
+    captured = recorder.count
+    found = engine.generate(PROMPTS, requests())
+    assert recorder.count == captured
+    assert cuda.launches["replay"] > 0
+    plain = pretended_engine(model, max_batch_size=4).generate(PROMPTS, requests())
+    for one, other in zip(found, plain, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.exit_layers == other.exit_layers
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
 def steady(
-    cuda: PretendedCuda, params: list[SamplingParams], heads: str = "norm", steps: int = 8
+    cuda: PretendedCuda,
+    params: list[SamplingParams],
+    heads: str = "norm",
+    steps: int = 8,
+    recorder: PretendedRecorder | None = None,
 ) -> tuple[float, float]:
     """Kernels and waits of a step in which each request has a row."""
     model = make_model(exits=(1, 3), **HEADS[heads])
-    engine = pretended_engine(model, max_batch_size=len(params))
+    engine = pretended_engine(model, recorder, max_batch_size=len(params))
     for number, one in enumerate(params):
         engine.submit([1 + number] * 3, one)
     for _ in range(3):
@@ -101,6 +139,18 @@ def steady(
         engine.step()
     assert not any(request.is_finished for request in engine.loop.requests.values())
     return cuda.launches.total() / steps, cuda.waits.total() / steps
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_of_captured_layers_is_few_launches(cuda, recorder, mode):
+    """The layers are launched as one for each stretch between exits that are asked."""
+    params = [sampled(mode, seed, temperature=0.0, max_tokens=60) for seed in range(3)]
+    launches, waits = steady(cuda, params, recorder=recorder)
+    assert launches <= 29, cuda.launches
+    # Some steps of the exit modes have two stretches: up to an exit, and behind it.
+    stretches = cuda.launches["replay"] / 8
+    assert stretches == 1 if mode == "full" else 1 <= stretches < 2
+    assert waits == 1
 
 
 @pytest.mark.parametrize("heads", ["norm", "untied"])
