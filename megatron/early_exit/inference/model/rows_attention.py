@@ -80,7 +80,8 @@ def attend_rows(
     """
     cache.index_put_((slots, positions), new)
     places = RowPlaces(slots, positions, starts, lengths, firsts)
-    return _kernel_for(cache)(cache, queries, places, scale)
+    # What compilers have been told, whatever the kernels do.
+    return _kernel_for(cache)(cache, queries, places, scale).contiguous()
 
 
 @attend_rows.register_fake
@@ -108,7 +109,7 @@ def flash(cache: Tensor, queries: Tensor, places: RowPlaces, scale: float) -> Te
     query heads it divides the keys of a row over the processors."""
     keys, values = _keys_and_values(cache)
     attended, *_ = torch.ops.aten._flash_attention_forward(
-        queries.contiguous(),
+        queries,
         keys,
         values,
         places.firsts,

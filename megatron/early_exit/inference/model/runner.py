@@ -4,6 +4,7 @@ Each sequence has a slot. The residual stream is kept at every cut, so a segment
 its result is needed, over all positions that wait in front of it, as one batch.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
@@ -21,6 +22,8 @@ from megatron.early_exit.inference.model.lazy_zeros import LazyZeros
 from megatron.early_exit.inference.model.passes import Pass, Workspace, index_of
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.transfer import upload
+
+_LOG = logging.getLogger(__name__)
 
 _KEPT_POSITIONS = 256
 """Positions of a slot whose memory is not given back: the next sequence needs it at once."""
@@ -87,11 +90,11 @@ class SegmentRunner:
         for exit_, cache in zip(self.model.exits, self._block_caches, strict=True):
             if exit_.head.block is not None and cache is not None:
                 runs.append((exit_.head.block, cache))
-        for segment, cache in runs:
-            if segment.compiled is None:
-                continue
+        stretches = [(one.compiled, cache) for one, cache in runs if one.compiled is not None]
+        for number, (compiled, cache) in enumerate(stretches, start=1):
+            _LOG.info("preparing layers: stretch %d of %d", number, len(stretches))
             try:
-                segment.compiled.warm_up(cache, self._pass, self.model.architecture.hidden_size)
+                compiled.warm_up(cache, self._pass, self.model.architecture.hidden_size)
             except Exception as error:
                 # Whatever goes wrong in there is of the machine, and many things can.
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
