@@ -54,11 +54,14 @@ def run_tests(files: Sequence[Path]) -> tuple[Mapping[str, int], str]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "report.xml"
         command = [
-            *(sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"),
+            *(sys.executable, "-m", "pytest", "-m", "gpu", "-q"),
+            *("-p", "no:cacheprovider", "-p", "pytest_timeout"),
             *("--junitxml", str(file), *map(str, files)),
         ]
+        # The other plugins that may be installed take seconds to import.
+        environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         done = subprocess.run(
-            command, cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True
+            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True
         )
         if not file.exists():
             raise RuntimeError(f"pytest could not start: {(done.stderr or done.stdout)[-300:]}")

@@ -88,7 +88,11 @@ def run_rank(sizes: Sizes, folder: Path, part: str, on_gpu: bool, steps: int = 5
 
 
 def megatron_flags(shape: Mapping[str, int]) -> list[str]:
-    """Megatron's flags of the model."""
+    """Megatron's flags of the model.
+
+    Args:
+        shape: flags with numbers, without their dashes; they come before what is usual here.
+    """
     sizes = {**shape, "max-position-embeddings": shape["seq-length"]}
     text = f"""
         --micro-batch-size 2 --global-batch-size 4
@@ -98,7 +102,8 @@ def megatron_flags(shape: Mapping[str, int]) -> list[str]:
         --exit-layer-nums {EXITS[0]} {EXITS[1]}
     """
     words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
-    return [*words, *text.split()]
+    # Where a flag is given twice the last one counts.
+    return [*text.split(), *words]
 
 
 def run_program(command: list[str], environment: Mapping[str, str]) -> str:
