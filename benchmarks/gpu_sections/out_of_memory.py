@@ -21,6 +21,8 @@ from megatron.early_exit.inference.model.runner import SegmentRunner
 
 _SHORT, _LARGE_ROWS = 8, 4
 _GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
+# To score a prompt takes caches of its own, beside those that the engine has from the beginning.
+_SCORED = SamplingParams(max_tokens=8, ignore_eos=True, prompt_logprobs=1)
 
 
 def check_out_of_memory(report: SectionReport, sizes: Sizes) -> None:
@@ -35,7 +37,7 @@ def check_out_of_memory(report: SectionReport, sizes: Sizes) -> None:
     long = [random_prompt(shape, length - 16, seed) for seed in range(_LARGE_ROWS)]
     limit = memory_limit(sizes.device) if sizes.on_gpu else one_failing_pass()
     with limit:
-        requests = [engine.submit(prompt, _GREEDY) for prompt in long]
+        requests = [engine.submit(prompt, _SCORED) for prompt in long]
         while not all(request.is_finished for request in requests):
             engine.step()
         failed = [one for one in requests if one.error is not None]

@@ -88,10 +88,10 @@ def run_rank(sizes: Sizes, folder: Path, part: str, on_gpu: bool, steps: int = 5
 
 
 def megatron_flags(shape: Mapping[str, int]) -> list[str]:
-    """Megatron's flags of the model.
+    """Megatron's flags of the model, with layers that a CPU can compute as well as a GPU.
 
     Args:
-        shape: flags with numbers, without their dashes; they come before what is usual here.
+        shape: flags with numbers, without their dashes; they override what is usual here.
     """
     sizes = {**shape, "max-position-embeddings": shape["seq-length"]}
     text = f"""
@@ -100,6 +100,8 @@ def megatron_flags(shape: Mapping[str, int]) -> list[str]:
         --attention-dropout 0 --hidden-dropout 0 --untie-embeddings-and-output-weights
         --tokenizer-type NullTokenizer --mock-data --train-iters 1000 --lr 1e-4
         --exit-layer-nums {EXITS[0]} {EXITS[1]}
+        --transformer-impl local --no-persist-layer-norm --no-rope-fusion
+        --no-masked-softmax-fusion
     """
     words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
     # Where a flag is given twice the last one counts.

@@ -4,6 +4,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from typing import TextIO
 
@@ -43,7 +44,8 @@ def check_waits(report: SectionReport, sizes: Sizes) -> None:
                 _report(report, f"{name}, on a pretended GPU", engine, params, waits)
         report.skip("waits of compiled layers", "there are no CUDA graphs")
         return
-    shape = sizes.model
+    # Each number of layers between two exits takes the compiler many seconds.
+    shape = replace(sizes.model, num_layers=2)
     early_exit = exits_at_quarter_and_half(shape)
     weights = random_weights(shape, early_exit, sizes.device, sizes.dtype)
     for layers in ("plain", "compiled"):
