@@ -334,6 +334,17 @@ def test_estimates_are_computed_from_bytes_and_launches(capsys):
     assert float(rows[2][6]) == pytest.approx(32 * of_layer + others, abs=0.6)
 
 
+def test_bytes_and_times_in_the_documentation_are_those_of_the_program():
+    """Launches may change with the engine; their columns are not compared."""
+    text = (gpu_check.REPOSITORY / "docs" / "gpu.md").read_text()
+    written = text.partition("<!-- estimates -->")[2].partition("<!-- end -->")[0]
+    tables = []
+    for table_text in (written, estimate.estimate_table(3.35, 5.0)):
+        lines = [line for line in table_text.splitlines() if line.startswith("|")]
+        tables.append([line.split(" | ")[:6] for line in lines])
+    assert tables[0] == tables[1]
+
+
 # --- the command -----------------------------------------------------------------------------
 
 

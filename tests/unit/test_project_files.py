@@ -25,7 +25,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron" / "early_exit"
 GITHUB = ROOT / ".github"
 WORKFLOWS = GITHUB / "workflows"
-DOCUMENTS = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/architecture.md")
+DOCUMENTS = (
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "docs/architecture.md",
+    "docs/gpu.md",
+)
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
