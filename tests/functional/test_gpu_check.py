@@ -60,13 +60,10 @@ def test_training_by_a_list_of_actions():
     assert all(0 < loss < 100 for loss in losses)
 
 
-def test_tests_that_need_a_gpu_are_not_passed_without_one(monkeypatch):
-    folder = marked_tests.REPOSITORY / "tests" / "unit" / "inference" / "model"
-    only = folder / "test_graphs.py"
-    monkeypatch.setattr(marked_tests, "marked_files", lambda _: [only])
+def test_tests_that_need_a_gpu_are_not_passed_without_one():
     (line,) = run(marked_tests.check_marked_tests).values()
     assert line.verdict == "not on a CPU"
-    assert line.values["tests"] == line.values["skipped"] > 0
+    assert line.values["tests"] == line.values["skipped"] > 5
     assert line.values["passed"] == 0
 
 

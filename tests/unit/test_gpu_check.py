@@ -246,9 +246,28 @@ def test_marked_tests_are_counted(tmp_path):
     assert bad == "test_b"
 
 
+def test_marked_tests_that_fail_are_found_on_a_cpu_too(monkeypatch):
+    counts = {"tests": 3, "failures": 0, "errors": 0, "skipped": 3}
+    monkeypatch.setattr(marked_tests, "run_tests", lambda files: (counts, "test_x"))
+    (line,) = run(marked_tests.check_marked_tests).findings
+    assert line.verdict == "not on a CPU"
+    counts |= {"errors": 1, "skipped": 2}
+    (line,) = run(marked_tests.check_marked_tests).findings
+    assert (line.verdict, line.found.endswith("2 skipped: test_x")) == ("MISSED", True)
+    # On a GPU a skipped test has not passed.
+    counts |= {"errors": 0, "skipped": 1}
+    (line,) = run(marked_tests.check_marked_tests, on_gpu=True).findings
+    assert line.verdict == "MISSED"
+    counts |= {"skipped": 0}
+    (line,) = run(marked_tests.check_marked_tests, on_gpu=True).findings
+    assert (line.verdict, line.values["passed"]) == ("holds", 3)
+
+
 def test_the_files_with_marked_tests_are_found():
     names = {file.name for file in marked_tests.marked_files(marked_tests.REPOSITORY / "tests")}
     assert {"test_compiled.py", "test_graphs.py", "test_head_loss.py"} <= names
+    # It has such tests in the text that it writes.
+    assert "test_gpu_check.py" not in names
 
 
 def test_gradients_that_differ_are_found():
