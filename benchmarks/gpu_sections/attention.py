@@ -23,6 +23,8 @@ from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, Sam
 from megatron.early_exit.inference.model import segment
 
 _PROMPT = 40
+_BEST = 5
+"""Tokens at each place among which another choice is looked up."""
 _PREFIX = "aten::_scaled_dot_product_"
 _WITH_CUDNN = [
     SDPBackend.CUDNN_ATTENTION,
@@ -81,7 +83,8 @@ def check_attention(report: SectionReport, sizes: Sizes) -> None:
         str(agreement),
         f"equal, or {tolerance:g} off",
         agreement.within(tolerance),
-        gpu_only="both without cuDNN",
+        # Without a GPU both are the same computation, and have to give the same all the more.
+        gpu_only="both without cuDNN" if agreement.within(tolerance) else "",
         num_equal=agreement.num_equal,
         num_tokens=agreement.num_tokens,
     )
@@ -115,5 +118,5 @@ def attention_operators(engine: EarlyExitEngine, prompt: list[int]) -> Counter[s
 
 
 def _decode(engine: EarlyExitEngine, prompt: list[int], tokens: int) -> GenerationResult:
-    (result,) = engine.generate([prompt], SamplingParams(max_tokens=tokens, logprobs=2))
+    (result,) = engine.generate([prompt], SamplingParams(max_tokens=tokens, logprobs=_BEST))
     return result

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -90,6 +91,19 @@ def test_attention_without_cudnn_is_no_comparison():
     tokens = found["12 greedy tokens"]
     assert tokens.verdict == "not on a CPU"
     assert tokens.values == {"num_equal": 12, "num_tokens": 12}
+
+
+def test_attention_that_computes_something_else_is_found_on_a_cpu_too(monkeypatch):
+    @contextmanager
+    def other_weights():
+        scaled = torch.nn.functional.scaled_dot_product_attention
+        wrong = lambda *tensors, **options: 1.5 * scaled(*tensors, **options)  # noqa: E731
+        with patch.object(torch.nn.functional, "scaled_dot_product_attention", wrong):
+            yield
+
+    monkeypatch.setattr(attention, "with_cudnn", other_weights)
+    found = by_name(run(attention.check_attention))
+    assert found["12 greedy tokens"].verdict == "MISSED"
 
 
 def test_cudnn_is_put_in_front_for_the_layers(monkeypatch):
