@@ -56,11 +56,11 @@ class Section:
 
 SECTIONS = {
     "versions": Section("versions", 20),
-    "tests": Section("marked_tests", 50),
-    "attention": Section("attention", 40),
-    "graphs": Section("graphs", 100),
+    "tests": Section("marked_tests", 90),
+    "attention": Section("attention", 30),
+    "graphs": Section("graphs", 90),
     "waits": Section("waits", 50),
-    "decoding": Section("decoding", 140),
+    "decoding": Section("decoding", 120),
     "training": Section("training", 40),
     "ee_tuning": Section("ee_tuning", 20),
     "out_of_memory": Section("out_of_memory", 20),
