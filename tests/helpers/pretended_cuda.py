@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from megatron.early_exit.inference import EarlyExitEngine
+from megatron.early_exit.inference.model import rows_attention
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from tests.helpers.tiny_models import TinyModel
 
@@ -196,27 +197,27 @@ class PretendedRecorder:
         return replay, result
 
 
+@contextmanager
+def pretended_recorder(mode: PretendedCuda) -> Iterator[PretendedRecorder]:
+    """Captures layers on the pretended device, where the kernels of a GPU are not there."""
+    with (
+        patch.object(rows_attention, "_kernel_for", lambda cache: rows_attention.plain),
+        # The layers are made whenever they are run: no compiler has put them together.
+        patch("torch.compiler.is_compiling", lambda: True),
+        patch("torch.compile", lambda function, **_: function),
+        patch(f"{SegmentedModel.__module__}.CudaGraphRecorder", lambda device: recorder),
+    ):
+        recorder = PretendedRecorder(mode)
+        yield recorder
+
+
 def pretended_engine(
-    model: TinyModel, recorder: PretendedRecorder | None = None, **options: Any
+    model: TinyModel, is_captured: bool = False, **options: Any
 ) -> EarlyExitEngine:
-    """An engine on the pretended device, which has to be entered; with a recorder its layers are
-    captured, though not compiled."""
+    """An engine on the pretended device, which has to be entered; for captured layers, see
+    `pretended_recorder`."""
     weights = {name: tensor.to("cuda") for name, tensor in model.weights.items()}
-    with ExitStack() as patches:
-        if recorder is not None:
-            for target, stand_in in {
-                f"{SegmentedModel.__module__}.CudaGraphRecorder": lambda device: recorder,
-                "torch.compile": lambda function, **_: function,
-                "torch.compiler.is_compiling": lambda: True,
-            }.items():
-                patches.enter_context(patch(target, stand_in))
-        segmented = SegmentedModel(
-            model.architecture, model.early_exit, weights, compile_rows=recorder is not None
-        )
-        return _engine_of(segmented, **options)
-
-
-def _engine_of(segmented: SegmentedModel, **options: Any) -> EarlyExitEngine:
+    segmented = SegmentedModel(model.architecture, model.early_exit, weights, None, is_captured)
     assert segmented.device == CUDA
     with patch("torch.cuda.mem_get_info", lambda device: (2**33, 2**33)):
         return EarlyExitEngine(segmented, **options)

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
-from megatron.early_exit.inference.model import rows_attention
 from tests.helpers.pretended_cuda import (
     CudaTensor,
     PretendedCuda,
     PretendedRecorder,
     pretended_engine,
+    pretended_recorder,
 )
 from tests.helpers.reference_decoder import generate
 from tests.helpers.tiny_models import ARCHITECTURES, HEADS, LLAMA, make_model
@@ -93,12 +93,9 @@ def test_results_are_those_of_the_cpu(cuda, architecture, heads):
 
 
 @pytest.fixture
-def recorder(cuda, monkeypatch) -> PretendedRecorder:
-    """Captures layers, in which the kernels of a GPU are not there."""
-    monkeypatch.setattr(rows_attention, "_kernel_for", lambda cache: rows_attention.plain)
-    # The layers are made whenever they are run: no compiler has put them together.
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    return PretendedRecorder(cuda)
+def recorder(cuda) -> Iterator[PretendedRecorder]:
+    with pretended_recorder(cuda) as recorder:
+        yield recorder
 
 
 @pytest.mark.parametrize(
@@ -108,7 +105,7 @@ def recorder(cuda, monkeypatch) -> PretendedRecorder:
 def test_captured_layers(cuda, recorder, architecture, heads):
     """As plain layers, in one launch for a stretch of layers; nothing is captured on the way."""
     model = make_model(ARCHITECTURES[architecture], exits=(1, 3), **HEADS[heads])
-    engine = pretended_engine(model, recorder, max_batch_size=4)
+    engine = pretended_engine(model, True, max_batch_size=4)
     captured = recorder.count
     found = engine.generate(PROMPTS, requests())
     assert recorder.count == captured
@@ -125,11 +122,11 @@ def steady(
     params: list[SamplingParams],
     heads: str = "norm",
     steps: int = 8,
-    recorder: PretendedRecorder | None = None,
+    is_captured: bool = False,
 ) -> tuple[float, float]:
     """Kernels and waits of a step in which each request has a row."""
     model = make_model(exits=(1, 3), **HEADS[heads])
-    engine = pretended_engine(model, recorder, max_batch_size=len(params))
+    engine = pretended_engine(model, is_captured, max_batch_size=len(params))
     for number, one in enumerate(params):
         engine.submit([1 + number] * 3, one)
     for _ in range(3):
@@ -145,7 +142,7 @@ def steady(
 def test_a_step_of_captured_layers_is_few_launches(cuda, recorder, mode):
     """The layers are launched as one for each stretch between exits that are asked."""
     params = [sampled(mode, seed, temperature=0.0, max_tokens=60) for seed in range(3)]
-    launches, waits = steady(cuda, params, recorder=recorder)
+    launches, waits = steady(cuda, params, is_captured=True)
     assert launches <= 29, cuda.launches
     # Some steps of the exit modes have two stretches: up to an exit, and behind it.
     stretches = cuda.launches["replay"] / 8
