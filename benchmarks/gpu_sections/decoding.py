@@ -134,7 +134,7 @@ def step_time(
             params, mode="early_exit", early_exit_threshold=0.0, exit_layers=(exit_layer,)
         )
     prompt = random_prompt(engine.model.architecture, context)
-    # The first round captures graphs and chooses kernels.
+    # Kernels are chosen in the first round.
     rounds = [_round(engine, sizes, [prompt] * rows, params) for _ in range(1 + sizes.rounds)][1:]
     return StepTime(
         median(one.seconds for one in rounds),

@@ -84,7 +84,7 @@ def divided_engine(layout: str, device_type: str, compile_rows: bool) -> EarlyEx
 
 
 def main() -> None:
-    """Generate, twice where layers are compiled; the first rank writes the results."""
+    """Generate; the first rank writes the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -96,9 +96,6 @@ def main() -> None:
     engine = divided_engine(args.layout, args.device, args.compile)
     shape = divided_model(torch.device(args.device))
     results = texts(engine, shape)
-    if args.compile:
-        # Graphs are captured in the first run, and only replayed in this one.
-        results = texts(engine, shape)
     engine.close()
     if int(os.environ["RANK"]) == 0:
         fields = ("token_ids", "logprobs", "exit_layers")

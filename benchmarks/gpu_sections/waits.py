@@ -53,7 +53,7 @@ def check_waits(report: SectionReport, sizes: Sizes) -> None:
             shape, early_exit, weights, _ROWS, 128, compile_rows=layers == "compiled"
         )
         for name, params in _SETTINGS.items():
-            # Graphs are captured, and kernels chosen, in a first run.
+            # Kernels are chosen in a first run.
             _run_steps(engine, params, lambda: 0)
             with counted_waits() as waits:
                 _report(report, f"{name}, {layers} layers", engine, params, waits.total)
