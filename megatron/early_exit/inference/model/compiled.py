@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.checkpoint.architecture import Architecture
-from megatron.early_exit.inference.model.kv_cache import KVCache, Span
+from megatron.early_exit.inference.model.kv_cache import KVCache
 from megatron.early_exit.inference.model.layers import Attention, Mlp
 from megatron.early_exit.inference.model.linear import Function
 from megatron.early_exit.inference.model.passes import Pass
@@ -37,9 +37,6 @@ _TYPICAL_ROWS, _TYPICAL_POSITIONS = 8, 128
 
 _MOST_TOGETHER = 4
 """Layers that are compiled as one: each call takes some microseconds, each layer a second."""
-
-PassMaker = Callable[[KVCache, Sequence[Span]], Pass]
-"""Makes a pass over some spans of a cache."""
 
 _Group = Callable[..., Tensor]
 """Takes a hidden state through some layers."""
@@ -120,7 +117,7 @@ class LayerCompiler:
             layers: the tensors of each, see `CompiledLayers`.
             caches: of each layer [slots, places, 2 ng, hn]; of the only row's sequence alone where
                 `places` have no slots.
-            hidden: [r, h], the residual stream; contiguous, as are slots and positions.
+            hidden: [r, h], the residual stream; contiguous, as are all tensors of `places`.
             places: of the rows.
         """
         for first in range(0, len(layers), _MOST_TOGETHER):
@@ -187,19 +184,16 @@ class CompiledLayers:
     ) -> None:
         self._compiler, self._layers, self._packed = compiler, layers, packed
 
-    def warm_up(self, cache: KVCache, make_pass: PassMaker, hidden_size: int) -> None:
-        """Compile everything that passes over a cache may need: for a single row, for several of a
-        sequence, and for those of several sequences."""
+    def warm_up(self, cache: KVCache, hidden_size: int) -> None:
+        """Compile everything that passes over a cache may need: for a single row, and for
+        several."""
         end = min(cache.capacity, _TYPICAL_POSITIONS)
         if end < SHORTEST:
             return
-        passes = [[Span(0, end - 1, end)], [Span(0, max(end - _TYPICAL_ROWS, 0), end)]]
-        if len(cache.by_slot) > 1:
-            passes.append([Span(slot, end - 1, end) for slot in range(2)])
-        for spans in passes:
-            this = make_pass(cache, spans)
-            if self.serves(this):
-                self(cache.data.new_zeros(this.count, hidden_size), this)
+        positions = self._compiler.positions[max(end - _TYPICAL_ROWS, 0) : end]
+        hidden = cache.data.new_zeros(len(positions), hidden_size)
+        self._run_one(hidden[:1], cache, 0, end)
+        self._run_several(hidden, cache, torch.zeros_like(positions), positions, end)
 
     def serves(self, this: Pass) -> bool:
         """Whether a pass is over few positions, and not only over first ones."""
@@ -209,19 +203,28 @@ class CompiledLayers:
         """Residual stream [r, h] in front of the layers -> behind them, the rows that ask."""
         hidden = hidden.contiguous()
         slot, start, end = this.spans[0]
-        # The attention of a layer that another segment ends comes last.
         if this.count == 1:
-            caches = this.cache.by_slot[slot][: len(self._layers)]
-            positions = self._compiler.positions[start:end]
-            places = TracedPlaces(None, positions, self._compiler.positions[:end])
-            return self._compiler.run(self._layers, caches, hidden, places)
-        caches = this.cache.by_attention[: len(self._layers)]
+            return self._run_one(hidden, this.cache, slot, end)
         if this.index is None:
             positions = self._compiler.positions[start:end]
             slots = torch.full_like(positions, slot)
         else:
             slots, positions = this.index
             end = max([span.end for span in this.spans])
-        places = TracedPlaces(slots, positions, self._compiler.positions[:end])
-        hidden = self._compiler.run(self._packed, caches, hidden, places)
+        hidden = self._run_several(hidden, this.cache, slots, positions, end)
         return hidden if this.results is None else hidden[this.results]
+
+    # The attention of a layer that another segment ends is the last one of a cache.
+
+    def _run_one(self, hidden: Tensor, cache: KVCache, slot: int, end: int) -> Tensor:
+        caches = cache.by_slot[slot][: len(self._layers)]
+        seen = self._compiler.positions[:end]
+        places = TracedPlaces(None, seen[end - 1 :], seen)
+        return self._compiler.run(self._layers, caches, hidden, places)
+
+    def _run_several(
+        self, hidden: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, end: int
+    ) -> Tensor:
+        caches = cache.by_attention[: len(self._layers)]
+        places = TracedPlaces(slots, positions, self._compiler.positions[:end])
+        return self._compiler.run(self._packed, caches, hidden, places)

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.model.compiled import LayerCompiler, PassMaker
+from megatron.early_exit.inference.model.compiled import LayerCompiler
 from megatron.early_exit.inference.model.kv_cache import KVCache
 from megatron.early_exit.inference.model.passes import Pass
 from megatron.early_exit.inference.model.rows_attention import row_places
@@ -116,7 +116,7 @@ class GraphedLayers:
         # A graph is of use as long as the cache that it reads and writes.
         self._graphs: WeakKeyDictionary[KVCache, dict[int, _Graph]] = WeakKeyDictionary()
 
-    def warm_up(self, cache: KVCache, make_pass: PassMaker, hidden_size: int) -> None:
+    def warm_up(self, cache: KVCache, hidden_size: int) -> None:
         """Capture the steps over a cache for all numbers of rows, the most first: the others have
         room in the memory that those take."""
         graphs = self._graphs.setdefault(cache, {})

@@ -1,12 +1,12 @@
 """Attention of single positions to what a cache has of their sequences, as one operator.
 
 Compilers and graphs take the operator for one step, whatever happens inside. Lengths are numbers on
-the device, so what is captured once serves texts of all lengths, and each row may be of a sequence
-of its own or one of several of a sequence.
+the device, so what is captured once serves texts of all lengths. Rows may be of different
+sequences, and several of them of one.
 
-On GPUs these are kernels of PyTorch that divide long texts over the processors. They find the keys
-where they are: a row is a sequence of its own to them, which begins at some place of the whole
-cache and has so many places.
+On a GPU the operator runs one of PyTorch's kernels for sequences of different lengths, where the
+keys are: to the kernel each row is a sequence of its own, which is given by the place in the whole
+cache at which it begins, and by its length.
 
 Shapes: r rows; np query heads, ng key-value heads, hn head size; m places of a slot.
 """
@@ -38,11 +38,11 @@ class RowPlaces(NamedTuple):
     firsts: Tensor
 
     def open_sizes(self, num_rows: int) -> list[Tensor]:
-        """See `Places`."""
+        """All of them with several rows, none with one; see `Places`."""
         return [] if num_rows == 1 else list(self)
 
     def attend(self, cache: Tensor, queries: Tensor, new: Tensor, scale: float) -> Tensor:
-        """See `Places`."""
+        """Attend by the operator; see `Places`."""
         return attend_rows(cache, queries, new, *self, scale)
 
 

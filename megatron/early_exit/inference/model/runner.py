@@ -94,7 +94,7 @@ class SegmentRunner:
         for number, (compiled, cache) in enumerate(stretches, start=1):
             _LOG.info("preparing layers: stretch %d of %d", number, len(stretches))
             try:
-                compiled.warm_up(cache, self._pass, self.model.architecture.hidden_size)
+                compiled.warm_up(cache, self.model.architecture.hidden_size)
             except Exception as error:
                 # Whatever goes wrong in there is of the machine, and many things can.
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]

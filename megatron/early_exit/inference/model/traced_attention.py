@@ -25,13 +25,13 @@ class TracedPlaces(NamedTuple):
     seen: Tensor
 
     def open_sizes(self, num_rows: int) -> list[Tensor]:
-        """See `Places`."""
+        """The positions that are looked at, and with several rows their places; see `Places`."""
         if num_rows == 1:
             return [self.seen]
         return [self.seen, self.positions, *([] if self.slots is None else [self.slots])]
 
     def attend(self, cache: Tensor, queries: Tensor, new: Tensor, scale: float) -> Tensor:
-        """See `Places`."""
+        """Attend to the positions that are looked at, masked for each row; see `Places`."""
         groups = new.shape[1] // 2
         window = self._keep(cache, new)
         all_keys, all_values = window.transpose(1, 2).float().split(groups, dim=1)

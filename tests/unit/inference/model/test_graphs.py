@@ -41,7 +41,7 @@ def cache_of(capacity: int = 300) -> KVCache:
 
 def warmed_up(recorder: Recorder, cache: KVCache) -> GraphedLayers:
     layers = GraphedLayers(PlusPositions(), [{}], recorder)
-    layers.warm_up(cache, lambda cache, spans: Pass(cache, spans, None, 1), WIDTH)
+    layers.warm_up(cache, WIDTH)
     return layers
 
 

@@ -27,7 +27,7 @@ ROWS = [
     # Several positions of a sequence see one another; the last row stands in for missing ones.
     ([1, 1, 1, 0, 1], [4, 5, 6, 9, 4]),
 ]
-"""Slots and positions."""
+"""The slots of some rows, and their positions."""
 
 
 def expected(cache, queries, slots, positions):
