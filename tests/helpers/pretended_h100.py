@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,13 @@ from torch._inductor.runtime import triton_helpers
 from torch._subclasses import FakeTensorMode, fake_tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from megatron.early_exit.checkpoint.weights import weight_shapes
+from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.inference.model.compiled import LayerCompiler
+from megatron.early_exit.inference.model.rotary import RotaryTable
+from megatron.early_exit.inference.model.rows_attention import row_places
+from tests.helpers.large_shapes import LLAMA_3_1_8B
 
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
@@ -49,6 +57,9 @@ H100 = SimpleNamespace(
     uuid="",
 )
 TARGET = GPUTarget("cuda", 90, 32)
+CUDA = torch.device("cuda", 0)
+NUM_PLACES = 8193
+"""Of each slot of a cache."""
 
 
 class Driver:
@@ -61,7 +72,7 @@ class Driver:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        return torch.device("cuda", 0)
+        return CUDA
 
     def get_device_interface(self) -> Any:
         return torch.cuda
@@ -127,13 +138,6 @@ def machine_code(source: str) -> int:
 
 
 def main() -> None:
-    from dataclasses import replace
-
-    from megatron.early_exit.inference.model.compiled import LayerCompiler
-    from megatron.early_exit.inference.model.rotary import RotaryTable
-    from megatron.early_exit.inference.model.rows_attention import row_places
-    from tests.helpers.tiny_models import LLAMA
-
     (num_rows,) = map(int, sys.argv[1:])
     pretend()
     kernels: dict[str, int] = {}
@@ -145,39 +149,27 @@ def main() -> None:
 
     AsyncCompile.triton = triton_kernel
     GraphLowering.save_output_code = staticmethod(codes.append)
-    shape = replace(
-        LLAMA,
-        num_layers=2,
-        hidden_size=4096,
-        ffn_hidden_size=14336,
-        num_attention_heads=32,
-        num_query_groups=8,
-        kv_channels=128,
-        max_position_embeddings=8192,
-    )
-    turns = RotaryTable(shape, torch.device("cpu")).real_turns
-    qkv = (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels
+    shape, prefix = replace(LLAMA_3_1_8B, num_layers=1), "decoder.layers.0."
     sizes = {
-        "self_attention.linear_qkv.weight": (qkv, 4096),
-        "self_attention.linear_qkv.layer_norm_weight": (4096,),
-        "self_attention.linear_proj.weight": (4096, 4096),
-        "mlp.linear_fc1.weight": (2 * 14336, 4096),
-        "mlp.linear_fc1.layer_norm_weight": (4096,),
-        "mlp.linear_fc2.weight": (4096, 14336),
+        name.removeprefix(prefix): size
+        for name, size in weight_shapes(shape, EarlyExitConfig()).items()
+        if name.startswith(prefix)
     }
     with FakeTensorMode():
-        options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+        options: dict[str, Any] = {"dtype": torch.bfloat16, "device": CUDA}
         layers = [
             {name: torch.empty(size, **options) for name, size in sizes.items()} for _ in range(2)
         ]
-        caches = [torch.empty(16, 8193, 16, 128, **options) for _ in range(2)]
-        hidden = torch.empty(num_rows, 4096, **options)
-        places = torch.empty(2, num_rows, dtype=torch.int64, device="cuda")
-        compiler = LayerCompiler(shape, None, torch.device("cuda"))
-        compiler._turns = torch.empty(turns.shape, device="cuda")
+        caches = [
+            torch.empty(16, NUM_PLACES, 2 * shape.num_query_groups, shape.kv_channels, **options)
+            for _ in range(2)
+        ]
+        hidden = torch.empty(num_rows, shape.hidden_size, **options)
+        places = torch.empty(2, num_rows, dtype=torch.int64, device=CUDA)
+        compiler = LayerCompiler(shape, RotaryTable(shape, CUDA), CUDA)
         # It is compiled; there is nothing to run it on.
         with suppress(RuntimeError):
-            compiler.run(layers, caches, hidden, row_places(*places, 8193))
+            compiler.run(layers, caches, hidden, row_places(*places, NUM_PLACES))
     (code,) = codes
     call = code[code.index("def call(") :]
     shapes = re.findall(r"empty_strided_cuda\(\(([^)]*)\)", call)

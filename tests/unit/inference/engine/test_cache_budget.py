@@ -1,7 +1,6 @@
 """The memory of the caches is divided such that it is never more than there is."""
 
 from argparse import ArgumentTypeError
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +14,8 @@ from megatron.early_exit.inference.engine.cache_budget import page_bytes, plan_c
 from megatron.early_exit.inference.engine_flags import memory_size
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
-from tests.helpers.tiny_models import HEADS, LLAMA, make_model
+from tests.helpers.large_shapes import LARGE
+from tests.helpers.tiny_models import HEADS, make_model
 
 LENGTH = 64
 GIB = 2**30
@@ -135,41 +135,6 @@ def test_sizes_as_people_write_them(text, expected):
 def test_sizes_that_are_none(text):
     with pytest.raises(ArgumentTypeError, match="is not a size, allowed: 1 byte or more"):
         memory_size(text)
-
-
-QWEN3 = replace(
-    LLAMA,
-    num_layers=36,
-    hidden_size=4096,
-    ffn_hidden_size=12288,
-    num_attention_heads=32,
-    num_query_groups=8,
-    kv_channels=128,
-    vocab_size=151936,
-    max_position_embeddings=40960,
-    qk_layernorm=True,
-    params_dtype="bfloat16",
-)
-LARGE = {
-    "Qwen3-8B": QWEN3,
-    "Llama-3.1-8B": replace(
-        QWEN3,
-        num_layers=32,
-        ffn_hidden_size=14336,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        qk_layernorm=False,
-    ),
-    "Llama-2-7B": replace(
-        QWEN3,
-        num_layers=32,
-        ffn_hidden_size=11008,
-        num_query_groups=32,
-        vocab_size=32000,
-        max_position_embeddings=4096,
-        qk_layernorm=False,
-    ),
-}
 
 
 @pytest.mark.parametrize("name", LARGE)
