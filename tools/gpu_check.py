@@ -71,7 +71,7 @@ eight minutes at most."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Define the flags."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -102,6 +102,8 @@ def check(args: argparse.Namespace) -> None:
             written.
     """
     ABOVE_ZERO.check_flags(args, "patience", "bandwidth", "launch_time")
+    if args.section_file is not None and len(args.sections or ()) != 1:
+        raise ValueError("--section-file needs one of --sections")
     if args.estimate:
         for name in ("sections", "device", "json", "patience"):
             if getattr(args, name) is not None:

@@ -1,5 +1,7 @@
 """Models with random weights on the device that is checked, and engines for them."""
 
+import gc
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,7 @@ def make_engine(
 
 
 def random_prompt(architecture: Architecture, length: int, seed: int = 1) -> list[int]:
-    """Tokens at random."""
+    """A prompt of so many tokens, each as likely as the others."""
     generator = torch.Generator().manual_seed(seed)
     tokens: list[int] = torch.randint(
         architecture.vocab_size, (length,), generator=generator
@@ -77,8 +79,6 @@ def wait_for(device: torch.device) -> None:
 
 def release_memory(device: torch.device) -> None:
     """Give back what nobody holds any more."""
-    import gc
-
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

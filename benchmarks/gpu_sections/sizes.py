@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
+from decode_models import SMOLLM2_135M
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 
-LLAMA_7B = Architecture(
+LLAMA_7B = replace(
+    SMOLLM2_135M,
     num_layers=32,
     hidden_size=4096,
     ffn_hidden_size=14336,
@@ -16,16 +18,11 @@ LLAMA_7B = Architecture(
     kv_channels=128,
     vocab_size=32000,
     max_position_embeddings=8192,
-    normalization="RMSNorm",
-    layernorm_epsilon=1e-5,
-    activation="silu",
-    gated_linear_unit=True,
-    add_bias_linear=False,
-    position_embedding_type="rope",
+    rotary_base=10000,
     share_embeddings_and_output_weights=False,
     params_dtype="bfloat16",
 )
-"""Shaped like Mistral 7B: Llama with one head of keys and values for four of queries. With the 32
+"""Shaped like Mistral 7B: a Llama with one head of keys and values for four of queries. With the 32
 heads of Llama 2 the caches of 64 sequences of 4096 tokens alone take 137 GB."""
 
 LLAMA_2_7B = replace(LLAMA_7B, ffn_hidden_size=11008, num_query_groups=32)

@@ -3,9 +3,10 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib import import_module
+from itertools import product
 from typing import TextIO
 
 import torch
@@ -37,12 +38,14 @@ def check_waits(report: SectionReport, sizes: Sizes) -> None:
         # Tests are not annotated for others, so they are not imported by name.
         pretended = import_module("tests.helpers.pretended_cuda")
         tiny = import_module("tests.helpers.tiny_models")
-        for name, params in _SETTINGS.items():
-            with pretended.PretendedCuda() as cuda:
-                engine = pretended.pretended_engine(tiny.make_model(exits=(1, 3)))
-                waits = cuda.waits.total
-                _report(report, f"{name}, on a pretended GPU", engine, params, waits)
-        report.skip("waits of compiled layers", "there are no CUDA graphs")
+        for layers, (name, params) in product(("plain", "captured"), _SETTINGS.items()):
+            is_captured = layers == "captured"
+            with pretended.PretendedCuda() as cuda, ExitStack() as stack:
+                if is_captured:
+                    stack.enter_context(pretended.pretended_recorder(cuda))
+                engine = pretended.pretended_engine(tiny.make_model(exits=(1, 3)), is_captured)
+                place = f"{name}, {layers} layers, on a pretended GPU"
+                _report(report, place, engine, params, cuda.waits.total)
         return
     # Each number of layers between two exits takes the compiler many seconds.
     shape = replace(sizes.model, num_layers=2)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-
+from tests.helpers.small_gpu_check import SIZES, by_name
+from tests.helpers.small_gpu_check import run as run_section
 from tools import gpu_check
 
 # The tool has put the folder of these on the path.
 from gpu_sections import ee_tuning, marked_tests, training, two_gpus  # isort: skip
-from gpu_sections.findings import SectionReport  # isort: skip
-from gpu_sections.sizes import sizes_for  # isort: skip
-
-SIZES = sizes_for(torch.device("cpu"))
 
 
-def run(section, sizes=SIZES) -> dict[str, object]:
-    report = SectionReport("one", on_gpu=False)
-    section(report, sizes)
-    return {one.name: one for one in report.findings}
+def run(section) -> dict[str, object]:
+    return by_name(run_section(section, SIZES))
 
 
 def test_gradients_are_compared_and_steps_are_timed():

@@ -183,7 +183,7 @@ class PretendedRecorder:
         self.count = 0
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """See `Recorder`."""
+        """Run some work; returns what does it again as one launch, and its result."""
         self.count += 1
         result = work()
 

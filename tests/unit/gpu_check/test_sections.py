@@ -1,8 +1,8 @@
-"""tools/gpu_check.py on a CPU: what its sections find, and that they find what is wrong."""
+"""What the sections of tools/gpu_check.py find on a CPU, and that they find what is wrong."""
 
 from __future__ import annotations
 
-import json
+import itertools
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -14,13 +14,12 @@ import torch
 
 from megatron.early_exit.config import EarlyExitConfig
 from tests.helpers.compiler import needs_compiler
-from tools import gpu_check
+from tests.helpers.small_gpu_check import CPU, SMALL, by_name, run
 
 # The tool has put the folder of these on the path.
 from gpu_sections import (  # isort: skip
     attention,
     decoding,
-    estimate,
     graphs,
     marked_tests,
     out_of_memory,
@@ -29,42 +28,10 @@ from gpu_sections import (  # isort: skip
     versions,
     waits,
 )
-from gpu_sections.agreement import agreement_of  # isort: skip
-from gpu_sections.findings import SectionReport, table  # isort: skip
 from gpu_sections.models import make_engine, random_weights  # isort: skip
 from gpu_sections.parameter_memory import parameter_memory  # isort: skip
-from gpu_sections.sizes import LLAMA_7B, sizes_for  # isort: skip
+from gpu_sections.sizes import LLAMA_7B  # isort: skip
 from gpu_sections.step_limits import copy_bandwidth, step_bytes  # isort: skip
-
-CPU = torch.device("cpu")
-SIZES = sizes_for(CPU)
-SMALL = replace(
-    SIZES,
-    compiled_model=replace(SIZES.model, num_layers=1, max_position_embeddings=64),
-    rows=(1, 3),
-    prompt_lengths=(7, 9),
-    repeats=1,
-    greedy_tokens=12,
-    contexts=(8,),
-    steps=4,
-    rounds=1,
-    copied_bytes=2**20,
-)
-
-
-def run(section, sizes=SMALL, on_gpu=False) -> SectionReport:
-    report = SectionReport("one", on_gpu)
-    section(report, sizes)
-    return report
-
-
-def by_name(report: SectionReport) -> dict[str, object]:
-    found = {one.name: one for one in report.findings}
-    assert len(found) == len(report.findings)
-    return found
-
-
-# --- sections --------------------------------------------------------------------------------
 
 
 def test_versions():
@@ -161,8 +128,8 @@ def test_graphs_are_counted():
 
 def test_a_step_waits_once_on_a_pretended_gpu():
     found = by_name(run(waits.check_waits))
-    for name in ("greedy", "sampled"):
-        line = found[f"waits per step, {name}, on a pretended GPU"]
+    for layers, name in itertools.product(("plain", "captured"), ("greedy", "sampled")):
+        line = found[f"waits per step, {name}, {layers} layers, on a pretended GPU"]
         assert (line.values["waits"], line.verdict) == (1.0, "holds")
 
 
@@ -177,7 +144,7 @@ def test_warnings_of_waits_are_counted(monkeypatch):
     assert modes == ["default", "warn", "default"]
     assert counts.total() == 3
     (place,) = counts
-    assert "test_gpu_check.py" in place
+    assert "test_sections.py" in place
 
 
 def test_decoding():
@@ -281,7 +248,7 @@ def test_the_files_with_marked_tests_are_found():
     names = {file.name for file in marked_tests.marked_files(marked_tests.REPOSITORY / "tests")}
     assert {"test_devices.py", "test_graphs.py", "test_head_loss.py"} <= names
     # It has such tests in the text that it writes.
-    assert "test_gpu_check.py" not in names
+    assert "test_sections.py" not in names
 
 
 def test_gradients_that_differ_are_found():
@@ -318,237 +285,3 @@ def test_two_gpus_are_needed(monkeypatch):
     sizes = replace(SMALL, device=torch.device("cuda", 0))
     (line,) = run(two_gpus.check_two_gpus, sizes, on_gpu=True).findings
     assert (line.found, line.verdict) == ("found 1", "needs two GPUs")
-
-
-# --- what is done on a GPU, with stand-ins for it ---------------------------------------------
-
-
-GPU = replace(SMALL, device=torch.device("cuda", 0))
-
-
-def test_versions_of_a_gpu(monkeypatch):
-    properties = SimpleNamespace(name="H1", total_memory=80 * 2**30, major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(versions, "driver_version", lambda: "570.1")
-    found = by_name(run(versions.check_versions, GPU, on_gpu=True))
-    assert found["device"].found == "H1, 80 GiB, compute capability 9.0, 2 of them"
-    assert found["driver"].found == "570.1"
-
-
-def test_a_driver_that_does_not_answer(monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert versions.driver_version().startswith("unknown: ")
-
-
-def test_steps_without_any_wait_have_not_been_counted(monkeypatch):
-    """The host has to read the tokens: on a CPU nothing is counted, and that is not taken for
-    good."""
-    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
-    compiles = []
-
-    def here(shape, early_exit, weights, batch, length, compile_rows):
-        compiles.append(compile_rows)
-        weights = random_weights(shape, early_exit, CPU, torch.float32)
-        return make_engine(shape, early_exit, weights, batch, length)
-
-    monkeypatch.setattr(waits, "random_weights", lambda *_: None)
-    monkeypatch.setattr(waits, "make_engine", here)
-    found = run(waits.check_waits, GPU, on_gpu=True).findings
-    assert [one.verdict for one in found] == ["MISSED"] * 4
-    assert [one.values["waits"] for one in found] == [0.0] * 4
-    assert compiles == [False, True]
-
-
-def test_two_ranks_are_tried_in_all_layouts(monkeypatch):
-    right = [result("abcd"), result("efgh")]
-    wrong = [result("abcd"), result("efgx")]
-    for one in (*right, *wrong):
-        one.exit_layers = [4] * 4
-    asked = []
-
-    def generate(layout, device_type, compiles):
-        asked.append((layout, device_type, compiles))
-        return wrong if (layout, compiles) == ("tensor", True) else right
-
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(two_gpus, "generate", generate)
-    monkeypatch.setattr(two_gpus, "whole_engine", lambda device: None)
-    monkeypatch.setattr(two_gpus, "texts", lambda engine, shape: right)
-    monkeypatch.setattr(two_gpus, "train", lambda sizes: [5.0, 5.5])
-    found = run(two_gpus.check_two_gpus, GPU, on_gpu=True).findings
-    assert asked == [(one, "cuda", c) for one in ("pipeline", "tensor") for c in (False, True)]
-    verdicts = ["holds", "holds", "holds", "MISSED"]
-    # Nor did the loss fall.
-    assert [one.verdict for one in found] == [*verdicts, "MISSED"]
-
-
-def test_a_batch_that_does_not_fit_into_the_memory_is_told(monkeypatch):
-    def smaller(shape, early_exit, weights, batch, length, **options):
-        return make_engine(shape, early_exit, weights, 1, length, **options)
-
-    monkeypatch.setattr(decoding, "make_engine", smaller)
-    found = by_name(run(decoding.check_decoding))
-    line = found["plain, batch 4, context 8"]
-    assert (line.found, line.verdict) == ("1 sequences fit into the memory", "MISSED")
-
-
-# --- agreement of texts ----------------------------------------------------------------------
-
-
-def result(tokens: str, best: str = "", gap: float = 0.0, shift: float = 0.0) -> SimpleNamespace:
-    return SimpleNamespace(
-        token_ids=list(tokens),
-        logprobs=[-1.0 + shift] * len(tokens),
-        top_logprobs=[
-            [(t, -1.0), (b, -1.0 - gap)] for t, b in zip(tokens, best or tokens, strict=True)
-        ],
-    )
-
-
-def test_different_tokens_agree_only_if_they_were_as_probable():
-    same = agreement_of([result("abc")], [result("abc", shift=0.01)])
-    assert (same.num_equal, same.is_exact) == (3, True)
-    assert same.largest_difference == pytest.approx(0.01)
-    assert same.within(0.02)
-    assert not same.within(0.005)
-    near = agreement_of([result("abc", "xyz", gap=0.01)], [result("ayc")])
-    assert (near.num_equal, near.is_exact, near.within(0.02)) == (1, False, True)
-    far = agreement_of([result("abc", "xyz", gap=0.5)], [result("ayc")])
-    assert not far.within(0.02)
-    assert not agreement_of([result("abc", "xyz", gap=0.0)], [result("aqc")]).within(0.02)
-    assert not agreement_of([result("abc")], [result("ab")]).within(0.02)
-
-
-# --- estimates -------------------------------------------------------------------------------
-
-
-def test_estimates_are_computed_from_bytes_and_launches(capsys):
-    assert gpu_check.main(["--estimate", "--bandwidth", "2", "--launch-time", "10"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
-    assert len(rows) == 12
-    for _, batch, context, weights, caches, least, before, *launches in rows:
-        plain, plain_ms, graph, graph_ms = launches
-        assert float(least) == pytest.approx((float(weights) + float(caches)) / 2, rel=0.01)
-        assert float(plain_ms) == pytest.approx(float(plain) / 100, abs=0.006)
-        assert float(graph_ms) == pytest.approx(float(graph) / 100, abs=0.006)
-        # Attention read up to twice as many positions.
-        twice = (float(weights) + 2 * float(caches)) / 2
-        assert float(least) <= float(before) == pytest.approx(twice, rel=0.01)
-        # The layers of a model launch most of its kernels.
-        assert float(plain) > 10 * float(graph)
-        assert int(batch) * int(context) > 0
-    of_layer, others = estimate.counted_launches(2)
-    assert of_layer > 5
-    assert float(rows[2][7]) == pytest.approx(32 * of_layer + others, abs=0.6)
-
-
-def test_bytes_and_times_in_the_documentation_are_those_of_the_program():
-    """Launches may change with the engine; their columns are not compared."""
-    text = (gpu_check.REPOSITORY / "docs" / "gpu.md").read_text()
-    written = text.partition("<!-- estimates -->")[2].partition("<!-- end -->")[0]
-    tables = []
-    for table_text in (written, estimate.estimate_table(3.35, 5.0)):
-        lines = [line for line in table_text.splitlines() if line.startswith("|")]
-        tables.append([line.split(" | ")[:7] for line in lines])
-    assert tables[0] == tables[1]
-
-
-# --- the command -----------------------------------------------------------------------------
-
-
-def test_a_failing_section_is_reported_and_the_others_run(monkeypatch, capsys, tmp_path):
-    def fails(report, sizes):
-        report.measure("before", "1")
-        raise RuntimeError("a cable\nis loose")
-
-    monkeypatch.setattr(versions, "check_versions", fails)
-    here = lambda name, device, limit_s: gpu_check.run_section(name, device, None)  # noqa: E731
-    monkeypatch.setattr(gpu_check, "run_process", here)
-    path = tmp_path / "all.json"
-    flags = ["--device", "cpu", "--sections", "versions", "out_of_memory", "--json", str(path)]
-    assert gpu_check.main(flags) == 1
-    out = capsys.readouterr().out
-    assert "RuntimeError: a cable is loose" in out
-    assert "failed: versions" in out
-    record = json.loads(path.read_text())
-    assert record["failed"] == ["versions"]
-    assert [one["name"] for one in record["sections"]["versions"]["findings"]] == ["before"]
-    found = record["sections"]["out_of_memory"]
-    assert found["error"] is None
-    assert [one["verdict"] for one in found["findings"]] == ["holds", "holds"]
-
-
-def test_sections_run_in_processes_of_their_own(tmp_path, capsys):
-    path = tmp_path / "all.json"
-    assert gpu_check.main(["--device", "cpu", "--sections", "versions", "--json", str(path)]) == 0
-    record = json.loads(path.read_text())
-    assert record["failed"] == []
-    found = record["sections"]["versions"]
-    assert found["seconds"] > 0
-    names = [one["name"] for one in found["findings"]]
-    assert "PyTorch" in names
-    assert all(name in capsys.readouterr().out for name in names[:1])
-
-
-def test_a_section_that_takes_too_long_has_failed(capsys):
-    flags = ["--device", "cpu", "--sections", "decoding", "--patience", "0.001"]
-    assert gpu_check.main(flags) == 1
-    assert "took longer than 0.12 s" in capsys.readouterr().out
-
-
-def test_a_process_that_dies_has_failed():
-    report = gpu_check.run_process("unknown", "cpu", 60)
-    assert report.has_failed
-    assert "its process ended with status 2" in report.error
-    assert "invalid choice" in report.error
-
-
-def test_all_sections_together_take_eight_minutes_at_most():
-    limits = {name: one.limit_s for name, one in gpu_check.SECTIONS.items()}
-    # Which has nothing to do on one GPU.
-    del limits["two_gpus"]
-    assert sum(limits.values()) <= 8 * 60
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--patience 0", "--patience 0.0 is out of range, allowed: above 0"),
-        ("--json {folder}", "is a folder, allowed: a file"),
-        ("--json {folder}/no/x.json", "there is no folder"),
-        ("--estimate --json x.json", "--json has no effect with --estimate"),
-        ("--bandwidth 2", "--bandwidth has no effect without --estimate"),
-        ("--estimate --bandwidth nan", "--bandwidth nan is out of range, allowed: above 0"),
-    ],
-)
-def test_flags_that_are_refused(flags, words, tmp_path, capsys):
-    assert gpu_check.main(flags.format(folder=tmp_path).split()) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert words in error
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused(capsys):
-    assert gpu_check.main(["--device", "cuda"]) == 2
-    assert "--device cuda is not possible" in capsys.readouterr().err
-
-
-def test_a_table_has_a_line_for_each_finding_and_error():
-    report = SectionReport("one", on_gpu=False)
-    report.measure("speed", "3 m/s")
-    report.check("colour", "red", "green", False)
-    report.check("height", "2 m", "3 m", False, gpu_only="no stairs")
-    report.error = "OSError: gone"
-    lines = table([report]).splitlines()
-    assert [line.split("  ")[-1].strip() for line in lines] == [
-        "",
-        "measured",
-        "MISSED",
-        "not on a CPU",
-        "ERROR",
-    ]
-    assert "2 m (no stairs)" in lines[3]
