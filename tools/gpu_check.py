@@ -55,14 +55,15 @@ class Section:
 
 
 SECTIONS = {
-    "versions": Section("versions", 20),
+    "versions": Section("versions", 15),
     "tests": Section("marked_tests", 90),
-    "attention": Section("attention", 30),
+    "attention": Section("attention", 25),
     "graphs": Section("graphs", 90),
     "waits": Section("waits", 50),
     "decoding": Section("decoding", 120),
-    "training": Section("training", 40),
-    "ee_tuning": Section("ee_tuning", 20),
+    "training": Section("training", 35),
+    "ee_tuning": Section("ee_tuning", 15),
+    "caches": Section("caches", 20),
     "out_of_memory": Section("out_of_memory", 20),
     "two_gpus": Section("two_gpus", 180),
 }

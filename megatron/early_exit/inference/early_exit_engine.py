@@ -94,7 +94,8 @@ class EarlyExitEngine:
         )
         self.pages = self._backend.pages(budget, prefix_caching)
         self.max_batch_size = budget.num_slots
-        runner = SegmentRunner(model, budget.num_slots, length)
+        piece_size = None if budget.pieces is None else budget.pieces.size
+        runner = SegmentRunner(model, budget.num_slots, length, piece_size)
         _LOG.info("warming up, which includes compiling where that is asked for")
         runner.warm_up()
         self.loop = self._backend.loop(runner, self.pages)

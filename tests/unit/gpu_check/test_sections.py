@@ -19,6 +19,7 @@ from tests.helpers.small_gpu_check import CPU, SMALL, by_name, run
 # The tool has put the folder of these on the path.
 from gpu_sections import (  # isort: skip
     attention,
+    caches,
     decoding,
     graphs,
     marked_tests,
@@ -186,6 +187,12 @@ def test_bytes_of_a_step():
     cache = step_bytes(LLAMA_7B, 32, 2, 64, 4096) - step_bytes(LLAMA_7B, 32, 2, 0, 0)
     assert cache == 64 * 4096 * 2**17
     assert copy_bandwidth(CPU, 2**20) > 1e8
+
+
+def test_memory_of_caches():
+    found = run(caches.check_caches).findings
+    assert [one.verdict for one in found] == ["not on a CPU", "not on a CPU", "holds"]
+    assert found[2].found.startswith("the same tokens as before")
 
 
 def test_an_engine_goes_on_after_it_has_run_out_of_memory():

@@ -8,6 +8,7 @@ import torch
 
 from megatron.early_exit.errors import FieldError, out_of_range
 from megatron.early_exit.hardware.resources import available_memory
+from megatron.early_exit.hardware.virtual_memory import smallest_piece
 from megatron.early_exit.inference.engine.cache_pages import PAGE_SIZE, CachePages
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.ranges import ONE_OR_MORE, Range
@@ -20,7 +21,10 @@ _SHARE_OF_A_MACHINE = 0.5
 _PREFIXES = 2
 """Caches for all slots, and as much again for pages of past sequences."""
 _SHARE_OF_SLOTS = 0.8
-"""Of a GPU's caches, at most; the rest is for pages of past sequences."""
+"""Of a GPU's caches, at most, where slots are taken whole; the rest is for pages of past sequences.
+"""
+_MOST_PIECES = 2**18
+"""Of a GPU's caches: each is told to the driver at the start, which takes some microseconds."""
 
 Agree = Callable[[int], int]
 """Takes this process's number, gives the least of all processes."""
@@ -36,36 +40,105 @@ class CacheBudget:
         bytes: for all pages.
         reserved: bytes that slots take from the beginning, where they do so; `bytes` is then for
             pages of past sequences alone.
+        pieces: how the memory of a GPU's slots is taken, where that is not from the beginning.
     """
 
     num_slots: int
     page_bytes: tuple[int, ...]
     bytes: int
     reserved: int = 0
+    pieces: "SlotPieces | None" = None
 
     def pages(self, keeps_prefixes: bool) -> CachePages:
         """What gives out the pages of one process that computes all segments."""
         return CachePages(
-            self.page_bytes, self.bytes, keeps_prefixes=keeps_prefixes, reserved=self.reserved
+            self.page_bytes,
+            self.bytes,
+            keeps_prefixes=keeps_prefixes,
+            reserved=self.reserved,
+            slot_page_bytes=self._slot_page_bytes,
+            pages_at_once=self._pages_at_once,
         )
 
     def pages_of_stages(self, keeps_prefixes: bool, agree: Agree) -> CachePages:
         """What gives out the pages of several stages, each of which takes a page of its own when
         the first one does: it counts pages, not bytes."""
-        size = sum(self.page_bytes)
+        size = sum(self._slot_page_bytes)
         budget, reserved = agree(self.bytes // size), agree(self.reserved // size)
-        return CachePages((1,), budget, keeps_prefixes=keeps_prefixes, reserved=reserved)
+        return CachePages(
+            (1,),
+            budget,
+            keeps_prefixes=keeps_prefixes,
+            reserved=reserved,
+            pages_at_once=self._pages_at_once,
+        )
+
+    @property
+    def _slot_page_bytes(self) -> tuple[int, ...]:
+        return self.page_bytes if self.pieces is None else self.pieces.page_bytes
+
+    @property
+    def _pages_at_once(self) -> int:
+        return 1 if self.pieces is None else self.pieces.pages_at_once
+
+
+@dataclass(frozen=True, slots=True)
+class SlotPieces:
+    """The pieces in which slots on a GPU take memory.
+
+    Attributes:
+        size: bytes of a piece.
+        pages_at_once: pages of an attention that fit into one.
+        page_bytes: what a page takes then in each segment, with what is left free in pieces.
+    """
+
+    size: int
+    pages_at_once: int
+    page_bytes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: SegmentedModel, size: int) -> "SlotPieces":
+        """Those of a model, or of this process's part of it."""
+        key_values, hidden = _position_bytes(model)
+        at_once = max(size // (PAGE_SIZE * key_values), 1)
+
+        def whole(position: int) -> int:
+            return -(-at_once * PAGE_SIZE * position // size) * size
+
+        sizes = _segment_sizes(model, whole(key_values), whole(hidden))
+        return cls(size, at_once, tuple(-(-one // at_once) for one in sizes))
+
+    @property
+    def num_positions(self) -> int:
+        """That a sequence takes at a time."""
+        return self.pages_at_once * PAGE_SIZE
 
 
 def page_bytes(model: SegmentedModel, page_size: int = PAGE_SIZE) -> tuple[int, ...]:
     """Bytes of a page in each segment of a model, or of this process's part of it: keys and values
     of its attentions, and what is kept at the exit behind it."""
-    shape = model.architecture
-    position = 2 * shape.num_query_groups * shape.kv_channels
-    sizes = [len(segment.attentions) * position for segment in model.segments]
+    sizes = _segment_sizes(model, *_position_bytes(model))
+    return tuple(page_size * size for size in sizes)
+
+
+def _position_bytes(model: SegmentedModel) -> tuple[int, int]:
+    """Of the keys and values of an attention, and of a hidden state."""
+    shape, width = model.architecture, model.dtype.itemsize
+    return 2 * shape.num_query_groups * shape.kv_channels * width, shape.hidden_size * width
+
+
+def _segment_sizes(model: SegmentedModel, key_values: int, hidden: int) -> list[int]:
+    """What each segment takes, with the exit behind it.
+
+    Args:
+        model: the model, or this process's part of it.
+        key_values: what those of an attention take.
+        hidden: what hidden states take.
+    """
+    sizes = [len(segment.attentions) * key_values for segment in model.segments]
     for index, exit_ in enumerate(model.exits):
-        sizes[index] += shape.hidden_size + (0 if exit_.head.block is None else position)
-    return tuple(page_size * size * model.dtype.itemsize for size in sizes)
+        sizes[index] += hidden + (0 if exit_.head.block is None else key_values)
+    return sizes
 
 
 def plan_caches(
@@ -114,14 +187,38 @@ def plan_caches(
         share = gpu_memory_utilization or DEFAULT_GPU_MEMORY_UTILIZATION
         size = _left_on_gpu(model.device, share)
     size = agree(size)
+    pieces = None
+    if not is_on_cpu:
+        pieces = _slot_pieces(model, max_batch_size, max_sequence_length, agree)
+    if pieces is not None:
+        at_once = pieces.num_positions
+        slot = sum(pieces.page_bytes) * pieces.pages_at_once * -(-max_sequence_length // at_once)
     slot = -agree(-slot)
     if size < slot:
         raise _too_small(size, slot, max_sequence_length, kv_cache_memory is not None)
-    if is_on_cpu:
-        return CacheBudget(max_batch_size, sizes, size)
+    if is_on_cpu or pieces is not None:
+        return CacheBudget(max_batch_size, sizes, size, pieces=pieces)
     num_slots = min(max_batch_size, max(int(size * _SHARE_OF_SLOTS) // slot, 1))
     slots = num_slots * slot
     return CacheBudget(num_slots, sizes, size - slots, slots)
+
+
+def _slot_pieces(
+    model: SegmentedModel, num_slots: int, length: int, agree: Agree
+) -> SlotPieces | None:
+    """Those of the caches on a GPU; None where it is better, or not possible otherwise, to take
+    slots whole. It is the same in all processes."""
+    smallest = agree(smallest_piece(model.device) or 0)
+    if not smallest:
+        return None
+    pieces = SlotPieces.of(model, smallest)
+    if length < 2 * pieces.num_positions:
+        # Pieces would take more than they save.
+        return None
+    whole = num_slots * length * sum(page_bytes(model)) // PAGE_SIZE
+    while -agree(-(whole // pieces.size)) > _MOST_PIECES:
+        pieces = SlotPieces.of(model, 2 * pieces.size)
+    return pieces
 
 
 def _left_on_gpu(device: torch.device, utilization: float) -> int:

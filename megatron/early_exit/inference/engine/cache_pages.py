@@ -65,6 +65,9 @@ class CachePages:
         keeps_prefixes: pages of past sequences are kept.
         reserved: bytes that slots have from the beginning; the budget is then for pages of past
             sequences alone.
+        slot_page_bytes: what a page of a running sequence takes in each segment, where that is more
+            than one that is stored takes.
+        pages_at_once: running sequences take so many pages at a time.
 
     Attributes:
         counts: how the caches have been used.
@@ -78,11 +81,16 @@ class CachePages:
         page_size: int = PAGE_SIZE,
         keeps_prefixes: bool = True,
         reserved: int = 0,
+        slot_page_bytes: abc.Sequence[int] | None = None,
+        pages_at_once: int = 1,
     ) -> None:
         self.page_size, self.budget = page_size, budget
         self.keeps_prefixes, self._reserved = keeps_prefixes, reserved
-        self._page_bytes = tuple(page_bytes)
+        self._pages_at_once = pages_at_once
+        self._page_bytes = tuple(page_bytes if slot_page_bytes is None else slot_page_bytes)
+        """Of running sequences."""
         self._to_depth = tuple(accumulate(page_bytes, initial=0))
+        """Of stored pages, that of all segments down to a depth."""
         self._tree = PrefixTree(page_size)
         self._held: dict[int, list[int]] = {}
         self._prefixes: dict[int, list[StoredPage]] = {}
@@ -126,21 +134,20 @@ class CachePages:
         if sequence.exits and not sequence.num_admissions:
             depth = min(min(sequence.exits) + 1, depth)
         needed = self._pages(sequence.length)
-        if not self._fits(self._to_depth[depth] * needed):
+        if not self._fits(sum(self._page_bytes[:depth]) * needed):
             # Who waits for memory is looked at in every step, so nothing is searched for it.
             return False
         # The final head is asked about the last positions, so they are computed in any case.
         known = sequence.token_ids(0, sequence.length - sequence.num_verified)
         prefix = self._tree.match(known, frozenset(blocks)) if self.keeps_prefixes else []
-        deeper = sum(self._to_depth[max(page.depth, depth)] for page in prefix)
-        if not self._has_room(self._to_depth[depth] * (needed - len(prefix)) + deeper):
+        if not self._has_room(self._bytes_at_first(prefix, needed, depth)):
             return False
         prefix = [page for page in prefix if page.is_stored]
-        counts = [sum(page.depth > i for page in prefix) for i in range(len(self._page_bytes))]
+        counts = self._counts(prefix)
         self._prefixes[sequence.key] = prefix
         self._held[sequence.key] = [0] * len(counts)
-        for segment, pages in enumerate(counts):
-            self._take(sequence.key, segment, needed if segment < depth else pages)
+        for segment, pages in enumerate(self._taken_at_first(counts, needed, depth)):
+            self._take(sequence.key, segment, pages)
         sequence.cached = [self.page_size * pages for pages in counts]
         if not sequence.num_admissions:
             sequence.num_cached = sequence.cached[0]
@@ -247,7 +254,25 @@ class CachePages:
         return dropped
 
     def _pages(self, num_positions: int) -> int:
-        return -(-num_positions // self.page_size)
+        """What a running sequence takes."""
+        at_once = self._pages_at_once
+        return -(-num_positions // (self.page_size * at_once)) * at_once
+
+    def _counts(self, prefix: abc.Sequence[StoredPage]) -> list[int]:
+        """For each segment, the pages that have seen it."""
+        return [sum(page.depth > i for page in prefix) for i in range(len(self._page_bytes))]
+
+    def _taken_at_first(self, counts: abc.Sequence[int], needed: int, depth: int) -> list[int]:
+        """For each segment, what a sequence takes that needs some pages down to a depth, and behind
+        it those that it has already."""
+        return [
+            needed if segment < depth else self._pages(count * self.page_size)
+            for segment, count in enumerate(counts)
+        ]
+
+    def _bytes_at_first(self, prefix: abc.Sequence[StoredPage], needed: int, depth: int) -> int:
+        taken = self._taken_at_first(self._counts(prefix), needed, depth)
+        return sum(size * pages for size, pages in zip(self._page_bytes, taken, strict=True))
 
     def _take(self, key: int, segment: int, pages: int) -> None:
         self._held[key][segment] += pages

@@ -70,12 +70,10 @@ class SegmentLoop(DecodingLoop):
 
     def _decode(self) -> None:
         """Run a batch, and ask its heads."""
-        while self.scheduler.vacated:
-            self.runner.release(self.scheduler.vacated.pop())
+        # Otherwise a slot could be given to the next one before.
+        self._let_go()
         for sequence in self.scheduler.admit():
             self._admit(sequence)
-        if self.pages.dropped:
-            self._store.drop(self.pages.take_dropped())
         self._suspects = set(self.scheduler.running)
         step = self.scheduler.next()
         self._suspects = set()
@@ -88,6 +86,13 @@ class SegmentLoop(DecodingLoop):
             if undecided:
                 self._decide(undecided, unlikely.outputs())
         self._suspects = set()
+
+    def _let_go(self) -> None:
+        """Give back the memory of what had to go, so that others can have it."""
+        while self.scheduler.vacated:
+            self.runner.release(self.scheduler.vacated.pop())
+        if self.pages.dropped:
+            self._store.drop(self.pages.take_dropped())
 
     def _admit(self, sequence: Sequence) -> None:
         self._suspects = {sequence.key}
@@ -144,6 +149,7 @@ class SegmentLoop(DecodingLoop):
         passed: dict[int, list[int]] = {}
         while step is not None:
             self._suspects.update(sequence.key for sequence in step.sequences)
+            self._let_go()
             hidden = self.runner.run(step.segment, step.spans, _inputs(step), last=step.last)
             complete = self.scheduler.ran(step)
             first, later = [0] * len(step.spans), [0] * len(step.spans)

@@ -8,7 +8,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.model.lazy_zeros import LazyZeros
+from megatron.early_exit.inference.model.cache_memory import new_cache_memory
 
 
 class Span(NamedTuple):
@@ -43,11 +43,14 @@ class KVCache:
         capacity: positions of each that are for use.
         num_groups: key-value heads.
         head_size: entries of a key or value.
+        dtype: of keys and values.
+        device: where they are.
+        piece_size: see `new_cache_memory`.
 
     Attributes:
         first: number of the first attention.
-        data: [attentions, slots, capacity + 1, 2 ng, hn], keys before values.
-        by_slot: for each slot, and in it for each attention, [1, capacity + 1, 2 ng, hn].
+        data: [attentions, slots, m, 2 ng, hn] with m > capacity, keys before values.
+        by_slot: for each slot, and in it for each attention, [1, m, 2 ng, hn].
     """
 
     def __init__(
@@ -59,11 +62,12 @@ class KVCache:
         head_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        piece_size: int | None = None,
     ) -> None:
         # A place that is never used: a compiler would take all that there are for a constant.
         shape = (num_attentions, num_slots, capacity + 1, 2 * num_groups, head_size)
         # What is masked must be finite.
-        self._memory = LazyZeros(shape, dtype, device)
+        self._memory = new_cache_memory(shape, dtype, device, piece_size)
         self._hold(self._memory.data)
         self.num_groups, self.capacity, self.first = num_groups, capacity, 0
 
@@ -79,10 +83,17 @@ class KVCache:
         part.first = attentions.start
         return part
 
-    def release(self, slot: int, start: int) -> None:
-        """Give back the memory of a slot's positions from `start` on; nothing is in them then."""
-        for attention in self.by_attention:
-            self._memory.release(attention[slot, start:])
+    def commit(self, slot: int, end: int) -> None:
+        """Have memory for the positions of a slot up to `end`, see `CacheMemory`."""
+        self._memory.commit(range(self.first, self.first + len(self.data)), slot, end)
+
+    def release(self, slot: int) -> None:
+        """Give back the memory of a slot."""
+        self._memory.release(slot)
+
+    def clear(self, slot: int, length: int | None) -> None:
+        """Make the positions of a slot up to `length` zero; None is all that there are."""
+        self._memory.clear(slot, length)
 
     def rows(self, slot: int, start: int, end: int) -> tuple[Tensor, ...]:
         """For each attention [end - start, 2 ng, hn], to be filled with keys and values."""

@@ -10,39 +10,38 @@ from torch import Tensor
 
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
 """Linux's MAP_NORESERVE, which Python does not name: more than there is may be asked for."""
+_KEPT_PLACES = 256
+"""Places of a slot whose memory is not given back: the next sequence needs it at once."""
 
 
 class LazyZeros:
-    """A tensor of zeros. On a CPU it takes no memory before it is written to: long sequences have
-    room, and short ones do not pay for it.
+    """Long sequences have room, and short ones do not pay for it. See `CacheMemory`.
 
     Args:
-        shape: of the tensor.
+        shape: rows, slots, places of a slot, and what is in a place; none of them is 0.
         dtype: of its elements.
-        device: where it is; elsewhere than on a CPU all of it takes memory from the beginning.
-
-    Attributes:
-        data: the tensor.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        self._map: mmap.mmap | None = None
-        size = math.prod(shape) * dtype.itemsize
-        if device.type != "cpu" or size == 0:
-            self.data = torch.zeros(*shape, dtype=dtype, device=device)
-            return
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
-        self._map = mmap.mmap(-1, size, flags=flags)
+        self._map = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
         self.data = torch.frombuffer(self._map, dtype=dtype).view(*shape)
 
-    def release(self, part: Tensor) -> None:
-        """Give back the memory of a part, which is zero then, but for bytes at its ends that share
-        a page of the processor with others, and but for other devices: what is there stays.
+    def commit(self, rows: range, slot: int, end: int) -> None:
+        """Does nothing: memory is there when it is written to."""
 
-        Args:
-            part: of `data`, contiguous.
-        """
-        if self._map is None or not hasattr(mmap, "MADV_DONTNEED"):
+    def release(self, slot: int) -> None:
+        """Give back the memory behind the first places of a slot, which is zero then, but for bytes
+        at its ends that share a page of the processor with others."""
+        for row in self.data:
+            self._release(row[slot, _KEPT_PLACES:])
+
+    def clear(self, slot: int, length: int | None) -> None:
+        """Write zeros."""
+        self.data[:, slot, :length].zero_()
+
+    def _release(self, part: Tensor) -> None:
+        if not hasattr(mmap, "MADV_DONTNEED"):
             return
         start = part.data_ptr() - self.data.data_ptr()
         end = (start + part.numel() * part.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE

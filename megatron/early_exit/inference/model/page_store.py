@@ -76,6 +76,7 @@ class PageStore:
         """Put a page into a slot."""
         content = self._pages[number]
         span = self._span(slot, index)
+        self._runner.commit([span], range(len(content.segments)), content.blocks)
         memory = self._runner.slot_memory(span)
         for target, source in zip(memory.segments, content.segments, strict=False):
             target.copy_(source)

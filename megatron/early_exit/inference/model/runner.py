@@ -5,28 +5,25 @@ its result is needed, over all positions that wait in front of it, as one batch.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
 
+from megatron.early_exit.inference.model.cache_memory import new_cache_memory
 from megatron.early_exit.inference.model.kv_cache import (
     KVCache,
     Span,
     in_pass_order,
     row_ends,
 )
-from megatron.early_exit.inference.model.lazy_zeros import LazyZeros
 from megatron.early_exit.inference.model.passes import Pass, Workspace, index_of
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.transfer import upload
 
 _LOG = logging.getLogger(__name__)
-
-_KEPT_POSITIONS = 256
-"""Positions of a slot whose memory is not given back: the next sequence needs it at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +52,21 @@ class SlotMemory:
 
 
 class SegmentRunner:
-    """The model with room for `num_slots` sequences of up to `capacity` positions at a time."""
+    """The model with room for some sequences at a time.
 
-    def __init__(self, model: SegmentedModel, num_slots: int, capacity: int) -> None:
+    Args:
+        model: what is run.
+        num_slots: most sequences at a time.
+        capacity: most positions of each.
+        piece_size: bytes of the pieces in which the caches' memory on a GPU is taken as sequences
+            need it; None takes all of it at once.
+    """
+
+    def __init__(
+        self, model: SegmentedModel, num_slots: int, capacity: int, piece_size: int | None = None
+    ) -> None:
         self.model = model
-        self.num_slots, self.capacity = num_slots, capacity
+        self.num_slots, self.capacity, self._piece_size = num_slots, capacity, piece_size
         self._cache = self._new_cache(model.segments[-1].attentions.stop)
         self._parts: dict[tuple[int, int], KVCache] = {}
         self._block_caches = [
@@ -67,7 +74,7 @@ class SegmentRunner:
         ]
         self._block_lengths = [[0] * num_slots for _ in model.exits]
         shape = (len(model.exits), num_slots, capacity, model.architecture.hidden_size)
-        self._kept_memory = LazyZeros(shape, model.dtype, model.device)
+        self._kept_memory = new_cache_memory(shape, model.dtype, model.device, piece_size)
         self._kept = self._kept_memory.data
         """The residual stream at the cut behind each segment but the last."""
         self._workspace: Workspace | None = None
@@ -76,7 +83,7 @@ class SegmentRunner:
     def _new_cache(self, num_attentions: int) -> KVCache:
         model, shape = self.model, self.model.architecture
         sizes = (self.num_slots, self.capacity, shape.num_query_groups, shape.kv_channels)
-        return KVCache(num_attentions, *sizes, model.dtype, model.device)
+        return KVCache(num_attentions, *sizes, model.dtype, model.device, self._piece_size)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -85,6 +92,8 @@ class SegmentRunner:
         Raises:
             ValueError: the compiler does not work here.
         """
+        # What is run then writes to the first place of all.
+        self.commit([Span(0, 0, 1)], range(len(self.model.segments)), range(len(self.model.exits)))
         fused = combinations_with_replacement(range(len(self.model.segments)), 2)
         runs = [(self.model.fused(*ends), self._part(*ends)) for ends in fused]
         for exit_, cache in zip(self.model.exits, self._block_caches, strict=True):
@@ -99,6 +108,7 @@ class SegmentRunner:
                 # Whatever goes wrong in there is of the machine, and many things can.
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise ValueError(f"compile is not possible here: {reason}") from error
+        self.release(0)
 
     def run(
         self,
@@ -123,6 +133,8 @@ class SegmentRunner:
         """
         spans = tuple(spans)
         last = index if last is None else last
+        if self._piece_size is not None:
+            self.commit(spans, range(index, last + 1))
         before, cache = self._last, self._part(index, last)
         if before is not None and before.spans == spans:
             this = before.this
@@ -195,6 +207,8 @@ class SegmentRunner:
         spans = tuple(spans)
         if cache is None:
             return head.logits(self._last_positions(index, spans))
+        if self._piece_size is not None:
+            self.commit(spans, range(0), [index])
         lengths = self._block_lengths[index]
         behind = tuple(Span(slot, lengths[slot], end) for slot, _, end in spans)
         order = sorted(range(len(behind)), key=lambda i: in_pass_order(behind[i]))
@@ -215,6 +229,8 @@ class SegmentRunner:
         hidden = self._gather(index, (span,), None)
         if cache is None:
             return head.features(hidden)
+        if self._piece_size is not None:
+            self.commit([span], range(0), [index])
         self._block_lengths[index][span.slot] = span.end
         return head.features(hidden, self._pass(cache, (span,)))
 
@@ -224,7 +240,8 @@ class SegmentRunner:
         return self.model.final_head.logits(hidden)
 
     def slot_memory(self, span: Span) -> "SlotMemory":
-        """What is kept of some positions of a slot; it may be written to."""
+        """What is kept of some positions of a slot; as far as there is memory for them (`commit`),
+        it may be written to."""
         slot, start, end = span
         return SlotMemory(
             [
@@ -238,6 +255,26 @@ class SegmentRunner:
             ],
         )
 
+    def commit(self, spans: Sequence[Span], segments: range, blocks: Iterable[int] = ()) -> None:
+        """Have memory for the positions up to the ends of some spans.
+
+        Args:
+            spans: of any sequences.
+            segments: whose keys and values they are, and behind which the residual stream is kept.
+            blocks: exits whose blocks' keys and values they are.
+
+        Raises:
+            torch.OutOfMemoryError: there is none left.
+        """
+        parts = [self._part(segment, segment) for segment in segments]
+        parts += [cache for index in blocks if (cache := self._block_caches[index]) is not None]
+        kept = [range(cut, cut + 1) for cut in segments if cut < len(self._kept)]
+        for slot, _, end in spans:
+            for part in parts:
+                part.commit(slot, end)
+            for rows in kept:
+                self._kept_memory.commit(rows, slot, end)
+
     def extend_block(self, exit_index: int, span: Span) -> None:
         """The block of an exit has seen a span, too, behind those that it has seen before."""
         lengths = self._block_lengths[exit_index]
@@ -249,11 +286,10 @@ class SegmentRunner:
         return [lengths[slot] for lengths in self._block_lengths]
 
     def release(self, slot: int) -> None:
-        """Give back the memory of a slot whose sequence has ended, but for what short ones need."""
+        """Give back the memory of a slot whose sequence has ended."""
         for cache in self._caches:
-            cache.release(slot, _KEPT_POSITIONS)
-        for kept in self._kept:
-            self._kept_memory.release(kept[slot, _KEPT_POSITIONS:])
+            cache.release(slot)
+        self._kept_memory.release(slot)
 
     @property
     def _caches(self) -> list[KVCache]:
@@ -273,5 +309,5 @@ class SegmentRunner:
         self.truncate(slot, 0)
         self._last = None
         for cache in self._caches:
-            cache.data[:, slot, :length].zero_()
-        self._kept[:, slot, :length].zero_()
+            cache.clear(slot, length)
+        self._kept_memory.clear(slot, length)

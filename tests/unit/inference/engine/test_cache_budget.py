@@ -14,6 +14,7 @@ from megatron.early_exit.inference.engine.cache_budget import page_bytes, plan_c
 from megatron.early_exit.inference.engine_flags import memory_size
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from megatron.early_exit.inference.sequence import Sequence
 from tests.helpers.large_shapes import LARGE
 from tests.helpers.tiny_models import HEADS, make_model
 
@@ -159,6 +160,58 @@ def test_large_models_fit_at_defaults(name, heads, monkeypatch):
     # Slots have one place more than positions.
     assert caches < 1.001 * found.reserved
     assert free - caches - found.bytes > 0.05 * total
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_slots_of_a_gpu_that_fill_piece_by_piece(name, monkeypatch):
+    """There are as many as are asked for, however long texts may be."""
+    shape, gpu, total = LARGE[name], torch.device("cuda", 0), 80 * 10**9
+    exits = EarlyExitConfig(exit_layer_nums=(8, 16), **HEADS["block"])
+    with FakeTensorMode():
+        weights = {
+            name: torch.empty(size, dtype=torch.bfloat16, device=gpu)
+            for name, size in weight_shapes(shape, exits).items()
+        }
+        model = SegmentedModel(shape, exits, weights)
+    free = total - _bytes(weights.values())
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, total))
+    monkeypatch.setattr(cache_budget, "smallest_piece", lambda device: 2**21)
+    length = shape.max_position_embeddings
+    found = planned(model, length=length)
+    assert (found.num_slots, found.reserved) == (16, 0)
+    assert found.bytes == int(0.9 * total) - (total - free) - 2**30
+    pieces = found.pieces
+    assert pieces.size == 2**21
+    # A piece of an attention holds so many positions, and hidden states take their own.
+    position = 2 * shape.num_query_groups * shape.kv_channels * 2
+    assert pieces.num_positions == 2**21 // position
+    hidden = -(-pieces.num_positions * 2 * shape.hidden_size // 2**21)
+    expected = [8 + 1 + hidden, 8 + 1 + hidden, shape.num_layers - 16]
+    at_once = pieces.pages_at_once
+    assert [one * at_once / 2**21 for one in pieces.page_bytes] == expected
+    pages = found.pages(True)
+    num_texts = 0
+    while pages.admit(Sequence(num_texts, [num_texts] * 500, group=num_texts)):
+        num_texts += 1
+    # Before, two to four slots were reserved for the longest texts.
+    assert num_texts >= 100
+    # The driver is not told of millions of pieces.
+    many = planned(model, slots=1024, length=length).pieces
+    whole = 1024 * length * sum(found.page_bytes) // 16
+    assert whole // many.size <= 2**18 < whole // (many.size // 2)
+
+
+def test_short_slots_are_taken_whole(monkeypatch):
+    model = OnGpu(make_model().segmented)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**33, 2**33))
+    # 128 bytes of keys and values for a position: 32 positions in the smallest piece.
+    for piece, is_whole in [(None, True), (0, True), (4096, False), (8192, True)]:
+        monkeypatch.setattr(cache_budget, "smallest_piece", lambda device, piece=piece: piece)
+        assert (planned(model).pieces is None) == is_whole
+    # One process that has to take them whole decides for all of them.
+    monkeypatch.setattr(cache_budget, "smallest_piece", lambda device: 4096)
+    assert planned(model).pieces is not None
+    assert planned(model, agree=lambda number: 0 if number == 4096 else number).pieces is None
 
 
 def _bytes(tensors):
