@@ -38,6 +38,8 @@ class VirtualMemory:
 
     def __init__(self, num_pieces: int, piece_size: int, device: torch.device) -> None:
         self._cuda, self._device, self._piece_size = _cuda(), device, piece_size
+        # Also makes the device this thread's own, which the driver asks for.
+        self._wait()
         self._addresses = _Addresses(self._cuda, num_pieces * piece_size, piece_size, device)
         self._addresses.show_zeros(range(num_pieces))
         self.bytes = _tensor(self._addresses, device)
