@@ -141,7 +141,8 @@ def pipeline_engine(model: TinyModel, num_slots: int) -> EarlyExitEngine:
     """With a tokenizer."""
     place, _ = join(1, 2, "cpu")
     parts = {
-        name: own_part(place, model.architecture, name, w) for name, w in model.weights.items()
+        name: own_part(place, model.architecture, model.early_exit, name, w)
+        for name, w in model.weights.items()
     }
     own = {name: part for name, part in parts.items() if part is not None}
     segmented, backend = parallel_model(place, model.architecture, model.early_exit, own)
