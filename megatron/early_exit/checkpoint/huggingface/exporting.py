@@ -126,11 +126,12 @@ def export_hf(
 def open_export(source: str | Path, plain: bool = False) -> Export:
     """Open a checkpoint for its export.
 
-    A model without exits becomes one of transformers' own (Llama, Mistral, Qwen2 or Qwen3). One
-    with exits comes with a class of its own, which transformers runs with `trust_remote_code=True`
-    (the tokenizer is to be loaded with it too: transformers asks for the model's configuration
-    first). Its `generate(..., early_exit_threshold=0.8)` takes a token from the first exit that is
-    confident enough.
+    A model without exits becomes one of transformers' own (Llama, Mistral, Qwen2 or Qwen3), and so
+    does one whose exits share its final head: transformers' `generate(assistant_early_exit=k)`
+    drafts tokens with just that. One with other exits comes with a class of its own, which
+    transformers runs with `trust_remote_code=True` (the tokenizer is to be loaded with it too:
+    transformers asks for the model's configuration first). Its `generate(...,
+    early_exit_threshold=0.8)` takes a token from the first exit that is confident enough.
 
     Args:
         source: a save directory or one iteration in it; with exits only, its base is found.
@@ -146,7 +147,7 @@ def open_export(source: str | Path, plain: bool = False) -> Export:
     early_exit = conversion.description.early_exit
     assert architecture is not None
     try:
-        if early_exit.positions and not plain:
+        if early_exit.positions and not (plain or early_exit.share_final_head):
             config = _exit_config(architecture, early_exit)
         else:
             config = write_config(architecture)
