@@ -73,6 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="export no exits, for transformers' own generate(assistant_early_exit=k)",
     )
+    one.add_argument(
+        "--draft-of-exit",
+        type=int,
+        metavar="P",
+        help="export the exit after layer P and the layers in front of it as a model without exits:"
+        " the draft model of speculative decoding in transformers, vLLM, SGLang and others",
+    )
     one = verb("add-exits", _add_exits, "add exits to a model", "SRC", "DST")
     one.add_argument(
         "--exit-layer-nums",
@@ -142,7 +149,7 @@ def _import_hf(args: argparse.Namespace) -> None:
 
 
 def _export_hf(args: argparse.Namespace) -> None:
-    export = open_export(args.src, args.plain)
+    export = open_export(args.src, args.plain, args.draft_of_exit)
     _write(export, args.folder)
     if export.tokenizer is None:
         print("note: transformers does not support the model's tokenizer, so the folder has none")

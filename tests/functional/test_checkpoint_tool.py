@@ -184,6 +184,10 @@ def test_hugging_faces_format_and_back(paths, tmp_path, capsys):
     assert_same(tmp_path / "back", weights(paths["base"]))
     assert run("export-hf", paths["whole"], tmp_path / "own") == 0
     assert "trust_remote_code=True" in capsys.readouterr().out.splitlines()[-1]
+    assert run("export-hf", paths["whole"], tmp_path / "draft", "--draft-of-exit", 3) == 0
+    assert f"from_pretrained('{tmp_path}/draft')" in capsys.readouterr().out.splitlines()[-1]
+    assert run("export-hf", paths["whole"], tmp_path / "none", "--draft-of-exit", 2) == 2
+    assert "--draft-of-exit 2: there is no exit after this" in capsys.readouterr().err
 
 
 def inspected(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
