@@ -51,7 +51,7 @@ def make_engine(dtype: torch.dtype, architecture: Architecture) -> EarlyExitEngi
         whole = torch.ones(shape)
         if len(shape) > 1:
             whole = torch.randn(shape, generator=generator) * shape[1] ** -0.5
-        part = own_part(place, architecture, name, whole.to(dtype))
+        part = own_part(place, architecture, EXITS, name, whole.to(dtype))
         if part is not None:
             parts[name] = part
     model, backend = parallel_model(place, architecture, EXITS, parts, compile_rows=True)

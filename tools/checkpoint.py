@@ -32,6 +32,7 @@ from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig
 from megatron.early_exit.errors import as_flag
 
 GENERATE = "python tools/generate.py --load {} --prompt ..."
+DRAFT = f"{GENERATE} --mode self_speculative"
 TUNE = "torchrun pretrain_early_exit_gpt.py --tune-exit --load {} ..."
 ADD_EXITS = "python tools/checkpoint.py add-exits {} DST --exit-layer-nums ..."
 LOAD = "transformers.AutoModelForCausalLM.from_pretrained({!r}{})"
@@ -72,6 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="export no exits, for transformers' own generate(assistant_early_exit=k)",
     )
+    one.add_argument(
+        "--draft-of-exit",
+        type=int,
+        metavar="P",
+        help="export the exit after layer P and the layers in front of it as a model without exits:"
+        " the draft model of speculative decoding in transformers, vLLM, SGLang and others",
+    )
     one = verb("add-exits", _add_exits, "add exits to a model", "SRC", "DST")
     one.add_argument(
         "--exit-layer-nums",
@@ -87,6 +95,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for name, part in HEAD_FIELDS.items():
         one.add_argument(as_flag(name), action="store_true", help=part.help_when_added)
+    one.add_argument(
+        "--share-final-head",
+        action="store_true",
+        help="exits predict with the model's own final norm and output layer, without weights of "
+        "their own: what LayerSkip's models are trained for",
+    )
     one.add_argument(
         "--exit-vocab-size",
         type=int,
@@ -135,7 +149,7 @@ def _import_hf(args: argparse.Namespace) -> None:
 
 
 def _export_hf(args: argparse.Namespace) -> None:
-    export = open_export(args.src, args.plain)
+    export = open_export(args.src, args.plain, args.draft_of_exit)
     _write(export, args.folder)
     if export.tokenizer is None:
         print("note: transformers does not support the model's tokenizer, so the folder has none")
@@ -154,6 +168,7 @@ def _add_exits(args: argparse.Namespace) -> None:
     wanted = EarlyExitConfig(
         exit_layer_nums=tuple(args.exit_layer_nums),
         pre_exit=args.pre_exit,
+        share_final_head=args.share_final_head,
         exit_vocab_size=args.exit_vocab_size,
         **{name: getattr(args, name) for name in HEAD_FIELDS},
     )
@@ -164,14 +179,15 @@ def _add_exits(args: argparse.Namespace) -> None:
         random_init = RandomInit(seed, getattr(source.args, "init_method_std", None) or 0.02)
     conversion = add_exits(source, wanted, random_init)
     _note_other_matrix(conversion)
-    _write_checkpoint(conversion, args.dst, TUNE)
+    _write_checkpoint(conversion, args.dst, DRAFT if wanted.share_final_head else TUNE)
 
 
 def _note_other_matrix(conversion: Conversion) -> None:
     architecture = conversion.description.architecture
     assert architecture is not None
     is_tied = architecture.share_embeddings_and_output_weights
-    if not (is_tied or conversion.description.early_exit.untie_exit_output_weights):
+    exits = conversion.description.early_exit
+    if not (is_tied or exits.untie_exit_output_weights or exits.share_final_head):
         print(
             "note: the exits project with the word embedding, but this model's output layer is "
             "another matrix: without tuning, their predictions are useless "
@@ -200,6 +216,8 @@ def _write_checkpoint(conversion: Conversion, target: Path, next_command: str) -
     _write(conversion, target)
     counts = count_parameters({name: one.shape for name, one in conversion.weights.items()})
     early_exit = conversion.description.early_exit
+    for position in early_exit.positions:
+        counts.setdefault(f"exit after layer {position}", 0)
     for part, count in counts.items():
         flags = f"  {early_exit.head_flags}" if part.startswith("exit") else ""
         print(f"{part:24}{count:>17,} parameters{flags}")

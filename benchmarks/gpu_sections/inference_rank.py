@@ -76,7 +76,7 @@ def divided_engine(layout: str, device_type: str, compile_rows: bool) -> EarlyEx
     exits = exits_at_quarter_and_half(shape)
     parts = {}
     for name, whole in random_weights(shape, exits, torch.device("cpu"), torch.float32).items():
-        part = own_part(rank, shape, name, whole)
+        part = own_part(rank, shape, exits, name, whole)
         if part is not None:
             parts[name] = part.to(device)
     model, backend = parallel_model(rank, shape, exits, parts, compile_rows)

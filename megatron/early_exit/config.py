@@ -162,6 +162,10 @@ class EarlyExitConfig(FlagFields):
     """Give each exit an output projection of its own; the default is one projection for all
     exits, tied to the word embedding."""
 
+    share_final_head: bool = False
+    """Let all exits predict with the model's own final norm and output layer, as LayerSkip does
+    (arXiv 2404.16710): they have no weights of their own."""
+
     exit_vocab_size: int | None = None
     """Number of tokens that exits can predict: the first ones of the vocabulary, which are the most
     frequent ones in most tokenizers (default: all). Most of the cost of evaluating an exit is its
@@ -222,7 +226,19 @@ class EarlyExitConfig(FlagFields):
                 "--exit-vocab-size cannot be combined with --untie-exit-output-weights: it makes "
                 "exits project with the first rows of the word embedding"
             )
+        if self.share_final_head:
+            self._check_shared_head()
         self._refuse_what_has_no_effect()
+
+    def _check_shared_head(self) -> None:
+        own = [as_flag(part.field) for part in self.head_parts]
+        if self.exit_vocab_size is not None:
+            own.append(f"--exit-vocab-size {self.exit_vocab_size}")
+        if own:
+            raise ValueError(
+                f"--share-final-head cannot be combined with {own[0]}: exits then predict with the "
+                "model's final norm and output layer as they are (allowed: one of the two flags)"
+            )
 
     def _refuse_what_has_no_effect(self) -> None:
         if not self.exit_layer_nums:
@@ -328,12 +344,14 @@ class EarlyExitConfig(FlagFields):
     @property
     def head_options(self) -> dict[str, Any]:
         """The fields that determine the parts of exit heads, with their values."""
-        return {name: getattr(self, name) for name in (*HEAD_FIELDS, "exit_vocab_size")}
+        names = (*HEAD_FIELDS, "share_final_head", "exit_vocab_size")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def head_words(self) -> list[str]:
         """The flags that determine the parts of exit heads, as words of a command line."""
-        words = [as_flag(name) for name in HEAD_FIELDS if getattr(self, name)]
+        switches = (*HEAD_FIELDS, "share_final_head")
+        words = [as_flag(name) for name in switches if getattr(self, name)]
         if self.exit_vocab_size is not None:
             words += ["--exit-vocab-size", str(self.exit_vocab_size)]
         return words
@@ -365,6 +383,7 @@ HEAD_FIELDS = {
 _NEED_EXITS = (
     "pre_exit",
     *HEAD_FIELDS,
+    "share_final_head",
     "exit_vocab_size",
     "use_dynamic_exit_layer_weight",
     "exit_layer_weight_warmup_iters",

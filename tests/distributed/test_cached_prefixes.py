@@ -61,7 +61,10 @@ def divided(head: str, layout: tuple[int, int], sequences: float) -> EarlyExitEn
     """An engine with memory for so many sequences."""
     model = model_of(head)
     info, _ = join(*layout, "cpu")
-    parts = {n: own_part(info, model.architecture, n, w) for n, w in model.weights.items()}
+    parts = {
+        n: own_part(info, model.architecture, model.early_exit, n, w)
+        for n, w in model.weights.items()
+    }
     own = {name: part for name, part in parts.items() if part is not None}
     segmented, backend = parallel_model(info, model.architecture, model.early_exit, own)
     whole = sum(page_bytes(segmented)) * LLAMA.max_position_embeddings // 16

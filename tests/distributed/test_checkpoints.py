@@ -111,7 +111,7 @@ JOURNEYS = {
         ((4, f"{PP} 4 {_POST}"), (2, f"{TP} 2 {_PRE}"), (2, f"{PP} 2 {VPP} 1 {_PRE}"), (1, _POST)),
     ),
     "sharded-optimizer": Journey(
-        "--use-exit-norm --use-distributed-optimizer --overlap-grad-reduce",
+        f"--share-final-head {OWN_PROJECTION} --use-distributed-optimizer --overlap-grad-reduce",
         ((2, _POST), (2, f"{TP} 2 {_PRE}"), (4, f"{PP} 2 {_PRE}"), (1, _POST)),
     ),
 }

@@ -105,6 +105,15 @@ CASES = {
             "num_layers_in_last_pipeline_stage": 1,
         },
     ),
+    "pp4-final-head": Case(
+        (1, 1, 1, 1),
+        (1, 2, 3),
+        5,
+        (2, 1),
+        (2, 1),
+        fields={"share_final_head": True},
+        backbone={"tied": False},
+    ),
     "pp4-recompute": Case(
         (1, 1, 1, 1),
         (1, 2, 3),
@@ -152,18 +161,33 @@ def stage_of_pipeline(
 
 
 class SeparateUses(PlainExits):
-    """Where one weight is embedding and projections, each of its uses gets a gradient of its own,
-    as the stages that they are on have."""
+    """Where exits share a weight with the backbone, each of its uses gets a gradient of its own, as
+    the stages that they are on have.
+
+    `copies` has them by the exits' positions and the weights' names."""
 
     def __init__(self, model: Any, exits: EarlyExitConfig) -> None:
         super().__init__(model, exits)
-        embedding = model.embedding.word_embeddings.weight
-        self.copies = {p: embedding.detach().clone().requires_grad_() for p in exits.positions}
+        self._matrix = "embedding.word_embeddings.weight"
+        shared = [self._matrix]
+        if exits.share_final_head:
+            self._matrix = "output_layer.weight"
+            shared = [self._matrix, "decoder.final_layernorm.weight"]
+        self.copies = {
+            (position, name): model.get_parameter(name).detach().clone().requires_grad_()
+            for position in exits.positions
+            for name in shared
+        }
 
     def weight_of(self, position: int) -> Tensor:
         if self.exits.untie_exit_output_weights:
             return super().weight_of(position)
-        return self.copies[position]
+        return self.copies[position, self._matrix]
+
+    def final_norm(self, position: int, hidden: Tensor) -> Tensor:
+        gain = self.copies[position, "decoder.final_layernorm.weight"]
+        norm = self.model.decoder.final_layernorm
+        return torch.func.functional_call(norm, {"weight": gain}, (hidden,))
 
 
 def reference(case: Case, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -179,9 +203,8 @@ def reference(case: Case, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         whole = "embedding.word_embeddings.weight" if tied and "output_layer" in name else name
         parameters[name] = stage_of(case, name), whole, parameter
-    for position, copy in plain.copies.items():
-        tied_name = "embedding.word_embeddings.weight"
-        parameters[f"copy {position}"] = case.stage_of_exit(position), tied_name, copy
+    for (position, name), copy in plain.copies.items():
+        parameters[f"{name} {position}"] = case.stage_of_exit(position), name, copy
     tensors = [parameter for _, _, parameter in parameters.values()]
     total: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
     for batch, role, depth in draws(case):

@@ -30,6 +30,10 @@ MODELS = {
         "--use-exit-norm --use-exit-mlp --exit-layer-weight 0.5 1.5 --exit-layer-temperature 2 0.5 "
         "--use-dynamic-exit-layer-weight"
     ),
+    # Exits need copies of the final norm and the output layer on every earlier stage.
+    "final-head": (
+        "--untie-embeddings-and-output-weights --share-final-head --exit-layer-nums 1 2 3 4"
+    ),
     "blocks": "--exit-layer-nums 1 2 --use-exit-block --use-exit-norm --exit-layer-weight 0.3 0.7",
     "experts": (
         "--exit-layer-nums 1 3 --use-exit-norm --num-experts 4 --moe-router-topk 2 "
@@ -144,9 +148,10 @@ LAYOUTS = [
     Layout("tied", "pp2-recompute", 2, f"{PP} 2 {RECOMPUTE}"),
     Layout("tied", "dp2-gather", 2, GATHER, PER_TOKEN),
     Layout("copies", "pp4", 4, f"{PP} 4"),
-    Layout("copies", "tp2-pp2", 4, f"{TP} 2 {PP} 2 --sequence-parallel {RECOMPUTE}"),
     Layout("copies", "pp2-vpp2-dp2-overlap", 4, f"{PP} 2 {VPP} 1 {OVERLAP}"),
     Layout("copies", "pp2-vpp2-dp2-gather", 4, f"{PP} 2 {VPP} 1 {GATHER}"),
+    Layout("final-head", "tp2-sp-pp2", 4, f"{TP} 2 {PP} 2 --sequence-parallel {RECOMPUTE}"),
+    Layout("final-head", "pp2-vpp2-dp2-gather", 4, f"{PP} 2 {VPP} 1 {GATHER}"),
     Layout("untied", "pp4", 4, f"{PP} 4", PER_TOKEN),
     Layout("untied", "tp2-sp", 2, f"{TP} 2 --sequence-parallel"),
     Layout("untied", "pp2-dp2-gather", 4, f"{PP} 2 {GATHER}", PER_TOKEN),

@@ -134,6 +134,29 @@ def test_exits_that_project_with_another_matrix_are_noted(paths, tmp_path, capsy
     assert "note: the exits project with the word embedding" in capsys.readouterr().out
 
 
+def test_exits_that_share_the_final_head_have_no_weights(paths, tmp_path, capsys):
+    out, flags = tmp_path / "out", ["--exit-layer-nums", 2, 3, "--share-final-head"]
+    assert run("add-exits", paths["base"], out, *flags) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "exit after layer 3 0 parameters --share-final-head" in lines
+    assert not [line for line in lines if line.startswith("note: ")]
+    assert lines[-1].endswith(
+        f"tools/generate.py --load {out} --prompt ... --mode self_speculative"
+    )
+    assert_same(out, weights(paths["base"]))
+    found = inspected(out, capsys)
+    assert found["exits"] == {"2": "--share-final-head", "3": "--share-final-head"}
+    assert found["early_exit"]["share_final_head"] is True
+    assert run("inspect", out) == 0
+    assert "exit        after layer 3: --share-final-head" in capsys.readouterr().out
+    # Exits of other kinds do not go with them.
+    other = ["--exit-layer-nums", 1, "--use-exit-norm"]
+    assert run("add-exits", out, tmp_path / "mixed", *other) == 2
+    assert "has exits with --share-final-head and the new ones have" in capsys.readouterr().err
+    assert run("add-exits", paths["base"], tmp_path / "random", *flags, "--random-init") == 2
+    assert "--random-init has no effect with --share-final-head" in capsys.readouterr().err
+
+
 def test_tuned_exits_are_merged_with_their_base(paths, tmp_path):
     assert run("merge-exits", paths["base"], paths["exits"], tmp_path / "merged") == 0
     assert_same(tmp_path / "merged", MODEL.weights)
@@ -161,6 +184,10 @@ def test_hugging_faces_format_and_back(paths, tmp_path, capsys):
     assert_same(tmp_path / "back", weights(paths["base"]))
     assert run("export-hf", paths["whole"], tmp_path / "own") == 0
     assert "trust_remote_code=True" in capsys.readouterr().out.splitlines()[-1]
+    assert run("export-hf", paths["whole"], tmp_path / "draft", "--draft-of-exit", 3) == 0
+    assert f"from_pretrained('{tmp_path}/draft')" in capsys.readouterr().out.splitlines()[-1]
+    assert run("export-hf", paths["whole"], tmp_path / "none", "--draft-of-exit", 2) == 2
+    assert "--draft-of-exit 2: there is no exit after this" in capsys.readouterr().err
 
 
 def inspected(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:

@@ -72,7 +72,8 @@ def compare(engine, model, threshold, exit_layers=None):
     return {layer: cache.exit_layers.count(layer) for layer in set(cache.exit_layers)}
 
 
-@pytest.mark.parametrize("heads", HEADS)
+# Exits that share the final head have no class of their own in transformers.
+@pytest.mark.parametrize("heads", [name for name in HEADS if name != "final head"])
 def test_every_kind_of_head(tmp_path, heads):
     engine, model = export(tmp_path, LLAMA, **HEADS[heads])
     left = {}

@@ -159,6 +159,8 @@ class PlainExits:
             hidden, _ = head.block(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rope)
         if self.exits.use_exit_norm:
             hidden = head.norm(hidden)
+        if self.exits.share_final_head:
+            hidden = self.final_norm(position, hidden)
         weight = self.weight_of(position)
         return hidden.to(weight.dtype) @ weight.t()
 
@@ -166,4 +168,11 @@ class PlainExits:
         """The output projection of an exit, [v, h]."""
         if self.exits.untie_exit_output_weights:
             return self.model.exits.heads[position].projection.weight
+        if self.exits.share_final_head and not self.model.share_embeddings_and_output_weights:
+            return self.model.output_layer.weight
         return self.model.embedding.word_embeddings.weight
+
+    def final_norm(self, position: int, hidden: Tensor) -> Tensor:
+        """The model's final norm, where an exit shares it, [s, b, h]."""
+        normed: Tensor = self.model.decoder.final_layernorm(hidden)
+        return normed

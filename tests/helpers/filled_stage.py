@@ -123,7 +123,10 @@ def _load(model: Any, weights: dict[str, Tensor], first_layer: int) -> dict[str,
         if name.startswith("decoder.layers."):
             number, rest = name.removeprefix("decoder.layers.").split(".", 1)
             whole = f"decoder.layers.{int(number) + first_layer}.{rest}"
-        elif name == "exits.tied_copy" or (name == "output_layer.weight" and name not in weights):
+        elif name.startswith("exits.backbone."):
+            copies = model.exits.backbone.copies
+            whole = next(original for original, one in copies.items() if one is parameter)
+        elif name == "output_layer.weight" and name not in weights:
             whole = "embedding.word_embeddings.weight"
         parameter.data.copy_(weights[whole])
         names[name] = whole

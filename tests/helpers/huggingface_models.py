@@ -98,14 +98,16 @@ def reference_logits(reference, tokens):
         return reference(torch.tensor([tokens])).logits[0]
 
 
-def engine_logits(engine, tokens):
-    """[s, v] of the final head."""
+def engine_logits(engine, tokens, exit_index=None):
+    """[s, v] of the final head, or of an exit without a block."""
     model = engine.model
     runner = SegmentRunner(model, num_slots=1, capacity=len(tokens))
     with torch.inference_mode():
         for index in range(len(model.segments)):
             given = tokens if index == 0 else None
             hidden = runner.run(index, [Span(0, 0, len(tokens))], given)
+            if index == exit_index:
+                return model.exits[index].head.logits(hidden)
         return model.final_head.logits(hidden)
 
 

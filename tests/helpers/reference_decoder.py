@@ -116,6 +116,9 @@ def all_logits(model: TinyModel, tokens: Sequence[int]) -> dict[int | str, Tenso
             projection = embedding
             if options.untie_exit_output_weights:
                 projection = w[f"{exit_prefix}projection.weight"]
+            if options.share_final_head:
+                branch = _norm(model, "decoder.final_layernorm.", branch)
+                projection = w.get("output_layer.weight", embedding)
             logits[position] = branch @ projection.T
             if options.exit_vocab_size is not None:
                 logits[position][:, options.exit_vocab_size :] = -torch.inf

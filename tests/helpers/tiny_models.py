@@ -77,6 +77,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "projection": {},
     "untied": {"untie_exit_output_weights": True},
     "norm": {"use_exit_norm": True},
+    "final head": {"share_final_head": True},
     "few answers": {"use_exit_norm": True, "exit_vocab_size": 40},
     "mlp": {"use_exit_mlp": True, "use_exit_norm": True},
     "block": {"use_exit_block": True, "use_exit_norm": True},
@@ -122,7 +123,8 @@ def make_model(
     early_exit = EarlyExitConfig(exit_layer_nums=exits, **heads)
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, Tensor] = {}
-    tied_without_norm = not (early_exit.untie_exit_output_weights or early_exit.use_exit_norm)
+    has_norm = early_exit.use_exit_norm or early_exit.share_final_head
+    tied_without_norm = not (early_exit.untie_exit_output_weights or has_norm)
     vocabulary_scale = 1.3 if tied_without_norm else 3.0
     for name, shape in weight_shapes(architecture, early_exit).items():
         tensor = torch.randn(shape, generator=generator)

@@ -121,6 +121,7 @@ def test_exit_mlp_before_its_layer():
         ("use_exit_mlp", True),
         ("use_exit_block", True),
         ("untie_exit_output_weights", True),
+        ("share_final_head", True),
         ("exit_vocab_size", 100),
         ("use_dynamic_exit_layer_weight", True),
         ("exit_layer_weight_warmup_iters", 9),
@@ -180,17 +181,18 @@ def configs(draw: st.DrawFn) -> EarlyExitConfig:
     numbers = draw(st.lists(st.integers(2, 40), unique=True, max_size=5))
     if not numbers:
         return EarlyExitConfig()
-    pre_exit = draw(st.booleans())
+    pre_exit, shares = draw(st.booleans()), draw(st.booleans())
     size = len(numbers)
     values = st.lists(st.floats(0.125, 8), min_size=size, max_size=size)
     warmup = draw(st.integers(0, 1000))
     return EarlyExitConfig(
         exit_layer_nums=tuple(numbers),
         pre_exit=pre_exit,
-        use_exit_norm=draw(st.booleans()),
-        use_exit_mlp=draw(st.booleans()) and not pre_exit,
-        use_exit_block=draw(st.booleans()),
-        untie_exit_output_weights=draw(st.booleans()),
+        use_exit_norm=draw(st.booleans()) and not shares,
+        use_exit_mlp=draw(st.booleans()) and not (pre_exit or shares),
+        use_exit_block=draw(st.booleans()) and not shares,
+        untie_exit_output_weights=draw(st.booleans()) and not shares,
+        share_final_head=shares,
         exit_layer_weight=tuple(draw(values)),
         exit_layer_weight_init=tuple(draw(values)) if warmup else (),
         exit_layer_weight_warmup_iters=warmup,
@@ -234,6 +236,25 @@ def test_answers_of_exits():
     config.validate(4, 9)
     with pytest.raises(ValueError, match=r"^--exit-vocab-size 9 .* allowed: 2 to the 8 tokens"):
         config.validate(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_exit_norm", True),
+        ("use_exit_mlp", True),
+        ("use_exit_block", True),
+        ("untie_exit_output_weights", True),
+        ("exit_vocab_size", 9),
+    ],
+)
+def test_a_shared_head_has_no_parts_of_its_own(field, value):
+    message = refusal(exit_layer_nums=(1,), share_final_head=True, **{field: value})
+    flag = f"--{field.replace('_', '-')}" + ("" if value is True else f" {value}")
+    assert message.startswith(f"--share-final-head cannot be combined with {flag}: ")
+    config = EarlyExitConfig(exit_layer_nums=(1,), share_final_head=True)
+    assert config.head_flags == "--share-final-head"
+    assert not config.head_parts
 
 
 @pytest.mark.parametrize(

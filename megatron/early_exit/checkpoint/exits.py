@@ -58,8 +58,13 @@ def add_exits(
             layer after the exit (the last layer, if there is none after it).
 
     Raises:
-        ValueError: the exits do not fit the model or those that it has.
+        ValueError: the exits do not fit the model or those that it has, or have no weights that
+            could be initialised at random.
     """
+    if wanted.share_final_head and random_init is not None:
+        raise ValueError(
+            "--random-init has no effect with --share-final-head: exits have no weights then"
+        )
     architecture = source.description.architecture
     assert architecture is not None
     wanted.validate(architecture.num_layers, architecture.vocab_size)

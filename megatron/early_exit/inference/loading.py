@@ -73,7 +73,7 @@ def load_model(
         model_weights(location, description),
         dtype,
         torch.device(device),
-        None if rank_info is None else partial(own_part, rank_info, architecture),
+        None if rank_info is None else partial(own_part, rank_info, architecture, early_exit),
     )
     _LOG.info("weights are read; preparing layers")
     tokenizer, eod_id, backend = None, None, None

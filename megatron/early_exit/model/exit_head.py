@@ -2,7 +2,8 @@
 
 The branch of an exit is [mlp] -> [block] -> [norm] -> output projection. Its modules are built from
 the specs of the backbone's own layers, so that the heads run on the same implementation as the
-backbone (Transformer Engine or local).
+backbone (Transformer Engine or local). Or an exit has no modules of its own: then it is the model's
+final norm and output layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,11 +17,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
-from torch.nn import Parameter
 
 from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.model.backbone_parts import BackboneParts, SharedParts
 from megatron.early_exit.model.quantization import branch_context, branch_init_context
 from megatron.early_exit.model.rng import seeded_rng
 
@@ -104,7 +104,7 @@ class ExitHead(MegatronModule):
         self,
         hidden: Tensor,
         criterion: Criterion[Result],
-        tied_weight: Tensor | None,
+        shared: SharedParts,
         layer_kwargs: dict[str, Any],
     ) -> Result:
         """Run the branch on a hidden state and call `criterion` with its output.
@@ -113,13 +113,16 @@ class ExitHead(MegatronModule):
             hidden: [s, b, h], or [s / tp, b, h] with sequence parallelism: the residual stream
                 after layer `position`; with an exit MLP, the one before that layer's MLP.
             criterion: see `Criterion`.
-            tied_weight: the word embedding, where exits are tied.
+            shared: what the head uses of the backbone.
             layer_kwargs: attention mask and rotary embeddings, as passed to the backbone's layers.
         """
-        return self.projection(self.branch(hidden, layer_kwargs), criterion, tied_weight)
+        output = self.branch(hidden, layer_kwargs)
+        if shared.norm is not None:
+            output = shared.norm(output)
+        return self.projection(output, criterion, shared.weight)
 
     def branch(self, hidden: Tensor, layer_kwargs: dict[str, Any]) -> Tensor:
-        """Everything before the projection, [s, b, h] -> [s, b, h].
+        """Everything of its own before the projection, [s, b, h] -> [s, b, h].
 
         In FP8 or FP4 where the backbone's layer is, as the projection, like Megatron's output
         layer, never is.
@@ -159,7 +162,7 @@ class Surroundings:
 
 def _build_mlp(head: ExitHead, around: Surroundings) -> None:
     specs = around.layer.submodules_config
-    head.pre_mlp_layernorm = specs.pre_mlp_layernorm(config=head.config, **_norm_sizes(head))
+    head.pre_mlp_layernorm = build_norm(specs.pre_mlp_layernorm, head.config)
     head.mlp = specs.mlp(config=head.config, pg_collection=around.pg_collection, is_mtp_layer=False)
     head.mlp_bda = build_module(specs.mlp_bda)
 
@@ -186,15 +189,16 @@ def _run_block(head: ExitHead, hidden: Tensor, layer_kwargs: dict[str, Any]) -> 
 
 
 def _build_norm(head: ExitHead, around: Surroundings) -> None:
-    head.norm = around.norm(config=head.config, **_norm_sizes(head))
+    head.norm = build_norm(around.norm, head.config)
 
 
 def _run_norm(head: ExitHead, hidden: Tensor, layer_kwargs: dict[str, Any]) -> Tensor:
     return head.norm(hidden)
 
 
-def _norm_sizes(head: ExitHead) -> dict[str, Any]:
-    return {"hidden_size": head.config.hidden_size, "eps": head.config.layernorm_epsilon}
+def build_norm(norm: NormBuilder, config: TransformerConfig) -> Any:
+    """A norm of the residual stream."""
+    return norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +218,7 @@ PARTS: Mapping[str, PartModule] = {
 
 
 class ExitHeads(MegatronModule):
-    """The heads of one model chunk; its child modules are named by position.
+    """The heads of one model chunk, child modules that are named by position.
 
     Args:
         config: the backbone's transformer config.
@@ -229,10 +233,8 @@ class ExitHeads(MegatronModule):
         self.vocab_size = vocab_size
         self.pg_collection = pg_collection
         self.tp_group = pg_collection.tp
-        self.tied_copy: Parameter | None = None
-        """This chunk's copy of the word embedding, if the chunk has tied exits but no embedding."""
-        self.find_tied_weight: Callable[[], Tensor | None] = lambda: None
-        """The weight that tied exits of this chunk project with."""
+        self.backbone = BackboneParts(config, vocab_size, pg_collection)
+        """What the heads use of the backbone."""
 
     def add(
         self, options: EarlyExitConfig, position: int, layer: TransformerLayer, norm: NormBuilder
@@ -249,7 +251,8 @@ class ExitHeads(MegatronModule):
     @property
     def heads(self) -> dict[int, ExitHead]:
         """The heads of this chunk by position."""
-        return {int(name): head for name, head in self.named_children()}  # type: ignore[misc]
+        named = self.named_children()
+        return {int(name): head for name, head in named if isinstance(head, ExitHead)}
 
     def forward(
         self,
@@ -260,29 +263,5 @@ class ExitHeads(MegatronModule):
     ) -> Result:
         """Run one exit; see `ExitHead.forward`."""
         head = self.get_submodule(str(position))
-        result: Result = head(hidden, criterion, self.find_tied_weight(), layer_kwargs)
+        result: Result = head(hidden, criterion, self.backbone(), layer_kwargs)
         return result
-
-    def copy_word_embedding(self) -> None:
-        """Allocate this chunk's copy of the word embedding (filled by `connect_tied_weights`)."""
-        rows = self.vocab_size // torch.distributed.get_world_size(self.tp_group)
-        device = "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
-        shape = (rows, self.config.hidden_size)
-        copy: Any = Parameter(torch.zeros(shape, dtype=self.config.params_dtype, device=device))
-        copy.tensor_model_parallel, copy.partition_dim, copy.partition_stride = True, 0, 1
-        copy.is_embedding_or_output_parameter = True
-        copy.shared = copy.shared_embedding = True
-        copy.allreduce = True
-        self.tied_copy = copy
-
-    def tied_sharded_tensor(self, key: str, copy_number: int, metadata: dict[str, Any]) -> Any:
-        """The copy as a replica of the word embedding's entry `key` in a checkpoint."""
-        dp_rank = torch.distributed.get_rank(metadata["dp_cp_group"])
-        return make_tp_sharded_tensor_for_checkpoint(
-            tensor=self.tied_copy,
-            key=key,
-            replica_id=(1, copy_number, dp_rank),
-            allow_shape_mismatch=True,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )

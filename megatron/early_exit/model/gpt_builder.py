@@ -93,6 +93,11 @@ def check_backbone(config: EarlyExitGPTModelConfig) -> None:
             "--experimental-attention-variant dsa cannot be combined with --exit-layer-nums: "
             "Megatron has one place for the scale of an auxiliary loss, and both need it"
         )
+    if exits.share_final_head and transformer.use_mup:
+        raise ValueError(
+            "--use-mup cannot be combined with --share-final-head: it scales the logits of the "
+            "model's own head, and exits do not"
+        )
     if exits.use_exit_block and transformer.fine_grained_activation_offloading:
         raise ValueError(
             "--fine-grained-activation-offloading cannot be combined with --use-exit-block: "

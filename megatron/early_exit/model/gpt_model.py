@@ -7,7 +7,7 @@ arguments of the layers: a decoder has no cross attention, so Megatron passes bo
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -17,16 +17,16 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.model.exit_head import ExitHeads
+from megatron.early_exit.model.backbone_parts import OUTPUT_LAYER, WORD_EMBEDDING
+from megatron.early_exit.model.exit_head import ExitHeads, NormBuilder, build_norm
 
 TUNING_ANCHOR = "tuning_anchor"
 """Name of a parameter without meaning that models have whose exits are tuned."""
 
 _ANCHOR_SIZE = 4096
-_WORD_EMBEDDING_KEY = "embedding.word_embeddings.weight"
 _BRANCH_KWARGS = (
     *("attention_mask", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin"),
     *("rotary_pos_cos_sin", "attention_bias", "packed_seq_params"),
@@ -74,9 +74,11 @@ class EarlyExitGPTModel(GPTModel):
                 raise ValueError("exits need layers without cross attention")
             self.exits.add(options, position, layer, norm)
             self._attach(options, position, layer)
+        if self.exits.heads:
+            self._share_matrix(options)
+        if self.exits.heads and options.share_final_head:
+            self._share_final_norm(norm)
         self._set_precision_of_exits()
-        if self.exits.heads and not options.untie_exit_output_weights:
-            self._tie_exits()
 
     def tune_exits(self, freeze_projections: bool) -> None:
         """Freeze everything except the exits' own weights; with `freeze_projections` also their
@@ -117,14 +119,31 @@ class EarlyExitGPTModel(GPTModel):
             if hasattr(module, "finish_init"):
                 module.finish_init(get_quant_config_or_none(name, self.config.quant_recipe))
 
-    def _tie_exits(self) -> None:
-        if self.pre_process:
-            self.exits.find_tied_weight = lambda: self.embedding.word_embeddings.weight
+    def _share_matrix(self, options: EarlyExitConfig) -> None:
+        """Let exits without projections of their own project with the chunk's word embedding or
+        output layer, or with a copy."""
+        parts = self.exits.backbone
+        if options.untie_exit_output_weights:
+            return
+        if options.share_final_head and not self.share_embeddings_and_output_weights:
+            if self.post_process:
+                parts.project_with(lambda: self.output_layer.weight)
+            else:
+                parts.copy_matrix(OUTPUT_LAYER)
+        elif self.pre_process:
+            parts.project_with(lambda: self.embedding.word_embeddings.weight)
         elif self.post_process and self.share_embeddings_and_output_weights:
-            self.exits.find_tied_weight = lambda: self.output_layer.weight
+            parts.project_with(lambda: self.output_layer.weight)
         else:
-            self.exits.copy_word_embedding()
-            self.exits.find_tied_weight = lambda: self.exits.tied_copy
+            parts.copy_matrix(WORD_EMBEDDING)
+
+    def _share_final_norm(self, norm: NormBuilder) -> None:
+        """Let exits end with the chunk's final norm, or with a copy."""
+        if self.post_process:
+            # Megatron's annotation is of a protocol that modules fulfil.
+            self.exits.backbone.normalize_with(lambda: cast(Module, self.decoder.final_layernorm))
+        else:
+            self.exits.backbone.copy_norm(build_norm(norm, self.config))
 
     def _attach(self, options: EarlyExitConfig, position: int, layer: TransformerLayer) -> None:
         def tap(hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -184,16 +203,14 @@ class EarlyExitGPTModel(GPTModel):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """GPTModel's sharded state and that of `exits.*`, or only the latter if exits are tuned. A
-        tied copy is saved as one more replica of the word embedding."""
+        """GPTModel's sharded state and that of `exits.*`, or only the latter if exits are tuned.
+        Copies of parts of the backbone are saved as further replicas of them."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        name = f"{prefix}exits.tied_copy"
-        if name in state:
+        if self.exits.heads:
+            # Each layer is in one chunk: its number, from 1, tells the copies apart.
             first_layer: Any = self.decoder.layers[0]
-            copy_number = 1 + first_layer.layer_number
-            key = prefix + _WORD_EMBEDDING_KEY
-            state[name] = self.exits.tied_sharded_tensor(key, copy_number, metadata)
+            self.exits.backbone.replicate(state, prefix, 1 + first_layer.layer_number, metadata)
         if not self.tunes_exits:
             return state
         anchor = state[f"{prefix}{TUNING_ANCHOR}"]

@@ -1,11 +1,11 @@
-"""One output projection for all exits: equal copies of the word embedding on the stages.
+"""One value for all copies of a parameter of the backbone that exits share.
 
-A chunk that has tied exits, but neither the embedding nor an output layer tied to it, has its own
-copy. So the gradient of the copy is complete when the chunk's backward passes are, on which the
-overlapped reduction over data-parallel ranks relies. After Megatron has finalised the gradients,
-those of all copies are all-reduced over one process group per pipeline. Megatron's own embedding
-group is not changed: it handles one weight per rank, and only models that tie their final
-projection.
+Exits use the word embedding, or the output layer and the final norm. A chunk that has such exits,
+but not the parameter itself, has its own copy (`backbone_parts`). So the gradient of the copy is
+complete when the chunk's backward passes are, on which the overlapped reduction over data-parallel
+ranks relies. After Megatron has finalised the gradients, those of all copies are all-reduced over
+one process group per pipeline. Megatron's own embedding group is not changed: it handles one weight
+per rank, and only models that tie their final projection.
 """
 
 from dataclasses import dataclass
@@ -18,18 +18,22 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron.early_exit.model.backbone_parts import CAN_BE_COPIED, WORD_EMBEDDING
+
 
 @dataclass(frozen=True)
-class TiedWeights:
-    """The tied weights of this rank.
+class _Uses:
+    """What a rank has of one parameter of the backbone.
 
     Attributes:
-        group: ranks of this pipeline that have tied weights; the first one has the embedding.
-        contributing: weights whose gradients are summed.
-        receiving: weights that only receive the sum.
+        has_original: the first of `contributing` is not a copy.
+        has_copy: some of `contributing` are copies.
+        contributing: parameters whose gradients are summed.
+        receiving: parameters that only receive the sum.
     """
 
-    group: torch.distributed.ProcessGroup
+    has_original: bool
+    has_copy: bool
     contributing: tuple[Parameter, ...]
     receiving: tuple[Parameter, ...]
 
@@ -38,55 +42,82 @@ class TiedWeights:
         return self.contributing + self.receiving
 
 
-def _local_weights(chunks: list[Any]) -> tuple[list[Parameter], list[Parameter]]:
-    contributing = [c.exits.tied_copy for c in chunks if c.exits.tied_copy is not None]
+@dataclass(frozen=True)
+class TiedWeight:
+    """A parameter of the backbone that several ranks of a pipeline hold, this rank among them.
+
+    Attributes:
+        group: the ranks.
+        owner: the global rank of the one that has the original.
+        uses: what this rank has of it.
+    """
+
+    group: torch.distributed.ProcessGroup
+    owner: int
+    uses: _Uses
+
+
+def _local_uses(chunks: list[Any], name: str) -> _Uses:
+    original = [p for chunk in chunks if (p := _parameter(chunk, name)) is not None]
+    copies = [c.exits.backbone.copies[name] for c in chunks if name in c.exits.backbone.copies]
     receiving = []
-    for chunk in chunks:
-        if chunk.pre_process:
-            contributing.insert(0, chunk.embedding.word_embeddings.weight)
-        elif chunk.post_process and chunk.share_embeddings_and_output_weights:
+    for chunk in chunks if name == WORD_EMBEDDING else ():
+        is_tied = chunk.post_process and chunk.share_embeddings_and_output_weights
+        if is_tied and not chunk.pre_process:
             # Megatron has already added its gradient to the embedding's.
             receiving.append(chunk.output_layer.weight)
-    return contributing, receiving
+    return _Uses(bool(original), bool(copies), (*original, *copies), tuple(receiving))
+
+
+def _parameter(chunk: Any, name: str) -> Parameter | None:
+    try:
+        found: Parameter = chunk.get_parameter(name)
+    except AttributeError:
+        return None
+    return found
 
 
 def connect_tied_weights(chunks: list[MegatronModule]) -> list[MegatronModule]:
-    """Copy the embedding's values to every copy, and record which ranks share them.
+    """Copy the values of the backbone's parameters to every copy, and record which ranks share
+    them.
 
     This is a collective call over all ranks; it does nothing if no stage has a copy.
     """
     models: list[Any] = list(chunks)
     pipeline = models[0].pp_group
     ranks = tuple(torch.distributed.get_process_group_ranks(pipeline))
-    contributing, receiving = _local_weights(models)
-    has_copy = any(chunk.exits.tied_copy is not None for chunk in models)
+    own = {name: uses for name in CAN_BE_COPIED if (uses := _local_uses(models, name)).all}
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    own = (ranks, has_copy, bool(contributing or receiving))
-    torch.distributed.all_gather_object(everyone, own)
-    mine = None
+    told = {name: (uses.has_original, uses.has_copy) for name, uses in own.items()}
+    torch.distributed.all_gather_object(everyone, (ranks, told))
+    groups: dict[tuple[int, ...], Any] = {}
+    mine = []
     for one in sorted({entry[0] for entry in everyone}):
-        members = [rank for rank in one if everyone[rank][2]]
-        if not any(everyone[rank][1] for rank in one):
-            continue
-        group = torch.distributed.new_group(members)
-        if torch.distributed.get_rank() in members:
-            assert isinstance(group, torch.distributed.ProcessGroup)
-            mine = TiedWeights(group, tuple(contributing), tuple(receiving))
+        for name in CAN_BE_COPIED:
+            holders = {rank: uses for rank in one if (uses := everyone[rank][1].get(name))}
+            if not any(has_copy for _, has_copy in holders.values()):
+                continue
+            members = tuple(holders)
+            if members not in groups:
+                groups[members] = torch.distributed.new_group(list(members))
+            if torch.distributed.get_rank() in members:
+                owner = next(rank for rank, (has_original, _) in holders.items() if has_original)
+                mine.append(TiedWeight(groups[members], owner, own[name]))
     for chunk in models:
-        chunk.tied_weights = mine
-    if mine is not None:
-        _share_values(mine)
+        chunk.tied_weights = tuple(mine)
+    for tied in mine:
+        _share_values(tied)
     return chunks
 
 
-def _share_values(tied: TiedWeights) -> None:
-    first = torch.distributed.get_process_group_ranks(tied.group)[0]
-    for weight in tied.all:
+def _share_values(tied: TiedWeight) -> None:
+    for weight in tied.uses.all:
+        # Gives it a bucket of its own, which all ranks divide alike over data-parallel ranks.
         weight.shared_embedding = True  # type: ignore[attr-defined]
         weight.data = weight.data.cuda()
-    values = tied.all[0].data.clone()
-    torch.distributed.broadcast(values, src=first, group=tied.group)
-    for weight in tied.all:
+    values = tied.uses.all[0].data.clone()
+    torch.distributed.broadcast(values, src=tied.owner, group=tied.group)
+    for weight in tied.uses.all:
         weight.data.copy_(values)
 
 
@@ -96,15 +127,14 @@ def finalize_gradients(model: list[torch.nn.Module], *args: Any, **kwargs: Any) 
     It is used as `config.finalize_model_grads_func`.
     """
     finalize_model_grads(model, *args, **kwargs)
-    tied: TiedWeights | None = getattr(unwrap_model(model[0]), "tied_weights", None)
-    if tied is None:
-        return
-    total = torch.zeros_like(_gradient(tied.all[0]))
-    for weight in tied.contributing:
-        total += _gradient(weight)
-    torch.distributed.all_reduce(total, group=tied.group)
-    for weight in tied.all:
-        _gradient(weight).copy_(total)
+    every: tuple[TiedWeight, ...] = getattr(unwrap_model(model[0]), "tied_weights", ())
+    for tied in every:
+        total = torch.zeros_like(_gradient(tied.uses.all[0]))
+        for weight in tied.uses.contributing:
+            total += _gradient(weight)
+        torch.distributed.all_reduce(total, group=tied.group)
+        for weight in tied.uses.all:
+            _gradient(weight).copy_(total)
 
 
 def _gradient(weight: Parameter) -> Tensor:

@@ -179,9 +179,9 @@ class _Chunk:
         groups = ProcessGroupCollection.use_mpu_process_groups()
         chunk: Any = config.get_builder_cls()(config).build_model(groups, embeds, ends)
         self._module = chunk.to(config.transformer.params_dtype).cuda()
-        if chunk.exits.tied_copy is not None:
-            # There is no embedding to get its values from.
-            torch.nn.init.normal_(chunk.exits.tied_copy, std=_INIT_STD)
+        if chunk.exits.backbone.matrix is not None:
+            # There is no original to get its values from.
+            torch.nn.init.normal_(chunk.exits.backbone.matrix, std=_INIT_STD)
         normalization = LossNormalization(per_token=False, context_parallel_size=1)
         chunk.exit_tap = ExitObjective(config.early_exit, normalization)
         gradients = DistributedDataParallelConfig(grad_reduce_in_fp32=True)

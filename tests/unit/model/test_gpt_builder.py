@@ -31,6 +31,7 @@ def check(transformer: dict[str, Any], **exits: Any) -> None:
         "fine_grained_activation_offloading": False,
         "offload_modules": [],
         "fp8_output_proj": False,
+        "use_mup": False,
     }
     config = SimpleNamespace(
         transformer=SimpleNamespace(**{**fields, **transformer}),
@@ -69,6 +70,12 @@ def offloading(*modules: str) -> dict[str, Any]:
             {"exit_layer_nums": (2,)},
             "--fp8-output-proj cannot be combined with --exit-layer-nums: the exits' projections "
             "are not computed in FP8",
+        ),
+        (
+            {"use_mup": True},
+            {"exit_layer_nums": (2,), "share_final_head": True},
+            "--use-mup cannot be combined with --share-final-head: it scales the logits of the "
+            "model's own head, and exits do not",
         ),
     ],
     ids=lambda value: value.split(":")[0] if isinstance(value, str) else "",

@@ -33,7 +33,8 @@ from tests.helpers.stand_in_process import under_transformer_engine  # noqa: E40
 from tests.helpers.tiny_models import HEADS as HEADS_OF_ALL_KINDS  # noqa: E402
 
 # What parts a head has matters here, not what it answers with.
-HEADS = {name: HEADS_OF_ALL_KINDS[name] for name in ("projection", "norm", "mlp", "block", "all")}
+KINDS = ("projection", "norm", "final head", "mlp", "block", "all")
+HEADS = {name: HEADS_OF_ALL_KINDS[name] for name in KINDS}
 NORMS = ["RMSNorm", "LayerNorm"]
 
 FP8 = {"fp8": "e4m3", "fp8_recipe": "tensorwise"}

@@ -179,6 +179,11 @@ def test_weights_are_where_they_belong():
     assert weights(untied) == [3, 2]
     placed = EarlyExitConfig(exit_layer_nums=(3,), pre_exit=True, untie_exit_output_weights=True)
     assert weights(placed) == [1, 2]
+    # A copy of the output layer, where it is not the embedding.
+    shared = EarlyExitConfig(exit_layer_nums=(1, 2, 3), share_final_head=True)
+    assert weights(shared) == [2, 1]
+    one_matrix = replace(TINY, share_embeddings_and_output_weights=True)
+    assert weights(shared, one_matrix) == [1, 1]
 
 
 def test_deferral_moves_the_exits_forward_to_the_backward():

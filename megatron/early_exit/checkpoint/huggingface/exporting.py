@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.base import is_of_exit
+from megatron.early_exit.checkpoint.draft_model import draft_model
 from megatron.early_exit.checkpoint.huggingface.families import (
     refuse_inexpressible,
     write_config,
@@ -112,41 +113,54 @@ def export_hf(
     report: Report = lambda name, num_bytes: None,
     plain: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    draft_of_exit: int | None = None,
 ) -> Export:
     """Write a checkpoint as a folder for transformers; see `open_export` and `Export.write`.
 
     Returns:
         What has been written.
     """
-    export = open_export(source, plain)
+    export = open_export(source, plain, draft_of_exit)
     export.write(target, report, max_shard_bytes)
     return export
 
 
-def open_export(source: str | Path, plain: bool = False) -> Export:
+def open_export(
+    source: str | Path, plain: bool = False, draft_of_exit: int | None = None
+) -> Export:
     """Open a checkpoint for its export.
 
-    A model without exits becomes one of transformers' own (Llama, Mistral, Qwen2 or Qwen3). One
-    with exits comes with a class of its own, which transformers runs with `trust_remote_code=True`
-    (the tokenizer is to be loaded with it too: transformers asks for the model's configuration
-    first). Its `generate(..., early_exit_threshold=0.8)` takes a token from the first exit that is
-    confident enough.
+    A model without exits becomes one of transformers' own (Llama, Mistral, Qwen2 or Qwen3), and so
+    does one whose exits share its final head: transformers' `generate(assistant_early_exit=k)`
+    drafts tokens with just that. One with other exits comes with a class of its own, which
+    transformers runs with `trust_remote_code=True` (the tokenizer is to be loaded with it too:
+    transformers asks for the model's configuration first). Its `generate(...,
+    early_exit_threshold=0.8)` takes a token from the first exit that is confident enough.
 
     Args:
         source: a save directory or one iteration in it; with exits only, its base is found.
         plain: leave the exits out. transformers' own `generate(assistant_early_exit=k)` drafts
             tokens with the first k layers, the final norm and the output layer: it fits models
             whose exits were trained as just that, a norm and the projection of the output layer.
+        draft_of_exit: layers in front of an exit that is to become a model of its own, with those
+            layers: a draft model for programs that know nothing of exits; see `draft_model`.
 
     Raises:
         ValueError: it cannot be read, or Hugging Face's Llama family has nothing like it.
     """
     conversion = open_checkpoint(source)
+    if draft_of_exit is not None:
+        if plain:
+            raise ValueError("--plain has no effect with --draft-of-exit, which leaves no exits")
+        try:
+            conversion = draft_model(conversion, draft_of_exit)
+        except ValueError as error:
+            raise ValueError(f"checkpoint {source}: {error}") from error
     architecture = conversion.description.architecture
     early_exit = conversion.description.early_exit
     assert architecture is not None
     try:
-        if early_exit.positions and not plain:
+        if early_exit.positions and not (plain or early_exit.share_final_head):
             config = _exit_config(architecture, early_exit)
         else:
             config = write_config(architecture)

@@ -142,12 +142,16 @@ def join(
 
 
 def own_part(
-    rank_info: RankInfo, architecture: Architecture, name: str, whole: Tensor
+    rank_info: RankInfo,
+    architecture: Architecture,
+    early_exit: EarlyExitConfig,
+    name: str,
+    whole: Tensor,
 ) -> Tensor | None:
     """What this process needs of a tensor, or None.
 
     Embedding and final norm are on every stage: exits may be tied to the one, and the other is
-    small.
+    small. The output layer is where the final head is, and where exits share it.
     """
     layers = rank_info.layers(architecture.num_layers)
     if name.startswith(_LAYERS):
@@ -157,7 +161,9 @@ def own_part(
         if int(name.removeprefix(_EXITS).partition(".")[0]) - 1 not in layers:
             return None
     elif name.startswith("output_layer.") and not rank_info.is_last_stage:
-        return None
+        has_exits = bool(rank_info.exits(architecture.num_layers, early_exit))
+        if not (early_exit.share_final_head and has_exits):
+            return None
     if rank_info.tensor is not None:
         return rank_info.tensor.weight(name, whole, architecture.gated_linear_unit)
     # A copy, because it may be one of many layers in one tensor.

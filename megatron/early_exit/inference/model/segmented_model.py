@@ -88,13 +88,13 @@ class SegmentedModel:
         self._answers = self.word_embeddings[: early_exit.exit_vocab_size]
         # By the weights: heads that are tied share one product, which on a CPU has its own copy.
         self._projections: dict[int, Function] = {}
+        output = weights.get("output_layer.weight", self.word_embeddings)
+        final_norm = make_norm(architecture, weights, "decoder.final_layernorm.")
+        self.final_head = self._head((final_norm,), output)
         self.exits = tuple(
             ModelExit(position, self._exit_head(position, early_exit, weights))
             for position in early_exit.positions
         )
-        output = weights.get("output_layer.weight", self.word_embeddings)
-        final_norm = make_norm(architecture, weights, "decoder.final_layernorm.")
-        self.final_head = self._head((final_norm,), output)
 
     @property
     def dtype(self) -> dtype:
@@ -189,6 +189,8 @@ class SegmentedModel:
     def _exit_head(
         self, position: int, early_exit: EarlyExitConfig, weights: Mapping[str, Tensor]
     ) -> Head:
+        if early_exit.share_final_head:
+            return self.final_head
         prefix = f"exits.{position}."
         branch = tuple(
             BRANCH_PARTS[part.module](self, weights, f"{prefix}{part.module}.")

@@ -70,6 +70,11 @@ def add_model_flags(parser: ArgumentParser) -> None:
     add("--pre-exit", action="store_true", help="plan this placement only (default: the better)")
     for name, part in HEAD_FIELDS.items():
         add(as_flag(name), action="store_true", help=part.help_when_planned)
+    add(
+        "--share-final-head",
+        action="store_true",
+        help="all exits predict with the model's final norm and output layer",
+    )
     add("--exit-vocab-size", type=int, help="exits can predict only this many first tokens")
 
 
@@ -147,6 +152,7 @@ def _exits(args: Namespace, known: EarlyExitConfig) -> EarlyExitConfig:
     return EarlyExitConfig(
         exit_layer_nums=tuple(numbers),
         pre_exit=args.pre_exit and args.exit_layer_nums is not None,
+        share_final_head=args.share_final_head,
         exit_vocab_size=args.exit_vocab_size,
         **heads,
     )

@@ -76,13 +76,12 @@ def stage_weights(shape: ModelShape, layout: Layout, exits: EarlyExitConfig) -> 
     """Weights of each stage, on each accelerator of its tensor-parallel group."""
     exit_stages = exits.stages(layout.layers_per_stage)
     with_embedding = embedding_stages(shape, layout, exits)
+    with_output = output_stages(shape, layout, exits)
     branch = sum(part_weights(part, shape) for part in exits.branch_parts)
     found = []
     for stage, num_layers in enumerate(layout.layers_per_stage):
         num_exits = exit_stages.count(stage)
-        is_last = stage == layout.num_stages - 1
-        projections = int(stage in with_embedding)
-        projections += is_last and not shape.share_embeddings_and_output_weights
+        projections = int(stage in with_embedding) + int(stage in with_output)
         projections += num_exits * exits.untie_exit_output_weights
         weights = num_layers * shape.layer_weights + num_exits * branch
         weights += projections * shape.projection_weights
@@ -93,8 +92,20 @@ def stage_weights(shape: ModelShape, layout: Layout, exits: EarlyExitConfig) -> 
 def embedding_stages(shape: ModelShape, layout: Layout, exits: EarlyExitConfig) -> frozenset[int]:
     """The stages that hold the embedding, or the one copy of it that all share that is tied."""
     stages = {0}
-    if not exits.untie_exit_output_weights:
+    is_tied = shape.share_embeddings_and_output_weights
+    if not exits.untie_exit_output_weights and (is_tied or not exits.share_final_head):
         stages |= set(exits.stages(layout.layers_per_stage))
-    if shape.share_embeddings_and_output_weights:
+    if is_tied:
         stages.add(layout.num_stages - 1)
+    return frozenset(stages)
+
+
+def output_stages(shape: ModelShape, layout: Layout, exits: EarlyExitConfig) -> frozenset[int]:
+    """The stages that hold an output layer that is not the embedding, or a copy of it for exits
+    that share the final head."""
+    if shape.share_embeddings_and_output_weights:
+        return frozenset()
+    stages = {layout.num_stages - 1}
+    if exits.share_final_head:
+        stages |= set(exits.stages(layout.layers_per_stage))
     return frozenset(stages)

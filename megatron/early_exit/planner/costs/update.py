@@ -3,9 +3,9 @@
 Megatron's distributed optimizer: a reduce-scatter of fp32 gradients, an update of the part of the
 weights that a replica owns, and an all-gather of bf16 weights. Both collectives move all but one
 replica's part of the weights, over NVLink where all replicas are on one node, and else over as many
-ports of the network as the group has accelerators on a node. Gradients of tied embeddings are then
-summed over the stages that hold one. The norm of all gradients keeps any rank from updating weights
-before all ranks have all gradients.
+ports of the network as the group has accelerators on a node. Gradients of tied embeddings and of
+shared output layers are then summed over the stages that hold one. The norm of all gradients keeps
+any rank from updating weights before all ranks have all gradients.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,12 @@ from dataclasses import dataclass
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.planner.costs.cost_model import CostModel
 from megatron.early_exit.planner.costs.hardware import Accelerator
-from megatron.early_exit.planner.costs.layout import Layout, embedding_stages, stage_weights
+from megatron.early_exit.planner.costs.layout import (
+    Layout,
+    embedding_stages,
+    output_stages,
+    stage_weights,
+)
 from megatron.early_exit.planner.costs.model_shape import ModelShape
 
 # Bytes of each weight: gradients in fp32, weights in bf16.
@@ -43,7 +48,7 @@ class Update:
 
     Attributes:
         reduce_s: seconds to reduce the gradients of each stage.
-        embedding_s: seconds to sum the gradients of tied embeddings.
+        embedding_s: seconds to sum the gradients of tied embeddings and of shared output layers.
         optimizer_s: seconds to update the weights of each rank.
         gather_s: seconds to gather the weights of each rank.
     """
@@ -114,7 +119,18 @@ def update_costs(
 def _embedding_s(
     shape: ModelShape, layout: Layout, accelerator: Accelerator, exits: EarlyExitConfig
 ) -> float:
-    ranks = {stage % layout.num_ranks for stage in embedding_stages(shape, layout, exits)}
+    return sum(
+        _sum_s(shape, layout, accelerator, {stage % layout.num_ranks for stage in stages})
+        for stages in (
+            embedding_stages(shape, layout, exits),
+            output_stages(shape, layout, exits),
+        )
+        if stages
+    )
+
+
+def _sum_s(shape: ModelShape, layout: Layout, accelerator: Accelerator, ranks: set[int]) -> float:
+    """Seconds to sum the gradients of one matrix over the vocabulary."""
     is_far = layout.spans_nodes(ranks, accelerator.per_node)
     link = accelerator.network_bytes_per_s if is_far else accelerator.node_bytes_per_s
     # A ring brings each partner all parts but its own, twice.

@@ -101,15 +101,22 @@ class StoredModel:
         for position in options.positions:
             found = self.parts.get(position, wanted)
             if found not in (wanted, frozenset()):
-                raise ValueError(
-                    f"the exit after layer {position} has another head in checkpoint {self.path} "
-                    f"({_flags(found)}) than in this run ({_flags(wanted)}): give the "
-                    "flags of the checkpoint, or load a checkpoint without this exit"
-                )
+                raise self._other_head(position, _flags(found), options)
+            # Of heads without weights only the arguments say which they are.
+            shares = position in self.exits.positions and self.exits.share_final_head
+            if not (found or wanted) and shares != options.share_final_head:
+                raise self._other_head(position, self.exits.head_flags, options)
         same = {p for p, found in self.parts.items() if found == wanted}
         return ExitMatch(
             fresh=tuple(p for p in options.positions if p not in same),
             unused=tuple(p for p in sorted(self.parts) if p not in options.positions),
+        )
+
+    def _other_head(self, position: int, stored: str, options: EarlyExitConfig) -> ValueError:
+        return ValueError(
+            f"the exit after layer {position} has another head in checkpoint {self.path} "
+            f"({stored}) than in this run ({options.head_flags}): give the flags of the "
+            "checkpoint, or load a checkpoint without this exit"
         )
 
     def check_backbone(self, args: object, vocab_size: int) -> None:

@@ -23,8 +23,7 @@ from megatron.early_exit.model.gpt_model import TUNING_ANCHOR, EarlyExitGPTModel
 
 _EXITS = "exits."
 _BLOCK = "block."
-_TIED_COPY = "exits.tied_copy"
-_WORD_EMBEDDING = "embedding.word_embeddings.weight"
+_COPIED_MATRIX = "exits.backbone.matrix"
 
 
 def describe_base(path: Path) -> BaseReference:
@@ -107,8 +106,8 @@ def _named_weights(chunk: EarlyExitGPTModel) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in chunk.named_parameters():
         if name == TUNING_ANCHOR:
             continue
-        if name == _TIED_COPY:
-            yield _WORD_EMBEDDING, parameter
+        if name == _COPIED_MATRIX:
+            yield chunk.exits.backbone.matrix_name, parameter
         elif name.startswith(LAYERS):
             number, _, rest = name.removeprefix(LAYERS).partition(".")
             layer: Any = chunk.decoder.layers[int(number)]

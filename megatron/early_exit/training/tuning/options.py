@@ -139,6 +139,11 @@ def _check(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) -> N
         raise ValueError(
             "--pre-exit cannot be combined with --tune-exit: each exit is run where its layer ends"
         )
+    if exits.share_final_head:
+        raise ValueError(
+            "--share-final-head cannot be combined with --tune-exit: exits then have no weights of "
+            "their own, and the model's are frozen; train the whole model without --tune-exit"
+        )
     if options.freeze_exit_output_weights and not exits.untie_exit_output_weights:
         raise ValueError(
             "--freeze-exit-output-weights has no effect without --untie-exit-output-weights: tied "

@@ -25,6 +25,7 @@ from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers.huggingface_models import (
     KINDS,
     PROMPT,
+    engine_logits,
     make_hf_reference,
     reference_logits,
     reference_tokens,
@@ -170,15 +171,56 @@ def test_plain_leaves_exits_out_and_drafts_with_them_in_transformers(tmp_path):
     assert not export.needs_remote_code
     assert load_shards(tmp_path / "plain").keys() == load_shards(folder).keys()
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
-    expected = reference_tokens(plain, PROMPT, 40)
+    check_drafting(plain, reference_tokens(plain, PROMPT, 40))
+
+
+def check_drafting(model, expected):
+    """Drafts by any number of layers do not change the text."""
     draft = signature(AssistedCandidateGenerator.get_candidates).parameters
     for exit_layer in (1, 2):
         if "is_first_iteration" in draft:
             # transformers 5.0 to 5.3 cannot: its own drafts forget this argument.
             with pytest.raises(TypeError, match="is_first_iteration"):
-                reference_tokens(plain, PROMPT, 40, assistant_early_exit=exit_layer)
+                reference_tokens(model, PROMPT, 40, assistant_early_exit=exit_layer)
         else:
-            assert reference_tokens(plain, PROMPT, 40, assistant_early_exit=exit_layer) == expected
+            assert reference_tokens(model, PROMPT, 40, assistant_early_exit=exit_layer) == expected
+
+
+@pytest.mark.parametrize("kind", ["Llama 2", "SmolLM2"])
+def test_a_model_of_layerskip_drafts_with_its_first_layers(tmp_path, kind):
+    """Exits that share the final head are what transformers drafts with: the same logits, texts and
+    tensors, and no weight is added anywhere. The output layer of one of the models is tied."""
+    reference = make_hf_reference(kind)
+    folder = save_hf_reference(reference, tmp_path / "hf")
+    wanted = EarlyExitConfig(exit_layer_nums=(1, 2), share_final_head=True)
+    ours = open_checkpoint(import_to(folder, tmp_path / "ours"))
+    added = add_exits(ours, wanted)
+    assert added.weights.keys() == ours.weights.keys()
+    added.write(tmp_path / "exits")
+
+    engine = EarlyExitEngine.from_checkpoint(tmp_path / "exits")
+    with torch.inference_mode():
+        hidden = reference(torch.tensor([PROMPT]), output_hidden_states=True).hidden_states
+        for index, layer in enumerate(wanted.positions):
+            expected = reference.lm_head(reference.model.norm(hidden[layer][0]))
+            torch.testing.assert_close(
+                engine_logits(engine, PROMPT, index), expected, rtol=1e-5, atol=1e-5
+            )
+    text = reference_tokens(reference, PROMPT, 40)
+    for layer in wanted.positions:
+        params = SamplingParams(max_tokens=40, mode="self_speculative", draft_exit_layer=layer)
+        result = engine.generate([PROMPT], params)[0]
+        assert result.token_ids == text
+        assert result.statistics.drafts is not None
+        assert result.statistics.drafts.drafted > 0
+
+    assert not export_hf(tmp_path / "exits", tmp_path / "back").needs_remote_code
+    found, expected = load_shards(tmp_path / "back"), load_shards(folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    assert type(back) is transformers.LlamaForCausalLM
+    check_drafting(back, text)
 
 
 def test_exits_and_their_base_become_one_folder(tmp_path):

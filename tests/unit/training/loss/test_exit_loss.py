@@ -124,6 +124,16 @@ def test_head_kinds(kind, pre_exit, untied, tied_backbone):
     Training(config, tied=tied_backbone).check()
 
 
+@pytest.mark.parametrize("tied_backbone", [True, False], ids=["tied-lm", "untied-lm"])
+@pytest.mark.parametrize("pre_exit", [False, True], ids=["post", "pre"])
+def test_exits_that_share_the_final_head(pre_exit, tied_backbone):
+    positions = (1, 3) if pre_exit else (1, 3, LAYERS)
+    config = exits(*positions, pre_exit=pre_exit, share_final_head=True)
+    training = Training(config, tied=tied_backbone)
+    assert not [name for name, _ in training.model.named_parameters() if "exits." in name]
+    training.check()
+
+
 @pytest.mark.parametrize("kind", SOME_KINDS, ids=names)
 @pytest.mark.parametrize(
     "options",

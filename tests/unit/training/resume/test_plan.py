@@ -77,6 +77,14 @@ def test_exits_without_weights_are_known_by_the_arguments(tmp_path):
     assert StoredModel(plain).match(exits(1, 3)).fresh == (1, 3)
     assert StoredModel(tied).match(exits(1, 3)).is_exact
     assert StoredModel(tied).match(exits(1, 3, use_exit_norm=True)).fresh == (1, 3)
+    shared = save(tmp_path / "c", 2, exit_layer_nums=[1, 3], share_final_head=True)
+    assert StoredModel(shared).match(exits(1, 3, share_final_head=True)).is_exact
+    for path, options, stored in (
+        (tied, exits(1, share_final_head=True), "no flag of heads"),
+        (shared, exits(1), "--share-final-head"),
+    ):
+        with pytest.raises(ValueError, match=rf"layer 1 has another head .*\({stored}\)"):
+            StoredModel(path).match(options)
 
 
 def test_exits_that_only_the_tensors_show_are_known(tmp_path):

@@ -51,6 +51,12 @@ def test_depth(layers, stages, options, depth, built_stages):
         ({}, {}, exits(3, pre_exit=False), "--tune-exit has nothing to tune"),
         (
             {},
+            {},
+            exits(3, share_final_head=True),
+            "--share-final-head cannot be combined with --tune-exit: exits then have no weights",
+        ),
+        (
+            {},
             {"freeze_exit_output_weights": True},
             exits(3, untie_exit_output_weights=True),
             "--tune-exit has nothing to tune",
