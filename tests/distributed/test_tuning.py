@@ -33,7 +33,7 @@ from tests.helpers.training_runs import (  # noqa: E402
 from tests.helpers.warm_ranks import ENTRY, WarmRanks  # noqa: E402
 
 STEPS = 10
-BOUND = 1e-3
+BOUND = 1e-4
 EXITS = {
     "tied": "--exit-layer-nums 3 4 --use-exit-norm",
     "untied": (
