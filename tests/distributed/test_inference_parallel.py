@@ -45,6 +45,10 @@ TRANSFERS: dict[str, dict[str, bool]] = {
 }
 ONE = ("llama", "all")
 """The model that more is asked of, in every layout."""
+SHALLOW = ("shallow", "all")
+COMPILED = {(2, 1): SHALLOW, (1, 2): ONE}
+"""Two layers on each rank, in a stretch each or in one: the compiler takes seconds for each layer
+of each stretch."""
 SLOTS, NUM_ARRIVALS = (1, 3), 20
 TEXT = [position * 7 % 61 for position in range(23)]
 SAMPLED = SamplingParams(mode="early_exit", max_tokens=12, temperature=1.2, top_p=0.9, logprobs=2)
@@ -52,19 +56,27 @@ SAMPLED = SamplingParams(mode="early_exit", max_tokens=12, temperature=1.2, top_
 
 @cache
 def model_of(kind: str, head: str) -> TinyModel:
+    if kind == "shallow":
+        return make_model(replace(LLAMA, num_layers=2), exits=(1,), **HEADS[head])
     return make_model({"llama": LLAMA, "gpt2": GPT2}[kind], exits=(1, 3), **HEADS[head])
 
 
-def greedy_requests(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
+def greedy_requests(
+    seed: int, exits: tuple[int, ...] = (1, 3)
+) -> tuple[list[list[int]], list[SamplingParams]]:
     """Every mode and threshold, with prompts of many lengths."""
     choose = random.Random(seed)
     fields: list[dict[str, Any]] = [{"mode": "full"}]
     fields += [{"mode": "early_exit", "early_exit_threshold": t} for t in THRESHOLDS]
-    fields += [{"mode": "early_exit", "early_exit_threshold": 0.3, "exit_layers": (3,)}]
-    fields += [{"mode": "self_speculative", "draft_exit_layer": layer} for layer in (1, 3)]
+    fields += [{"mode": "early_exit", "early_exit_threshold": 0.3, "exit_layers": exits[-1:]}]
+    fields += [{"mode": "self_speculative", "draft_exit_layer": layer} for layer in exits]
     prompts = [[choose.randrange(61) for _ in range(choose.randint(1, 14))] for _ in fields]
     params = [SamplingParams(max_tokens=choose.randint(1, 8), **each) for each in fields]
     return prompts, params
+
+
+def compiled_requests(model: tuple[str, str]) -> tuple[list[list[int]], list[SamplingParams]]:
+    return greedy_requests(0, model_of(*model).early_exit.positions)
 
 
 def divided_engine(
@@ -100,8 +112,9 @@ def generate_everything(folder: str, arriving: list[list[Arrival]]) -> dict[Any,
         for name, fields in TRANSFERS.items() if layout[1] > 1 else ():
             found[layout, name] = with_transfers_of_nccl(folder, layout, **fields)
         if world_size == 2 and has_cpp_compiler():
-            engine = divided_engine(folder, *ONE, layout, compile=True)
-            pairs = zip(*greedy_requests(0), strict=True)
+            model = COMPILED[layout]
+            engine = divided_engine(folder, *model, layout, compile=True)
+            pairs = zip(*compiled_requests(model), strict=True)
             found[layout, "compiled"] = [engine.generate([prompt], one)[0] for prompt, one in pairs]
             engine.close()
     if world_size == 2:
@@ -260,7 +273,7 @@ def disagreement(folder: str) -> list[GenerationResult]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("models")
-    models = {f"{kind}-{head}": model_of(kind, head) for kind, head in MODELS}
+    models = {f"{kind}-{head}": model_of(kind, head) for kind, head in (*MODELS, SHALLOW)}
     models["damaged-end"] = make_model(exits=(1,))
     models["damaged-end"].weights["decoder.layers.3.mlp.linear_fc2.weight"].fill_(math.nan)
     models["single-group"] = make_model(replace(LLAMA, num_query_groups=1))
@@ -317,15 +330,16 @@ def test_transfers_that_stop_processes_change_nothing(found):
 @needs_compiler
 def test_compiled_layers_give_the_oracles_tokens(found):
     """Stages, and ranks that share every layer; more than two ranks compile nothing."""
-    requests = list(zip(*greedy_requests(0), strict=True))
     for results in found:
         layouts = [key[0] for key in results if key[1:] == ("compiled",)]
         assert layouts == (list(LAYOUTS[2]) if len(found) == 2 else [])
         for layout in layouts:
+            model = COMPILED[layout]
+            requests = zip(*compiled_requests(model), strict=True)
             for (prompt, params), result in zip(requests, results[layout, "compiled"], strict=True):
                 threshold = params.threshold if params.mode == "early_exit" else None
                 expected = generate(
-                    model_of(*ONE), prompt, params.max_tokens, threshold, params.exit_layers
+                    model_of(*model), prompt, params.max_tokens, threshold, params.exit_layers
                 )
                 assert result.token_ids == [token.token_id for token in expected], (layout, params)
 

@@ -13,6 +13,7 @@ import requests
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers.server_process import server_process, wait_until
 from tests.helpers.text_checkpoint import save_text_checkpoint
+from tests.helpers.warm_ranks import WarmRanks
 
 PROMPTS = ["the 7 quick brown", "pack my box"]
 MODES = (
@@ -39,12 +40,18 @@ def engine(checkpoint):
     return EarlyExitEngine.from_checkpoint(checkpoint)
 
 
+@pytest.fixture(scope="module")
+def servers():
+    with WarmRanks("serving") as ranks:
+        yield ranks
+
+
 @each_layout
 def test_texts_are_those_of_one_process_and_the_last_is_finished(
     checkpoint, engine, tmp_path, flags
 ):
     with (
-        server_process(checkpoint, tmp_path, *flags, num_ranks=2, torchrun=True) as server,
+        server_process(checkpoint, tmp_path, *flags, num_ranks=2) as server,
         ThreadPoolExecutor() as pool,
     ):
         for mode in MODES:
@@ -83,9 +90,9 @@ def health_until_the_end(server, found):
 
 
 @each_layout
-def test_all_hear_of_a_death(checkpoint, tmp_path, flags):
+def test_all_hear_of_a_death(checkpoint, servers, tmp_path, flags):
     with (
-        server_process(checkpoint, tmp_path, *flags, num_ranks=2) as server,
+        server_process(checkpoint, tmp_path, *flags, num_ranks=2, ranks=servers) as server,
         ThreadPoolExecutor() as pool,
     ):
         stream = server.post({**ENDLESS, "stream": True}, stream=True)

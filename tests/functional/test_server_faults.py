@@ -18,14 +18,15 @@ from tests.helpers.server_process import free_port, server_process, wait_until
 from tests.helpers.speed import patient
 from tests.helpers.text_checkpoint import save_text_checkpoint
 from tests.helpers.text_server import text_server
+from tests.helpers.warm_ranks import WarmRanks
 from tools.run_early_exit_text_generation_server import main
 
 PROMPT = "the 7 quick brown"
 GREEDY = {"temperature": 0, "ignore_eos": True, "mode": "full"}
 SHORT = {"prompt": PROMPT, "max_tokens": 3, **GREEDY}
-LONG = {"prompt": PROMPT, "n": 16, "max_tokens": 200, **GREEDY}
-"""A second or more where sequences run one by one."""
-ENDLESS = {**LONG, "prompt": [PROMPT] * 6}
+LONG = {"prompt": PROMPT, "n": 16, "max_tokens": 80, **GREEDY}
+"""Half a second or more where sequences run one by one."""
+ENDLESS = {**LONG, "prompt": [PROMPT] * 6, "max_tokens": 200}
 """Ten seconds or more; of its 96 sequences 95 wait."""
 
 
@@ -37,6 +38,12 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(checkpoint):
     return EarlyExitEngine.from_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def servers():
+    with WarmRanks("serving") as ranks:
+        yield ranks
 
 
 def begun_stream(server, body):
@@ -62,10 +69,12 @@ def assert_error(body, code, *parts):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_what_is_under_way_is_finished_before_the_end(checkpoint, engine, tmp_path, number):
+def test_what_is_under_way_is_finished_before_the_end(
+    checkpoint, engine, servers, tmp_path, number
+):
     flags = ["--max-batch-size", "1", "--shutdown-timeout", str(patient(100))]
     with (
-        server_process(checkpoint, tmp_path, *flags) as server,
+        server_process(checkpoint, tmp_path, *flags, ranks=servers) as server,
         ThreadPoolExecutor() as pool,
     ):
         _, lines = begun_stream(server, LONG)
@@ -79,7 +88,7 @@ def test_what_is_under_way_is_finished_before_the_end(checkpoint, engine, tmp_pa
         assert_error(refused.json(), "shutting_down")
         *_, last = lines
         assert last == b"data: [DONE]"
-        (expected,) = engine.generate(PROMPT, SamplingParams(max_tokens=200, ignore_eos=True))
+        (expected,) = engine.generate(PROMPT, SamplingParams(max_tokens=80, ignore_eos=True))
         assert whole.result().status_code == 200
         texts = {choice["text"] for choice in whole.result().json()["choices"]}
         assert texts == {expected.text}
@@ -87,10 +96,10 @@ def test_what_is_under_way_is_finished_before_the_end(checkpoint, engine, tmp_pa
         assert "Traceback" not in server.log.read_text()
 
 
-def test_what_takes_too_long_is_given_up_at_the_end(checkpoint, tmp_path):
+def test_what_takes_too_long_is_given_up_at_the_end(checkpoint, servers, tmp_path):
     flags = ["--max-batch-size", "1", "--shutdown-timeout", "0.3"]
     with (
-        server_process(checkpoint, tmp_path, *flags) as server,
+        server_process(checkpoint, tmp_path, *flags, ranks=servers) as server,
         ThreadPoolExecutor() as pool,
     ):
         _, lines = begun_stream(server, ENDLESS)
@@ -105,10 +114,10 @@ def test_what_takes_too_long_is_given_up_at_the_end(checkpoint, tmp_path):
         assert "Traceback" not in server.log.read_text()
 
 
-def test_a_killed_server_is_missed_at_once_and_can_be_started_again(checkpoint, tmp_path):
-    port = free_port()
+def test_a_killed_server_is_missed_at_once_and_can_be_started_again(checkpoint, servers, tmp_path):
+    again = {"ranks": servers, "port": free_port()}
     with (
-        server_process(checkpoint, tmp_path, "--max-batch-size", "1", port=port) as server,
+        server_process(checkpoint, tmp_path, "--max-batch-size", "1", **again) as server,
         ThreadPoolExecutor() as pool,
     ):
         _, lines = begun_stream(server, ENDLESS)
@@ -120,7 +129,7 @@ def test_a_killed_server_is_missed_at_once_and_can_be_started_again(checkpoint, 
         with pytest.raises(requests.exceptions.ChunkedEncodingError):
             list(lines)
         assert server.wait() == -signal.SIGKILL
-    with server_process(checkpoint, tmp_path, port=port) as server:
+    with server_process(checkpoint, tmp_path, **again) as server:
         assert server.post(SHORT).status_code == 200
 
 

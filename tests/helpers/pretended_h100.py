@@ -1,9 +1,10 @@
 """The compiler's code for an H100 that is not there.
 
-    python -m tests.helpers.pretended_h100 ROWS
+    python -m tests.helpers.pretended_h100 ROWS ...
 
-Two layers of a Llama of 8B are compiled for so many rows, and each of their kernels to machine code
-of an H100. A process of its own, since PyTorch's compiler believes from then on that there is one.
+Two layers of a Llama of 8B are compiled for each of these numbers of rows, and each of their
+kernels to machine code of an H100; a line of JSON for each number says what came of it. A process
+of its own, since PyTorch's compiler believes from then on that there is one.
 """
 
 import json
@@ -138,8 +139,13 @@ def machine_code(source: str) -> int:
 
 
 def main() -> None:
-    (num_rows,) = map(int, sys.argv[1:])
     pretend()
+    for num_rows in map(int, sys.argv[1:]):
+        print(json.dumps(compiled_layers(num_rows)), flush=True)
+
+
+def compiled_layers(num_rows: int) -> dict[str, Any]:
+    """Compile two layers for a number of rows; returns what their code consists of."""
     kernels: dict[str, int] = {}
     codes: list[str] = []
 
@@ -173,14 +179,13 @@ def main() -> None:
     (code,) = codes
     call = code[code.index("def call(") :]
     shapes = re.findall(r"empty_strided_cuda\(\(([^)]*)\)", call)
-    counts = {
+    return {
         "kernels": len(re.findall(r"^ *triton_\w+\.run\(", call, re.M)),
         "products": len(re.findall(r"^ *extern_kernels\.\w+\(", call, re.M)),
         "attentions": len(re.findall(r"= torch\.ops\.early_exit\.attend_rows\.default\(", call)),
         "largest_buffer": max(_numel(shape, num_rows) for shape in shapes),
         "machine_code": kernels,
     }
-    print(json.dumps(counts))
 
 
 def _numel(shape: str, num_rows: int) -> int:

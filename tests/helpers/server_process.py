@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import signal
 import socket
@@ -19,6 +18,7 @@ import psutil
 import requests
 
 from tests.helpers.speed import patient
+from tests.helpers.warm_ranks import JobRank, WarmRanks
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "run_early_exit_text_generation_server.py"
@@ -35,10 +35,10 @@ class ServerProcess:
     Attributes:
         ranks: its processes, of which the first one serves; or torchrun alone.
         url: without a slash at the end.
-        log: what all of them have written.
+        log: what the first one has written; or all, under torchrun.
     """
 
-    ranks: Sequence[subprocess.Popen[bytes]]
+    ranks: Sequence[subprocess.Popen[bytes] | JobRank]
     url: str
     log: Path
 
@@ -81,9 +81,9 @@ def server_process(
     checkpoint: Path,
     folder: Path,
     *flags: str,
+    ranks: WarmRanks | None = None,
     num_ranks: int = 1,
     port: int | None = None,
-    torchrun: bool = False,
 ) -> Iterator[ServerProcess]:
     """Serve a checkpoint until the block ends.
 
@@ -91,29 +91,26 @@ def server_process(
         checkpoint: the checkpoint to serve.
         folder: for the log.
         flags: further flags of the tool, besides those for checkpoint and port.
+        ranks: starts the processes quickly, of the kind "serving"; without it, torchrun does, as
+            for a user.
         num_ranks: processes that divide the model.
         port: the port to listen on; None takes a free one.
-        torchrun: let torchrun start the ranks.
     """
     port = port or free_port()
     command = [str(TOOL), "--load", str(checkpoint), "--port", str(port), "--device", "cpu", *flags]
-    log = folder / f"server{port}.log"
-    if torchrun:
-        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
-        launch += ["--master-port", str(free_port())]
-        commands = [([sys.executable, *launch, *command], {})]
-    else:
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        group |= {"WORLD_SIZE": str(num_ranks)}
-        ranks = [{**group, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(num_ranks)]
-        own = [{}] if num_ranks == 1 else ranks
-        commands = [([sys.executable, *command], variables) for variables in own]
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
+    folder = folder / f"server{port}"
+    folder.mkdir(exist_ok=True)
+    log = folder / "rank0.log"
+    processes: Sequence[subprocess.Popen[bytes] | JobRank]
+    if ranks is None:
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+        torchrun += ["--master-port", str(free_port())]
         with log.open("ab") as file:
-            for words, variables in commands:
-                one = subprocess.Popen(words, env=os.environ | variables, stdout=file, stderr=file)
-                processes.append(one)
+            words = [sys.executable, *torchrun, *command]
+            processes = [subprocess.Popen(words, stdout=file, stderr=file)]
+    else:
+        processes = ranks.start(command, num_ranks, folder).ranks
+    try:
         server = ServerProcess(processes, f"http://127.0.0.1:{port}", log)
         wait_until(lambda: _is_up(server), START_S)
         yield server
@@ -130,7 +127,7 @@ def _is_up(server: ServerProcess) -> bool:
         return False
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes] | JobRank) -> None:
     """Kill a process and all that it has started."""
     if process.poll() is None:
         started = psutil.Process(process.pid).children(recursive=True)

@@ -1,10 +1,16 @@
-"""Starts training commands quickly: one process imports Megatron, and every rank is a fork of it.
+"""Starts training commands and servers quickly: one process imports what they need, and every rank
+is a fork of it.
 
 Importing torch and Megatron takes several seconds, longer than the rest of a tiny run. In all other
 respects ranks are separate processes, with their own session, environment and output."""
 
 from __future__ import annotations
 
+import argparse
+import atexit
+import functools
+import gc
+import inspect
 import json
 import os
 import queue
@@ -13,11 +19,13 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.distributed import TCPStore
 
@@ -35,11 +43,15 @@ def tails(output: str, size: int = 3000) -> str:
 
 
 class WarmRanks:
-    """The process that the ranks are forked from; a context manager."""
+    """The process that the ranks are forked from; a context manager.
 
-    def __init__(self) -> None:
+    Args:
+        kind: what the ranks do, one of `KINDS`.
+    """
+
+    def __init__(self, kind: str = "training") -> None:
         self._server = subprocess.Popen(
-            [sys.executable, "-P", __file__],
+            [sys.executable, "-P", __file__, kind],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -154,6 +166,16 @@ class Job:
         self.kill()
         return -signal.SIGKILL if status is None else status
 
+    @property
+    def ranks(self) -> list[JobRank]:
+        """Each by itself."""
+        return [JobRank(self, pid) for pid in self.pids]
+
+    def status(self, pid: int) -> int | None:
+        """The exit status of a rank that has ended, None of one that has not."""
+        self.poll()
+        return self._statuses.get(pid)
+
     def kill(self) -> None:
         """Send SIGKILL to every rank and all processes that it has started."""
         for pid in self.pids:
@@ -170,7 +192,37 @@ class Job:
         return "\n".join(f"[{log.stem}]\n{log.read_text(errors='replace')}" for log in logs)
 
 
-def _serve() -> None:
+@dataclass(frozen=True)
+class JobRank:
+    """One rank of a job, with the methods of `subprocess.Popen`."""
+
+    job: Job
+    pid: int
+
+    def poll(self) -> int | None:
+        """The exit status, None before the end."""
+        return self.job.status(self.pid)
+
+    def wait(self, timeout: float = float("inf")) -> int:
+        """Wait for the end and return the exit status."""
+        deadline = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(0.02)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to a rank that has not ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+def _import_for_training() -> None:
     from megatron.early_exit import platform
 
     platform.prepare()
@@ -178,6 +230,7 @@ def _serve() -> None:
     import megatron.core.tokenizers.text  # noqa: F401
     import torch._dynamo  # noqa: F401
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.training.arguments import add_megatron_arguments
     from torch.utils import tensorboard  # noqa: F401
 
     from megatron.early_exit.training import session  # noqa: F401
@@ -186,8 +239,27 @@ def _serve() -> None:
     # Else every rank starts a process that imports torch, to hand a list over to itself.
     writers: Any = filesystem_async
     writers._results_queue = queue.Queue()
+    # Megatron takes the help on its flags from the source of its classes, at every start.
+    inspect.getsource = functools.cache(inspect.getsource)
+    add_megatron_arguments(argparse.ArgumentParser())
+
+
+def _import_for_serving() -> None:
+    from transformers import PreTrainedTokenizerFast  # noqa: F401
+
+    from tools import run_early_exit_text_generation_server  # noqa: F401
+
+
+KINDS = {"training": _import_for_training, "serving": _import_for_serving}
+
+
+def _serve() -> None:
+    KINDS[sys.argv[1]]()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    # Ranks would look through all that is imported for garbage, each on its own copy.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         if "start" in request:
@@ -222,14 +294,28 @@ def _fork(rank: dict[str, Any]) -> int:
     os.environ.update(rank["env"])
     sys.argv = rank["argv"]
     sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    status: Any = None
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit:
-        raise
+    except SystemExit as end:
+        status = end.code
     except BaseException:
         traceback.print_exc()
-        sys.exit(1)
-    sys.exit(0)
+        status = 1
+    _end(status)
+
+
+def _end(status: Any) -> NoReturn:
+    """Ends a rank as Python does, but for taking apart all that is imported: with Megatron it takes
+    longer than most runs."""
+    if not isinstance(status, int | None):
+        print(status, file=sys.stderr)
+        status = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 if __name__ == "__main__":
