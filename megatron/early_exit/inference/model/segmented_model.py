@@ -15,16 +15,14 @@ from torch import Tensor, device, dtype
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference.model.compiled import CompiledLayers, LayerCompiler
-from megatron.early_exit.inference.model.graphs import (
-    CudaGraphRecorder,
-    GraphedLayers,
-    Recorder,
-)
+from megatron.early_exit.inference.model.embedding import Embedding
+from megatron.early_exit.inference.model.graphs import GraphedLayers
 from megatron.early_exit.inference.model.heads import BranchPart, Head, ModelExit
 from megatron.early_exit.inference.model.layers import Attention, Mlp, arrange
 from megatron.early_exit.inference.model.linear import Function, make_linear
 from megatron.early_exit.inference.model.norms import make_norm
 from megatron.early_exit.inference.model.packed import pack
+from megatron.early_exit.inference.model.recorder import CudaGraphRecorder, Recorder
 from megatron.early_exit.inference.model.rotary import RotaryTable
 from megatron.early_exit.inference.model.segment import Segment
 from megatron.early_exit.inference.model.tensor_parallel import TensorParallel
@@ -49,8 +47,11 @@ class SegmentedModel:
         tensor_parallel: the ranks that share the model; None where it is whole.
         compile_rows: compile the layers for steps of decoding; on a CPU that takes the memory of
             the weights again.
+        begins_with_tokens: it is no later stage of a pipeline, whose input is a residual stream.
 
     Attributes:
+        embedding: what the residual stream begins with.
+        recorder: captures steps on a GPU; None where nothing does.
         segments: n + 1 segments of a model with n exits; the last ends at the final head.
         exits: the n exits, `exits[i]` behind `segments[i]`.
         exit_vocab_size: tokens that they answer with.
@@ -63,16 +64,19 @@ class SegmentedModel:
         weights: Mapping[str, Tensor],
         tensor_parallel: TensorParallel | None = None,
         compile_rows: bool = False,
+        begins_with_tokens: bool = True,
     ) -> None:
         self.architecture = architecture
         self._tensor_parallel = tensor_parallel
         self._reduce = None if tensor_parallel is None else tensor_parallel.reduce
         self.word_embeddings = weights["embedding.word_embeddings.weight"]
-        self.position_embeddings = weights.get("embedding.position_embeddings.weight")
+        position_embeddings = weights.get("embedding.position_embeddings.weight")
+        self.embedding = Embedding(self.word_embeddings, position_embeddings)
+        self._begins_with_tokens = begins_with_tokens
         self.rotary: RotaryTable | None = None
         if architecture.position_embedding_type == "rope":
             self.rotary = RotaryTable(architecture, self.device)
-        self._recorder = self._new_recorder() if compile_rows else None
+        self.recorder = self._new_recorder() if compile_rows else None
         self._compiler = self._new_compiler() if compile_rows else None
         self._layers = [
             self._layer(weights, f"decoder.layers.{number}.", number)
@@ -146,19 +150,23 @@ class SegmentedModel:
         halves = [half for layer in self._layers for half in layer.halves]
         steps = tuple(halves[start:end])
         attentions = range(-(-start // 2), -(-end // 2))
-        compiled = self._compiled(self._layers[attentions.start : end // 2])
+        embedding = self.embedding if start == 0 and self._begins_with_tokens else None
+        compiled = self._compiled(self._layers[attentions.start : end // 2], embedding)
         if compiled is None:
             return Segment(steps, attentions)
         around = (*steps[: start % 2], compiled, *steps[len(steps) - end % 2 :])
         return Segment(steps, attentions, compiled, around)
 
-    def _compiled(self, layers: Sequence[_Layer]) -> CompiledLayers | GraphedLayers | None:
-        """Whole layers compiled, where there are any and they are to be."""
+    def _compiled(
+        self, layers: Sequence[_Layer], embedding: Embedding | None = None
+    ) -> CompiledLayers | GraphedLayers | None:
+        """Whole layers compiled, where there are any and they are to be; what is captured begins
+        with an embedding, if one is given."""
         if self._compiler is None or not layers:
             return None
         plain = [layer.plain for layer in layers]
-        if self._recorder is not None:
-            return GraphedLayers(self._compiler, plain, self._recorder)
+        if self.recorder is not None:
+            return GraphedLayers(self._compiler, plain, self.recorder, embedding)
         return CompiledLayers(self._compiler, plain, [layer.packed for layer in layers])
 
     def _mlp(self, weights: Mapping[str, Tensor], prefix: str) -> Mlp:
