@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+
+from megatron.early_exit.inference.model.recorder import Recorder
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 
 
 class CpuRecorder:
@@ -35,3 +40,15 @@ class CpuRecorder:
             result.copy_(work())
 
         return replay, result
+
+
+@contextmanager
+def recorded_steps(recorder: Recorder) -> Iterator[None]:
+    """Models that are made meanwhile with `compile_rows` capture their steps with a recorder, and
+    their layers are run as they are written: no compiler puts them together."""
+    with (
+        patch("torch.compiler.is_compiling", lambda: True),
+        patch("torch.compile", lambda function, **_: function),
+        patch.object(SegmentedModel, "_new_recorder", lambda model: recorder),
+    ):
+        yield

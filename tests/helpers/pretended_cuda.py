@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from megatron.early_exit.inference import EarlyExitEngine
 from megatron.early_exit.inference.model import rows_attention
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
-from tests.helpers.cpu_recorder import CpuRecorder
+from tests.helpers.cpu_recorder import CpuRecorder, recorded_steps
 from tests.helpers.tiny_models import TinyModel
 
 CUDA = torch.device("cuda", 0)
@@ -203,14 +203,11 @@ class PretendedRecorder:
 @contextmanager
 def pretended_recorder(mode: PretendedCuda) -> Iterator[PretendedRecorder]:
     """Captures steps on the pretended device, where the kernels of a GPU are not there."""
+    recorder = PretendedRecorder(mode)
     with (
         patch.object(rows_attention, "_kernel_for", lambda cache: rows_attention.plain),
-        # The layers are made whenever they are run: no compiler has put them together.
-        patch("torch.compiler.is_compiling", lambda: True),
-        patch("torch.compile", lambda function, **_: function),
-        patch(f"{SegmentedModel.__module__}.CudaGraphRecorder", lambda device: recorder),
+        recorded_steps(recorder),
     ):
-        recorder = PretendedRecorder(mode)
         yield recorder
 
 

@@ -105,6 +105,7 @@ def recorder(cuda) -> Iterator[PretendedRecorder]:
         ("llama", "all"),
         ("gpt2", "block"),
         ("nemotron", "mlp"),
+        ("odd ones", "mlp"),
         ("qwen", "untied"),
         ("gpt2", "norm"),
         ("llama", "few answers"),
@@ -201,6 +202,16 @@ def test_sampling_launches_as_many_kernels_for_many_rows_as_for_few(cuda, fields
     extra = [one - base for one, base in zip(launches, greedy, strict=True)]
     assert extra[0] == extra[1] <= budget, cuda.launches
     assert greedy[0] == greedy[1] <= 72
+
+
+@pytest.mark.parametrize(("mode", "budget"), [("early_exit", 22), ("self_speculative", 17)])
+def test_half_layers_at_exits_are_captured(cuda, recorder, mode, budget):
+    """With MLPs of their own, exits divide layers. Those of several heads that are asked together
+    are launched one by one."""
+    params = [sampled(mode, seed, temperature=0.0, max_tokens=60) for seed in range(8)]
+    launches, _ = steady(cuda, params, "mlp", is_captured=True)
+    assert launches <= budget, cuda.launches
+    assert not any("attention" in name for name in cuda.launches)
 
 
 def test_a_large_nucleus_takes_one_more_wait(cuda):

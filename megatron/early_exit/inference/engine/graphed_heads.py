@@ -35,7 +35,7 @@ class GraphedHeads:
     after another, and what has come of it is copied before that.
 
     Args:
-        model: has a recorder, and its projections whole.
+        model: has a recorder.
     """
 
     def __init__(self, model: SegmentedModel) -> None:
@@ -60,11 +60,8 @@ class GraphedHeads:
 
     @classmethod
     def of(cls, model: SegmentedModel) -> "GraphedHeads | None":
-        """The captured heads of a model; None where they are not to be captured. The logits of
-        ranks that divide a projection are gathered in a way that is not."""
-        if model.recorder is None or model.final_head.gather is not None:
-            return None
-        return cls(model)
+        """The captured heads of a model; None where nothing is captured."""
+        return None if model.recorder is None else cls(model)
 
     def serves(self, num_rows: int) -> bool:
         """Whether heads have been captured for so many rows."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron.early_exit.inference.model.compiled import LayerCompiler
 from megatron.early_exit.inference.model.embedding import Embedding
 from megatron.early_exit.inference.model.kv_cache import KVCache
+from megatron.early_exit.inference.model.layers import Attention, Mlp
 from megatron.early_exit.inference.model.passes import Pass
 from megatron.early_exit.inference.model.recorder import ROW_COUNTS, Recorder, captured_count
 from megatron.early_exit.inference.model.rows_attention import row_places
@@ -52,13 +53,15 @@ class _Graph:
 
 
 class GraphedLayers:
-    """Consecutive whole layers of a segment, for passes over few positions, whosever they are.
+    """The layers of a segment, for passes over few positions, whosever they are.
 
     Args:
         compiler: of the model's layers.
-        layers: see `CompiledLayers`.
+        layers: those that are whole, see `CompiledLayers`.
         recorder: captures them.
         embedding: of the tokens that are their input; None where that is a residual stream.
+        mlp: of the layer before them, if its attention is not in the segment.
+        attention: of the layer behind them, if its MLP is not in the segment. Neither is compiled.
     """
 
     def __init__(
@@ -67,9 +70,11 @@ class GraphedLayers:
         layers: Sequence[Mapping[str, Tensor]],
         recorder: Recorder,
         embedding: Embedding | None = None,
+        mlp: Mlp | None = None,
+        attention: Attention | None = None,
     ) -> None:
         self._compiler, self._layers, self._recorder = compiler, layers, recorder
-        self._embedding = embedding
+        self._embedding, self._mlp, self._attention = embedding, mlp, attention
         # A graph is of use as long as the cache that it reads and writes.
         self._graphs: WeakKeyDictionary[KVCache, dict[int, _Graph]] = WeakKeyDictionary()
 
@@ -121,13 +126,19 @@ class GraphedLayers:
         hidden = cache.data.new_zeros(count, hidden_size)
         numbers = torch.zeros(3, count, dtype=torch.int64, device=hidden.device)
         own, slots, positions = numbers.unbind()
-        caches, num_places = cache.by_attention[: len(self._layers)], cache.data.shape[2]
+        caches, num_places = cache.by_attention, cache.data.shape[2]
+        num_layers, embedding = len(self._layers), self._embedding
 
         def work() -> Tensor:
-            embedding = self._embedding
             rows = hidden[own] if embedding is None else embedding(own, positions)
             places = row_places(slots, positions, num_places)
-            return self._compiler.run(self._layers, caches, rows, places)
+            if self._mlp is not None:
+                rows = self._mlp(rows)
+            rows = self._compiler.run(self._layers, caches[:num_layers], rows, places)
+            if self._attention is not None:
+                this = self._compiler.rows_pass(caches[num_layers], places)
+                rows = self._attention(rows, this)
+            return rows
 
         replay, result = self._recorder.record(work)
         return _Graph(numbers, hidden, replay, result)

@@ -19,9 +19,6 @@ _ATTENTION_ON_GPUS = [
 """cuDNN builds a plan for every new shape, which takes tens of milliseconds, and a step of decoding
 has a new one nearly always."""
 
-_Step = HalfLayer | CompiledLayers | GraphedLayers
-"""Takes the residual stream [r, h] of a pass further."""
-
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -31,14 +28,16 @@ class Segment:
     attentions: range
     """Their numbers, which are those of the layers."""
     compiled: CompiledLayers | GraphedLayers | None = None
-    """Its whole layers, for the passes that they serve."""
-    compiled_steps: tuple[_Step, ...] = ()
+    """Its whole layers, for the passes that they serve; all of it where steps are captured."""
+    compiled_steps: tuple[HalfLayer | CompiledLayers | GraphedLayers, ...] = ()
     """The same with those, and the half layers that there may be at the ends."""
 
     def __call__(self, hidden: Tensor, this: Pass) -> Tensor:
         """Residual stream [r, h] at the start of the segment -> at its end."""
-        is_compiled = self.compiled is not None and self.compiled.serves(this)
-        return _run(self.compiled_steps if is_compiled else self.steps, hidden, this)
+        if hidden.is_cuda:
+            with sdpa_kernel(_ATTENTION_ON_GPUS):
+                return self._run(hidden, this)
+        return self._run(hidden, this)
 
     def takes_tokens(self, this: Pass) -> bool:
         """Whether its input are the tokens of a pass, for `run_tokens`: what has been captured
@@ -49,18 +48,10 @@ class Segment:
     def run_tokens(self, tokens: Sequence[int], this: Pass) -> Tensor:
         """Tokens, one for each row of a pass -> the residual stream [r, h] behind the segment."""
         assert isinstance(self.compiled, GraphedLayers)
-        hidden = self.compiled.run_tokens(tokens, this)
-        return _run(self.compiled_steps[1:], hidden, this)
+        return self.compiled.run_tokens(tokens, this)
 
-
-def _run(steps: Sequence[_Step], hidden: Tensor, this: Pass) -> Tensor:
-    if hidden.is_cuda and steps:
-        with sdpa_kernel(_ATTENTION_ON_GPUS):
-            return _through(steps, hidden, this)
-    return _through(steps, hidden, this)
-
-
-def _through(steps: Sequence[_Step], hidden: Tensor, this: Pass) -> Tensor:
-    for step in steps:
-        hidden = step(hidden, this)
-    return hidden
+    def _run(self, hidden: Tensor, this: Pass) -> Tensor:
+        is_compiled = self.compiled is not None and self.compiled.serves(this)
+        for step in self.compiled_steps if is_compiled else self.steps:
+            hidden = step(hidden, this)
+        return hidden

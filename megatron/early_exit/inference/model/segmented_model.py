@@ -68,7 +68,6 @@ class SegmentedModel:
     ) -> None:
         self.architecture = architecture
         self._tensor_parallel = tensor_parallel
-        self._reduce = None if tensor_parallel is None else tensor_parallel.reduce
         self.word_embeddings = weights["embedding.word_embeddings.weight"]
         position_embeddings = weights.get("embedding.position_embeddings.weight")
         self.embedding = Embedding(self.word_embeddings, position_embeddings)
@@ -78,6 +77,13 @@ class SegmentedModel:
             self.rotary = RotaryTable(architecture, self.device)
         self.recorder = self._new_recorder() if compile_rows else None
         self._compiler = self._new_compiler() if compile_rows else None
+        self._reduce: Function | None = None
+        if tensor_parallel is not None:
+            # What is captured runs the operators that are captured in compiled layers.
+            is_captured = self.recorder is not None
+            self._reduce = (
+                tensor_parallel.traceable_reduce if is_captured else tensor_parallel.reduce
+            )
         self._layers = [
             self._layer(weights, f"decoder.layers.{number}.", number)
             for number in range(architecture.num_layers)
@@ -150,24 +156,31 @@ class SegmentedModel:
         halves = [half for layer in self._layers for half in layer.halves]
         steps = tuple(halves[start:end])
         attentions = range(-(-start // 2), -(-end // 2))
-        embedding = self.embedding if start == 0 and self._begins_with_tokens else None
-        compiled = self._compiled(self._layers[attentions.start : end // 2], embedding)
-        if compiled is None:
+        whole = self._layers[attentions.start : end // 2]
+        if self._compiler is not None and self.recorder is not None:
+            graphed = GraphedLayers(
+                self._compiler,
+                [layer.plain for layer in whole],
+                self.recorder,
+                self.embedding if start == 0 and self._begins_with_tokens else None,
+                self._layers[start // 2].halves[1] if start % 2 else None,
+                self._layers[end // 2].halves[0] if end % 2 else None,
+            )
+            return Segment(steps, attentions, graphed, (graphed,))
+        if self._compiler is None or not whole:
             return Segment(steps, attentions)
+        compiled = self._compiled(self._compiler, whole)
         around = (*steps[: start % 2], compiled, *steps[len(steps) - end % 2 :])
         return Segment(steps, attentions, compiled, around)
 
     def _compiled(
-        self, layers: Sequence[_Layer], embedding: Embedding | None = None
-    ) -> CompiledLayers | GraphedLayers | None:
-        """Whole layers compiled, where there are any and they are to be; what is captured begins
-        with an embedding, if one is given."""
-        if self._compiler is None or not layers:
-            return None
+        self, compiler: LayerCompiler, layers: Sequence[_Layer]
+    ) -> CompiledLayers | GraphedLayers:
+        """Whole layers compiled."""
         plain = [layer.plain for layer in layers]
         if self.recorder is not None:
-            return GraphedLayers(self._compiler, plain, self.recorder, embedding)
-        return CompiledLayers(self._compiler, plain, [layer.packed for layer in layers])
+            return GraphedLayers(compiler, plain, self.recorder)
+        return CompiledLayers(compiler, plain, [layer.packed for layer in layers])
 
     def _mlp(self, weights: Mapping[str, Tensor], prefix: str) -> Mlp:
         return Mlp(self.architecture, weights, prefix, self._reduce)
@@ -175,18 +188,20 @@ class SegmentedModel:
     def _block(self, weights: Mapping[str, Tensor], prefix: str) -> Segment:
         """The layer with some prefix as a segment, whose cache is its own."""
         layer = self._layer(weights, prefix, 0)
-        compiled = self._compiled([layer])
-        steps = layer.halves if compiled is None else (compiled,)
-        return Segment(layer.halves, range(1), compiled, steps)
+        if self._compiler is None:
+            return Segment(layer.halves, range(1))
+        compiled = self._compiled(self._compiler, [layer])
+        return Segment(layer.halves, range(1), compiled, (compiled,))
 
     def _norm(self, weights: Mapping[str, Tensor], prefix: str) -> Function:
         return make_norm(self.architecture, weights, prefix)
 
     def _head(self, branch: tuple[BranchPart, ...], projection: Tensor) -> Head:
         shared = self._tensor_parallel
-        gather = None
+        gather: Function | None = None
         if shared is not None:
-            gather = partial(shared.gather, vocab_size=len(projection))
+            function = shared.gather if self.recorder is None else shared.traceable_gather
+            gather = partial(function, vocab_size=len(projection))
         product = self._projections.get(id(projection))
         if product is None:
             product = make_linear(projection if shared is None else shared.rows(projection))
