@@ -123,7 +123,7 @@ def replayed(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("architecture", "heads"), [("llama", "all"), ("gpt2", "norm")])
+@pytest.mark.parametrize(("architecture", "heads"), [("llama", "all"), ("gpt2", "mlp")])
 def test_captured_layers_serve_batches(architecture, heads, replayed):
     """Rows and lengths are rounded up: what stands in for missing rows changes nothing."""
     model = make_model(shallow(ARCHITECTURES[architecture]), exits=(1,), **HEADS[heads])

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
+
+# Imported while PyTorch is patched, it would not know `is_compiling` again.
+import torch._dynamo
 from torch import Tensor
 
 from megatron.early_exit.inference.model.recorder import Recorder
