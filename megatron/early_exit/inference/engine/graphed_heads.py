@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.inference.model.heads import Head
+from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.model.linear import Function
 from megatron.early_exit.inference.model.recorder import ROW_COUNTS, captured_count
+from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.modes.head_output import head_figures
 
@@ -36,15 +38,18 @@ class GraphedHeads:
 
     Args:
         model: has a recorder.
+        has_final: the final head is asked, too; on stages of a pipeline but the last it is not.
     """
 
-    def __init__(self, model: SegmentedModel) -> None:
+    def __init__(self, model: SegmentedModel, has_final: bool = True) -> None:
         assert model.recorder is not None
         self._recorder, shape = model.recorder, model.architecture
         new, most = model.word_embeddings.new_zeros, ROW_COUNTS[-1]
         self._inputs = new(most, shape.hidden_size)
         self._logits = new(most, shape.vocab_size, dtype=torch.float32)
-        heads = [*(exit_.head for exit_ in model.exits), model.final_head]
+        heads = [exit_.head for exit_ in model.exits]
+        if has_final:
+            heads.append(model.final_head)
         self._whole: dict[int, dict[int, _Graph]] = {}
         self._projections: dict[int, dict[int, _Graph]] = {}
         for head in heads:
@@ -59,9 +64,9 @@ class GraphedHeads:
                 self._projections[key] = self._record(head.project)
 
     @classmethod
-    def of(cls, model: SegmentedModel) -> "GraphedHeads | None":
+    def of(cls, model: SegmentedModel, has_final: bool = True) -> "GraphedHeads | None":
         """The captured heads of a model; None where nothing is captured."""
-        return None if model.recorder is None else cls(model)
+        return None if model.recorder is None else cls(model, has_final)
 
     def serves(self, num_rows: int) -> bool:
         """Whether heads have been captured for so many rows."""
@@ -80,6 +85,16 @@ class GraphedHeads:
         graphs = self._whole.get(id(head), self._projections.get(id(head.projection)))
         assert graphs is not None
         return self._replay(graphs, hidden)
+
+    def evaluate_exit(
+        self, runner: SegmentRunner, index: int, spans: Sequence[Span]
+    ) -> tuple[Tensor, Tensor]:
+        """What an exit says of the last position of each span, after its segment ran; see
+        `evaluate`."""
+        head = runner.model.exits[index].head
+        if head.block is not None:
+            return self.project(head, [runner.last_features(index, spans)])
+        return self.evaluate(head, [runner.last_positions(index, spans)])
 
     def project(self, head: Head, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """What the heads that share the projection of `head` say, all of them in one product.

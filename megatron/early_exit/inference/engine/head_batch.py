@@ -87,7 +87,7 @@ class HeadBatch:
     def _replayed(self, graphed: GraphedHeads, calls: list[HeadCall]) -> tuple[Tensor, Tensor]:
         call, head = calls[0], self._head(calls[0])
         if head.block is not None:
-            return graphed.project(head, [self._runner.last_features(call.head, call.spans)])
+            return graphed.evaluate_exit(self._runner, call.head, call.spans)
         if all(one.head == call.head for one in calls):
             return graphed.evaluate(head, [_inputs(one) for one in calls])
         return graphed.project(head, self._features(calls))

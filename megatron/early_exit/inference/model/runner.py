@@ -169,9 +169,10 @@ class SegmentRunner:
         slot, start, end = spans[0]
         return self._kept[cut, slot, start:end]
 
-    def _last_positions(self, cut: int, spans: tuple[Span, ...]) -> Tensor:
-        """[n, h], the residual stream of the last position of each span."""
-        last = self._last
+    def last_positions(self, cut: int, spans: Sequence[Span]) -> Tensor:
+        """[n, h], the residual stream of the last position of each span, at the exit behind a
+        segment that ran."""
+        last, spans = self._last, tuple(spans)
         if last is not None and last.index == cut and last.spans == spans:
             if len(last.hidden) == len(spans):
                 return last.hidden
@@ -196,7 +197,7 @@ class SegmentRunner:
         head, cache = self.model.exits[index].head, self._block_caches[index]
         spans = tuple(spans)
         if cache is None:
-            return head.features(self._last_positions(index, spans))
+            return head.features(self.last_positions(index, spans))
         lengths = self._block_lengths[index]
         behind = tuple(Span(slot, lengths[slot], end) for slot, _, end in spans)
         order = sorted(range(len(behind)), key=lambda i: in_pass_order(behind[i]))
