@@ -11,9 +11,11 @@ import torch
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.inference.model import graphs
 from megatron.early_exit.inference.model.graphs import GraphedLayers
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from tests.helpers.compiler import needs_compiler
+from tests.helpers.cpu_recorder import CpuRecorder
 from tests.helpers.reference_decoder import generate
 from tests.helpers.speed import patient
 from tests.helpers.tiny_models import ARCHITECTURES, HEADS, LLAMA, make_model
@@ -113,14 +115,6 @@ def test_room_for_few_positions():
         assert result.token_ids == plain.token_ids
 
 
-class CpuRecorder:
-    """Captures work such that a CPU can do it again."""
-
-    def record(self, work):
-        result = work()
-        return lambda: result.copy_(work()), result
-
-
 @pytest.fixture
 def replayed(monkeypatch):
     """Makes models whose layers are captured, also those of segments that are fused later."""
@@ -129,7 +123,7 @@ def replayed(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("architecture", "heads"), [("llama", "all"), ("gpt2", "norm")])
+@pytest.mark.parametrize(("architecture", "heads"), [("llama", "all"), ("gpt2", "mlp")])
 def test_captured_layers_serve_batches(architecture, heads, replayed):
     """Rows and lengths are rounded up: what stands in for missing rows changes nothing."""
     model = make_model(shallow(ARCHITECTURES[architecture]), exits=(1,), **HEADS[heads])
@@ -158,11 +152,11 @@ def test_captured_layers_verify_and_catch_up(heads, replayed, monkeypatch):
     engine = EarlyExitEngine(replayed(model), max_pending=5)
     monkeypatch.delattr(CpuRecorder, "record")
     counts = []
-    run = GraphedLayers.__call__
+    take = graphs._Graph.take
     monkeypatch.setattr(
-        GraphedLayers,
-        "__call__",
-        lambda layers, hidden, this: counts.append(this.count) or run(layers, hidden, this),
+        graphs._Graph,
+        "take",
+        lambda graph, numbers, this: counts.append(this.count) or take(graph, numbers, this),
     )
     speculative = SamplingParams(max_tokens=20, mode="self_speculative", draft_confidence=0.0)
     leaving = SamplingParams(max_tokens=20, mode="early_exit", early_exit_threshold=0.2)

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from megatron.early_exit.inference import EarlyExitEngine
 from megatron.early_exit.inference.model import rows_attention
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from tests.helpers.cpu_recorder import CpuRecorder, recorded_steps
 from tests.helpers.tiny_models import TinyModel
 
 CUDA = torch.device("cuda", 0)
@@ -152,7 +153,9 @@ class PretendedCuda(TorchFunctionMode):
             return
         is_indexed = name in ("__getitem__", "__setitem__") and isinstance(args[0], CudaTensor)
         if name == "copy_" or is_indexed:
-            self._wait(name)
+            is_pinned = all(isinstance(one, _Pinned) for one in others)
+            if not (is_pinned and kwargs.get("non_blocking")):
+                self._wait(name)
         else:
             self.mixed.append(f"{name} at {_place()}")
             raise RuntimeError(f"tensors on different devices: {self.mixed[-1]}")
@@ -172,24 +175,24 @@ class PretendedCuda(TorchFunctionMode):
 
 
 class PretendedRecorder:
-    """Captures work on the pretended device; doing it again is one launch.
-
-    Attributes:
-        count: of what has been captured.
-    """
+    """Captures work on the pretended device; doing it again is one launch."""
 
     def __init__(self, mode: PretendedCuda) -> None:
         self._mode = mode
-        self.count = 0
+        self._recorder = CpuRecorder()
+
+    @property
+    def count(self) -> int:
+        """How much has been captured."""
+        return self._recorder.count
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Run some work; returns what does it again as one launch, and its result."""
-        self.count += 1
-        result = work()
+        run_again, result = self._recorder.record(work)
 
         def replay() -> None:
             launches, waits = self._mode.launches.copy(), self._mode.waits.copy()
-            result.copy_(work())
+            run_again()
             assert self._mode.waits == waits, "a graph cannot wait"
             self._mode.launches = launches
             self._mode.launches["replay"] += 1
@@ -199,15 +202,12 @@ class PretendedRecorder:
 
 @contextmanager
 def pretended_recorder(mode: PretendedCuda) -> Iterator[PretendedRecorder]:
-    """Captures layers on the pretended device, where the kernels of a GPU are not there."""
+    """Captures steps on the pretended device, where the kernels of a GPU are not there."""
+    recorder = PretendedRecorder(mode)
     with (
         patch.object(rows_attention, "_kernel_for", lambda cache: rows_attention.plain),
-        # The layers are made whenever they are run: no compiler has put them together.
-        patch("torch.compiler.is_compiling", lambda: True),
-        patch("torch.compile", lambda function, **_: function),
-        patch(f"{SegmentedModel.__module__}.CudaGraphRecorder", lambda device: recorder),
+        recorded_steps(recorder),
     ):
-        recorder = PretendedRecorder(mode)
         yield recorder
 
 

@@ -26,6 +26,19 @@ def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) 
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def upload_to(values: Any, target: Tensor) -> None:
+    """Put numbers into a tensor on a device; the host does not wait for it.
+
+    Args:
+        values: what `torch.as_tensor` takes, in the shape of `target`.
+        target: is written over.
+    """
+    tensor = torch.as_tensor(values, dtype=target.dtype)
+    if target.device.type != "cpu":
+        tensor = tensor.pin_memory()
+    target.copy_(tensor, non_blocking=True)
+
+
 def download(tensors: Sequence[Tensor]) -> list[list[Any]]:
     """The numbers of tensors of one dtype, nested as the tensors are, by one transfer."""
     if len(tensors) == 1:

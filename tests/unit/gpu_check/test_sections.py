@@ -253,7 +253,7 @@ def test_marked_tests_that_fail_are_found_on_a_cpu_too(monkeypatch):
 
 def test_the_files_with_marked_tests_are_found():
     names = {file.name for file in marked_tests.marked_files(marked_tests.REPOSITORY / "tests")}
-    assert {"test_devices.py", "test_graphs.py", "test_head_loss.py"} <= names
+    assert {"test_devices.py", "test_head_loss.py", "test_recorder.py"} <= names
     # It has such tests in the text that it writes.
     assert "test_sections.py" not in names
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.inference.transfer import upload_to
 from tests.helpers.pretended_cuda import (
     CudaTensor,
     PretendedCuda,
@@ -100,10 +101,19 @@ def recorder(cuda) -> Iterator[PretendedRecorder]:
 
 @pytest.mark.parametrize(
     ("architecture", "heads"),
-    [("llama", "all"), ("gpt2", "block"), ("nemotron", "mlp"), ("qwen", "untied")],
+    [
+        ("llama", "all"),
+        ("gpt2", "block"),
+        ("nemotron", "mlp"),
+        ("odd ones", "mlp"),
+        ("qwen", "untied"),
+        ("gpt2", "norm"),
+        ("llama", "few answers"),
+    ],
 )
-def test_captured_layers(cuda, recorder, architecture, heads):
-    """As plain layers, in one launch for a stretch of layers; nothing is captured on the way."""
+def test_captured_steps(cuda, recorder, architecture, heads):
+    """As plain ones, in one launch for a stretch of layers or a head; nothing is captured on the
+    way."""
     model = make_model(ARCHITECTURES[architecture], exits=(1, 3), **HEADS[heads])
     engine = pretended_engine(model, True, max_batch_size=4)
     captured = recorder.count
@@ -138,16 +148,35 @@ def steady(
     return cuda.launches.total() / steps, cuda.waits.total() / steps
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_step_of_captured_layers_is_few_launches(cuda, recorder, mode):
-    """The layers are launched as one for each stretch between exits that are asked."""
-    params = [sampled(mode, seed, temperature=0.0, max_tokens=60) for seed in range(3)]
-    launches, waits = steady(cuda, params, is_captured=True)
-    assert launches <= 29, cuda.launches
-    # Some steps of the exit modes have two stretches: up to an exit, and behind it.
-    stretches = cuda.launches["replay"] / 8
-    assert stretches == 1 if mode == "full" else 1 <= stretches < 2
+@pytest.mark.parametrize("heads", ["norm", "untied", "block"])
+@pytest.mark.parametrize(("rows", "budget"), [(1, 7), (3, 8), (8, 8)])
+def test_a_captured_step_is_few_launches(cuda, recorder, rows, budget, heads):
+    """Tokens and places go to the device, all layers are replayed, and so is the head; the results
+    of both are copied. With several rows, their places are also uploaded for other segments."""
+    params = [sampled("full", seed, temperature=0.0, max_tokens=60) for seed in range(rows)]
+    launches, waits = steady(cuda, params, heads, is_captured=True)
+    assert launches <= budget, cuda.launches
+    assert cuda.launches["replay"] == 2 * 8
     assert waits == 1
+
+
+@pytest.mark.parametrize("heads", ["norm", "untied"])
+@pytest.mark.parametrize(
+    ("mode", "rows", "budget"),
+    [
+        ("early_exit", 1, 10),
+        ("early_exit", 8, 15),
+        ("self_speculative", 1, 8),
+        ("self_speculative", 8, 13),
+    ],
+)
+def test_a_captured_step_with_exits_is_few_launches(cuda, recorder, mode, rows, budget, heads):
+    """Some steps have two stretches of layers, up to an exit and behind it, and ask two heads."""
+    params = [sampled(mode, seed, temperature=0.0, max_tokens=60) for seed in range(rows)]
+    launches, waits = steady(cuda, params, heads, is_captured=True)
+    assert launches <= budget, cuda.launches
+    assert 1 < cuda.launches["replay"] / 8 < 4
+    assert waits <= 1
 
 
 @pytest.mark.parametrize("heads", ["norm", "untied"])
@@ -173,6 +202,16 @@ def test_sampling_launches_as_many_kernels_for_many_rows_as_for_few(cuda, fields
     extra = [one - base for one, base in zip(launches, greedy, strict=True)]
     assert extra[0] == extra[1] <= budget, cuda.launches
     assert greedy[0] == greedy[1] <= 72
+
+
+@pytest.mark.parametrize(("mode", "budget"), [("early_exit", 22), ("self_speculative", 17)])
+def test_half_layers_at_exits_are_captured(cuda, recorder, mode, budget):
+    """With MLPs of their own, exits divide layers. Those of several heads that are asked together
+    are launched one by one."""
+    params = [sampled(mode, seed, temperature=0.0, max_tokens=60) for seed in range(8)]
+    launches, _ = steady(cuda, params, "mlp", is_captured=True)
+    assert launches <= budget, cuda.launches
+    assert not any("attention" in name for name in cuda.launches)
 
 
 def test_a_large_nucleus_takes_one_more_wait(cuda):
@@ -215,6 +254,12 @@ def test_mixed_devices_and_waits_are_found():
         mode.waits.clear()
         here.pin_memory().to("cuda", non_blocking=True)
         assert not mode.waits
+        upload_to([1, 2], there)
+        assert there.tolist() == [1, 2]
+        assert [name for name, _ in mode.waits] == ["tolist"]
+        there.copy_(here.pin_memory())
+        there.copy_(here, non_blocking=True)
+        assert mode.waits.total() == 3
         with pytest.raises(RuntimeError, match="different devices: add"):
             there.add(here)
     assert launches == {"copy between devices": 1, "add": 1, "sum": 1}

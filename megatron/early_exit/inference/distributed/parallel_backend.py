@@ -222,5 +222,7 @@ def parallel_model(
     for `has_driver` see `ParallelBackend`.
     """
     shape, exits, renamed = stage_as_model(rank_info, architecture, early_exit, weights)
-    model = SegmentedModel(shape, exits, renamed, rank_info.tensor, compile_rows)
+    model = SegmentedModel(
+        shape, exits, renamed, rank_info.tensor, compile_rows, rank_info.is_first_stage
+    )
     return model, ParallelBackend(rank_info, architecture, early_exit, has_driver)

@@ -12,11 +12,12 @@ from megatron.early_exit.inference.distributed.process_groups import RankInfo
 from megatron.early_exit.inference.distributed.stage_links import StageLinks
 from megatron.early_exit.inference.distributed.stage_task import HeadMessage, StageBatch, StageTask
 from megatron.early_exit.inference.engine.cache_pages import PAGE_SIZE
+from megatron.early_exit.inference.engine.graphed_heads import GraphedHeads
 from megatron.early_exit.inference.engine.scoring import PrefixScore, TextScorer
 from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.model.page_store import PageStore
 from megatron.early_exit.inference.model.runner import SegmentRunner
-from megatron.early_exit.inference.modes.head_output import head_outputs
+from megatron.early_exit.inference.modes.head_output import HeadOutput, head_outputs, outputs_of
 from megatron.early_exit.inference.modes.mode import FINAL
 
 Report = Callable[[StageTask, Tensor], None]
@@ -42,6 +43,7 @@ class PipelineStage:
         model = runner.model
         size = model.architecture.hidden_size
         self._links = StageLinks(rank_info, size, model.dtype, model.device)
+        self._graphed_heads = GraphedHeads.of(model, rank_info.is_last_stage)
         self._scorers: dict[int, TextScorer] = {}
         self._store = PageStore(runner, PAGE_SIZE, keeps_for_blocks=True)
 
@@ -147,7 +149,7 @@ class PipelineStage:
             if self.runner.model.exits[index].head.block is not None:
                 now = list({tasks[i].slot: i for i in reversed(waiting)}.values())[::-1]
             ends = [Span(tasks[i].slot, tasks[i].start, tasks[i].end) for i in now]
-            self._conclude(head, tasks, now, self.runner.exit_logits(index, ends), report)
+            self._conclude(head, tasks, now, self._exit_outputs(index, ends), report)
             waiting = [i for i in waiting if i not in now]
         return tasks
 
@@ -156,13 +158,31 @@ class PipelineStage:
         asking = [i for i, task in enumerate(tasks) if task.final]
         if asking:
             rows = ends[asking].to(hidden.device)
-            logits = self.runner.final_logits(hidden[rows])
-            self._conclude(FINAL, tasks, asking, logits, report)
+            self._conclude(FINAL, tasks, asking, self._final_outputs(hidden[rows]), report)
+
+    def _exit_outputs(self, index: int, spans: Sequence[Span]) -> list[HeadOutput]:
+        graphed = self._graphed_heads
+        if graphed is None or not graphed.serves(len(spans)):
+            return head_outputs(self.runner.exit_logits(index, spans))
+        logits, figures = graphed.evaluate_exit(self.runner, index, spans)
+        return outputs_of(logits, figures.tolist())
+
+    def _final_outputs(self, hidden: Tensor) -> list[HeadOutput]:
+        graphed = self._graphed_heads
+        if graphed is None or not graphed.serves(len(hidden)):
+            return head_outputs(self.runner.final_logits(hidden))
+        logits, figures = graphed.evaluate(self.runner.model.final_head, [hidden])
+        return outputs_of(logits, figures.tolist())
 
     def _conclude(
-        self, head: int, tasks: list[StageTask], asking: list[int], logits: Tensor, report: Report
+        self,
+        head: int,
+        tasks: list[StageTask],
+        asking: list[int],
+        outputs: list[HeadOutput],
+        report: Report,
     ) -> None:
-        for i, output in zip(asking, head_outputs(logits), strict=True):
+        for i, output in zip(asking, outputs, strict=True):
             if head != FINAL:
                 output = tasks[i].rule.measured(output)
             message = HeadMessage.of(head, output)

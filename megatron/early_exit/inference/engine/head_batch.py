@@ -5,12 +5,17 @@ in one product, however deep in the model they are.
 """
 
 from collections import abc
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.engine.head_reading import HeadCall, HeadOutputs, read
+from megatron.early_exit.inference.engine.graphed_heads import GraphedHeads
+from megatron.early_exit.inference.engine.head_reading import (
+    HeadCall,
+    HeadLogits,
+    HeadOutputs,
+    read,
+)
 from megatron.early_exit.inference.model.heads import Head
 from megatron.early_exit.inference.model.kv_cache import Span, row_ends
 from megatron.early_exit.inference.model.runner import SegmentRunner
@@ -19,10 +24,15 @@ from megatron.early_exit.inference.transfer import upload
 
 
 class HeadBatch:
-    """The heads to evaluate for batches that a runner has run one after another."""
+    """The heads to evaluate for batches that a runner has run one after another.
 
-    def __init__(self, runner: SegmentRunner) -> None:
-        self._runner = runner
+    Args:
+        runner: has run them.
+        graphed: the heads as they have been captured, where they have.
+    """
+
+    def __init__(self, runner: SegmentRunner, graphed: GraphedHeads | None = None) -> None:
+        self._runner, self._graphed = runner, graphed
         self._calls: list[HeadCall] = []
 
     def add(
@@ -55,18 +65,32 @@ class HeadBatch:
     def outputs(self) -> HeadOutputs:
         """Evaluate the heads; those that share a projection run as one product. Where that has to
         wait for the device, it does once for all of them."""
-        return read([(calls, logits.to(torch.float32)) for calls, logits in self._logits()])
+        return read([self._evaluate(calls) for calls in self._sharing()])
 
-    def _logits(self) -> Iterator[tuple[list[HeadCall], Tensor]]:
-        """The logits [n, v] of as few products as possible, each with the heads that share it."""
+    def _sharing(self) -> abc.Collection[list[HeadCall]]:
+        """The calls of each product, for as few products as possible."""
         sharing: dict[int, list[HeadCall]] = {}
         for call in self._calls:
             head = self._head(call)
             # A block has caches of its own, which the runner knows.
             product = id(head.projection) if head.block is None else id(call)
             sharing.setdefault(product, []).append(call)
-        for calls in sharing.values():
-            yield calls, self._alone(calls[0]) if len(calls) == 1 else self._together(calls)
+        return sharing.values()
+
+    def _evaluate(self, calls: list[HeadCall]) -> HeadLogits:
+        graphed = self._graphed
+        if graphed is not None and graphed.serves(sum(len(call.rows) for call in calls)):
+            return HeadLogits(calls, *self._replayed(graphed, calls))
+        logits = self._alone(calls[0]) if len(calls) == 1 else self._together(calls)
+        return HeadLogits(calls, logits.to(torch.float32))
+
+    def _replayed(self, graphed: GraphedHeads, calls: list[HeadCall]) -> tuple[Tensor, Tensor]:
+        call, head = calls[0], self._head(calls[0])
+        if head.block is not None:
+            return graphed.evaluate_exit(self._runner, call.head, call.spans)
+        if all(one.head == call.head for one in calls):
+            return graphed.evaluate(head, [_inputs(one) for one in calls])
+        return graphed.project(head, self._features(calls))
 
     def _alone(self, call: HeadCall) -> Tensor:
         if call.head != FINAL:
@@ -74,8 +98,10 @@ class HeadBatch:
         return self._runner.final_logits(_inputs(call))
 
     def _together(self, calls: list[HeadCall]) -> Tensor:
-        features = [self._head(call).features(_inputs(call)) for call in calls]
-        return self._head(calls[0]).project(torch.cat(features))
+        return self._head(calls[0]).project(torch.cat(self._features(calls)))
+
+    def _features(self, calls: list[HeadCall]) -> list[Tensor]:
+        return [self._head(call).features(_inputs(call)) for call in calls]
 
     def _head(self, call: HeadCall) -> Head:
         model = self._runner.model

@@ -46,33 +46,51 @@ class HeadCall:
     rows: list[int]
 
 
-Logits = Sequence[tuple[Sequence[HeadCall], Tensor]]
-"""Calls, and the logits [n, v] in fp32 of all their rows."""
+@dataclass(frozen=True, slots=True)
+class HeadLogits:
+    """What some calls have given, in one product.
+
+    Attributes:
+        calls: which.
+        logits: [n, v] in fp32, of all their rows.
+        known_figures: [3, n], see `head_figures`, where they have come with the logits.
+    """
+
+    calls: Sequence[HeadCall]
+    logits: Tensor
+    known_figures: Tensor | None = None
+
+    @property
+    def figures(self) -> Tensor:
+        """What is read of the logits, [3, n], on their device."""
+        return head_figures(self.logits) if self.known_figures is None else self.known_figures
 
 
-def read(logits: Logits) -> HeadOutputs:
+def read(logits: Sequence[HeadLogits]) -> HeadOutputs:
     """Read what the heads of some calls say, and draw the tokens that they have to give."""
-    if all(one.device.type == "cpu" for _, one in logits):
-        outputs = _outputs(logits, [head_figures(one).tolist() for _, one in logits])
+    if all(one.logits.device.type == "cpu" for one in logits):
+        outputs = _outputs(logits, [one.figures.tolist() for one in logits])
         _draw_what_is_needed(logits, outputs)
         return outputs
     return _read_ahead(logits)
 
 
-def _outputs(logits: Logits, figures: Sequence[Sequence[Sequence[float]]]) -> HeadOutputs:
+def _outputs(
+    logits: Sequence[HeadLogits], figures: Sequence[Sequence[Sequence[float]]]
+) -> HeadOutputs:
     outputs: HeadOutputs = {}
-    for (calls, own), numbers in zip(logits, figures, strict=True):
-        found, first = outputs_of(own, numbers), 0
-        for call in calls:
+    for one, numbers in zip(logits, figures, strict=True):
+        found, first = outputs_of(one.logits, numbers), 0
+        for call in one.calls:
             for span, count in zip(call.spans, call.counts, strict=True):
                 outputs[call.segment, span.slot] = found[first : first + count]
                 first += count
     return outputs
 
 
-def _draw_what_is_needed(logits: Logits, outputs: HeadOutputs) -> None:
+def _draw_what_is_needed(logits: Sequence[HeadLogits], outputs: HeadOutputs) -> None:
     """Put tokens to the outputs of the first head of each sequence that has to give some."""
-    calls = [call for own, _ in logits for call in own if _may_draw(call)]
+    calls = [call for one in logits for call in one.calls if _may_draw(call)]
     wanted: list[tuple[list[HeadOutput], int, Draw]] = []
     given: set[int] = set()
     for call in sorted(calls, key=lambda call: call.segment):
@@ -97,25 +115,26 @@ def _may_draw(call: HeadCall) -> bool:
     return any(not mode.sampler.is_always_greedy for mode in call.modes)
 
 
-def _read_ahead(logits: Logits) -> HeadOutputs:
+def _read_ahead(logits: Sequence[HeadLogits]) -> HeadOutputs:
     """Draw all tokens that may be needed, and read everything at once."""
     draws: dict[int, Draw] = {}
     best: dict[int, list[int]] = {}
     places: list[tuple[tuple[int, int], int]] = []
-    for calls, _ in logits:
-        for call in calls:
+    for own in logits:
+        for call in own.calls:
             for span, mode, count in zip(call.spans, call.modes, call.counts, strict=True):
                 first = len(places)
                 places += [((call.segment, span.slot), place) for place in range(count)]
                 if not mode.sampler.is_always_greedy:
-                    own = enumerate(mode.draws(call.head), start=first)
-                    draws.update((row, one) for row, one in own if one is not None)
+                    asked = enumerate(mode.draws(call.head), start=first)
+                    draws.update((row, one) for row, one in asked if one is not None)
                 if num_best := mode.sampler.params.logprobs:
                     best.setdefault(num_best, []).extend(range(first, len(places)))
-    figures = [head_figures(own) for _, own in logits]
+    figures = [one.figures for one in logits]
     batch = None
     if draws or best:
-        together = logits[0][1] if len(logits) == 1 else torch.cat([own for _, own in logits])
+        parts = [one.logits for one in logits]
+        together = parts[0] if len(parts) == 1 else torch.cat(parts)
     if draws:
         batch = DrawBatch(some_rows(together, list(draws))[0], list(draws.values()))
         figures.append(batch.figures)

@@ -4,6 +4,7 @@ import torch
 
 from megatron.early_exit.inference.engine.cache_pages import CachePages
 from megatron.early_exit.inference.engine.failures import is_out_of_memory, reason_of
+from megatron.early_exit.inference.engine.graphed_heads import GraphedHeads
 from megatron.early_exit.inference.engine.head_batch import HeadBatch
 from megatron.early_exit.inference.engine.head_reading import HeadOutputs
 from megatron.early_exit.inference.engine.loop import DecodingLoop
@@ -45,6 +46,7 @@ class SegmentLoop(DecodingLoop):
         )
         super().__init__(scheduler, model.device)
         self.runner, self.pages = runner, pages
+        self._graphed_heads = GraphedHeads.of(model)
         self._store = PageStore(runner, pages.page_size)
         self._is_alone = is_alone
         self._scorers: dict[int, TextScorer] = {}
@@ -145,7 +147,7 @@ class SegmentLoop(DecodingLoop):
             The segments that sequences have passed, by key; the heads there; and those which
             sequences hardly get to.
         """
-        likely, unlikely = HeadBatch(self.runner), HeadBatch(self.runner)
+        likely, unlikely = (HeadBatch(self.runner, self._graphed_heads) for _ in range(2))
         passed: dict[int, list[int]] = {}
         while step is not None:
             self._suspects.update(sequence.key for sequence in step.sequences)

@@ -82,6 +82,7 @@ class LayerCompiler:
         reduce: Function | None = None,
     ) -> None:
         silence_cuda_remark()
+        self._architecture = architecture
         self._turns = None if rotary is None else rotary.real_turns
         self.positions = torch.arange(architecture.max_position_embeddings, device=device)
 
@@ -103,6 +104,11 @@ class LayerCompiler:
         # Weights are arguments, so it does not matter of which layers.
         self._group = group
         self._unguarded: dict[_Kind, _Group] = {}
+
+    def rows_pass(self, cache: Tensor, places: Places) -> RowsPass:
+        """What an attention of the model needs that runs over the same rows, but is not compiled;
+        for `cache` and `places` see `RowsPass`."""
+        return RowsPass(cache, self._architecture, places, self._turns)
 
     def run(
         self,

@@ -141,12 +141,18 @@ class SegmentRunner:
             this.move_to(cache)
         else:
             this = self._pass(cache, spans)
-        if index > 0:
-            hidden = self._gather(index - 1, spans, this.index)
-        elif hidden is None:
+        segment = self.model.fused(index, last)
+        if index == 0 and hidden is None:
             assert tokens is not None
-            hidden = self._embed(spans, tokens)
-        hidden = self.model.fused(index, last)(hidden, this)
+            if segment.takes_tokens(this):
+                hidden = segment.run_tokens(tokens, this)
+            else:
+                hidden = segment(self.model.embedding.of_spans(tokens, spans), this)
+        else:
+            if index > 0:
+                hidden = self._gather(index - 1, spans, this.index)
+            assert hidden is not None
+            hidden = segment(hidden, this)
         self._last = _Run(last, spans, this, hidden)
         if last < len(self._kept):
             if this.index is None:
@@ -164,14 +170,6 @@ class SegmentRunner:
             self._parts[first, last] = part
         return part
 
-    def _embed(self, spans: Sequence[Span], tokens: Sequence[int]) -> Tensor:
-        device = self.model.device
-        hidden = self.model.word_embeddings[upload(tokens, device)]
-        table = self.model.position_embeddings
-        if table is not None:
-            hidden += torch.cat([table[start:end] for _, start, end in spans])
-        return hidden
-
     def _gather(
         self, cut: int, spans: tuple[Span, ...], index: tuple[Tensor, Tensor] | None
     ) -> Tensor:
@@ -183,9 +181,10 @@ class SegmentRunner:
         slot, start, end = spans[0]
         return self._kept[cut, slot, start:end]
 
-    def _last_positions(self, cut: int, spans: tuple[Span, ...]) -> Tensor:
-        """[n, h], the residual stream of the last position of each span."""
-        last = self._last
+    def last_positions(self, cut: int, spans: Sequence[Span]) -> Tensor:
+        """[n, h], the residual stream of the last position of each span, at the exit behind a
+        segment that ran."""
+        last, spans = self._last, tuple(spans)
         if last is not None and last.index == cut and last.spans == spans:
             if len(last.hidden) == len(spans):
                 return last.hidden
@@ -203,10 +202,14 @@ class SegmentRunner:
 
     def exit_logits(self, index: int, spans: Sequence[Span]) -> Tensor:
         """Logits [n, v] of an exit for the last position of each span, after its segment ran."""
+        return self.model.exits[index].head.project(self.last_features(index, spans))
+
+    def last_features(self, index: int, spans: Sequence[Span]) -> Tensor:
+        """What an exit projects, [n, h], for the last position of each span."""
         head, cache = self.model.exits[index].head, self._block_caches[index]
         spans = tuple(spans)
         if cache is None:
-            return head.logits(self._last_positions(index, spans))
+            return head.features(self.last_positions(index, spans))
         if self._piece_size is not None:
             self.commit(spans, range(0), [index])
         lengths = self._block_lengths[index]
@@ -214,13 +217,13 @@ class SegmentRunner:
         order = sorted(range(len(behind)), key=lambda i: in_pass_order(behind[i]))
         ordered = tuple(behind[i] for i in order)
         this = self._pass(cache, ordered, True)
-        logits = head.logits(self._gather(index, ordered, this.index), this)
+        features = head.features(self._gather(index, ordered, this.index), this)
         for slot, _, end in behind:
             lengths[slot] = end
         if order == sorted(order):
-            return logits
+            return features
         places = sorted(range(len(order)), key=order.__getitem__)
-        return logits[upload(places, logits.device)]
+        return features[upload(places, features.device)]
 
     def exit_features(self, index: int, span: Span) -> Tensor:
         """What an exit projects, [r, h], for all positions of a span, after its segment ran. Its

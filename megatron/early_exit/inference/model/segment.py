@@ -1,5 +1,6 @@
 """A run of half layers through which a batch goes at once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,7 +28,7 @@ class Segment:
     attentions: range
     """Their numbers, which are those of the layers."""
     compiled: CompiledLayers | GraphedLayers | None = None
-    """Its whole layers, for the passes that they serve."""
+    """Its whole layers, for the passes that they serve; all of it where steps are captured."""
     compiled_steps: tuple[HalfLayer | CompiledLayers | GraphedLayers, ...] = ()
     """The same with those, and the half layers that there may be at the ends."""
 
@@ -37,6 +38,17 @@ class Segment:
             with sdpa_kernel(_ATTENTION_ON_GPUS):
                 return self._run(hidden, this)
         return self._run(hidden, this)
+
+    def takes_tokens(self, this: Pass) -> bool:
+        """Whether its input are the tokens of a pass, for `run_tokens`: what has been captured
+        begins with their embedding."""
+        layers = self.compiled
+        return isinstance(layers, GraphedLayers) and layers.takes_tokens and layers.serves(this)
+
+    def run_tokens(self, tokens: Sequence[int], this: Pass) -> Tensor:
+        """Tokens, one for each row of a pass -> the residual stream [r, h] behind the segment."""
+        assert isinstance(self.compiled, GraphedLayers)
+        return self.compiled.run_tokens(tokens, this)
 
     def _run(self, hidden: Tensor, this: Pass) -> Tensor:
         is_compiled = self.compiled is not None and self.compiled.serves(this)

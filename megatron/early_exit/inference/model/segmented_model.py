@@ -15,16 +15,14 @@ from torch import Tensor, device, dtype
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference.model.compiled import CompiledLayers, LayerCompiler
-from megatron.early_exit.inference.model.graphs import (
-    CudaGraphRecorder,
-    GraphedLayers,
-    Recorder,
-)
+from megatron.early_exit.inference.model.embedding import Embedding
+from megatron.early_exit.inference.model.graphs import GraphedLayers
 from megatron.early_exit.inference.model.heads import BranchPart, Head, ModelExit
 from megatron.early_exit.inference.model.layers import Attention, Mlp, arrange
 from megatron.early_exit.inference.model.linear import Function, make_linear
 from megatron.early_exit.inference.model.norms import make_norm
 from megatron.early_exit.inference.model.packed import pack
+from megatron.early_exit.inference.model.recorder import CudaGraphRecorder, Recorder
 from megatron.early_exit.inference.model.rotary import RotaryTable
 from megatron.early_exit.inference.model.segment import Segment
 from megatron.early_exit.inference.model.tensor_parallel import TensorParallel
@@ -49,8 +47,11 @@ class SegmentedModel:
         tensor_parallel: the ranks that share the model; None where it is whole.
         compile_rows: compile the layers for steps of decoding; on a CPU that takes the memory of
             the weights again.
+        begins_with_tokens: it is no later stage of a pipeline, whose input is a residual stream.
 
     Attributes:
+        embedding: what the residual stream begins with.
+        recorder: captures steps on a GPU; None where nothing does.
         segments: n + 1 segments of a model with n exits; the last ends at the final head.
         exits: the n exits, `exits[i]` behind `segments[i]`.
         exit_vocab_size: tokens that they answer with.
@@ -63,17 +64,26 @@ class SegmentedModel:
         weights: Mapping[str, Tensor],
         tensor_parallel: TensorParallel | None = None,
         compile_rows: bool = False,
+        begins_with_tokens: bool = True,
     ) -> None:
         self.architecture = architecture
         self._tensor_parallel = tensor_parallel
-        self._reduce = None if tensor_parallel is None else tensor_parallel.reduce
         self.word_embeddings = weights["embedding.word_embeddings.weight"]
-        self.position_embeddings = weights.get("embedding.position_embeddings.weight")
+        position_embeddings = weights.get("embedding.position_embeddings.weight")
+        self.embedding = Embedding(self.word_embeddings, position_embeddings)
+        self._begins_with_tokens = begins_with_tokens
         self.rotary: RotaryTable | None = None
         if architecture.position_embedding_type == "rope":
             self.rotary = RotaryTable(architecture, self.device)
-        self._recorder = self._new_recorder() if compile_rows else None
+        self.recorder = self._new_recorder() if compile_rows else None
         self._compiler = self._new_compiler() if compile_rows else None
+        self._reduce: Function | None = None
+        if tensor_parallel is not None:
+            # What is captured runs the operators that are captured in compiled layers.
+            is_captured = self.recorder is not None
+            self._reduce = (
+                tensor_parallel.traceable_reduce if is_captured else tensor_parallel.reduce
+            )
         self._layers = [
             self._layer(weights, f"decoder.layers.{number}.", number)
             for number in range(architecture.num_layers)
@@ -146,20 +156,31 @@ class SegmentedModel:
         halves = [half for layer in self._layers for half in layer.halves]
         steps = tuple(halves[start:end])
         attentions = range(-(-start // 2), -(-end // 2))
-        compiled = self._compiled(self._layers[attentions.start : end // 2])
-        if compiled is None:
+        whole = self._layers[attentions.start : end // 2]
+        if self._compiler is not None and self.recorder is not None:
+            graphed = GraphedLayers(
+                self._compiler,
+                [layer.plain for layer in whole],
+                self.recorder,
+                self.embedding if start == 0 and self._begins_with_tokens else None,
+                self._layers[start // 2].halves[1] if start % 2 else None,
+                self._layers[end // 2].halves[0] if end % 2 else None,
+            )
+            return Segment(steps, attentions, graphed, (graphed,))
+        if self._compiler is None or not whole:
             return Segment(steps, attentions)
+        compiled = self._compiled(self._compiler, whole)
         around = (*steps[: start % 2], compiled, *steps[len(steps) - end % 2 :])
         return Segment(steps, attentions, compiled, around)
 
-    def _compiled(self, layers: Sequence[_Layer]) -> CompiledLayers | GraphedLayers | None:
-        """Whole layers compiled, where there are any and they are to be."""
-        if self._compiler is None or not layers:
-            return None
+    def _compiled(
+        self, compiler: LayerCompiler, layers: Sequence[_Layer]
+    ) -> CompiledLayers | GraphedLayers:
+        """Whole layers compiled."""
         plain = [layer.plain for layer in layers]
-        if self._recorder is not None:
-            return GraphedLayers(self._compiler, plain, self._recorder)
-        return CompiledLayers(self._compiler, plain, [layer.packed for layer in layers])
+        if self.recorder is not None:
+            return GraphedLayers(compiler, plain, self.recorder)
+        return CompiledLayers(compiler, plain, [layer.packed for layer in layers])
 
     def _mlp(self, weights: Mapping[str, Tensor], prefix: str) -> Mlp:
         return Mlp(self.architecture, weights, prefix, self._reduce)
@@ -167,18 +188,20 @@ class SegmentedModel:
     def _block(self, weights: Mapping[str, Tensor], prefix: str) -> Segment:
         """The layer with some prefix as a segment, whose cache is its own."""
         layer = self._layer(weights, prefix, 0)
-        compiled = self._compiled([layer])
-        steps = layer.halves if compiled is None else (compiled,)
-        return Segment(layer.halves, range(1), compiled, steps)
+        if self._compiler is None:
+            return Segment(layer.halves, range(1))
+        compiled = self._compiled(self._compiler, [layer])
+        return Segment(layer.halves, range(1), compiled, (compiled,))
 
     def _norm(self, weights: Mapping[str, Tensor], prefix: str) -> Function:
         return make_norm(self.architecture, weights, prefix)
 
     def _head(self, branch: tuple[BranchPart, ...], projection: Tensor) -> Head:
         shared = self._tensor_parallel
-        gather = None
+        gather: Function | None = None
         if shared is not None:
-            gather = partial(shared.gather, vocab_size=len(projection))
+            function = shared.gather if self.recorder is None else shared.traceable_gather
+            gather = partial(function, vocab_size=len(projection))
         product = self._projections.get(id(projection))
         if product is None:
             product = make_linear(projection if shared is None else shared.rows(projection))

@@ -100,3 +100,13 @@ class TensorParallel:
         parts = [torch.empty_like(part) for _ in range(self.size)]
         distributed.all_gather(parts, part.contiguous(), group=self.group)
         return torch.cat(parts, dim=1)[:, :vocab_size]
+
+    def traceable_gather(self, part: Tensor, vocab_size: int) -> Tensor:
+        """The same as `gather` in operators like those of `traceable_reduce`."""
+        operators = torch.ops._c10d_functional
+        gathered = operators.wait_tensor(
+            operators.all_gather_into_tensor(part.contiguous(), self.size, self.group.group_name)
+        )
+        # The ranks are one after another, each with all rows.
+        by_rank = gathered.view(self.size, *part.shape)
+        return by_rank.transpose(0, 1).flatten(1)[:, :vocab_size]
