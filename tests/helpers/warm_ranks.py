@@ -240,7 +240,8 @@ def _import_for_training() -> None:
     writers: Any = filesystem_async
     writers._results_queue = queue.Queue()
     # Megatron takes the help on its flags from the source of its classes, at every start.
-    inspect.getsource = functools.cache(inspect.getsource)
+    inspector: Any = inspect
+    inspector.getsource = functools.cache(inspect.getsource)
     add_megatron_arguments(argparse.ArgumentParser())
 
 
@@ -311,7 +312,8 @@ def _end(status: Any) -> NoReturn:
     if not isinstance(status, int | None):
         print(status, file=sys.stderr)
         status = 1
-    threading._shutdown()
+    threads: Any = threading
+    threads._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
