@@ -53,8 +53,8 @@ class GraphedHeads:
         self._whole: dict[int, dict[int, _Graph]] = {}
         self._projections: dict[int, dict[int, _Graph]] = {}
         for head in heads:
-            # A block attends over a cache of its own.
-            if head.block is None and head.branch:
+            # A block attends over a cache of its own. Exits may share the final head itself.
+            if head.block is None and head.branch and id(head) not in self._whole:
                 self._whole[id(head)] = self._record(head.logits)
         shares = Counter(id(head.projection) for head in heads)
         for head in heads:

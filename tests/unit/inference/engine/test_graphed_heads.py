@@ -114,7 +114,13 @@ def test_logits_that_are_not_finite_are_those_of_their_rows_alone():
 
 @pytest.mark.parametrize(
     ("architecture", "heads"),
-    [("llama", "all"), ("gpt2", "block"), ("nemotron", "mlp"), ("llama", "few answers")],
+    [
+        ("llama", "all"),
+        ("gpt2", "block"),
+        ("nemotron", "mlp"),
+        ("llama", "few answers"),
+        ("llama", "final head"),
+    ],
 )
 def test_an_engine_answers_as_with_plain_heads(architecture, heads):
     model = make_model(ARCHITECTURES[architecture], exits=(1, 3), **HEADS[heads])
