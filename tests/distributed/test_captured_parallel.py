@@ -44,7 +44,7 @@ def generate_captured() -> dict[Any, Any]:
         for one in MODELS:
             model, recorder = model_of(*one), CpuRecorder()
             parts = {
-                tensor: own_part(place, model.architecture, tensor, whole)
+                tensor: own_part(place, model.architecture, model.early_exit, tensor, whole)
                 for tensor, whole in model.weights.items()
             }
             own = {tensor: part for tensor, part in parts.items() if part is not None}
