@@ -7,6 +7,7 @@ the projection on, too, and the branches are run before.
 Shapes: n rows; h hidden size; v tokens.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from megatron.early_exit.inference.model.recorder import ROW_COUNTS, captured_co
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.modes.head_output import head_figures
+
+_LOG = logging.getLogger(__name__)
 
 
 class _Graph(NamedTuple):
@@ -52,7 +55,8 @@ class GraphedHeads:
             heads.append(model.final_head)
         self._whole: dict[int, dict[int, _Graph]] = {}
         self._projections: dict[int, dict[int, _Graph]] = {}
-        for head in heads:
+        for number, head in enumerate(heads, start=1):
+            _LOG.info("preparing heads: %d of %d", number, len(heads))
             # A block attends over a cache of its own. Exits may share the final head itself.
             if head.block is None and head.branch and id(head) not in self._whole:
                 self._whole[id(head)] = self._record(head.logits)
