@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron.early_exit.inference.model.heads import Head
 from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.model.linear import Function
-from megatron.early_exit.inference.model.recorder import ROW_COUNTS, captured_count
+from megatron.early_exit.inference.model.recorder import ROW_COUNTS, captured_count, preparation
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.modes.head_output import head_figures
@@ -125,7 +125,8 @@ class GraphedHeads:
     @torch.inference_mode()
     def _record(self, function: Function) -> dict[int, _Graph]:
         """Capture a function, [n, h] to logits [n, v], for all numbers of rows."""
-        return {count: self._record_one(function, count) for count in reversed(ROW_COUNTS)}
+        with preparation():
+            return {count: self._record_one(function, count) for count in reversed(ROW_COUNTS)}
 
     def _record_one(self, function: Function, count: int) -> _Graph:
         inputs, logits = self._inputs[:count], self._logits[:count]

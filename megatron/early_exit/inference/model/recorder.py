@@ -4,7 +4,8 @@ A graph is replayed on the same memory, so its inputs are copied to where they w
 It is of one number of rows, so those of a step are rounded up to the next one that was captured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -58,6 +59,21 @@ class CudaGraphRecorder:
                 graph.replay()
 
         return replay, result
+
+
+@contextmanager
+def preparation() -> Iterator[None]:
+    """What is compiled or captured before the first request.
+
+    Raises:
+        ValueError: that is not possible on this machine.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Whatever goes wrong in there is of the machine, and many things can.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"compile is not possible here: {reason}") from error
 
 
 def captured_count(count: int) -> int:

@@ -20,6 +20,7 @@ from megatron.early_exit.inference.model.kv_cache import (
     row_ends,
 )
 from megatron.early_exit.inference.model.passes import Pass, Workspace, index_of
+from megatron.early_exit.inference.model.recorder import preparation
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.transfer import upload
 
@@ -102,12 +103,8 @@ class SegmentRunner:
         stretches = [(one.compiled, cache) for one, cache in runs if one.compiled is not None]
         for number, (compiled, cache) in enumerate(stretches, start=1):
             _LOG.info("preparing layers: stretch %d of %d", number, len(stretches))
-            try:
+            with preparation():
                 compiled.warm_up(cache, self.model.architecture.hidden_size)
-            except Exception as error:
-                # Whatever goes wrong in there is of the machine, and many things can.
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise ValueError(f"compile is not possible here: {reason}") from error
         self.release(0)
 
     def run(

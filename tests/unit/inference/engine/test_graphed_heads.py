@@ -42,6 +42,18 @@ def check(found: tuple[torch.Tensor, torch.Tensor], expected: torch.Tensor) -> N
     torch.testing.assert_close(figures, head_figures(expected))
 
 
+def test_what_cannot_be_captured_is_told(monkeypatch):
+    model, recorder = recorded(make_model(exits=(1,)))
+
+    def fail(work):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(recorder, "record", fail)
+    message = "^compile is not possible here: operation not permitted when stream is capturing$"
+    with pytest.raises(ValueError, match=message):
+        GraphedHeads(model)
+
+
 @pytest.mark.parametrize("heads", ["projection", "untied", "norm", "few answers", "mlp"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_one_head(architecture, heads):
