@@ -168,7 +168,7 @@ class Job:
 
     @property
     def ranks(self) -> list[JobRank]:
-        """Each by itself."""
+        """The ranks, to be signalled and waited for one by one."""
         return [JobRank(self, pid) for pid in self.pids]
 
     def status(self, pid: int) -> int | None:
@@ -218,7 +218,7 @@ class JobRank:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Send SIGKILL."""
+        """Kill a rank that has not ended."""
         self.send_signal(signal.SIGKILL)
 
 

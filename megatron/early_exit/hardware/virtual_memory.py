@@ -37,10 +37,10 @@ class VirtualMemory:
     """
 
     def __init__(self, num_pieces: int, piece_size: int, device: torch.device) -> None:
-        self._cuda, self._device, self._piece_size = _cuda(), device, piece_size
+        self._device, self._piece_size = device, piece_size
         # Also makes the device this thread's own, which the driver asks for.
         self._wait()
-        self._addresses = _Addresses(self._cuda, num_pieces * piece_size, piece_size, device)
+        self._addresses = _Addresses(_cuda(), num_pieces * piece_size, piece_size, device)
         self._addresses.show_zeros(range(num_pieces))
         self.bytes = _tensor(self._addresses, device)
         # Nobody has said that new memory is zero. All pieces show the same.
@@ -81,7 +81,7 @@ def smallest_piece(device: torch.device) -> int | None:
         if sums != [0, size, 0] or memory.bytes.any():
             raise RuntimeError(f"pieces have the sums {sums}")
     except Exception as error:
-        # Drivers, versions and virtual machines can fail in many ways; there is another one to go.
+        # It can fail in many ways: drivers, versions, virtual machines. Slots can be taken whole.
         _LOG.info("memory of caches is taken whole: %s: %s", type(error).__name__, str(error))
         return None
     return size
@@ -208,4 +208,5 @@ def _checked(cuda: ModuleType, result: Iterable[Any]) -> Any:
 
 
 def _tensor(addresses: _Addresses, device: torch.device) -> Tensor:
+    """The bytes behind the addresses; PyTorch keeps these as long as the tensor."""
     return torch.as_tensor(addresses, device=device)

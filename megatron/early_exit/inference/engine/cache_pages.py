@@ -88,9 +88,9 @@ class CachePages:
         self.keeps_prefixes, self._reserved = keeps_prefixes, reserved
         self._pages_at_once = pages_at_once
         self._page_bytes = tuple(page_bytes if slot_page_bytes is None else slot_page_bytes)
-        """Of running sequences."""
+        """Bytes of a page of a running sequence, for each segment."""
         self._to_depth = tuple(accumulate(page_bytes, initial=0))
-        """Of stored pages, that of all segments down to a depth."""
+        """Bytes of a stored page that the first segments have seen, by how many those are."""
         self._tree = PrefixTree(page_size)
         self._held: dict[int, list[int]] = {}
         self._prefixes: dict[int, list[StoredPage]] = {}

@@ -72,7 +72,7 @@ class SegmentLoop(DecodingLoop):
 
     def _decode(self) -> None:
         """Run a batch, and ask its heads."""
-        # Otherwise a slot could be given to the next one before.
+        # Before a sequence is admitted to a slot, what was in it has to be gone.
         self._let_go()
         for sequence in self.scheduler.admit():
             self._admit(sequence)

@@ -48,7 +48,7 @@ class WholeZeros:
         """Does nothing: the next sequence writes over what is there."""
 
     def clear(self, slot: int, length: int | None) -> None:
-        """Write zeros."""
+        """Overwrite the places of a slot with zeros."""
         self.data[:, slot, :length].zero_()
 
 

@@ -37,7 +37,7 @@ class LazyZeros:
             self._release(row[slot, _KEPT_PLACES:])
 
     def clear(self, slot: int, length: int | None) -> None:
-        """Write zeros."""
+        """Overwrite the places of a slot with zeros, see `CacheMemory`."""
         self.data[:, slot, :length].zero_()
 
     def _release(self, part: Tensor) -> None:

@@ -176,7 +176,7 @@ class SegmentedModel:
     def _compiled(
         self, compiler: LayerCompiler, layers: Sequence[_Layer]
     ) -> CompiledLayers | GraphedLayers:
-        """Whole layers compiled."""
+        """What runs consecutive whole layers as compiled functions, or as captured graphs."""
         plain = [layer.plain for layer in layers]
         if self.recorder is not None:
             return GraphedLayers(compiler, plain, self.recorder)

@@ -20,6 +20,8 @@ from tests.helpers.tiny_models import HEADS, make_model
 
 LENGTH = 64
 GIB = 2**30
+GPU, TOTAL = torch.device("cuda", 0), 80 * 10**9
+"""A GPU that nobody has, and its memory."""
 
 
 class OnGpu:
@@ -138,48 +140,47 @@ def test_sizes_that_are_none(text):
         memory_size(text)
 
 
+def large_model(name, heads, monkeypatch):
+    """A large model on the GPU, as tensors that have sizes but no memory, and the bytes that it
+    leaves there."""
+    exits = EarlyExitConfig(exit_layer_nums=(8, 16), **HEADS[heads])
+    weights = {
+        name: torch.empty(size, dtype=torch.bfloat16, device=GPU)
+        for name, size in weight_shapes(LARGE[name], exits).items()
+    }
+    free = TOTAL - _bytes(weights.values())
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, TOTAL))
+    return SegmentedModel(LARGE[name], exits, weights), free
+
+
 @pytest.mark.parametrize("name", LARGE)
 @pytest.mark.parametrize("heads", ["norm", "block"])
 def test_large_models_fit_at_defaults(name, heads, monkeypatch):
     """On a GPU of 80 GB, by tensors that have sizes but no memory."""
-    shape, gpu, total = LARGE[name], torch.device("cuda", 0), 80 * 10**9
-    exits = EarlyExitConfig(exit_layer_nums=(8, 16), **HEADS[heads])
+    shape = LARGE[name]
     with FakeTensorMode():
-        weights = {
-            name: torch.empty(size, dtype=torch.bfloat16, device=gpu)
-            for name, size in weight_shapes(shape, exits).items()
-        }
-        model = SegmentedModel(shape, exits, weights)
-        free = total - _bytes(weights.values())
-        monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, total))
+        model, free = large_model(name, heads, monkeypatch)
         found = planned(model, length=shape.max_position_embeddings)
         runner = SegmentRunner(model, found.num_slots, shape.max_position_embeddings)
         caches = _bytes([runner._kept, *(cache.data for cache in runner._caches)])
-    assert all(one.device == gpu for one in (runner._kept, runner._cache.data))
+    assert all(one.device == GPU for one in (runner._kept, runner._cache.data))
     assert 0.5 * (found.bytes + found.reserved) < caches
     # Slots have one place more than positions.
     assert caches < 1.001 * found.reserved
-    assert free - caches - found.bytes > 0.05 * total
+    assert free - caches - found.bytes > 0.05 * TOTAL
 
 
 @pytest.mark.parametrize("name", LARGE)
 def test_slots_of_a_gpu_that_fill_piece_by_piece(name, monkeypatch):
     """There are as many as are asked for, however long texts may be."""
-    shape, gpu, total = LARGE[name], torch.device("cuda", 0), 80 * 10**9
-    exits = EarlyExitConfig(exit_layer_nums=(8, 16), **HEADS["block"])
+    shape = LARGE[name]
     with FakeTensorMode():
-        weights = {
-            name: torch.empty(size, dtype=torch.bfloat16, device=gpu)
-            for name, size in weight_shapes(shape, exits).items()
-        }
-        model = SegmentedModel(shape, exits, weights)
-    free = total - _bytes(weights.values())
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, total))
+        model, free = large_model(name, "block", monkeypatch)
     monkeypatch.setattr(cache_budget, "smallest_piece", lambda device: 2**21)
     length = shape.max_position_embeddings
     found = planned(model, length=length)
     assert (found.num_slots, found.reserved) == (16, 0)
-    assert found.bytes == int(0.9 * total) - (total - free) - 2**30
+    assert found.bytes == int(0.9 * TOTAL) - (TOTAL - free) - 2**30
     pieces = found.pieces
     assert pieces.size == 2**21
     # A piece of an attention holds so many positions, and hidden states take their own.

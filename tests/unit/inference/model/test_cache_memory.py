@@ -71,7 +71,7 @@ def test_neighbours_of_what_is_given_back_stay():
 
 
 ROWS = (range(2), range(2, 3))
-"""Of two segments."""
+"""The rows of two segments, whose memory is always committed together."""
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(["commit", "release", "clear"]),
