@@ -14,8 +14,8 @@ from gpu_sections.models import (
 from gpu_sections.sizes import Sizes
 from megatron.early_exit.hardware.virtual_memory import smallest_piece
 from megatron.early_exit.inference import SamplingParams
-from megatron.early_exit.inference.engine.cache_budget import page_bytes
 from megatron.early_exit.inference.engine.cache_pages import PAGE_SIZE
+from megatron.early_exit.inference.engine.page_sizes import page_bytes
 
 _TEXTS, _SHORT, _STEPS = 16, 100, 8
 _GREEDY = SamplingParams(max_tokens=_STEPS + 2, ignore_eos=True)

@@ -12,7 +12,7 @@ import torch
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.distributed.parallel_backend import parallel_model
 from megatron.early_exit.inference.distributed.process_groups import join, own_part
-from megatron.early_exit.inference.engine.cache_budget import page_bytes
+from megatron.early_exit.inference.engine.page_sizes import page_bytes
 from tests.helpers.reference_decoder import generate
 from tests.helpers.spawn import spawn
 from tests.helpers.tiny_models import HEADS, LLAMA, TinyModel, make_model

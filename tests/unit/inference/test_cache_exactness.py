@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
-from megatron.early_exit.inference.engine.cache_budget import page_bytes
+from megatron.early_exit.inference.engine.page_sizes import page_bytes
 from megatron.early_exit.inference.model.page_store import PageStore
 from tests.helpers.reference_decoder import ReferenceToken, generate
 from tests.helpers.tiny_models import HEADS, LLAMA, TinyModel, make_model

@@ -10,7 +10,8 @@ from megatron.early_exit.checkpoint.weights import weight_shapes
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference import EarlyExitEngine
 from megatron.early_exit.inference.engine import cache_budget
-from megatron.early_exit.inference.engine.cache_budget import page_bytes, plan_caches
+from megatron.early_exit.inference.engine.cache_budget import plan_caches
+from megatron.early_exit.inference.engine.page_sizes import page_bytes
 from megatron.early_exit.inference.engine_flags import memory_size
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
