@@ -83,6 +83,7 @@ def measure_batch(
     settings: dict[str, Turn] = {"full 1": single.full, "full": decoder.full, "plain": plain.full}
     for p in PROBABILITIES:
         settings[f"mixed {p}"] = partial(decoder.leaving, partial(RandomExit, p))
+    settings["drafting"] = longer.drafting
     settings |= {"long full": longer.full, "depths": lambda: longer.depths(positions)}
     settings["bare 1"] = timed(products([*matrices, weights.head], 1, packed=True), 3)
     for rows in ROWS:
@@ -110,6 +111,13 @@ def measure_batch(
         ratio(times, "long full", "depths"),
         BOUND,
         full / best_depths(batch, shares, layers, head),
+    )
+    table.add(
+        f"drafts over full, batch {batch}, {LONG} tokens",
+        ratio(times, "long full", "drafting"),
+        None,
+        1.0,
+        "if no draft is accepted",
     )
     for p in PROBABILITIES:
         best = tokens_per_second(batch, p, shares, layers, head, layers(ROWS[-1]) / ROWS[-1])

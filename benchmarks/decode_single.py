@@ -8,13 +8,17 @@ import torch
 from decode_models import HuggingFace, Weights, products
 from decode_turns import PROMPT_LENGTH, Decoder, FigureTable, Turn, ratio, take_turns, timed
 
+from megatron.early_exit.inference import SamplingParams
 from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.modes.head_output import head_outputs
 
+LONG_TEXT = 200
+"""Tokens of a text in which drafts have time to be found useless."""
 LONG_RUN = 16
 """Number of consecutive tokens that leave early before one goes through all layers."""
+NEVER_SLOWER = 0.98
 TARGETS = {"fp32": 0.90, "bf16": 0.85}
 
 
@@ -63,6 +67,7 @@ def measure_single(
     dtype = table.context["dtype"]
     tokens = args.tokens
     decoder = Decoder(model, 1, tokens)
+    long = Decoder(model, 1, LONG_TEXT)
     longer = Decoder(model, 1, max(3 * (LONG_RUN + 1), tokens))
     matrices = [*weights.layers(0, weights.architecture.num_layers), weights.head]
     first = model.exits[0].position
@@ -73,6 +78,8 @@ def measure_single(
         "uncompiled": Decoder(SegmentedModel(*weights), 1, tokens).full,
         "leaving": lambda: decoder.leaving(0.0, (first,)),
         "runs": lambda: longer.leaving(lambda _: EveryNth(LONG_RUN + 1), (first,)),
+        "long full": long.full,
+        "drafting": long.drafting,
         "recomputing": recomputing(model, longer.tokens),
     }
     try:
@@ -108,3 +115,13 @@ def measure_single(
     gain = ratio(times, "full", "runs")
     table.add(f"runs of {LONG_RUN} exits, then all layers", gain, None, ideal)
     table.add("  over recomputing from layer 1", ratio(times, "recomputing", "runs"), 1.0, ideal)
+    drafts = SamplingParams().num_draft_tokens
+    whole = drafts * (segments[0] + head) + sum(segments) + head
+    ideal = (drafts + 1) * (sum(segments) + head) / whole
+    table.add(
+        f"drafts after layer {first} over full, {LONG_TEXT} tokens",
+        ratio(times, "long full", "drafting"),
+        NEVER_SLOWER,
+        ideal,
+        "if every draft is accepted",
+    )

@@ -75,6 +75,10 @@ class Decoder:
         thresholds = [threshold(i) if callable(threshold) else threshold for i in range(self.batch)]
         return self.seconds_per_token([self._leaving(exits)] * self.batch, thresholds)
 
+    def drafting(self) -> float:
+        """Seconds per token with drafts of the first exit."""
+        return self.seconds_per_token([self._params(mode="self_speculative")] * self.batch)
+
     def depths(self, exits: Sequence[int]) -> float:
         """Seconds per token if sequences leave, in turn, always at one of some exits or never."""
         kinds = [*(self._leaving((layer,)) for layer in exits), self._params()]

@@ -88,11 +88,16 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in {
         "early_exit_threshold": "least confidence with which a token leaves at an exit",
         "num_draft_tokens": "most tokens to draft before they are verified",
-        "draft_confidence": "drafting goes on while the product of confidences is at least this",
     }.items():
         add(
             as_flag(name), type=type(DEFAULTS[name]), default=DEFAULTS[name], help=f"{text} {SHOWN}"
         )
+    add(
+        "--draft-confidence",
+        type=float,
+        help="drafting goes on while the product of confidences is at least this (default: found "
+        "while decoding; drafting pauses where it makes decoding slower)",
+    )
     add("--exit-layers", type=int, nargs="+", help="exits that may be used (default: all)")
     add("--draft-exit-layer", type=int, help="exit that drafts (default: the first one)")
     limits = parser.add_argument_group("limits")

@@ -52,3 +52,6 @@ def test_settings_of_the_decoder_leave_where_they_say(decoder, monkeypatch):
     layers.clear()
     assert turns.depths([1, 3]) > 0
     assert set(layers) == {1, 3}
+    layers.clear()
+    assert turns.drafting() > 0
+    assert 4 in layers

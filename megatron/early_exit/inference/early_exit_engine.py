@@ -13,11 +13,13 @@ from megatron.early_exit.inference.distributed.parallel_backend import (
     SingleProcess,
 )
 from megatron.early_exit.inference.engine.cache_budget import plan_caches
+from megatron.early_exit.inference.engine.policy import Costs
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.request_factory import RequestFactory
 from megatron.early_exit.inference.loading import load_model
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from megatron.early_exit.inference.modes.draft_gain import DraftCosts
 from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.inference.results import GeneratedToken, GenerationResult
 from megatron.early_exit.ranges import ONE_OR_MORE, Range
@@ -110,6 +112,7 @@ class EarlyExitEngine:
             eod_id=self.eod_id,
             other_end_ids=self.other_end_ids,
             draw_seed=self._backend.draw_seed,
+            draft_costs=self._draft_costs(),
         )
 
     @classmethod
@@ -174,6 +177,14 @@ class EarlyExitEngine:
             gpu_memory_utilization=gpu_memory_utilization,
             prefix_caching=prefix_caching,
         )
+
+    def _draft_costs(self) -> tuple[DraftCosts, ...]:
+        model, whole, layers = self.model, self._backend.architecture, self.exit_layers
+        # Exits draft by themselves, so it does not matter which of them share a projection.
+        costs = Costs.of(whole, layers, model.exit_vocab_size, True, model.device.type)
+        has_blocks = any(one.head.block is not None for one in model.exits)
+        block = float(whole.layer_weights) if has_blocks else 0.0
+        return tuple(costs.of_drafts(index, block) for index in range(len(layers)))
 
     @property
     def is_worker(self) -> bool:

@@ -146,10 +146,12 @@ class SamplingParams:
     draft_exit_layer: int | None = None
     """The exit that drafts, named like `exit_layers`; None is the first one."""
 
-    draft_confidence: float = 0.2
+    draft_confidence: float | None = None
     """A token is drafted where the exit's confidences of it and of the drafts in front of it have a
     product of this or more; else the drafts so far are verified. 0 is off: then the number of
-    drafts follows how many are accepted."""
+    drafts follows how many are accepted. None finds the best value from the costs of the model's
+    parts and from the drafts that were accepted, and stops drafting for some time where that makes
+    decoding slower."""
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "exit_layers"):

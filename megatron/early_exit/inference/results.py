@@ -66,6 +66,8 @@ class DraftCounts:
     """Tokens that an exit has drafted."""
     accepted: int = 0
     """Those that the full model has agreed with."""
+    undrafted: int = 0
+    """Tokens for which the exit was not asked, since its drafts had made decoding slower."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,11 @@ class Sequence:
         segment: the segment that it waits for.
         since: the step at which it began to wait there.
         exits: the exits that it may ask, by their indices.
+        is_asking: it asks them at present.
         can_defer_exit: it may go through further segments before an exit on the way is asked.
         exit_rates: for each segment, how likely the head behind it gives the next token; 0 where
             that head is not asked.
+        company: sequences in the batch that it has been in last, itself included.
         num_answers: how many exits have given, or not given, a token.
         num_answered: segments, from the first one on, whose heads are not asked about the last
             token any more: they were, before the sequence had to give back its pages.
@@ -39,8 +41,10 @@ class Sequence:
     segment: int = 0
     since: int = 0
     exits: frozenset[int] = frozenset()
+    is_asking: bool = True
     can_defer_exit: bool = True
     exit_rates: list[float] = field(default_factory=list)
+    company: int = 1
     num_answers: int = 0
     num_answered: int = 0
     num_admissions: int = 0
@@ -51,6 +55,16 @@ class Sequence:
     def length(self) -> int:
         """Tokens of the prompt, generated ones, and drafts."""
         return len(self.prompt) + len(self.generated) + len(self.drafts)
+
+    @property
+    def asked(self) -> frozenset[int]:
+        """The exits that it asks about its last token."""
+        return self.exits if self.is_asking else frozenset()
+
+    @property
+    def rates(self) -> list[float]:
+        """`exit_rates`, of the exits that it asks about its last token."""
+        return self.exit_rates if self.is_asking else [0.0] * (len(self.exit_rates) - 1) + [1.0]
 
     @property
     def num_verified(self) -> int:

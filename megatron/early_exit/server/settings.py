@@ -16,7 +16,7 @@ class ExitSettings:
         exit_layers: for mode `early_exit`; None is all.
         draft_exit_layer: for mode `self_speculative`; None is the first exit.
         num_draft_tokens: for mode `self_speculative`.
-        draft_confidence: for mode `self_speculative`.
+        draft_confidence: for mode `self_speculative`; None finds the best one while decoding.
         model: the model's name, where what is written behind it decides.
         decided: the fields that it decides; no request may say otherwise.
     """
@@ -26,7 +26,7 @@ class ExitSettings:
     exit_layers: tuple[int, ...] | None = None
     draft_exit_layer: int | None = None
     num_draft_tokens: int = 4
-    draft_confidence: float = 0.2
+    draft_confidence: float | None = None
     model: str | None = None
     decided: frozenset[str] = frozenset()
 

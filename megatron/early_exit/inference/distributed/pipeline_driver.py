@@ -25,6 +25,7 @@ from megatron.early_exit.inference.engine.scoring import PrefixScore
 from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.modes.head_output import NOT_FINITE, HeadOutput
 from megatron.early_exit.inference.modes.mode import FINAL, Next, SampledToken
+from megatron.early_exit.inference.modes.rule import NO_EXITS
 from megatron.early_exit.inference.sequence import Sequence
 
 _NO_LOGITS = torch.empty(0)
@@ -185,7 +186,7 @@ class PipelineDriver(DecodingLoop):
             sequence.key,
             *span,
             tokens,
-            rule=request.mode.rule,
+            rule=request.mode.rule if sequence.is_asking else NO_EXITS,
             final=True,
             verify=request.mode.verifies,
             logits=request.params.needs_logits,
@@ -271,7 +272,8 @@ class PipelineDriver(DecodingLoop):
             self._stage_pages.store(request.sequence)
             self.scheduler.stop_following(request.key)
         super()._begin_token(request)
-        self._drafting.add(request.key)
+        if request.sequence.is_asking:
+            self._drafting.add(request.key)
 
     def _rewind(self, sequence: Sequence) -> None:
         """Each stage does so itself when a task starts before the end of what it has cached."""

@@ -28,7 +28,7 @@ class ExitRateEstimator:
         """Whether a sequence is likely to need a head before those behind `passed` have spoken."""
         stays = 1.0
         for segment in passed:
-            stays *= 1 - sequence.exit_rates[segment]
+            stays *= 1 - sequence.rates[segment]
         return stays > UNLIKELY
 
     def learn(self, sequence: Sequence, exit_index: int, is_taken: bool) -> None:

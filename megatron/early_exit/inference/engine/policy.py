@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.inference.modes.draft_gain import DraftCosts
 
 ROWS = {"cpu": 16.0, "cuda": 200.0}
 """Rows that take as long to compute as weights take to read, roughly, by the kind of device."""
@@ -64,6 +65,21 @@ class Costs:
             _HEAD * shape.hidden_size * size for size in (shape.vocab_size, exit_vocab_size)
         )
         return cls(segments, head, exit_head, shares_heads, ROWS.get(device, ROWS["cuda"]))
+
+    def of_drafts(self, exit_index: int, block: float = 0.0) -> DraftCosts:
+        """What drafting with an exit takes.
+
+        Args:
+            block: weights of the exit's own layer, where it has one.
+        """
+        front, step = sum(self.segments[: exit_index + 1]), self.step * sum(self.segments)
+        return DraftCosts(
+            ask=front + block + self.exit_head,
+            verify=sum(self.segments) - front + self.head,
+            full=sum(self.segments) + self.head,
+            rows=self.rows,
+            step=step,
+        )
 
 
 class SegmentQueue:

@@ -11,6 +11,7 @@ from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.scoring import ScoringRule, TextScores
 from megatron.early_exit.inference.engine.stopping import Stopping, stop_token_ids
 from megatron.early_exit.inference.engine.text import TextStream
+from megatron.early_exit.inference.modes.draft_gain import DraftCosts
 from megatron.early_exit.inference.modes.mode import ModeContext, TokenSampler
 from megatron.early_exit.inference.modes.sampling import Sampler
 from megatron.early_exit.inference.modes.table import MODES
@@ -32,6 +33,7 @@ class RequestFactory:
         eod_id: the token that ends a document, if there is one.
         other_end_ids: further tokens that end a text.
         draw_seed: gives seeds to requests that sample and have none.
+        draft_costs: what drafting takes with each exit.
     """
 
     vocab_size: int
@@ -43,6 +45,7 @@ class RequestFactory:
     eod_id: int | None
     other_end_ids: tuple[int, ...]
     draw_seed: Callable[[], int]
+    draft_costs: tuple[DraftCosts, ...]
     _keys: Iterator[int] = field(default_factory=lambda: count(1), init=False)
 
     def build(
@@ -78,7 +81,9 @@ class RequestFactory:
         echo = ""
         if params.echo and self.tokenizer is not None:
             echo = prompt if isinstance(prompt, str) else self.tokenizer.decode(tokens)
-        context = ModeContext(token_sampler, self.exit_layers, self.max_pending, room)
+        context = ModeContext(
+            token_sampler, self.exit_layers, self.max_pending, room, self.draft_costs
+        )
         mode = MODES[params.mode].of(context)
         sequence.exits = frozenset(mode.rule.exits)
         scoring = None

@@ -205,11 +205,11 @@ class Scheduler:
         self._first_in_line.appendleft(key)
 
     def _segments(self, groups: list[list[Sequence]]) -> range:
-        if not any(one.exits for one in self.running.values()):
+        if not any(one.asked for one in self.running.values()):
             # Nobody leaves early.
             return range(next(i for i, group in enumerate(groups) if group), self.num_segments)
         queues = [
-            SegmentQueue(index, self.num_segments, [one.exit_rates for one in group])
+            SegmentQueue(index, self.num_segments, [one.rates for one in group])
             for index, group in enumerate(groups)
         ]
         return self._policy.choose(queues, self._must(groups))
@@ -239,7 +239,7 @@ class Scheduler:
             return None
         behind = step.last + 1
         passed = [step.sequences[index] for index in complete]
-        asking = {one.key for one in passed if step.last in one.exits and not one.can_defer_exit}
+        asking = {one.key for one in passed if step.last in one.asked and not one.can_defer_exit}
         group = [one for one in self.running.values() if one.segment == behind]
         group = [one for one in group if one.key not in asking]
         if not group:
@@ -251,7 +251,7 @@ class Scheduler:
         """The same positions through all segments behind which none of them is asked about, or
         waits for others, as far as this turn goes."""
         last = step.segment
-        if last >= self._end or any(last in one.exits for one in step.sequences):
+        if last >= self._end or any(last in one.asked for one in step.sequences):
             return step
         pairs = list(zip(step.sequences, step.spans, strict=True))
         if any(span.end != one.limit for one, span in pairs):
@@ -259,7 +259,7 @@ class Scheduler:
         own = {one.key for one in step.sequences}
         others = {one.segment for one in self.running.values() if one.key not in own}
         while last < self._end and last + 1 not in others:
-            if any(last in one.exits or one.cached[last + 1] != span.start for one, span in pairs):
+            if any(last in one.asked or one.cached[last + 1] != span.start for one, span in pairs):
                 break
             last += 1
         return replace(step, last=last)
@@ -309,6 +309,7 @@ class Scheduler:
         complete = []
         for index, (sequence, span) in enumerate(zip(step.sequences, step.spans, strict=True)):
             is_complete = span.end == sequence.limit
+            sequence.company = len(step.sequences)
             if step.segment == 0 and span.start == sequence.num_cached:
                 self._began[sequence.group] = self._step
             for segment in range(step.segment, step.last + 1):

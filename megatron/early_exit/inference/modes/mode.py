@@ -13,6 +13,7 @@ from typing import ClassVar, Self
 
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.modes.batch_sampler import draw
+from megatron.early_exit.inference.modes.draft_gain import DraftCosts
 from megatron.early_exit.inference.modes.draw import Draft, Draw
 from megatron.early_exit.inference.modes.head_output import HeadOutput
 from megatron.early_exit.inference.modes.rule import NO_EXITS, ExitRule
@@ -136,12 +137,14 @@ class ModeContext:
         exit_layers: the model's exits, each named by the number of backbone layers before it.
         max_pending: see `EarlyExitMode`.
         room: the most tokens that the sequence may get in all.
+        draft_costs: what drafting takes with each exit.
     """
 
     sampler: TokenSampler
     exit_layers: tuple[int, ...]
     max_pending: int
     room: int
+    draft_costs: tuple[DraftCosts, ...]
 
     @property
     def params(self) -> SamplingParams:
@@ -211,7 +214,7 @@ class DecodingMode(ABC):
 
     def asks(self, exit_index: int) -> bool:
         """Whether the exit is to be computed for the last position."""
-        return exit_index in self.rule.exits
+        return exit_index in self.rule.exits and self.sampler.sequence.is_asking
 
     def draws(
         self, head: int, outputs: abc.Sequence[HeadOutput] | None = None

@@ -10,6 +10,7 @@ from collections import abc
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
+from megatron.early_exit.inference.modes.draft_gain import DraftGain
 from megatron.early_exit.inference.modes.draw import Draft, Draw
 from megatron.early_exit.inference.modes.head_output import HeadOutput
 from megatron.early_exit.inference.modes.mode import (
@@ -32,6 +33,8 @@ class SelfSpeculativeMode(DecodingMode):
     Attributes:
         drafting: when the exit goes on drafting.
         room: the most tokens that the sequence may get in all.
+        gain: finds how sure the exit has to be, and when drafts pause since they do not pay; None
+            drafts by `drafting` alone.
         counts: how it has gone so far.
         details: what the exit and the final head say in the place of each token is put on record.
     """
@@ -39,9 +42,15 @@ class SelfSpeculativeMode(DecodingMode):
     verifies: ClassVar[bool] = True
     drafting: DraftRule
     room: int
+    gain: DraftGain | None = None
     counts: DraftCounts = field(default_factory=DraftCounts)
     _likelihood: float = 1.0
     """That all drafts are accepted, by the exit's confidences."""
+    _confidences: list[float] = field(default_factory=list)
+    """Of the drafts."""
+    _num_asked: int = 0
+    _pause: int = 0
+    """Tokens until the exit drafts again."""
     _aim: int = 0
     _drafts: list[Draft] = field(default_factory=list)
 
@@ -52,9 +61,22 @@ class SelfSpeculativeMode(DecodingMode):
         if layer is None:
             layer = known[0] if known else 0
         # Whether to go on drafting is not for the rule: it takes whatever the exit says.
-        rule = ExitRule((context.exit_index("draft_exit_layer", layer),), threshold=0.0)
-        drafting = DraftRule(params.num_draft_tokens, params.draft_confidence)
-        return cls(context.sampler, rule, params.exit_details, drafting=drafting, room=context.room)
+        exit_index = context.exit_index("draft_exit_layer", layer)
+        rule = ExitRule((exit_index,), threshold=0.0)
+        gain = None
+        least = params.draft_confidence
+        if least is None:
+            gain = DraftGain(context.draft_costs[exit_index])
+            least = gain.least_likelihood()
+        drafting = DraftRule(params.num_draft_tokens, least)
+        return cls(
+            context.sampler,
+            rule,
+            params.exit_details,
+            drafting=drafting,
+            room=context.room,
+            gain=gain,
+        )
 
     def __post_init__(self) -> None:
         self._aim = self.drafting.max_drafts
@@ -63,11 +85,17 @@ class SelfSpeculativeMode(DecodingMode):
         # What the exit has said in the places of the drafts is on record until they are verified.
         pass
 
+    def asks(self, exit_index: int) -> bool:
+        # Behind the last draft that there may be, what the exit says is of use for the record only.
+        return DecodingMode.asks(self, exit_index) and (self._has_room or self.details)
+
     def at_exit(self, exit_index: int, output: HeadOutput, is_taken: bool) -> Outcome:
         self._record(output, exit_index)
+        self._num_asked += 1
         if not (self._has_room and self._drafts_at(output)):
             return Next.DEEPER
-        self._likelihood *= output.confidence
+        self._likelihood = self._likelihood_with(output)
+        self._confidences.append(output.confidence)
         drafts = self.sampler.sequence.drafts
         output = self.sampler.drawn(output, self.sampler.draw(drafts, keeps=True))
         drafts.append(output.token)
@@ -105,7 +133,12 @@ class SelfSpeculativeMode(DecodingMode):
 
     def _drafts_at(self, output: HeadOutput) -> bool:
         """Whether the exit is sure enough to draft."""
-        return self.drafting.takes(self._likelihood * output.confidence) and output.is_finite
+        return self.drafting.takes(self._likelihood_with(output)) and output.is_finite
+
+    def _likelihood_with(self, output: HeadOutput) -> float:
+        """That one more draft and those in front of it are accepted."""
+        trust = 1.0 if self.gain is None else self.gain.trust
+        return self._likelihood * min(trust * output.confidence, 1.0)
 
     def at_end(self, outputs: abc.Sequence[HeadOutput]) -> tuple[SampledToken, ...]:
         drafts, self.sampler.sequence.drafts = self.sampler.sequence.drafts, []
@@ -113,16 +146,35 @@ class SelfSpeculativeMode(DecodingMode):
         drafted, self._drafts = self._drafts, []
         reports, self._heads = self._heads, []
         tokens = self._verify(drafted, outputs)
+        # Behind the accepted drafts there is one token of the final head.
+        num_accepted = len(tokens) - 1
         self.counts.verifications += 1
         self.counts.drafted += len(drafts)
-        # Behind the accepted drafts there is one token of the final head.
-        self.counts.accepted += len(tokens) - 1
+        self.counts.accepted += num_accepted
+        if self.gain is not None:
+            self._judge(self.gain, num_accepted)
+        self._num_asked, self._confidences = 0, []
         if self.details:
             tokens = [
                 replace(token, heads=(report, self.sampler.report(output, FINAL)))
                 for token, report, output in zip(tokens, reports, outputs, strict=False)
             ]
         return tuple(tokens)
+
+    def _judge(self, gain: DraftGain, num_accepted: int) -> None:
+        """Go on with drafts, or without, by what they have gained."""
+        sequence = self.sampler.sequence
+        # Which drafts there are may change a sampled text: then they must not depend on others.
+        company = sequence.company if self.sampler.is_always_greedy else 1
+        if sequence.is_asking:
+            self._pause = gain.add(self._num_asked, self._confidences, num_accepted, company)
+            least = gain.least_likelihood(company)
+            self.drafting = replace(self.drafting, least_confidence=least)
+        else:
+            self._pause -= 1
+            self.counts.undrafted += 1
+        # Whoever wants to know what the exit says gets to know it.
+        sequence.is_asking = self._pause == 0 or self.details
 
     def _verify(
         self, drafts: abc.Sequence[Draft], outputs: abc.Sequence[HeadOutput]

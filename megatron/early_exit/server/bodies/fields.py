@@ -131,7 +131,9 @@ class ExitFields(RequestModel):
     )
     draft_confidence: Annotated[float, InRange(RANGES["draft_confidence"])] | None = Field(
         None,
-        description="Least product of the exit's confidences of a draft and of those before it.",
+        description="Least product of the exit's confidences of a draft and of those before it. "
+        "Default: the server's; that of a server without one is found while decoding, which does "
+        "without drafts for some time where they make it slower.",
     )
     exit_details: bool = Field(
         False, description="Tell what each head on the way to a token found best."
