@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from tests.helpers.margin import margin, margin_tokens
 
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
@@ -27,7 +28,6 @@ from megatron.early_exit.inference.modes.rule import MEASURES, ExitRule
 from megatron.early_exit.inference.results import PromptToken
 from tests.helpers.arrivals import CONTEXT, Arrival, Syllables, assert_oracles, examples, play
 from tests.helpers.compiler import has_cpp_compiler, needs_compiler
-from tests.helpers.margin import margin, margin_tokens
 from tests.helpers.nccl_transfers import NcclTransfers
 from tests.helpers.reference_decoder import generate
 from tests.helpers.spawn import spawn

@@ -110,6 +110,7 @@ class EarlyExitEngine:
             eod_id=self.eod_id,
             other_end_ids=self.other_end_ids,
             draw_seed=self._backend.draw_seed,
+            exit_measure=self._backend.exit_measure,
         )
 
     @classmethod

@@ -18,6 +18,8 @@ class Sequence:
         segment: the segment that it waits for.
         since: the step at which it began to wait there.
         exits: the exits that it may ask, by their indices.
+        compared: exits at which the residual stream has to be kept, since confidence at the next
+            one depends on it.
         can_defer_exit: it may go through further segments before an exit on the way is asked.
         exit_rates: for each segment, how likely the head behind it gives the next token; 0 where
             that head is not asked.
@@ -39,6 +41,7 @@ class Sequence:
     segment: int = 0
     since: int = 0
     exits: frozenset[int] = frozenset()
+    compared: frozenset[int] = frozenset()
     can_defer_exit: bool = True
     exit_rates: list[float] = field(default_factory=list)
     num_answers: int = 0
@@ -72,6 +75,10 @@ class Sequence:
     def num_pending(self) -> int:
         """Positions that the first segment has seen and the last one has not."""
         return self.cached[0] - self.cached[-1]
+
+    def stops_at(self, segment: int) -> bool:
+        """Whether something is to be had behind a segment before the next one runs."""
+        return segment in self.exits or segment in self.compared
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """The token ids at the positions from `start` to `end`."""

@@ -11,6 +11,7 @@ from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.scoring import ScoringRule, TextScores
 from megatron.early_exit.inference.engine.stopping import Stopping, stop_token_ids
 from megatron.early_exit.inference.engine.text import TextStream
+from megatron.early_exit.inference.modes.measures import DEFAULT_MEASURE, needs_streams
 from megatron.early_exit.inference.modes.mode import ModeContext, TokenSampler
 from megatron.early_exit.inference.modes.sampling import Sampler
 from megatron.early_exit.inference.modes.table import MODES
@@ -32,6 +33,7 @@ class RequestFactory:
         eod_id: the token that ends a document, if there is one.
         other_end_ids: further tokens that end a text.
         draw_seed: gives seeds to requests that sample and have none.
+        exit_measure: what confidence is where a request does not say it.
     """
 
     vocab_size: int
@@ -43,6 +45,7 @@ class RequestFactory:
     eod_id: int | None
     other_end_ids: tuple[int, ...]
     draw_seed: Callable[[], int]
+    exit_measure: str = DEFAULT_MEASURE
     _keys: Iterator[int] = field(default_factory=lambda: count(1), init=False)
 
     def build(
@@ -78,9 +81,14 @@ class RequestFactory:
         echo = ""
         if params.echo and self.tokenizer is not None:
             echo = prompt if isinstance(prompt, str) else self.tokenizer.decode(tokens)
-        context = ModeContext(token_sampler, self.exit_layers, self.max_pending, room)
+        context = ModeContext(
+            token_sampler, self.exit_layers, self.max_pending, room, self.exit_measure
+        )
         mode = MODES[params.mode].of(context)
         sequence.exits = frozenset(mode.rule.exits)
+        if needs_streams(mode.rule.measure):
+            heads = (*mode.rule.exits, len(self.exit_layers))
+            sequence.compared = frozenset(head - 1 for head in heads if head > 0)
         scoring = None
         if params.prompt_logprobs is not None:
             rule = ScoringRule(mode.scoring_rule, params.prompt_logprobs)

@@ -15,6 +15,7 @@ from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.modes.batch_sampler import draw
 from megatron.early_exit.inference.modes.draw import Draft, Draw
 from megatron.early_exit.inference.modes.head_output import HeadOutput
+from megatron.early_exit.inference.modes.measures import DEFAULT_MEASURE
 from megatron.early_exit.inference.modes.rule import NO_EXITS, ExitRule
 from megatron.early_exit.inference.modes.sampling import Sampler
 from megatron.early_exit.inference.params import SamplingParams
@@ -136,12 +137,14 @@ class ModeContext:
         exit_layers: the model's exits, each named by the number of backbone layers before it.
         max_pending: see `EarlyExitMode`.
         room: the most tokens that the sequence may get in all.
+        stored_measure: what confidence is where the request does not say it.
     """
 
     sampler: TokenSampler
     exit_layers: tuple[int, ...]
     max_pending: int
     room: int
+    stored_measure: str = DEFAULT_MEASURE
 
     @property
     def params(self) -> SamplingParams:
@@ -158,6 +161,28 @@ class ModeContext:
         wanted = self.params.exit_layers
         layers = self.exit_layers if wanted is None else wanted
         return tuple(sorted({self.exit_index("exit_layers", layer) for layer in layers}))
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """The threshold of each of `exits`.
+
+        Raises:
+            FieldError: the request has another number of them.
+        """
+        given, count = self.params.exit_thresholds, len(self.exits)
+        if given is None:
+            return (self.params.threshold,) * count
+        if len(given) != count:
+            layers = " ".join(str(self.exit_layers[one]) for one in self.exits) or "none"
+            allowed = f"{count}, one for each exit that is used ({layers})"
+            problem = f"has {len(given)} numbers"
+            raise FieldError("exit_thresholds", problem, allowed, value=given)
+        return given
+
+    @property
+    def measure(self) -> str:
+        """What confidence is."""
+        return self.params.exit_measure or self.stored_measure
 
     def exit_index(self, field: str, layer: int) -> int:
         """The index of an exit that a field of the request names.

@@ -52,7 +52,7 @@ class SelfSpeculativeMode(DecodingMode):
         if layer is None:
             layer = known[0] if known else 0
         # Whether to go on drafting is not for the rule: it takes whatever the exit says.
-        rule = ExitRule((context.exit_index("draft_exit_layer", layer),), threshold=0.0)
+        rule = ExitRule((context.exit_index("draft_exit_layer", layer),), (0.0,))
         drafting = DraftRule(params.num_draft_tokens, params.draft_confidence)
         return cls(context.sampler, rule, params.exit_details, drafting=drafting, room=context.room)
 
