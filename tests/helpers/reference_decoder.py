@@ -44,18 +44,22 @@ def generate(
     num_forbidden: int = 0,
     measure: str = "max_probability",
     decay: float = 0.0,
+    most_tokens: int | None = None,
 ) -> list[ReferenceToken]:
     """Greedy tokens; a threshold of None means that no exit is ever taken.
 
     The rule: a token is the choice of the first enabled exit whose confidence on the last position
     reaches the threshold, or that of the exit where there are several, else of the final head. A
-    confidence is what `confidence_of` says. Thresholds decay over `max_tokens`. None of the first
+    confidence is what `confidence_of` says. Thresholds decay over `most_tokens`,
+    by default all of them. None of the first
     `num_forbidden` tokens may be `forbidden`; that changes the choice, not the confidence.
     """
     tokens, generated = list(prompt), []
     for _ in range(max_tokens):
         heads = all_heads(model, tokens)
-        limits = _limits(model, threshold, exit_layers, decay, len(generated) / max_tokens)
+        limits = _limits(
+            model, threshold, exit_layers, decay, len(generated) / (most_tokens or max_tokens)
+        )
         layer, probabilities, confidence = _answer(model, heads, -1, limits, measure)
         best, token = (float(v) for v in probabilities.max(-1))
         logprob = math.log(best)
