@@ -239,11 +239,10 @@ def settings_of(
     threshold = args.early_exit_threshold
     used = exit_layers if args.exit_layers is None else sorted(set(args.exit_layers))
     if args.exit_thresholds is not None and len(args.exit_thresholds) != len(used):
-        raise out_of_range(
-            "--exit-thresholds",
-            args.exit_thresholds,
-            f"{len(used)} numbers, one for each exit that is used ({' '.join(map(str, used))})",
-        )
+        given = " ".join(map(str, args.exit_thresholds))
+        layers = " ".join(map(str, used)) or "none"
+        allowed = f"one for each exit that is used ({layers})"
+        raise ValueError(f"--exit-thresholds {given} are {len(given.split())}, allowed: {allowed}")
     if args.mode not in (None, "full") and not exit_layers:
         raise ValueError(f"--mode {args.mode}: the model has no exits, allowed: full")
     return ServerSettings(

@@ -218,8 +218,9 @@ def test_the_operator_chooses_measure_and_thresholds():
     exits = settings_of(args, (1, 3), "entropy").exits
     assert (exits.exit_measure, exits.exit_threshold_decay) == ("margin", 4.0)
     assert exits.exit_thresholds == (0.5, 0.25)
-    with pytest.raises(ValueError, match=r"--exit-thresholds .* 1 numbers, .* \(3\)"):
-        settings_of(parser.parse_args([*flags, "--exit-thresholds", "0.5"]), (1, 3))
+    for words, allowed in ((["0.5"], "1 3"), (["0.5", "0.5", "--exit-layers", "3"], "3")):
+        with pytest.raises(ValueError, match=rf"^--exit-thresholds 0.5.* is used \({allowed}\)$"):
+            settings_of(parser.parse_args([*flags, "--exit-thresholds", *words]), (1, 3))
     for wrong, message in (
         (["--exit-thresholds", "2"], "--exit-thresholds 2.0 is out of range, allowed: 0 to 1"),
         (["--exit-threshold-decay", "-1"], "--exit-threshold-decay -1.0 is out of range"),

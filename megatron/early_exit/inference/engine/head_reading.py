@@ -140,8 +140,9 @@ def _read_ahead(logits: Sequence[HeadLogits]) -> HeadOutputs:
     figures = [one.figures for one in logits]
     judged: list[list[int]] = []
     first = 0
-    for own in logits:
-        for rows, confidences in () if own.judging is None else own.judging.confidences(own.logits):
+    for own, numbers in zip(logits, tuple(figures), strict=True):
+        others = () if own.judging is None else own.judging.confidences(own.logits, numbers)
+        for rows, confidences in others:
             judged.append([first + row for row in rows])
             figures.append(confidences)
         first += len(own.logits)

@@ -90,7 +90,7 @@ def head_outputs(
     figures = head_figures(logits) if figures is None else figures
     if judging is None:
         return outputs_of(logits, figures.tolist())
-    others = judging.confidences(logits)
+    others = judging.confidences(logits, figures)
     numbers, *confidences = download([figures, *(values for _, values in others)])
     outputs = outputs_of(logits, numbers)
     for (rows, _), values in zip(others, confidences, strict=True):

@@ -32,6 +32,7 @@ class Evidence:
     Attributes:
         rows: which of those of a product of heads.
         logits: [n, v] in fp32.
+        normalizers, best_logprobs: [n] in fp32, see `HeadOutput`.
         num_answers: the first tokens of v that the heads can answer with; the others have logits of
             -inf.
         streams: gives the residual streams of rows.
@@ -39,6 +40,8 @@ class Evidence:
 
     rows: Sequence[int]
     logits: Tensor
+    normalizers: Tensor
+    best_logprobs: Tensor
     num_answers: int
     streams: Streams
 
@@ -46,14 +49,13 @@ class Evidence:
 def _margin(heads: Evidence) -> Tensor:
     """The difference of the two largest probabilities."""
     first, second = _two_largest(heads.logits).unbind(dim=-1)
-    best = (first - heads.logits.logsumexp(dim=-1)).exp()
     # Not a difference of probabilities: that of close ones loses its digits.
-    return -best * (second - first).expm1()
+    return -heads.best_logprobs.exp() * (second - first).expm1()
 
 
 def _certainty(heads: Evidence) -> Tensor:
     """1 - H / ln(number of answers), H being the entropy."""
-    logprobs = heads.logits[:, : heads.num_answers].log_softmax(dim=-1)
+    logprobs = heads.logits[:, : heads.num_answers] - heads.normalizers[:, None]
     logprobs = logprobs.clamp_(min=_NOTHING)
     entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
     return (1 - entropy / math.log(heads.num_answers)).clamp(0, 1)
@@ -100,23 +102,30 @@ class Judging:
             return None
         return cls(measures, num_others, streams)
 
-    def confidences(self, logits: Tensor) -> list[tuple[list[int], Tensor]]:
-        """Rows of logits [n, v] in fp32 that are judged by other measures than `DEFAULT_MEASURE`,
-        and the confidences of those, [n of them] in fp32 on the device."""
+    def confidences(self, logits: Tensor, figures: Tensor) -> list[tuple[list[int], Tensor]]:
+        """The confidences of rows that are judged by other measures than `DEFAULT_MEASURE`.
+
+        Args:
+            logits: [n, v] in fp32.
+            figures: [3, n], what `head_figures` gives of them.
+
+        Returns:
+            Rows, and the confidences of those, [n of them] in fp32 on the device.
+        """
         wanted: dict[str, list[int]] = {}
         for row, measure in enumerate(self.measures):
             if measure != DEFAULT_MEASURE:
                 wanted.setdefault(measure, []).append(row)
-        num_answers = logits.shape[-1] - self.num_others
         return [
-            (
-                rows,
-                MEASURES[measure](
-                    Evidence(rows, some_rows(logits, rows)[0], num_answers, self.streams)
-                ),
-            )
-            for measure, rows in wanted.items()
+            (rows, self._of(measure, rows, logits, figures)) for measure, rows in wanted.items()
         ]
+
+    def _of(self, measure: str, rows: list[int], logits: Tensor, figures: Tensor) -> Tensor:
+        own, index = some_rows(logits, rows)
+        normalizers, best_logprobs, _ = figures if index is None else figures[:, index]
+        num_answers = logits.shape[-1] - self.num_others
+        evidence = Evidence(rows, own, normalizers, best_logprobs, num_answers, self.streams)
+        return MEASURES[measure](evidence)
 
 
 def _two_largest(logits: Tensor) -> Tensor:

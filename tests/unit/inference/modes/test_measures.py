@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.early_exit.inference.modes.head_output import head_figures, head_outputs
-from megatron.early_exit.inference.modes.measures import MEASURES, Evidence, Judging
+from megatron.early_exit.inference.modes.measures import Judging
 from tests.helpers.reference_decoder import ReferenceHead, confidence_of
 
 NAMES = ("margin", "entropy", "similarity")
@@ -25,8 +25,10 @@ def by_definition(measure: str, logits: torch.Tensor, num_answers: int) -> list[
 
 
 def computed(measure: str, logits: torch.Tensor, num_answers: int) -> list[float]:
-    rows = range(len(logits))
-    return MEASURES[measure](Evidence(rows, logits, num_answers, no_streams)).tolist()
+    judging = Judging([measure] * len(logits), logits.shape[-1] - num_answers, no_streams)
+    ((rows, found),) = judging.confidences(logits, head_figures(logits))
+    assert rows == list(range(len(logits)))
+    return found.tolist()
 
 
 @pytest.mark.parametrize("measure", ["margin", "entropy"])
@@ -73,8 +75,10 @@ def test_logits_that_are_no_numbers_give_no_confidence(measure):
 def test_similarity_is_the_cosine_where_it_is_positive():
     here = torch.tensor([[1.0, 0.0], [3.0, 4.0], [1.0, 1.0], [0.0, 0.0]])
     before = torch.tensor([[2.0, 0.0], [4.0, 3.0], [-1.0, 0.0], [1.0, 0.0]])
-    evidence = Evidence(range(4), torch.zeros(4, 5), 5, lambda rows: (here, before))
-    assert MEASURES["similarity"](evidence).tolist() == pytest.approx([1.0, 0.96, 0.0, 0.0])
+    judging = Judging(["similarity"] * 4, 0, lambda rows: (here[rows], before[rows]))
+    logits = torch.zeros(4, 5)
+    ((_, found),) = judging.confidences(logits, head_figures(logits))
+    assert found.tolist() == pytest.approx([1.0, 0.96, 0.0, 0.0])
 
 
 def test_each_row_is_judged_by_its_own_measure():
