@@ -53,7 +53,9 @@ class Decoder:
         requests = [engine.submit(*pair) for pair in zip(self.prompts, params, strict=True)]
         for request, threshold in zip(requests, thresholds or [], strict=False):
             # A benchmark's own object may stand in for the number.
-            request.mode.rule = replace(request.mode.rule, threshold=threshold)  # type: ignore[arg-type]
+            rule = request.mode.rule
+            thresholds_of_exits = (threshold,) * len(rule.exits)
+            request.mode.rule = replace(rule, thresholds=thresholds_of_exits)  # type: ignore[arg-type]
         while not all(request.sequence.generated for request in requests):
             engine.step()
         before, start = sum(len(request.sequence.generated) for request in requests), perf_counter()

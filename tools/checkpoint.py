@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, get_args
 
 from tqdm import tqdm
 
@@ -28,7 +28,7 @@ from megatron.early_exit.checkpoint.inspection import count_parameters, inspect
 from megatron.early_exit.checkpoint.lazy import LazyWeights
 from megatron.early_exit.checkpoint.source import open_checkpoint, open_parts
 from megatron.early_exit.checkpoint.writer import Report
-from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig
+from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig, ExitMeasure
 from megatron.early_exit.errors import as_flag
 
 GENERATE = "python tools/generate.py --load {} --prompt ..."
@@ -109,6 +109,12 @@ def build_parser() -> argparse.ArgumentParser:
         "them cheap (default: all)",
     )
     one.add_argument(
+        "--exit-measure",
+        choices=get_args(ExitMeasure),
+        help="measure of confidence that inference leaves at exits by, where a request asks for no "
+        "other one (default: that of SRC)",
+    )
+    one.add_argument(
         "--random-init", action="store_true", help="start with random weights, not copies"
     )
     one.add_argument("--seed", type=int, help="seed of --random-init (default: 1234)")
@@ -165,14 +171,15 @@ def _import_ee_llm(args: argparse.Namespace) -> None:
 def _add_exits(args: argparse.Namespace) -> None:
     if args.seed is not None and not args.random_init:
         raise ValueError(f"--seed {args.seed} has no effect without --random-init")
+    source = open_checkpoint(args.src)
     wanted = EarlyExitConfig(
         exit_layer_nums=tuple(args.exit_layer_nums),
         pre_exit=args.pre_exit,
         share_final_head=args.share_final_head,
         exit_vocab_size=args.exit_vocab_size,
+        exit_measure=args.exit_measure or source.description.early_exit.exit_measure,
         **{name: getattr(args, name) for name in HEAD_FIELDS},
     )
-    source = open_checkpoint(args.src)
     random_init = None
     if args.random_init:
         seed = 1234 if args.seed is None else args.seed

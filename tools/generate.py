@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from megatron.early_exit.client.exit_colours import ExitColours
 from megatron.early_exit.client.prompts import read_prompts
+from megatron.early_exit.config import ExitMeasure
 from megatron.early_exit.errors import FieldError, as_flag
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 from megatron.early_exit.inference.engine.request import Request
@@ -41,6 +42,7 @@ _LISTS: dict[str, Callable[[str], Any]] = {
     "stop": str,
     "stop_token_ids": int,
     "exit_layers": int,
+    "exit_thresholds": float,
     "logit_bias": _bias,
 }
 _SWITCHES = ("ignore_eos", "echo", "exit_details")
@@ -80,6 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
         elif name == "mode":
             choices = get_args(Mode)
             request.add_argument(flag, choices=choices, default="full", help="default: %(default)s")
+        elif name == "exit_measure":
+            request.add_argument(flag, choices=get_args(ExitMeasure), help="default: the model's")
         else:
             kind = int if name in _INTEGERS else float
             request.add_argument(flag, type=kind, default=field.default, help=default)

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
@@ -36,8 +36,9 @@ from megatron.early_exit.client.figures import (
     describe_all,
     describe_comparisons,
 )
-from megatron.early_exit.client.outcomes import Outcome, ask
+from megatron.early_exit.client.outcomes import EXIT_FIELDS, Outcome, ask
 from megatron.early_exit.client.prompts import read_prompts
+from megatron.early_exit.config import ExitMeasure
 from megatron.early_exit.ranges import ABOVE_ZERO, ONE_OR_MORE
 
 _INTERRUPTED = 130
@@ -69,6 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mode", choices=("full", "early_exit", "self_speculative"))
     add("--early-exit-threshold", type=float, help="least confidence of an exit, 0 to 1")
     add("--exit-layers", type=int, nargs="+", help="exits that may be used")
+    add("--exit-measure", choices=get_args(ExitMeasure), help="what an exit's confidence is")
+    add("--exit-thresholds", type=float, nargs="+", help="one for each exit that may be used")
+    add("--exit-threshold-decay", type=float, help="how fast thresholds decay over a text")
     add("--max-tokens", type=int, default=100, help="default: %(default)s")
     add(
         "--temperature",
@@ -104,7 +108,7 @@ def check(args: argparse.Namespace) -> None:
 def request_body(args: argparse.Namespace) -> dict[str, Any]:
     """The request that the command line makes, without its prompt."""
     names = (
-        *("model", "mode", "early_exit_threshold", "exit_layers"),
+        *("model", *EXIT_FIELDS),
         *("max_tokens", "temperature", "seed"),
     )
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -27,9 +27,11 @@ from typing import Any, get_args
 import torch
 
 from megatron.early_exit.client.completions import API_KEY_VARIABLE
+from megatron.early_exit.config import ExitMeasure
 from megatron.early_exit.errors import as_flag, out_of_range
+from megatron.early_exit.flags import refuse_beside
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
-from megatron.early_exit.inference.params import RANGES, Mode
+from megatron.early_exit.inference.params import DEFAULT_THRESHOLD, RANGES, Mode
 from megatron.early_exit.process_family import end_with_parent
 from megatron.early_exit.ranges import ABOVE_ZERO, ONE_OR_MORE, ZERO_OR_MORE, Range
 from megatron.early_exit.server.app import create_app
@@ -86,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="default: self_speculative, which is lossless; full for a model without exits",
     )
     for name, text in {
-        "early_exit_threshold": "least confidence with which a token leaves at an exit",
+        "exit_threshold_decay": "how fast thresholds decay over a text, 0 is off",
         "num_draft_tokens": "most tokens to draft before they are verified",
     }.items():
         add(
@@ -98,7 +100,24 @@ def build_parser() -> argparse.ArgumentParser:
         help="drafting goes on while the product of confidences is at least this (default: found "
         "while decoding; drafting pauses where it makes decoding slower)",
     )
+    add(
+        "--early-exit-threshold",
+        type=float,
+        help="least confidence with which a token leaves at an exit "
+        f"(default: {DEFAULT_THRESHOLD})",
+    )
     add("--exit-layers", type=int, nargs="+", help="exits that may be used (default: all)")
+    add(
+        "--exit-thresholds",
+        type=float,
+        nargs="+",
+        help="one for each exit that may be used, instead of --early-exit-threshold",
+    )
+    add(
+        "--exit-measure",
+        choices=get_args(ExitMeasure),
+        help="what an exit's confidence is (default: what is stored with the model)",
+    )
     add("--draft-exit-layer", type=int, help="exit that drafts (default: the first one)")
     limits = parser.add_argument_group("limits")
     add = limits.add_argument
@@ -151,8 +170,14 @@ def check_limits(args: argparse.Namespace) -> None:
     Range(least=1024).check_flags(args, "max_body_bytes")
     ABOVE_ZERO.check_flags(args, "request_timeout")
     Range(least=0, most=2**16 - 1).check_flags(args, "port")
-    for name in ("num_draft_tokens", "early_exit_threshold", "draft_confidence"):
+    numbers = ("num_draft_tokens", "early_exit_threshold", "draft_confidence")
+    for name in (*numbers, "exit_threshold_decay"):
         RANGES[name].check_flags(args, name)
+    for threshold in args.exit_thresholds or ():
+        RANGES["exit_thresholds"].check(**{"--exit-thresholds": threshold})
+    if args.exit_thresholds is not None:
+        only_one = {"early_exit_threshold": (None, "exits have thresholds of their own then")}
+        refuse_beside("--exit-thresholds", args, only_one)
     key = api_key_of(args)
     if key is not None and not (key.isascii() and key.isprintable() and key.split() == [key]):
         raise ValueError(
@@ -197,8 +222,15 @@ def origins_of(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(origins)
 
 
-def settings_of(args: argparse.Namespace, exit_layers: Sequence[int]) -> ServerSettings:
+def settings_of(
+    args: argparse.Namespace, exit_layers: Sequence[int], stored_measure: ExitMeasure | None = None
+) -> ServerSettings:
     """The server's settings from the flags.
+
+    Args:
+        args: the flags.
+        exit_layers: the model's exits.
+        stored_measure: what is stored with the model.
 
     Raises:
         ValueError: a flag names an exit that the model does not have, or a mode that needs exits.
@@ -209,13 +241,23 @@ def settings_of(args: argparse.Namespace, exit_layers: Sequence[int]) -> ServerS
             raise ValueError(f"--exit-layers {layer} is unknown, allowed: {known}")
     if args.draft_exit_layer is not None and args.draft_exit_layer not in exit_layers:
         raise out_of_range("--draft-exit-layer", args.draft_exit_layer, known)
+    threshold = args.early_exit_threshold
+    used = exit_layers if args.exit_layers is None else sorted(set(args.exit_layers))
+    if args.exit_thresholds is not None and len(args.exit_thresholds) != len(used):
+        given = " ".join(map(str, args.exit_thresholds))
+        layers = " ".join(map(str, used)) or "none"
+        allowed = f"one for each exit that is used ({layers})"
+        raise ValueError(f"--exit-thresholds {given} are {len(given.split())}, allowed: {allowed}")
     if args.mode not in (None, "full") and not exit_layers:
         raise ValueError(f"--mode {args.mode}: the model has no exits, allowed: full")
     return ServerSettings(
         model_name=args.served_model_name or args.load.resolve().name,
         exits=ExitSettings(
             mode=args.mode or ("self_speculative" if exit_layers else "full"),
-            early_exit_threshold=args.early_exit_threshold,
+            early_exit_threshold=DEFAULT_THRESHOLD if threshold is None else threshold,
+            exit_measure=args.exit_measure or stored_measure,
+            exit_thresholds=None if args.exit_thresholds is None else tuple(args.exit_thresholds),
+            exit_threshold_decay=args.exit_threshold_decay,
             exit_layers=None if args.exit_layers is None else tuple(args.exit_layers),
             draft_exit_layer=args.draft_exit_layer,
             num_draft_tokens=args.num_draft_tokens,
@@ -275,7 +317,7 @@ def serve_at(args: argparse.Namespace, sockets: Sequence[socket.socket]) -> int:
     warn_of_open_doors(args, sockets)
     log(LOG, "loading the model; it is served when it is ready", load=str(args.load))
     engine = load_engine(args, args.max_model_len)
-    settings = settings_of(args, engine.exit_layers)
+    settings = settings_of(args, engine.exit_layers, engine.exit_measure)
     worker = EngineWorker(engine, engine.max_batch_size, settings.max_waiting, Metrics())
     server = WebServer(create_app(worker, settings), worker, settings, sockets, args.max_batch_size)
     engine.on_death(server.fail)
@@ -288,7 +330,8 @@ def serve_at(args: argparse.Namespace, sockets: Sequence[socket.socket]) -> int:
         exit_layers=list(engine.exit_layers),
         max_model_len=engine.max_sequence_length,
         default_mode=exits.mode,
-        early_exit_threshold=exits.early_exit_threshold,
+        early_exit_threshold=exits.exit_thresholds or exits.early_exit_threshold,
+        exit_measure=exits.exit_measure,
         draft_exit_layer=exits.draft_exit_layer or next(iter(engine.exit_layers), None),
         draft_confidence=exits.draft_confidence,
         needs_key=settings.api_key is not None,

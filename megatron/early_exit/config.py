@@ -18,6 +18,10 @@ from megatron.early_exit.flags import FlagFields
 from megatron.early_exit.ranges import ABOVE_ZERO, ZERO_OR_MORE, Range
 
 WarmupStyle = Literal["linear", "cosine"]
+ExitMeasure = Literal["max_probability", "margin", "entropy", "similarity"]
+"""How sure an exit is: by its largest probability, by the difference of the two largest ones, by
+how far its entropy is below that of a guess, or by the cosine of the hidden state and the one at
+the exit before."""
 BackboneModule = Literal["mlp", "layer", "norm", "output"]
 """A module of the backbone: an MLP with its norm, a transformer layer, a norm, the output layer."""
 
@@ -171,6 +175,10 @@ class EarlyExitConfig(FlagFields):
     frequent ones in most tokenizers (default: all). Most of the cost of evaluating an exit is its
     output projection."""
 
+    exit_measure: ExitMeasure = "max_probability"
+    """Measure of confidence that inference leaves at exits by, where a request asks for no other
+    one. It is stored with the model and changes nothing in training."""
+
     exit_layer_weight: tuple[float, ...] = field(default=(), metadata=_numbers(float))
     """Weight of each exit's loss in the total loss, in the order of --exit-layer-nums
     (default: 1.0 each)."""
@@ -213,6 +221,10 @@ class EarlyExitConfig(FlagFields):
             raise ValueError(
                 f"--exit-layer-weight-warmup-style {self.exit_layer_weight_warmup_style!r} is "
                 f"unknown, allowed: {', '.join(get_args(WarmupStyle))}"
+            )
+        if self.exit_measure not in get_args(ExitMeasure):
+            raise out_of_range(
+                "--exit-measure", self.exit_measure, ", ".join(get_args(ExitMeasure))
             )
         if self.use_exit_mlp and self.pre_exit:
             raise ValueError(
@@ -385,6 +397,7 @@ _NEED_EXITS = (
     *HEAD_FIELDS,
     "share_final_head",
     "exit_vocab_size",
+    "exit_measure",
     "use_dynamic_exit_layer_weight",
     "exit_layer_weight_warmup_iters",
 )

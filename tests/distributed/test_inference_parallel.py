@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,21 +19,37 @@ from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, Sam
 from megatron.early_exit.inference.distributed.parallel_backend import parallel_model
 from megatron.early_exit.inference.distributed.process_groups import join, own_part
 from megatron.early_exit.inference.engine import scoring
-from megatron.early_exit.inference.modes import early_exit
 from megatron.early_exit.inference.modes.early_exit import EarlyExitMode
 from megatron.early_exit.inference.modes.head_output import NOT_FINITE
 from megatron.early_exit.inference.modes.mode import Next
-from megatron.early_exit.inference.modes.rule import MEASURES, ExitRule
 from megatron.early_exit.inference.results import PromptToken
-from tests.helpers.arrivals import CONTEXT, Arrival, Syllables, assert_oracles, examples, play
+from tests.helpers.arrivals import (
+    CONTEXT,
+    Arrival,
+    Syllables,
+    assert_oracles,
+    examples,
+    play,
+    rule_of,
+)
 from tests.helpers.compiler import has_cpp_compiler, needs_compiler
-from tests.helpers.margin import margin, margin_tokens
 from tests.helpers.nccl_transfers import NcclTransfers
-from tests.helpers.reference_decoder import generate
+from tests.helpers.reference_decoder import generate, scores
 from tests.helpers.spawn import spawn
 from tests.helpers.tiny_models import GPT2, HEADS, LLAMA, TinyModel, make_model, save_checkpoint
 
-MARGINS = (0.0, 0.1, 0.2, 0.4, 1.0)
+MEASURED = [
+    SamplingParams(mode="early_exit", max_tokens=6, prompt_logprobs=0, **fields)
+    for fields in (
+        {"exit_measure": "margin", "early_exit_threshold": 0.1},
+        {"exit_measure": "entropy", "exit_thresholds": (0.6, 0.2)},
+        {"exit_measure": "similarity", "exit_thresholds": (0.8, 0.6)},
+        {"exit_measure": "similarity", "early_exit_threshold": 0.5, "exit_layers": (3,)},
+        {"exit_measure": "similarity", "early_exit_threshold": 1.0},
+        {"exit_thresholds": (0.9, 0.3), "exit_threshold_decay": 4.0},
+    )
+]
+"""Requests by other measures and thresholds than the usual ones."""
 THRESHOLDS = (0.0, 0.3, 0.6, 0.9, 1.0)
 # A norm alone is in "few answers", too.
 MODELS = [("llama", head) for head in HEADS if head != "norm"] + [("gpt2", "all")]
@@ -108,6 +124,7 @@ def generate_everything(folder: str, arriving: list[list[Arrival]]) -> dict[Any,
             found[layout, kind, head, "scored"] = scored_texts(engine)
             if (kind, head) == ONE:
                 found[layout, "more"] = more_of_one(engine)
+                found[layout, "measured"] = engine.generate([TEXT[:13]] * len(MEASURED), MEASURED)
             engine.close()
         for name, fields in TRANSFERS.items() if layout[1] > 1 else ():
             found[layout, name] = with_transfers_of_nccl(folder, layout, **fields)
@@ -119,7 +136,6 @@ def generate_everything(folder: str, arriving: list[list[Arrival]]) -> dict[Any,
             engine.close()
     if world_size == 2:
         found["faults"] = faults(folder)
-        found["margin"] = margins(folder)
         found["disagreement"] = disagreement(folder)
         for num_slots in SLOTS:
             engine = pipeline_engine(model_of(*ONE), num_slots)
@@ -240,22 +256,6 @@ def faults(folder: str) -> dict[str, Any]:
             engine.argmax_tokens([5, 6])
         engine.close()
     return told
-
-
-def margins(folder: str) -> list[GenerationResult]:
-    """Stages judge by a measure that needs more than the largest logit."""
-    with (
-        patch.dict(MEASURES, margin=margin),
-        patch.object(early_exit, "ExitRule", partial(ExitRule, measure="margin")),
-    ):
-        engine = divided_engine(folder, *ONE, (1, 2))
-        params = [
-            SamplingParams(mode="early_exit", early_exit_threshold=threshold, max_tokens=6)
-            for threshold in MARGINS
-        ]
-        results = engine.generate([TEXT[:5]] * len(params), params)
-        engine.close()
-    return results
 
 
 def disagreement(folder: str) -> list[GenerationResult]:
@@ -407,18 +407,23 @@ def test_samples_streams_and_reports_are_those_of_one_process(found):
         assert all(sample == samples[0] for sample in samples)
 
 
-@pytest.mark.parametrize("found", [2], indirect=True)
 def test_stages_judge_by_the_measure_of_the_request(found):
+    told = [results[key] for results in found for key in results if key[1:] == ("measured",)]
+    assert len(told) == len(found) * len(LAYOUTS[len(found)])
     layers = set()
-    for results in (told["margin"] for told in found):
-        for threshold, result in zip(MARGINS, results, strict=True):
-            text = [*TEXT[:5], *result.token_ids]
-            expected = margin_tokens(model_of(*ONE), text, threshold)[4:-1]
-            given = list(zip(result.token_ids, result.exit_layers, strict=True))
-            assert given == [(token, layer) for token, layer, _ in expected]
-            sure = [confidence for *_, confidence in expected]
-            assert result.confidences == pytest.approx(sure, abs=1e-4)
-            layers |= set(result.exit_layers)
+    for params, *results in zip(MEASURED, *told, strict=True):
+        rule = rule_of(params)
+        expected = generate(model_of(*ONE), TEXT[:13], params.max_tokens, **rule)
+        scored = scores(model_of(*ONE), TEXT[:13], **rule)
+        for result in results:
+            assert result.token_ids == [token.token_id for token in expected]
+            told_of = result.prompt_tokens[1:]
+            layers_told = [*result.exit_layers, *(token.exit_layer for token in told_of)]
+            assert layers_told == [token.exit_layer for token in expected + scored]
+            sure = [*result.confidences, *(token.confidence for token in told_of)]
+            known = [token.confidence for token in expected + scored]
+            assert sure == pytest.approx(known, rel=3e-4, abs=2e-5)
+        layers |= {token.exit_layer for token in expected + scored}
     assert len(layers) == 3
 
 

@@ -52,6 +52,26 @@ def test_one_prompt_gives_its_text(checkpoint, capsys):
     assert "\x1b" not in out
 
 
+def test_measure_and_thresholds_are_fields_of_the_request(checkpoint, capsys):
+    flags = ["--mode", "early_exit", "--exit-measure", "margin", "--exit-thresholds", "0.2", "0.1"]
+    flags += ["--exit-threshold-decay", "4", "--max-tokens", "9"]
+    assert main(["--load", str(checkpoint), "--prompt", "the quick", *flags]) == 0
+    out, err = capsys.readouterr()
+    params = SamplingParams(
+        mode="early_exit",
+        exit_measure="margin",
+        exit_thresholds=(0.2, 0.1),
+        exit_threshold_decay=4.0,
+        max_tokens=9,
+    )
+    (result,) = EarlyExitEngine.from_checkpoint(checkpoint).generate("the quick", params)
+    assert out == result.text + "\n"
+    assert f"layer 1: {result.exit_layers.count(1)} tokens" in err
+    wrong = ["--mode", "early_exit", "--exit-thresholds", "0.5", "0.5", "2"]
+    assert main(["--load", str(checkpoint), "--prompt", "the quick", *wrong]) == 2
+    assert "--exit-thresholds (0.5, 0.5, 2.0) is out of range" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["tensor", "pipeline"])
 def test_two_processes_print_the_text_once(checkpoint, capsys, kind):
     flags = ["--load", str(checkpoint), "--prompt", "the quick", "--max-tokens", "9"]

@@ -166,6 +166,16 @@ def test_padding_sampling_and_other_ways_through_generate(tmp_path):
     assert torch.equal(generate(again).sequences, expected)
 
 
+def test_another_measure_than_its_own_is_refused(tmp_path):
+    engine, model = export(tmp_path, LLAMA, exit_measure="entropy")
+    assert engine.exit_measure == model.config.exit_measure == "entropy"
+    generate(model)
+    with pytest.raises(ValueError, match=r"'entropy' .* not supported, allowed: 'max_probability'"):
+        generate(model, early_exit_threshold=0.5)
+    model.config.exit_measure = "max_probability"
+    generate(model, early_exit_threshold=0.5)
+
+
 def test_what_early_exit_refuses(tmp_path):
     _, model = export(tmp_path, LLAMA)
     on = {"early_exit_threshold": 0.5}

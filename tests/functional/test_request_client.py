@@ -52,10 +52,17 @@ class Terminal(io.StringIO):
 
 
 def test_one_prompt_gives_its_text(ask, engine, capsys):
-    flags = ["--mode", "early_exit", "--early-exit-threshold", "0.02", "--max-tokens", "20"]
+    flags = ["--mode", "early_exit", "--exit-thresholds", "0.02", "0.01", "--max-tokens", "20"]
+    flags += ["--exit-measure", "margin", "--exit-threshold-decay", "9"]
     assert ask("--prompt", PROMPTS[0], *flags) == 0
     out, err = capsys.readouterr()
-    params = SamplingParams(mode="early_exit", early_exit_threshold=0.02, max_tokens=20)
+    params = SamplingParams(
+        mode="early_exit",
+        exit_measure="margin",
+        exit_thresholds=(0.02, 0.01),
+        exit_threshold_decay=9.0,
+        max_tokens=20,
+    )
     (result,) = engine.generate(PROMPTS[0], params)
     assert out == result.text + "\n"
     legend, figures = err.splitlines()

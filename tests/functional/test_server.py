@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -123,6 +124,38 @@ def test_names_choose_the_exits(server):
         response = server.post("/v1/completions", {"prompt": "a", "model": name})
         assert response.status_code == 404
         assert response.json()["error"]["code"] == "model_not_found"
+
+
+def test_requests_choose_measure_and_thresholds(server, engine):
+    fields = {
+        "exit_measure": "entropy",
+        "exit_thresholds": [0.2, 0.1],
+        "exit_threshold_decay": 4.0,
+    }
+    params = SamplingParams(
+        mode="early_exit",
+        exit_measure="entropy",
+        exit_thresholds=(0.2, 0.1),
+        exit_threshold_decay=4.0,
+        max_tokens=12,
+        ignore_eos=True,
+        exit_details=True,
+    )
+    (result,) = engine.generate(PROMPT, params)
+    body = {"max_tokens": 12, "ignore_eos": True, "temperature": 0, **fields}
+    answer = complete(server, **body, prompt=PROMPT, logprobs=0)
+    assert answer["choices"][0]["logprobs"]["exit_layers"] == result.exit_layers
+    assert answer["choices"][0]["logprobs"]["confidences"] == pytest.approx(result.confidences)
+    metrics = answer["metrics"]
+    assert {name: metrics[name] for name in fields} == fields
+    assert metrics["early_exit_threshold"] is None
+    asked = {"prompts": [PROMPT], "tokens_to_generate": 12, "top_k": 1, **fields}
+    (expected,) = engine.generate([PROMPT], replace(params, ignore_eos=False))
+    answer = server.post("/api", {**asked, "print_max_prob": True}).json()
+    assert answer["exit_layers"] == [expected.exit_layers]
+    found = [head["confidence"] for heads in answer["max_probs"][0] for head in heads]
+    told = [head.confidence for heads in expected.heads for head in heads]
+    assert found == pytest.approx(told)
 
 
 def test_a_stream_is_the_whole_text_in_pieces(server):

@@ -40,6 +40,10 @@ def refusal(server, path, body):
         ("full", {"early_exit_threshold": 0.3}, "early_exit_threshold"),
         ("full", {"mode": "self_speculative"}, "mode"),
         ("exit=1", {"early_exit_threshold": 0.5}, "early_exit_threshold"),
+        ("exit=1", {"exit_thresholds": [0.0]}, "exit_thresholds"),
+        ("exit=1", {"exit_threshold_decay": 4}, "exit_threshold_decay"),
+        ("lossless", {"exit_measure": "margin"}, "exit_measure"),
+        ("threshold=0.3", {"exit_thresholds": [0.3, 0.3]}, "exit_thresholds"),
         ("exit=1", {"exit_layers": [3]}, "exit_layers"),
         ("exit=1", {"exit_layers": [1, 3]}, "exit_layers"),
         ("exit=1", {"use_early_exit": False}, "use_early_exit"),
@@ -62,6 +66,8 @@ def test_no_field_contradicts_the_models_name(server, path, end, fields, param):
         ("full", {"use_early_exit": False}),
         ("exit=1", {"early_exit_threshold": 0, "exit_layers": [1]}),
         ("threshold=0.3", {"early_exit_thres": 0.3, "exit_layers": [3]}),
+        ("threshold=0.3", {"exit_measure": "entropy", "exit_threshold_decay": 2.0}),
+        ("exit=1", {"exit_measure": "margin", "exit_threshold_decay": 0}),
     ],
 )
 def test_fields_may_say_what_the_name_says(server, end, fields):

@@ -50,15 +50,41 @@ stop_strings = st.text("abc", min_size=1, max_size=3)
 
 
 @st.composite
+def exit_rules(draw: st.DrawFn) -> dict[str, Any]:
+    """Draw when to leave a model with exits behind its layers 1 and 3."""
+    layers = draw(st.sampled_from([None, (1,), (3,), (1, 3)]))
+    measure = draw(st.sampled_from([None, None, "margin", "entropy", "similarity"]))
+    thresholds = st.sampled_from(THRESHOLDS if measure is None else (0.0, 0.2, 0.4, 0.7, 0.95))
+    fields: dict[str, Any] = {"exit_layers": layers, "exit_measure": measure}
+    fields["exit_threshold_decay"] = draw(st.sampled_from([0.0, 0.0, 4.0]))
+    if draw(st.booleans()):
+        count = 2 if layers is None else len(layers)
+        fields["exit_thresholds"] = tuple(draw(thresholds) for _ in range(count))
+    else:
+        fields["early_exit_threshold"] = draw(thresholds)
+    return fields
+
+
+def rule_of(params: SamplingParams) -> dict[str, Any]:
+    """The same in the words of the reference decoder."""
+    if params.mode != "early_exit":
+        return {"threshold": None}
+    thresholds = params.exit_thresholds
+    return {
+        "threshold": params.threshold if thresholds is None else thresholds,
+        "exit_layers": params.exit_layers,
+        "measure": params.exit_measure or "max_probability",
+        "decay": params.exit_threshold_decay,
+    }
+
+
+@st.composite
 def sampling_params(draw: st.DrawFn) -> SamplingParams:
     """Draw greedy parameters, in every mode, with every kind of stop."""
     mode = draw(st.sampled_from(["full", "early_exit", "self_speculative"]))
     fields: dict[str, Any] = {}
     if mode == "early_exit":
-        fields = {
-            "early_exit_threshold": draw(st.sampled_from(THRESHOLDS)),
-            "exit_layers": draw(st.sampled_from([None, (1,), (3,), (1, 3)])),
-        }
+        fields = draw(exit_rules())
     if mode == "self_speculative":
         fields = {
             "draft_exit_layer": draw(st.sampled_from([None, 1, 3])),
@@ -117,16 +143,15 @@ def assert_oracles(model: TinyModel, arrival: Arrival, *results: GenerationResul
         model,
         arrival.prompt,
         min(params.max_tokens, CONTEXT - len(arrival.prompt)),
-        params.threshold if params.mode == "early_exit" else None,
-        params.exit_layers,
         forbidden=stops,
         num_forbidden=params.min_tokens,
+        most_tokens=params.max_tokens,
+        **rule_of(params),
     )
     tokens, text, end = until_the_end(tokens, params, stops)
     expected = None
     if params.prompt_logprobs is not None:
-        threshold = params.threshold if params.mode == "early_exit" else None
-        expected = scores(model, arrival.prompt, threshold, params.exit_layers)
+        expected = scores(model, arrival.prompt, **rule_of(params))
     for result in results:
         assert_agrees(arrival, result, tokens, text, end)
         found = result.prompt_tokens
@@ -138,6 +163,9 @@ def assert_oracles(model: TinyModel, arrival: Arrival, *results: GenerationResul
         assert [t.exit_layer for t in found] == [None, *(token.exit_layer for token in expected)]
         logprobs = [token.logprob for token in expected]
         assert [token.logprob for token in found[1:]] == pytest.approx(logprobs, abs=3e-4)
+        confidences = [token.confidence for token in expected]
+        told = [token.confidence for token in found[1:]]
+        assert told == pytest.approx(confidences, rel=3e-4, abs=2e-5)
 
 
 def assert_agrees(
@@ -160,7 +188,8 @@ def assert_agrees(
     if arrival.params.mode != "self_speculative":
         assert result.exit_layers == [token.exit_layer for token in tokens]
     assert result.logprobs == pytest.approx([token.logprob for token in tokens], abs=3e-4)
-    assert result.confidences == pytest.approx([token.confidence for token in tokens], rel=3e-4)
+    confidences = [token.confidence for token in tokens]
+    assert result.confidences == pytest.approx(confidences, rel=3e-4, abs=2e-5)
 
 
 def until_the_end(

@@ -23,27 +23,46 @@ class ReferenceToken:
     logprob: float
 
 
+@dataclass(frozen=True)
+class ReferenceHead:
+    """What a head says of each position of a text, [s, v], how many tokens it can answer with, and
+    the residual stream [s, h] there and at the exit before."""
+
+    logits: Tensor
+    num_answers: int
+    stream: Tensor
+    stream_before: Tensor
+
+
 def generate(
     model: TinyModel,
     prompt: Sequence[int],
     max_tokens: int,
-    threshold: float | None,
+    threshold: float | Sequence[float] | None,
     exit_layers: Sequence[int] | None = None,
     forbidden: Collection[int] = (),
     num_forbidden: int = 0,
+    measure: str = "max_probability",
+    decay: float = 0.0,
+    most_tokens: int | None = None,
 ) -> list[ReferenceToken]:
     """Greedy tokens; a threshold of None means that no exit is ever taken.
 
-    The rule: a token is the choice of the first enabled exit whose largest softmax probability on
-    the last position reaches the threshold, else of the final head. None of the first
+    The rule: a token is the choice of the first enabled exit whose confidence on the last position
+    reaches the threshold, or that of the exit where there are several, else of the final head. A
+    confidence is what `confidence_of` says. Thresholds decay over `most_tokens`,
+    by default all of them. None of the first
     `num_forbidden` tokens may be `forbidden`; that changes the choice, not the confidence.
     """
     tokens, generated = list(prompt), []
     for _ in range(max_tokens):
-        logits = all_logits(model, tokens)
-        layer, probabilities = _answer(model, logits, -1, threshold, exit_layers)
-        confidence, token = (float(v.float()) for v in probabilities.max(-1))
-        logprob = math.log(confidence)
+        heads = all_heads(model, tokens)
+        limits = _limits(
+            model, threshold, exit_layers, decay, len(generated) / (most_tokens or max_tokens)
+        )
+        layer, probabilities, confidence = _answer(model, heads, -1, limits, measure)
+        best, token = (float(v) for v in probabilities.max(-1))
+        logprob = math.log(best)
         if token in forbidden and len(generated) < num_forbidden:
             probabilities[list(forbidden)] = 0
             allowed, token = (float(v) for v in probabilities.max(-1))
@@ -57,45 +76,90 @@ def generate(
 def scores(
     model: TinyModel,
     tokens: Sequence[int],
-    threshold: float | None,
+    threshold: float | Sequence[float] | None,
     exit_layers: Sequence[int] | None = None,
+    measure: str = "max_probability",
+    decay: float = 0.0,
 ) -> list[ReferenceToken]:
-    """The log-probability of each token of a text, except the first, by the rule of `generate`."""
-    logits = all_logits(model, tokens)
+    """The log-probability of each token of a text, except the first, by the rule of `generate`;
+    thresholds decay over the text."""
+    heads = all_heads(model, tokens)
     scored = []
     for position, token in enumerate(tokens[1:]):
-        layer, probabilities = _answer(model, logits, position, threshold, exit_layers)
-        confidence, logprob = float(probabilities.max()), float(probabilities[token].log())
+        limits = _limits(model, threshold, exit_layers, decay, (position + 1) / len(tokens))
+        layer, probabilities, confidence = _answer(model, heads, position, limits, measure)
+        logprob = float(probabilities[token].log())
         scored.append(ReferenceToken(token, layer, confidence, logprob))
     return scored
 
 
+def _limits(
+    model: TinyModel,
+    threshold: float | Sequence[float] | None,
+    exit_layers: Sequence[int] | None,
+    decay: float,
+    share: float,
+) -> dict[int, float]:
+    """The threshold of each enabled exit, by its layer, behind a share of all tokens."""
+    if threshold is None:
+        return {}
+    known = model.early_exit.positions
+    enabled = [layer for layer in known if exit_layers is None or layer in exit_layers]
+    limits = threshold if isinstance(threshold, Sequence) else [threshold] * len(enabled)
+    if decay:
+        limits = [0.9 * one + math.exp(-decay * share) / 10 for one in limits]
+    return dict(zip(enabled, limits, strict=True))
+
+
 def _answer(
     model: TinyModel,
-    logits: dict[int | str, Tensor],
+    heads: dict[int | str, ReferenceHead],
     position: int,
-    threshold: float | None,
-    exit_layers: Sequence[int] | None,
-) -> tuple[int, Tensor]:
-    """The layer of the head that gives the token at a position, and its probabilities [v], in
-    fp64."""
-    for layer in model.early_exit.positions if threshold is not None else ():
-        probabilities = logits[layer][position].double().softmax(-1)
-        is_enabled = exit_layers is None or layer in exit_layers
-        # A confidence is an fp32 number: close to 1 it is 1.
-        if is_enabled and float(probabilities.max().float()) >= threshold:
-            return layer, probabilities
-    return model.architecture.num_layers, logits["final"][position].double().softmax(-1)
+    limits: dict[int, float],
+    measure: str,
+) -> tuple[int, Tensor, float]:
+    """The layer of the head that gives the token at a position, its probabilities [v] in fp64, and
+    its confidence."""
+    for layer in (*limits, "final"):
+        confidence = confidence_of(heads[layer], position, measure)
+        # It is an fp32 number: close to 1 it is 1.
+        confidence = float(torch.tensor(confidence, dtype=torch.float32))
+        if layer == "final" or confidence >= limits[layer]:
+            break
+    probabilities = heads[layer].logits[position].double().softmax(-1)
+    return layer if layer != "final" else model.architecture.num_layers, probabilities, confidence
+
+
+def confidence_of(head: ReferenceHead, position: int, measure: str) -> float:
+    """How sure a head is at a position."""
+    probabilities = head.logits[position].double().softmax(-1)
+    if measure == "max_probability":
+        return float(probabilities.max())
+    if measure == "margin":
+        first, second, *_ = sorted(probabilities.tolist(), reverse=True)
+        return first - second
+    if measure == "entropy":
+        entropy = -sum(p * math.log(p) for p in probabilities.tolist() if p > 0)
+        return 1 - entropy / math.log(head.num_answers)
+    assert measure == "similarity"
+    here, before = head.stream[position].double(), head.stream_before[position].double()
+    return max(float(here @ before / (here.norm() * before.norm())), 0.0)
 
 
 def all_logits(model: TinyModel, tokens: Sequence[int]) -> dict[int | str, Tensor]:
     """Logits [s, v] of every head over a sequence, by position of the exit and "final"."""
+    return {layer: head.logits for layer, head in all_heads(model, tokens).items()}
+
+
+def all_heads(model: TinyModel, tokens: Sequence[int]) -> dict[int | str, ReferenceHead]:
+    """What every head has over a sequence, by position of the exit and "final"."""
     w, a, options = model.weights, model.architecture, model.early_exit
     embedding = w["embedding.word_embeddings.weight"]
     x = embedding[torch.tensor(tokens)]
     if a.position_embedding_type == "learned_absolute":
         x = x + w["embedding.position_embeddings.weight"][: len(tokens)]
-    logits: dict[int | str, Tensor] = {}
+    heads: dict[int | str, ReferenceHead] = {}
+    stream_before = x
     for layer in range(a.num_layers):
         prefix = f"decoder.layers.{layer}."
         x = x + _attention(model, f"{prefix}self_attention.", x)
@@ -119,13 +183,16 @@ def all_logits(model: TinyModel, tokens: Sequence[int]) -> dict[int | str, Tenso
             if options.share_final_head:
                 branch = _norm(model, "decoder.final_layernorm.", branch)
                 projection = w.get("output_layer.weight", embedding)
-            logits[position] = branch @ projection.T
-            if options.exit_vocab_size is not None:
-                logits[position][:, options.exit_vocab_size :] = -torch.inf
-    x = _norm(model, "decoder.final_layernorm.", x)
+            logits = branch @ projection.T
+            num_answers = options.exit_vocab_size or a.vocab_size
+            logits[:, num_answers:] = -torch.inf
+            stream = before_mlp if options.use_exit_mlp else x
+            heads[position] = ReferenceHead(logits, num_answers, stream, stream_before)
+            stream_before = stream
+    normed = _norm(model, "decoder.final_layernorm.", x)
     output = embedding if a.share_embeddings_and_output_weights else w["output_layer.weight"]
-    logits["final"] = x @ output.T
-    return logits
+    heads["final"] = ReferenceHead(normed @ output.T, a.vocab_size, x, stream_before)
+    return heads
 
 
 def _norm(model: TinyModel, prefix: str, x: Tensor) -> Tensor:

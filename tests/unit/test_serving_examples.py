@@ -12,10 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from megatron.early_exit.server.bodies.fields import ExitFields
 from megatron.early_exit.server.http.client_address import trusted_networks
+from megatron.early_exit.server.model_names import ServedModel
+from megatron.early_exit.server.settings import ExitSettings
 from tests.helpers.speed import patient
 from tools import request_client
-from tools.run_early_exit_text_generation_server import build_parser, origins_of, settings_of
+from tools.run_early_exit_text_generation_server import (
+    build_parser,
+    check_limits,
+    origins_of,
+    settings_of,
+)
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "serving"
 TOOL = "tools/run_early_exit_text_generation_server.py"
@@ -196,6 +204,55 @@ def test_the_readme_names_flags_and_files_that_exist():
     assert request_client.build_parser().parse_args(shlex.split(asking)).compare
     for name in re.findall(r"`?([\w-]+\.(?:sh|service))`", text):
         assert (FOLDER / name).is_file(), name
+
+
+def test_the_operator_chooses_measure_and_thresholds():
+    parser = build_parser()
+    args = parser.parse_args(["--load", "model"])
+    check_limits(args)
+    exits = settings_of(args, (1, 3), "entropy").exits
+    assert (exits.exit_measure, exits.early_exit_threshold) == ("entropy", 0.8)
+    flags = ["--load", "model", "--exit-measure", "margin", "--exit-threshold-decay", "4"]
+    args = parser.parse_args([*flags, "--exit-thresholds", "0.5", "0.25"])
+    check_limits(args)
+    exits = settings_of(args, (1, 3), "entropy").exits
+    assert (exits.exit_measure, exits.exit_threshold_decay) == ("margin", 4.0)
+    assert exits.exit_thresholds == (0.5, 0.25)
+    for words, allowed in ((["0.5"], "1 3"), (["0.5", "0.5", "--exit-layers", "3"], "3")):
+        with pytest.raises(ValueError, match=rf"^--exit-thresholds 0.5.* is used \({allowed}\)$"):
+            settings_of(parser.parse_args([*flags, "--exit-thresholds", *words]), (1, 3))
+    for wrong, message in (
+        (["--exit-thresholds", "2"], "--exit-thresholds 2.0 is out of range, allowed: 0 to 1"),
+        (["--exit-threshold-decay", "-1"], "--exit-threshold-decay -1.0 is out of range"),
+        (
+            ["--exit-thresholds", "0.5", "--early-exit-threshold", "0.8"],
+            "--early-exit-threshold 0.8 cannot be combined with --exit-thresholds",
+        ),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check_limits(parser.parse_args(["--load", "model", *wrong]))
+
+
+def test_where_the_operators_thresholds_hold():
+    """Unless the request, or the model's name, says which exits are asked or when they answer."""
+    settings = ExitSettings(mode="early_exit", exit_thresholds=(0.5, 0.25), exit_measure="margin")
+    plain = {"exit_measure": "margin", "exit_threshold_decay": 0.0, "exit_layers": None}
+    plain |= {"mode": "early_exit", "exit_details": False}
+    several, one = {"exit_thresholds": (0.5, 0.25)}, {"early_exit_threshold": 0.8}
+    for fields, expected in (
+        ({}, several),
+        ({"exit_thresholds": [0.1, 0.2]}, {"exit_thresholds": (0.1, 0.2)}),
+        ({"early_exit_threshold": 0.3}, {"early_exit_threshold": 0.3}),
+        ({"exit_layers": [1]}, {**one, "exit_layers": (1,)}),
+        ({"exit_measure": "entropy"}, {**several, "exit_measure": "entropy"}),
+    ):
+        found = ExitFields.model_validate(fields).exit_params(settings, 2)
+        assert found == {**plain, **expected}
+    decided = ServedModel("m", settings, (1, 3)).settings("m:threshold=0.4")
+    assert ExitFields().exit_params(decided, 2) == {**plain, "early_exit_threshold": 0.4}
+    usual = ExitSettings(mode="early_exit")
+    found = ExitFields(exit_thresholds=[0.1, 0.2]).exit_params(usual, 2)
+    assert found == {**plain, "exit_measure": None, "exit_thresholds": (0.1, 0.2)}
 
 
 def test_the_operator_gives_the_page_its_examples():

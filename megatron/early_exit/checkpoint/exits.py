@@ -117,7 +117,8 @@ def _with_exits(
 
 
 def _joined(old: EarlyExitConfig, new: EarlyExitConfig, num_layers: int) -> EarlyExitConfig:
-    """One configuration with the old exits and the new ones, with the placement of the new ones."""
+    """One configuration with the old exits and the new ones, with the placement and the measure of
+    confidence of the new ones."""
     kept = [one for one in old.exits if one.position not in new.positions]
     if not kept:
         return new
@@ -139,7 +140,8 @@ def _joined(old: EarlyExitConfig, new: EarlyExitConfig, num_layers: int) -> Earl
         "exit_layer_temperature": tuple(one.temperature for one in exits),
     }
     common = {f.name: getattr(old, f.name) for f in fields(EarlyExitConfig)}
-    return EarlyExitConfig(**{**common, **per_exit, "pre_exit": new.pre_exit})
+    of_new = {"pre_exit": new.pre_exit, "exit_measure": new.exit_measure}
+    return EarlyExitConfig(**{**common, **per_exit, **of_new})
 
 
 def _modules(position: int, architecture: Architecture) -> dict[str, Any]:

@@ -7,7 +7,11 @@ from typing import Any
 
 from megatron.early_exit.client.completions import Completion, CompletionClient, RequestFailed
 
-_EXIT_FIELDS = ("mode", "early_exit_threshold", "exit_layers")
+EXIT_FIELDS = (
+    *("mode", "early_exit_threshold", "exit_layers"),
+    *("exit_measure", "exit_thresholds", "exit_threshold_decay"),
+)
+"""The fields of requests about exits."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def ask(
     Raises:
         Unreachable: the server has stopped.
     """
-    in_full = {name: value for name, value in body.items() if name not in _EXIT_FIELDS}
+    in_full = {name: value for name, value in body.items() if name not in EXIT_FIELDS}
 
     def complete(prompt: str) -> Outcome:
         try:

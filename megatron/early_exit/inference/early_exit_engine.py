@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
+from megatron.early_exit.config import ExitMeasure
 from megatron.early_exit.inference.distributed.parallel_backend import (
     ParallelBackend,
     SingleProcess,
@@ -113,6 +114,7 @@ class EarlyExitEngine:
             other_end_ids=self.other_end_ids,
             draw_seed=self._backend.draw_seed,
             draft_costs=self._draft_costs(),
+            exit_measure=self._backend.exit_measure,
         )
 
     @classmethod
@@ -222,6 +224,11 @@ class EarlyExitEngine:
     def exit_layers(self) -> tuple[int, ...]:
         """The model's exits, each named by the number of backbone layers before it."""
         return self._backend.exit_layers
+
+    @property
+    def exit_measure(self) -> ExitMeasure:
+        """What confidence is where a request does not say it: it is stored with the model."""
+        return self._backend.exit_measure
 
     @property
     def num_layers(self) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
+from megatron.early_exit.config import ExitMeasure
 from megatron.early_exit.errors import FieldError, out_of_range
 from megatron.early_exit.ranges import INDEX, ZERO_TO_ONE, Range
 
@@ -11,7 +12,13 @@ Mode = Literal["full", "early_exit", "self_speculative"]
 DEFAULT_THRESHOLD = 0.8
 MODE_FIELDS: dict[Mode, tuple[str, ...]] = {
     "full": (),
-    "early_exit": ("early_exit_threshold", "exit_layers"),
+    "early_exit": (
+        "early_exit_threshold",
+        "exit_layers",
+        "exit_measure",
+        "exit_thresholds",
+        "exit_threshold_decay",
+    ),
     "self_speculative": ("draft_exit_layer", "num_draft_tokens", "draft_confidence"),
 }
 """The fields that have an effect in one mode alone. With `exit_details`, `exit_layers` also has one
@@ -36,13 +43,15 @@ RANGES: dict[str, Range] = {
     "prompt_logprobs": INDEX,
     "early_exit_threshold": ZERO_TO_ONE,
     "exit_layers": INDEX,
+    "exit_thresholds": ZERO_TO_ONE,
+    "exit_threshold_decay": Range(least=0, most=100, least_means="off"),
     "num_draft_tokens": Range(least=1, most=1024, is_integer=True),
     "draft_exit_layer": INDEX,
     "draft_confidence": Range(least=0, most=1, least_means="off"),
 }
 """The numbers that fields may have, or the items of those that are lists. The server's bodies and
 the flags of the command line have these, too, where their protocols do not say otherwise."""
-_LISTS = ("logit_bias", "stop_token_ids", "exit_layers")
+_LISTS = ("logit_bias", "stop_token_ids", "exit_layers", "exit_thresholds")
 _NO_MORE_THAN = {"min_tokens": "max_tokens", "top_p_bound": "top_p"}
 
 
@@ -133,12 +142,29 @@ class SamplingParams:
     correct them, which changes nothing in the text (arXiv 2404.16710)."""
 
     early_exit_threshold: float | None = None
-    """Least confidence (the largest softmax probability) to leave at an exit, 0 to 1; None is 0.8
-    in mode `early_exit`."""
+    """Least confidence to leave at an exit, 0 to 1; None is 0.8 in mode `early_exit`."""
 
     exit_layers: tuple[int, ...] | None = None
     """The exits to use, each named by the number of backbone layers before it; None is all. In
     mode `full`, those that `exit_details` tells of."""
+
+    exit_measure: ExitMeasure | None = None
+    """What confidence is, a number from 0 to 1: `max_probability`, the largest softmax probability;
+    `margin`, its distance from the second largest one; `entropy`, 1 - H / ln(n), where H is the
+    entropy and n the number of tokens that the head can answer with; `similarity`, the cosine of
+    the residual stream and the one at the exit before (CALM, arXiv 2207.07061, compares
+    neighbouring layers), or the embedding's output before the first one, where negative values
+    count as 0. None is what is stored with the model. In mode `early_exit` all confidences that are
+    told are these."""
+
+    exit_thresholds: tuple[float, ...] | None = None
+    """A threshold for each exit that is used, from the shallowest to the deepest, instead of one
+    `early_exit_threshold` for all."""
+
+    exit_threshold_decay: float = 0.0
+    """Let thresholds decay: in the place of token i of at most N, from 0, a threshold t becomes
+    clip(0.9 t + 0.1 exp(-decay i / N), 0, 1) (CALM, where it is 4); N is `max_tokens`. Where a
+    prompt is scored, i is the token's place in it, and N its length. 0 is off."""
 
     num_draft_tokens: int = 4
     """Most tokens to draft before the full model looks at them."""
@@ -154,7 +180,7 @@ class SamplingParams:
     decoding slower."""
 
     def __post_init__(self) -> None:
-        for name in ("stop", "stop_token_ids", "exit_layers"):
+        for name in ("stop", "stop_token_ids", "exit_layers", "exit_thresholds"):
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
         bias = self.logit_bias
         pairs = bias.items() if isinstance(bias, Mapping) else bias
@@ -168,6 +194,10 @@ class SamplingParams:
         self._check_items("stop_token_ids", INDEX.__contains__, f"integers, {INDEX}")
         if self.exit_layers is not None:
             self._check_items("exit_layers", INDEX.__contains__, f"None, or integers, {INDEX}")
+        self._check_exit_thresholds()
+        if self.exit_measure is not None:
+            measures = get_args(ExitMeasure)
+            self._check("exit_measure", self.exit_measure in measures, " or ".join(measures))
         for name in ("ignore_eos", "echo", "exit_details"):
             self._check(name, isinstance(getattr(self, name), bool), "True or False")
         self._check("mode", self.mode in get_args(Mode), " or ".join(get_args(Mode)))
@@ -214,6 +244,16 @@ class SamplingParams:
                 if value != defaults[name] and not (name == "exit_layers" and asks_exits):
                     problem = f"has no effect with mode={self.mode!r}"
                     raise FieldError(name, problem, f"with mode={needed!r}", value=value)
+
+    def _check_exit_thresholds(self) -> None:
+        if self.exit_thresholds is None:
+            return
+        allowed = RANGES["exit_thresholds"]
+        self._check_items("exit_thresholds", allowed.__contains__, f"None, or numbers, {allowed}")
+        if self.early_exit_threshold is not None:
+            problem = f"cannot be combined with early_exit_threshold {self.early_exit_threshold}"
+            one = "one of the two"
+            raise FieldError("exit_thresholds", problem, one, value=self.exit_thresholds)
 
     def _check_items(self, name: str, valid: Callable[[object], bool], allowed: str) -> None:
         items = getattr(self, name)

@@ -28,7 +28,7 @@ class PromptToken:
     exit_layer: int | None = None
     """Number of backbone layers behind the score; None for the first."""
     confidence: float | None = None
-    """Largest softmax probability there; None for the first."""
+    """How sure the head there was, by the measure of the request; None for the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,8 @@ class GeneratedToken:
     exit_layer: int
     """Number of backbone layers behind the choice of the token."""
     confidence: float
-    """Largest softmax probability where the token was chosen."""
+    """How sure the head was that chose the token: by the measure of a request in mode `early_exit`,
+    else the largest softmax probability."""
     logprob: float
     """Logarithm of the token's own probability there, before temperature and filters."""
     finish_reason: FinishReason | None = None
@@ -107,7 +108,8 @@ class GenerationResult:
     exit_layers: list[int]
     """Number of backbone layers behind the choice of each token."""
     confidences: list[float]
-    """Largest softmax probability where each token was chosen."""
+    """How sure the head was that chose each token: by the measure of a request in mode
+    `early_exit`, else the largest softmax probability."""
     logprobs: list[float]
     """Logarithm of each token's own probability there, before temperature and filters."""
     finish_reason: FinishReason

@@ -19,6 +19,8 @@ class Sequence:
         since: the step at which it began to wait there.
         exits: the exits that it may ask, by their indices.
         is_asking: it asks them at present.
+        compared: exits at which the residual stream has to be kept, since confidence at the next
+            one depends on it.
         can_defer_exit: it may go through further segments before an exit on the way is asked.
         exit_rates: for each segment, how likely the head behind it gives the next token; 0 where
             that head is not asked.
@@ -42,6 +44,7 @@ class Sequence:
     since: int = 0
     exits: frozenset[int] = frozenset()
     is_asking: bool = True
+    compared: frozenset[int] = frozenset()
     can_defer_exit: bool = True
     exit_rates: list[float] = field(default_factory=list)
     company: int = 1
@@ -86,6 +89,10 @@ class Sequence:
     def num_pending(self) -> int:
         """Positions that the first segment has seen and the last one has not."""
         return self.cached[0] - self.cached[-1]
+
+    def stops_at(self, segment: int) -> bool:
+        """Whether something is to be had behind a segment before the next one runs."""
+        return segment in self.asked or segment in self.compared
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """The token ids at the positions from `start` to `end`."""

@@ -65,7 +65,12 @@ class ServedModel:
         kind, _, value = end.partition("=")
         if kind == "exit" and value in map(str, self.exit_layers):
             layers = (int(value),)
-            return {"mode": "early_exit", "early_exit_threshold": 0.0, "exit_layers": layers}
+            return {
+                "mode": "early_exit",
+                "early_exit_threshold": 0.0,
+                "exit_layers": layers,
+                "exit_threshold_decay": 0.0,
+            }
         if kind == "threshold" and (threshold := _share(value)) is not None:
             return {"mode": "early_exit", "early_exit_threshold": threshold}
         return None

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from megatron.early_exit.config import ExitMeasure
 from megatron.early_exit.inference.params import DEFAULT_THRESHOLD, Mode
 from megatron.early_exit.server.http.client_address import Network
 
@@ -14,6 +15,10 @@ class ExitSettings:
         mode: see `SamplingParams`, like all of these.
         early_exit_threshold: for mode `early_exit`.
         exit_layers: for mode `early_exit`; None is all.
+        exit_measure: for mode `early_exit`; None is what is stored with the model.
+        exit_thresholds: for mode `early_exit`, instead of `early_exit_threshold`; they hold for
+            `exit_layers`, so where a request says which exits or which threshold they do not.
+        exit_threshold_decay: for mode `early_exit`.
         draft_exit_layer: for mode `self_speculative`; None is the first exit.
         num_draft_tokens: for mode `self_speculative`.
         draft_confidence: for mode `self_speculative`; None finds the best one while decoding.
@@ -24,6 +29,9 @@ class ExitSettings:
     mode: Mode
     early_exit_threshold: float = DEFAULT_THRESHOLD
     exit_layers: tuple[int, ...] | None = None
+    exit_measure: ExitMeasure | None = None
+    exit_thresholds: tuple[float, ...] | None = None
+    exit_threshold_decay: float = 0.0
     draft_exit_layer: int | None = None
     num_draft_tokens: int = 4
     draft_confidence: float | None = None

@@ -137,6 +137,20 @@ def test_a_description_comes_back(tmp_path, architecture):
     assert read_description(tmp_path) == describe(model)
 
 
+def test_the_measure_of_confidence_is_stored(tmp_path):
+    model = make_model(exits=(1, 3), exit_measure="entropy")
+    save_checkpoint(model, tmp_path)
+    write_description(tmp_path, describe(model))
+    assert read_description(tmp_path).early_exit.exit_measure == "entropy"
+    assert EarlyExitEngine.from_checkpoint(tmp_path).exit_measure == "entropy"
+    # Models that were saved before there were several.
+    path = tmp_path / "early_exit_model.json"
+    values = json.loads(path.read_text())
+    del values["early_exit"]["exit_measure"]
+    path.write_text(json.dumps(values))
+    assert read_description(tmp_path).early_exit.exit_measure == "max_probability"
+
+
 def test_the_tokenizer_travels(tmp_path):
     model, save_dir = make_model(), tmp_path / "save"
     tokenizer = tokenizer_in(tmp_path)

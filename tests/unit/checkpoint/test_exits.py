@@ -143,6 +143,9 @@ def test_exits_that_the_model_has_are_kept_or_replaced(tmp_path):
     config = add_exits(source, exits_at(3, use_exit_norm=True, pre_exit=True))
     assert config.description.early_exit.exit_layer_nums == (2, 3, 4)
     assert config.description.early_exit.positions == (1, 2, 3)
+    # Nor is the measure of confidence.
+    measured = add_exits(source, exits_at(4, use_exit_norm=True, exit_measure="margin"))
+    assert measured.description.early_exit.exit_measure == "margin"
     # Nothing is kept, so that other heads are possible.
     other = add_exits(source, exits_at(1, 3, use_exit_mlp=True))
     assert other.description.early_exit.use_exit_norm is False

@@ -1,12 +1,22 @@
 """The engine against the oracle without caches: same tokens, exits, confidences."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
-from tests.helpers.reference_decoder import all_logits, generate
+from tests.helpers.reference_decoder import (
+    all_heads,
+    all_logits,
+    confidence_of,
+    generate,
+    scores,
+)
 from tests.helpers.tiny_models import ARCHITECTURES, GPT2, HEADS, LLAMA, TinyModel, make_model
 
 PROMPT = [5, 17, 3, 44, 8]
@@ -61,6 +71,109 @@ def test_every_head_kind_and_threshold(architecture, heads, threshold):
         assert set(result.exit_layers) == {1}
     if threshold is None:
         assert set(result.exit_layers) == {4}
+
+
+MEASURED = {
+    "margin": (0.05, 0.3, 0.7),
+    "entropy": (0.2, 0.4, 0.7),
+    "similarity": (0.3, 0.5, 0.8),
+}
+"""Thresholds between what exits are sure of by each measure."""
+
+
+@pytest.mark.parametrize("measure", MEASURED)
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
+def test_every_head_kind_and_measure(heads, measure):
+    """A batch of sequences, each with a rule of its own; their prompts are scored by it, too."""
+    model = make_model(exits=(1, 2, 3), **heads)
+    low, middle, high = MEASURED[measure]
+    rules: list[dict[str, Any]] = [
+        {"threshold": low, "measure": measure},
+        {"threshold": middle, "measure": measure, "exit_layers": (3,)},
+        {"threshold": (high, low), "measure": measure, "exit_layers": (1, 3)},
+        {"threshold": (high, middle, low), "measure": measure, "decay": 4.0},
+        {"threshold": 0.5, "decay": 1.0},
+    ]
+    engine = EarlyExitEngine(model.segmented)
+    layers = set()
+    results = engine.generate([PROMPT] * len(rules), [params_of(rule) for rule in rules])
+    for rule, result in zip(rules, results, strict=True):
+        expected = generate(model, PROMPT, 12, **rule)
+        assert result.token_ids == [token.token_id for token in expected]
+        assert result.exit_layers == [token.exit_layer for token in expected]
+        assert result.confidences == pytest.approx(
+            [token.confidence for token in expected], rel=2e-4, abs=1e-5
+        )
+        scored = result.prompt_tokens[1:]
+        known = scores(model, PROMPT, **rule)
+        assert [token.exit_layer for token in scored] == [token.exit_layer for token in known]
+        assert [token.confidence for token in scored] == pytest.approx(
+            [token.confidence for token in known], rel=2e-4, abs=1e-5
+        )
+        layers |= set(result.exit_layers)
+    assert len(layers) > 2, "the thresholds should mix exits and full passes"
+
+
+def params_of(rule: dict[str, Any]) -> SamplingParams:
+    """A request for 12 tokens by a rule of the reference decoder."""
+    threshold = rule["threshold"]
+    name = "exit_thresholds" if isinstance(threshold, tuple) else "early_exit_threshold"
+    return SamplingParams(
+        max_tokens=12,
+        prompt_logprobs=0,
+        mode="early_exit",
+        exit_layers=rule.get("exit_layers"),
+        exit_measure=rule.get("measure"),
+        exit_threshold_decay=rule.get("decay", 0.0),
+        **{name: threshold},
+    )
+
+
+def test_every_head_on_the_way_is_judged_by_the_measure_of_the_request():
+    model = make_model(exits=(1, 3), use_exit_norm=True)
+    engine = EarlyExitEngine(model.segmented)
+    heads = all_heads(model, PROMPT)
+    for measure in MEASURED:
+        params = SamplingParams(
+            max_tokens=1,
+            mode="early_exit",
+            early_exit_threshold=1.0,
+            exit_measure=measure,
+            exit_details=True,
+        )
+        (result,) = engine.generate([PROMPT], params)
+        found = [head.confidence for head in result.heads[0]]
+        expected = [confidence_of(head, -1, measure) for head in heads.values()]
+        assert found == pytest.approx(expected, rel=2e-4, abs=1e-5)
+
+
+def test_the_stored_measure_applies_where_a_request_has_none():
+    model = make_model(exits=(1, 3), use_exit_norm=True, exit_measure="entropy")
+    engine = EarlyExitEngine(model.segmented)
+    params = SamplingParams(max_tokens=8, mode="early_exit", early_exit_threshold=0.4)
+    other = replace(params, exit_measure="margin")
+    for one, measure in ((params, "entropy"), (other, "margin")):
+        (result,) = engine.generate([PROMPT], one)
+        expected = generate(model, PROMPT, 8, 0.4, measure=measure)
+        assert result.exit_layers == [token.exit_layer for token in expected]
+        assert result.confidences == pytest.approx([t.confidence for t in expected], rel=2e-4)
+    # Other modes have the confidence that they always had.
+    (full,) = engine.generate([PROMPT], SamplingParams(max_tokens=8))
+    assert full.confidences == pytest.approx(
+        [token.confidence for token in generate(model, PROMPT, 8, None)], rel=2e-4
+    )
+
+
+def test_a_wrong_number_of_thresholds_is_refused():
+    engine = EarlyExitEngine(make_model(exits=(1, 2, 3)).segmented)
+    params = SamplingParams(mode="early_exit", exit_thresholds=(0.5, 0.5), exit_layers=(3, 1))
+    engine.generate([PROMPT], params)
+    for wrong, named in (
+        (replace(params, exit_layers=None), r"allowed: 3, one for each exit that is used \(1 2 3"),
+        (replace(params, exit_layers=(2,)), r"allowed: 1, one for each exit that is used \(2\)"),
+    ):
+        with pytest.raises(FieldError, match=r"exit_thresholds \(0.5, 0.5\) has 2 .*" + named):
+            engine.generate([PROMPT], wrong)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())

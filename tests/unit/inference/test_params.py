@@ -53,6 +53,13 @@ HUGE = 10**400
         ("mode", "fast", "full or early_exit or self_speculative"),
         ("early_exit_threshold", 1.01, "0 to 1"),
         ("early_exit_threshold", float("nan"), "0 to 1"),
+        ("exit_measure", "odds", "max_probability or margin or entropy or similarity"),
+        ("exit_measure", 1, "max_probability or margin or entropy or similarity"),
+        ("exit_thresholds", (0.5, 1.5), "None, or numbers, 0 to 1"),
+        ("exit_thresholds", ("0.5",), "None, or numbers, 0 to 1"),
+        ("exit_thresholds", 0.5, "None, or numbers, 0 to 1"),
+        ("exit_threshold_decay", -1, "0 (off) to 100"),
+        ("exit_threshold_decay", float("nan"), "0 (off) to 100"),
         ("exit_layers", (-1,), "None, or integers, 0 or more"),
         ("exit_layers", ("2",), "None, or integers, 0 or more"),
         ("num_draft_tokens", 0, "1 to 1024"),
@@ -100,6 +107,10 @@ def test_what_is_measured_is_a_number(field, value):
         ("full", "num_draft_tokens", 3, "self_speculative"),
         ("early_exit", "draft_exit_layer", 2, "self_speculative"),
         ("early_exit", "draft_confidence", 0.5, "self_speculative"),
+        ("full", "exit_measure", "margin", "early_exit"),
+        ("full", "exit_thresholds", (0.5,), "early_exit"),
+        ("self_speculative", "exit_threshold_decay", 4.0, "early_exit"),
+        ("self_speculative", "exit_measure", "max_probability", "early_exit"),
         ("self_speculative", "early_exit_threshold", 0.5, "early_exit"),
         ("self_speculative", "exit_layers", (1,), "early_exit"),
     ],
@@ -116,6 +127,17 @@ def test_exits_may_be_chosen_to_look_at():
     assert SamplingParams(exit_layers=(1,), exit_details=True).exit_layers == (1,)
     with pytest.raises(ValueError, match=r"exit_layers \(1,\) .* mode='self_speculative'"):
         SamplingParams(mode="self_speculative", exit_layers=(1,), exit_details=True)
+
+
+def test_there_is_one_threshold_or_one_for_each_exit():
+    params = SamplingParams(mode="early_exit", exit_thresholds=[0.5, 1])
+    assert params.exit_thresholds == (0.5, 1)
+    with pytest.raises(ValueError, match="exit_thresholds") as error:
+        SamplingParams(mode="early_exit", exit_thresholds=(0.5, 1), early_exit_threshold=0.8)
+    assert str(error.value) == (
+        "exit_thresholds (0.5, 1) cannot be combined with early_exit_threshold 0.8, "
+        "allowed: one of the two"
+    )
 
 
 def test_drafting_is_set_up():

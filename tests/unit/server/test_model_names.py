@@ -21,7 +21,15 @@ def test_the_name_alone_decides_nothing(name):
     [
         ("full", {"mode": "full"}),
         ("lossless", {"mode": "self_speculative"}),
-        ("exit=4", {**EARLY, "early_exit_threshold": 0.0, "exit_layers": (4,)}),
+        (
+            "exit=4",
+            {
+                **EARLY,
+                "early_exit_threshold": 0.0,
+                "exit_layers": (4,),
+                "exit_threshold_decay": 0.0,
+            },
+        ),
         ("threshold=0.25", {**EARLY, "early_exit_threshold": 0.25}),
         ("threshold=1", {**EARLY, "early_exit_threshold": 1.0}),
         ("threshold=2.5e-1", {**EARLY, "early_exit_threshold": 0.25}),

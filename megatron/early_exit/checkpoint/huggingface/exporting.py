@@ -202,6 +202,7 @@ def _exit_config(a: Architecture, early_exit: EarlyExitConfig) -> dict[str, Any]
         "exit_layers": list(early_exit.positions),
         **{part.field: getattr(early_exit, part.field) for part in HEAD_PARTS},
         "exit_vocab_size": early_exit.exit_vocab_size,
+        "exit_measure": early_exit.exit_measure,
         "early_exit_threshold": None,
     }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,14 +11,17 @@ from megatron.early_exit.inference.distributed.control import Message
 from megatron.early_exit.inference.distributed.pipeline_scores import piece_of, rule_of
 from megatron.early_exit.inference.distributed.process_groups import RankInfo
 from megatron.early_exit.inference.distributed.stage_links import StageLinks
+from megatron.early_exit.inference.distributed.stage_streams import StageStreams
 from megatron.early_exit.inference.distributed.stage_task import HeadMessage, StageBatch, StageTask
 from megatron.early_exit.inference.engine.cache_pages import PAGE_SIZE
 from megatron.early_exit.inference.engine.graphed_heads import GraphedHeads
 from megatron.early_exit.inference.engine.scoring import PrefixScore, TextScorer
+from megatron.early_exit.inference.model.heads import Head
 from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.model.page_store import PageStore
 from megatron.early_exit.inference.model.runner import SegmentRunner
-from megatron.early_exit.inference.modes.head_output import HeadOutput, head_outputs, outputs_of
+from megatron.early_exit.inference.modes.head_output import HeadOutput, head_outputs
+from megatron.early_exit.inference.modes.measures import Judging, Streams
 from megatron.early_exit.inference.modes.mode import FINAL
 
 Report = Callable[[StageTask, Tensor], None]
@@ -63,11 +67,13 @@ class PipelineStage:
         tasks = [batch.tasks[i] for i in order]
         with torch.inference_mode():
             hidden = None
-            if not self.rank_info.is_first_stage:
+            if self.rank_info.is_first_stage:
+                streams = StageStreams.of_tokens(tasks, self.runner.model.embedding)
+            else:
                 rows = torch.cat([self._links.take() for _ in messages]).split(
-                    [task.num_rows for task in batch.tasks]
+                    [task.num_sent for task in batch.tasks]
                 )
-                hidden = torch.cat([rows[i] for i in order])
+                streams, hidden = StageStreams.of_received(tasks, [rows[i] for i in order])
             for task in tasks:
                 if task.clear:
                     self.runner.clear(task.slot)
@@ -82,15 +88,16 @@ class PipelineStage:
             for index in range(len(model.segments)):
                 hidden = self.runner.run(index, spans, tokens, hidden)
                 if index < len(model.exits):
-                    tasks = self._ask_exit(index, tasks, report)
+                    tasks = self._ask_exit(index, tasks, partial(streams.at, hidden), report)
+                    streams.pass_exit(hidden)
             assert hidden is not None
             if self.rank_info.is_last_stage:
-                self._ask_final(hidden, tasks, report)
+                self._ask_final(hidden, tasks, partial(streams.at, hidden), report)
             else:
                 # The runner may write over it before it is gone.
                 hidden = hidden.clone()
                 hand_on([replace(task, tokens=()) for task in tasks])
-                self._links.send(hidden)
+                self._links.send(streams.sent(hidden, tasks))
 
     def expect(self, num_rows: int) -> None:
         """Have hidden states [num_rows, h] received that the stage before sends, for one of the
@@ -123,7 +130,7 @@ class PipelineStage:
             self._scorers[key] = TextScorer(self.runner.model, length, rule_of(order), *place)
         hidden = None
         if not self.rank_info.is_first_stage:
-            self.expect(len(piece.tokens))
+            self.expect(self._scorers[key].num_received(piece))
             hidden = self._links.take()
         scores, hidden = self._scorers[key].run(piece, hidden)
         if not self.rank_info.is_last_stage:
@@ -140,7 +147,9 @@ class PipelineStage:
         """Wait until the next stage has got everything."""
         self._links.finish()
 
-    def _ask_exit(self, index: int, tasks: list[StageTask], report: Report) -> list[StageTask]:
+    def _ask_exit(
+        self, index: int, tasks: list[StageTask], streams: Streams, report: Report
+    ) -> list[StageTask]:
         head = self.first_exit + index
         waiting = [i for i, task in enumerate(tasks) if task.next_exit == head]
         while waiting:
@@ -149,30 +158,37 @@ class PipelineStage:
             if self.runner.model.exits[index].head.block is not None:
                 now = list({tasks[i].slot: i for i in reversed(waiting)}.values())[::-1]
             ends = [Span(tasks[i].slot, tasks[i].start, tasks[i].end) for i in now]
-            self._conclude(head, tasks, now, self._exit_outputs(index, ends), report)
+            logits, figures = self._exit_logits(index, ends)
+            judging = _judging(self.runner.model.exits[index].head, tasks, now, streams)
+            outputs = head_outputs(logits, figures, judging)
+            self._conclude(head, tasks, now, outputs, report)
             waiting = [i for i in waiting if i not in now]
         return tasks
 
-    def _ask_final(self, hidden: Tensor, tasks: list[StageTask], report: Report) -> None:
+    def _ask_final(
+        self, hidden: Tensor, tasks: list[StageTask], streams: Streams, report: Report
+    ) -> None:
         ends = torch.tensor([task.num_rows for task in tasks]).cumsum(0) - 1
         asking = [i for i, task in enumerate(tasks) if task.final]
         if asking:
             rows = ends[asking].to(hidden.device)
-            self._conclude(FINAL, tasks, asking, self._final_outputs(hidden[rows]), report)
+            logits, figures = self._final_logits(hidden[rows])
+            judging = _judging(self.runner.model.final_head, tasks, asking, streams)
+            outputs = head_outputs(logits, figures, judging)
+            self._conclude(FINAL, tasks, asking, outputs, report)
 
-    def _exit_outputs(self, index: int, spans: Sequence[Span]) -> list[HeadOutput]:
+    def _exit_logits(self, index: int, spans: Sequence[Span]) -> tuple[Tensor, Tensor | None]:
+        """Logits, and their figures where those come with them."""
         graphed = self._graphed_heads
         if graphed is None or not graphed.serves(len(spans)):
-            return head_outputs(self.runner.exit_logits(index, spans))
-        logits, figures = graphed.evaluate_exit(self.runner, index, spans)
-        return outputs_of(logits, figures.tolist())
+            return self.runner.exit_logits(index, spans), None
+        return graphed.evaluate_exit(self.runner, index, spans)
 
-    def _final_outputs(self, hidden: Tensor) -> list[HeadOutput]:
+    def _final_logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         graphed = self._graphed_heads
         if graphed is None or not graphed.serves(len(hidden)):
-            return head_outputs(self.runner.final_logits(hidden))
-        logits, figures = graphed.evaluate(self.runner.model.final_head, [hidden])
-        return outputs_of(logits, figures.tolist())
+            return self.runner.final_logits(hidden), None
+        return graphed.evaluate(self.runner.model.final_head, [hidden])
 
     def _conclude(
         self,
@@ -183,11 +199,17 @@ class PipelineStage:
         report: Report,
     ) -> None:
         for i, output in zip(asking, outputs, strict=True):
-            if head != FINAL:
-                output = tasks[i].rule.measured(output)
             message = HeadMessage.of(head, output)
             task, matters = tasks[i].behind(message)
             if matters:
                 told = (message,) if task.verify else task.outputs
                 report(replace(task, outputs=told), output.logits)
             tasks[i] = task
+
+
+def _judging(
+    head: Head, tasks: Sequence[StageTask], asked: Sequence[int], streams: Streams
+) -> Judging | None:
+    """By what a head is judged that is asked for some of the tasks."""
+    measures = [tasks[i].rule.measure for i in asked]
+    return Judging.by(measures, head.num_others, lambda rows: streams([asked[row] for row in rows]))

@@ -98,7 +98,7 @@ class PipelineWorker:
             self._rows.append([StageTask.from_message(task) for task in message["tasks"]])
             # At once, although they may wait here: until then the stage before waits for this one
             # wherever it has to wait for its whole device.
-            self._expect(sum(task.num_rows for task in self._rows[-1]))
+            self._expect(sum(task.num_sent for task in self._rows[-1]))
         elif kind == "expect":
             self._expect(message["num_rows"])
         elif kind == "batch":

@@ -9,6 +9,7 @@ import torch
 from megatron.early_exit.inference.distributed.control import Message
 from megatron.early_exit.inference.model.kv_cache import Span, in_pass_order
 from megatron.early_exit.inference.modes.head_output import HeadOutput
+from megatron.early_exit.inference.modes.measures import needs_streams
 from megatron.early_exit.inference.modes.mode import FINAL
 from megatron.early_exit.inference.modes.rule import NO_EXITS, ExitRule
 
@@ -80,6 +81,17 @@ class StageTask:
         return self.end - self.start
 
     @property
+    def compares(self) -> bool:
+        """Whether a head is to be asked whose confidence depends on the residual stream at the exit
+        before."""
+        return needs_streams(self.rule.measure) and (self.final or self.next_exit is not None)
+
+    @property
+    def num_sent(self) -> int:
+        """Rows of hidden states that come with it from the stage before, see `StageStreams`."""
+        return self.num_rows + int(self.compares)
+
+    @property
     def next_exit(self) -> int | None:
         """The exit that is to be asked next; None where there is none."""
         return self.rule.exits[0] if self.rule.exits else None
@@ -89,7 +101,7 @@ class StageTask:
         outputs = (*self.outputs, output)
         if output.head == FINAL or not math.isfinite(output.normalizer):
             return replace(self, rule=NO_EXITS, final=False, outputs=outputs), True
-        if self.rule.takes(output.confidence):
+        if self.rule.takes(output.head, output.confidence):
             outputs = () if self.verify else outputs
             return replace(self, rule=NO_EXITS, final=self.verify, outputs=outputs), True
         return replace(self, rule=self.rule.behind(output.head), outputs=outputs), False

@@ -5,6 +5,7 @@ in one product, however deep in the model they are.
 """
 
 from collections import abc
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from megatron.early_exit.inference.engine.head_reading import (
 from megatron.early_exit.inference.model.heads import Head
 from megatron.early_exit.inference.model.kv_cache import Span, row_ends
 from megatron.early_exit.inference.model.runner import SegmentRunner
+from megatron.early_exit.inference.modes.measures import Judging
 from megatron.early_exit.inference.modes.mode import FINAL, DecodingMode
 from megatron.early_exit.inference.transfer import upload
 
@@ -78,11 +80,22 @@ class HeadBatch:
         return sharing.values()
 
     def _evaluate(self, calls: list[HeadCall]) -> HeadLogits:
-        graphed = self._graphed
+        graphed, figures = self._graphed, None
         if graphed is not None and graphed.serves(sum(len(call.rows) for call in calls)):
-            return HeadLogits(calls, *self._replayed(graphed, calls))
-        logits = self._alone(calls[0]) if len(calls) == 1 else self._together(calls)
-        return HeadLogits(calls, logits.to(torch.float32))
+            logits, figures = self._replayed(graphed, calls)
+        else:
+            logits = self._alone(calls[0]) if len(calls) == 1 else self._together(calls)
+        return HeadLogits(calls, logits.to(torch.float32), figures, self._judging(calls))
+
+    def _judging(self, calls: list[HeadCall]) -> Judging | None:
+        measures = [
+            mode.rule.measure
+            for call in calls
+            for mode, count in zip(call.modes, call.counts, strict=True)
+            for _ in range(count)
+        ]
+        num_others = self._head(calls[0]).num_others
+        return Judging.by(measures, num_others, partial(self._streams, calls))
 
     def _replayed(self, graphed: GraphedHeads, calls: list[HeadCall]) -> tuple[Tensor, Tensor]:
         call, head = calls[0], self._head(calls[0])
@@ -91,6 +104,33 @@ class HeadBatch:
         if all(one.head == call.head for one in calls):
             return graphed.evaluate(head, [_inputs(one) for one in calls])
         return graphed.project(head, self._features(calls))
+
+    def _streams(self, calls: list[HeadCall], rows: abc.Sequence[int]) -> tuple[Tensor, Tensor]:
+        """See `Streams`."""
+        here, before = [], []
+        wanted, first = set(rows), 0
+        for call in calls:
+            asked = [row - first for row in range(first, first + len(call.rows)) if row in wanted]
+            first += len(call.rows)
+            if not asked:
+                continue
+            here.append(_inputs(call)[upload(asked, call.hidden.device)])
+            before.append(self._before(call, asked))
+        return torch.cat(here), torch.cat(before)
+
+    def _before(self, call: HeadCall, asked: list[int]) -> Tensor:
+        """The residual stream [n, h] at the exit before a head, of some of the positions that it is
+        asked about; before the first one that is the embedding's output."""
+        places = [
+            (mode.sampler.sequence, position)
+            for span, mode, count in zip(call.spans, call.modes, call.counts, strict=True)
+            for position in range(span.end - count, span.end)
+        ]
+        ends = [Span(one.slot, at, at + 1) for one, at in (places[row] for row in asked)]
+        if call.segment:
+            return self._runner.kept(call.segment - 1, ends)
+        tokens = [one.token_ids(at, at + 1)[0] for one, at in (places[row] for row in asked)]
+        return self._runner.model.embedding.of_spans(tokens, ends)
 
     def _alone(self, call: HeadCall) -> Tensor:
         if call.head != FINAL:

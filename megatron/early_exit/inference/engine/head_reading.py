@@ -14,7 +14,13 @@ from torch import Tensor
 from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.modes.batch_sampler import DrawBatch, draw
 from megatron.early_exit.inference.modes.draw import Draw
-from megatron.early_exit.inference.modes.head_output import HeadOutput, head_figures, outputs_of
+from megatron.early_exit.inference.modes.head_output import (
+    HeadOutput,
+    head_figures,
+    head_outputs,
+    outputs_of,
+)
+from megatron.early_exit.inference.modes.measures import Judging
 from megatron.early_exit.inference.modes.mode import DecodingMode
 from megatron.early_exit.inference.modes.rows import some_rows
 from megatron.early_exit.inference.transfer import download
@@ -54,11 +60,13 @@ class HeadLogits:
         calls: which.
         logits: [n, v] in fp32, of all their rows.
         known_figures: [3, n], see `head_figures`, where they have come with the logits.
+        judging: what confidences of rows are; None is the largest probabilities.
     """
 
     calls: Sequence[HeadCall]
     logits: Tensor
     known_figures: Tensor | None = None
+    judging: Judging | None = None
 
     @property
     def figures(self) -> Tensor:
@@ -69,18 +77,17 @@ class HeadLogits:
 def read(logits: Sequence[HeadLogits]) -> HeadOutputs:
     """Read what the heads of some calls say, and draw the tokens that they have to give."""
     if all(one.logits.device.type == "cpu" for one in logits):
-        outputs = _outputs(logits, [one.figures.tolist() for one in logits])
+        found = [head_outputs(one.logits, one.figures, one.judging) for one in logits]
+        outputs = _outputs(logits, found)
         _draw_what_is_needed(logits, outputs)
         return outputs
     return _read_ahead(logits)
 
 
-def _outputs(
-    logits: Sequence[HeadLogits], figures: Sequence[Sequence[Sequence[float]]]
-) -> HeadOutputs:
+def _outputs(logits: Sequence[HeadLogits], found_of: Sequence[list[HeadOutput]]) -> HeadOutputs:
     outputs: HeadOutputs = {}
-    for one, numbers in zip(logits, figures, strict=True):
-        found, first = outputs_of(one.logits, numbers), 0
+    for one, found in zip(logits, found_of, strict=True):
+        first = 0
         for call in one.calls:
             for span, count in zip(call.spans, call.counts, strict=True):
                 outputs[call.segment, span.slot] = found[first : first + count]
@@ -131,6 +138,14 @@ def _read_ahead(logits: Sequence[HeadLogits]) -> HeadOutputs:
                 if num_best := mode.sampler.params.logprobs:
                     best.setdefault(num_best, []).extend(range(first, len(places)))
     figures = [one.figures for one in logits]
+    judged: list[list[int]] = []
+    first = 0
+    for own, numbers in zip(logits, tuple(figures), strict=True):
+        others = () if own.judging is None else own.judging.confidences(own.logits, numbers)
+        for rows, confidences in others:
+            judged.append([first + row for row in rows])
+            figures.append(confidences)
+        first += len(own.logits)
     batch = None
     if draws or best:
         parts = [one.logits for one in logits]
@@ -143,13 +158,16 @@ def _read_ahead(logits: Sequence[HeadLogits]) -> HeadOutputs:
         # fp32 holds every token exactly, see `head_figures`.
         figures.append(torch.stack((largest.indices.to(torch.float32), largest.values)))
     numbers = download(figures)
-    outputs = _outputs(logits, numbers[: len(logits)])
-    numbers = numbers[len(logits) :]
+    found = [outputs_of(one.logits, numbers.pop(0)) for one in logits]
+    outputs = _outputs(logits, found)
 
     def add(row: int, **fields: Any) -> None:
         key, place = places[row]
         outputs[key][place] = replace(outputs[key][place], **fields)
 
+    for rows in judged:
+        for row, confidence in zip(rows, numbers.pop(0), strict=True):
+            add(row, confidence=confidence)
     if batch is not None:
         for row, one in zip(draws, batch.read(numbers.pop(0)), strict=True):
             add(row, drawn=one)

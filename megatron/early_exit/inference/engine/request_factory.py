@@ -12,6 +12,7 @@ from megatron.early_exit.inference.engine.scoring import ScoringRule, TextScores
 from megatron.early_exit.inference.engine.stopping import Stopping, stop_token_ids
 from megatron.early_exit.inference.engine.text import TextStream
 from megatron.early_exit.inference.modes.draft_gain import DraftCosts
+from megatron.early_exit.inference.modes.measures import DEFAULT_MEASURE, needs_streams
 from megatron.early_exit.inference.modes.mode import ModeContext, TokenSampler
 from megatron.early_exit.inference.modes.sampling import Sampler
 from megatron.early_exit.inference.modes.table import MODES
@@ -34,6 +35,7 @@ class RequestFactory:
         other_end_ids: further tokens that end a text.
         draw_seed: gives seeds to requests that sample and have none.
         draft_costs: what drafting takes with each exit.
+        exit_measure: what confidence is where a request does not say it.
     """
 
     vocab_size: int
@@ -46,6 +48,7 @@ class RequestFactory:
     other_end_ids: tuple[int, ...]
     draw_seed: Callable[[], int]
     draft_costs: tuple[DraftCosts, ...]
+    exit_measure: str = DEFAULT_MEASURE
     _keys: Iterator[int] = field(default_factory=lambda: count(1), init=False)
 
     def build(
@@ -82,10 +85,18 @@ class RequestFactory:
         if params.echo and self.tokenizer is not None:
             echo = prompt if isinstance(prompt, str) else self.tokenizer.decode(tokens)
         context = ModeContext(
-            token_sampler, self.exit_layers, self.max_pending, room, self.draft_costs
+            token_sampler,
+            self.exit_layers,
+            self.max_pending,
+            room,
+            self.draft_costs,
+            self.exit_measure,
         )
         mode = MODES[params.mode].of(context)
         sequence.exits = frozenset(mode.rule.exits)
+        if needs_streams(mode.rule.measure):
+            heads = (*mode.rule.exits, len(self.exit_layers))
+            sequence.compared = frozenset(head - 1 for head in heads if head > 0)
         scoring = None
         if params.prompt_logprobs is not None:
             rule = ScoringRule(mode.scoring_rule, params.prompt_logprobs)

@@ -251,7 +251,7 @@ class Scheduler:
         """The same positions through all segments behind which none of them is asked about, or
         waits for others, as far as this turn goes."""
         last = step.segment
-        if last >= self._end or any(last in one.asked for one in step.sequences):
+        if last >= self._end or any(one.stops_at(last) for one in step.sequences):
             return step
         pairs = list(zip(step.sequences, step.spans, strict=True))
         if any(span.end != one.limit for one, span in pairs):
@@ -259,7 +259,7 @@ class Scheduler:
         own = {one.key for one in step.sequences}
         others = {one.segment for one in self.running.values() if one.key not in own}
         while last < self._end and last + 1 not in others:
-            if any(last in one.asked or one.cached[last + 1] != span.start for one, span in pairs):
+            if any(one.stops_at(last) or one.cached[last + 1] != span.start for one, span in pairs):
                 break
             last += 1
         return replace(step, last=last)

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from megatron.early_exit.inference.model.heads import Head
 from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
-from megatron.early_exit.inference.modes.head_output import head_outputs
+from megatron.early_exit.inference.modes.head_output import HeadOutput, head_outputs
+from megatron.early_exit.inference.modes.measures import Judging, needs_streams
 from megatron.early_exit.inference.modes.mode import FINAL
 from megatron.early_exit.inference.modes.rule import NO_EXITS, ExitRule
 from megatron.early_exit.inference.results import PromptToken
@@ -147,6 +150,7 @@ class TextScorer:
         self._runner = SegmentRunner(model, num_slots=1, capacity=length)
         self._rule, self._first_exit, self._is_last = rule, first_exit, is_last
         self._asked = [i for i in range(len(model.exits)) if first_exit + i in rule.exit_rule.exits]
+        self._compares = needs_streams(rule.exit_rule.measure)
         self._num_segments = len(model.segments)
         if is_last and self._asked and rule.exit_rule.takes_everything:
             self._num_segments = self._asked[0] + 1
@@ -157,44 +161,79 @@ class TextScorer:
 
         Args:
             piece: begins where the last one has ended.
-            hidden: [n, h], its hidden states behind the stage before; None at the first one.
+            hidden: [n, h], its hidden states behind the stage before; None at the first one. Behind
+                them those at the exit before come, too, where confidence depends on them.
 
         Returns:
             Scores, in any order, of those prefixes that end in the piece and have theirs from a
-            head here; and the hidden states [n, h] for the next stage.
+            head here; and the hidden states for the next stage.
         """
         runner, span = self._runner, Span(0, piece.start, piece.end)
         scores: dict[int, PrefixScore] = {}
+        before = None
+        if self._compares:
+            if hidden is None:
+                before = runner.model.embedding.of_spans(piece.tokens, [span])
+            else:
+                hidden, before = hidden.chunk(2)
         for index in range(self._num_segments):
             hidden = runner.run(index, [span], piece.tokens, hidden)
             if index in self._asked:
-                project = runner.model.exits[index].head.project
-                features = runner.exit_features(index, span)
-                self._ask(self._first_exit + index, project, features, piece, scores)
+                head, features = runner.model.exits[index].head, runner.exit_features(index, span)
+                outputs = partial(self._outputs, head, head.project, features, hidden, before)
+                self._ask(self._first_exit + index, outputs, piece, scores)
+            if before is not None and index < len(runner.model.exits):
+                # The runner may write over what it has returned.
+                before = hidden.clone()
         assert hidden is not None
         if self._is_last:
-            self._ask(FINAL, runner.final_logits, hidden, piece, scores)
-        return list(scores.values()), hidden
+            head = runner.model.final_head
+            outputs = partial(self._outputs, head, head.logits, hidden, hidden, before)
+            self._ask(FINAL, outputs, piece, scores)
+        return list(scores.values()), hidden if before is None else torch.cat((hidden, before))
+
+    def num_received(self, piece: Piece) -> int:
+        """Rows of the hidden states that `run` needs of the stage before."""
+        return len(piece.tokens) * (2 if self._compares else 1)
+
+    def _outputs(
+        self,
+        head: Head,
+        logits: Callable[[Tensor], Tensor],
+        features: Tensor,
+        hidden: Tensor,
+        before: Tensor | None,
+        rows: list[int],
+    ) -> list[HeadOutput]:
+        """What a head says of some rows, and how sure it is by the rule's measure."""
+
+        def streams(places: Sequence[int]) -> tuple[Tensor, Tensor]:
+            assert before is not None
+            asked = [rows[place] for place in places]
+            return hidden[asked], before[asked]
+
+        measures = [self._rule.exit_rule.measure] * len(rows)
+        judging = Judging.by(measures, head.num_others, streams)
+        return head_outputs(logits(features[rows]), judging=judging)
 
     def _ask(
         self,
         head: int,
-        logits: Callable[[Tensor], Tensor],
-        features: Tensor,
+        outputs: Callable[[list[int]], list[HeadOutput]],
         piece: Piece,
         scores: dict[int, PrefixScore],
     ) -> None:
-        """Let a head score what those before it have not."""
+        """Let a head, which gives outputs for rows of the piece, score what those before it have
+        not."""
         rows = [row for row in range(len(piece.tokens)) if piece.start + row not in scores]
         if not rows:
             return
         following = (*piece.tokens[1:], piece.next_token)
         rule = self._rule.exit_rule
-        for row, found in zip(rows, head_outputs(logits(features[rows])), strict=True):
-            if head != FINAL:
-                found = rule.measured(found)
-            if head == FINAL or rule.takes(found.confidence) or not found.is_finite:
-                position, token = piece.start + row, following[row]
+        for row, found in zip(rows, outputs(rows), strict=True):
+            position, token = piece.start + row, following[row]
+            is_taken = head == FINAL or rule.at(position + 1).takes(head, found.confidence)
+            if is_taken or not found.is_finite:
                 scores[position] = PrefixScore(
                     position,
                     head,

@@ -217,8 +217,8 @@ class SegmentLoop(DecodingLoop):
         if segment == self.scheduler.num_segments - 1:
             self._continue(request, mode.at_end(found))
             return False
-        output = mode.rule.measured(found[0])
-        outcome = mode.at_exit(segment, output, mode.rule.takes(output.confidence))
+        output = found[0]
+        outcome = mode.at_exit(segment, output, mode.rule.takes(segment, output.confidence))
         self.scheduler.exit_rates.learn(sequence, segment, outcome is not Next.DEEPER)
         self._continue(request, outcome)
         return outcome is Next.DEEPER

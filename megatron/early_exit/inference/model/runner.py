@@ -191,6 +191,12 @@ class SegmentRunner:
         ends = tuple(Span(slot, end - 1, end) for slot, _, end in spans)
         return self._gather(cut, ends, index_of(ends, self.model.device))
 
+    def kept(self, cut: int, spans: Sequence[Span]) -> Tensor:
+        """[n, h], the residual stream at the exit behind a segment, of positions that have been
+        through it and not on to the next one without a stop; a span for each of them."""
+        spans = tuple(spans)
+        return self._gather(cut, spans, index_of(spans, self.model.device))
+
     def _pass(self, cache: KVCache, spans: Sequence[Span], last_only: bool = False) -> Pass:
         heads = self.model.architecture.num_attention_heads
         this = Pass(cache, spans, self.model.rotary, heads, last_only, self._workspace)

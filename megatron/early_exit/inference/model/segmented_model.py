@@ -55,6 +55,7 @@ class SegmentedModel:
         segments: n + 1 segments of a model with n exits; the last ends at the final head.
         exits: the n exits, `exits[i]` behind `segments[i]`.
         exit_vocab_size: tokens that they answer with.
+        exit_measure: what their confidence is where a request does not say it.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class SegmentedModel:
         self._fused: dict[tuple[int, int], Segment] = {}
         self.segments = tuple(self.fused(i, i) for i in range(len(self._cuts) - 1))
         self.exit_vocab_size = early_exit.exit_vocab_size or architecture.vocab_size
+        self.exit_measure = early_exit.exit_measure
         # One tensor for all exits, so that they share a product.
         self._answers = self.word_embeddings[: early_exit.exit_vocab_size]
         # By the weights: heads that are tied share one product, which on a CPU has its own copy.

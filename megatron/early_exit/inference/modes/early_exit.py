@@ -39,15 +39,22 @@ class EarlyExitMode(DecodingMode):
     @classmethod
     def of(cls, context: ModeContext) -> Self:
         params = context.params
-        rule = ExitRule(context.exits, params.threshold)
+        rule = ExitRule(
+            context.exits,
+            context.thresholds,
+            context.measure,
+            params.exit_threshold_decay,
+            params.max_tokens,
+        )
         return cls(context.sampler, rule, params.exit_details, max_pending=context.max_pending)
 
     @property
     def scoring_rule(self) -> ExitRule:
-        return self.rule
+        return self.rule.over(len(self.sampler.sequence.prompt))
 
     def start(self, num_pending: int) -> None:
         DecodingMode.start(self, num_pending)
+        self.rule = self.rule.at(len(self.sampler.sequence.generated))
         self._left = None
         self._goes_through = num_pending >= self.max_pending
 
@@ -61,7 +68,7 @@ class EarlyExitMode(DecodingMode):
             return ()
         if head != FINAL and outputs is not None:
             (output,) = outputs
-            if not self.rule.takes(self.rule.measured(output).confidence):
+            if not self.rule.takes(head, output.confidence):
                 return ()
         return (self.sampler.draw(),)
 

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from megatron.early_exit.inference.modes.draw import Drawn
+from megatron.early_exit.inference.modes.measures import Judging
+from megatron.early_exit.inference.transfer import download
 
 NOT_FINITE = "the model's logits are not finite numbers"
 _BLOCK = 1024
@@ -25,8 +27,8 @@ class HeadOutput:
             the weights are damaged, or the hidden states overflow the dtype.
         best_token: the most probable token.
         best_logprob: its logarithm of probability.
-        confidence: how sure the head is: the largest softmax probability, or what else the rule
-            measures that decides about leaving there.
+        confidence: how sure the head is, by the measure of the rule that decides about leaving: by
+            default the largest softmax probability.
         drawn: the token that it gives where that is drawn; it counts if the mode takes it.
         best: the most probable tokens and their logits, as many as the request wants to know, where
             they have come from the device together with the rest.
@@ -72,10 +74,29 @@ class HeadOutput:
         )
 
 
-def head_outputs(logits: Tensor) -> list[HeadOutput]:
-    """The outputs of heads with logits [n, v], at the cost of one small transfer to the host."""
+def head_outputs(
+    logits: Tensor,
+    figures: Tensor | None = None,
+    judging: Judging | None = None,
+) -> list[HeadOutput]:
+    """The outputs of heads with logits [n, v], at the cost of one small transfer to the host.
+
+    Args:
+        logits: what the heads say.
+        figures: what `head_figures` gives of them, where that is known.
+        judging: what their confidences are; None is the largest probabilities.
+    """
     logits = logits.to(torch.float32)
-    return outputs_of(logits, head_figures(logits).tolist())
+    figures = head_figures(logits) if figures is None else figures
+    if judging is None:
+        return outputs_of(logits, figures.tolist())
+    others = judging.confidences(logits, figures)
+    numbers, *confidences = download([figures, *(values for _, values in others)])
+    outputs = outputs_of(logits, numbers)
+    for (rows, _), values in zip(others, confidences, strict=True):
+        for row, confidence in zip(rows, values, strict=True):
+            outputs[row] = replace(outputs[row], confidence=confidence)
+    return outputs
 
 
 def head_figures(logits: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from megatron.early_exit.inference.modes.batch_sampler import draw
 from megatron.early_exit.inference.modes.draft_gain import DraftCosts
 from megatron.early_exit.inference.modes.draw import Draft, Draw
 from megatron.early_exit.inference.modes.head_output import HeadOutput
+from megatron.early_exit.inference.modes.measures import DEFAULT_MEASURE
 from megatron.early_exit.inference.modes.rule import NO_EXITS, ExitRule
 from megatron.early_exit.inference.modes.sampling import Sampler
 from megatron.early_exit.inference.params import SamplingParams
@@ -138,6 +139,7 @@ class ModeContext:
         max_pending: see `EarlyExitMode`.
         room: the most tokens that the sequence may get in all.
         draft_costs: what drafting takes with each exit.
+        stored_measure: what confidence is where the request does not say it.
     """
 
     sampler: TokenSampler
@@ -145,6 +147,7 @@ class ModeContext:
     max_pending: int
     room: int
     draft_costs: tuple[DraftCosts, ...]
+    stored_measure: str = DEFAULT_MEASURE
 
     @property
     def params(self) -> SamplingParams:
@@ -161,6 +164,28 @@ class ModeContext:
         wanted = self.params.exit_layers
         layers = self.exit_layers if wanted is None else wanted
         return tuple(sorted({self.exit_index("exit_layers", layer) for layer in layers}))
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """The threshold of each of `exits`.
+
+        Raises:
+            FieldError: the request has another number of them.
+        """
+        given, count = self.params.exit_thresholds, len(self.exits)
+        if given is None:
+            return (self.params.threshold,) * count
+        if len(given) != count:
+            layers = " ".join(str(self.exit_layers[one]) for one in self.exits) or "none"
+            allowed = f"{count}, one for each exit that is used ({layers})"
+            problem = f"has {len(given)} numbers"
+            raise FieldError("exit_thresholds", problem, allowed, value=given)
+        return given
+
+    @property
+    def measure(self) -> str:
+        """What confidence is."""
+        return self.params.exit_measure or self.stored_measure
 
     def exit_index(self, field: str, layer: int) -> int:
         """The index of an exit that a field of the request names.

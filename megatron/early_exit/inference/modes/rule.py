@@ -5,17 +5,11 @@ on, and the scoring of texts.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megatron.early_exit.inference.modes.head_output import HeadOutput
-
-DEFAULT_MEASURE = "max_probability"
-MEASURES: dict[str, Callable[[HeadOutput], float]] = {
-    DEFAULT_MEASURE: lambda output: math.exp(output.best_logprob),
-}
-"""What an exit's confidence is, by name: numbers of 0 or more that rise with how sure it is."""
+from megatron.early_exit.inference.modes.measures import DEFAULT_MEASURE
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,32 +18,54 @@ class ExitRule:
 
     Attributes:
         exits: the exits to ask, by their indices in the whole model, ascending.
-        threshold: the least confidence to leave with; by default none is enough.
-        measure: the name of what confidence is, one of `MEASURES`.
+        thresholds: for each of them the least confidence to leave with; without any, none is
+            enough.
+        measure: the name of what confidence is, see `MEASURES`.
+        decay: how fast thresholds decay with the place of the token, tau of CALM (arXiv
+            2207.07061); 0 is off.
+        length: the most tokens, N.
+        place: of the token among them, from 0.
     """
 
     exits: tuple[int, ...] = ()
-    threshold: float = math.inf
+    thresholds: tuple[float, ...] = ()
     measure: str = DEFAULT_MEASURE
+    decay: float = 0.0
+    length: int = 1
+    place: int = 0
 
-    def measured(self, output: HeadOutput) -> HeadOutput:
-        """The output of an exit with the confidence that this rule judges by."""
-        if self.measure == DEFAULT_MEASURE:
-            return output
-        return replace(output, confidence=MEASURES[self.measure](output))
+    def at(self, place: int) -> "ExitRule":
+        """The rule for the token in some place, from 0."""
+        return replace(self, place=place) if self.decay else self
 
-    def takes(self, confidence: float) -> bool:
+    def over(self, length: int) -> "ExitRule":
+        """The rule for so many tokens, from the first one on."""
+        return replace(self, length=length, place=0)
+
+    def threshold(self, exit_index: int) -> float:
+        """The least confidence with which an exit gives the token in this place."""
+        if exit_index not in self.exits or not self.thresholds:
+            return math.inf
+        given = self.thresholds[self.exits.index(exit_index)]
+        if not self.decay:
+            return given
+        decayed = 0.9 * given + 0.1 * math.exp(-self.decay * self.place / self.length)
+        return min(max(decayed, 0.0), 1.0)
+
+    def takes(self, exit_index: int, confidence: float) -> bool:
         """Whether an exit of this confidence gives the token."""
-        return confidence >= self.threshold
+        return confidence >= self.threshold(exit_index)
 
     @property
     def takes_everything(self) -> bool:
-        """Whether the first exit gives every token."""
-        return bool(self.exits) and self.takes(0.0)
+        """Whether the first exit gives every token, in whatever place."""
+        return bool(self.exits) and not self.decay and self.takes(self.exits[0], 0.0)
 
     def behind(self, exit_index: int) -> "ExitRule":
         """The rule for the exits that come after one that has not given the token."""
-        return replace(self, exits=tuple(one for one in self.exits if one > exit_index))
+        left = [place for place, one in enumerate(self.exits) if one > exit_index]
+        first = left[0] if left else len(self.exits)
+        return replace(self, exits=self.exits[first:], thresholds=self.thresholds[first:])
 
     def message(self) -> dict[str, Any]:
         """The rule as JSON values."""
@@ -58,7 +74,8 @@ class ExitRule:
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> "ExitRule":
         """The inverse of `message`."""
-        return cls(**{**message, "exits": tuple(message["exits"])})
+        lists = {name: tuple(message[name]) for name in ("exits", "thresholds")}
+        return cls(**{**message, **lists})
 
 
 NO_EXITS = ExitRule()

@@ -62,7 +62,7 @@ class SelfSpeculativeMode(DecodingMode):
             layer = known[0] if known else 0
         # Whether to go on drafting is not for the rule: it takes whatever the exit says.
         exit_index = context.exit_index("draft_exit_layer", layer)
-        rule = ExitRule((exit_index,), threshold=0.0)
+        rule = ExitRule((exit_index,), (0.0,))
         gain = None
         least = params.draft_confidence
         if least is None:

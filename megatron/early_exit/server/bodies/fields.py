@@ -16,6 +16,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from megatron.early_exit.config import ExitMeasure
 from megatron.early_exit.inference.params import MODE_FIELDS, RANGES, Mode
 from megatron.early_exit.ranges import INDEX, ZERO_TO_ONE, Range
 from megatron.early_exit.server.bodies.ranges import InRange
@@ -23,6 +24,12 @@ from megatron.early_exit.server.bodies.unsupported import Unsupported, drop_unsu
 from megatron.early_exit.server.http.errors import ApiError
 from megatron.early_exit.server.settings import ExitSettings
 
+MEASURES = (
+    "What an exit's confidence is: max_probability, margin (of the two largest ones), entropy (1 "
+    "less its share of the most that it can be) or similarity (of hidden states at neighbouring "
+    "exits)."
+)
+STORED = "Default: the server's, else the model's."
 _ABOUT = {"title", "default", "description"}
 """What a JSON schema says of a field whatever its kind is."""
 
@@ -92,6 +99,7 @@ Stops = Annotated[
 
 Natural = Annotated[int, InRange(INDEX)]
 Share = Annotated[float, InRange(ZERO_TO_ONE)]
+Decay = Annotated[float, InRange(RANGES["exit_threshold_decay"])]
 TokenName = Annotated[str, Field(pattern="^[0-9]{1,18}$")]
 
 
@@ -119,11 +127,22 @@ class ExitFields(RequestModel):
         None, description="EE-LLM's name: true is mode early_exit, false is mode full."
     )
     early_exit_threshold: Share | None = Field(
-        None, description="Least probability with which an exit may give a token."
+        None, description="Least confidence with which an exit may give a token."
     )
     early_exit_thres: Share | None = Field(None, description="EE-LLM's name of the threshold.")
     exit_layers: list[Natural] | None = Field(
         None, description="The exits that are asked, each named by the layers before it."
+    )
+    exit_measure: ExitMeasure | None = Field(None, description=f"{MEASURES} {STORED}")
+    exit_thresholds: list[Share] | None = Field(
+        None,
+        description="A threshold for each exit that is asked, from the shallowest to the deepest, "
+        "instead of early_exit_threshold.",
+    )
+    exit_threshold_decay: Decay | None = Field(
+        None,
+        description="Let thresholds decay: that of token i of at most n is 0.9 of itself, plus "
+        "0.1 exp(-decay i / n). 0 is off.",
     )
     draft_exit_layer: Natural | None = Field(None, description="The exit that drafts.")
     num_draft_tokens: Annotated[int, InRange(RANGES["num_draft_tokens"])] | None = Field(
@@ -149,9 +168,13 @@ class ExitFields(RequestModel):
         Raises:
             ApiError: what the request says contradicts itself, or needs exits where none are.
         """
+        thresholds = self.exit_thresholds
         given = {
             "early_exit_threshold": self._threshold(),
             "exit_layers": None if self.exit_layers is None else tuple(self.exit_layers),
+            "exit_measure": self.exit_measure,
+            "exit_thresholds": None if thresholds is None else tuple(thresholds),
+            "exit_threshold_decay": self.exit_threshold_decay,
             "draft_exit_layer": self.draft_exit_layer,
             "num_draft_tokens": self.num_draft_tokens,
             "draft_confidence": self.draft_confidence,
@@ -162,6 +185,14 @@ class ExitFields(RequestModel):
         if mode != "full" and num_exits == 0:
             raise ApiError(400, f"mode {mode}: the model has no exits, allowed: full", "mode")
         defaults = {name: getattr(settings, name) for name in MODE_FIELDS[mode]}
+        if mode == "early_exit":
+            # One threshold or several, whichever the request or the model's name says.
+            said = {*given, *settings.decided}
+            is_one = bool(said & {"early_exit_threshold", "exit_layers"})
+            if "exit_thresholds" in given or (settings.exit_thresholds and not is_one):
+                del defaults["early_exit_threshold"]
+            else:
+                del defaults["exit_thresholds"]
         return {**defaults, **given, "mode": mode, "exit_details": self.exit_details}
 
     def _check_name(self, given: dict[str, Any], settings: ExitSettings) -> None:
@@ -172,6 +203,9 @@ class ExitFields(RequestModel):
             names: list[str] = [name for name in switches if name in self.model_fields_set]
             names += [name for name in MODE_FIELDS["early_exit"] if name in given]
             self._contradicts(names[0], given, f"means mode {settings.mode}", settings)
+        if "exit_thresholds" in given and "early_exit_threshold" in settings.decided:
+            meaning = f"means early_exit_threshold {settings.early_exit_threshold}"
+            self._contradicts("exit_thresholds", given, meaning, settings)
         for name in given.keys() & settings.decided:
             decided = getattr(settings, name)
             if given[name] != decided:

@@ -41,9 +41,13 @@ def request_metrics(
     first = min((one.started + one.prefill_seconds for one in times), default=start)
     ends = (one.started + one.prefill_seconds + one.decode_seconds for one in times)
     seconds = max(ends, default=first) - first
+    is_early, thresholds = params.mode == "early_exit", params.exit_thresholds
     return RequestMetrics(
         mode=params.mode,
-        early_exit_threshold=params.threshold if params.mode == "early_exit" else None,
+        early_exit_threshold=params.threshold if is_early and thresholds is None else None,
+        exit_measure=params.exit_measure,
+        exit_thresholds=None if thresholds is None else list(thresholds),
+        exit_threshold_decay=params.exit_threshold_decay if is_early else None,
         num_layers=num_layers,
         mean_exit_layer=sum(layer * n for layer, n in layers.items()) / count if count else None,
         exit_tokens={str(layer): layers[layer] for layer in sorted(layers)},

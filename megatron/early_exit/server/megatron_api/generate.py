@@ -8,11 +8,15 @@ from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
+from megatron.early_exit.config import ExitMeasure
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.ranges import Range
 from megatron.early_exit.server.bodies.answer_models import Head
 from megatron.early_exit.server.bodies.fields import (
+    MEASURES,
+    STORED,
+    Decay,
     ExitFields,
     Natural,
     RequestModel,
@@ -66,9 +70,16 @@ class GenerateRequest(RequestModel):
         "the server's. Threshold and exits are of no interest where no token is taken from exits: "
         "EE-LLM's clients always send them.",
     )
-    early_exit_thres: Share | None = Field(None, description="How sure: a probability.")
+    early_exit_thres: Share | None = Field(None, description="How sure.")
     exit_layers: list[Natural] | None = Field(
         None, description="The exits that are asked; none or an empty list is all of them."
+    )
+    exit_measure: ExitMeasure | None = Field(None, description=f"{MEASURES} {STORED}")
+    exit_thresholds: list[Share] | None = Field(
+        None, description="One for each exit that is asked, instead of early_exit_thres."
+    )
+    exit_threshold_decay: Decay | None = Field(
+        None, description="Let thresholds decay with the place of the token; 0 is off."
     )
     print_max_prob: bool = Field(
         False, description="Tell what each head on the way to a token found best (`max_probs`)."
@@ -98,6 +109,7 @@ class GenerateResponse(BaseModel):
     )
 
 
+_MEASURING = ("exit_measure", "exit_thresholds", "exit_threshold_decay")
 _FIELDS = {
     "max_tokens": "tokens_to_generate",
     "seed": "random_seed",
@@ -187,13 +199,16 @@ def _exit_params(body: GenerateRequest, service: Service) -> dict[str, Any]:
         raise ApiError(400, "use_early_exit true: the model has no exits", "use_early_exit")
     is_early = body.use_early_exit
     if is_early is None:
-        is_early = settings.mode == "early_exit"
+        is_early = settings.mode == "early_exit" or any(
+            getattr(body, name) is not None for name in _MEASURING
+        )
     fields = ExitFields.model_validate(
         {
             "use_early_exit": body.use_early_exit,
             "exit_details": body.print_max_prob,
             "early_exit_threshold": body.early_exit_thres if is_early else None,
             "exit_layers": (body.exit_layers or None) if is_early else None,
+            **{name: getattr(body, name) for name in _MEASURING},
         }
     )
     return fields.exit_params(settings, len(exits))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -28,13 +27,13 @@ class FullBeginning(EarlyExitMode):
 
     @classmethod
     def of(cls, context: ModeContext) -> Self:
-        rule = ExitRule(context.exits, context.params.threshold)
+        rule = ExitRule(context.exits, context.thresholds)
         return cls(context.sampler, rule, max_pending=context.max_pending, usual=rule)
 
     def start(self, num_pending: int) -> None:
         EarlyExitMode.start(self, num_pending)
         is_late = len(self.sampler.sequence.generated) >= NUM_FULL
-        self.rule = self.usual if is_late else replace(self.usual, threshold=math.inf)
+        self.rule = self.usual if is_late else replace(self.usual, thresholds=())
 
 
 def test_what_it_takes():

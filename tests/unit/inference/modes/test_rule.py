@@ -5,51 +5,85 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from functools import partial
 
 import pytest
 import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
-from megatron.early_exit.inference.modes import early_exit
 from megatron.early_exit.inference.modes.head_output import head_outputs
-from megatron.early_exit.inference.modes.rule import MEASURES, NO_EXITS, DraftRule, ExitRule
-from tests.helpers.margin import margin, margin_tokens
+from megatron.early_exit.inference.modes.measures import MEASURES
+from megatron.early_exit.inference.modes.mode import ModeContext
+from megatron.early_exit.inference.modes.rule import NO_EXITS, DraftRule, ExitRule
+from tests.helpers.measure_example import duel, duel_tokens
 from tests.helpers.tiny_models import make_model
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 3.0]])
 
 
 def test_the_threshold_itself_is_enough():
-    rule = ExitRule((0, 2), threshold=0.5)
-    assert rule.takes(0.5)
-    assert not rule.takes(math.nextafter(0.5, 0))
-    assert not NO_EXITS.takes(1.0)
-    assert not rule.takes(math.nan)
+    rule = ExitRule((0, 2), (0.5, 0.25))
+    assert rule.takes(0, 0.5)
+    assert not rule.takes(0, math.nextafter(0.5, 0))
+    assert rule.takes(2, 0.25)
+    assert not rule.takes(2, math.nextafter(0.25, 0))
+    assert not rule.takes(0, math.nan)
+
+
+def test_what_has_no_threshold_takes_nothing():
+    assert not NO_EXITS.takes(0, 1.0)
+    assert not ExitRule((0, 2)).takes(2, 1.0)
+    assert not ExitRule((0, 2), (0.0, 0.0)).takes(1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "decay", "place", "length", "expected"),
+    [
+        (0.8, 4.0, 0, 10, 0.82),
+        (0.8, 4.0, 5, 10, 0.72 + 0.1 * math.exp(-2)),
+        (0.0, 1.0, 3, 3, 0.1 * math.exp(-1)),
+        (1.0, 2.0, 0, 1, 1.0),
+        (0.8, 0.0, 7, 10, 0.8),
+        (0.5, 100.0, 1000, 1, 0.45),
+    ],
+)
+def test_thresholds_decay_with_the_place_of_the_token(given, decay, place, length, expected):
+    rule = ExitRule((1,), (given,), decay=decay, length=length).at(place)
+    assert rule.threshold(1) == pytest.approx(expected, abs=1e-12)
+    assert rule.takes(1, expected + 1e-9)
+    assert expected == 1 or rule.takes(1, expected - 1e-9) is False
+
+
+def test_a_text_of_another_length_begins_anew():
+    rule = ExitRule((1,), (0.5,), decay=2.0, length=4).at(3)
+    assert rule.over(8).at(4).threshold(1) == pytest.approx(0.45 + 0.1 * math.exp(-1))
+    assert rule.over(8) == rule.over(8).at(0)
 
 
 def test_a_rule_without_a_threshold_takes_everything_where_it_has_exits():
-    assert ExitRule((1,), threshold=0.0).takes_everything
-    assert not ExitRule((), threshold=0.0).takes_everything
-    assert not ExitRule((1,), threshold=0.1).takes_everything
+    assert ExitRule((1,), (0.0,)).takes_everything
+    assert ExitRule((1, 2), (0.0, 0.5)).takes_everything
+    assert not ExitRule().takes_everything
+    assert not ExitRule((1,)).takes_everything
+    assert not ExitRule((1, 2), (0.1, 0.0)).takes_everything
+    assert not ExitRule((1,), (0.0,), decay=1.0).takes_everything
 
 
 def test_exits_that_have_been_asked_are_not_asked_again():
-    rule = ExitRule((0, 2, 3), 0.5)
-    assert rule.behind(0) == ExitRule((2, 3), 0.5)
-    assert rule.behind(3).exits == ()
+    rule = ExitRule((0, 2, 3), (0.5, 0.25, 0.75), "margin", 4.0, 10, 3)
+    assert rule.behind(0) == ExitRule((2, 3), (0.25, 0.75), "margin", 4.0, 10, 3)
+    assert rule.behind(3) == ExitRule((), (), "margin", 4.0, 10, 3)
+    assert ExitRule((0, 2)).behind(0) == ExitRule((2,))
 
 
-@pytest.mark.parametrize("rule", [NO_EXITS, ExitRule((0, 4), 0.25, "margin")])
+@pytest.mark.parametrize("rule", [NO_EXITS, ExitRule((0, 4), (0.25, 0.5), "margin", 4.0, 100, 7)])
 def test_a_rule_survives_the_way_to_another_process(rule):
     assert ExitRule.from_message(json.loads(json.dumps(rule.message()))) == rule
 
 
 def test_confidence_is_the_largest_probability_by_default():
     for output, logits in zip(head_outputs(LOGITS), LOGITS, strict=True):
-        assert NO_EXITS.measured(output) is output
         assert output.confidence == pytest.approx(float(logits.softmax(-1).max()))
-        assert MEASURES[NO_EXITS.measure](output) == output.confidence
+    assert NO_EXITS.measure == "max_probability"
 
 
 def test_drafts_end_where_they_are_unlikely_or_too_many():
@@ -61,25 +95,25 @@ def test_drafts_end_where_they_are_unlikely_or_too_many():
 
 
 def test_what_a_new_measure_takes():
-    lines = len(inspect.getsource(margin).splitlines()) + 1
-    print(f"a new measure of confidence: 1 file, {lines} lines")
+    # The table's line, and the name among `ExitMeasure`'s.
+    lines = len(inspect.getsource(duel).splitlines()) + 2
+    print(f"a new measure of confidence: 2 files, {lines} lines")
     assert lines <= 40
 
 
 def test_a_new_measure_is_one_entry_of_the_table(monkeypatch):
-    """The worked example of docs: the margin between the two most probable tokens."""
-    monkeypatch.setitem(MEASURES, "margin", margin)
-    monkeypatch.setattr(early_exit, "ExitRule", partial(ExitRule, measure="margin"))
+    monkeypatch.setitem(MEASURES, "duel", duel)
+    monkeypatch.setattr(ModeContext, "measure", "duel")
     model = make_model(exits=(1, 3), use_exit_norm=True)
     engine = EarlyExitEngine(model.segmented)
     layers = set()
-    for threshold in (0.0, 0.1, 0.2, 0.4, 1.0):
+    for threshold in (0.0, 0.55, 0.6, 0.8, 1.0):
         params = SamplingParams(
             mode="early_exit", early_exit_threshold=threshold, max_tokens=8, prompt_logprobs=0
         )
         prompts = [[1, 2, 3], [9], [40, 41, 42, 43, 44]]
         for prompt, result in zip(prompts, engine.generate(prompts, params), strict=True):
-            expected = margin_tokens(model, [*prompt, *result.token_ids], threshold)
+            expected = duel_tokens(model, [*prompt, *result.token_ids], threshold)
             found = list(zip(result.token_ids, result.exit_layers, strict=True))
             behind = expected[len(prompt) - 1 : -1]
             assert found == [(token, layer) for token, layer, _ in behind]

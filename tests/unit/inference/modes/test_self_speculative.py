@@ -39,7 +39,7 @@ def drafting_mode(
 ) -> SelfSpeculativeMode:
     return SelfSpeculativeMode(
         TokenSampler(params, sampler, Sequence(0, []), (1, 2)),
-        ExitRule((0,), threshold=0.0),
+        ExitRule((0,), (0.0,)),
         drafting=DraftRule(max_drafts, least_confidence),
         room=100,
     )

@@ -32,6 +32,8 @@ class EarlyExitConfig(PretrainedConfig):
         untie_exit_output_weights: each exit has an output projection of its own, else all use the
             word embedding.
         exit_vocab_size: tokens that the exits know, the first of the word embedding; None is all.
+        exit_measure: what confidence is where the model comes from. `generate` leaves at exits by
+            "max_probability" only, and refuses a threshold where this is another one.
         early_exit_threshold: least confidence to leave at an exit, 0 to 1, where `generate` is
             given none; None runs all layers.
         others: those of every configuration.
@@ -63,6 +65,7 @@ class EarlyExitConfig(PretrainedConfig):
         use_exit_norm: bool = False,
         untie_exit_output_weights: bool = False,
         exit_vocab_size: int | None = None,
+        exit_measure: str = "max_probability",
         early_exit_threshold: float | None = None,
         **others: Any,
     ) -> None:
@@ -87,5 +90,6 @@ class EarlyExitConfig(PretrainedConfig):
         self.use_exit_norm = use_exit_norm
         self.untie_exit_output_weights = untie_exit_output_weights
         self.exit_vocab_size = exit_vocab_size
+        self.exit_measure = exit_measure
         self.early_exit_threshold = early_exit_threshold
         super().__init__(tie_word_embeddings=tie_word_embeddings, **others)

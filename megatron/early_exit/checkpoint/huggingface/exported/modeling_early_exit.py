@@ -36,6 +36,8 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
+# What an exit's confidence is: its largest probability.
+MEASURE = "max_probability"
 # What `generate` may be told with `early_exit_threshold`, where not everything goes with it.
 ALLOWED_WITH_THRESHOLD: dict[str, tuple[Any, ...]] = {
     # Which layers have the keys and values of which token is in a cache of early exit's own.
@@ -121,6 +123,11 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"early_exit_threshold {threshold!r} is not a number, allowed: 0 to 1")
         if not 0 <= threshold <= 1:
             raise ValueError(f"early_exit_threshold {threshold} is out of range, allowed: 0 to 1")
+        if self.config.exit_measure != MEASURE:
+            raise ValueError(
+                f"early_exit_threshold with exit_measure {self.config.exit_measure!r} of the "
+                f"configuration is not supported, allowed: {MEASURE!r}"
+            )
         enabled = self._known_exits(exit_layers)
         self._check_options({**given, **kwargs}, ALLOWED_WITH_THRESHOLD, "early_exit_threshold")
         if one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None)) is not None:

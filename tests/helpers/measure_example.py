@@ -5,22 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron.early_exit.inference.modes.head_output import HeadOutput
+from torch import Tensor
+
+from megatron.early_exit.inference.modes.measures import Evidence
 from tests.helpers.reference_decoder import all_logits
 from tests.helpers.tiny_models import TinyModel
 
 
-def margin(output: HeadOutput) -> float:
-    """The difference between the probabilities of the two most probable tokens."""
-    first, second = output.logits.softmax(-1).topk(2).values.tolist()
-    return float(first - second)
+def duel(heads: Evidence) -> Tensor:
+    """The probability of the best token, where only the best two could be given."""
+    return heads.logits.topk(2).values.softmax(-1)[:, 0]
 
 
-def margin_tokens(
+def duel_tokens(
     model: TinyModel, tokens: Sequence[int], threshold: float
 ) -> list[tuple[int, int, float]]:
     """For each prefix of a text, the next token, the layer of the head that gives it, and that
-    head's confidence: the margin at an exit, the largest probability at the final head."""
+    head's confidence."""
     logits = all_logits(model, tokens)
     found = []
     for position in range(len(tokens)):
@@ -29,9 +30,10 @@ def margin_tokens(
                 logits["final" if layer is None else layer][position].double().softmax(-1)
             )
             (first, second), (token, _) = (v.tolist() for v in probabilities.topk(2))
+            confidence = first / (first + second)
             if layer is None:
-                found.append((token, model.architecture.num_layers, first))
-            elif first - second >= threshold:
-                found.append((token, layer, first - second))
+                found.append((token, model.architecture.num_layers, confidence))
+            elif confidence >= threshold:
+                found.append((token, layer, confidence))
                 break
     return found
