@@ -22,7 +22,7 @@ from tests.helpers.pretended_cuda import (
 from tests.helpers.reference_decoder import generate
 from tests.helpers.tiny_models import ARCHITECTURES, HEADS, LLAMA, make_model
 
-PROMPTS = [[5, 17, 3, 44, 8], [7], [9, 9, 2], list(range(1, 20)), [4, 4]]
+PROMPTS = [[5, 17, 3, 44, 8], [7], [9, 9, 2], list(range(1, 20)), [4, 4], [3], [8, 1]]
 EVERYTHING: dict[str, Any] = {
     "temperature": 1.1,
     "top_p": 0.9,
@@ -63,6 +63,10 @@ def requests() -> list[SamplingParams]:
         SamplingParams(max_tokens=8, mode="self_speculative", prompt_logprobs=2),
         sampled("early_exit", 3, **EVERYTHING | {"min_tokens": 2, "exit_details": True}),
         sampled("self_speculative", 4, min_tokens=3, stop_token_ids=(1, 2, 3), logprobs=1),
+        sampled("early_exit", 5, exit_measure="similarity", exit_threshold_decay=4.0),
+        SamplingParams(
+            max_tokens=8, mode="early_exit", exit_measure="entropy", exit_thresholds=(0.4, 0.2)
+        ),
     ]
 
 
@@ -85,6 +89,7 @@ def test_results_are_those_of_the_cpu(cuda, architecture, heads):
         assert one.token_ids == expected.token_ids
         assert one.exit_layers == expected.exit_layers
         assert one.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+        assert one.confidences == pytest.approx(expected.confidences, abs=1e-5)
         for best, other in zip(one.top_logprobs, expected.top_logprobs, strict=True):
             assert [token for token, _ in best] == [token for token, _ in other]
             assert [value for _, value in best] == pytest.approx([v for _, v in other], abs=1e-5)
@@ -125,6 +130,7 @@ def test_captured_steps(cuda, recorder, architecture, heads):
         assert one.token_ids == other.token_ids
         assert one.exit_layers == other.exit_layers
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert one.confidences == pytest.approx(other.confidences, abs=1e-4)
 
 
 def steady(
@@ -188,6 +194,17 @@ def test_a_step_waits_once(cuda, mode, fields, heads):
     _, waits = steady(cuda, params, heads)
     # Where an exit is unlikely to be needed, it is asked only when it is known to be.
     assert 0 < waits <= (1.5 if mode == "early_exit" else 1), cuda.waits
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_other_measures_wait_no_longer(cuda, recorder, is_captured):
+    measures = ("margin", "entropy", "similarity", "max_probability")
+    params = [
+        sampled("early_exit", seed, temperature=0.0, max_tokens=60, exit_measure=measure)
+        for seed, measure in enumerate(measures)
+    ]
+    _, waits = steady(cuda, params, is_captured=is_captured)
+    assert 0 < waits <= 1.5, cuda.waits
 
 
 @pytest.mark.parametrize(
