@@ -140,8 +140,8 @@ def _read_ahead(logits: Sequence[HeadLogits]) -> HeadOutputs:
     figures = [one.figures for one in logits]
     judged: list[list[int]] = []
     first = 0
-    for own, numbers in zip(logits, tuple(figures), strict=True):
-        others = () if own.judging is None else own.judging.confidences(own.logits, numbers)
+    for own, known in zip(logits, tuple(figures), strict=True):
+        others = () if own.judging is None else own.judging.confidences(own.logits, known)
         for rows, confidences in others:
             judged.append([first + row for row in rows])
             figures.append(confidences)
