@@ -18,10 +18,10 @@ from megatron.early_exit.flags import FlagFields
 from megatron.early_exit.ranges import ABOVE_ZERO, ZERO_OR_MORE, Range
 
 WarmupStyle = Literal["linear", "cosine"]
-ExitMeasure = Literal["max_probability", "margin", "entropy", "similarity"]
+ExitMeasure = Literal["max_probability", "margin", "entropy", "similarity", "gate"]
 """How sure an exit is: by its largest probability, by the difference of the two largest ones, by
-how far its entropy is below that of a guess, or by the cosine of the hidden state and the one at
-the exit before."""
+how far its entropy is below that of a guess, by the cosine of the hidden state and the one at the
+exit before, or by its gate."""
 BackboneModule = Literal["mlp", "layer", "norm", "output"]
 """A module of the backbone: an MLP with its norm, a transformer layer, a norm, the output layer."""
 
@@ -243,6 +243,8 @@ class EarlyExitConfig(FlagFields):
             raise out_of_range(
                 "--exit-measure", self.exit_measure, ", ".join(get_args(ExitMeasure))
             )
+        if self.exit_measure == "gate" and not self.use_exit_gate:
+            raise ValueError("--exit-measure gate needs exits with gates: give --use-exit-gate")
         if self.use_exit_mlp and self.pre_exit:
             raise ValueError(
                 "--use-exit-mlp cannot be combined with --pre-exit: the exit's MLP replaces the "

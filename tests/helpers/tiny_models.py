@@ -78,6 +78,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "untied": {"untie_exit_output_weights": True},
     "norm": {"use_exit_norm": True},
     "final head": {"share_final_head": True},
+    "gate": {"use_exit_norm": True, "use_exit_gate": True},
     "few answers": {"use_exit_norm": True, "exit_vocab_size": 40},
     "mlp": {"use_exit_mlp": True, "use_exit_norm": True},
     "block": {"use_exit_block": True, "use_exit_norm": True},

@@ -112,6 +112,7 @@ class EarlyExitEngine:
             other_end_ids=self.other_end_ids,
             draw_seed=self._backend.draw_seed,
             exit_measure=self._backend.exit_measure,
+            has_gates=self._backend.has_gates,
         )
 
     @classmethod

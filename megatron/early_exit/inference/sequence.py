@@ -18,6 +18,7 @@ class Sequence:
         segment: the segment that it waits for.
         since: the step at which it began to wait there.
         exits: the exits that it may ask, by their indices.
+        asks_gates: the gates of these exits are asked before the exits.
         compared: exits at which the residual stream has to be kept, since confidence at the next
             one depends on it.
         can_defer_exit: it may go through further segments before an exit on the way is asked.
@@ -41,6 +42,7 @@ class Sequence:
     segment: int = 0
     since: int = 0
     exits: frozenset[int] = frozenset()
+    asks_gates: bool = False
     compared: frozenset[int] = frozenset()
     can_defer_exit: bool = True
     exit_rates: list[float] = field(default_factory=list)

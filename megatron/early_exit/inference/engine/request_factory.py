@@ -34,6 +34,7 @@ class RequestFactory:
         other_end_ids: further tokens that end a text.
         draw_seed: gives seeds to requests that sample and have none.
         exit_measure: what confidence is where a request does not say it.
+        has_gates: the exits have gates.
     """
 
     vocab_size: int
@@ -46,6 +47,7 @@ class RequestFactory:
     other_end_ids: tuple[int, ...]
     draw_seed: Callable[[], int]
     exit_measure: str = DEFAULT_MEASURE
+    has_gates: bool = False
     _keys: Iterator[int] = field(default_factory=lambda: count(1), init=False)
 
     def build(
@@ -82,10 +84,16 @@ class RequestFactory:
         if params.echo and self.tokenizer is not None:
             echo = prompt if isinstance(prompt, str) else self.tokenizer.decode(tokens)
         context = ModeContext(
-            token_sampler, self.exit_layers, self.max_pending, room, self.exit_measure
+            token_sampler,
+            self.exit_layers,
+            self.max_pending,
+            room,
+            self.exit_measure,
+            self.has_gates,
         )
         mode = MODES[params.mode].of(context)
         sequence.exits = frozenset(mode.rule.exits)
+        sequence.asks_gates = mode.rule.asks_gates
         if needs_streams(mode.rule.measure):
             heads = (*mode.rule.exits, len(self.exit_layers))
             sequence.compared = frozenset(head - 1 for head in heads if head > 0)
