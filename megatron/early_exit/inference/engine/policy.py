@@ -154,7 +154,9 @@ class Policy:
         if end == self._last:
             return alone
         stays = 1 - taken / count
-        count, asked, costs = count * stays, later * stays, costs + self._step
+        # Behind gates, what is evaluated later is what is expected already.
+        later = later if gated else later * stays
+        count, asked, costs = count * stays, later, costs + self._step
         for index in range(end + 1, self._last + 1):
             queue = queues[index]
             count += queue.count
