@@ -159,6 +159,8 @@ def _export_hf(args: argparse.Namespace) -> None:
     _write(export, args.folder)
     if export.tokenizer is None:
         print("note: transformers does not support the model's tokenizer, so the folder has none")
+    if export.left_out:
+        print("note: the exits' gates are left out: no program asks them there")
     trust = ", trust_remote_code=True" if export.needs_remote_code else ""
     _say_what_was_written(export, args.folder, LOAD.format(str(args.folder), trust))
 

@@ -18,10 +18,10 @@ from megatron.early_exit.flags import FlagFields
 from megatron.early_exit.ranges import ABOVE_ZERO, ZERO_OR_MORE, Range
 
 WarmupStyle = Literal["linear", "cosine"]
-ExitMeasure = Literal["max_probability", "margin", "entropy", "similarity"]
+ExitMeasure = Literal["max_probability", "margin", "entropy", "similarity", "gate"]
 """How sure an exit is: by its largest probability, by the difference of the two largest ones, by
-how far its entropy is below that of a guess, or by the cosine of the hidden state and the one at
-the exit before."""
+how far its entropy is below that of a guess, by the cosine of the hidden state and the one at the
+exit before, or by its gate."""
 BackboneModule = Literal["mlp", "layer", "norm", "output"]
 """A module of the backbone: an MLP with its norm, a transformer layer, a norm, the output layer."""
 
@@ -59,6 +59,8 @@ class HeadPart:
             is tied to it. None if the backbone has no such module.
         initial: initial value of all entries of its tensors if it has no origin.
         replaces_mlp: it replaces the MLP of the layer that the exit follows.
+        is_beside: it judges the hidden state that comes to the exit, beside the branch: the token
+            that the exit predicts does not depend on it.
         help_when_added: help text of the flag that adds it to a model.
         help_when_planned: help text of the planner's flag.
     """
@@ -69,6 +71,7 @@ class HeadPart:
     origin: str | None = None
     initial: float = 0.0
     replaces_mlp: bool = False
+    is_beside: bool = False
     help_when_added: str
     help_when_planned: str
 
@@ -92,6 +95,15 @@ class HeadPart:
 
 
 HEAD_PARTS = (
+    HeadPart(
+        field="use_exit_gate",
+        module="gate",
+        tensors={"weight": (1, "hidden_size"), "bias": (1,)},
+        is_beside=True,
+        help_when_added="own gate, to be trained: a linear classifier of the hidden state that "
+        "says whether to leave there, before the exit is evaluated; it starts undecided",
+        help_when_planned="each exit has a gate, which costs nothing that counts",
+    ),
     HeadPart(
         field="use_exit_mlp",
         module="mlp",
@@ -166,9 +178,14 @@ class EarlyExitConfig(FlagFields):
     """Give each exit an output projection of its own; the default is one projection for all
     exits, tied to the word embedding."""
 
+    use_exit_gate: bool = False
+    """Give each exit a gate: a linear classifier of the hidden state (at unit RMS) that learns
+    whether the exit's most probable token is the final head's. Its gradients change nothing but
+    itself."""
+
     share_final_head: bool = False
     """Let all exits predict with the model's own final norm and output layer, as LayerSkip does
-    (arXiv 2404.16710): they have no weights of their own."""
+    (arXiv 2404.16710): they have no weights of their own, except for gates."""
 
     exit_vocab_size: int | None = None
     """Number of tokens that exits can predict: the first ones of the vocabulary, which are the most
@@ -226,6 +243,8 @@ class EarlyExitConfig(FlagFields):
             raise out_of_range(
                 "--exit-measure", self.exit_measure, ", ".join(get_args(ExitMeasure))
             )
+        if self.exit_measure == "gate" and not self.use_exit_gate:
+            raise ValueError("--exit-measure gate needs exits with gates: give --use-exit-gate")
         if self.use_exit_mlp and self.pre_exit:
             raise ValueError(
                 "--use-exit-mlp cannot be combined with --pre-exit: the exit's MLP replaces the "
@@ -243,7 +262,7 @@ class EarlyExitConfig(FlagFields):
         self._refuse_what_has_no_effect()
 
     def _check_shared_head(self) -> None:
-        own = [as_flag(part.field) for part in self.head_parts]
+        own = [as_flag(part.field) for part in self.head_parts if not part.is_beside]
         if self.exit_vocab_size is not None:
             own.append(f"--exit-vocab-size {self.exit_vocab_size}")
         if own:
@@ -346,7 +365,13 @@ class EarlyExitConfig(FlagFields):
     @property
     def branch_parts(self) -> tuple[HeadPart, ...]:
         """The parts of each head before the output projection."""
-        return tuple(part for part in self.head_parts if part.tensors != "output")
+        inside = (part for part in self.head_parts if not part.is_beside)
+        return tuple(part for part in inside if part.tensors != "output")
+
+    @property
+    def beside_parts(self) -> tuple[HeadPart, ...]:
+        """The parts that stand beside the branch."""
+        return tuple(part for part in self.head_parts if part.is_beside)
 
     @property
     def replaces_mlp(self) -> bool:

@@ -47,6 +47,10 @@ MEASURED = [
         {"exit_measure": "similarity", "early_exit_threshold": 0.5, "exit_layers": (3,)},
         {"exit_measure": "similarity", "early_exit_threshold": 1.0},
         {"exit_thresholds": (0.9, 0.3), "exit_threshold_decay": 4.0},
+        {"exit_measure": "gate", "early_exit_threshold": 0.5},
+        {"exit_measure": "gate", "exit_thresholds": (0.7, 0.4), "exit_threshold_decay": 2.0},
+        {"exit_measure": "gate", "early_exit_threshold": 0.6, "exit_details": True},
+        {"exit_measure": "gate", "early_exit_threshold": 1.0},
     )
 ]
 """Requests by other measures and thresholds than the usual ones."""
@@ -74,7 +78,8 @@ SAMPLED = SamplingParams(mode="early_exit", max_tokens=12, temperature=1.2, top_
 def model_of(kind: str, head: str) -> TinyModel:
     if kind == "shallow":
         return make_model(replace(LLAMA, num_layers=2), exits=(1,), **HEADS[head])
-    return make_model({"llama": LLAMA, "gpt2": GPT2}[kind], exits=(1, 3), **HEADS[head])
+    gates = {"use_exit_gate": (kind, head) == ONE}
+    return make_model({"llama": LLAMA, "gpt2": GPT2}[kind], exits=(1, 3), **HEADS[head], **gates)
 
 
 def greedy_requests(

@@ -25,13 +25,14 @@ class ReferenceToken:
 
 @dataclass(frozen=True)
 class ReferenceHead:
-    """What a head says of each position of a text, [s, v], how many tokens it can answer with, and
-    the residual stream [s, h] there and at the exit before."""
+    """What a head says of each position of a text, [s, v], how many tokens it can answer with, the
+    residual stream [s, h] there and at the exit before, and what its gate says [s]."""
 
     logits: Tensor
     num_answers: int
     stream: Tensor
     stream_before: Tensor
+    gate: Tensor | None = None
 
 
 def generate(
@@ -71,6 +72,28 @@ def generate(
         generated.append(chosen)
         tokens.append(chosen.token_id)
     return generated
+
+
+def choices(
+    model: TinyModel,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    threshold: float | Sequence[float] | None,
+    measure: str = "max_probability",
+    decay: float = 0.0,
+) -> list[ReferenceToken]:
+    """What `generate` chooses behind a prompt and each beginning of `tokens`: a text that is equal
+    to its choices is what `generate` gives. That takes one pass, since heads do not look ahead.
+    Thresholds decay over the number of tokens."""
+    heads = all_heads(model, [*prompt, *tokens])
+    chosen = []
+    for place in range(len(tokens)):
+        limits = _limits(model, threshold, None, decay, place / len(tokens))
+        position = len(prompt) - 1 + place
+        layer, probabilities, confidence = _answer(model, heads, position, limits, measure)
+        best, token = (float(value) for value in probabilities.max(-1))
+        chosen.append(ReferenceToken(int(token), layer, confidence, math.log(best)))
+    return chosen
 
 
 def scores(
@@ -133,7 +156,9 @@ def _answer(
 def confidence_of(head: ReferenceHead, position: int, measure: str) -> float:
     """How sure a head is at a position."""
     probabilities = head.logits[position].double().softmax(-1)
-    if measure == "max_probability":
+    if measure == "gate" and head.gate is not None:
+        return float(head.gate[position])
+    if measure in ("max_probability", "gate"):
         return float(probabilities.max())
     if measure == "margin":
         first, second, *_ = sorted(probabilities.tolist(), reverse=True)
@@ -187,7 +212,12 @@ def all_heads(model: TinyModel, tokens: Sequence[int]) -> dict[int | str, Refere
             num_answers = options.exit_vocab_size or a.vocab_size
             logits[:, num_answers:] = -torch.inf
             stream = before_mlp if options.use_exit_mlp else x
-            heads[position] = ReferenceHead(logits, num_answers, stream, stream_before)
+            gate = None
+            if options.use_exit_gate:
+                length = (stream.double().square().mean(-1) + a.layernorm_epsilon).sqrt()
+                score = (stream.double() @ w[f"{exit_prefix}gate.weight"][0].double()) / length
+                gate = 1 / (1 + torch.exp(-score - w[f"{exit_prefix}gate.bias"].double()))
+            heads[position] = ReferenceHead(logits, num_answers, stream, stream_before, gate)
             stream_before = stream
     normed = _norm(model, "decoder.final_layernorm.", x)
     output = embedding if a.share_embeddings_and_output_weights else w["output_layer.weight"]

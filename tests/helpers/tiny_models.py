@@ -121,13 +121,14 @@ def make_model(
         heads: further fields of `EarlyExitConfig`.
     """
     early_exit = EarlyExitConfig(exit_layer_nums=exits, **heads)
-    generator = torch.Generator().manual_seed(seed)
+    # With gates and without, the rest of a model is the same.
+    generator, of_gates = (torch.Generator().manual_seed(seed) for _ in range(2))
     weights: dict[str, Tensor] = {}
     has_norm = early_exit.use_exit_norm or early_exit.share_final_head
     tied_without_norm = not (early_exit.untie_exit_output_weights or has_norm)
     vocabulary_scale = 1.3 if tied_without_norm else 3.0
     for name, shape in weight_shapes(architecture, early_exit).items():
-        tensor = torch.randn(shape, generator=generator)
+        tensor = torch.randn(shape, generator=of_gates if ".gate." in name else generator)
         if len(shape) == 2:
             tensor *= shape[1] ** -0.5
         else:

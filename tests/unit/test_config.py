@@ -192,6 +192,7 @@ def configs(draw: st.DrawFn) -> EarlyExitConfig:
         use_exit_mlp=draw(st.booleans()) and not (pre_exit or shares),
         use_exit_block=draw(st.booleans()) and not shares,
         untie_exit_output_weights=draw(st.booleans()) and not shares,
+        use_exit_gate=draw(st.booleans()),
         share_final_head=shares,
         exit_layer_weight=tuple(draw(values)),
         exit_layer_weight_init=tuple(draw(values)) if warmup else (),
@@ -255,6 +256,15 @@ def test_a_shared_head_has_no_parts_of_its_own(field, value):
     config = EarlyExitConfig(exit_layer_nums=(1,), share_final_head=True)
     assert config.head_flags == "--share-final-head"
     assert not config.head_parts
+
+
+def test_a_gate_is_beside_the_branch():
+    config = EarlyExitConfig(exit_layer_nums=(1,), share_final_head=True, use_exit_gate=True)
+    assert config.head_flags == "--use-exit-gate --share-final-head"
+    assert [part.module for part in config.head_parts] == ["gate"]
+    assert config.beside_parts == config.head_parts
+    assert not config.branch_parts
+    assert refusal(use_exit_gate=True).startswith("--use-exit-gate has no effect without")
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def draft_model(source: Conversion, position: int) -> Conversion:
         problem = f"--draft-of-exit {position}: there is no exit after this layer"
         raise ValueError(f"{problem}, allowed: {has}")
     _refuse_inexpressible(early_exit)
-    modules = {part.module for part in early_exit.head_parts}
+    modules = {part.module for part in early_exit.head_parts if not part.is_beside}
     is_tied = architecture.share_embeddings_and_output_weights
     if not early_exit.share_final_head:
         is_tied = "projection" not in modules
@@ -76,7 +76,8 @@ def _origin(name: str, origins: dict[str, str]) -> str:
 
 
 def _refuse_inexpressible(early_exit: EarlyExitConfig) -> None:
-    unknown = [part for part in early_exit.head_parts if part.module not in _MODULES]
+    parts = [part for part in early_exit.head_parts if not part.is_beside]
+    unknown = [part for part in parts if part.module not in _MODULES]
     problem = None
     if unknown:
         problem = "that no other model has"

@@ -63,7 +63,7 @@ def add_exits(
     """
     if wanted.share_final_head and random_init is not None:
         raise ValueError(
-            "--random-init has no effect with --share-final-head: exits have no weights then"
+            "--random-init has no effect with --share-final-head: exits have no matrices then"
         )
     architecture = source.description.architecture
     assert architecture is not None

@@ -115,6 +115,7 @@ class EarlyExitEngine:
             draw_seed=self._backend.draw_seed,
             draft_costs=self._draft_costs(),
             exit_measure=self._backend.exit_measure,
+            has_gates=self._backend.has_gates,
         )
 
     @classmethod

@@ -154,8 +154,10 @@ class SamplingParams:
     entropy and n the number of tokens that the head can answer with; `similarity`, the cosine of
     the residual stream and the one at the exit before (CALM, arXiv 2207.07061, compares
     neighbouring layers), or the embedding's output before the first one, where negative values
-    count as 0. None is what is stored with the model. In mode `early_exit` all confidences that are
-    told are these."""
+    count as 0; `gate`, the probability by the exit's gate that the exit agrees with the final head,
+    for models that have gates. A gate is asked before the exit, which is evaluated only where it
+    gives the token; the final head's confidence is then the largest probability. None is what is
+    stored with the model. In mode `early_exit` all confidences that are told are these."""
 
     exit_thresholds: tuple[float, ...] | None = None
     """A threshold for each exit that is used, from the shallowest to the deepest, instead of one

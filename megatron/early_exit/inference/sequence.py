@@ -19,6 +19,7 @@ class Sequence:
         since: the step at which it began to wait there.
         exits: the exits that it may ask, by their indices.
         is_asking: it asks them at present.
+        asks_gates: the gates of these exits are asked before the exits.
         compared: exits at which the residual stream has to be kept, since confidence at the next
             one depends on it.
         can_defer_exit: it may go through further segments before an exit on the way is asked.
@@ -44,6 +45,7 @@ class Sequence:
     since: int = 0
     exits: frozenset[int] = frozenset()
     is_asking: bool = True
+    asks_gates: bool = False
     compared: frozenset[int] = frozenset()
     can_defer_exit: bool = True
     exit_rates: list[float] = field(default_factory=list)

@@ -3,7 +3,7 @@
 The branch of an exit is [mlp] -> [block] -> [norm] -> output projection. Its modules are built from
 the specs of the backbone's own layers, so that the heads run on the same implementation as the
 backbone (Transformer Engine or local). Or an exit has no modules of its own: then it is the model's
-final norm and output layer.
+final norm and output layer. Beside the branch there may be a gate, which judges the hidden state.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.model.backbone_parts import BackboneParts, SharedParts
+from megatron.early_exit.model.exit_gate import ExitGate
 from megatron.early_exit.model.quantization import branch_context, branch_init_context
 from megatron.early_exit.model.rng import seeded_rng
 
@@ -65,6 +66,7 @@ class ExitHead(MegatronModule):
     mlp: Any
     mlp_bda: Any
     block: TransformerLayer
+    gate: ExitGate
     norm: torch.nn.Module
 
     def __init__(
@@ -86,6 +88,8 @@ class ExitHead(MegatronModule):
         with branch_init_context(config, position):
             for name in self.branch_modules:
                 PARTS[name].build(self, around)
+        for part in options.beside_parts:
+            self.add_module(part.module, BESIDE[part.module](config))
         assert config.init_method is not None
         self.projection = ExitProjection(
             config.hidden_size,
@@ -215,6 +219,10 @@ PARTS: Mapping[str, PartModule] = {
     "norm": PartModule(_build_norm, _run_norm),
 }
 """The parts of `HEAD_PARTS` that come before the projection, by the names of their modules."""
+
+
+BESIDE: Mapping[str, Callable[[TransformerConfig], torch.nn.Module]] = {"gate": ExitGate}
+"""The parts that stand beside the branch, by the names of their modules."""
 
 
 class ExitHeads(MegatronModule):

@@ -3,7 +3,8 @@
 The exits live in `model.exits`, outside `decoder.layers`: the backbone keeps Megatron's own
 checkpoint keys. Labels and loss mask reach an exit through the `context` and `context_mask`
 arguments of the layers: a decoder has no cross attention, so Megatron passes both on unchanged, for
-    each microbatch, also through activation recomputation.
+each microbatch, also through activation recomputation. Gates learn what the final head
+says later in the same pass: its tokens are written into a second row beside the labels.
 """
 
 from collections.abc import Callable
@@ -44,9 +45,16 @@ class ExitTap(Protocol):
         hidden: Tensor,
         labels: Tensor,
         loss_mask: Tensor | None,
+        final_tokens: Tensor | None,
         layer_kwargs: dict[str, Any],
     ) -> Tensor:
-        """Return `hidden` [s, b, h] unchanged in value; labels and loss_mask are [b, s]."""
+        """Return `hidden` [s, b, h] unchanged in value; the others are [b, s]. `final_tokens` are
+        there if exits have gates, and hold nothing before `keep_final_tokens` has been called."""
+
+    def keep_final_tokens(self, exits: ExitHeads, logits: Tensor, final_tokens: Tensor) -> None:
+        """Called at the end of a forward pass, if exits have gates: write the final head's most
+        probable tokens into `final_tokens` [b, s]; logits are [s, b, v], of this rank's part of the
+        vocabulary."""
 
 
 class EarlyExitGPTModel(GPTModel):
@@ -61,6 +69,7 @@ class EarlyExitGPTModel(GPTModel):
         """Build the heads of the exits that belong to this chunk and attach them to its layers."""
         self.exit_tap = None
         self.tunes_exits = False
+        self._final_tokens: Tensor | None = None
         self.exits = ExitHeads(self.config, self.vocab_size, self.pg_collection)
         backbone: list[Any] = list(self.decoder.layers)
         layers: dict[int, TransformerLayer] = {one.layer_number: one for one in backbone}
@@ -79,6 +88,9 @@ class EarlyExitGPTModel(GPTModel):
         if self.exits.heads and options.share_final_head:
             self._share_final_norm(norm)
         self._set_precision_of_exits()
+        self._has_gates = options.use_exit_gate and bool(self.exits.heads)
+        if self._has_gates and self.post_process:
+            self.output_layer.register_forward_hook(self._keep_final_tokens)
 
     def tune_exits(self, freeze_projections: bool) -> None:
         """Freeze everything except the exits' own weights; with `freeze_projections` also their
@@ -151,8 +163,12 @@ class EarlyExitGPTModel(GPTModel):
             if self.exit_tap is None or labels is None:
                 return hidden
             branch_kwargs = {name: kwargs.get(name) for name in _BRANCH_KWARGS}
-            mask = kwargs.get("context_mask")
-            return self.exit_tap(self.exits, position, hidden, labels, mask, branch_kwargs)
+            mask, final_tokens = kwargs.get("context_mask"), None
+            if self._has_gates:
+                labels, final_tokens = labels
+            return self.exit_tap(
+                self.exits, position, hidden, labels, mask, final_tokens, branch_kwargs
+            )
 
         if options.replaces_mlp:
             _tap_before_mlp(layer, tap)
@@ -169,6 +185,11 @@ class EarlyExitGPTModel(GPTModel):
                 lambda _, args, kwargs, output: (tap(output[0], kwargs), *output[1:]),
                 with_kwargs=True,
             )
+
+    def _keep_final_tokens(self, _: Module, args: object, output: tuple[Tensor, Any]) -> None:
+        if self.exit_tap is not None and self._final_tokens is not None:
+            tokens, self._final_tokens = self._final_tokens, None
+            self.exit_tap.keep_final_tokens(self.exits, output[0], tokens)
 
     def forward(
         self,
@@ -187,6 +208,11 @@ class EarlyExitGPTModel(GPTModel):
         """
         if labels is not None and self.exits.heads:
             targets = {"context": labels, "context_mask": loss_mask}
+            if self._has_gates:
+                # Passed on with the labels: what recomputes activations would not know of which
+                # microbatch it is.
+                both = torch.stack((labels, torch.full_like(labels, -1)))
+                targets["context"], self._final_tokens = both, both[1]
             extra_block_kwargs = {**(extra_block_kwargs or {}), **targets}
         if self.tunes_exits:
             labels = loss_mask = None

@@ -140,11 +140,13 @@ class PartProfiler:
 
 
 def _one_of(exits: EarlyExitConfig) -> EarlyExitConfig:
-    """One exit with the heads that all have."""
+    """One exit with the heads that all have, but for gates: they cost nothing that counts, and
+    learn from a final head, which is timed apart."""
     return replace(
         exits,
         exit_layer_nums=(_LAYERS,),
         pre_exit=False,
+        use_exit_gate=False,
         exit_layer_weight=(),
         exit_layer_weight_init=(),
         exit_layer_temperature=(),

@@ -63,7 +63,11 @@ from megatron.early_exit.training.tuning.objective import (
     TuningPlan,
     TuningStep,
 )
-from megatron.early_exit.training.tuning.options import TuningOptions, learning_rates
+from megatron.early_exit.training.tuning.options import (
+    TuningOptions,
+    learning_rates,
+    needs_final_head,
+)
 from megatron.early_exit.training.tuning.start import decide_tuning
 
 
@@ -131,7 +135,7 @@ class Session:
         if self.tuning.tune_exit:
             config.tunes_exits = True
             config.freezes_projections = self.tuning.freeze_exit_output_weights
-            config.has_final_head = self.tuning.distills
+            config.has_final_head = needs_final_head(self.tuning, self.exits)
             config.share_embeddings_and_output_weights &= config.has_final_head
             # What is tied is frozen.
             config.transformer.finalize_model_grads_func = finalize_model_grads

@@ -81,8 +81,15 @@ def test_an_exit_after_the_last_layer_is_the_model_itself(tmp_path, architecture
 def test_every_part_is_a_copy_of_the_models_own(tmp_path, architecture):
     model = make_model(architecture)
     source = open_checkpoint(write_model(tmp_path / "base", model))
-    added = add_exits(source, exits_at(2, 4, **ALL_PARTS))
+    added = add_exits(source, exits_at(2, 4, **ALL_PARTS, use_exit_gate=True))
     found = read_all(added)
+    gate = {name: found.pop(name) for name in list(found) if ".gate." in name}
+    assert {name: tensor.shape for name, tensor in gate.items()} == {
+        f"exits.{position}.gate.{name}": shape
+        for position in (2, 4)
+        for name, shape in (("weight", (1, architecture.hidden_size)), ("bias", (1,)))
+    }
+    assert not any(tensor.any() for tensor in gate.values())
     output = model.weights.get(
         "output_layer.weight", model.weights["embedding.word_embeddings.weight"]
     )

@@ -207,6 +207,45 @@ def test_other_measures_wait_no_longer(cuda, recorder, is_captured):
     assert 0 < waits <= 1.5, cuda.waits
 
 
+def test_gates_take_one_more_wait(cuda):
+    """All gates of a step are read together, before the heads; those of several heads together."""
+    model = make_model(exits=(1, 2, 3), use_exit_norm=True, use_exit_gate=True)
+    params = [
+        SamplingParams(
+            mode="early_exit",
+            exit_measure=measure,
+            early_exit_threshold=threshold,
+            max_tokens=8,
+            exit_details=details,
+            seed=1,
+            temperature=temperature,
+        )
+        for measure, threshold, details, temperature in (
+            ("gate", 0.5, False, 0.0),
+            ("gate", 0.6, False, 1.0),
+            ("gate", 0.5, True, 0.0),
+            ("max_probability", 0.4, False, 1.0),
+            ("gate", 1.0, False, 0.0),
+        )
+    ]
+    engine = pretended_engine(model, max_batch_size=5)
+    found = engine.generate(PROMPTS, params)
+    expected = EarlyExitEngine(model.segmented, max_batch_size=5).generate(PROMPTS, params)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.token_ids, one.exit_layers) == (other.token_ids, other.exit_layers)
+        assert one.confidences == pytest.approx(other.confidences, abs=1e-5)
+    assert len({layer for one in found for layer in one.exit_layers}) > 2
+    requests = [engine.submit(prompt, params[0]) for prompt in PROMPTS[:3]]
+    while not all(request.sequence.generated for request in requests):
+        engine.step()
+    steps = 0
+    cuda.reset()
+    while not any(request.is_finished for request in requests):
+        engine.step()
+        steps += 1
+    assert steps < cuda.waits.total() <= 2 * steps, cuda.waits
+
+
 @pytest.mark.parametrize(
     ("fields", "budget"), [({}, 14), ({"temperature": 0.7, "top_p": 0.9}, 26), (EVERYTHING, 56)]
 )

@@ -47,12 +47,14 @@ class Export:
         sources: for each of them, which of ours it is or is a part of.
         tokenizer: puts its files into a folder; None where transformers has none that gives the
             tokens of the model's own.
+        left_out: tensors of ours that no program would read there: the exits' gates.
     """
 
     config: Mapping[str, Any]
     weights: LazyWeights
     sources: Mapping[str, tuple[str, ...]]
     tokenizer: Callable[[Path], object] | None
+    left_out: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -135,7 +137,8 @@ def open_export(
     drafts tokens with just that. One with other exits comes with a class of its own, which
     transformers runs with `trust_remote_code=True` (the tokenizer is to be loaded with it too:
     transformers asks for the model's configuration first). Its `generate(...,
-    early_exit_threshold=0.8)` takes a token from the first exit that is confident enough.
+    early_exit_threshold=0.8)` takes a token from the first exit that is confident enough, by its
+    largest probability: gates are left out.
 
     Args:
         source: a save directory or one iteration in it; with exits only, its base is found.
@@ -164,17 +167,24 @@ def open_export(
             config = _exit_config(architecture, early_exit)
         else:
             config = write_config(architecture)
+        left_out = () if plain else tuple(filter(_is_beside, conversion.weights))
         kept = {
             name: tensor
             for name, tensor in conversion.weights.items()
-            if not (plain and is_of_exit(name))
+            if not (plain and is_of_exit(name)) and name not in left_out
         }
         weights, sources = _split(architecture, kept)
     except ValueError as error:
         raise ValueError(f"checkpoint {source}: {error}") from error
     tokenizer = export_tokenizer(conversion.description.tokenizer)
     config |= tokenizer.special_tokens
-    return Export(config, weights, sources, tokenizer.install)
+    return Export(config, weights, sources, tokenizer.install, left_out)
+
+
+def _is_beside(name: str) -> bool:
+    """Whether a tensor is of a part of an exit that its predictions do not depend on."""
+    modules = {part.module for part in HEAD_PARTS if part.is_beside}
+    return is_of_exit(name) and name.split(".")[2] in modules
 
 
 def _exit_config(a: Architecture, early_exit: EarlyExitConfig) -> dict[str, Any]:
@@ -200,7 +210,9 @@ def _exit_config(a: Architecture, early_exit: EarlyExitConfig) -> dict[str, Any]
         "linear_bias": a.add_bias_linear,
         "qk_norm": a.qk_layernorm,
         "exit_layers": list(early_exit.positions),
-        **{part.field: getattr(early_exit, part.field) for part in HEAD_PARTS},
+        **{
+            part.field: getattr(early_exit, part.field) for part in HEAD_PARTS if not part.is_beside
+        },
         "exit_vocab_size": early_exit.exit_vocab_size,
         "exit_measure": early_exit.exit_measure,
         "early_exit_threshold": None,

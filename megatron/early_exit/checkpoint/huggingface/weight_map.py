@@ -58,7 +58,7 @@ _TENSORS: Mapping[str, Origin] = {
     **{
         f"{part.module}.{name}": Origin((f"{part.module}.{name}",))
         for part in HEAD_PARTS
-        if not isinstance(part.tensors, str)
+        if not (isinstance(part.tensors, str) or part.is_beside)
         for name in part.tensors
     },
 }

@@ -62,7 +62,7 @@ class SingleProcess:
     def __init__(self, model: SegmentedModel) -> None:
         self.architecture = model.architecture
         self.exit_layers = tuple(exit_.position for exit_ in model.exits)
-        self.exit_measure = model.exit_measure
+        self.exit_measure, self.has_gates = model.exit_measure, model.gates is not None
         self.is_worker = False
 
     def draw_seed(self) -> int:
@@ -120,6 +120,7 @@ class ParallelBackend:
         self.rank_info, self.architecture = rank_info, architecture
         self.is_worker = has_driver and rank_info.rank > 0
         self.exit_layers, self.exit_measure = early_exit.positions, early_exit.exit_measure
+        self.has_gates = early_exit.use_exit_gate
         self._first_exit = rank_info.exits(architecture.num_layers, early_exit).start
         self._heartbeat = Heartbeat(rank_info.group)
         self._control: ControlPlane | None = None

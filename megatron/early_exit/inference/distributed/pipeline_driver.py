@@ -190,6 +190,7 @@ class PipelineDriver(DecodingLoop):
             final=True,
             verify=request.mode.verifies,
             logits=request.params.needs_logits,
+            details=request.mode.details,
             clear=clear,
             load=load,
         )

@@ -1,6 +1,6 @@
 """One stage of a pipeline: a run of layers with the exits in it and the caches for them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -88,7 +88,9 @@ class PipelineStage:
             for index in range(len(model.segments)):
                 hidden = self.runner.run(index, spans, tokens, hidden)
                 if index < len(model.exits):
-                    tasks = self._ask_exit(index, tasks, partial(streams.at, hidden), report)
+                    answers = self._ask_gates(index, tasks, partial(streams.here, hidden))
+                    at = partial(streams.at, hidden)
+                    tasks = self._ask_exit(index, tasks, answers, at, report)
                     streams.pass_exit(hidden)
             assert hidden is not None
             if self.rank_info.is_last_stage:
@@ -147,10 +149,37 @@ class PipelineStage:
         """Wait until the next stage has got everything."""
         self._links.finish()
 
+    def _ask_gates(
+        self, index: int, tasks: Sequence[StageTask], here: Callable[[Sequence[int]], Tensor]
+    ) -> dict[int, float]:
+        """What the gate of an exit says of tasks whose rules ask it, by their places.
+
+        Args:
+            here: gives the residual stream [n, h] of the last positions of some tasks.
+        """
+        head = self.first_exit + index
+        asking = [
+            i for i, task in enumerate(tasks) if task.next_exit == head and task.rule.asks_gates
+        ]
+        if not asking:
+            return {}
+        gates = self.runner.model.gates
+        assert gates is not None
+        found: list[float] = gates.confidences([index] * len(asking), here(asking)).tolist()
+        return dict(zip(asking, found, strict=True))
+
     def _ask_exit(
-        self, index: int, tasks: list[StageTask], streams: Streams, report: Report
+        self,
+        index: int,
+        tasks: list[StageTask],
+        answers: Mapping[int, float],
+        streams: Streams,
+        report: Report,
     ) -> list[StageTask]:
         head = self.first_exit + index
+        for i, answer in answers.items():
+            if not (tasks[i].details or tasks[i].rule.takes(head, answer)):
+                tasks[i] = replace(tasks[i], rule=tasks[i].rule.behind(head))
         waiting = [i for i, task in enumerate(tasks) if task.next_exit == head]
         while waiting:
             # The block of an exit comes forward by one position of a sequence at a time.
@@ -161,6 +190,10 @@ class PipelineStage:
             logits, figures = self._exit_logits(index, ends)
             judging = _judging(self.runner.model.exits[index].head, tasks, now, streams)
             outputs = head_outputs(logits, figures, judging)
+            outputs = [
+                replace(output, confidence=answers.get(i, output.confidence))
+                for i, output in zip(now, outputs, strict=True)
+            ]
             self._conclude(head, tasks, now, outputs, report)
             waiting = [i for i in waiting if i not in now]
         return tasks

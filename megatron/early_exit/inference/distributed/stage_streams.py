@@ -61,8 +61,12 @@ class StageStreams:
     def at(self, hidden: Tensor, places: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The residual stream of some tasks' last positions where hidden states [r, h] are, and at
         the exit before, each [n, h]."""
-        here = torch.cat([self._last_row(hidden, place) for place in places])
-        return here, torch.cat([self._before[place] for place in places])
+        return self.here(hidden, places), torch.cat([self._before[place] for place in places])
+
+    def here(self, hidden: Tensor, places: Sequence[int]) -> Tensor:
+        """The residual stream [n, h] of some tasks' last positions where hidden states [r, h]
+        are."""
+        return torch.cat([self._last_row(hidden, place) for place in places])
 
     def pass_exit(self, hidden: Tensor) -> None:
         """The next exit is behind the one at which hidden states [r, h] are."""

@@ -57,6 +57,7 @@ class StageTask:
         final: the final head is to be asked.
         verify: it is to be asked also when the rule has taken an exit's output.
         logits: they are wanted with the message about a head.
+        details: exits are evaluated for the record, also where their gates refuse.
         clear: the slot's cache has to be cleared first, since it may hold NaN.
         load: numbers of stored pages that go into the slot first, for the positions before `start`.
         outputs: of the exits that the rule has not taken.
@@ -71,6 +72,7 @@ class StageTask:
     final: bool = False
     verify: bool = False
     logits: bool = False
+    details: bool = False
     clear: bool = False
     load: tuple[int, ...] = ()
     outputs: tuple[HeadMessage, ...] = field(default=())

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megatron.early_exit.inference.engine.gate_batch import GateAnswers
 from megatron.early_exit.inference.engine.graphed_heads import GraphedHeads
 from megatron.early_exit.inference.engine.head_reading import (
     HeadCall,
@@ -31,10 +32,16 @@ class HeadBatch:
     Args:
         runner: has run them.
         graphed: the heads as they have been captured, where they have.
+        answers: of gates that have been asked already: the confidences of those exits.
     """
 
-    def __init__(self, runner: SegmentRunner, graphed: GraphedHeads | None = None) -> None:
-        self._runner, self._graphed = runner, graphed
+    def __init__(
+        self,
+        runner: SegmentRunner,
+        graphed: GraphedHeads | None = None,
+        answers: GateAnswers | None = None,
+    ) -> None:
+        self._runner, self._graphed, self._answers = runner, graphed, answers or {}
         self._calls: list[HeadCall] = []
 
     def add(
@@ -67,7 +74,7 @@ class HeadBatch:
     def outputs(self) -> HeadOutputs:
         """Evaluate the heads; those that share a projection run as one product. Where that has to
         wait for the device, it does once for all of them."""
-        return read([self._evaluate(calls) for calls in self._sharing()])
+        return read([self._evaluate(calls) for calls in self._sharing()], self._answers)
 
     def _sharing(self) -> abc.Collection[list[HeadCall]]:
         """The calls of each product, for as few products as possible."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.early_exit.inference.engine.gate_batch import GateAnswers
 from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.modes.batch_sampler import DrawBatch, draw
 from megatron.early_exit.inference.modes.draw import Draw
@@ -74,23 +75,34 @@ class HeadLogits:
         return head_figures(self.logits) if self.known_figures is None else self.known_figures
 
 
-def read(logits: Sequence[HeadLogits]) -> HeadOutputs:
-    """Read what the heads of some calls say, and draw the tokens that they have to give."""
+def read(logits: Sequence[HeadLogits], answers: GateAnswers) -> HeadOutputs:
+    """Read what the heads of some calls say, and draw the tokens that they have to give.
+
+    Args:
+        logits: of the calls.
+        answers: what gates have said before, which are the confidences of those exits.
+    """
     if all(one.logits.device.type == "cpu" for one in logits):
         found = [head_outputs(one.logits, one.figures, one.judging) for one in logits]
-        outputs = _outputs(logits, found)
+        outputs = _outputs(logits, found, answers)
         _draw_what_is_needed(logits, outputs)
         return outputs
-    return _read_ahead(logits)
+    return _read_ahead(logits, answers)
 
 
-def _outputs(logits: Sequence[HeadLogits], found_of: Sequence[list[HeadOutput]]) -> HeadOutputs:
+def _outputs(
+    logits: Sequence[HeadLogits], found_of: Sequence[list[HeadOutput]], answers: GateAnswers
+) -> HeadOutputs:
     outputs: HeadOutputs = {}
     for one, found in zip(logits, found_of, strict=True):
         first = 0
         for call in one.calls:
             for span, count in zip(call.spans, call.counts, strict=True):
-                outputs[call.segment, span.slot] = found[first : first + count]
+                own = found[first : first + count]
+                answer = answers.get((call.segment, span.slot))
+                if answer is not None:
+                    own = [replace(output, confidence=answer) for output in own]
+                outputs[call.segment, span.slot] = own
                 first += count
     return outputs
 
@@ -122,7 +134,7 @@ def _may_draw(call: HeadCall) -> bool:
     return any(not mode.sampler.is_always_greedy for mode in call.modes)
 
 
-def _read_ahead(logits: Sequence[HeadLogits]) -> HeadOutputs:
+def _read_ahead(logits: Sequence[HeadLogits], answers: GateAnswers) -> HeadOutputs:
     """Draw all tokens that may be needed, and read everything at once."""
     draws: dict[int, Draw] = {}
     best: dict[int, list[int]] = {}
@@ -159,7 +171,7 @@ def _read_ahead(logits: Sequence[HeadLogits]) -> HeadOutputs:
         figures.append(torch.stack((largest.indices.to(torch.float32), largest.values)))
     numbers = download(figures)
     found = [outputs_of(one.logits, numbers.pop(0)) for one in logits]
-    outputs = _outputs(logits, found)
+    outputs = _outputs(logits, found, answers)
 
     def add(row: int, **fields: Any) -> None:
         key, place = places[row]

@@ -88,25 +88,34 @@ class SegmentQueue:
     Args:
         index: of the segment.
         exit_rates: of each sequence, see `Sequence`.
+        gated: of each, whether the gates of exits are asked first, see `Sequence`.
 
     Attributes:
         count: how many there are.
         taken: by segment, how many get their token if the heads up to the one behind it are asked.
-        asked: by segment, how many questions that takes, without unlikely ones.
+        asked: by segment, how many heads are evaluated for that, without unlikely ones; behind
+            gates, which cost nothing that counts, those that give the token.
+        all_gated: all of the sequences ask gates.
     """
 
-    __slots__ = ("asked", "count", "taken")
+    __slots__ = ("all_gated", "asked", "count", "taken")
 
     def __init__(
-        self, index: int, num_segments: int, exit_rates: Sequence[Sequence[float]]
+        self,
+        index: int,
+        num_segments: int,
+        exit_rates: Sequence[Sequence[float]],
+        gated: Sequence[bool] | None = None,
     ) -> None:
         self.count = len(exit_rates)
-        self.taken, self.asked = [0.0] * num_segments, [0] * num_segments
-        for own in exit_rates:
-            stays, number = 1.0, 0
+        gated = gated or [False] * self.count
+        self.all_gated = all(gated)
+        self.taken, self.asked = [0.0] * num_segments, [0.0] * num_segments
+        for own, is_gated in zip(exit_rates, gated, strict=True):
+            stays, number = 1.0, 0.0
             for segment in range(index, num_segments):
                 if own[segment]:
-                    number += stays > UNLIKELY
+                    number += stays * own[segment] if is_gated else stays > UNLIKELY
                     stays *= 1 - own[segment]
                 self.taken[segment] += 1 - stays
                 self.asked[segment] += number
@@ -154,31 +163,36 @@ class Policy:
             taken += queue.taken[end]
             asked += queue.asked[end]
             later += queue.asked[-1] - queue.asked[end]
-        costs += self._heads(asked, start, end)
+        gated = all(queue.all_gated for queue in queues)
+        costs += self._heads(asked, start, end, gated)
         costs += taken * self._behind[end] / self._costs.rows
         alone = taken / costs
         if end == self._last:
             return alone
         stays = 1 - taken / count
-        count, asked, costs = count * stays, later * stays, costs + self._step
+        # Behind gates, what is evaluated later is what is expected already.
+        later = later if gated else later * stays
+        count, asked, costs = count * stays, later, costs + self._step
         for index in range(end + 1, self._last + 1):
             queue = queues[index]
             count += queue.count
             costs += self._product(index, count)
             asked += queue.asked[-1]
-        costs += self._heads(asked, end + 1, self._last)
+        costs += self._heads(asked, end + 1, self._last, gated)
         return max(alone, (taken + count) / costs)
 
     def _product(self, segment: int, rows: float) -> float:
         return self._costs.segments[segment] * (1 + rows / self._costs.rows)
 
-    def _heads(self, asked: float, start: int, end: int) -> float:
+    def _heads(self, asked: float, start: int, end: int, gated: bool) -> float:
         """What the heads behind the segments from `start` to `end` cost."""
         if not asked:
             return 0.0
         costs, exits = self._costs, end - start + 1
+        # Behind gates, the weights of a head are read only if one lets a sequence leave.
+        is_read = min(asked, 1.0) if gated else 1.0
         if costs.shares_heads:
-            return costs.head * (1 + asked / costs.rows)
+            return costs.head * (is_read + asked / costs.rows)
         final = costs.head if end == self._last else 0.0
         exits -= end == self._last
-        return final + costs.exit_head * (exits + asked / costs.rows)
+        return final + costs.exit_head * (exits * is_read + asked / costs.rows)

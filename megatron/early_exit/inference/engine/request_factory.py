@@ -36,6 +36,7 @@ class RequestFactory:
         draw_seed: gives seeds to requests that sample and have none.
         draft_costs: what drafting takes with each exit.
         exit_measure: what confidence is where a request does not say it.
+        has_gates: the exits have gates.
     """
 
     vocab_size: int
@@ -49,6 +50,7 @@ class RequestFactory:
     draw_seed: Callable[[], int]
     draft_costs: tuple[DraftCosts, ...]
     exit_measure: str = DEFAULT_MEASURE
+    has_gates: bool = False
     _keys: Iterator[int] = field(default_factory=lambda: count(1), init=False)
 
     def build(
@@ -91,9 +93,11 @@ class RequestFactory:
             room,
             self.draft_costs,
             self.exit_measure,
+            self.has_gates,
         )
         mode = MODES[params.mode].of(context)
         sequence.exits = frozenset(mode.rule.exits)
+        sequence.asks_gates = mode.rule.asks_gates
         if needs_streams(mode.rule.measure):
             heads = (*mode.rule.exits, len(self.exit_layers))
             sequence.compared = frozenset(head - 1 for head in heads if head > 0)

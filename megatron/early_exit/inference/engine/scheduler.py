@@ -209,7 +209,12 @@ class Scheduler:
             # Nobody leaves early.
             return range(next(i for i, group in enumerate(groups) if group), self.num_segments)
         queues = [
-            SegmentQueue(index, self.num_segments, [one.rates for one in group])
+            SegmentQueue(
+                index,
+                self.num_segments,
+                [one.rates for one in group],
+                [one.asks_gates for one in group],
+            )
             for index, group in enumerate(groups)
         ]
         return self._policy.choose(queues, self._must(groups))

@@ -1,6 +1,6 @@
 """What a model thinks of given text: probabilities of tokens that are already there."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -179,9 +179,13 @@ class TextScorer:
         for index in range(self._num_segments):
             hidden = runner.run(index, [span], piece.tokens, hidden)
             if index in self._asked:
-                head, features = runner.model.exits[index].head, runner.exit_features(index, span)
-                outputs = partial(self._outputs, head, head.project, features, hidden, before)
-                self._ask(self._first_exit + index, outputs, piece, scores)
+                rows, answers = self._rows(index, hidden, piece, scores)
+                head = runner.model.exits[index].head
+                # A block has to see every position.
+                if rows or head.block is not None:
+                    features = runner.exit_features(index, span)
+                    outputs = partial(self._outputs, head, head.project, features, hidden, before)
+                    self._ask(self._first_exit + index, outputs, piece, rows, answers, scores)
             if before is not None and index < len(runner.model.exits):
                 # The runner may write over what it has returned.
                 before = hidden.clone()
@@ -189,12 +193,30 @@ class TextScorer:
         if self._is_last:
             head = runner.model.final_head
             outputs = partial(self._outputs, head, head.logits, hidden, hidden, before)
-            self._ask(FINAL, outputs, piece, scores)
+            self._ask(FINAL, outputs, piece, _unscored(piece, scores), {}, scores)
         return list(scores.values()), hidden if before is None else torch.cat((hidden, before))
 
     def num_received(self, piece: Piece) -> int:
         """Rows of the hidden states that `run` needs of the stage before."""
         return len(piece.tokens) * (2 if self._compares else 1)
+
+    def _rows(
+        self, index: int, hidden: Tensor, piece: Piece, scores: Container[int]
+    ) -> tuple[list[int], dict[int, float]]:
+        """The rows of a piece about which an exit is asked, and what its gate says of them, where
+        that has been asked before."""
+        rows, rule = _unscored(piece, scores), self._rule.exit_rule
+        if not (rows and rule.asks_gates):
+            return rows, {}
+        gates, exit_index = self._runner.model.gates, self._first_exit + index
+        assert gates is not None
+        found: list[float] = gates.confidences([index] * len(rows), hidden[rows]).tolist()
+        answers = {
+            row: answer
+            for row, answer in zip(rows, found, strict=True)
+            if rule.at(piece.start + row + 1).takes(exit_index, answer)
+        }
+        return list(answers), answers
 
     def _outputs(
         self,
@@ -221,25 +243,32 @@ class TextScorer:
         head: int,
         outputs: Callable[[list[int]], list[HeadOutput]],
         piece: Piece,
+        rows: list[int],
+        answers: Mapping[int, float],
         scores: dict[int, PrefixScore],
     ) -> None:
-        """Let a head, which gives outputs for rows of the piece, score what those before it have
-        not."""
-        rows = [row for row in range(len(piece.tokens)) if piece.start + row not in scores]
+        """Let a head, which gives outputs for rows of the piece, score some that those before it
+        have not; `answers` are the confidences of rows whose gates have been asked."""
         if not rows:
             return
         following = (*piece.tokens[1:], piece.next_token)
         rule = self._rule.exit_rule
         for row, found in zip(rows, outputs(rows), strict=True):
             position, token = piece.start + row, following[row]
-            is_taken = head == FINAL or rule.at(position + 1).takes(head, found.confidence)
+            confidence = answers.get(row, found.confidence)
+            is_taken = head == FINAL or rule.at(position + 1).takes(head, confidence)
             if is_taken or not found.is_finite:
                 scores[position] = PrefixScore(
                     position,
                     head,
-                    found.confidence,
+                    confidence,
                     found.best_token,
                     found.is_finite,
                     None if token is None else found.logprob(token),
                     found.top_logprobs(self._rule.num_best) if self._rule.num_best else (),
                 )
+
+
+def _unscored(piece: Piece, scores: Container[int]) -> list[int]:
+    """The rows of a piece that have no score yet."""
+    return [row for row in range(len(piece.tokens)) if piece.start + row not in scores]

@@ -1,9 +1,13 @@
 """The loop over the segments of a model that this process, or its tensor-parallel group, has."""
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from megatron.early_exit.inference.engine.cache_pages import CachePages
 from megatron.early_exit.inference.engine.failures import is_out_of_memory, reason_of
+from megatron.early_exit.inference.engine.gate_batch import GateAnswers, GateBatch
 from megatron.early_exit.inference.engine.graphed_heads import GraphedHeads
 from megatron.early_exit.inference.engine.head_batch import HeadBatch
 from megatron.early_exit.inference.engine.head_reading import HeadOutputs
@@ -17,6 +21,15 @@ from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.modes.head_output import NOT_FINITE, HeadOutput
 from megatron.early_exit.inference.modes.mode import DecodingMode, Next
 from megatron.early_exit.inference.sequence import Sequence
+
+
+class _Stretch(NamedTuple):
+    """A batch that has been run: what came of it [r, h], and the places of the sequences of which
+    nothing waits there any more."""
+
+    step: ScheduledBatch
+    hidden: Tensor
+    complete: list[int]
 
 
 class SegmentLoop(DecodingLoop):
@@ -82,11 +95,13 @@ class SegmentLoop(DecodingLoop):
         if step is None:
             return
         with torch.inference_mode():
-            passed, likely, unlikely = self._run(step)
-            undecided = self._decide(passed, likely.outputs())
+            stretches, gates = self._run(step)
+            answers = gates.answers()
+            passed, likely, unlikely = self._heads(stretches, answers)
+            undecided = self._decide(passed, answers, likely.outputs())
             self._suspects = set(undecided)
             if undecided:
-                self._decide(undecided, unlikely.outputs())
+                self._decide(undecided, answers, unlikely.outputs())
         self._suspects = set()
 
     def _let_go(self) -> None:
@@ -138,34 +153,70 @@ class SegmentLoop(DecodingLoop):
         self._take_scores(self.requests[key], scores)
         self._suspects = set()
 
-    def _run(
-        self, step: ScheduledBatch | None
-    ) -> tuple[dict[int, list[int]], HeadBatch, HeadBatch]:
+    def _run(self, step: ScheduledBatch | None) -> tuple[list[_Stretch], GateBatch]:
         """Run a batch as far as the scheduler wants.
 
         Returns:
-            The segments that sequences have passed, by key; the heads there; and those which
-            sequences hardly get to.
+            What has been run, and the gates that have to be asked before any head.
         """
-        likely, unlikely = (HeadBatch(self.runner, self._graphed_heads) for _ in range(2))
-        passed: dict[int, list[int]] = {}
+        stretches, gates = [], GateBatch(self.runner.model.gates)
         while step is not None:
             self._suspects.update(sequence.key for sequence in step.sequences)
             self._let_go()
             hidden = self.runner.run(step.segment, step.spans, _inputs(step), last=step.last)
             complete = self.scheduler.ran(step)
+            stretches.append(_Stretch(step, hidden, complete))
+            gated = [one for one in complete if self._asks_gate(step.sequences[one], step.last)]
+            gates.add(step.last, step.spans, gated, hidden)
+            step = self.scheduler.onward(step, complete)
+        return stretches, gates
+
+    def _heads(
+        self, stretches: list[_Stretch], answers: GateAnswers
+    ) -> tuple[dict[int, list[int]], HeadBatch, HeadBatch]:
+        """Choose the heads to ask.
+
+        Returns:
+            The segments that sequences have passed, by key; the heads there; and those which
+            sequences hardly get to.
+        """
+        likely, unlikely = (HeadBatch(self.runner, self._graphed_heads, answers) for _ in range(2))
+        passed: dict[int, list[int]] = {}
+        left: set[int] = set()
+        for step, hidden, complete in stretches:
             first, later = [0] * len(step.spans), [0] * len(step.spans)
             for index in complete:
                 sequence = step.sequences[index]
                 own = passed.setdefault(sequence.key, [])
-                counts = first if self.scheduler.exit_rates.is_likely(sequence, own) else later
-                counts[index] = self._num_asked(sequence, step.last)
+                is_likely = self.scheduler.exit_rates.is_likely(sequence, own)
+                if sequence.asks_gates:
+                    is_likely = sequence.key not in left
+                if not self._is_refused(sequence, step.last, answers):
+                    counts = first if is_likely else later
+                    counts[index] = self._num_asked(sequence, step.last)
+                if self._is_let_out(sequence, step.last, answers):
+                    left.add(sequence.key)
                 own.append(step.last)
             modes = [self._mode(sequence) for sequence in step.sequences]
             likely.add(step.last, step.spans, modes, first, hidden)
             unlikely.add(step.last, step.spans, modes, later, hidden)
-            step = self.scheduler.onward(step, complete)
         return passed, likely, unlikely
+
+    def _asks_gate(self, sequence: Sequence, segment: int) -> bool:
+        """Whether the gate behind a segment is asked, before the exit there."""
+        is_exit = segment < self.scheduler.num_segments - 1
+        return sequence.asks_gates and is_exit and self._num_asked(sequence, segment) > 0
+
+    def _is_let_out(self, sequence: Sequence, segment: int, answers: GateAnswers) -> bool:
+        """Whether a gate has been asked, and lets a sequence leave."""
+        answer = answers.get((segment, sequence.slot))
+        return answer is not None and self._mode(sequence).rule.takes(segment, answer)
+
+    def _is_refused(self, sequence: Sequence, segment: int, answers: GateAnswers) -> bool:
+        """Whether a gate has been asked, and the exit behind it need not be."""
+        if (segment, sequence.slot) not in answers or self._mode(sequence).details:
+            return False
+        return not self._is_let_out(sequence, segment, answers)
 
     def _num_asked(self, sequence: Sequence, segment: int) -> int:
         """Positions that the head behind a segment is asked about."""
@@ -175,9 +226,12 @@ class SegmentLoop(DecodingLoop):
             return 0
         return int(self._mode(sequence).asks(segment))
 
-    def _decide(self, passed: dict[int, list[int]], outputs: HeadOutputs) -> dict[int, list[int]]:
+    def _decide(
+        self, passed: dict[int, list[int]], answers: GateAnswers, outputs: HeadOutputs
+    ) -> dict[int, list[int]]:
         """Tell the modes what the heads say, in the order of the segments. What one decides makes
-        those behind it idle, even if they have been asked.
+        those behind it idle, even if they have been asked. A mode does not hear of an exit whose
+        gate has refused.
 
         Returns:
             The segments that are left over, by key, from the first one that has not been asked.
@@ -187,6 +241,9 @@ class SegmentLoop(DecodingLoop):
             sequence = self.scheduler.running[key]
             for place, segment in enumerate(segments):
                 if not self._num_asked(sequence, segment):
+                    continue
+                if self._is_refused(sequence, segment, answers):
+                    self.scheduler.exit_rates.learn(sequence, segment, False)
                     continue
                 found = outputs.get((segment, sequence.slot))
                 if found is None:

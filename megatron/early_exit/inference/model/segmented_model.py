@@ -16,6 +16,7 @@ from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference.model.compiled import CompiledLayers, LayerCompiler
 from megatron.early_exit.inference.model.embedding import Embedding
+from megatron.early_exit.inference.model.gates import Gates
 from megatron.early_exit.inference.model.graphs import GraphedLayers
 from megatron.early_exit.inference.model.heads import BranchPart, Head, ModelExit
 from megatron.early_exit.inference.model.layers import Attention, Mlp, arrange
@@ -56,6 +57,7 @@ class SegmentedModel:
         exits: the n exits, `exits[i]` behind `segments[i]`.
         exit_vocab_size: tokens that they answer with.
         exit_measure: what their confidence is where a request does not say it.
+        gates: of the exits; None where they have none.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class SegmentedModel:
         self.segments = tuple(self.fused(i, i) for i in range(len(self._cuts) - 1))
         self.exit_vocab_size = early_exit.exit_vocab_size or architecture.vocab_size
         self.exit_measure = early_exit.exit_measure
+        self.gates = Gates.of(early_exit, weights, architecture.layernorm_epsilon)
         # One tensor for all exits, so that they share a product.
         self._answers = self.word_embeddings[: early_exit.exit_vocab_size]
         # By the weights: heads that are tied share one product, which on a CPU has its own copy.

@@ -16,6 +16,9 @@ from megatron.early_exit.inference.modes.rows import some_rows
 
 DEFAULT_MEASURE = EarlyExitConfig.exit_measure
 """The largest probability: it comes with what is read of every head in any case."""
+GATE = "gate"
+"""What an exit's gate says: it is asked before the exit, which is evaluated only where the rule
+takes its token. The final head has no gate: its confidence is the largest probability."""
 _BLOCK = 1024
 """Logits among which the largest one is searched for together, see `_two_largest`."""
 _NOTHING = -200.0
@@ -78,7 +81,7 @@ MEASURES: dict[str, Callable[[Evidence], Tensor]] = {
     "similarity": _similarity,
 }
 """How confidences [n] in fp32 are computed, by the measure. `DEFAULT_MEASURE` needs no more than
-what is read of a head in any case."""
+what is read of a head in any case, and `GATE` nothing of a head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +100,13 @@ class Judging:
 
     @classmethod
     def by(cls, measures: Sequence[str], num_others: int, streams: Streams) -> "Judging | None":
-        """How rows are judged; None where that is by `DEFAULT_MEASURE` alone."""
-        if all(measure == DEFAULT_MEASURE for measure in measures):
+        """How rows are judged; None where that takes none of `MEASURES`."""
+        if not any(measure in MEASURES for measure in measures):
             return None
         return cls(measures, num_others, streams)
 
     def confidences(self, logits: Tensor, figures: Tensor) -> list[tuple[list[int], Tensor]]:
-        """The confidences of rows that are judged by other measures than `DEFAULT_MEASURE`.
+        """The confidences of rows that are judged by one of `MEASURES`.
 
         Args:
             logits: [n, v] in fp32.
@@ -114,7 +117,7 @@ class Judging:
         """
         wanted: dict[str, list[int]] = {}
         for row, measure in enumerate(self.measures):
-            if measure != DEFAULT_MEASURE:
+            if measure in MEASURES:
                 wanted.setdefault(measure, []).append(row)
         return [
             (rows, self._of(measure, rows, logits, figures)) for measure, rows in wanted.items()

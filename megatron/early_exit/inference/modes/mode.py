@@ -16,7 +16,7 @@ from megatron.early_exit.inference.modes.batch_sampler import draw
 from megatron.early_exit.inference.modes.draft_gain import DraftCosts
 from megatron.early_exit.inference.modes.draw import Draft, Draw
 from megatron.early_exit.inference.modes.head_output import HeadOutput
-from megatron.early_exit.inference.modes.measures import DEFAULT_MEASURE
+from megatron.early_exit.inference.modes.measures import DEFAULT_MEASURE, GATE, MEASURES
 from megatron.early_exit.inference.modes.rule import NO_EXITS, ExitRule
 from megatron.early_exit.inference.modes.sampling import Sampler
 from megatron.early_exit.inference.params import SamplingParams
@@ -140,6 +140,7 @@ class ModeContext:
         room: the most tokens that the sequence may get in all.
         draft_costs: what drafting takes with each exit.
         stored_measure: what confidence is where the request does not say it.
+        has_gates: the exits have gates.
     """
 
     sampler: TokenSampler
@@ -148,6 +149,7 @@ class ModeContext:
     room: int
     draft_costs: tuple[DraftCosts, ...]
     stored_measure: str = DEFAULT_MEASURE
+    has_gates: bool = False
 
     @property
     def params(self) -> SamplingParams:
@@ -184,8 +186,17 @@ class ModeContext:
 
     @property
     def measure(self) -> str:
-        """What confidence is."""
-        return self.params.exit_measure or self.stored_measure
+        """What confidence is.
+
+        Raises:
+            FieldError: it is that of gates, and the exits have none.
+        """
+        measure = self.params.exit_measure or self.stored_measure
+        if measure == GATE and not self.has_gates:
+            others = " or ".join((DEFAULT_MEASURE, *MEASURES))
+            problem = "needs exits with gates, which the model does not have"
+            raise FieldError("exit_measure", problem, others, value=measure)
+        return measure
 
     def exit_index(self, field: str, layer: int) -> int:
         """The index of an exit that a field of the request names.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megatron.early_exit.inference.modes.measures import DEFAULT_MEASURE
+from megatron.early_exit.inference.modes.measures import DEFAULT_MEASURE, GATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,11 @@ class ExitRule:
     def takes(self, exit_index: int, confidence: float) -> bool:
         """Whether an exit of this confidence gives the token."""
         return confidence >= self.threshold(exit_index)
+
+    @property
+    def asks_gates(self) -> bool:
+        """Whether it is the gates of exits that are asked, before the exits."""
+        return self.measure == GATE
 
     @property
     def takes_everything(self) -> bool:

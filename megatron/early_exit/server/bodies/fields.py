@@ -26,8 +26,9 @@ from megatron.early_exit.server.settings import ExitSettings
 
 MEASURES = (
     "What an exit's confidence is: max_probability, margin (of the two largest ones), entropy (1 "
-    "less its share of the most that it can be) or similarity (of hidden states at neighbouring "
-    "exits)."
+    "less its share of the most that it can be), similarity (of hidden states at neighbouring "
+    "exits) or gate (what the exit's gate says, which is asked before the exit; for models that "
+    "have gates)."
 )
 STORED = "Default: the server's, else the model's."
 _ABOUT = {"title", "default", "description"}

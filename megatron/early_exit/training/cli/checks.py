@@ -53,6 +53,12 @@ def check_arguments(args: Namespace, exits: EarlyExitConfig) -> None:
                 f"--{flag.replace('_', '-')} cannot be combined with --exit-layer-nums, allowed: "
                 "Megatron's own data parallelism, with or without --use-distributed-optimizer"
             )
+    if exits.use_exit_gate and args.pipeline_model_parallel_size > 1:
+        raise ValueError(
+            "--use-exit-gate cannot be combined with --pipeline-model-parallel-size "
+            f"{args.pipeline_model_parallel_size}: gates learn what the final head says, which "
+            "other stages do not know, allowed: 1"
+        )
     if args.moe_use_upcycling:
         raise ValueError("--moe-use-upcycling cannot be combined with --exit-layer-nums")
     if not is_torch_dist(args):

@@ -66,8 +66,8 @@ def _with_exits(
 class _Evaluation:
     """Adds the exits to Megatron's evaluation.
 
-    Losses go the way of the final loss. Accuracies do not, because Megatron takes all that it is
-    given for a loss and prints the perplexity of it.
+    Losses go the way of the final loss. Accuracies, and what is measured of gates, do not, because
+    Megatron takes all that it is given for a loss and prints the perplexity of it.
     """
 
     def __init__(self, objective: ExitObjective) -> None:
@@ -82,7 +82,7 @@ class _Evaluation:
             means = _means(self.objective.validation_metrics)
             if not time_is_up:
                 for name, mean in means.items():
-                    if "accuracy" in name:
+                    if "accuracy" in name or "gate" in name:
                         self._accuracies[name] = mean.item()
                     else:
                         losses[name] = mean

@@ -19,13 +19,21 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from torch import Tensor
+from torch.nn import functional
 
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.model.exit_head import ExitHeads
 from megatron.early_exit.model.rng import derived_seed, dropout_rng
-from megatron.early_exit.training.loss.head_loss import HeadLossOptions, Teacher, head_loss
+from megatron.early_exit.training.loss.gate_metrics import GateMetrics
+from megatron.early_exit.training.loss.head_loss import (
+    HeadLoss,
+    HeadLossOptions,
+    Teacher,
+    head_loss,
+)
 from megatron.early_exit.training.loss.loss_weight import exit_loss_weights
 from megatron.early_exit.training.loss.metrics import ExitMetrics
+from megatron.early_exit.training.loss.vocabulary import LocalVocabulary
 
 
 class _Deferred(torch.autograd.Function):
@@ -100,13 +108,14 @@ class ExitObjective:
         self.seed = seed
         self.temperatures = {one.position: one.temperature for one in config.exits}
         self.weights = exit_loss_weights(config, iteration=0)
-        self.training_metrics = ExitMetrics(config.positions)
-        self.validation_metrics = ExitMetrics(config.positions)
+        self.training_metrics = ExitMetrics(config.positions, config.use_exit_gate)
+        self.validation_metrics = ExitMetrics(config.positions, config.use_exit_gate)
         self.ends_at_exit = False
         self._loss_scale: Tensor | float = 1.0
         self._per_token_share = 1.0
         self._iteration = 0
         self._dropout_draws = 0
+        self._waiting: list[ExitInput] = []
 
     def start_iteration(self, iteration: int) -> None:
         """Set the loss weights for the iteration after `iteration` completed ones."""
@@ -139,18 +148,33 @@ class ExitObjective:
         hidden: Tensor,
         labels: Tensor,
         loss_mask: Tensor | None,
+        final_tokens: Tensor | None,
         layer_kwargs: dict[str, Any],
     ) -> Tensor:
         """Attach the loss of the exit at `position` to `hidden` [s, b, h]; see `ExitTap`.
 
-        In evaluation the loss is computed at once and only measured.
+        In evaluation the loss is computed at once and only measured; or at the end of the pass, if
+        exits have gates, which are compared with the final head.
         """
-        targets = Targets.of(labels, loss_mask)
+        targets = Targets.of(labels, loss_mask, final_tokens)
         exit_input = ExitInput(exits, position, hidden, targets, layer_kwargs)
         if exits.training:
             return self.in_training(exit_input)
-        self._run(exit_input, self.validation_metrics)
+        if final_tokens is None:
+            self._run(exit_input, self.validation_metrics)
+        else:
+            self._waiting.append(exit_input)
         return hidden
+
+    def keep_final_tokens(self, exits: ExitHeads, logits: Tensor, final_tokens: Tensor) -> None:
+        """Fill in what exits are compared with; see `ExitTap`."""
+        vocabulary = LocalVocabulary(logits.shape[-1], exits.tp_group, size=None)
+        _, tokens = vocabulary.largest(logits.detach().flatten(0, 1))
+        # The tensor may be kept for a backward that computes nothing from these values.
+        final_tokens.data.copy_(tokens.view(logits.shape[:2]).t())
+        waiting, self._waiting = self._waiting, []
+        for exit_input in waiting:
+            self._run(exit_input, self.validation_metrics)
 
     def in_training(self, exit_input: "ExitInput") -> Tensor:
         """What goes on behind an exit, [s, b, h]: its loss is deferred to the backward phase.
@@ -201,25 +225,54 @@ class ExitObjective:
         """Compute an exit's loss; with gradients enabled, backpropagate it."""
         exits, position, targets = exit_input.exits, exit_input.position, exit_input.targets
         options = self.options(exits, position)
+        final_tokens = targets.of_final_head()
 
-        def criterion(output: Tensor, weight: Tensor) -> None:
+        def criterion(output: Tensor, weight: Tensor) -> HeadLoss:
             if exits.config.sequence_parallel:
                 output = gather_from_sequence_parallel_region(output, group=exits.tp_group)
             else:
                 output = copy_to_tensor_model_parallel_region(output, group=exits.tp_group)
             flat = output.reshape(-1, output.shape[-1]).to(weight.dtype)
             coefficients = None
-            if torch.is_grad_enabled():
-                coefficients = targets.mask * self._coefficient(position, targets)
+            if torch.is_grad_enabled() and (flat.requires_grad or weight.requires_grad):
+                coefficients = targets.mask * self._coefficient(self.weights[position], targets)
             result, gradient = head_loss(
-                flat, weight, targets.labels, options, coefficients, teacher
+                flat, weight, targets.labels, options, coefficients, teacher, final_tokens
             )
             metrics.add(position, result, targets.mask)
             if gradient is not None and flat.requires_grad:
                 torch.autograd.backward(flat, gradient)
+            return result
 
         with self._random_numbers(exits, position):
-            exits(position, exit_input.hidden, criterion, exit_input.layer_kwargs)
+            result = exits(position, exit_input.hidden, criterion, exit_input.layer_kwargs)
+        if metrics.gates is not None:
+            assert result.agrees is not None
+            self._run_gate(exit_input, result.agrees, metrics.gates)
+
+    def _run_gate(self, exit_input: "ExitInput", agrees: Tensor, metrics: GateMetrics) -> None:
+        """Compute the loss of an exit's gate; with gradients enabled, backpropagate it to the gate
+        and nothing else.
+
+        Args:
+            exit_input: the exit's.
+            agrees: [s * b], 1 where the exit's most probable token is the final head's, else 0.
+            metrics: what the results are added to.
+        """
+        exits, mask = exit_input.exits, exit_input.targets.mask
+        output = exits.heads[exit_input.position].gate(exit_input.hidden.detach())
+        if exits.config.sequence_parallel:
+            # All ranks compute the same loss, so each takes the gradient of its own part.
+            output = gather_from_sequence_parallel_region(
+                output, tensor_parallel_output_grad=False, group=exits.tp_group
+            )
+        losses = functional.binary_cross_entropy_with_logits(
+            output.flatten(), agrees, reduction="none"
+        )
+        confidence = output.detach().flatten().sigmoid()
+        metrics.add(exit_input.position, confidence, losses.detach(), agrees, mask)
+        if losses.requires_grad:
+            torch.autograd.backward(losses, mask * self._coefficient(1.0, exit_input.targets))
 
     def _random_numbers(self, exits: ExitHeads, position: int) -> AbstractContextManager[None]:
         """Dropout of the exit's own: the backbone's random numbers stay as they are without exits,
@@ -231,8 +284,8 @@ class ExitObjective:
         tp_rank = torch.distributed.get_rank(exits.tp_group)
         return dropout_rng(seed, tp_rank, exits.config.sequence_parallel)
 
-    def _coefficient(self, position: int, targets: "Targets") -> Tensor | float:
-        coefficient = self.weights[position] * self._loss_scale
+    def _coefficient(self, weight: float, targets: "Targets") -> Tensor | float:
+        coefficient = weight * self._loss_scale
         if self.normalization.per_token:
             return coefficient
         return coefficient / targets.mask.sum().clamp(min=1)
@@ -240,21 +293,30 @@ class ExitObjective:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a microbatch's exits should predict, both [s * b], sequence first as hidden states.
+    """What a microbatch's exits should predict, sequence first as hidden states.
 
     Attributes:
-        labels: the tokens.
-        mask: which of them count.
+        labels: [s * b], the tokens.
+        mask: [s * b], which of them count.
+        final_tokens: [b, s], what the final head predicts, known at the end of the forward pass;
+            None where no gate needs it.
     """
 
     labels: Tensor
     mask: Tensor
+    final_tokens: Tensor | None = None
 
     @classmethod
-    def of(cls, labels: Tensor, loss_mask: Tensor | None) -> "Targets":
-        """Targets from labels and mask, each [b, s]."""
+    def of(
+        cls, labels: Tensor, loss_mask: Tensor | None, final_tokens: Tensor | None = None
+    ) -> "Targets":
+        """Targets from labels, mask and the final head's tokens, each [b, s]."""
         mask = torch.ones_like(labels) if loss_mask is None else loss_mask
-        return cls(labels.t().reshape(-1), mask.t().reshape(-1).float())
+        return cls(labels.t().reshape(-1), mask.t().reshape(-1).float(), final_tokens)
+
+    def of_final_head(self) -> Tensor | None:
+        """The final head's tokens [s * b], to be called after the forward pass."""
+        return None if self.final_tokens is None else self.final_tokens.t().reshape(-1)
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,13 @@ class HeadLoss:
         correct: 1 where the label is the greedy choice: the largest logit, the lowest id of equals
             (which are frequent in half precision).
         weight: what the token's loss is multiplied by: 1, or the head's own confidence.
+        agrees: 1 where the greedy choice is that of another head; None where none is given.
     """
 
     loss: Tensor
     correct: Tensor
     weight: Tensor
+    agrees: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,7 @@ def head_loss(
     options: HeadLossOptions,
     coefficients: Tensor | None = None,
     teacher: Teacher | None = None,
+    other_tokens: Tensor | None = None,
 ) -> tuple[HeadLoss, Tensor | None]:
     """Loss of the head `hidden @ weight.T` over a vocabulary divided by tensor parallelism.
 
@@ -159,6 +162,7 @@ def head_loss(
             backward hooks run once), and this rank's part of the gradient of `hidden` is returned
             (to be summed over the tensor-parallel group).
         teacher: changes the gradients; what is returned stays the cross entropy.
+        other_tokens: [n], the greedy choices of another head, for `HeadLoss.agrees`.
 
     Returns:
         The per-token results, and the gradient [n, h] or None.
@@ -183,14 +187,16 @@ def head_loss(
         for rows in slices:
             logits = torch.mm(hidden[rows], frozen_weight.t())
             own = None
+            others = None if other_tokens is None else other_tokens[rows]
+            chunk = labels[rows], options.temperature, vocabulary, others
             softmax: ChunkSoftmax
             if fused:
-                softmax = FusedSoftmax(logits, labels[rows], options.temperature, vocabulary)
+                softmax = FusedSoftmax(logits, *chunk)
             else:
                 logits = vocabulary.mask(logits.float())
                 if teacher is not None and coefficients is not None:
                     own = teacher.own_softmax(logits, options.temperature, vocabulary)
-                softmax = EagerSoftmax(logits, labels[rows], options.temperature, vocabulary)
+                softmax = EagerSoftmax(logits, *chunk)
             part = _loss_of(softmax, options)
             parts.append(part)
             if coefficients is None or hidden_gradient is None:
@@ -211,8 +217,9 @@ def head_loss(
                 weight_gradient.add(gradient, hidden[rows])
     if weight_gradient is not None:
         weight_gradient.deliver()
-    fields = ([getattr(part, name) for part in parts] for name in ("loss", "correct", "weight"))
-    return HeadLoss(*(torch.cat(field) for field in fields)), hidden_gradient
+    names = ["loss", "correct", "weight", *(["agrees"] if other_tokens is not None else [])]
+    whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return HeadLoss(**whole), hidden_gradient
 
 
 def _is_fused(hidden: Tensor, options: HeadLossOptions, teacher: Teacher | None) -> bool:
@@ -222,7 +229,8 @@ def _is_fused(hidden: Tensor, options: HeadLossOptions, teacher: Teacher | None)
 def _loss_of(softmax: ChunkSoftmax, options: HeadLossOptions) -> HeadLoss:
     confidence = softmax.total.reciprocal()
     weight = confidence if options.confidence_weighted else torch.ones_like(confidence)
-    return HeadLoss(softmax.total.log() - softmax.target, softmax.is_choice.float(), weight)
+    agrees = None if softmax.agrees is None else softmax.agrees.float()
+    return HeadLoss(softmax.total.log() - softmax.target, softmax.is_choice.float(), weight, agrees)
 
 
 class _WeightGradient:

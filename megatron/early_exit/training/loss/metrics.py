@@ -4,6 +4,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron.early_exit.training.loss.gate_metrics import GateMetrics
 from megatron.early_exit.training.loss.head_loss import HeadLoss
 
 _LOSS, _CORRECT, _TOKENS = range(3)
@@ -14,10 +15,15 @@ class ExitMetrics:
 
     Args:
         positions: the positions of all exits of the model, on every rank the same.
+        has_gates: whether they have gates.
+
+    Attributes:
+        gates: the measurements of these; None where there are none.
     """
 
-    def __init__(self, positions: tuple[int, ...]) -> None:
+    def __init__(self, positions: tuple[int, ...], has_gates: bool = False) -> None:
         self.positions = positions
+        self.gates = GateMetrics(positions) if has_gates else None
         self._sums: Tensor | None = None
 
     def add(self, position: int, result: HeadLoss, mask: Tensor) -> None:
@@ -35,7 +41,8 @@ class ExitMetrics:
         A collective call over the data-parallel, context-parallel and pipeline groups.
 
         Returns:
-            `exit N loss` and `exit N accuracy` for each position N, the same on every rank.
+            `exit N loss` and `exit N accuracy` for each position N, the same on every rank; and
+            what `GateMetrics` has.
         """
         sums = self._zeros(device) if self._sums is None else self._sums
         self._sums = None
@@ -46,6 +53,8 @@ class ExitMetrics:
         for row, position in enumerate(self.positions):
             means[f"exit {position} loss"] = (sums[row, _LOSS] / tokens[row]).float()
             means[f"exit {position} accuracy"] = (sums[row, _CORRECT] / tokens[row]).float()
+        if self.gates is not None:
+            means |= self.gates.take(groups, device)
         return means
 
     def _zeros(self, device: torch.device) -> Tensor:

@@ -36,11 +36,13 @@ class ChunkSoftmax(Protocol):
         target: [c], what the label's logit is less than the largest (0 or negative); of a label
             that is no answer, the mean over all answers.
         is_choice: [c], whether the label is the greedy choice.
+        agrees: [c], whether another head's token is it; None where none is given.
     """
 
     total: Tensor
     target: Tensor
     is_choice: Tensor
+    agrees: Tensor | None
 
     def gradient(self, by_softmax: Tensor, by_label: Tensor) -> Tensor:
         """softmax * by_softmax less by_label at the labels, [c, v], in the memory of the logits;
@@ -55,15 +57,24 @@ class EagerSoftmax:
         labels: [c], ids in the whole vocabulary.
         temperature: divisor of the logits.
         vocabulary: what `v` is a part of.
+        other_tokens: [c], the greedy choices of another head.
     """
 
     def __init__(
-        self, logits: Tensor, labels: Tensor, temperature: float, vocabulary: LocalVocabulary
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        temperature: float,
+        vocabulary: LocalVocabulary,
+        other_tokens: Tensor | None = None,
     ) -> None:
         self._vocabulary, self._labels = vocabulary, labels
         if temperature != 1.0:
             logits /= temperature
         largest, self.is_choice = vocabulary.choice(logits, labels)
+        self.agrees = None
+        if other_tokens is not None:
+            _, self.agrees = vocabulary.choice(logits, other_tokens)
         logits -= largest.unsqueeze(1)
         target = vocabulary.at_labels(logits, labels)
         self._exponentials = logits.exp_()
@@ -85,10 +96,16 @@ class FusedSoftmax:
         labels: [c], ids in the whole vocabulary.
         temperature: divisor of the logits.
         vocabulary: what `v` is a part of.
+        other_tokens: [c], the greedy choices of another head.
     """
 
     def __init__(
-        self, logits: Tensor, labels: Tensor, temperature: float, vocabulary: LocalVocabulary
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        temperature: float,
+        vocabulary: LocalVocabulary,
+        other_tokens: Tensor | None = None,
     ) -> None:
         self._logits = logits
         self._index, self._is_here = vocabulary.places(labels)
@@ -96,6 +113,7 @@ class FusedSoftmax:
         temperatures = torch.full((len(labels), 1), temperature, device=logits.device)
         largest, token = vocabulary.largest_of_ranks(*_largest(logits))
         self.is_choice = token == labels
+        self.agrees = None if other_tokens is None else token == other_tokens
         self._scaling = temperatures, largest.unsqueeze(1) / temperatures
         target = _shifted(logits.gather(1, self._index), *self._scaling).squeeze(1)
         target = torch.where(self._is_here, target, 0)

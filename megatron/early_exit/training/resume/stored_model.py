@@ -17,6 +17,7 @@ from megatron.early_exit.config import HEAD_PARTS, EarlyExitConfig
 
 _WORD_EMBEDDING = "embedding.word_embeddings.weight"
 _EXITS_PREFIX = "exits."
+_BESIDE = frozenset(part.module for part in HEAD_PARTS if part.is_beside)
 _MAY_CHANGE = frozenset({"vocab_size", "params_dtype"})
 """Fields of an architecture in which runs of one model may differ; the vocabulary is compared with
 what the checkpoint has rows for."""
@@ -91,22 +92,29 @@ class StoredModel:
                 parts.setdefault(int(position), set()).add(part.removeprefix("pre_mlp_layernorm"))
         return {position: frozenset(found - {""}) for position, found in parts.items()}
 
-    def match(self, options: EarlyExitConfig) -> ExitMatch:
+    def match(self, options: EarlyExitConfig, adds_gates: bool = False) -> ExitMatch:
         """Which of a run's exits are in the checkpoint.
+
+        Args:
+            options: the run's exits.
+            adds_gates: the run starts parts beside the branches where the checkpoint lacks them.
 
         Raises:
             ValueError: an exit of both has another kind of head.
         """
         wanted = frozenset(part.module for part in options.head_parts)
+        heads = wanted - _BESIDE
         for position in options.positions:
             found = self.parts.get(position, wanted)
-            if found not in (wanted, frozenset()):
+            if found not in (wanted, frozenset()) and not (adds_gates and found == heads):
                 raise self._other_head(position, _flags(found), options)
             # Of heads without weights only the arguments say which they are.
-            shares = position in self.exits.positions and self.exits.share_final_head
-            if not (found or wanted) and shares != options.share_final_head:
+            is_known = position in self.exits.positions
+            shares = self.exits.share_final_head
+            if is_known and not (found - _BESIDE or heads) and shares != options.share_final_head:
                 raise self._other_head(position, self.exits.head_flags, options)
-        same = {p for p, found in self.parts.items() if found == wanted}
+        known = {wanted, heads} if adds_gates else {wanted}
+        same = {p for p, found in self.parts.items() if found in known}
         return ExitMatch(
             fresh=tuple(p for p in options.positions if p not in same),
             unused=tuple(p for p in sorted(self.parts) if p not in options.positions),

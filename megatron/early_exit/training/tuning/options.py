@@ -119,17 +119,25 @@ def plan_depth(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) 
                 f"{exits.positions[-1]}"
             )
         args.pipeline_model_parallel_size = stages = wanted
-    elif options.distills:
+    elif needs_final_head(options, exits):
         depth = full
     else:
         depth = min(-(-exits.positions[-1] // stages) * stages, full)
-    if options.distills and (depth < full or stages > 1):
+    if needs_final_head(options, exits) and (depth < full or stages > 1):
+        flag = f"--exit-distillation-weight {options.exit_distillation_weight}"
+        if not options.distills:
+            flag = as_flag(exits.beside_parts[0].field)
         raise ValueError(
-            f"--exit-distillation-weight {options.exit_distillation_weight} needs the whole model "
+            f"{flag} needs the whole model "
             "in each process, allowed: --pipeline-model-parallel-size 1 without "
             "--tune-exit-pipeline-parallel-size (--tensor-model-parallel-size may be any)"
         )
     args.num_layers = depth
+
+
+def needs_final_head(options: TuningOptions, exits: EarlyExitConfig) -> bool:
+    """Whether what exits learn depends on what the model's own head says."""
+    return options.distills or bool(exits.beside_parts)
 
 
 def _check(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) -> None:
@@ -139,17 +147,19 @@ def _check(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) -> N
         raise ValueError(
             "--pre-exit cannot be combined with --tune-exit: each exit is run where its layer ends"
         )
-    if exits.share_final_head:
+    if exits.share_final_head and not exits.head_parts:
         raise ValueError(
             "--share-final-head cannot be combined with --tune-exit: exits then have no weights of "
-            "their own, and the model's are frozen; train the whole model without --tune-exit"
+            "their own, and the model's are frozen; train the whole model without --tune-exit, or "
+            "give exits gates to train"
         )
     if options.freeze_exit_output_weights and not exits.untie_exit_output_weights:
         raise ValueError(
             "--freeze-exit-output-weights has no effect without --untie-exit-output-weights: tied "
             "projections are the model's own and never tuned"
         )
-    if not (exits.branch_parts if options.freeze_exit_output_weights else exits.head_parts):
+    frozen = ("output",) if options.freeze_exit_output_weights else ()
+    if all(part.tensors in frozen for part in exits.head_parts):
         *flags, last = map(as_flag, HEAD_FIELDS)
         raise ValueError(
             "--tune-exit has nothing to tune: give exits weights of their own with "

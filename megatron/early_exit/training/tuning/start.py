@@ -67,7 +67,7 @@ def _from_model(
     path = source.checkpoint.path
     stored = StoredModel(path)
     stored.check_backbone(args, vocab_size)
-    fresh = stored.match(exits).fresh
+    fresh = stored.match(exits, adds_gates=True).fresh
     base = describe_base(path)
     notes = [f"tuning the exits of {path}, with {args.num_layers} of {args.full_num_layers} layers"]
     if fresh:

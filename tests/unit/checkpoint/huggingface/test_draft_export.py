@@ -41,7 +41,7 @@ def load(folder):
         (TIED, {"use_exit_norm": True, "use_exit_block": True}, 3),
         (LLAMA, HEADS["all"], 1),
         (LLAMA, {"share_final_head": True}, 3),
-        (TIED, {"share_final_head": True}, 1),
+        (TIED, {"share_final_head": True, "use_exit_gate": True}, 1),
     ],
 )
 def test_a_draft_gives_the_tokens_of_its_exit(tmp_path, architecture, heads, position):

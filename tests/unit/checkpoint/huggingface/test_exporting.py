@@ -163,12 +163,19 @@ def test_plain_leaves_exits_out_and_drafts_with_them_in_transformers(tmp_path):
     """transformers' own early exit: a draft by the first layers, the final norm and the output
     layer, which the whole model verifies."""
     folder = save_hf_reference(make_hf_reference("SmolLM2"), tmp_path / "hf")
-    wanted = EarlyExitConfig(exit_layer_nums=(1, 2), use_exit_norm=True)
+    wanted = EarlyExitConfig(exit_layer_nums=(1, 2), use_exit_norm=True, use_exit_gate=True)
     ours = import_to(folder, tmp_path / "ours")
     add_exits(open_checkpoint(ours), wanted).write(tmp_path / "exits")
-    assert open_export(tmp_path / "exits").needs_remote_code
+    with_exits = open_export(tmp_path / "exits")
+    assert with_exits.needs_remote_code
+    # Nothing there would ask them.
+    gates = [f"exits.{layer}.gate.{name}" for layer in (1, 2) for name in ("weight", "bias")]
+    assert sorted(with_exits.left_out) == sorted(gates)
+    assert not [name for name in (*with_exits.weights, *with_exits.config) if "gate." in name]
+    assert "exits.2.norm.weight" in with_exits.weights
     export = export_hf(tmp_path / "exits", tmp_path / "plain", plain=True)
     assert not export.needs_remote_code
+    assert not export.left_out
     assert load_shards(tmp_path / "plain").keys() == load_shards(folder).keys()
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
     check_drafting(plain, reference_tokens(plain, PROMPT, 40))

@@ -168,6 +168,23 @@ def test_exits_that_are_always_taken_leave_the_rest_alone():
     assert {step.segment for step in simulation.steps} == {0}
 
 
+@pytest.mark.parametrize("asks_gates", [False, True])
+def test_gates_are_asked_where_a_head_would_not_be(asks_gates):
+    """A vocabulary as large as the layers behind an exit is not read to leave there now and then; a
+    gate costs nothing."""
+    scheduler = Scheduler(2, 1, costs=Costs((1.0, 1.0), head=1.0))
+    sequence = sequence_of(0, 1)
+    sequence.exits, sequence.asks_gates = frozenset({0}), asks_gates
+    scheduler.add(sequence)
+    scheduler.admit()
+    scheduler.exit_rates.start(sequence)
+    sequence.exit_rates[0] = 0.3
+    step = scheduler.next()
+    behind = scheduler.onward(step, scheduler.ran(step))
+    assert (step.segment, step.last) == (0, 0)
+    assert (behind is None) == asks_gates
+
+
 def test_those_that_wait_deeper_are_taken_along():
     scheduler = Scheduler(2, 4, costs=Costs((1.0, 1.0), head=1.0))
     depths = [[0] * phase + [0, 0, 0, 1] * 20 for phase in range(4)]

@@ -211,6 +211,14 @@ def test_flags_that_are_not_served_are_refused(parse, flags, words):
     assert all(word in message for word in words), message
 
 
+def test_gates_are_not_trained_on_several_stages(parse):
+    exits = EarlyExitConfig(exit_layer_nums=(1,), use_exit_gate=True)
+    flags = ("--pipeline-model-parallel-size", 2)
+    message = refusal(lambda: check_arguments(parse(*flags), exits))
+    assert message.startswith("--use-exit-gate cannot be combined with --pipeline-model-parallel-")
+    assert message.endswith("allowed: 1")
+
+
 def test_defaults_are_served(parse):
     check_arguments(parse(), EarlyExitConfig())
 

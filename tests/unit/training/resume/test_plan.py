@@ -87,6 +87,22 @@ def test_exits_without_weights_are_known_by_the_arguments(tmp_path):
             StoredModel(path).match(options)
 
 
+def test_gates_may_be_new_where_the_run_starts_them(tmp_path):
+    path = save(tmp_path / "a", 2, NORM, **WITH_EXITS)
+    wanted = exits(1, 3, use_exit_norm=True, use_exit_gate=True)
+    assert StoredModel(path).match(wanted, adds_gates=True).is_exact
+    with pytest.raises(ValueError, match=r"layer 1 has another head .*\(--use-exit-norm\)"):
+        StoredModel(path).match(wanted)
+    shared = save(tmp_path / "b", 2, exit_layer_nums=[1, 3], share_final_head=True)
+    wanted = exits(1, 3, share_final_head=True, use_exit_gate=True)
+    assert StoredModel(shared).match(wanted, adds_gates=True).is_exact
+    # Exits that are new altogether.
+    assert StoredModel(save(tmp_path / "c", 2)).match(wanted, adds_gates=True).fresh == (1, 3)
+    tied = save(tmp_path / "d", 2, exit_layer_nums=[1, 3])
+    with pytest.raises(ValueError, match=r"layer 1 has another head .*\(no flag of heads\)"):
+        StoredModel(tied).match(wanted, adds_gates=True)
+
+
 def test_exits_that_only_the_tensors_show_are_known(tmp_path):
     path = save(tmp_path, 2, NORM)
     assert StoredModel(path).match(exits(1, 3, use_exit_norm=True)).is_exact

@@ -43,6 +43,25 @@ def test_depth(layers, stages, options, depth, built_stages):
     assert args.full_num_layers == 32
 
 
+@pytest.mark.parametrize("heads", [{"use_exit_norm": True}, {"share_final_head": True}])
+def test_gates_need_the_whole_model(heads):
+    config = exits(8, use_exit_gate=True, **heads)
+    args = arguments()
+    plan_depth(args, TuningOptions(tune_exit=True), config)
+    assert args.num_layers == 32
+    for args, options in (
+        (arguments(stages=4), {}),
+        (arguments(stages=4), {"tune_exit_pipeline_parallel_size": 1}),
+    ):
+        with pytest.raises(ValueError, match=r"^--use-exit-gate needs the whole model"):
+            plan_depth(args, TuningOptions(tune_exit=True, **options), config)
+
+
+def test_a_gate_is_tuned_beside_frozen_projections():
+    options = TuningOptions(tune_exit=True, freeze_exit_output_weights=True)
+    plan_depth(arguments(), options, exits(3, use_exit_gate=True, untie_exit_output_weights=True))
+
+
 @pytest.mark.parametrize(
     ("args", "options", "config", "message"),
     [

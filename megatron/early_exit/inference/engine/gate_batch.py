@@ -1,0 +1,66 @@
+"""Asks the gates of several exits at once.
+
+What they say is one small product for all sequences and exits that a step has passed, and, where
+reading a number means to wait for the device, one wait.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron.early_exit.inference.model.gates import Gates
+from megatron.early_exit.inference.model.kv_cache import Span, row_ends
+from megatron.early_exit.inference.transfer import upload
+
+GateAnswers = dict[tuple[int, int], float]
+"""How sure gates are of the last position of sequences, by segment and slot."""
+
+
+class GateBatch:
+    """The gates to ask for batches that have been run one after another.
+
+    Args:
+        gates: of the model.
+    """
+
+    def __init__(self, gates: Gates | None) -> None:
+        self._gates = gates
+        self._exits: list[int] = []
+        self._slots: list[int] = []
+        self._streams: list[Tensor] = []
+
+    def add(
+        self, segment: int, spans: Sequence[Span], asked: Sequence[int], hidden: Tensor
+    ) -> None:
+        """Add the gate of the exit behind a segment.
+
+        Args:
+            segment: has been run.
+            spans: what has been run.
+            asked: places of those spans about whose last position the gate is asked.
+            hidden: [r, h], what came of it.
+        """
+        if not asked:
+            return
+        if len(asked) < len(hidden):
+            ends = row_ends(spans)
+            rows = [ends[place] - 1 for place in asked]
+            hidden = hidden[rows[0] : rows[0] + 1] if len(rows) == 1 else _some(hidden, rows)
+        self._streams.append(hidden)
+        self._exits += [segment] * len(asked)
+        self._slots += [spans[place].slot for place in asked]
+
+    def answers(self) -> GateAnswers:
+        """Ask the gates."""
+        if not self._exits:
+            return {}
+        assert self._gates is not None
+        streams = self._streams
+        together = streams[0] if len(streams) == 1 else torch.cat(streams)
+        found: list[float] = self._gates.confidences(self._exits, together).tolist()
+        return dict(zip(zip(self._exits, self._slots, strict=True), found, strict=True))
+
+
+def _some(hidden: Tensor, rows: list[int]) -> Tensor:
+    return hidden[upload(rows, hidden.device)]

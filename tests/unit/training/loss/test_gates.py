@@ -1,0 +1,252 @@
+"""Gates get the gradients of plain autograd, and leave all others as they are without gates."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.early_exit import platform
+
+platform.prepare()
+
+from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
+from megatron.early_exit.training.loss.exit_loss import (  # noqa: E402
+    ExitObjective,
+    LossNormalization,
+)
+from megatron.early_exit.training.tuning.objective import LocalObjective  # noqa: E402
+from tests.helpers.exit_models import (  # noqa: E402
+    Microbatch,
+    PlainExits,
+    build_model,
+    gradients,
+)
+from tests.helpers.plain_loss import relative_error  # noqa: E402
+from tests.helpers.single_process import model_parallel  # noqa: E402
+
+BOUND = 1e-5
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "norm and mlp": {"use_exit_norm": True, "use_exit_mlp": True},
+    "block": {"use_exit_norm": True, "use_exit_block": True, "untie_exit_output_weights": True},
+    "final head": {"share_final_head": True},
+    "few answers": {"exit_vocab_size": 24},
+    "before layers": {"use_exit_norm": True, "pre_exit": True},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_groups() -> Iterator[None]:
+    with model_parallel():
+        yield
+
+
+def exits(kind: str, **others: Any) -> EarlyExitConfig:
+    numbers = (2, 4) if HEADS[kind].get("pre_exit") else (1, 3)
+    return EarlyExitConfig(
+        exit_layer_nums=numbers,
+        exit_layer_weight=(0.3, 0.6),
+        use_exit_gate=True,
+        **HEADS[kind],
+        **others,
+    )
+
+
+def model_of(config: EarlyExitConfig, **backbone: Any) -> Any:
+    """A model in which exits sometimes agree with the final head, and gates are not undecided."""
+    model = build_model(config, **backbone)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".gate." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+            elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+                # Else all heads would repeat the token that comes in.
+                parameter *= 12
+    return model
+
+
+def deferred(
+    config: EarlyExitConfig,
+    model: Any,
+    batches: list[Microbatch],
+    per_token: bool = False,
+    scale: float = 1.0,
+) -> tuple[ExitObjective, dict[str, torch.Tensor]]:
+    """All forward passes, then all backward passes."""
+    normalization = LossNormalization(per_token=per_token, context_parallel_size=1)
+    model.exit_tap = objective = ExitObjective(config, normalization, chunk_tokens=5)
+    objective.start_iteration(0)
+    losses = []
+    for batch in batches:
+        objective.set_loss_scale(torch.tensor([scale]))
+        loss = batch.final_loss(model)
+        losses.append(loss if per_token else loss / batch.tokens_that_count)
+    for loss in losses:
+        (scale * loss).backward()
+    return objective, gradients(model)
+
+
+class PlainGates(PlainExits):
+    """The gates' losses as one ordinary graph, with all logits in memory."""
+
+    def agreement(self, batch: Microbatch) -> dict[int, torch.Tensor]:
+        """For each exit [s * b], whether its most probable token is the final head's; leaves the
+        hidden states of a forward pass behind."""
+        self.run_backbone(batch)
+        tap, self.model.exit_tap = self.model.exit_tap, None
+        tunes, self.model.tunes_exits = self.model.tunes_exits, False
+        final = self.model(batch.tokens, batch.positions, None).transpose(0, 1).argmax(-1)
+        self.model.exit_tap, self.model.tunes_exits = tap, tunes
+        agrees = {}
+        for position in self.exits.positions:
+            logits = self._logits(position)[..., : self.exits.exit_vocab_size]
+            agrees[position] = (logits.argmax(-1) == final).flatten()
+        return agrees
+
+    def confidence(self, position: int) -> torch.Tensor:
+        gate, hidden = self.model.exits.heads[position].gate, self.hidden[position].detach()
+        size = (hidden.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return torch.sigmoid(((hidden / size) * gate.weight[0]).sum(-1) + gate.bias).flatten()
+
+    def gate_losses(self, batch: Microbatch) -> torch.Tensor:
+        total = torch.zeros(())
+        mask = batch.mask.t().flatten()
+        for position, agrees in self.agreement(batch).items():
+            confidence = self.confidence(position)
+            losses = -torch.where(agrees, confidence, 1 - confidence).log()
+            total = total + (losses * mask).sum()
+        return total
+
+
+def expected_of_gates(
+    config: EarlyExitConfig,
+    model: Any,
+    batches: list[Microbatch],
+    per_token: bool = False,
+    scale: float = 1.0,
+) -> dict[str, torch.Tensor]:
+    plain = build_model(config)
+    plain.load_state_dict(model.state_dict())
+    for batch in batches:
+        loss = PlainGates(plain, config).gate_losses(batch)
+        (scale * loss / (1 if per_token else batch.tokens_that_count)).backward()
+    return {name: found for name, found in gradients(plain).items() if ".gate." in name}
+
+
+def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert len(expected) == 4
+    assert all(gradient.any() for gradient in expected.values())
+    errors = {name: relative_error(found[name], expected[name]) for name in expected}
+    assert max(errors.values()) < BOUND, errors
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("kind", HEADS)
+def test_gradients_are_those_of_plain_autograd_and_others_stay(kind, per_token):
+    config, batches = exits(kind), [Microbatch(0), Microbatch(1)]
+    model = model_of(config)
+    expected = expected_of_gates(config, model, batches, per_token, scale=0.5)
+    _, found = deferred(config, model, batches, per_token, scale=0.5)
+    check(found, expected)
+    without = replace(config, use_exit_gate=False)
+    plain = build_model(without)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    _, others = deferred(without, plain, batches, per_token, scale=0.5)
+    assert others.keys() == found.keys() - expected.keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in others.items())
+
+
+def test_exits_agree_now_and_then():
+    """Else the tests would know one kind of token only."""
+    config = exits("final head")
+    plain = PlainGates(model_of(config), config)
+    for agrees in plain.agreement(Microbatch(0)).values():
+        assert 0 < agrees.sum() < len(agrees)
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        {"granularity": "full", "method": "uniform", "num_layers": 1},
+        {"granularity": "selective", "modules": ["core_attn"]},
+    ],
+    ids=lambda options: options["granularity"],
+)
+def test_recomputed_activations_know_their_microbatch(recompute):
+    config, batches = exits("final head"), [Microbatch(0), Microbatch(1)]
+    options = {f"recompute_{name}": value for name, value in recompute.items()}
+    model = model_of(config, **options)
+    expected = expected_of_gates(config, model, batches)
+    _, found = deferred(config, model, batches)
+    check(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["final head", "norm and mlp"])
+def test_tuning(kind):
+    config, batch = exits(kind), Microbatch(0)
+    model = model_of(config)
+    expected = expected_of_gates(config, model, [batch])
+    state = model.state_dict()
+    model = build_model(config)
+    model.tune_exits(freeze_projections=False)
+    model.load_state_dict(state, strict=False)
+    model.train()
+    normalization = LossNormalization(per_token=False, context_parallel_size=1)
+    model.exit_tap = objective = LocalObjective(config, normalization, 5)
+    objective.start_iteration(0)
+    objective.set_loss_scale(torch.tensor([1.0]))
+    with torch.no_grad():
+        batch_of = {"labels": batch.labels, "loss_mask": batch.mask}
+        objective.finish_forward(model(batch.tokens, batch.positions, None, **batch_of))
+    objective.backpropagate_passed_exits()
+    found = gradients(model)
+    check(found, expected)
+    trained = {name for name, gradient in found.items() if gradient.any()}
+    assert all(name.startswith("exits.") for name in trained)
+    if kind == "final head":
+        assert trained == expected.keys()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_measured(training):
+    config, batches = exits("final head"), [Microbatch(0), Microbatch(1)]
+    model = model_of(config)
+    plain = PlainGates(model_of(config), config)
+    plain.model.load_state_dict(model.state_dict())
+    kinds: dict[int, list[Any]] = {position: [] for position in config.positions}
+    for batch in batches:
+        for position, agrees in plain.agreement(batch).items():
+            mask = batch.mask.t().flatten().bool()
+            confidence = plain.confidence(position)
+            kinds[position] += zip(confidence[mask].tolist(), agrees[mask].tolist(), strict=True)
+    if training:
+        objective, _ = deferred(config, model, batches)
+        metrics = objective.training_metrics
+    else:
+        normalization = LossNormalization(per_token=False, context_parallel_size=1)
+        model.exit_tap = objective = ExitObjective(config, normalization)
+        model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                batch.final_loss(model)
+        metrics = objective.validation_metrics
+    found = metrics.take_means(model.pg_collection, torch.device("cpu"))
+    for position, tokens in kinds.items():
+        surer = [c for c, agrees in tokens if agrees]
+        others = [c for c, agrees in tokens if not agrees]
+        pairs = [(a > b) + (a == b) / 2 for a in surer for b in others]
+        right = sum((c >= 0.5) == agrees for c, agrees in tokens)
+        assert len(found) == 5 * len(config.positions)
+        assert found[f"exit {position} gate accuracy"] == pytest.approx(right / len(tokens))
+        # Pairs within one of 128 bins count half.
+        auc = float(found[f"exit {position} gate AUC"])
+        assert auc == pytest.approx(sum(pairs) / len(pairs), abs=0.03)
+        loss = -sum(torch.tensor(c if agrees else 1 - c).log() for c, agrees in tokens)
+        assert float(found[f"exit {position} gate loss"]) == pytest.approx(
+            float(loss) / len(tokens), rel=1e-5
+        )
+    again = metrics.take_means(model.pg_collection, torch.device("cpu"))
+    assert again["exit 1 gate AUC"] == 0.5
