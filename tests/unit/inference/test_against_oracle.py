@@ -79,6 +79,7 @@ MEASURED = {
     "similarity": (0.3, 0.5, 0.8),
 }
 """Thresholds between what exits are sure of by each measure."""
+NUM_MEASURED = 7
 
 
 @pytest.mark.parametrize("measure", MEASURED)
@@ -98,7 +99,7 @@ def test_every_head_kind_and_measure(heads, measure):
     layers = set()
     results = engine.generate([PROMPT] * len(rules), [params_of(rule) for rule in rules])
     for rule, result in zip(rules, results, strict=True):
-        expected = generate(model, PROMPT, 12, **rule)
+        expected = generate(model, PROMPT, NUM_MEASURED, **rule)
         assert result.token_ids == [token.token_id for token in expected]
         assert result.exit_layers == [token.exit_layer for token in expected]
         assert result.confidences == pytest.approx(
@@ -114,12 +115,22 @@ def test_every_head_kind_and_measure(heads, measure):
     assert len(layers) > 2, "the thresholds should mix exits and full passes"
 
 
+@pytest.mark.parametrize(("asked", "threshold"), [((), 0.5), ((1,), 0.4), ((3,), 0.8)])
+def test_hidden_states_are_compared_with_those_of_exits_that_are_not_asked(asked, threshold):
+    model = make_model(exits=(1, 2, 3), use_exit_norm=True)
+    rule = {"threshold": threshold, "measure": "similarity", "exit_layers": asked}
+    (result,) = EarlyExitEngine(model.segmented).generate([PROMPT], params_of(rule))
+    expected = generate(model, PROMPT, NUM_MEASURED, **rule)
+    assert result.confidences == pytest.approx([t.confidence for t in expected], rel=2e-4)
+    assert {token.exit_layer for token in expected} == {*asked, 4}
+
+
 def params_of(rule: dict[str, Any]) -> SamplingParams:
-    """A request for 12 tokens by a rule of the reference decoder."""
+    """A request by a rule of the reference decoder."""
     threshold = rule["threshold"]
     name = "exit_thresholds" if isinstance(threshold, tuple) else "early_exit_threshold"
     return SamplingParams(
-        max_tokens=12,
+        max_tokens=NUM_MEASURED,
         prompt_logprobs=0,
         mode="early_exit",
         exit_layers=rule.get("exit_layers"),
