@@ -48,8 +48,10 @@ EXITS = {
     "early": "--exit-layer-nums 1 --use-exit-norm --calculate-per-token-loss",
     "taught": (
         "--exit-layer-nums 1 2 --use-exit-mlp --use-exit-norm --exit-distillation-weight 0.7 "
-        "--exit-distillation-temperature 2"
+        "--exit-distillation-temperature 2 --use-exit-gate"
     ),
+    # Nothing is tuned but the gates.
+    "gates": "--exit-layer-nums 1 3 --share-final-head --use-exit-gate",
 }
 
 
@@ -78,6 +80,10 @@ LAYOUTS = [
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
     ),
     Layout("taught", "tp2", 2, "--tensor-model-parallel-size 2"),
+    Layout(
+        *("gates", "tp2-sp", 2),
+        "--tensor-model-parallel-size 2 --sequence-parallel --eval-interval 3 --eval-iters 1",
+    ),
     # Evaluations between the steps change nothing.
     Layout("early", "pp2", 2, "--pipeline-model-parallel-size 2 --eval-interval 3 --eval-iters 1"),
 ]
@@ -150,8 +156,26 @@ def test_layout_tunes_as_one_process(tuner: Tuner, layout: Layout):
     )
     assert_same(found, expected)
     for figure, values in exit_figures(found).items():
-        if figure.endswith(" loss"):
+        # What gates learn changes while heads are tuned.
+        is_fixed = (" gate " in figure) == (layout.exits == "gates")
+        if figure.endswith(" loss") and is_fixed:
             assert values[-1] < values[0], figure
+
+
+def test_gates_are_saved_alone_and_asked(tuner: Tuner):
+    run = tuner.reference("gates")
+    assert all(0 <= value <= 1 for n in (1, 3) for value in run.scalars[f"exit {n} gate AUC"])
+    path = tuner.folder / "gates-one" / "checkpoints"
+    reader = CheckpointReader(locate(path).iteration_dir)
+    own = {name for name in reader.tensors if not name.startswith("optimizer.")}
+    gates = {f"exits.{n}.gate.{name}" for n in (1, 3) for name in ("weight", "bias")}
+    assert own == {"tuning_anchor", *gates}
+    assert all(reader.read(name).any() for name in gates)
+    engine = EarlyExitEngine.from_checkpoint(path)
+    params = SamplingParams(
+        mode="early_exit", exit_measure="gate", early_exit_threshold=0.0, max_tokens=4
+    )
+    assert engine.generate([[3, 4, 5, 6]], params)[0].exit_layers == [1] * 4
 
 
 def test_what_is_saved_are_the_exits(tuner: Tuner):
