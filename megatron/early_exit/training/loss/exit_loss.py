@@ -150,13 +150,14 @@ class ExitObjective:
         loss_mask: Tensor | None,
         final_tokens: Tensor | None,
         layer_kwargs: dict[str, Any],
+        asked: Tensor | None = None,
     ) -> Tensor:
         """Attach the loss of the exit at `position` to `hidden` [s, b, h]; see `ExitTap`.
 
         In evaluation the loss is computed at once and only measured; or at the end of the pass, if
         exits have gates, which are compared with the final head.
         """
-        targets = Targets.of(labels, loss_mask, final_tokens)
+        targets = Targets.of(labels, loss_mask, final_tokens, asked)
         exit_input = ExitInput(exits, position, hidden, targets, layer_kwargs)
         if exits.training:
             return self.in_training(exit_input)
@@ -288,31 +289,41 @@ class ExitObjective:
         coefficient = weight * self._loss_scale
         if self.normalization.per_token:
             return coefficient
-        return coefficient / targets.mask.sum().clamp(min=1)
+        return coefficient / targets.whole_mask.sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What a microbatch's exits should predict, sequence first as hidden states.
+    """What an exit should predict in a microbatch, sequence first as hidden states.
 
     Attributes:
         labels: [s * b], the tokens.
-        mask: [s * b], which of them count.
+        mask: [s * b], which of them count here.
+        whole_mask: [s * b], which of them count at any head. Losses are means over these, so that
+            each token has the same weight at every head that is asked for it.
         final_tokens: [b, s], what the final head predicts, known at the end of the forward pass;
             None where no gate needs it.
     """
 
     labels: Tensor
     mask: Tensor
+    whole_mask: Tensor
     final_tokens: Tensor | None = None
 
     @classmethod
     def of(
-        cls, labels: Tensor, loss_mask: Tensor | None, final_tokens: Tensor | None = None
+        cls,
+        labels: Tensor,
+        loss_mask: Tensor | None,
+        final_tokens: Tensor | None = None,
+        asked: Tensor | None = None,
     ) -> "Targets":
-        """Targets from labels, mask and the final head's tokens, each [b, s]."""
+        """Targets from labels, the mask, the final head's tokens, and the tokens that this exit is
+        asked for, each [b, s]; None is all."""
         mask = torch.ones_like(labels) if loss_mask is None else loss_mask
-        return cls(labels.t().reshape(-1), mask.t().reshape(-1).float(), final_tokens)
+        whole = mask.t().reshape(-1).float()
+        own = whole if asked is None else whole * asked.t().reshape(-1)
+        return cls(labels.t().reshape(-1), own, whole, final_tokens)
 
     def of_final_head(self) -> Tensor | None:
         """The final head's tokens [s * b], to be called after the forward pass."""

@@ -94,7 +94,7 @@ class TuningStep(ModelStep):
     ) -> tuple[Tensor, LossFunction]:
         """Run `model` on the next microbatch."""
         with torch.no_grad():
-            output, loss_mask = self.run(data, model)
+            output, loss_mask, _ = self.run(data, model)
             if model.training:
                 self.objective.finish_forward(output)
         return output, partial(_report, loss_mask)
