@@ -38,6 +38,11 @@ MODELS = {
     ),
     "gates": "--exit-layer-nums 2 3 --use-exit-norm --use-exit-gate",
     "blocks": "--exit-layer-nums 1 2 --use-exit-block --use-exit-norm --exit-layer-weight 0.3 0.7",
+    # In each iteration some exits are left out, on some stages all.
+    "turns": (
+        "--untie-embeddings-and-output-weights --exit-layer-nums 1 2 3 --use-exit-norm "
+        "--exit-curriculum rotational --exit-curriculum-period 2 --exit-loss-scale 2"
+    ),
     # Layers that sequences skip, and tokens that leave early.
     "held": (
         "--exit-layer-nums 1 2 3 --use-exit-norm --layer-dropout 0.5 --exit-propagate-prob 0.3"
@@ -170,6 +175,8 @@ LAYOUTS = [
     Layout("gates", "dp2-gather", 2, GATHER, PER_TOKEN),
     Layout("blocks", "tp2-sp-pp2", 4, f"{TP} 2 {PP} 2 --sequence-parallel"),
     Layout("blocks", "pp2-dp2-recompute", 4, f"{PP} 2 {RECOMPUTE} {OVERLAP}"),
+    Layout("turns", "pp2-vpp2-dp2-gather", 4, f"{PP} 2 {VPP} 1 {GATHER}"),
+    Layout("turns", "tp2-sp-dp2-overlap", 4, f"{TP} 2 --sequence-parallel {OVERLAP}", PER_TOKEN),
     Layout("held", "tp2-sp-pp2-recompute", 4, f"{TP} 2 {PP} 2 --sequence-parallel {RECOMPUTE}"),
     Layout("held", "pp2-vpp2-dp2-gather", 4, f"{PP} 2 {VPP} 1 {GATHER}"),
     Layout("experts", "pp2", 2, f"{PP} 2"),

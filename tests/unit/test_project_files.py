@@ -79,8 +79,13 @@ def known_flags() -> set[str]:
     (training,) = megatron.submodule_search_locations
     (core,) = find_spec("megatron.core").submodule_search_locations
     made = [*Path(training, "config").glob("*.py"), Path(core, "transformer/transformer_config.py")]
-    options = ("loop/filling_options.py", "loop/holding_options.py", "tuning/options.py")
-    made += [PACKAGE / "training" / name for name in options]
+    made += [
+        PACKAGE / "training" / name
+        for name in (
+            *("loop/filling_options.py", "loop/holding_options.py", "loss/curriculum.py"),
+            "tuning/options.py",
+        )
+    ]
     options = [field.name for kind in (EarlyExitConfig, SamplingParams) for field in fields(kind)]
     for path in made:
         options += re.findall(r"^    (\w+): .*=", path.read_text(), re.MULTILINE)

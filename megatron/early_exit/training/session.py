@@ -47,6 +47,7 @@ from megatron.early_exit.training.loop.step import (
     rejected_results,
 )
 from megatron.early_exit.training.loop.training_schedule import ScheduledSteps
+from megatron.early_exit.training.loss.curriculum import CurriculumOptions, LossCurriculum
 from megatron.early_exit.training.loss.exit_loss import ExitObjective, LossNormalization
 from megatron.early_exit.training.resume.loading import (
     CheckpointError,
@@ -99,6 +100,8 @@ class Session:
         self.filling = FillingOptions.from_attributes(args)
         self.holding = HoldingOptions.from_attributes(args)
         self.holding.check(args, self.exits)
+        self.curriculum = CurriculumOptions.from_attributes(args)
+        self.curriculum.check(args, self.exits)
         check_arguments(args, self.exits)
         self.exits.validate(args.num_layers, tokenizer.vocab_size)
         self.objective = self._objective()
@@ -125,7 +128,17 @@ class Session:
         common = (self.exits, normalization, args.exit_loss_chunk_tokens, args.seed)
         if self.tuning.distills:
             return DistillingObjective(self.tuning, *common)
-        return LocalObjective(*common) if self.tuning.tune_exit else ExitObjective(*common)
+        if self.tuning.tune_exit:
+            return LocalObjective(*common)
+        if not self.curriculum.is_used:
+            return ExitObjective(*common)
+        curriculum = LossCurriculum(
+            options=self.curriculum,
+            positions=self.exits.positions,
+            num_layers=args.num_layers,
+            iterations=lambda: self.progress.iterations,
+        )
+        return ExitObjective(*common, curriculum)
 
     def _model_config(self) -> EarlyExitGPTModelConfig:
         config = gpt_config_from_args(self.args, model_config_cls=EarlyExitGPTModelConfig)

@@ -94,6 +94,12 @@ class HoldingOptions(FlagFields):
                 "--use-exit-mlp cannot be combined with --exit-propagate-prob: tokens are frozen "
                 "between layers, and such exits are inside one"
             )
+        if exits.use_exit_gate:
+            raise ValueError(
+                "--use-exit-gate cannot be combined with --exit-propagate-prob: the final head, "
+                "which gates learn from, is not asked for frozen tokens; tune gates afterwards "
+                "with --tune-exit"
+            )
 
 
 def freezing_positions(exits: EarlyExitConfig, num_layers: int) -> tuple[int, ...]:

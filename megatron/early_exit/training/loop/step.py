@@ -76,7 +76,11 @@ def rejected_results() -> Iterator[None]:
 
 
 def final_loss(
-    checks: LossChecks, loss_mask: Tensor, losses: Tensor, asked: Tensor | None = None
+    checks: LossChecks,
+    loss_mask: Tensor,
+    losses: Tensor,
+    asked: Tensor | None = None,
+    weight: float = 1.0,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the final head's loss over a microbatch, as Megatron's schedules expect it.
 
@@ -85,10 +89,11 @@ def final_loss(
         loss_mask: [b, s], which tokens count at any head.
         losses: [b, s], the loss of each token.
         asked: [b, s], for which of them the final head is asked; None is all.
+        weight: of this loss beside those of exits.
 
     Returns:
-        The sum, the number of tokens that count at any head; and for the log the sum and the number
-        of those that it is over.
+        The weighted sum, the number of tokens that count at any head; and for the log the sum and
+        the number of those that it is over.
     """
     mask = loss_mask.reshape(-1).float()
     own = mask if asked is None else mask * asked.reshape(-1)
@@ -98,6 +103,8 @@ def final_loss(
     tokens = mask.sum().to(torch.int)
     own_tokens = tokens if asked is None else own.sum()
     report = torch.stack([total.detach(), own_tokens.float()])
+    if weight != 1:
+        total = total * weight
     return total, tokens, {"lm loss": report}
 
 
@@ -185,4 +192,5 @@ class ForwardStep(ModelStep):
         """Run `model` on the next microbatch; on the last stage its output is the loss [b, s]."""
         output, loss_mask, held = self.run(data, model)
         asked = None if held is None else held.asked_at(held.num_layers)
-        return output, partial(final_loss, self.checks, loss_mask, asked=asked)
+        weight = self.objective.final_weight
+        return output, partial(final_loss, self.checks, loss_mask, asked=asked, weight=weight)

@@ -17,7 +17,8 @@ from megatron.early_exit.schedules.execution.pass_clock import PassClock
 from megatron.early_exit.schedules.generators import Tuning
 from megatron.early_exit.schedules.schedule import Schedule
 from megatron.early_exit.training.loop.step import LossFunction, ModelStep
-from megatron.early_exit.training.loss.exit_loss import ExitInput, ExitObjective
+from megatron.early_exit.training.loss.exit_input import ExitInput
+from megatron.early_exit.training.loss.exit_loss import ExitObjective
 from megatron.early_exit.training.loss.head_loss import Teacher
 from megatron.early_exit.training.tuning.options import TuningOptions
 
