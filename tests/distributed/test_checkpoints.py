@@ -34,6 +34,8 @@ PP, TP = "--pipeline-model-parallel-size", "--tensor-model-parallel-size"
 VPP = "--num-layers-per-virtual-pipeline-stage"
 OWN_PROJECTION = "--untie-embeddings-and-output-weights"
 HEADS = "--use-exit-norm --use-exit-mlp --untie-exit-output-weights"
+# Drawn anew in each microbatch, from a state that no checkpoint has.
+HELD = "--layer-dropout 0.9 --layer-dropout-schedule exponential --exit-propagate-prob 0.2"
 # A step that changes nothing, so that what was loaded can be read in what is saved.
 STANDSTILL = "--train-iters 1 --save-interval 1 --lr 0"
 
@@ -218,11 +220,13 @@ def continued(run: Runner) -> Run:
     """An uninterrupted run of four iterations that saved at the second."""
     exits = "--pre-exit --exit-layer-nums 4 2 --exit-layer-weight 0.5 0.25 --use-exit-norm"
     save = "--save {folder}/continued --save-interval 2"
-    return run("continued", f"{exits} --hidden-dropout 0.1 --train-iters 4 {save}")
+    return run("continued", f"{exits} {HELD} --hidden-dropout 0.1 --train-iters 4 {save}")
 
 
 def test_a_checkpoint_restores_its_model_and_exits(run: Runner, continued: Run):
-    flags = "--use-checkpoint-args --load {folder}/continued --ckpt-step 2 --train-iters 4"
+    flags = (
+        f"--use-checkpoint-args --load {{folder}}/continued --ckpt-step 2 --train-iters 4 {HELD}"
+    )
     command = [ENTRY, *SCHEDULE, *run.data, *flags.format(folder=run.folder).split()]
     events = run.folder / "runs" / "restored" / "events"
     done = run.ranks.run(

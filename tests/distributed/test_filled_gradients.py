@@ -44,6 +44,7 @@ class Case:
     fields: dict[str, Any] = field(default_factory=dict)
     backbone: dict[str, Any] = field(default_factory=dict)
     per_token: bool = False
+    holding: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_stages(self) -> int:
@@ -70,6 +71,27 @@ class Case:
     @property
     def exit_stages(self) -> frozenset[int]:
         return frozenset(map(self.stage_of_exit, self.exits))
+
+    @property
+    def held_draws(self) -> Any:
+        """What layers hand on, if anything."""
+        from megatron.early_exit.training.loop.held_draws import HeldDraws
+        from megatron.early_exit.training.loop.holding_options import HoldingOptions
+
+        if not self.holding:
+            return None
+        batch, length = Batch(0).tokens.shape
+        return HeldDraws(
+            options=HoldingOptions(**self.holding),
+            num_layers=sum(self.layers),
+            positions=self.exits,
+            seed=3,
+            iterations=lambda: 1,
+            micro_batch_size=batch,
+            seq_length=length,
+            data_parallel_rank=0,
+            data_parallel_size=1,
+        )
 
     @property
     def num_batches(self) -> int:
@@ -114,6 +136,17 @@ CASES = {
         fields={"share_final_head": True},
         backbone={"tied": False},
     ),
+    # Stages come to microbatches in different orders, and draw the same for each.
+    "pp4-held": Case(
+        (1, 1, 1, 1),
+        (1, 2, 3),
+        5,
+        (2, 1),
+        (2, 1),
+        backbone={"holds_rows": True},
+        holding={"layer_dropout": 0.5, "exit_propagate_prob": 0.4},
+        per_token=True,
+    ),
     "pp4-recompute": Case(
         (1, 1, 1, 1),
         (1, 2, 3),
@@ -156,7 +189,8 @@ def stage_of_pipeline(
     first_layer = sum(case.layers[: torch.distributed.get_rank()])
     fills = len(case.warmup_depths), len(case.cooldown_depths)
     backbone = {**case.backbone, "calculate_per_token_loss": case.per_token}
-    yield FilledStage(case.config, weights, first_layer, fills, case.exit_stages, backbone, batches)
+    stage_of_case = (case.config, weights, first_layer, fills, case.exit_stages, backbone, batches)
+    yield FilledStage(*stage_of_case, case.held_draws)
     parallel_state.destroy_model_parallel()
 
 
@@ -241,7 +275,11 @@ def draws(case: Case) -> list[tuple[Batch, str, int]]:
     at = min(case.num_stages, len(roles))
     roles[at:at] = [("w", depth) for depth in case.warmup_depths]
     seeds = range(case.num_batches, 2 * case.num_batches)
-    return [(Batch(seed), *role) for seed, role in zip(seeds, roles, strict=True)]
+    held = case.held_draws
+    return [
+        (Batch(seed, held and held.draw(0, number)), *role)
+        for number, (seed, role) in enumerate(zip(seeds, roles, strict=True))
+    ]
 
 
 def weigh(case: Case, role: str, depth: int, stage: int, loss_stage: int) -> float:

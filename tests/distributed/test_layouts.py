@@ -38,6 +38,15 @@ MODELS = {
     ),
     "gates": "--exit-layer-nums 2 3 --use-exit-norm --use-exit-gate",
     "blocks": "--exit-layer-nums 1 2 --use-exit-block --use-exit-norm --exit-layer-weight 0.3 0.7",
+    # In each iteration some exits are left out, on some stages all.
+    "turns": (
+        "--untie-embeddings-and-output-weights --exit-layer-nums 1 2 3 --use-exit-norm "
+        "--exit-curriculum rotational --exit-curriculum-period 2 --exit-loss-scale 2"
+    ),
+    # Layers that sequences skip, and tokens that leave early.
+    "held": (
+        "--exit-layer-nums 1 2 3 --use-exit-norm --layer-dropout 0.5 --exit-propagate-prob 0.3"
+    ),
     "experts": (
         "--exit-layer-nums 1 3 --use-exit-norm --num-experts 4 --moe-router-topk 2 "
         "--moe-router-load-balancing-type none --moe-token-dispatcher-type alltoall"
@@ -166,6 +175,10 @@ LAYOUTS = [
     Layout("gates", "dp2-gather", 2, GATHER, PER_TOKEN),
     Layout("blocks", "tp2-sp-pp2", 4, f"{TP} 2 {PP} 2 --sequence-parallel"),
     Layout("blocks", "pp2-dp2-recompute", 4, f"{PP} 2 {RECOMPUTE} {OVERLAP}"),
+    Layout("turns", "pp2-vpp2-dp2-gather", 4, f"{PP} 2 {VPP} 1 {GATHER}"),
+    Layout("turns", "tp2-sp-dp2-overlap", 4, f"{TP} 2 --sequence-parallel {OVERLAP}", PER_TOKEN),
+    Layout("held", "tp2-sp-pp2-recompute", 4, f"{TP} 2 {PP} 2 --sequence-parallel {RECOMPUTE}"),
+    Layout("held", "pp2-vpp2-dp2-gather", 4, f"{PP} 2 {VPP} 1 {GATHER}"),
     Layout("experts", "pp2", 2, f"{PP} 2"),
     Layout("experts", "tp2-sp-ep2", 2, f"{TP} 2 --sequence-parallel {EP} 2 {ETP} 1"),
     Layout("experts", "dp2-ep2-gather", 2, f"{EP} 2 {GATHER}"),

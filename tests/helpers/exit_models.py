@@ -13,13 +13,14 @@ from megatron.early_exit.config import EarlyExitConfig
 from tests.helpers.plain_loss import token_losses
 
 LAYERS, HIDDEN, HEADS, VOCAB, SEQUENCE, BATCH = 4, 32, 4, 64, 12, 2
+_OF_MODEL = ("tied", "holds_rows")
 
 
 def build_model(exits: EarlyExitConfig, **backbone: Any) -> Any:
     """An EarlyExitGPTModel in training mode, without dropout unless `backbone` asks for it.
 
-    `backbone` holds fields of Megatron's transformer config, and `tied` for a final projection that
-    is tied to the word embedding."""
+    `backbone` holds fields of Megatron's transformer config, `tied` for a final projection that is
+    tied to the word embedding, and `holds_rows` for layers that can hand on tokens unchanged."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
 
@@ -41,7 +42,7 @@ def build_model(exits: EarlyExitConfig, **backbone: Any) -> Any:
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "pipeline_dtype": torch.float32,
-    } | {name: value for name, value in backbone.items() if name != "tied"}
+    } | {name: value for name, value in backbone.items() if name not in _OF_MODEL}
     config = EarlyExitGPTModelConfig(
         transformer=TransformerConfig(**fields),
         transformer_layer_spec=gpt_layer_spec,
@@ -50,6 +51,7 @@ def build_model(exits: EarlyExitConfig, **backbone: Any) -> Any:
         seq_length=SEQUENCE,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=backbone.get("tied", True),
+        holds_rows=backbone.get("holds_rows", False),
     )
     torch.manual_seed(3)
     (model,) = config.get_builder_cls()(config).build_distributed_models(
@@ -62,9 +64,11 @@ def build_model(exits: EarlyExitConfig, **backbone: Any) -> Any:
 
 @dataclass
 class Microbatch:
-    """Random tokens, labels and a loss mask with zeros, each [b, s]."""
+    """Random tokens, labels and a loss mask with zeros, each [b, s]; `held` is what layers hand
+    on."""
 
     seed: int
+    held: Any = None
     tokens: Tensor = field(init=False)
     labels: Tensor = field(init=False)
     mask: Tensor = field(init=False)
@@ -86,8 +90,17 @@ class Microbatch:
 
     def final_loss(self, model: Any) -> Tensor:
         """Sum of the final head's losses over the tokens that count."""
-        losses = model(self.tokens, self.positions, None, labels=self.labels, loss_mask=self.mask)
-        return (losses.float() * self.mask).sum()
+        targets = {"labels": self.labels, "loss_mask": self.mask}
+        if self.held is not None:
+            targets["held"] = self.held
+        losses = model(self.tokens, self.positions, None, **targets)
+        return (losses.float() * self.mask_at(model.config.num_layers)).sum()
+
+    def mask_at(self, position: int) -> Tensor:
+        """The tokens that count at the exit at `position`, or at the final head, [b, s]."""
+        if self.held is None:
+            return self.mask
+        return self.mask * (self.held.frozen_at >= position)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -127,7 +140,7 @@ class PlainExits:
             temperature=one.temperature,
             confidence_weighted=self.exits.use_dynamic_exit_layer_weight,
         )
-        return one.weight * (losses * batch.mask.t().flatten()).sum()
+        return one.weight * (losses * batch.mask_at(position).t().flatten()).sum()
 
     def run_backbone(self, batch: Microbatch) -> Tensor:
         """The final head's loss, a sum over tokens."""

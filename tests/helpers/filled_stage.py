@@ -24,6 +24,7 @@ class FilledStage:
         exit_stages: the stages that have exits.
         backbone: see `build_model`.
         data: microbatches for all steps, the same on all ranks.
+        draws: of what layers hand on.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class FilledStage:
         exit_stages: frozenset[int],
         backbone: dict[str, Any],
         data: Iterator[Microbatch],
+        draws: Any = None,
     ) -> None:
         from megatron.core import parallel_state, tensor_parallel
         from megatron.core.process_groups_config import ProcessGroupCollection
@@ -65,7 +67,7 @@ class FilledStage:
             seq_length=self._sequence,
         )
         checks = LossChecks(finite=True, spikes=False)
-        self._forward_step = ForwardStep(reader, objective, lambda: 0, checks)
+        self._forward_step = ForwardStep(reader, objective, lambda: 0, checks, draws=draws)
         options = FillingOptions(
             fill_explicit_bubbles=True,
             num_fill_warmup_microbatches=fills[0],

@@ -80,7 +80,11 @@ def known_flags() -> set[str]:
     (core,) = find_spec("megatron.core").submodule_search_locations
     made = [*Path(training, "config").glob("*.py"), Path(core, "transformer/transformer_config.py")]
     made += [
-        PACKAGE / "training" / name for name in ("loop/filling_options.py", "tuning/options.py")
+        PACKAGE / "training" / name
+        for name in (
+            *("loop/filling_options.py", "loop/holding_options.py", "loss/curriculum.py"),
+            "tuning/options.py",
+        )
     ]
     options = [field.name for kind in (EarlyExitConfig, SamplingParams) for field in fields(kind)]
     for path in made:

@@ -26,6 +26,8 @@ class EarlyExitGPTModelConfig(GPTModelConfig):
     """Whether the exits' output projections are frozen, too."""
     has_final_head: bool = True
     """Whether the last stage ends with the final norm and the output layer."""
+    holds_rows: bool = False
+    """Whether layers can hand on tokens unchanged, see `held_rows`."""
 
     def __post_init__(self) -> None:
         if connect_tied_weights not in self.pre_wrap_hooks:
@@ -58,6 +60,8 @@ class EarlyExitGPTModelBuilder(GPTModelBuilder):
         # can change here; overriding it would mean copying its list of arguments.
         model.__class__ = EarlyExitGPTModel
         model = cast(EarlyExitGPTModel, model)
+        if config.holds_rows:
+            model.hold_rows()
         model.add_exits(config.early_exit)
         if config.tunes_exits:
             model.tune_exits(config.freezes_projections)

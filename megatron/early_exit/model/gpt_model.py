@@ -3,8 +3,9 @@
 The exits live in `model.exits`, outside `decoder.layers`: the backbone keeps Megatron's own
 checkpoint keys. Labels and loss mask reach an exit through the `context` and `context_mask`
 arguments of the layers: a decoder has no cross attention, so Megatron passes both on unchanged, for
-each microbatch, also through activation recomputation. Gates learn what the final head
-says later in the same pass: its tokens are written into a second row beside the labels.
+each microbatch, also through activation recomputation. Gates learn what the final head says later
+in the same pass: its tokens are written into a second row beside the labels. Tokens that layers
+hand on (`held_rows`) are packed with the loss mask.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from torch.nn import Module, Parameter
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.model.backbone_parts import OUTPUT_LAYER, WORD_EMBEDDING
 from megatron.early_exit.model.exit_head import ExitHeads, NormBuilder, build_norm
+from megatron.early_exit.model.held_rows import HeldRows, hold_rows, unpack
 
 TUNING_ANCHOR = "tuning_anchor"
 """Name of a parameter without meaning that models have whose exits are tuned."""
@@ -47,9 +49,11 @@ class ExitTap(Protocol):
         loss_mask: Tensor | None,
         final_tokens: Tensor | None,
         layer_kwargs: dict[str, Any],
+        asked: Tensor | None,
     ) -> Tensor:
         """Return `hidden` [s, b, h] unchanged in value; the others are [b, s]. `final_tokens` are
-        there if exits have gates, and hold nothing before `keep_final_tokens` has been called."""
+        there if exits have gates, and hold nothing before `keep_final_tokens` has been called.
+        Tokens that are not `asked` have left before; None is that all are."""
 
     def keep_final_tokens(self, exits: ExitHeads, logits: Tensor, final_tokens: Tensor) -> None:
         """Called at the end of a forward pass, if exits have gates: write the final head's most
@@ -64,6 +68,21 @@ class EarlyExitGPTModel(GPTModel):
     exit_tap: ExitTap | None
     tunes_exits: bool
     """Whether only the exits are trained and saved."""
+
+    def hold_rows(self) -> None:
+        """Prepare the layers of this chunk for tokens that they hand on unchanged, `held` of
+        `forward`; before exits are added, which are to see what is handed on.
+
+        Raises:
+            ValueError: the chunk has no layers, so that nothing would number its microbatches.
+        """
+        layers: list[Any] = list(self.decoder.layers)
+        if not layers:
+            raise ValueError(
+                "--layer-dropout and --exit-propagate-prob need layers on each pipeline stage, and "
+                "one has none"
+            )
+        hold_rows(layers, self.config.num_layers, self.pg_collection.tp)
 
     def add_exits(self, options: EarlyExitConfig) -> None:
         """Build the heads of the exits that belong to this chunk and attach them to its layers."""
@@ -163,11 +182,13 @@ class EarlyExitGPTModel(GPTModel):
             if self.exit_tap is None or labels is None:
                 return hidden
             branch_kwargs = {name: kwargs.get(name) for name in _BRANCH_KWARGS}
-            mask, final_tokens = kwargs.get("context_mask"), None
+            mask, held = unpack(kwargs.get("context_mask"), self.config.num_layers)
+            asked = None if held is None else held.asked_at(position)
+            final_tokens = None
             if self._has_gates:
                 labels, final_tokens = labels
             return self.exit_tap(
-                self.exits, position, hidden, labels, mask, final_tokens, branch_kwargs
+                self.exits, position, hidden, labels, mask, final_tokens, branch_kwargs, asked
             )
 
         if options.replaces_mlp:
@@ -197,15 +218,18 @@ class EarlyExitGPTModel(GPTModel):
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         extra_block_kwargs: dict[str, Any] | None = None,
+        held: HeldRows | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """GPTModel's forward; `labels` and `loss_mask` [b, s] are used on every stage with exits.
+        """GPTModel's forward; `labels` and `loss_mask` [b, s] are used on every stage with exits,
+        `held` on every stage: tokens that layers hand on, see `hold_rows`.
 
         Returns:
             What GPTModel returns: hidden states [s, b, h] before the last stage; on it, logits [b,
             s, v] without labels, losses of the final head [b, s] with them. If exits are tuned,
             only they use the labels: the result is logits, or hidden states without a final head.
         """
+        targets = {}
         if labels is not None and self.exits.heads:
             targets = {"context": labels, "context_mask": loss_mask}
             if self._has_gates:
@@ -213,6 +237,9 @@ class EarlyExitGPTModel(GPTModel):
                 # microbatch it is.
                 both = torch.stack((labels, torch.full_like(labels, -1)))
                 targets["context"], self._final_tokens = both, both[1]
+        if held is not None:
+            targets["context_mask"] = held.pack(loss_mask)
+        if targets:
             extra_block_kwargs = {**(extra_block_kwargs or {}), **targets}
         if self.tunes_exits:
             labels = loss_mask = None

@@ -32,6 +32,11 @@ from megatron.early_exit.training.loop.bubble_filling import FilledBubbles
 from megatron.early_exit.training.loop.data import BatchReader, dataset_provider
 from megatron.early_exit.training.loop.exit_stages import exit_stages
 from megatron.early_exit.training.loop.filling_options import FillingOptions
+from megatron.early_exit.training.loop.held_draws import HeldDraws
+from megatron.early_exit.training.loop.holding_options import (
+    HoldingOptions,
+    freezing_positions,
+)
 from megatron.early_exit.training.loop.index_cache import cache_folders, remove_unfinished_indices
 from megatron.early_exit.training.loop.logging import log_exits
 from megatron.early_exit.training.loop.progress import Progress
@@ -42,6 +47,7 @@ from megatron.early_exit.training.loop.step import (
     rejected_results,
 )
 from megatron.early_exit.training.loop.training_schedule import ScheduledSteps
+from megatron.early_exit.training.loss.curriculum import CurriculumOptions, LossCurriculum
 from megatron.early_exit.training.loss.exit_loss import ExitObjective, LossNormalization
 from megatron.early_exit.training.resume.loading import (
     CheckpointError,
@@ -92,6 +98,10 @@ class Session:
         self.exits = EarlyExitConfig.from_attributes(args)
         self.tuning = TuningOptions.from_attributes(args)
         self.filling = FillingOptions.from_attributes(args)
+        self.holding = HoldingOptions.from_attributes(args)
+        self.holding.check(args, self.exits)
+        self.curriculum = CurriculumOptions.from_attributes(args)
+        self.curriculum.check(args, self.exits)
         check_arguments(args, self.exits)
         self.exits.validate(args.num_layers, tokenizer.vocab_size)
         self.objective = self._objective()
@@ -118,12 +128,23 @@ class Session:
         common = (self.exits, normalization, args.exit_loss_chunk_tokens, args.seed)
         if self.tuning.distills:
             return DistillingObjective(self.tuning, *common)
-        return LocalObjective(*common) if self.tuning.tune_exit else ExitObjective(*common)
+        if self.tuning.tune_exit:
+            return LocalObjective(*common)
+        if not self.curriculum.is_used:
+            return ExitObjective(*common)
+        curriculum = LossCurriculum(
+            options=self.curriculum,
+            positions=self.exits.positions,
+            num_layers=args.num_layers,
+            iterations=lambda: self.progress.iterations,
+        )
+        return ExitObjective(*common, curriculum)
 
     def _model_config(self) -> EarlyExitGPTModelConfig:
         config = gpt_config_from_args(self.args, model_config_cls=EarlyExitGPTModelConfig)
         assert isinstance(config, EarlyExitGPTModelConfig)
         config.early_exit = self.exits
+        config.holds_rows = self.holding.is_used
         # Megatron hands over --use-rope-scaling without it, and would always scale by 8.
         config.rope_scaling_factor = self.args.rope_scaling_factor
         # Megatron's annotation forgets the virtual stage, which it passes.
@@ -240,8 +261,9 @@ class Session:
         self._random_state.restore()
         # Known by now with --train-samples too.
         self.progress.iterations = args.train_iters
+        groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp", "dp"])
         reader = BatchReader(
-            groups=ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"]),
+            groups=groups,
             micro_batch_size=args.micro_batch_size,
             eval_micro_batch_size=args.eval_micro_batch_size,
             seq_length=args.seq_length,
@@ -251,7 +273,27 @@ class Session:
         checks = LossChecks(
             finite=args.check_for_nan_in_loss_and_grad, spikes=args.check_for_spiky_loss
         )
-        return ForwardStep(reader, self.objective, lambda: args.curr_iteration, checks)
+        return ForwardStep(
+            reader,
+            self.objective,
+            lambda: args.curr_iteration,
+            checks,
+            draws=self._draws(groups) if self.holding.is_used else None,
+        )
+
+    def _draws(self, groups: ProcessGroupCollection) -> HeldDraws:
+        args = self.args
+        return HeldDraws(
+            options=self.holding,
+            num_layers=args.num_layers,
+            positions=freezing_positions(self.exits, args.num_layers),
+            seed=args.seed,
+            iterations=lambda: self.progress.iterations,
+            micro_batch_size=args.micro_batch_size,
+            seq_length=args.seq_length,
+            data_parallel_rank=groups.dp.rank(),
+            data_parallel_size=groups.dp.size(),
+        )
 
     def forward_step(self, data: Any, model: Any) -> tuple[Tensor, LossFunction]:
         """The forward step of Megatron's schedules; process groups exist when it is called."""

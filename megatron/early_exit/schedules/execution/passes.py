@@ -21,12 +21,15 @@ from megatron.early_exit.schedules.execution.pass_clock import PassClock
 class Workload(Protocol):
     """What a rank is told of the microbatch that it is about to work on."""
 
-    def begin_forward(self, microbatch: Microbatch, ends_at_exit: bool) -> None:
+    def begin_forward(self, microbatch: Microbatch, ends_at_exit: bool) -> int:
         """Called before a forward.
 
         Args:
             microbatch: whose data the model reads next.
             ends_at_exit: nobody needs what comes after the last exit of the model chunk.
+
+        Returns:
+            The microbatch's number in the step, the same on all stages.
         """
 
     def exits_backward(self, microbatch: Microbatch) -> None:
@@ -97,7 +100,7 @@ class Passes:
         Returns:
             What the next stage needs [s, b, h], or the loss.
         """
-        self.workload.begin_forward(microbatch, ends_at_exit)
+        number = self.workload.begin_forward(microbatch, ends_at_exit)
         clock = self.clock.time("forward") if self.clock else nullcontext()
         with clock, torch.set_grad_enabled(keeps):
             output, num_tokens = forward_step(
@@ -110,7 +113,7 @@ class Passes:
                 self.config,
                 self.context_parallel_size,
                 is_first_microbatch=self._count == 0,
-                current_microbatch=self._count,
+                current_microbatch=number,
                 is_last_stage=self.is_last_stage,
             )
         self._count += 1

@@ -8,6 +8,8 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.training.loop.filling_options import FillingOptions
+from megatron.early_exit.training.loop.holding_options import HoldingOptions
+from megatron.early_exit.training.loss.curriculum import CurriculumOptions
 from megatron.early_exit.training.tuning.options import TuningOptions
 
 
@@ -32,6 +34,12 @@ def add_early_exit_arguments(parser: ArgumentParser) -> ArgumentParser:
     tuning.description = "EE-Tuning: exits for a model that there is already."
     filling = _GroupFactory(FillingOptions).build_group(parser, title="early exit (bubbles)")
     filling.description = "Extra microbatches in the idle time of pipeline stages."
+    holding = _GroupFactory(HoldingOptions).build_group(parser, title="early exit (held tokens)")
+    holding.description = "Tokens that layers hand on unchanged in training."
+    curriculum = _GroupFactory(CurriculumOptions).build_group(
+        parser, title="early exit (curriculum)"
+    )
+    curriculum.description = "When the losses of exits count, and how much."
     loss = parser.add_argument_group(title="early exit (loss)")
     loss.add_argument(
         "--exit-loss-chunk-tokens",

@@ -87,6 +87,13 @@ class BatchReader:
             position_ids=parts["position_ids"] if inputs else None,
         )
 
+    def own_tokens(self, values: Tensor) -> Tensor:
+        """Of values for each token of a microbatch, [b, s], those of this rank's part of the
+        sequences, where context parallelism divides them."""
+        parts = {"values": values}
+        parts = get_batch_on_this_cp_rank(parts, is_hybrid_cp=False, cp_group=self.groups.cp)
+        return parts["values"]
+
 
 class DataSource(NamedTuple):
     """An indexed data set: what the names of its files begin with, and the flag that says so."""

@@ -35,11 +35,11 @@ def _device() -> torch.device:
     return torch.empty(0, device="cuda").device
 
 
-def _means(metrics: ExitMetrics) -> dict[str, torch.Tensor]:
+def _means(metrics: ExitMetrics, but: frozenset[int] = frozenset()) -> dict[str, torch.Tensor]:
     if not metrics.positions:
         return {}
     groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["dp_cp", "pp"])
-    return metrics.take_means(groups, _device())
+    return metrics.take_means(groups, _device(), but)
 
 
 def _with_exits(
@@ -53,7 +53,8 @@ def _with_exits(
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        loss_dict = {**loss_dict, **_means(objective.training_metrics)}
+        means = _means(objective.training_metrics, but=objective.yet_to_learn)
+        loss_dict = {**loss_dict, **means}
         for position, weight in objective.weights.items():
             loss_dict[f"exit {position} weight"] = torch.tensor(weight, device=_device())
         result = training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)

@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from megatron.core.rerun_state_machine import (
@@ -16,7 +16,9 @@ from megatron.core.rerun_state_machine import (
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron.early_exit.model.held_rows import HeldRows
 from megatron.early_exit.training.loop.data import BatchReader
+from megatron.early_exit.training.loop.held_draws import HeldDraws
 from megatron.early_exit.training.loss.exit_loss import EndedAtExit, ExitObjective
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -74,25 +76,51 @@ def rejected_results() -> Iterator[None]:
 
 
 def final_loss(
-    checks: LossChecks, loss_mask: Tensor, losses: Tensor
+    checks: LossChecks,
+    loss_mask: Tensor,
+    losses: Tensor,
+    asked: Tensor | None = None,
+    weight: float = 1.0,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the final head's loss over a microbatch, as Megatron's schedules expect it.
 
     Args:
         checks: made on the sum.
-        loss_mask: [b, s], which tokens count.
+        loss_mask: [b, s], which tokens count at any head.
         losses: [b, s], the loss of each token.
+        asked: [b, s], for which of them the final head is asked; None is all.
+        weight: of this loss beside those of exits.
 
     Returns:
-        The sum, the number of tokens that count, and both for the log.
+        The weighted sum, the number of tokens that count at any head; and for the log the sum and
+        the number of those that it is over.
     """
     mask = loss_mask.reshape(-1).float()
+    own = mask if asked is None else mask * asked.reshape(-1)
     # Megatron's own order of operations: another would round otherwise.
-    total = torch.sum(losses.reshape(-1).float() * mask)
+    total = torch.sum(losses.reshape(-1).float() * own)
     checks(total)
     tokens = mask.sum().to(torch.int)
-    report = torch.stack([total.detach(), tokens.float()])
+    own_tokens = tokens if asked is None else own.sum()
+    report = torch.stack([total.detach(), own_tokens.float()])
+    if weight != 1:
+        total = total * weight
     return total, tokens, {"lm loss": report}
+
+
+class RunModel(NamedTuple):
+    """What comes of running a model chunk on a microbatch.
+
+    Attributes:
+        output: of the chunk, or the hidden state at its last exit where the objective ends the pass
+            there.
+        loss_mask: [b, s]; the last stage always has it.
+        held: the tokens that layers have handed on, if any could be.
+    """
+
+    output: Tensor
+    loss_mask: Tensor
+    held: HeldRows | None
 
 
 @dataclass(frozen=True)
@@ -103,23 +131,19 @@ class ModelStep:
         reader: source of microbatches.
         objective: the exits' share of the loss.
         completed_iterations: tells how many iterations are done.
+        draws: of the tokens that layers hand on in training; None if they never do.
     """
 
     reader: BatchReader
     objective: ExitObjective
     completed_iterations: Callable[[], int]
+    draws: HeldDraws | None = field(default=None, kw_only=True)
 
-    def run(
-        self, data: Iterator[dict[str, Tensor]], model: torch.nn.Module
-    ) -> tuple[Tensor, Tensor]:
-        """Run `model` on the next microbatch.
-
-        Returns:
-            Its output, or the hidden state at its last exit where the objective ends the pass
-            there; and the loss mask [b, s], which the last stage always has.
-        """
+    def run(self, data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> RunModel:
+        """Run `model` on the next microbatch."""
         self.objective.start_iteration(self.completed_iterations())
         chunk: Any = unwrap_model(model)
+        held = self._draw(chunk)
         batch = self.reader.read(
             data,
             inputs=chunk.pre_process,
@@ -133,13 +157,23 @@ class ModelStep:
                 None,
                 labels=batch.labels,
                 loss_mask=batch.loss_mask,
+                **({} if held is None else {"held": held}),
             )
         except EndedAtExit as end:
             output = end.hidden
         finally:
             # What recomputes activations later must not end there.
             self.objective.ends_at_exit = False
-        return output, cast(Tensor, batch.loss_mask)
+        return RunModel(output, cast(Tensor, batch.loss_mask), held)
+
+    def _draw(self, chunk: Any) -> HeldRows | None:
+        if self.draws is None or not chunk.training:
+            return None
+        # Megatron's schedules, and this package's, number the microbatches of a step there.
+        held = self.draws.draw(
+            self.completed_iterations(), chunk.decoder.layers[0].current_microbatch
+        )
+        return HeldRows(self.reader.own_tokens(held.frozen_at.cuda()), held.skipped.cuda())
 
 
 @dataclass(frozen=True)
@@ -156,5 +190,7 @@ class ForwardStep(ModelStep):
         self, data: Iterator[dict[str, Tensor]], model: torch.nn.Module
     ) -> tuple[Tensor, LossFunction]:
         """Run `model` on the next microbatch; on the last stage its output is the loss [b, s]."""
-        output, loss_mask = self.run(data, model)
-        return output, partial(final_loss, self.checks, loss_mask)
+        output, loss_mask, held = self.run(data, model)
+        asked = None if held is None else held.asked_at(held.num_layers)
+        weight = self.objective.final_weight
+        return output, partial(final_loss, self.checks, loss_mask, asked=asked, weight=weight)

@@ -106,9 +106,10 @@ class _StepData:
         self._selected: Microbatch | None = None
         self._num_drawn = 0
 
-    def select(self, microbatch: Microbatch) -> None:
-        """Choose the microbatch that is asked for next."""
+    def select(self, microbatch: Microbatch) -> int:
+        """Choose the microbatch that is asked for next; returns its place in the order."""
         self._selected = microbatch
+        return self._order.index(microbatch)
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -136,9 +137,9 @@ class _Workload:
     data: _StepData
     objective: ExitObjective
 
-    def begin_forward(self, microbatch: Microbatch, ends_at_exit: bool) -> None:
-        self.data.select(microbatch)
+    def begin_forward(self, microbatch: Microbatch, ends_at_exit: bool) -> int:
         self.objective.ends_at_exit = ends_at_exit
+        return self.data.select(microbatch)
 
     def exits_backward(self, microbatch: Microbatch) -> None:
         del microbatch

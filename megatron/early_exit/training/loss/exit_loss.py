@@ -24,6 +24,8 @@ from torch.nn import functional
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.model.exit_head import ExitHeads
 from megatron.early_exit.model.rng import derived_seed, dropout_rng
+from megatron.early_exit.training.loss.curriculum import LossCurriculum
+from megatron.early_exit.training.loss.exit_input import ExitInput, Targets
 from megatron.early_exit.training.loss.gate_metrics import GateMetrics
 from megatron.early_exit.training.loss.head_loss import (
     HeadLoss,
@@ -89,8 +91,12 @@ class ExitObjective:
         normalization: how the final loss is reduced, the exits' are reduced the same way.
         chunk_tokens: tokens whose logits exist at a time; None for a default by memory.
         seed: of the exits' dropout.
+        curriculum: which exits learn in an iteration, and LayerSkip's weights; None for all, with
+            the weights of `config`.
 
     Attributes:
+        weights: of the exits' losses in this iteration, by position.
+        final_weight: of the final head's loss.
         ends_at_exit: the next forward pass may end at the last exit of its model chunk, by
             `EndedAtExit`, since no stage takes the microbatch on.
     """
@@ -101,13 +107,18 @@ class ExitObjective:
         normalization: LossNormalization,
         chunk_tokens: int | None = None,
         seed: int = 0,
+        curriculum: LossCurriculum | None = None,
     ) -> None:
         self.config = config
         self.normalization = normalization
         self.chunk_tokens = chunk_tokens
         self.seed = seed
         self.temperatures = {one.position: one.temperature for one in config.exits}
+        self.curriculum = curriculum
         self.weights = exit_loss_weights(config, iteration=0)
+        self.final_weight = 1.0
+        self._active = frozenset(config.positions)
+        self._have_learnt: frozenset[int] = frozenset()
         self.training_metrics = ExitMetrics(config.positions, config.use_exit_gate)
         self.validation_metrics = ExitMetrics(config.positions, config.use_exit_gate)
         self.ends_at_exit = False
@@ -120,8 +131,18 @@ class ExitObjective:
     def start_iteration(self, iteration: int) -> None:
         """Set the loss weights for the iteration after `iteration` completed ones."""
         self.weights = exit_loss_weights(self.config, iteration)
+        if self.curriculum is not None:
+            self.weights, self.final_weight = self.curriculum.weights(self.weights, iteration)
+            self._active = self.curriculum.active(iteration)
+        self._have_learnt |= self._active
         if iteration != self._iteration:
             self._iteration, self._dropout_draws = iteration, 0
+
+    @property
+    def yet_to_learn(self) -> frozenset[int]:
+        """The exits that have not learnt in any iteration so far, so that there is no loss to show
+        of them."""
+        return frozenset(self.config.positions) - self._have_learnt
 
     def start_step(self, per_token_share: float) -> None:
         """Prepare a step in which stages work on different microbatches.
@@ -150,13 +171,14 @@ class ExitObjective:
         loss_mask: Tensor | None,
         final_tokens: Tensor | None,
         layer_kwargs: dict[str, Any],
+        asked: Tensor | None = None,
     ) -> Tensor:
         """Attach the loss of the exit at `position` to `hidden` [s, b, h]; see `ExitTap`.
 
         In evaluation the loss is computed at once and only measured; or at the end of the pass, if
         exits have gates, which are compared with the final head.
         """
-        targets = Targets.of(labels, loss_mask, final_tokens)
+        targets = Targets.of(labels, loss_mask, final_tokens, asked)
         exit_input = ExitInput(exits, position, hidden, targets, layer_kwargs)
         if exits.training:
             return self.in_training(exit_input)
@@ -176,7 +198,7 @@ class ExitObjective:
         for exit_input in waiting:
             self._run(exit_input, self.validation_metrics)
 
-    def in_training(self, exit_input: "ExitInput") -> Tensor:
+    def in_training(self, exit_input: ExitInput) -> Tensor:
         """What goes on behind an exit, [s, b, h]: its loss is deferred to the backward phase.
 
         In a forward pass without gradients (the first one of activation recomputation) nothing
@@ -204,10 +226,14 @@ class ExitObjective:
         """For schedules in which exits have a backward of their own; here it is part of the
         backbone's."""
 
-    def train_exit(self, exit_input: "ExitInput", teacher: Teacher | None = None) -> None:
+    def train_exit(self, exit_input: ExitInput, teacher: Teacher | None = None) -> None:
         """Compute an exit's loss and backpropagate it, to the leaf `hidden` where that needs a
-        gradient; see `head_loss` for `teacher`."""
-        self._run(exit_input, self.training_metrics, teacher)
+        gradient; see `head_loss` for `teacher`. Of an exit that does not learn in this iteration
+        nothing is computed."""
+        if exit_input.position in self._active:
+            self._run(exit_input, self.training_metrics, teacher)
+        else:
+            exit_input.leave_out()
 
     def options(self, exits: ExitHeads, position: int) -> HeadLossOptions:
         """How the loss of an exit is computed."""
@@ -220,7 +246,7 @@ class ExitObjective:
         )
 
     def _run(
-        self, exit_input: "ExitInput", metrics: ExitMetrics, teacher: Teacher | None = None
+        self, exit_input: ExitInput, metrics: ExitMetrics, teacher: Teacher | None = None
     ) -> None:
         """Compute an exit's loss; with gradients enabled, backpropagate it."""
         exits, position, targets = exit_input.exits, exit_input.position, exit_input.targets
@@ -250,7 +276,7 @@ class ExitObjective:
             assert result.agrees is not None
             self._run_gate(exit_input, result.agrees, metrics.gates)
 
-    def _run_gate(self, exit_input: "ExitInput", agrees: Tensor, metrics: GateMetrics) -> None:
+    def _run_gate(self, exit_input: ExitInput, agrees: Tensor, metrics: GateMetrics) -> None:
         """Compute the loss of an exit's gate; with gradients enabled, backpropagate it to the gate
         and nothing else.
 
@@ -284,55 +310,8 @@ class ExitObjective:
         tp_rank = torch.distributed.get_rank(exits.tp_group)
         return dropout_rng(seed, tp_rank, exits.config.sequence_parallel)
 
-    def _coefficient(self, weight: float, targets: "Targets") -> Tensor | float:
+    def _coefficient(self, weight: float, targets: Targets) -> Tensor | float:
         coefficient = weight * self._loss_scale
         if self.normalization.per_token:
             return coefficient
-        return coefficient / targets.mask.sum().clamp(min=1)
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What a microbatch's exits should predict, sequence first as hidden states.
-
-    Attributes:
-        labels: [s * b], the tokens.
-        mask: [s * b], which of them count.
-        final_tokens: [b, s], what the final head predicts, known at the end of the forward pass;
-            None where no gate needs it.
-    """
-
-    labels: Tensor
-    mask: Tensor
-    final_tokens: Tensor | None = None
-
-    @classmethod
-    def of(
-        cls, labels: Tensor, loss_mask: Tensor | None, final_tokens: Tensor | None = None
-    ) -> "Targets":
-        """Targets from labels, mask and the final head's tokens, each [b, s]."""
-        mask = torch.ones_like(labels) if loss_mask is None else loss_mask
-        return cls(labels.t().reshape(-1), mask.t().reshape(-1).float(), final_tokens)
-
-    def of_final_head(self) -> Tensor | None:
-        """The final head's tokens [s * b], to be called after the forward pass."""
-        return None if self.final_tokens is None else self.final_tokens.t().reshape(-1)
-
-
-@dataclass(frozen=True)
-class ExitInput:
-    """A microbatch at an exit.
-
-    Attributes:
-        exits: the heads of the model chunk.
-        position: of the exit.
-        hidden: [s, b, h], the residual stream there.
-        targets: what the exit should predict.
-        layer_kwargs: what the backbone's layers get beside it.
-    """
-
-    exits: ExitHeads
-    position: int
-    hidden: Tensor
-    targets: Targets
-    layer_kwargs: dict[str, Any]
+        return coefficient / targets.whole_mask.sum().clamp(min=1)

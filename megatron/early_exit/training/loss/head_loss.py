@@ -7,7 +7,7 @@ phase, when its coefficients are already known.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -273,6 +273,15 @@ class _WeightGradient:
                 self.weight.backward(torch.empty_like(self.weight))
         else:
             self.weight.backward(self.total.to(self.weight.dtype))
+
+
+def deliver_nothing(weight: Parameter) -> None:
+    """Hand autograd a gradient of zeros, so that the hooks of data parallelism run as they do with
+    another one."""
+    zeros = weight.new_zeros(()).expand_as(weight)
+    in_place = getattr(weight, "main_grad", None) is not None
+    with _gradient_is_in_main_grad(weight) if in_place else nullcontext():
+        weight.backward(zeros)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ class ExitMetrics:
         self.positions = positions
         self.gates = GateMetrics(positions) if has_gates else None
         self._sums: Tensor | None = None
+        self._last: Tensor | None = None
 
     def add(self, position: int, result: HeadLoss, mask: Tensor) -> None:
         """Add one microbatch; `mask` [n] tells which tokens count."""
@@ -35,10 +36,21 @@ class ExitMetrics:
         row[_CORRECT] += torch.dot(result.correct, mask)
         row[_TOKENS] += mask.sum()
 
-    def take_means(self, groups: ProcessGroupCollection, device: torch.device) -> dict[str, Tensor]:
-        """Mean loss and accuracy per token of each exit since the last call, 0-dimensional.
+    def take_means(
+        self,
+        groups: ProcessGroupCollection,
+        device: torch.device,
+        but: frozenset[int] = frozenset(),
+    ) -> dict[str, Tensor]:
+        """Mean loss and accuracy per token of each exit since the last call, 0-dimensional. An exit
+        that has not been measured since then has the means that it had.
 
         A collective call over the data-parallel, context-parallel and pipeline groups.
+
+        Args:
+            groups: those.
+            device: of the means.
+            but: positions to leave out, on every rank the same.
 
         Returns:
             `exit N loss` and `exit N accuracy` for each position N, the same on every rank; and
@@ -48,11 +60,16 @@ class ExitMetrics:
         self._sums = None
         torch.distributed.all_reduce(sums, group=groups.dp_cp)
         torch.distributed.all_reduce(sums, group=groups.pp)
-        tokens = sums[:, _TOKENS].clamp(min=1)
+        found = sums[:, :_TOKENS] / sums[:, _TOKENS:].clamp(min=1)
+        if self._last is not None:
+            found = torch.where(sums[:, _TOKENS:] > 0, found, self._last)
+        self._last = found
         means: dict[str, Tensor] = {}
         for row, position in enumerate(self.positions):
-            means[f"exit {position} loss"] = (sums[row, _LOSS] / tokens[row]).float()
-            means[f"exit {position} accuracy"] = (sums[row, _CORRECT] / tokens[row]).float()
+            if position in but:
+                continue
+            means[f"exit {position} loss"] = found[row, _LOSS].float()
+            means[f"exit {position} accuracy"] = found[row, _CORRECT].float()
         if self.gates is not None:
             means |= self.gates.take(groups, device)
         return means

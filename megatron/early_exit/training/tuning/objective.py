@@ -17,7 +17,8 @@ from megatron.early_exit.schedules.execution.pass_clock import PassClock
 from megatron.early_exit.schedules.generators import Tuning
 from megatron.early_exit.schedules.schedule import Schedule
 from megatron.early_exit.training.loop.step import LossFunction, ModelStep
-from megatron.early_exit.training.loss.exit_loss import ExitInput, ExitObjective
+from megatron.early_exit.training.loss.exit_input import ExitInput
+from megatron.early_exit.training.loss.exit_loss import ExitObjective
 from megatron.early_exit.training.loss.head_loss import Teacher
 from megatron.early_exit.training.tuning.options import TuningOptions
 
@@ -94,7 +95,7 @@ class TuningStep(ModelStep):
     ) -> tuple[Tensor, LossFunction]:
         """Run `model` on the next microbatch."""
         with torch.no_grad():
-            output, loss_mask = self.run(data, model)
+            output, loss_mask, _ = self.run(data, model)
             if model.training:
                 self.objective.finish_forward(output)
         return output, partial(_report, loss_mask)

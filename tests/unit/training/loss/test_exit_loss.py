@@ -1,6 +1,8 @@
 """The deferred loss gives every parameter the gradient of plain autograd over the summed losses."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -12,6 +14,10 @@ from megatron.early_exit import platform
 platform.prepare()
 
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
+from megatron.early_exit.training.loss.curriculum import (  # noqa: E402
+    CurriculumOptions,
+    LossCurriculum,
+)
 from megatron.early_exit.training.loss.exit_loss import (  # noqa: E402
     ExitObjective,
     LossNormalization,
@@ -238,6 +244,40 @@ def test_weight_of_the_current_iteration():
     training.plain.exits = exits(2, exit_layer_weight=(0.25,))
     expected = training.plain_gradients(Microbatch(0))
     assert max(relative_error(found[name], expected[name]) for name in expected) < BOUND
+
+
+@pytest.mark.parametrize(
+    "kind", [*HEAD_KINDS, {"share_final_head": True}], ids=[*map(names, HEAD_KINDS), "final-head"]
+)
+@pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
+def test_exits_that_do_not_learn_are_not_computed(kind, untied):
+    if untied and "share_final_head" in kind:
+        pytest.skip("refused: such exits have no weights of their own")
+    config = exits(1, 2, 3, untie_exit_output_weights=untied, **kind)
+    training = Training(config, tied=False)
+    training.objective.curriculum = LossCurriculum(
+        options=CurriculumOptions(exit_curriculum="rotational", exit_curriculum_period=2),
+        positions=(1, 2, 3),
+        num_layers=LAYERS,
+        iterations=lambda: 10,
+    )
+    computed, delivered = [], []
+    for position, head in training.model.exits.heads.items():
+        head.register_forward_hook(lambda *_, position=position: computed.append(position))
+    for name, parameter in training.model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: delivered.append(name))
+    found = training.deferred_gradients(Microbatch(0))
+    assert sorted(computed) == [1, 3]
+    counts = Counter(delivered)
+    training.objective.curriculum = None
+    training.deferred_gradients(Microbatch(0))
+    assert counts == Counter(delivered[counts.total() :]), "data parallelism would wait for ever"
+
+    weights = config.exit_layer_weight
+    training.plain.exits = replace(config, exit_layer_weight=(weights[0], 0.0, weights[2]))
+    expected = training.plain_gradients(Microbatch(0))
+    errors = {name: relative_error(found[name], expected[name]) for name in expected}
+    assert max(errors.values()) < BOUND, errors
 
 
 @pytest.mark.parametrize("kind", HEAD_KINDS, ids=names)
