@@ -1,12 +1,14 @@
 """Measure the speed of decoding, and compare it with the limit set by the weights that are read.
 
     python benchmarks/decode.py [--model demo shape] [--dtype fp32 bf16] [--batch 1 8 32] [--quick]
+    python benchmarks/decode.py --weight-dtype int8 [--model ...] [--batch ...] [--quick]
 
 All settings of a model are measured alternately in one process, so that noise affects all of them
 equally; figures are medians of the ratios of the rounds. The limit of full decoding at batch 1 is
 the time of the bare matrix-vector products with all of the model's weight matrices, plain or
 packed, whichever is faster. The depth at which tokens leave is forced, by a threshold of 0 or at
-random.
+random. With --weight-dtype full decoding with weights in that format is compared with full
+decoding in the dtype, and nothing else is measured.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from decode_batch import measure_batch
 from decode_dtypes import BENCHMARKED, benchmarked_dtypes
 from decode_models import random_weights, saved_weights
 from decode_single import measure_single
+from decode_small_weights import measure_small_weights, quantized
 from decode_turns import FigureTable
 
 from megatron.early_exit.hardware.dtypes import DTYPES
@@ -44,6 +47,7 @@ def parse() -> argparse.Namespace:
         choices=BENCHMARKED,
         help="default: fp32, and bf16 where that is fast on this machine's CPU",
     )
+    parser.add_argument("--weight-dtype", choices=("int8",), help="default: not measured")
     parser.add_argument("--batch", nargs="+", type=int, choices=(1, 8, 32), default=[1, 8, 32])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
@@ -72,8 +76,13 @@ def main() -> None:
             kind = DTYPES[dtype]
             weights = random_weights(kind) if name == "shape" else saved_weights(DEMO, kind)
             model = SegmentedModel(*weights, compile_rows=True)
+            small = None
+            if args.weight_dtype is not None:
+                small = SegmentedModel(*quantized(weights), compile_rows=True)
             for batch in args.batch:
-                if batch == 1:
+                if small is not None:
+                    measure_small_weights(weights, model, small, batch, args, table)
+                elif batch == 1:
                     measure_single(weights, model, args, table)
                 else:
                     measure_batch(weights, model, batch, args, table)

@@ -30,6 +30,7 @@ from megatron.early_exit.checkpoint.source import open_checkpoint, open_parts
 from megatron.early_exit.checkpoint.writer import Report
 from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig, ExitMeasure
 from megatron.early_exit.errors import as_flag
+from megatron.early_exit.inference.quantization_loss import quantization_loss
 
 GENERATE = "python tools/generate.py --load {} --prompt ..."
 DRAFT = f"{GENERATE} --mode self_speculative"
@@ -41,6 +42,7 @@ _PATHS = {
     "DST": "what to write: a directory that is empty or does not exist",
     "MODEL": "a folder with config.json and safetensors files, a GGUF file, or a name on the hub",
     "FOLDER": "what to write: a folder that is empty or does not exist",
+    "TEXT": "a text file in UTF-8, of which the model predicts each token",
     "BASE": "the model that the exits were tuned on",
     "EXITS": "a checkpoint with exits only, as --tune-exit saves",
 }
@@ -130,6 +132,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="the tokenizer's file or folder (default: the path that training used)",
     )
     one.add_argument("--tokenizer-type", help="default: the type that training used")
+    one = verb(
+        "measure-int8",
+        _measure_int8,
+        "print what weights in 8 bits (--weight-dtype int8 of tools/generate.py) change",
+        "SRC",
+        "TEXT",
+    )
+    one.add_argument(
+        "--quantize-heads",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="projections to the vocabulary are in 8 bits, too (default: yes)",
+    )
     one = verb("inspect", _inspect, "describe what a checkpoint contains", "SRC")
     one.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -214,6 +229,23 @@ def _strip_exits(args: argparse.Namespace) -> None:
 
 def _merge_exits(args: argparse.Namespace) -> None:
     _write_checkpoint(open_parts(args.base, args.exits), args.dst, GENERATE)
+
+
+def _measure_int8(args: argparse.Namespace) -> None:
+    loss = quantization_loss(args.src, _read_text(args.text), args.quantize_heads)
+    change = loss.quantized_perplexity / loss.perplexity - 1
+    print(
+        f"perplexity of {loss.num_tokens} tokens: {loss.perplexity:.4f}, in 8 bits "
+        f"{loss.quantized_perplexity:.4f} ({change:+.2%}); the most probable token is the same at "
+        f"{loss.agreement:.2%} of them"
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is no text in UTF-8: {error}") from error
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -34,6 +34,7 @@ from tests.helpers.arrivals import (
 )
 from tests.helpers.compiler import has_cpp_compiler, needs_compiler
 from tests.helpers.nccl_transfers import NcclTransfers
+from tests.helpers.quantized_models import rounded_model
 from tests.helpers.reference_decoder import generate, scores
 from tests.helpers.spawn import spawn
 from tests.helpers.tiny_models import GPT2, HEADS, LLAMA, TinyModel, make_model, save_checkpoint
@@ -69,6 +70,8 @@ SHALLOW = ("shallow", "all")
 COMPILED = {(2, 1): SHALLOW, (1, 2): ONE}
 """Two layers on each rank, in a stretch each or in one: the compiler takes seconds for each layer
 of each stretch."""
+SMALL_WEIGHTS = {(2, 1): ONE, (1, 2): ("gpt2", "all"), (2, 2): ("llama", "few answers")}
+"""What is computed with weights in 8 bits: gated and not, untied and tied."""
 SLOTS, NUM_ARRIVALS = (1, 3), 20
 TEXT = [position * 7 % 61 for position in range(23)]
 SAMPLED = SamplingParams(mode="early_exit", max_tokens=12, temperature=1.2, top_p=0.9, logprobs=2)
@@ -101,7 +104,7 @@ def compiled_requests(model: tuple[str, str]) -> tuple[list[list[int]], list[Sam
 
 
 def divided_engine(
-    folder: str, kind: str, head: str, layout: tuple[int, int], compile: bool = False
+    folder: str, kind: str, head: str, layout: tuple[int, int], **options: Any
 ) -> EarlyExitEngine:
     """A few slots only, so that sequences follow each other in them."""
     tensor, pipeline = layout
@@ -111,7 +114,7 @@ def divided_engine(
         max_batch_size=4,
         tensor_parallel=tensor,
         pipeline_parallel=pipeline,
-        compile=compile,
+        **options,
     )
 
 
@@ -130,6 +133,10 @@ def generate_everything(folder: str, arriving: list[list[Arrival]]) -> dict[Any,
             if (kind, head) == ONE:
                 found[layout, "more"] = more_of_one(engine)
                 found[layout, "measured"] = engine.generate([TEXT[:13]] * len(MEASURED), MEASURED)
+            engine.close()
+        if (small := SMALL_WEIGHTS.get(layout)) is not None:
+            engine = divided_engine(folder, *small, layout, weight_dtype="int8")
+            found[layout, "int8"] = engine.generate(*greedy_requests(0))
             engine.close()
         for name, fields in TRANSFERS.items() if layout[1] > 1 else ():
             found[layout, name] = with_transfers_of_nccl(folder, layout, **fields)
@@ -311,6 +318,21 @@ def test_every_rank_gets_the_oracles_tokens(found):
                     assert result.exit_layers == [token.exit_layer for token in expected], where
                 assert result.logprobs == pytest.approx([t.logprob for t in expected], abs=3e-4)
                 assert result.finish_reason == "length"
+
+
+def test_weights_in_8_bits_are_those_of_the_whole_matrices(found):
+    """Whichever part of a matrix a rank has, its scales are those of whole channels."""
+    for layout in LAYOUTS[len(found)]:
+        if layout not in SMALL_WEIGHTS:
+            continue
+        model = rounded_model(model_of(*SMALL_WEIGHTS[layout]))
+        for number, (prompt, params) in enumerate(zip(*greedy_requests(0), strict=True)):
+            threshold = params.threshold if params.mode == "early_exit" else None
+            expected = generate(model, prompt, params.max_tokens, threshold, params.exit_layers)
+            for results in found:
+                result = results[layout, "int8"][number]
+                assert result.token_ids == [token.token_id for token in expected], (layout, params)
+                assert result.logprobs == pytest.approx([t.logprob for t in expected], abs=1e-2)
 
 
 def test_transfers_that_stop_processes_change_nothing(found):

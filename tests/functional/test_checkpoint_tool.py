@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from megatron.early_exit.checkpoint.writer import write_checkpoint
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers import saved_checkpoint
 from tests.helpers.ee_llm_format import save_ee_llm, with_shared_norms
+from tests.helpers.text_checkpoint import save_text_checkpoint
 from tests.helpers.tiny_models import HEADS, LLAMA, TinyModel, make_model
 from tools.checkpoint import main
 
@@ -365,3 +367,17 @@ def test_a_terminal_shows_a_bar(paths, tmp_path):
             shown += data
     assert b"100%" in shown
     os.close(read)
+
+
+def test_what_8_bits_change(tmp_path, capsys):
+    path = save_text_checkpoint(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown foxes jump over lazy dogs", encoding="utf-8")
+    assert main(["measure-int8", str(path), str(text), "--no-quantize-heads"]) == 0
+    assert re.search(
+        r"perplexity of \d+ tokens: [\d.]+, in 8 bits [\d.]+ \([+-][\d.]+%\); .* at [\d.]+% of",
+        capsys.readouterr().out,
+    )
+    text.write_bytes(b"\xff\xfe\xfd")
+    assert main(["measure-int8", str(path), str(text)]) == 2
+    assert f"error: {text}: is no text in UTF-8" in capsys.readouterr().err

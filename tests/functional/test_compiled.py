@@ -16,6 +16,7 @@ from megatron.early_exit.inference.model.graphs import GraphedLayers
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from tests.helpers.compiler import needs_compiler
 from tests.helpers.cpu_recorder import CpuRecorder
+from tests.helpers.quantized_models import quantized_model, rounded_model
 from tests.helpers.reference_decoder import generate
 from tests.helpers.speed import patient
 from tests.helpers.tiny_models import ARCHITECTURES, HEADS, LLAMA, make_model
@@ -258,3 +259,25 @@ def test_half_precision(dtype):
     for result in engine.generate([PROMPT], params) + engine.generate([PROMPT] * 3, params):
         assert result.logprobs[:2] == pytest.approx(plain.logprobs[:2], abs=0.1)
         assert result.token_ids[0] == plain.token_ids[0]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("architecture", "heads"), [("llama", "all"), ("gpt2", "norm")])
+def test_weights_in_8_bits(architecture, heads):
+    """Alone, in a batch and in every mode: the oracle's tokens with the rounded weights."""
+    model = make_model(shallow(ARCHITECTURES[architecture]), exits=(1,), **HEADS[heads])
+    engine = EarlyExitEngine(quantized_model(model, compile_rows=True))
+    kinds = [
+        SamplingParams(max_tokens=16),
+        SamplingParams(max_tokens=16, mode="early_exit", early_exit_threshold=0.6),
+        SamplingParams(max_tokens=16, mode="self_speculative", draft_confidence=0.0),
+    ]
+    together = engine.generate([PROMPT] * len(kinds), kinds)
+    alone = [engine.generate([PROMPT], kind)[0] for kind in kinds]
+    for kind, results in zip(kinds, zip(together, alone, strict=True), strict=True):
+        threshold = 0.6 if kind.mode == "early_exit" else None
+        expected = generate(rounded_model(model), PROMPT, 16, threshold)
+        for result in results:
+            assert result.token_ids == [token.token_id for token in expected]
+            assert result.logprobs == pytest.approx([t.logprob for t in expected], abs=1e-2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4

@@ -177,7 +177,11 @@ def all_logits(model: TinyModel, tokens: Sequence[int]) -> dict[int | str, Tenso
 
 
 def all_heads(model: TinyModel, tokens: Sequence[int]) -> dict[int | str, ReferenceHead]:
-    """What every head has over a sequence, by position of the exit and "final"."""
+    """What every head has over a sequence, by position of the exit and "final".
+
+    Heads that are tied to the embedding project with `embedding.projection.weight` where the model
+    has such a tensor.
+    """
     w, a, options = model.weights, model.architecture, model.early_exit
     embedding = w["embedding.word_embeddings.weight"]
     x = embedding[torch.tensor(tokens)]
@@ -202,12 +206,12 @@ def all_heads(model: TinyModel, tokens: Sequence[int]) -> dict[int | str, Refere
                 branch = branch + _mlp(model, f"{block}mlp.", branch)
             if options.use_exit_norm:
                 branch = _norm(model, f"{exit_prefix}norm.", branch)
-            projection = embedding
+            projection = w.get("embedding.projection.weight", embedding)
             if options.untie_exit_output_weights:
                 projection = w[f"{exit_prefix}projection.weight"]
             if options.share_final_head:
                 branch = _norm(model, "decoder.final_layernorm.", branch)
-                projection = w.get("output_layer.weight", embedding)
+                projection = w.get("output_layer.weight", projection)
             logits = branch @ projection.T
             num_answers = options.exit_vocab_size or a.vocab_size
             logits[:, num_answers:] = -torch.inf
@@ -220,7 +224,9 @@ def all_heads(model: TinyModel, tokens: Sequence[int]) -> dict[int | str, Refere
             heads[position] = ReferenceHead(logits, num_answers, stream, stream_before, gate)
             stream_before = stream
     normed = _norm(model, "decoder.final_layernorm.", x)
-    output = embedding if a.share_embeddings_and_output_weights else w["output_layer.weight"]
+    output = w.get("embedding.projection.weight", embedding)
+    if not a.share_embeddings_and_output_weights:
+        output = w["output_layer.weight"]
     heads["final"] = ReferenceHead(normed @ output.T, a.vocab_size, x, stream_before)
     return heads
 

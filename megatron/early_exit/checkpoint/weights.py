@@ -111,12 +111,15 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     part: Callable[[str, Tensor], Tensor | None] | None = None,
+    keep: Callable[[str, Tensor], dict[str, Tensor]] | None = None,
 ) -> Weights:
     """Read tensors, one at a time.
 
     Args:
         part: returns the wanted part of a tensor, by its name, or None to skip it; by default the
             whole tensor is read.
+        keep: returns what is kept of a whole tensor, by names, in formats that stay as they are; by
+            default it is the tensor in `dtype`.
 
     Raises:
         ValueError: one cannot be read.
@@ -128,9 +131,12 @@ def load_weights(
             next_word = monotonic() + _SILENCE_S
             _LOG.info("read %d of %d tensors", number, len(tensors))
         tensor = lazy.read()
-        wanted = tensor if part is None else part(name, tensor)
-        if wanted is not None:
-            weights[name] = wanted.to(device=device, dtype=dtype)
+        kept = {name: tensor} if keep is None else keep(name, tensor)
+        for own_name, whole in kept.items():
+            wanted = whole if part is None else part(own_name, whole)
+            if wanted is not None:
+                own_dtype = dtype if keep is None else wanted.dtype
+                weights[own_name] = wanted.to(device=device, dtype=own_dtype)
     return weights
 
 

@@ -134,6 +134,8 @@ class EarlyExitEngine:
         kv_cache_memory: int | None = None,
         gpu_memory_utilization: float | None = None,
         prefix_caching: bool = True,
+        weight_dtype: str | None = None,
+        quantize_heads: bool = True,
     ) -> "EarlyExitEngine":
         """Load a model that Megatron saved in the `torch_dist` format, at whatever layout.
 
@@ -158,14 +160,27 @@ class EarlyExitEngine:
                 nobody has run yet.
             has_driver: rank 0 alone gets requests, as in a server.
             kv_cache_memory, gpu_memory_utilization, prefix_caching: see the class.
+            weight_dtype: "int8" keeps the matrices of layers and heads in 8 bits, with a scale for
+                each output channel, and multiplies them by rows of activations in 14 bits: on a CPU
+                a quarter of the memory, and faster decoding of a few sequences. Outputs are those
+                of the rounded weights, in a batch or alone.
+            quantize_heads: projections to the vocabulary are in `weight_dtype`, too.
 
         Raises:
             ValueError: the checkpoint is missing, damaged, or of a kind that cannot be computed,
-                the model or the number of processes does not fit the layout, or `compile` is not
-                possible here.
+                the model or the number of processes does not fit the layout, or `compile` or
+                `weight_dtype` is not possible here.
         """
         loaded = load_model(
-            path, dtype, device, tensor_parallel, pipeline_parallel, compile, has_driver
+            path,
+            dtype,
+            device,
+            tensor_parallel,
+            pipeline_parallel,
+            compile,
+            has_driver,
+            weight_dtype,
+            quantize_heads,
         )
         return cls(
             loaded.model,

@@ -11,6 +11,7 @@ from megatron.early_exit.checkpoint.description import describe
 from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from megatron.early_exit.checkpoint.weights import load_weights, model_weights
+from megatron.early_exit.hardware.dtypes import NAMES
 from megatron.early_exit.inference.distributed.parallel_backend import (
     ParallelBackend,
     parallel_model,
@@ -18,6 +19,7 @@ from megatron.early_exit.inference.distributed.parallel_backend import (
 from megatron.early_exit.inference.distributed.process_groups import join, own_part
 from megatron.early_exit.inference.dtype import decide_dtype
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from megatron.early_exit.inference.weight_dtype import make_quantizer
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,6 +51,8 @@ def load_model(
     pipeline_parallel: int,
     compile_rows: bool,
     has_driver: bool,
+    weight_dtype: str | None = None,
+    quantize_heads: bool = True,
 ) -> LoadedModel:
     """Load a model; see `EarlyExitEngine.from_checkpoint`.
 
@@ -68,12 +72,19 @@ def load_model(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = decide_dtype(dtype, architecture, early_exit, torch.device(device), rank_info)
-    _LOG.info("reading weights in %s for %s", str(dtype).removeprefix("torch."), device)
+    quantizer = make_quantizer(weight_dtype, quantize_heads, dtype, torch.device(device))
+    _LOG.info(
+        "reading weights in %s for %s, computing in %s",
+        weight_dtype or NAMES[dtype],
+        device,
+        NAMES[dtype],
+    )
     weights = load_weights(
         model_weights(location, description),
         dtype,
         torch.device(device),
         None if rank_info is None else partial(own_part, rank_info, architecture, early_exit),
+        quantizer,
     )
     _LOG.info("weights are read; preparing layers")
     tokenizer, eod_id, backend = None, None, None

@@ -36,7 +36,7 @@ def arrange(
     own = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     for name, tensor in own.items():
         kind = name.removeprefix(prefix)
-        if kind in ("linear_qkv.weight", "linear_qkv.bias"):
+        if kind.startswith("linear_qkv.") and "layer_norm" not in kind:
             queries, keys, values = tensor.unflatten(0, groups).split((per_group, 1, 1), dim=1)
             if order is not None:
                 queries, keys = queries[:, :, order], keys[:, :, order]

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron.early_exit.inference.model.packed import pack, packed_product
+from megatron.early_exit.inference.model.quantized import is_quantized, quantized_product
 
 Function = Callable[[Tensor], Tensor]
 Addition = Callable[[Tensor, Tensor], Tensor]
@@ -17,8 +18,11 @@ def make_linear(weight: Tensor, bias: Tensor | None = None) -> Function:
     """x [r, k] -> x weight^T + bias [r, n], for a weight [n, k].
 
     On a CPU the weight is packed, if it is not yet. Where a compiler is at work it is taken as it
-    is: the product of a single row with a plain weight is a sum that becomes one loop.
+    is: the product of a single row with a plain weight is a sum that becomes one loop. A weight in
+    8 bits has been packed before, see `pack_quantized`.
     """
+    if is_quantized(weight):
+        return partial(quantized_product, packed=weight, bias=bias)
     if torch.compiler.is_compiling():
         return partial(_compiled_product, weight=weight, bias=bias)
     weight = weight if weight.is_mkldnn else pack(weight)
@@ -37,8 +41,9 @@ def make_addition(weight: Tensor, bias: Tensor | None, reduce: Function | None) 
         if bias is None:
             return lambda x, y: x + reduce(_compiled_product(y, weight, None))
         return lambda x, y: x + reduce(_compiled_product(y, weight, None)) + bias
-    weight = weight if weight.is_mkldnn else pack(weight)
-    if reduce is None and not weight.is_mkldnn:
+    if not (weight.is_mkldnn or is_quantized(weight)):
+        weight = pack(weight)
+    if reduce is None and not (weight.is_mkldnn or is_quantized(weight)):
         transposed = weight.t()
         if bias is None:
             return lambda x, y: torch.addmm(x, y, transposed)
@@ -54,6 +59,8 @@ def make_addition(weight: Tensor, bias: Tensor | None, reduce: Function | None) 
 
 def _compiled_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [r, k] -> [r, n]"""
+    if is_quantized(weight):
+        return quantized_product(x, weight, bias)
     if weight.is_mkldnn:
         return torch.ops.early_exit.packed_product.default(x, weight, bias)
     if x.shape[0] > 1:

@@ -22,7 +22,13 @@ from megatron.early_exit.inference.model.heads import BranchPart, Head, ModelExi
 from megatron.early_exit.inference.model.layers import Attention, Mlp, arrange
 from megatron.early_exit.inference.model.linear import Function, make_linear
 from megatron.early_exit.inference.model.norms import make_norm
-from megatron.early_exit.inference.model.packed import pack
+from megatron.early_exit.inference.model.quantized import (
+    SCALE_ENDING,
+    TIED_PROJECTION,
+    is_quantized,
+    pack_quantized,
+    packed_tensors,
+)
 from megatron.early_exit.inference.model.recorder import CudaGraphRecorder, Recorder
 from megatron.early_exit.inference.model.rotary import RotaryTable
 from megatron.early_exit.inference.model.segment import Segment
@@ -44,7 +50,8 @@ class SegmentedModel:
     Args:
         architecture: shape of the backbone, or of this rank's part.
         early_exit: its exits.
-        weights: tensors by name, see `megatron.early_exit.checkpoint.weights`.
+        weights: tensors by name, see `megatron.early_exit.checkpoint.weights`; some of them may be
+            in 8 bits, see `megatron.early_exit.inference.weight_dtype`.
         tensor_parallel: the ranks that share the model; None where it is whole.
         compile_rows: compile the layers for steps of decoding; on a CPU that takes the memory of
             the weights again.
@@ -99,13 +106,13 @@ class SegmentedModel:
         self.exit_vocab_size = early_exit.exit_vocab_size or architecture.vocab_size
         self.exit_measure = early_exit.exit_measure
         self.gates = Gates.of(early_exit, weights, architecture.layernorm_epsilon)
-        # One tensor for all exits, so that they share a product.
-        self._answers = self.word_embeddings[: early_exit.exit_vocab_size]
         # By the weights: heads that are tied share one product, which on a CPU has its own copy.
-        self._projections: dict[int, Function] = {}
-        output = weights.get("output_layer.weight", self.word_embeddings)
+        self._projections: dict[tuple[str, int | None], Function] = {}
         final_norm = make_norm(architecture, weights, "decoder.final_layernorm.")
-        self.final_head = self._head((final_norm,), output)
+        output = "output_layer.weight"
+        self.final_head = self._head(
+            (final_norm,), weights, output if output in weights else TIED_PROJECTION
+        )
         self.exits = tuple(
             ModelExit(position, self._exit_head(position, early_exit, weights))
             for position in early_exit.positions
@@ -143,16 +150,17 @@ class SegmentedModel:
         own = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
         order = None if self.rotary is None else self.rotary.order
         own |= arrange(self.architecture, own, f"{prefix}self_attention.", order)
-        packed = {n: pack(t) if t.dim() == 2 else t for n, t in own.items()}
+        packed = packed_tensors(own)
         halves = (
             Attention(self.architecture, packed, f"{prefix}self_attention.", number, self._reduce),
-            self._mlp(packed, f"{prefix}mlp."),
+            Mlp(self.architecture, packed, f"{prefix}mlp.", self._reduce),
         )
         if self._compiler is None:
             return _Layer(halves)
-        # Weights that are plain, too, for a single row.
+        # Weights that are plain, too, for a single row; those in 8 bits are packed for all.
+        plain = {name: t if is_quantized(t) else own[name] for name, t in packed.items()}
         plain, packed = (
-            {n.removeprefix(prefix): t for n, t in tensors.items()} for tensors in (own, packed)
+            {n.removeprefix(prefix): t for n, t in tensors.items()} for tensors in (plain, packed)
         )
         return _Layer(halves, plain, packed)
 
@@ -188,7 +196,8 @@ class SegmentedModel:
         return CompiledLayers(compiler, plain, [layer.packed for layer in layers])
 
     def _mlp(self, weights: Mapping[str, Tensor], prefix: str) -> Mlp:
-        return Mlp(self.architecture, weights, prefix, self._reduce)
+        own = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        return Mlp(self.architecture, packed_tensors(own), prefix, self._reduce)
 
     def _block(self, weights: Mapping[str, Tensor], prefix: str) -> Segment:
         """The layer with some prefix as a segment, whose cache is its own."""
@@ -201,18 +210,43 @@ class SegmentedModel:
     def _norm(self, weights: Mapping[str, Tensor], prefix: str) -> Function:
         return make_norm(self.architecture, weights, prefix)
 
-    def _head(self, branch: tuple[BranchPart, ...], projection: Tensor) -> Head:
+    def _head(
+        self,
+        branch: tuple[BranchPart, ...],
+        weights: Mapping[str, Tensor],
+        projection: str,
+        vocab_size: int | None = None,
+    ) -> Head:
+        """The head with some branch that projects with a tensor, or with its first rows."""
         shared = self._tensor_parallel
         gather: Function | None = None
+        size = vocab_size or self.architecture.vocab_size
         if shared is not None:
             function = shared.gather if self.recorder is None else shared.traceable_gather
-            gather = partial(function, vocab_size=len(projection))
-        product = self._projections.get(id(projection))
+            gather = partial(function, vocab_size=size)
+        product = self._projections.get((projection, vocab_size))
         if product is None:
-            product = make_linear(projection if shared is None else shared.rows(projection))
-            self._projections[id(projection)] = product
-        others = self.architecture.vocab_size - len(projection)
-        return Head(branch, product, gather, others)
+            product = make_linear(self._projection(weights, projection, vocab_size))
+            self._projections[projection, vocab_size] = product
+        return Head(branch, product, gather, self.architecture.vocab_size - size)
+
+    def _projection(
+        self, weights: Mapping[str, Tensor], name: str, vocab_size: int | None
+    ) -> Tensor:
+        """What this rank multiplies with: rows of a matrix, as they are or packed in 8 bits."""
+        shared = self._tensor_parallel
+
+        def part(whole: Tensor) -> Tensor:
+            rows = whole[:vocab_size]
+            return rows if shared is None else shared.rows(rows)
+
+        matrix = weights.get(name)
+        if matrix is None:
+            assert name == TIED_PROJECTION
+            return part(self.word_embeddings)
+        if is_quantized(matrix):
+            return pack_quantized(part(matrix), part(weights[f"{name}{SCALE_ENDING}"]))
+        return part(matrix)
 
     def _exit_head(
         self, position: int, early_exit: EarlyExitConfig, weights: Mapping[str, Tensor]
@@ -224,11 +258,10 @@ class SegmentedModel:
             BRANCH_PARTS[part.module](self, weights, f"{prefix}{part.module}.")
             for part in early_exit.branch_parts
         )
-        projection = weights.get(f"{prefix}projection.weight")
-        if projection is None:
-            whole = early_exit.exit_vocab_size is None
-            projection = self.word_embeddings if whole else self._answers
-        return self._head(branch, projection)
+        projection = f"{prefix}projection.weight"
+        if projection in weights:
+            return self._head(branch, weights, projection)
+        return self._head(branch, weights, TIED_PROJECTION, early_exit.exit_vocab_size)
 
 
 BRANCH_PARTS: Mapping[str, Callable[[SegmentedModel, Mapping[str, Tensor], str], BranchPart]] = {

@@ -15,9 +15,9 @@ from torch import Tensor, distributed
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.inference.model.linear import Function
 
-_DIVIDED_BY_ROWS = ("linear_qkv.weight", "linear_qkv.bias")
+_DIVIDED_BY_ROWS = ("linear_qkv.weight", "linear_qkv.weight_scale", "linear_qkv.bias")
 _DIVIDED_BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
-_GATED = ("linear_fc1.weight", "linear_fc1.bias")
+_GATED = ("linear_fc1.weight", "linear_fc1.weight_scale", "linear_fc1.bias")
 
 
 def _reduce(part: Tensor, group_name: str) -> Tensor:
@@ -78,12 +78,13 @@ class TensorParallel:
         return whole.chunk(self.size, dim)[self.rank].clone()
 
     def rows(self, projection: Tensor) -> Tensor:
-        """This rank's rows of a projection [v, h]; each rank has as many, the last ones zeros."""
+        """This rank's rows of a projection [v, h], or of its scales [v]; each rank has as many, the
+        last ones zeros."""
         count = -(-len(projection) // self.size)
         rows = projection[self.rank * count : (self.rank + 1) * count]
         if len(rows) == count:
             return rows
-        return torch.cat((rows, rows.new_zeros(count - len(rows), rows.shape[1])))
+        return torch.cat((rows, rows.new_zeros(count - len(rows), *rows.shape[1:])))
 
     def reduce(self, part: Tensor) -> Tensor:
         """The sum of what the ranks have; `part` is written over."""

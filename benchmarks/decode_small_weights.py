@@ -1,0 +1,48 @@
+"""Measure decoding with weights in 8 bits against the same weights in the model's format."""
+
+import argparse
+from statistics import median
+
+from decode_models import Weights
+from decode_turns import Decoder, FigureTable, Turn, ratio, take_turns
+
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from megatron.early_exit.inference.weight_dtype import WeightQuantizer
+
+
+def quantized(weights: Weights) -> Weights:
+    """The model with its matrices in 8 bits, those of the heads, too."""
+    return weights._replace(tensors=WeightQuantizer(weights.head.dtype).of_model(weights.tensors))
+
+
+def measure_small_weights(
+    weights: Weights,
+    model: SegmentedModel,
+    small: SegmentedModel,
+    batch: int,
+    args: argparse.Namespace,
+    table: FigureTable,
+) -> None:
+    """Measure full decoding of some sequences at a time with both weights, and report the ratio.
+
+    The limit is that of the bytes that a step reads: a number of 8 bits for each weight.
+    """
+    dtype = table.context["dtype"]
+    decoders = {
+        dtype: Decoder(model, batch, args.tokens),
+        "int8": Decoder(small, batch, args.tokens),
+        f"plain {dtype}": Decoder(SegmentedModel(*weights), batch, args.tokens),
+        "plain int8": Decoder(SegmentedModel(*quantized(weights)), batch, args.tokens),
+    }
+    settings: dict[str, Turn] = {name: decoder.full for name, decoder in decoders.items()}
+    times = take_turns(settings, args.rounds)
+    print(f"  int8, tokens/s at batch {batch}: {1 / median(times['int8']):.1f}")
+    matrices = [*weights.layers(0, weights.architecture.num_layers), weights.head]
+    limit = sum(w.nbytes for w in matrices) / sum(w.numel() for w in matrices)
+    table.add(f"int8 over {dtype}, batch {batch}", ratio(times, dtype, "int8"), None, limit)
+    table.add(
+        "  without compiled layers",
+        ratio(times, f"plain {dtype}", "plain int8"),
+        None,
+        limit,
+    )

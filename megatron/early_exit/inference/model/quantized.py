@@ -1,0 +1,138 @@
+"""Weight matrices in 8 bits, and products with them.
+
+A matrix is rounded to whole numbers from -127 to 127, with one scale for each output channel. It is
+multiplied by FBGEMM, the library of 8-bit products that PyTorch brings for x86 CPUs. What is exact
+there are products of such weights with numbers of 7 bits; where activations have 8, sums of two
+products may not fit between its instructions. So each row of activations is split into two rows of
+7 bits, a coarse and a fine one, with a scale of its own: together 14 bits, whose error is a
+hundredth of that of the weights. The weights are read once for both, and a row's result does not
+depend on the rows beside it.
+
+Shapes: r rows, k inputs, n output channels.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.early_exit.inference.model.packed import pack
+
+MOST = 127
+"""The greatest weight."""
+SCALE_ENDING = "_scale"
+"""The scales of the matrix `x.weight` are `x.weight_scale`."""
+TIED_PROJECTION = "embedding.projection.weight"
+"""A copy of the word embedding, for the heads that are tied to it: the embedding itself keeps its
+format."""
+
+_STEPS = 63
+"""The greatest number of either row of activations."""
+_ZERO = 64
+"""What stands for zero among the numbers from 0 to 127, which FBGEMM takes."""
+_FINER = 2 * _STEPS
+"""Steps of the fine row in one of the coarse row: it has what rounding has left, up to half a
+step."""
+_PRODUCT = "linear_with_input_q_dq_qweight_dq_output_fp32"
+"""The operator that rounds its input by a given scale and gives fp32."""
+_LEAST = 1e-30
+"""A row of zeros has a scale, too."""
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix [n, k] -> whole numbers [n, k] in int8, and scales [n] in fp32.
+
+    The greatest entry of a channel by size becomes 127 or -127, the others are rounded to the
+    nearest multiple of its 127th part.
+    """
+    numbers = weight.float()
+    scale = numbers.abs().amax(dim=1) / MOST
+    divisor = torch.where(scale > 0, scale, 1.0)
+    return (numbers / divisor[:, None]).round().clamp(-MOST, MOST).to(torch.int8), scale
+
+
+def dequantize(values: Tensor, scale: Tensor) -> Tensor:
+    """The matrix [n, k] in fp32 that whole numbers [n, k] and scales [n] stand for."""
+    return values.float() * scale[:, None]
+
+
+def reason_against(device: torch.device) -> str | None:
+    """Why there are no products in 8 bits on a device; None where there are."""
+    if device.type != "cpu":
+        return f"there are no such products here for the device {device}, only for x86 CPUs"
+    has_operators = hasattr(torch, "_make_per_channel_quantized_tensor") and hasattr(
+        torch.ops.quantized, _PRODUCT
+    )
+    if not (has_operators and {"x86", "fbgemm"} & set(torch.backends.quantized.supported_engines)):
+        return "this build of PyTorch has no FBGEMM, the library of such products for x86 CPUs"
+    return None
+
+
+def pack_quantized(values: Tensor, scale: Tensor) -> Tensor:
+    """A matrix in the layout of FBGEMM.
+
+    Returns:
+        [n, 1] in int8, what the compiler sees of it and takes for an argument like other weights.
+        The matrix itself, which is an object of FBGEMM's, is its attribute `matrix`.
+    """
+    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    with warnings.catch_warnings():
+        # PyTorch is about to give up tensors of this kind; `reason_against` will say so.
+        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
+        whole = torch._make_per_channel_quantized_tensor(
+            values.contiguous(), scale.double(), zeros, axis=0
+        )
+    packed: Any = torch.zeros(len(scale), 1, dtype=torch.int8)
+    packed.matrix = torch.ops.quantized.linear_prepack(whole, None)
+    return packed
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a weight is what `pack_quantized` gives."""
+    return weight.dtype == torch.int8
+
+
+def packed_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a layer with its matrices packed for a few rows, each in its format."""
+    return {
+        name: pack(tensor)
+        if tensor.dim() == 2 and not is_quantized(tensor)
+        else pack_quantized(tensor, tensors[f"{name}{SCALE_ENDING}"])
+        if is_quantized(tensor)
+        else tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(f"weight{SCALE_ENDING}")
+    }
+
+
+def quantized_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """x [r, k] -> x weight^T + bias [r, n]"""
+    numbers = x.float()
+    step = numbers.abs().amax(dim=1, keepdim=True).clamp(min=_LEAST) / _STEPS
+    exact = numbers / step
+    coarse = exact.round()
+    rows = torch.cat((coarse, (exact - coarse) * _FINER))
+    products = torch.ops.early_exit.whole_number_product.default(rows, packed)
+    count = x.shape[0]
+    product = (products[:count] + products[count:] * (1 / _FINER)) * step
+    if bias is not None:
+        product = product + bias.float()
+    return product.to(x.dtype)
+
+
+def _whole_number_product(x: Tensor, packed: Any) -> Tensor:
+    """x [r, k], rounded to whole numbers from -64 to 63 -> x weight^T [r, n]"""
+    return getattr(torch.ops.quantized, _PRODUCT).default(x, 1.0, _ZERO, packed.matrix)
+
+
+def _shape_of_product(x: Tensor, packed: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], packed.shape[0])
+
+
+# See the end of packed.py: what the compiler knows nothing about it calls.
+_LIBRARY = torch.library.Library("early_exit", "FRAGMENT")
+_LIBRARY.define("whole_number_product(Tensor x, Tensor packed) -> Tensor")
+_LIBRARY.impl("whole_number_product", _whole_number_product, "CPU")
+torch.library.register_fake("early_exit::whole_number_product", _shape_of_product)
