@@ -89,6 +89,13 @@ def pack_quantized(values: Tensor, scale: Tensor) -> Tensor:
     return packed
 
 
+def unpack_quantized(packed: Any) -> Tensor:
+    """The matrix [n, k] in fp32 that one in the layout of FBGEMM stands for."""
+    whole, _ = torch.ops.quantized.linear_unpack(packed.matrix)
+    dense: Tensor = whole.dequantize()
+    return dense
+
+
 def is_quantized(weight: Tensor) -> bool:
     """Whether a weight is what `pack_quantized` gives."""
     return weight.dtype == torch.int8
