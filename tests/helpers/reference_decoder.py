@@ -100,7 +100,8 @@ def choices(
     for place in range(len(tokens)):
         limits = _limits(model, threshold, None, decay, place / len(tokens))
         position = len(prompt) - 1 + place
-        layer, probabilities, confidence = _answer(model, heads, position, limits, measure)
+        answering, probabilities, confidence = _answer(heads, position, limits, measure)
+        layer = answering if isinstance(answering, int) else model.architecture.num_layers
         best, token = (float(value) for value in probabilities.max(-1))
         chosen.append(ReferenceToken(int(token), layer, confidence, math.log(best)))
     return chosen
