@@ -16,7 +16,7 @@ from megatron.early_exit.inference.modes.rule import ExitRule
 
 
 def test_a_position_is_held_behind_the_exit_that_gives_its_token():
-    task = StageTask(1, 0, 3, 6, rule=ExitRule((0, 1), 0.5), final=True, propagates=True)
+    task = StageTask(1, 0, 3, 6, rule=ExitRule((0, 1), (0.5, 0.5)), final=True, propagates=True)
     task, told = task.behind(HeadMessage(0, 1.0, 7, -1.0, 0.4))
     assert (task.held, told) == ((), False)
     task, told = task.behind(HeadMessage(1, 1.0, 7, -1.0, 0.6))
@@ -25,7 +25,7 @@ def test_a_position_is_held_behind_the_exit_that_gives_its_token():
 
 
 def test_without_propagation_nothing_is_held():
-    task = StageTask(1, 0, 3, 6, rule=ExitRule((0,), 0.0), final=True)
+    task = StageTask(1, 0, 3, 6, rule=ExitRule((0,), (0.0,)), final=True)
     assert task.behind(HeadMessage(0, 1.0, 7, -1.0, 0.4))[0].held == ()
 
 
