@@ -107,7 +107,7 @@ class EarlyExitGPTModel(GPTModel):
         if self.exits.heads and options.share_final_head:
             self._share_final_norm(norm)
         self._set_precision_of_exits()
-        self._has_gates = options.use_exit_gate and bool(self.exits.heads)
+        self._has_gates = bool(options.beside_parts and self.exits.heads)
         if self._has_gates and self.post_process:
             self.output_layer.register_forward_hook(self._keep_final_tokens)
 

@@ -24,7 +24,7 @@ class GateBatch:
         gates: of the model.
     """
 
-    def __init__(self, gates: Gates | None) -> None:
+    def __init__(self, gates: Gates) -> None:
         self._gates = gates
         self._exits: list[int] = []
         self._slots: list[int] = []
@@ -55,7 +55,6 @@ class GateBatch:
         """Ask the gates."""
         if not self._exits:
             return {}
-        assert self._gates is not None
         streams = self._streams
         together = streams[0] if len(streams) == 1 else torch.cat(streams)
         found: list[float] = self._gates.confidences(self._exits, together).tolist()

@@ -96,7 +96,7 @@ class SegmentLoop(DecodingLoop):
             return
         with torch.inference_mode():
             stretches, gates = self._run(step)
-            answers = gates.answers()
+            answers = {} if gates is None else gates.answers()
             passed, likely, unlikely = self._heads(stretches, answers)
             undecided = self._decide(passed, answers, likely.outputs())
             self._suspects = set(undecided)
@@ -153,13 +153,15 @@ class SegmentLoop(DecodingLoop):
         self._take_scores(self.requests[key], scores)
         self._suspects = set()
 
-    def _run(self, step: ScheduledBatch | None) -> tuple[list[_Stretch], GateBatch]:
+    def _run(self, step: ScheduledBatch | None) -> tuple[list[_Stretch], GateBatch | None]:
         """Run a batch as far as the scheduler wants.
 
         Returns:
-            What has been run, and the gates that have to be asked before any head.
+            What has been run, and the gates that have to be asked before any head; None where the
+            model has none.
         """
-        stretches, gates = [], GateBatch(self.runner.model.gates)
+        stretches, own = [], self.runner.model.gates
+        gates = None if own is None else GateBatch(own)
         while step is not None:
             self._suspects.update(sequence.key for sequence in step.sequences)
             self._let_go()
@@ -169,8 +171,9 @@ class SegmentLoop(DecodingLoop):
             hidden = self.runner.run(step.segment, step.spans, _inputs(step), last=step.last)
             complete = self.scheduler.ran(step)
             stretches.append(_Stretch(step, hidden, complete))
-            gated = [one for one in complete if self._asks_gate(step.sequences[one], step.last)]
-            gates.add(step.last, step.spans, gated, hidden)
+            if gates is not None:
+                gated = [one for one in complete if self._asks_gate(step.sequences[one], step.last)]
+                gates.add(step.last, step.spans, gated, hidden)
             step = self.scheduler.onward(step, complete)
         return stretches, gates
 
