@@ -2,9 +2,9 @@
 
 A state is the number of sequences that wait in front of each segment. A step runs some consecutive
 segments for all sequences that wait in front of them, and then evaluates all their heads in one
-product. When a position leaves, the layers that it skips are charged at once, at the rate of large
-batches. Howard's policy iteration finds the steps with the most tokens per second (Puterman, Markov
-Decision Processes, 11.4).
+product. When a position leaves, what has to be computed of the layers that it skips is charged at
+once, at the rate of large batches. Howard's policy iteration finds the steps with the most tokens
+per second (Puterman, Markov Decision Processes, 11.4).
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,8 @@ def tokens_per_second(
         shares: share of each segment in the layers.
         layers: time of all layers.
         head: time of a head.
-        rate: time of all layers for one row of a large batch.
+        rate: time of what has to be computed of all layers for one row of a large batch, if it has
+            left.
     """
     last = len(shares) - 1
     states = [s for s in product(range(batch + 1), repeat=last + 1) if sum(s) == batch]

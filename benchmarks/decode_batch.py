@@ -12,12 +12,17 @@ from best_schedule import Seconds, tokens_per_second
 from decode_models import Weights, products
 from decode_turns import Decoder, FigureTable, Turn, ratio, take_turns, timed
 
+from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.inference.early_exit_engine import DEFAULT_MAX_PENDING
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from megatron.early_exit.inference.params import KVPolicy
 
-PROBABILITIES = (0.5, 0.8)
-"""Probabilities of leaving at each exit that is evaluated."""
-BOUND = 0.98
+BOUNDS: dict[KVPolicy, dict[float, float]] = {
+    "exact": {0.5: 0.98, 0.8: 0.98},
+    "propagate": {0.5: 1.0, 0.8: 1.25},
+}
+"""For each policy, by the probability of leaving at each exit that is evaluated."""
+BOUNDS_OF_DEPTHS: dict[KVPolicy, float] = {"exact": 0.98, "propagate": 1.25}
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Numbers of rows for which the bare products are measured."""
 LONG = 112
@@ -49,15 +54,24 @@ def by_rows(times: dict[str, list[float]], name: str) -> Seconds:
     return seconds
 
 
-def best_depths(batch: int, shares: list[float], layers: Seconds, head: Seconds) -> float:
+def best_depths(
+    batch: int, shares: list[float], layers: Seconds, head: Seconds, rate: float
+) -> float:
     """Least seconds for one token of each sequence, of which equally many stop after each segment.
 
-    At best all sequences run in lock step, and their heads are evaluated together. Skipped layers
-    are computed later in large batches, or at once with the other rows, which is free for few rows.
+    At best all sequences run in lock step, and their heads are evaluated together. What has to be
+    computed of skipped layers is computed later in large batches, or with the other rows at once,
+    which is free for few rows.
+
+    Args:
+        batch: number of sequences.
+        shares: share of each segment in the layers.
+        layers: time of all layers.
+        head: time of a head.
+        rate: time of what has to be computed of all layers for one row of a large batch.
     """
     kinds = len(shares)
     running = [sum(i % kinds >= k for i in range(batch)) for k in range(kinds)]
-    rate = layers(ROWS[-1]) / ROWS[-1]
     leaving = sum(
         share * (layers(rows) + (batch - rows) * rate)
         for share, rows in zip(shares, running, strict=True)
@@ -81,10 +95,12 @@ def measure_batch(
     longer = Decoder(model, batch, LONG, DEFAULT_MAX_PENDING)
     matrices = weights.layers(0, depth)
     settings: dict[str, Turn] = {"full 1": single.full, "full": decoder.full, "plain": plain.full}
-    for p in PROBABILITIES:
-        settings[f"mixed {p}"] = partial(decoder.leaving, partial(RandomExit, p))
-    settings["drafting"] = longer.drafting
-    settings |= {"long full": longer.full, "depths": lambda: longer.depths(positions)}
+    for policy, bounds in BOUNDS.items():
+        for p in bounds:
+            leaving = partial(decoder.leaving, partial(RandomExit, p), kv_policy=policy)
+            settings[f"mixed {p} {policy}"] = leaving
+        settings[f"depths {policy}"] = partial(longer.depths, positions, policy)
+    settings |= {"long full": longer.full, "drafting": longer.drafting}
     settings["bare 1"] = timed(products([*matrices, weights.head], 1, packed=True), 3)
     for rows in ROWS:
         settings[f"layers {rows}"] = timed(products(matrices, rows, packed=True), 2)
@@ -107,23 +123,35 @@ def measure_batch(
     )
     shares = [(end - start) / depth for start, end in pairwise([0, *positions, depth])]
     table.add(
-        f"thirds of fixed depths over full, batch {batch}",
-        ratio(times, "long full", "depths"),
-        BOUND,
-        full / best_depths(batch, shares, layers, head),
-    )
-    table.add(
         f"drafts over full, batch {batch}, {LONG} tokens",
         ratio(times, "long full", "drafting"),
         None,
         1.0,
         "if no draft is accepted",
     )
-    for p in PROBABILITIES:
-        best = tokens_per_second(batch, p, shares, layers, head, layers(ROWS[-1]) / ROWS[-1])
+    rate = layers(ROWS[-1]) / ROWS[-1]
+    rates = {"exact": rate, "propagate": rate * held_share(weights.architecture)}
+    for policy, bound in BOUNDS_OF_DEPTHS.items():
         table.add(
-            f"exits with probability {p} over full, batch {batch}",
-            ratio(times, "full", f"mixed {p}"),
-            BOUND,
-            best * full / batch,
+            f"thirds of depths over full, {policy}",
+            ratio(times, "long full", f"depths {policy}"),
+            bound,
+            full / best_depths(batch, shares, layers, head, rates[policy]),
+            f"batch {batch}",
         )
+    for policy, bounds in BOUNDS.items():
+        for p, bound in bounds.items():
+            best = tokens_per_second(batch, p, shares, layers, head, rates[policy])
+            table.add(
+                f"exits with probability {p} over full, {policy}",
+                ratio(times, "full", f"mixed {p} {policy}"),
+                bound,
+                best * full / batch,
+                f"batch {batch}",
+            )
+
+
+def held_share(architecture: Architecture) -> float:
+    """The share of the keys' and values' weights in a layer's."""
+    heads = 2 * architecture.num_query_groups * architecture.kv_channels
+    return heads * architecture.hidden_size / architecture.layer_weights

@@ -11,6 +11,7 @@ import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from megatron.early_exit.inference.params import KVPolicy
 
 PROMPT_LENGTH = 8
 Turn = Callable[[], float]
@@ -71,27 +72,34 @@ class Decoder:
         """Seconds per token in full mode."""
         return self.seconds_per_token([self._params()] * self.batch)
 
-    def leaving(self, threshold: object, exits: Sequence[int] | None = None) -> float:
+    def leaving(
+        self,
+        threshold: object,
+        exits: Sequence[int] | None = None,
+        kv_policy: KVPolicy = "exact",
+    ) -> float:
         """Seconds per token with a threshold, or with an object made for each sequence that
         replaces it."""
         thresholds = [threshold(i) if callable(threshold) else threshold for i in range(self.batch)]
-        return self.seconds_per_token([self._leaving(exits)] * self.batch, thresholds)
+        return self.seconds_per_token([self._leaving(exits, kv_policy)] * self.batch, thresholds)
 
     def drafting(self) -> float:
         """Seconds per token with drafts of the first exit."""
         return self.seconds_per_token([self._params(mode="self_speculative")] * self.batch)
 
-    def depths(self, exits: Sequence[int]) -> float:
+    def depths(self, exits: Sequence[int], kv_policy: KVPolicy = "exact") -> float:
         """Seconds per token if sequences leave, in turn, always at one of some exits or never."""
-        kinds = [*(self._leaving((layer,)) for layer in exits), self._params()]
+        kinds = [*(self._leaving((layer,), kv_policy) for layer in exits), self._params()]
         return self.seconds_per_token([kinds[i % len(kinds)] for i in range(self.batch)])
 
     def _params(self, **fields: Any) -> SamplingParams:
         return SamplingParams(max_tokens=self.tokens, ignore_eos=True, **fields)
 
-    def _leaving(self, exits: Sequence[int] | None) -> SamplingParams:
+    def _leaving(self, exits: Sequence[int] | None, kv_policy: KVPolicy) -> SamplingParams:
         layers = None if exits is None else tuple(exits)
-        return self._params(mode="early_exit", early_exit_threshold=0.0, exit_layers=layers)
+        return self._params(
+            mode="early_exit", early_exit_threshold=0.0, exit_layers=layers, kv_policy=kv_policy
+        )
 
 
 def timed(function: Callable[[], None], repeats: int) -> Turn:

@@ -26,7 +26,7 @@ from megatron.early_exit.errors import FieldError, as_flag
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
-from megatron.early_exit.inference.params import Mode
+from megatron.early_exit.inference.params import KVPolicy, Mode
 from megatron.early_exit.process_family import end_with_parent
 
 
@@ -45,6 +45,7 @@ _LISTS: dict[str, Callable[[str], Any]] = {
     "exit_thresholds": float,
     "logit_bias": _bias,
 }
+_CHOICES = {"mode": get_args(Mode), "kv_policy": get_args(KVPolicy)}
 _SWITCHES = ("ignore_eos", "echo", "exit_details")
 _INTEGERS = (
     *("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"),
@@ -79,11 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
             request.add_argument(flag, action="store_true")
         elif name in _LISTS:
             request.add_argument(flag, nargs="+", type=_LISTS[name], help="default: none")
-        elif name == "mode":
-            choices = get_args(Mode)
-            request.add_argument(flag, choices=choices, default="full", help="default: %(default)s")
         elif name == "exit_measure":
             request.add_argument(flag, choices=get_args(ExitMeasure), help="default: the model's")
+        elif name in _CHOICES:
+            request.add_argument(
+                flag, choices=_CHOICES[name], default=field.default, help="default: %(default)s"
+            )
         else:
             kind = int if name in _INTEGERS else float
             request.add_argument(flag, type=kind, default=field.default, help=default)

@@ -31,7 +31,7 @@ from megatron.early_exit.config import ExitMeasure
 from megatron.early_exit.errors import as_flag, out_of_range
 from megatron.early_exit.flags import refuse_beside
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
-from megatron.early_exit.inference.params import DEFAULT_THRESHOLD, RANGES, Mode
+from megatron.early_exit.inference.params import DEFAULT_THRESHOLD, RANGES, KVPolicy, Mode
 from megatron.early_exit.process_family import end_with_parent
 from megatron.early_exit.ranges import ABOVE_ZERO, ONE_OR_MORE, ZERO_OR_MORE, Range
 from megatron.early_exit.server.app import create_app
@@ -117,6 +117,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--exit-measure",
         choices=get_args(ExitMeasure),
         help="what an exit's confidence is (default: what is stored with the model)",
+    )
+    add(
+        "--kv-policy",
+        choices=get_args(KVPolicy),
+        default=DEFAULTS["kv_policy"],
+        help=f"what later tokens see of one that has left at an exit {SHOWN}",
     )
     add("--draft-exit-layer", type=int, help="exit that drafts (default: the first one)")
     limits = parser.add_argument_group("limits")
@@ -259,6 +265,7 @@ def settings_of(
             exit_thresholds=None if args.exit_thresholds is None else tuple(args.exit_thresholds),
             exit_threshold_decay=args.exit_threshold_decay,
             exit_layers=None if args.exit_layers is None else tuple(args.exit_layers),
+            kv_policy=args.kv_policy,
             draft_exit_layer=args.draft_exit_layer,
             num_draft_tokens=args.num_draft_tokens,
             draft_confidence=args.draft_confidence,
@@ -332,6 +339,7 @@ def serve_at(args: argparse.Namespace, sockets: Sequence[socket.socket]) -> int:
         default_mode=exits.mode,
         early_exit_threshold=exits.exit_thresholds or exits.early_exit_threshold,
         exit_measure=exits.exit_measure,
+        kv_policy=exits.kv_policy,
         draft_exit_layer=exits.draft_exit_layer or next(iter(engine.exit_layers), None),
         draft_confidence=exits.draft_confidence,
         needs_key=settings.api_key is not None,

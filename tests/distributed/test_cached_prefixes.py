@@ -33,9 +33,13 @@ def model_of(head: str) -> TinyModel:
 
 @cache
 def tokens_of(
-    head: str, prompt: tuple[int, ...], threshold: float | None, exits: tuple[int, ...] | None
+    head: str,
+    prompt: tuple[int, ...],
+    threshold: float | None,
+    exits: tuple[int, ...] | None,
+    propagates: bool,
 ) -> list[int]:
-    reference = generate(model_of(head), prompt, COUNT, threshold, exits)
+    reference = generate(model_of(head), prompt, COUNT, threshold, exits, propagates=propagates)
     return [token.token_id for token in reference]
 
 
@@ -47,6 +51,7 @@ def requests(number: int) -> tuple[list[list[int]], list[SamplingParams]]:
         {"mode": "early_exit", "early_exit_threshold": 0.0},
         {"mode": "early_exit", "early_exit_threshold": 0.5, "exit_layers": (3,)},
         {"mode": "self_speculative", "draft_confidence": 0.0},
+        {"mode": "early_exit", "early_exit_threshold": 0.5, "kv_policy": "propagate"},
     ]
     prompts = [TEXT[: choose.choice([15, 16, 17, 33, 46])] for _ in range(8)]
     counts = [choose.choice([1, 6, COUNT]) for _ in prompts]
@@ -106,7 +111,8 @@ def test_tokens_are_the_reference_decoders(layout, head, ranks):
             for number, round_of in enumerate(results):
                 for prompt, params, result in zip(*requests(number), round_of, strict=True):
                     threshold = params.threshold if params.mode == "early_exit" else None
-                    expected = tokens_of(head, tuple(prompt), threshold, params.exit_layers)
+                    held = params.kv_policy == "propagate"
+                    expected = tokens_of(head, tuple(prompt), threshold, params.exit_layers, held)
                     place = (rank, sequences, number, params.mode, len(prompt))
                     assert result.token_ids == expected[: params.max_tokens], place
 

@@ -91,6 +91,8 @@ def greedy_requests(
     fields += [{"mode": "early_exit", "early_exit_threshold": t} for t in THRESHOLDS]
     fields += [{"mode": "early_exit", "early_exit_threshold": 0.3, "exit_layers": exits[-1:]}]
     fields += [{"mode": "self_speculative", "draft_exit_layer": layer} for layer in exits]
+    held = {"mode": "early_exit", "kv_policy": "propagate"}
+    fields += [{**held, "early_exit_threshold": t} for t in (0.0, 0.3, 0.6)]
     prompts = [[choose.randrange(61) for _ in range(choose.randint(1, 14))] for _ in fields]
     params = [SamplingParams(max_tokens=choose.randint(1, 8), **each) for each in fields]
     return prompts, params
@@ -230,7 +232,8 @@ def scored_texts(engine: EarlyExitEngine) -> list[GenerationResult]:
         )
         for threshold, layers in ((0.3, None), (0.6, None), (0.0, (3,)), (0.0, (1,)))
     ]
-    params = [SamplingParams(max_tokens=0, prompt_logprobs=0), *early_exit]
+    held = [replace(one, kv_policy="propagate") for one in early_exit[:3]]
+    params = [SamplingParams(max_tokens=0, prompt_logprobs=0), *early_exit, *held]
     return engine.generate([TEXT] * len(params), params)
 
 
@@ -302,7 +305,14 @@ def test_every_rank_gets_the_oracles_tokens(found):
         for prompt, params, index in zip(*greedy_requests(number), itertools.count(), strict=False):
             threshold = params.threshold if params.mode == "early_exit" else None
             model = model_of(kind, head)
-            expected = generate(model, prompt, params.max_tokens, threshold, params.exit_layers)
+            expected = generate(
+                model,
+                prompt,
+                params.max_tokens,
+                threshold,
+                params.exit_layers,
+                propagates=params.kv_policy == "propagate",
+            )
             for layout, results in itertools.product(layouts, found):
                 result = results[layout, kind, head][index]
                 where = (layout, kind, head, params)
@@ -344,7 +354,12 @@ def test_compiled_layers_give_the_oracles_tokens(found):
             for (prompt, params), result in zip(requests, results[layout, "compiled"], strict=True):
                 threshold = params.threshold if params.mode == "early_exit" else None
                 expected = generate(
-                    model_of(*model), prompt, params.max_tokens, threshold, params.exit_layers
+                    model_of(*model),
+                    prompt,
+                    params.max_tokens,
+                    threshold,
+                    params.exit_layers,
+                    propagates=params.kv_policy == "propagate",
                 )
                 assert result.token_ids == [token.token_id for token in expected], (layout, params)
 

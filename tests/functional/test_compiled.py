@@ -66,6 +66,13 @@ def test_same_as_the_oracle(architecture, heads, exits):
             )
         (result,) = engine.generate([PROMPT], params)
         expected = generate(model, PROMPT, 24, threshold)
+        if threshold is not None:
+            held = replace(params, kv_policy="propagate")
+            results = engine.generate([PROMPT] * 2, [held, params])
+            assert results[1].token_ids == result.token_ids
+            told = generate(model, PROMPT, 24, threshold, propagates=True)
+            assert results[0].token_ids == [token.token_id for token in told]
+            assert results[0].exit_layers == [token.exit_layer for token in told]
         assert result.token_ids == [token.token_id for token in expected]
         assert result.exit_layers == [token.exit_layer for token in expected]
         assert result.logprobs == pytest.approx([t.logprob for t in expected], abs=2e-4)

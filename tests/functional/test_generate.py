@@ -40,12 +40,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
-def test_one_prompt_gives_its_text(checkpoint, capsys):
+@pytest.mark.parametrize("kv_policy", ["exact", "propagate"])
+def test_one_prompt_gives_its_text(checkpoint, capsys, kv_policy):
     flags = ["--mode", "early_exit", "--early-exit-threshold", "0.5", "--max-tokens", "9"]
+    flags += ["--kv-policy", kv_policy] if kv_policy != "exact" else []
     assert main(["--load", str(checkpoint), "--prompt", "the quick", *flags]) == 0
     out, err = capsys.readouterr()
     engine = EarlyExitEngine.from_checkpoint(checkpoint)
-    params = SamplingParams(mode="early_exit", early_exit_threshold=0.5, max_tokens=9)
+    params = SamplingParams(
+        mode="early_exit", early_exit_threshold=0.5, max_tokens=9, kv_policy=kv_policy
+    )
     (result,) = engine.generate("the quick", params)
     assert out == result.text + "\n"
     assert f"layer 1: {result.exit_layers.count(1)} tokens" in err

@@ -54,6 +54,7 @@ class Terminal(io.StringIO):
 def test_one_prompt_gives_its_text(ask, engine, capsys):
     flags = ["--mode", "early_exit", "--exit-thresholds", "0.02", "0.01", "--max-tokens", "20"]
     flags += ["--exit-measure", "margin", "--exit-threshold-decay", "9"]
+    flags += ["--kv-policy", "propagate"]
     assert ask("--prompt", PROMPTS[0], *flags) == 0
     out, err = capsys.readouterr()
     params = SamplingParams(
@@ -61,6 +62,7 @@ def test_one_prompt_gives_its_text(ask, engine, capsys):
         exit_measure="margin",
         exit_thresholds=(0.02, 0.01),
         exit_threshold_decay=9.0,
+        kv_policy="propagate",
         max_tokens=20,
     )
     (result,) = engine.generate(PROMPTS[0], params)

@@ -87,6 +87,25 @@ def test_a_completion_is_the_engines_text(server, engine):
         assert (metrics["speculative_decoding"] is not None) == (mode == "self_speculative")
 
 
+def test_positions_that_leave_are_held_where_that_is_asked_for(server, engine):
+    leaving = {"early_exit_threshold": 0.5, "kv_policy": "propagate"}
+    params = SamplingParams(max_tokens=24, mode="early_exit", ignore_eos=True, **leaving)
+    (expected,) = engine.generate(PROMPT, params)
+    answer = complete(server, max_tokens=24, **leaving)
+    assert answer["choices"][0]["text"] == expected.text
+    assert answer["metrics"]["kv_policy"] == "propagate"
+    (exact,) = engine.generate(PROMPT, replace(params, kv_policy="exact"))
+    assert exact.logprobs != expected.logprobs
+    body = {"prompts": [PROMPT], "tokens_to_generate": 24, "top_k": 1, "echo_prompts": False}
+    theirs = {**body, "use_early_exit": True, "early_exit_thres": 0.5, "kv_policy": "propagate"}
+    assert server.post("/api", theirs).json()["text"] == [expected.text]
+    refused = server.post("/v1/completions", {"prompt": PROMPT, "mode": "full", **leaving})
+    assert refused.status_code == 400
+    lazy = server.post("/v1/completions", {"prompt": PROMPT, "kv_policy": "lazy"})
+    assert lazy.status_code == 400
+    assert "kv_policy" in lazy.text
+
+
 def test_drafts_are_counted(server):
     found = complete(server, max_tokens=32, mode="self_speculative", draft_confidence=0.0)
     counts = found["metrics"]["speculative_decoding"]

@@ -57,6 +57,7 @@ def exit_rules(draw: st.DrawFn) -> dict[str, Any]:
     thresholds = st.sampled_from(THRESHOLDS if measure is None else (0.0, 0.2, 0.4, 0.7, 0.95))
     fields: dict[str, Any] = {"exit_layers": layers, "exit_measure": measure}
     fields["exit_threshold_decay"] = draw(st.sampled_from([0.0, 0.0, 4.0]))
+    fields["kv_policy"] = draw(st.sampled_from(["exact", "propagate"]))
     if draw(st.booleans()):
         count = 2 if layers is None else len(layers)
         fields["exit_thresholds"] = tuple(draw(thresholds) for _ in range(count))
@@ -75,6 +76,7 @@ def rule_of(params: SamplingParams) -> dict[str, Any]:
         "exit_layers": params.exit_layers,
         "measure": params.exit_measure or "max_probability",
         "decay": params.exit_threshold_decay,
+        "propagates": params.kv_policy == "propagate",
     }
 
 

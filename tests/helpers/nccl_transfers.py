@@ -59,9 +59,9 @@ class NcclTransfers:
     def used(self) -> Iterator[NcclTransfers]:
         run = SegmentRunner.run
 
-        def run_synchronized(runner: SegmentRunner, *args: Any) -> Tensor:
+        def run_synchronized(runner: SegmentRunner, *args: Any, **fields: Any) -> Tensor:
             self.synchronize()
-            return run(runner, *args)
+            return run(runner, *args, **fields)
 
         with (
             patch.object(distributed, "isend", self.isend),

@@ -351,6 +351,7 @@ def _metrics(
     return RequestMetrics(
         mode=str(body.mode),
         early_exit_threshold=body.early_exit_threshold,
+        kv_policy=body.kv_policy,
         num_layers=NUM_LAYERS,
         mean_exit_layer=sum(layers) / len(layers),
         exit_tokens={str(layer): layers.count(layer) for layer in sorted(set(layers))},

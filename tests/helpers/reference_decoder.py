@@ -3,10 +3,14 @@
 It is written from the definitions, independently of the engine: plain loops over layers and heads,
 Megatron's rotary embeddings, weights in the layout in which they are stored, and one forward pass
 for each token.
+
+Where exits propagate, a position that has left at one has the same hidden state in all later half
+layers: the forward pass computes them for all positions, and then takes the old state for those
+that have left.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +50,7 @@ def generate(
     measure: str = "max_probability",
     decay: float = 0.0,
     most_tokens: int | None = None,
+    propagates: bool = False,
 ) -> list[ReferenceToken]:
     """Greedy tokens; a threshold of None means that no exit is ever taken.
 
@@ -53,15 +58,20 @@ def generate(
     reaches the threshold, or that of the exit where there are several, else of the final head. A
     confidence is what `confidence_of` says. Thresholds decay over `most_tokens`,
     by default all of them. None of the first
-    `num_forbidden` tokens may be `forbidden`; that changes the choice, not the confidence.
+    `num_forbidden` tokens may be `forbidden`; that changes the choice, not the confidence. Where it
+    `propagates`, a position is held behind the exit that has given its token.
     """
     tokens, generated = list(prompt), []
+    left: dict[int, int] = {}
     for _ in range(max_tokens):
-        heads = all_heads(model, tokens)
+        heads = all_heads(model, tokens, left)
         limits = _limits(
             model, threshold, exit_layers, decay, len(generated) / (most_tokens or max_tokens)
         )
-        layer, probabilities, confidence = _answer(model, heads, -1, limits, measure)
+        place, probabilities, confidence = _answer(heads, -1, limits, measure)
+        layer = place if isinstance(place, int) else model.architecture.num_layers
+        if propagates and place != "final":
+            left[len(tokens) - 1] = layer
         best, token = (float(v) for v in probabilities.max(-1))
         logprob = math.log(best)
         if token in forbidden and len(generated) < num_forbidden:
@@ -103,14 +113,21 @@ def scores(
     exit_layers: Sequence[int] | None = None,
     measure: str = "max_probability",
     decay: float = 0.0,
+    propagates: bool = False,
 ) -> list[ReferenceToken]:
     """The log-probability of each token of a text, except the first, by the rule of `generate`;
-    thresholds decay over the text."""
+    thresholds decay over the text, and all positions are held that leave."""
     heads = all_heads(model, tokens)
     scored = []
+    left: dict[int, int] = {}
     for position, token in enumerate(tokens[1:]):
+        if propagates:
+            heads = all_heads(model, tokens, left)
         limits = _limits(model, threshold, exit_layers, decay, (position + 1) / len(tokens))
-        layer, probabilities, confidence = _answer(model, heads, position, limits, measure)
+        place, probabilities, confidence = _answer(heads, position, limits, measure)
+        layer = place if isinstance(place, int) else model.architecture.num_layers
+        if propagates and place != "final":
+            left[position] = layer
         logprob = float(probabilities[token].log())
         scored.append(ReferenceToken(token, layer, confidence, logprob))
     return scored
@@ -135,14 +152,13 @@ def _limits(
 
 
 def _answer(
-    model: TinyModel,
     heads: dict[int | str, ReferenceHead],
     position: int,
     limits: dict[int, float],
     measure: str,
-) -> tuple[int, Tensor, float]:
-    """The layer of the head that gives the token at a position, its probabilities [v] in fp64, and
-    its confidence."""
+) -> tuple[int | str, Tensor, float]:
+    """The head that gives the token at a position, its probabilities [v] in fp64, and its
+    confidence."""
     for layer in (*limits, "final"):
         confidence = confidence_of(heads[layer], position, measure)
         # It is an fp32 number: close to 1 it is 1.
@@ -150,7 +166,7 @@ def _answer(
         if layer == "final" or confidence >= limits[layer]:
             break
     probabilities = heads[layer].logits[position].double().softmax(-1)
-    return layer if layer != "final" else model.architecture.num_layers, probabilities, confidence
+    return layer, probabilities, confidence
 
 
 def confidence_of(head: ReferenceHead, position: int, measure: str) -> float:
@@ -172,13 +188,21 @@ def confidence_of(head: ReferenceHead, position: int, measure: str) -> float:
 
 
 def all_logits(model: TinyModel, tokens: Sequence[int]) -> dict[int | str, Tensor]:
-    """Logits [s, v] of every head over a sequence, by position of the exit and "final"."""
+    """Logits [s, v] of every head over a sequence, by position of the exit and "final"; no position
+    is held."""
     return {layer: head.logits for layer, head in all_heads(model, tokens).items()}
 
 
-def all_heads(model: TinyModel, tokens: Sequence[int]) -> dict[int | str, ReferenceHead]:
-    """What every head has over a sequence, by position of the exit and "final"."""
+def all_heads(
+    model: TinyModel, tokens: Sequence[int], left: Mapping[int, int] | None = None
+) -> dict[int | str, ReferenceHead]:
+    """What every head has over a sequence, by position of the exit and "final".
+
+    Args:
+        left: of the positions that are held behind an exit, the exit.
+    """
     w, a, options = model.weights, model.architecture, model.early_exit
+    left = left or {}
     embedding = w["embedding.word_embeddings.weight"]
     x = embedding[torch.tensor(tokens)]
     if a.position_embedding_type == "learned_absolute":
@@ -187,10 +211,14 @@ def all_heads(model: TinyModel, tokens: Sequence[int]) -> dict[int | str, Refere
     stream_before = x
     for layer in range(a.num_layers):
         prefix = f"decoder.layers.{layer}."
-        x = x + _attention(model, f"{prefix}self_attention.", x)
-        before_mlp = x
-        x = x + _mlp(model, f"{prefix}mlp.", x)
         position = layer + 1
+        held = torch.tensor([left.get(t, position) < position for t in range(len(tokens))])
+        x = torch.where(held[:, None], x, x + _attention(model, f"{prefix}self_attention.", x))
+        before_mlp = x
+        if options.use_exit_mlp:
+            # The exit's own MLP takes the place of this one.
+            held = torch.tensor([left.get(t, position + 1) <= position for t in range(len(tokens))])
+        x = torch.where(held[:, None], x, x + _mlp(model, f"{prefix}mlp.", x))
         if position in options.positions:
             exit_prefix = f"exits.{position}."
             branch = x

@@ -8,7 +8,7 @@ from typing import Any
 from megatron.early_exit.client.completions import Completion, CompletionClient, RequestFailed
 
 EXIT_FIELDS = (
-    *("mode", "early_exit_threshold", "exit_layers"),
+    *("mode", "early_exit_threshold", "exit_layers", "kv_policy"),
     *("exit_measure", "exit_thresholds", "exit_threshold_decay"),
 )
 """The fields of requests about exits."""

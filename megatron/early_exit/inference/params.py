@@ -9,6 +9,7 @@ from megatron.early_exit.errors import FieldError, out_of_range
 from megatron.early_exit.ranges import INDEX, ZERO_TO_ONE, Range
 
 Mode = Literal["full", "early_exit", "self_speculative"]
+KVPolicy = Literal["exact", "propagate"]
 DEFAULT_THRESHOLD = 0.8
 MODE_FIELDS: dict[Mode, tuple[str, ...]] = {
     "full": (),
@@ -18,6 +19,7 @@ MODE_FIELDS: dict[Mode, tuple[str, ...]] = {
         "exit_measure",
         "exit_thresholds",
         "exit_threshold_decay",
+        "kv_policy",
     ),
     "self_speculative": ("draft_exit_layer", "num_draft_tokens", "draft_confidence"),
 }
@@ -168,6 +170,13 @@ class SamplingParams:
     clip(0.9 t + 0.1 exp(-decay i / N), 0, 1) (CALM, where it is 4); N is `max_tokens`. Where a
     prompt is scored, i is the token's place in it, and N its length. 0 is off."""
 
+    kv_policy: KVPolicy = "exact"
+    """What later tokens see, in deeper layers, of a position that has left at an exit. `exact`:
+    what the full model computes there, which is done when it is needed. `propagate`: keys and
+    values that each layer makes of the hidden state at the exit; nothing else of the layers behind
+    it is ever computed there, so later tokens may be other ones (arXiv 2207.07061). Positions of
+    the prompt leave where `prompt_logprobs` are asked for; else but the last one they do not."""
+
     num_draft_tokens: int = 4
     """Most tokens to draft before the full model looks at them."""
 
@@ -202,7 +211,8 @@ class SamplingParams:
             self._check("exit_measure", self.exit_measure in measures, " or ".join(measures))
         for name in ("ignore_eos", "echo", "exit_details"):
             self._check(name, isinstance(getattr(self, name), bool), "True or False")
-        self._check("mode", self.mode in get_args(Mode), " or ".join(get_args(Mode)))
+        for name, allowed in (("mode", get_args(Mode)), ("kv_policy", get_args(KVPolicy))):
+            self._check(name, getattr(self, name) in allowed, " or ".join(allowed))
         self._check_effects()
 
     @property

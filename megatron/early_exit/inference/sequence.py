@@ -15,6 +15,10 @@ class Sequence:
         group: those of a group take turns with other groups, however many they are.
         slot: where its keys and values are.
         cached: for each segment, the positions that have been through it, from the first one on.
+        propagates: a position whose token an exit gave is held behind that exit: deeper segments
+            see it with the hidden state that it had there, and do not compute it.
+        depths: where it propagates, for each position that has given a token, from the last one of
+            the prompt on, the segment whose head gave it.
         segment: the segment that it waits for.
         since: the step at which it began to wait there.
         exits: the exits that it may ask, by their indices.
@@ -41,6 +45,8 @@ class Sequence:
     group: int = 0
     slot: int = -1
     cached: list[int] = field(default_factory=list)
+    propagates: bool = False
+    depths: list[int] = field(default_factory=list)
     segment: int = 0
     since: int = 0
     exits: frozenset[int] = frozenset()
@@ -55,6 +61,9 @@ class Sequence:
     num_admissions: int = 0
     num_cached: int = 0
     is_stored: bool = False
+    _starts: list[int] = field(default_factory=list)
+    """For each segment, the first position behind `cached` that is not held; of use where there are
+    `depths`."""
 
     @property
     def length(self) -> int:
@@ -83,9 +92,20 @@ class Sequence:
         return self.length if self.segment == 0 else self.cached[self.segment - 1]
 
     @property
+    def num_exact(self) -> int:
+        """Positions, from the first one on, that no exit changes."""
+        return len(self.prompt) - 1 if self.propagates else self.length
+
+    def start(self, segment: int) -> int:
+        """The first position that a segment computes next: those between the cached ones and this
+        one are held."""
+        return self._starts[segment] if self.depths else self.cached[segment]
+
+    @property
     def waiting(self) -> int:
-        """Positions that have yet to go through the segment that it waits for."""
-        return self.limit - self.cached[self.segment]
+        """Consecutive positions that have yet to be computed by the segment that it waits for."""
+        start = self.start(self.segment)
+        return self._end_of_run(start) - start
 
     @property
     def num_pending(self) -> int:
@@ -106,6 +126,56 @@ class Sequence:
             return behind[start - first : end - first]
         return [*self.prompt, *self.generated, *self.drafts][start:end]
 
+    def begin(self, cached: list[int]) -> None:
+        """The sequence has a slot, in which there are some positions already, see `cached`."""
+        self.cached = cached
+        self._starts = [self._behind_held(*pair) for pair in enumerate(cached)]
+
+    def passed(self, segment: int, end: int) -> None:
+        """The positions up to `end` have been through a segment."""
+        self.cached[segment] = end
+        if self.depths:
+            self._starts[segment] = self._behind_held(segment, end)
+
+    def leave(self, segment: int) -> None:
+        """The head behind a segment has given the token of the last position, which propagates."""
+        last = self.length - 1
+        if not self.depths:
+            self._starts = list(self.cached)
+        self.depths.append(segment)
+        for deeper in range(segment + 1, len(self.cached)):
+            # It may have been there before the head was asked.
+            self.cached[deeper] = min(self.cached[deeper], last)
+            if self._starts[deeper] == last:
+                self._starts[deeper] = last + 1
+
+    def held(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The positions from `start` to `end` that are known to be held behind some segment, each
+        with that segment; it may be the last one."""
+        first = len(self.prompt) - 1
+        known = range(max(start, first), min(end, first + len(self.depths)))
+        return [(position, self.depths[position - first]) for position in known]
+
     def truncate(self, length: int) -> None:
         """Forget that positions from `length` on have been through any segment."""
         self.cached = [min(cached, length) for cached in self.cached]
+        self._starts = [min(start, length) for start in self._starts]
+
+    def _is_held(self, segment: int, position: int) -> bool:
+        place = position - len(self.prompt) + 1
+        return 0 <= place < len(self.depths) and self.depths[place] < segment
+
+    def _behind_held(self, segment: int, start: int) -> int:
+        while self._is_held(segment, start):
+            start += 1
+        return start
+
+    def _end_of_run(self, start: int) -> int:
+        """Where the positions from `start` on that its segment computes one after another end."""
+        limit = self.limit
+        if not self.depths:
+            return limit
+        end = min(max(start, len(self.prompt) - 1), limit)
+        while end < limit and not self._is_held(self.segment, end):
+            end += 1
+        return end

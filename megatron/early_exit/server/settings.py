@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from megatron.early_exit.config import ExitMeasure
-from megatron.early_exit.inference.params import DEFAULT_THRESHOLD, Mode
+from megatron.early_exit.inference.params import DEFAULT_THRESHOLD, KVPolicy, Mode
 from megatron.early_exit.server.http.client_address import Network
 
 
@@ -19,6 +19,7 @@ class ExitSettings:
         exit_thresholds: for mode `early_exit`, instead of `early_exit_threshold`; they hold for
             `exit_layers`, so where a request says which exits or which threshold they do not.
         exit_threshold_decay: for mode `early_exit`.
+        kv_policy: for mode `early_exit`.
         draft_exit_layer: for mode `self_speculative`; None is the first exit.
         num_draft_tokens: for mode `self_speculative`.
         draft_confidence: for mode `self_speculative`; None finds the best one while decoding.
@@ -32,6 +33,7 @@ class ExitSettings:
     exit_measure: ExitMeasure | None = None
     exit_thresholds: tuple[float, ...] | None = None
     exit_threshold_decay: float = 0.0
+    kv_policy: KVPolicy = "exact"
     draft_exit_layer: int | None = None
     num_draft_tokens: int = 4
     draft_confidence: float | None = None

@@ -1,7 +1,7 @@
 """The engine against the oracle without caches: same tokens, exits, confidences."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
+from megatron.early_exit.inference.params import KVPolicy
 from tests.helpers.reference_decoder import (
     all_heads,
     all_logits,
@@ -30,6 +31,7 @@ def run(
     threshold: float | None,
     exit_layers: tuple[int, ...] | None = None,
     max_pending: int = 64,
+    kv_policy: KVPolicy = "exact",
 ) -> GenerationResult:
     if threshold is None:
         params = SamplingParams(max_tokens=max_tokens)
@@ -39,6 +41,7 @@ def run(
             mode="early_exit",
             early_exit_threshold=threshold,
             exit_layers=exit_layers,
+            kv_policy=kv_policy,
         )
     engine = EarlyExitEngine(model.segmented, max_pending=max_pending)
     return engine.generate([prompt], params)[0]
@@ -51,9 +54,11 @@ def assert_equals_oracle(
     threshold: float | None,
     exit_layers: tuple[int, ...] | None = None,
     max_pending: int = 64,
+    kv_policy: KVPolicy = "exact",
 ) -> GenerationResult:
-    result = run(model, prompt, max_tokens, threshold, exit_layers, max_pending)
-    expected = generate(model, prompt, max_tokens, threshold, exit_layers)
+    result = run(model, prompt, max_tokens, threshold, exit_layers, max_pending, kv_policy)
+    propagates = kv_policy == "propagate"
+    expected = generate(model, prompt, max_tokens, threshold, exit_layers, propagates=propagates)
     assert result.token_ids == [token.token_id for token in expected]
     assert result.exit_layers == [token.exit_layer for token in expected]
     assert result.confidences == pytest.approx([t.confidence for t in expected], rel=2e-4)
@@ -61,12 +66,15 @@ def assert_equals_oracle(
     return result
 
 
+@pytest.mark.parametrize("kv_policy", get_args(KVPolicy))
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("architecture", [LLAMA, GPT2], ids=["llama", "gpt2"])
-def test_every_head_kind_and_threshold(architecture, heads, threshold):
+def test_every_head_kind_and_threshold(architecture, heads, threshold, kv_policy):
     model = make_model(architecture, exits=(1, 3), **heads)
-    result = assert_equals_oracle(model, PROMPT, 24, threshold)
+    if threshold is None and kv_policy != "exact":
+        pytest.skip("nothing leaves")
+    result = assert_equals_oracle(model, PROMPT, 24, threshold, kv_policy=kv_policy)
     if threshold == 0.0:
         assert set(result.exit_layers) == {1}
     if threshold is None:
@@ -93,6 +101,7 @@ def test_every_head_kind_and_measure(heads, measure):
         {"threshold": (high, low), "measure": measure, "exit_layers": (1, 3)},
         {"threshold": (high, middle, low), "measure": measure, "decay": 4.0},
         {"threshold": 0.5, "decay": 1.0},
+        {"threshold": middle, "measure": measure, "propagates": True},
     ]
     engine = EarlyExitEngine(model.segmented)
     layers = set()
@@ -125,6 +134,7 @@ def params_of(rule: dict[str, Any]) -> SamplingParams:
         exit_layers=rule.get("exit_layers"),
         exit_measure=rule.get("measure"),
         exit_threshold_decay=rule.get("decay", 0.0),
+        kv_policy="propagate" if rule.get("propagates") else "exact",
         **{name: threshold},
     )
 
@@ -176,10 +186,11 @@ def test_a_wrong_number_of_thresholds_is_refused():
             engine.generate([PROMPT], wrong)
 
 
+@pytest.mark.parametrize("kv_policy", get_args(KVPolicy))
 @pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
-def test_every_architecture(architecture):
+def test_every_architecture(architecture, kv_policy):
     model = make_model(architecture, exits=(1, 2), use_exit_norm=True)
-    result = assert_equals_oracle(model, PROMPT, 24, 0.8)
+    result = assert_equals_oracle(model, PROMPT, 24, 0.8, kv_policy=kv_policy)
     assert len(set(result.exit_layers)) > 1, "the threshold should mix exits and full passes"
 
 
@@ -187,7 +198,8 @@ def test_every_architecture(architecture):
 def test_exit_beside_the_final_head(heads):
     model = make_model(exits=(2, 4), **heads)
     for threshold in (0.0, 0.6, 0.9):
-        assert_equals_oracle(model, PROMPT, 24, threshold)
+        for kv_policy in get_args(KVPolicy):
+            assert_equals_oracle(model, PROMPT, 24, threshold, kv_policy=kv_policy)
 
 
 def test_exit_before_its_layer_is_the_exit_behind_the_one_before():
@@ -206,13 +218,14 @@ def test_exit_before_its_layer_is_the_exit_behind_the_one_before():
     max_pending=st.integers(1, 8),
     heads=st.sampled_from(sorted(HEADS)),
     seed=st.integers(0, 3),
+    kv_policy=st.sampled_from(get_args(KVPolicy)),
 )
 def test_pending_positions_never_show(
-    prompt, max_tokens, threshold, exit_layers, max_pending, heads, seed
+    prompt, max_tokens, threshold, exit_layers, max_pending, heads, seed, kv_policy
 ):
     model = make_model(exits=(1, 2, 3, 4), seed=seed, **HEADS[heads])
     chosen = tuple(sorted(exit_layers))
-    assert_equals_oracle(model, prompt, max_tokens, threshold, chosen, max_pending)
+    assert_equals_oracle(model, prompt, max_tokens, threshold, chosen, max_pending, kv_policy)
 
 
 def test_low_precision_stays_close():

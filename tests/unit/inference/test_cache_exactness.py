@@ -27,9 +27,14 @@ def model_of(heads: str) -> TinyModel:
 
 @cache
 def expected(
-    heads: str, prompt: tuple[int, ...], threshold: float | None, exits: tuple[int, ...] | None
+    heads: str,
+    prompt: tuple[int, ...],
+    threshold: float | None,
+    exits: tuple[int, ...] | None,
+    kv_policy: str,
 ) -> list[ReferenceToken]:
-    return generate(model_of(heads), prompt, 18, threshold, exits)
+    propagates = kv_policy == "propagate"
+    return generate(model_of(heads), prompt, 18, threshold, exits, propagates=propagates)
 
 
 @st.composite
@@ -47,6 +52,7 @@ def requests(draw: st.DrawFn) -> tuple[list[int], SamplingParams]:
                 mode="early_exit",
                 early_exit_threshold=threshold,
                 exit_layers=exits,
+                kv_policy=draw(st.sampled_from(["exact", "propagate"])),
             )
         case "self_speculative":
             params = SamplingParams(max_tokens=count, mode="self_speculative", draft_confidence=0.0)
@@ -57,7 +63,8 @@ def requests(draw: st.DrawFn) -> tuple[list[int], SamplingParams]:
 
 def check(heads: str, prompt: list[int], params: SamplingParams, result) -> None:
     threshold = params.threshold if params.mode == "early_exit" else None
-    reference = expected(heads, tuple(prompt), threshold, params.exit_layers)[: params.max_tokens]
+    reference = expected(heads, tuple(prompt), threshold, params.exit_layers, params.kv_policy)
+    reference = reference[: params.max_tokens]
     assert result.token_ids == [token.token_id for token in reference]
     assert result.logprobs == pytest.approx([token.logprob for token in reference], abs=1e-3)
     if params.mode != "self_speculative":

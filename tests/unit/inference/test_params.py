@@ -60,6 +60,7 @@ HUGE = 10**400
         ("exit_thresholds", 0.5, "None, or numbers, 0 to 1"),
         ("exit_threshold_decay", -1, "0 (off) to 100"),
         ("exit_threshold_decay", float("nan"), "0 (off) to 100"),
+        ("kv_policy", "lazy", "exact or propagate"),
         ("exit_layers", (-1,), "None, or integers, 0 or more"),
         ("exit_layers", ("2",), "None, or integers, 0 or more"),
         ("num_draft_tokens", 0, "1 to 1024"),

@@ -180,8 +180,10 @@ class PipelineDriver(DecodingLoop):
         clear = span.slot in self._damaged
         self._damaged.discard(span.slot)
         load = self._stage_pages.take_load(sequence.key)
+        # There are some where what the sequence had computed had to go.
+        held = tuple(sequence.held(span.start, span.end))
         if span.end < sequence.length:
-            return StageTask(sequence.key, *span, tokens, clear=clear, load=load)
+            return StageTask(sequence.key, *span, tokens, clear=clear, load=load, held=held)
         return StageTask(
             sequence.key,
             *span,
@@ -193,6 +195,8 @@ class PipelineDriver(DecodingLoop):
             details=request.mode.details,
             clear=clear,
             load=load,
+            propagates=sequence.propagates,
+            held=held,
         )
 
     def _listen(self, wait: bool) -> None:
@@ -243,11 +247,12 @@ class PipelineDriver(DecodingLoop):
                 passed = request.mode.at_exit(one.head, one.output(_NO_LOGITS), is_taken=False)
                 _agree(passed is Next.DEEPER, request)
             if last.head == FINAL:
-                self._continue(request, request.mode.at_end([output]))
+                depth = len(request.mode.sampler.layers) - 1
+                self._continue(request, request.mode.at_end([output]), depth)
             else:
                 outcome = request.mode.at_exit(last.head, output, is_taken=True)
                 _agree(isinstance(outcome, tuple), request)
-                self._continue(request, outcome)
+                self._continue(request, outcome, last.head)
 
     def _speculate(self, request: Request, head: int, output: HeadOutput) -> None:
         """Send a draft on its way at once; it is verified when the last stage has seen it."""
@@ -257,12 +262,12 @@ class PipelineDriver(DecodingLoop):
         else:
             outcome = mode.at_exit(head, output, is_taken=True)
             _agree(isinstance(outcome, Next), request)
-            self._continue(request, outcome)
+            self._continue(request, outcome, head)
             if outcome is Next.DEEPER:
                 self._drafting.discard(key)
         num_verified = len(self._verified.get(key, ()))
         if key not in self._drafting and num_verified == request.sequence.num_verified:
-            self._continue(request, mode.at_end(self._verified.pop(key)))
+            self._continue(request, mode.at_end(self._verified.pop(key)), head)
 
     def _manage(self, order: Message) -> None:
         self._tell_stages(order)

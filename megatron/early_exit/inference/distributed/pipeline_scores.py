@@ -27,7 +27,7 @@ def scores_message(key: int, scores: Iterable[PrefixScore], **where: int) -> Mes
 def rule_of(order: Message) -> ScoringRule:
     """How the text of an order is to be scored."""
     rule = order["rule"]
-    return ScoringRule(ExitRule.from_message(rule["exit_rule"]), rule["num_best"])
+    return ScoringRule(**{**rule, "exit_rule": ExitRule.from_message(rule["exit_rule"])})
 
 
 def piece_of(order: Message) -> Piece:

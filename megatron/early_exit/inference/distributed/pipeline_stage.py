@@ -12,7 +12,13 @@ from megatron.early_exit.inference.distributed.pipeline_scores import piece_of, 
 from megatron.early_exit.inference.distributed.process_groups import RankInfo
 from megatron.early_exit.inference.distributed.stage_links import StageLinks
 from megatron.early_exit.inference.distributed.stage_streams import StageStreams
-from megatron.early_exit.inference.distributed.stage_task import HeadMessage, StageBatch, StageTask
+from megatron.early_exit.inference.distributed.stage_task import (
+    HeadMessage,
+    HeldRows,
+    StageBatch,
+    StageTask,
+    rows_of,
+)
 from megatron.early_exit.inference.engine.cache_pages import PAGE_SIZE
 from megatron.early_exit.inference.engine.graphed_heads import GraphedHeads
 from megatron.early_exit.inference.engine.scoring import PrefixScore, TextScorer
@@ -23,6 +29,7 @@ from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.modes.head_output import HeadOutput, head_outputs
 from megatron.early_exit.inference.modes.measures import Judging, Streams
 from megatron.early_exit.inference.modes.mode import FINAL
+from megatron.early_exit.inference.transfer import upload
 
 Report = Callable[[StageTask, Tensor], None]
 """Gets a task with outputs that the driver has to know, and the last one's logits [v]."""
@@ -34,7 +41,8 @@ class PipelineStage:
     """Runs tasks, hands the hidden states on, and asks the heads that are wanted.
 
     Hidden states go on to the next stage also where an exit has given the token: so the caches
-    there are those of the full model, without any catch-up.
+    there are those of the full model, without any catch-up. Those that are held behind the exit go
+    on as they are.
 
     Args:
         runner: the stage's layers, as a model of its own.
@@ -86,7 +94,7 @@ class PipelineStage:
             tokens = [token for task in tasks for token in task.tokens]
             model = self.runner.model
             for index in range(len(model.segments)):
-                hidden = self.runner.run(index, spans, tokens, hidden)
+                hidden = self._run_segment(index, spans, tasks, tokens, hidden)
                 if index < len(model.exits):
                     answers = self._ask_gates(index, tasks, partial(streams.here, hidden))
                     at = partial(streams.at, hidden)
@@ -100,6 +108,28 @@ class PipelineStage:
                 hidden = hidden.clone()
                 hand_on([replace(task, tokens=()) for task in tasks])
                 self._links.send(streams.sent(hidden, tasks))
+
+    def _run_segment(
+        self,
+        index: int,
+        spans: Sequence[Span],
+        tasks: Sequence[StageTask],
+        tokens: Sequence[int],
+        hidden: Tensor | None,
+    ) -> Tensor:
+        """See `SegmentRunner.run`; the hidden states of held positions stay what they are."""
+        runner = self.runner
+        if hidden is None or not any(task.held for task in tasks):
+            return runner.run(index, spans, tokens, hidden)
+        result = hidden.clone()
+        parts = HeldRows.of(spans, tasks, self.first_exit + index)
+        if parts.held:
+            rows = upload(rows_of(parts.held, spans), hidden.device)
+            runner.propagate(index, parts.held, hidden[rows])
+        for asking in parts.rounds:
+            rows = upload(rows_of(asking, spans), hidden.device)
+            result[rows] = runner.run(index, asking, None, hidden[rows])
+        return result
 
     def expect(self, num_rows: int) -> None:
         """Have hidden states [num_rows, h] received that the stage before sends, for one of the
@@ -130,11 +160,11 @@ class PipelineStage:
         if piece.start == 0:
             place = (self.first_exit, self.rank_info.is_last_stage)
             self._scorers[key] = TextScorer(self.runner.model, length, rule_of(order), *place)
-        hidden = None
+        scorer, hidden = self._scorers[key], None
         if not self.rank_info.is_first_stage:
-            self.expect(self._scorers[key].num_received(piece))
+            self.expect(scorer.num_received(piece))
             hidden = self._links.take()
-        scores, hidden = self._scorers[key].run(piece, hidden)
+        scores, hidden = scorer.run(piece, hidden)
         if not self.rank_info.is_last_stage:
             self._links.send(hidden.clone())
         if piece.end == length:

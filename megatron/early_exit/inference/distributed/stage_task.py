@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 
 import torch
 
@@ -60,6 +61,8 @@ class StageTask:
         details: exits are evaluated for the record, also where their gates refuse.
         clear: the slot's cache has to be cleared first, since it may hold NaN.
         load: numbers of stored pages that go into the slot first, for the positions before `start`.
+        propagates: the last position is held behind the exit that gives its token, see `Sequence`.
+        held: positions that are held, each with the exit behind which that is.
         outputs: of the exits that the rule has not taken.
     """
 
@@ -75,6 +78,8 @@ class StageTask:
     details: bool = False
     clear: bool = False
     load: tuple[int, ...] = ()
+    propagates: bool = False
+    held: tuple[tuple[int, int], ...] = ()
     outputs: tuple[HeadMessage, ...] = field(default=())
 
     @property
@@ -105,7 +110,10 @@ class StageTask:
             return replace(self, rule=NO_EXITS, final=False, outputs=outputs), True
         if self.rule.takes(output.head, output.confidence):
             outputs = () if self.verify else outputs
-            return replace(self, rule=NO_EXITS, final=self.verify, outputs=outputs), True
+            left = replace(self, rule=NO_EXITS, final=self.verify, outputs=outputs)
+            if self.propagates:
+                left = replace(left, held=(*self.held, (self.end - 1, output.head)))
+            return left, True
         return replace(self, rule=self.rule.behind(output.head), outputs=outputs), False
 
     def message(self) -> Message:
@@ -118,6 +126,7 @@ class StageTask:
         outputs = tuple(HeadMessage(**output) for output in message["outputs"])
         rule = ExitRule.from_message(message["rule"])
         lists = {name: tuple(message[name]) for name in ("tokens", "load")}
+        lists["held"] = tuple(map(tuple, message["held"]))
         return cls(**{**message, **lists, "rule": rule, "outputs": outputs})
 
 
@@ -165,3 +174,53 @@ class StageBatch:
             range(len(self.tasks)), key=lambda i: (places[self.tasks[i].slot], self.tasks[i].start)
         )
         return spans, order
+
+
+@dataclass(frozen=True, slots=True)
+class HeldRows:
+    """What a segment does with the positions of a pass where some of them are held.
+
+    Attributes:
+        held: those, which only get keys and values.
+        rounds: the others, in the order of a pass; those of a slot on either side of held ones are
+            in different rounds.
+    """
+
+    held: list[Span]
+    rounds: list[list[Span]]
+
+    @classmethod
+    def of(cls, spans: Iterable[Span], tasks: Iterable[StageTask], segment: int) -> "HeldRows":
+        """Divide spans, of which `tasks` tell which positions are held behind which exits.
+
+        Args:
+            segment: its number in the whole model.
+        """
+        places = {
+            (task.slot, one) for task in tasks for one, behind in task.held if behind < segment
+        }
+        held: list[Span] = []
+        rounds: list[list[Span]] = []
+        for slot, start, end in spans:
+            number = 0
+            runs = groupby(range(start, end), key=lambda position: (slot, position) in places)
+            for is_held, run in runs:
+                first, *rest = run
+                span = Span(slot, first, first + 1 + len(rest))
+                if is_held:
+                    held.append(span)
+                    continue
+                if number == len(rounds):
+                    rounds.append([])
+                rounds[number].append(span)
+                number += 1
+        return cls(held, [sorted(spans, key=in_pass_order) for spans in rounds])
+
+
+def rows_of(parts: Iterable[Span], spans: Iterable[Span]) -> list[int]:
+    """The rows that parts of spans have in a pass over those."""
+    first, row = {}, 0
+    for slot, start, end in spans:
+        first[slot] = row - start
+        row += end - start
+    return [first[slot] + position for slot, start, end in parts for position in range(start, end)]

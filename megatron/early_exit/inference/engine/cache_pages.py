@@ -138,7 +138,8 @@ class CachePages:
             # Who waits for memory is looked at in every step, so nothing is searched for it.
             return False
         # The final head is asked about the last positions, so they are computed in any case.
-        known = sequence.token_ids(0, sequence.length - sequence.num_verified)
+        most = min(sequence.length - sequence.num_verified, sequence.num_exact)
+        known = sequence.token_ids(0, most)
         prefix = self._tree.match(known, frozenset(blocks)) if self.keeps_prefixes else []
         if not self._has_room(self._bytes_at_first(prefix, needed, depth)):
             return False
@@ -148,7 +149,7 @@ class CachePages:
         self._held[sequence.key] = [0] * len(counts)
         for segment, pages in enumerate(self._taken_at_first(counts, needed, depth)):
             self._take(sequence.key, segment, pages)
-        sequence.cached = [self.page_size * pages for pages in counts]
+        sequence.begin([self.page_size * pages for pages in counts])
         if not sequence.num_admissions:
             sequence.num_cached = sequence.cached[0]
             self.counts.prompt_tokens += len(sequence.prompt)
@@ -164,7 +165,7 @@ class CachePages:
         if not self.keeps_prefixes:
             return False
         known = sequence.prompt[:-1]
-        common = common_length(known, other.prompt) // self.page_size
+        common = min(common_length(known, other.prompt), other.num_exact) // self.page_size
         has = len(self._tree.match(known)) if common else 0
         gain = self.page_size * (common - has)
         return gain > (len(sequence.prompt) - self.page_size * has) / 2
@@ -215,7 +216,8 @@ class CachePages:
         if not self.keeps_prefixes:
             return []
         # The last token has no place yet; where it has, that of a draft that was refused.
-        known = [*sequence.prompt, *sequence.generated][:-1][: sequence.cached[0]]
+        num_known = min(sequence.cached[0], sequence.num_exact)
+        known = [*sequence.prompt, *sequence.generated][:-1][:num_known]
         stored = self._tree.match(known)
         free = math.inf
         if self.budget is not None:

@@ -87,16 +87,21 @@ class DecodingLoop(ABC):
     def _advance(self) -> None:
         """Do what `step` does."""
 
-    def _continue(self, request: Request, outcome: Outcome) -> None:
+    def _continue(self, request: Request, outcome: Outcome, segment: int) -> None:
         """Give the request the tokens that its mode has answered, and start on what it needs next.
 
         A request that needs to go deeper is where it has to be already.
+
+        Args:
+            segment: of the whole model, behind which is the head that the answer comes from.
         """
         if outcome is Next.DEEPER:
             return
         sequence = request.sequence
         if outcome is not Next.DRAFTED:
             for sampled in outcome:
+                if sequence.propagates:
+                    sequence.leave(segment)
                 self._tokens.append((request, request.take(sampled)))
                 self._announce(request, sampled)
                 if request.is_finished:

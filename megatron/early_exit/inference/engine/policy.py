@@ -20,6 +20,9 @@ _HEAD = 0.65
 """A weight of a head next to one of a layer, which has more to do than large products."""
 UNLIKELY = 0.1
 """A head that a sequence gets to no more often is asked only when that is certain."""
+_OFTEN = 0.7
+"""Where exits give tokens so often, more of what runs on would be in vain than is gained by it, in
+simulations with measured times."""
 _SLACK = 0.02
 """Where it makes so little difference, heads are asked early: what is expected is not certain."""
 
@@ -33,6 +36,8 @@ class Costs:
         head: weights of the projection to the vocabulary.
         exit_head: weights of an exit's projection.
         shares_heads: all heads have the same projection.
+        held: the share of a layer that a position takes that is held behind an exit, for its keys
+            and values.
         rows: as many rows take as long to compute as the weights do to read.
         step: what each step takes besides, as a share of the segments.
     """
@@ -41,6 +46,7 @@ class Costs:
     head: float = 0.0
     exit_head: float = 0.0
     shares_heads: bool = True
+    held: float = 0.0
     rows: float = ROWS["cpu"]
     step: float = 0.02
 
@@ -64,7 +70,9 @@ class Costs:
         head, exit_head = (
             _HEAD * shape.hidden_size * size for size in (shape.vocab_size, exit_vocab_size)
         )
-        return cls(segments, head, exit_head, shares_heads, ROWS.get(device, ROWS["cuda"]))
+        keys_and_values = 2 * shape.num_query_groups * shape.kv_channels * shape.hidden_size
+        rows = ROWS.get(device, ROWS["cuda"])
+        return cls(segments, head, exit_head, shares_heads, keys_and_values / layer, rows)
 
     def of_drafts(self, exit_index: int, block: float = 0.0) -> DraftCosts:
         """What drafting with an exit takes.
@@ -88,37 +96,55 @@ class SegmentQueue:
     Args:
         index: of the segment.
         exit_rates: of each sequence, see `Sequence`.
+        propagates: for each of them, whether positions that leave are held; None is nobody's.
         gated: of each, whether the gates of exits are asked first, see `Sequence`.
 
     Attributes:
         count: how many there are.
+        rows: by segment, how many run there before heads in front of it are asked.
         taken: by segment, how many get their token if the heads up to the one behind it are asked.
+        held: by segment, how many of those leave nothing but keys and values undone.
         asked: by segment, how many heads are evaluated for that, without unlikely ones; behind
             gates, which cost nothing that counts, those that give the token.
         all_gated: all of the sequences ask gates.
     """
 
-    __slots__ = ("all_gated", "asked", "count", "taken")
+    __slots__ = ("all_gated", "asked", "count", "held", "rows", "taken")
 
     def __init__(
         self,
         index: int,
         num_segments: int,
         exit_rates: Sequence[Sequence[float]],
+        propagates: Sequence[bool] | None = None,
         gated: Sequence[bool] | None = None,
     ) -> None:
         self.count = len(exit_rates)
+        propagates = propagates or [False] * self.count
         gated = gated or [False] * self.count
         self.all_gated = all(gated)
-        self.taken, self.asked = [0.0] * num_segments, [0.0] * num_segments
-        for own, is_gated in zip(exit_rates, gated, strict=True):
-            stays, number = 1.0, 0.0
+        self.rows, self.asked = [0] * num_segments, [0.0] * num_segments
+        self.taken, self.held = [0.0] * num_segments, [0.0] * num_segments
+        for own, is_held, is_gated in zip(exit_rates, propagates, gated, strict=True):
+            stays, number, runs = 1.0, 0.0, True
             for segment in range(index, num_segments):
-                if own[segment]:
-                    number += stays * own[segment] if is_gated else stays > UNLIKELY
-                    stays *= 1 - own[segment]
+                if runs:
+                    self.rows[segment] += 1
+                    if own[segment]:
+                        number += stays * own[segment] if is_gated else stays > UNLIKELY
+                        stays *= 1 - own[segment]
+                    runs = not (is_held and is_worth_waiting(own[segment]))
                 self.taken[segment] += 1 - stays
                 self.asked[segment] += number
+                if is_held:
+                    self.held[segment] += 1 - stays
+
+
+def is_worth_waiting(exit_rate: float) -> bool:
+    """Whether an exit gives tokens so often that a position that would be held there goes no deeper
+    before it has been asked, also where others do: what they do is the arithmetic that they save.
+    """
+    return exit_rate >= _OFTEN
 
 
 class Policy:
@@ -127,6 +153,7 @@ class Policy:
     Greedy, and close to the best schedule that there is for the same costs (`benchmarks/`). Running
     some segments is judged alone, and together with taking those that get no token there to the
     end. Positions that leave are charged with what they leave undone: later tokens attend to them.
+    Of held ones that is keys and values, so a position that is likely to leave does not run on.
     """
 
     def __init__(self, costs: Costs) -> None:
@@ -155,17 +182,20 @@ class Policy:
 
     def _promise(self, queues: Sequence[SegmentQueue], start: int, end: int) -> float:
         """Tokens over costs of the segments from `start` to `end`."""
-        count, taken, asked, later, costs = 0.0, 0.0, 0.0, 0.0, self._step
+        count, taken, held, asked, later, costs = 0.0, 0.0, 0.0, 0.0, 0.0, self._step
         for index in range(start, end + 1):
             queue = queues[index]
             count += queue.count
-            costs += self._product(index, count)
+            rows = sum(one.rows[index] for one in queues[start : index + 1])
+            costs += self._product(index, rows)
             taken += queue.taken[end]
+            held += queue.held[end]
             asked += queue.asked[end]
             later += queue.asked[-1] - queue.asked[end]
         gated = all(queue.all_gated for queue in queues)
         costs += self._heads(asked, start, end, gated)
-        costs += taken * self._behind[end] / self._costs.rows
+        undone = taken - held * (1 - self._costs.held)
+        costs += undone * self._behind[end] / self._costs.rows
         alone = taken / costs
         if end == self._last:
             return alone

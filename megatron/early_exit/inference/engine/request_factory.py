@@ -101,9 +101,10 @@ class RequestFactory:
         if needs_streams(mode.rule.measure):
             heads = (*mode.rule.exits, len(self.exit_layers))
             sequence.compared = frozenset(head - 1 for head in heads if head > 0)
+        sequence.propagates = params.kv_policy == "propagate"
         scoring = None
         if params.prompt_logprobs is not None:
-            rule = ScoringRule(mode.scoring_rule, params.prompt_logprobs)
+            rule = ScoringRule(mode.scoring_rule, params.prompt_logprobs, sequence.propagates)
             scoring = TextScores(tokens, rule, layers)
         return Request(sequence, params, mode, Stopping(params, stops, room, text), echo, scoring)
 

@@ -14,7 +14,12 @@ from dataclasses import dataclass, field, replace
 from megatron.early_exit.inference.engine.cache_pages import CachePages
 from megatron.early_exit.inference.engine.exit_rates import ExitRateEstimator
 from megatron.early_exit.inference.engine.fair_queue import FairQueue
-from megatron.early_exit.inference.engine.policy import Costs, Policy, SegmentQueue
+from megatron.early_exit.inference.engine.policy import (
+    Costs,
+    Policy,
+    SegmentQueue,
+    is_worth_waiting,
+)
 from megatron.early_exit.inference.model.kv_cache import Span, in_pass_order
 from megatron.early_exit.inference.sequence import Sequence
 from megatron.early_exit.ranges import ONE_OR_MORE, ZERO_TO_ONE
@@ -36,6 +41,16 @@ class ScheduledBatch:
     last: int
     sequences: tuple[Sequence, ...]
     spans: tuple[Span, ...]
+
+    def held(self, segment: int) -> list[Span]:
+        """The positions before the spans that have yet to get keys and values in a segment, since
+        they are held behind an earlier one; until `Scheduler.ran`."""
+        pairs = zip(self.sequences, self.spans, strict=True)
+        return [
+            Span(span.slot, one.cached[segment], span.start)
+            for one, span in pairs
+            if one.depths and one.cached[segment] < span.start
+        ]
 
 
 @dataclass
@@ -213,7 +228,8 @@ class Scheduler:
                 index,
                 self.num_segments,
                 [one.rates for one in group],
-                [one.asks_gates for one in group],
+                propagates=[one.propagates for one in group],
+                gated=[one.asks_gates for one in group],
             )
             for index, group in enumerate(groups)
         ]
@@ -244,7 +260,15 @@ class Scheduler:
             return None
         behind = step.last + 1
         passed = [step.sequences[index] for index in complete]
-        asking = {one.key for one in passed if step.last in one.asked and not one.can_defer_exit}
+        asking = {
+            one.key
+            for one in passed
+            if step.last in one.asked
+            and (
+                not one.can_defer_exit
+                or (one.propagates and is_worth_waiting(one.exit_rates[step.last]))
+            )
+        }
         group = [one for one in self.running.values() if one.segment == behind]
         group = [one for one in group if one.key not in asking]
         if not group:
@@ -264,7 +288,7 @@ class Scheduler:
         own = {one.key for one in step.sequences}
         others = {one.segment for one in self.running.values() if one.key not in own}
         while last < self._end and last + 1 not in others:
-            if any(one.stops_at(last) or one.cached[last + 1] != span.start for one, span in pairs):
+            if any(one.stops_at(last) or one.start(last + 1) != span.start for one, span in pairs):
                 break
             last += 1
         return replace(step, last=last)
@@ -278,14 +302,15 @@ class Scheduler:
             singles = sorted(singles, key=lambda one: one.since)[: self.max_rows]
         # Long ones come forward however many single tokens there are.
         room = max(self.max_rows - len(singles), 1)
-        batch = [(one, one.limit) for one in singles]
+        batch = [(one, one.start(segment) + 1) for one in singles]
         for one in longer:
             if room <= 0:
                 break
-            end = one.cached[segment] + _cut(one.waiting, room, one.num_verified)
+            start = one.start(segment)
+            end = start + _cut(one.waiting, room, one.num_verified)
             batch.append((one, end))
-            room -= end - one.cached[segment]
-        spans = [(Span(one.slot, one.cached[segment], end), one) for one, end in batch]
+            room -= end - start
+        spans = [(Span(one.slot, one.start(segment), end), one) for one, end in batch]
         spans.sort(key=lambda pair: in_pass_order(pair[0]))
         sequences = tuple(one for _, one in spans)
         return ScheduledBatch(segment, segment, sequences, tuple(span for span, _ in spans))
@@ -318,7 +343,7 @@ class Scheduler:
             if step.segment == 0 and span.start == sequence.num_cached:
                 self._began[sequence.group] = self._step
             for segment in range(step.segment, step.last + 1):
-                sequence.cached[segment] = span.end
+                sequence.passed(segment, span.end)
             if is_complete:
                 complete.append(index)
                 sequence.segment = min(step.last + 1, self.num_segments - 1)

@@ -16,6 +16,7 @@ from megatron.early_exit.inference.modes.measures import Judging, needs_streams
 from megatron.early_exit.inference.modes.mode import FINAL
 from megatron.early_exit.inference.modes.rule import NO_EXITS, ExitRule
 from megatron.early_exit.inference.results import PromptToken
+from megatron.early_exit.inference.transfer import upload
 
 CHUNK = 256
 """Positions at a time: logits of a whole context would fill the memory, and nobody shall wait for
@@ -29,10 +30,12 @@ class ScoringRule:
     Attributes:
         exit_rule: the first exit that it takes scores the position, else the final head.
         num_best: most probable tokens to give in each place.
+        propagates: a position that an exit scores is held behind it, see `Sequence`.
     """
 
     exit_rule: ExitRule = NO_EXITS
     num_best: int = 0
+    propagates: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,28 +159,26 @@ class TextScorer:
             self._num_segments = self._asked[0] + 1
 
     @torch.inference_mode()
-    def run(self, piece: Piece, hidden: Tensor | None = None) -> tuple[list[PrefixScore], Tensor]:
+    def run(self, piece: Piece, received: Tensor | None = None) -> tuple[list[PrefixScore], Tensor]:
         """Score the next piece.
 
         Args:
             piece: begins where the last one has ended.
-            hidden: [n, h], its hidden states behind the stage before; None at the first one. Behind
-                them those at the exit before come, too, where confidence depends on them.
+            received: what the stage before has returned for it; None at the first one.
 
         Returns:
             Scores, in any order, of those prefixes that end in the piece and have theirs from a
-            head here; and the hidden states for the next stage.
+            head here; and what the next stage needs, [`num_received`, h]: the hidden states [n, h];
+            behind them those at the exit before, where confidence depends on them; and which
+            positions are held, where some may be.
         """
         runner, span = self._runner, Span(0, piece.start, piece.end)
         scores: dict[int, PrefixScore] = {}
-        before = None
-        if self._compares:
-            if hidden is None:
-                before = runner.model.embedding.of_spans(piece.tokens, [span])
-            else:
-                hidden, before = hidden.chunk(2)
+        hidden, before, held = self._split(received, piece)
+        if self._compares and hidden is None:
+            before = runner.model.embedding.of_spans(piece.tokens, [span])
         for index in range(self._num_segments):
-            hidden = runner.run(index, [span], piece.tokens, hidden)
+            hidden = runner.run(index, [span], piece.tokens, hidden, held=held)
             if index in self._asked:
                 rows, answers = self._rows(index, hidden, piece, scores)
                 head = runner.model.exits[index].head
@@ -186,6 +187,7 @@ class TextScorer:
                     features = runner.exit_features(index, span)
                     outputs = partial(self._outputs, head, head.project, features, hidden, before)
                     self._ask(self._first_exit + index, outputs, piece, rows, answers, scores)
+                held = self._held(held, piece, scores)
             if before is not None and index < len(runner.model.exits):
                 # The runner may write over what it has returned.
                 before = hidden.clone()
@@ -194,11 +196,41 @@ class TextScorer:
             head = runner.model.final_head
             outputs = partial(self._outputs, head, head.logits, hidden, hidden, before)
             self._ask(FINAL, outputs, piece, _unscored(piece, scores), {}, scores)
-        return list(scores.values()), hidden if before is None else torch.cat((hidden, before))
+        parts = [hidden] if before is None else [hidden, before]
+        if self._rule.propagates:
+            parts.append(self._marks(held, hidden))
+        return list(scores.values()), hidden if len(parts) == 1 else torch.cat(parts)
 
     def num_received(self, piece: Piece) -> int:
-        """Rows of the hidden states that `run` needs of the stage before."""
-        return len(piece.tokens) * (2 if self._compares else 1)
+        """Rows that `run` needs of the stage before."""
+        count = len(piece.tokens)
+        marks = self._num_marks(count) if self._rule.propagates else 0
+        return count * (2 if self._compares else 1) + marks
+
+    def _num_marks(self, count: int) -> int:
+        """Rows that have a number for each of some positions."""
+        return -(-count // self._runner.model.architecture.hidden_size)
+
+    def _marks(self, held: Tensor | None, hidden: Tensor) -> Tensor:
+        """Which positions are held, as numbers next to each other in rows like hidden states."""
+        marks = hidden.new_zeros(self._num_marks(len(hidden)), hidden.shape[1])
+        if held is not None:
+            marks.view(-1)[: len(held)] = held.to(marks.dtype)
+        return marks
+
+    def _split(
+        self, received: Tensor | None, piece: Piece
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Hidden states, those at the exit before, and which positions are held, of what the stage
+        before has returned."""
+        if received is None:
+            return None, None, None
+        count = len(piece.tokens)
+        before = received[count : 2 * count] if self._compares else None
+        held = None
+        if self._rule.propagates:
+            held = received[-self._num_marks(count) :].flatten()[:count] != 0
+        return received[:count], before, held
 
     def _rows(
         self, index: int, hidden: Tensor, piece: Piece, scores: Container[int]
@@ -237,6 +269,17 @@ class TextScorer:
         measures = [self._rule.exit_rule.measure] * len(rows)
         judging = Judging.by(measures, head.num_others, streams)
         return head_outputs(logits(features[rows]), judging=judging)
+
+    def _held(
+        self, held: Tensor | None, piece: Piece, scores: dict[int, PrefixScore]
+    ) -> Tensor | None:
+        """[n], the positions that are held once an exit has scored some: those that were `held`
+        before, and the scored ones."""
+        if not (self._rule.propagates and scores):
+            return held
+        scored = [position in scores for position in range(piece.start, piece.end)]
+        both = upload(scored, self._runner.model.device)
+        return both if held is None else both | held
 
     def _ask(
         self,

@@ -163,6 +163,9 @@ class SegmentLoop(DecodingLoop):
         while step is not None:
             self._suspects.update(sequence.key for sequence in step.sequences)
             self._let_go()
+            for segment in range(step.segment, step.last + 1):
+                if held := step.held(segment):
+                    self.runner.propagate(segment, held)
             hidden = self.runner.run(step.segment, step.spans, _inputs(step), last=step.last)
             complete = self.scheduler.ran(step)
             stretches.append(_Stretch(step, hidden, complete))
@@ -272,12 +275,12 @@ class SegmentLoop(DecodingLoop):
             self._fail(sequence.key, NOT_FINITE)
             return False
         if segment == self.scheduler.num_segments - 1:
-            self._continue(request, mode.at_end(found))
+            self._continue(request, mode.at_end(found), segment)
             return False
         output = found[0]
         outcome = mode.at_exit(segment, output, mode.rule.takes(segment, output.confidence))
         self.scheduler.exit_rates.learn(sequence, segment, outcome is not Next.DEEPER)
-        self._continue(request, outcome)
+        self._continue(request, outcome, segment)
         return outcome is Next.DEEPER
 
     def _mode(self, sequence: Sequence) -> DecodingMode:
@@ -309,6 +312,9 @@ class SegmentLoop(DecodingLoop):
 
     def _rewind(self, sequence: Sequence) -> None:
         self.runner.truncate(sequence.slot, sequence.length - 1)
+        if sequence.depths:
+            # Blocks that have seen the position before it was clear that it is held.
+            self.runner.truncate(sequence.slot, sequence.length - 2, sequence.depths[-1] + 1)
 
     def _discard(self, sequence: Sequence) -> None:
         # Drafts may be taken back already that have been through the model.

@@ -99,6 +99,20 @@ class KVCache:
         """For each attention [end - start, 2 ng, hn], to be filled with keys and values."""
         return self.data[:, slot, start:end].unbind()
 
+    def fill(self, spans: Sequence[Span], index: tuple[Tensor, Tensor] | None, new: Tensor) -> None:
+        """Put keys and values of some positions into all attentions.
+
+        Args:
+            spans: the positions.
+            index: slot and position of each; None where they are a single span.
+            new: [attentions, r, 2 ng, hn]
+        """
+        if index is None:
+            slot, start, end = spans[0]
+            self.data[:, slot, start:end] = new
+        else:
+            self.data[:, index[0], index[1]] = new
+
     def window(self, first: int, last: int, end: int) -> tuple[tuple[Tensor, ...], ...]:
         """The keys and the values of slots `first` up to `last`, positions up to `end`.
 

@@ -114,6 +114,7 @@ class SegmentRunner:
         tokens: Sequence[int] | None = None,
         hidden: Tensor | None = None,
         last: int | None = None,
+        held: Tensor | None = None,
     ) -> Tensor:
         """Run a segment over positions that have been through the one before it.
 
@@ -124,6 +125,8 @@ class SegmentRunner:
             hidden: [r, h], what another process has in front of the first segment, instead.
             last: run all segments up to this one; nothing is kept between them, where no exit can
                 be asked about those positions, nor can they wait there.
+            held: [r], rows that are computed for their keys and values alone, and keep their
+                residual stream; None is none. Where they need no result, `propagate` is cheaper.
 
         Returns:
             The residual stream [r, h] of those positions behind the segment.
@@ -149,15 +152,44 @@ class SegmentRunner:
             if index > 0:
                 hidden = self._gather(index - 1, spans, this.index)
             assert hidden is not None
-            hidden = segment(hidden, this)
+            if held is None:
+                hidden = segment(hidden, this)
+            else:
+                hidden = segment.run_holding(hidden, this, held)
         self._last = _Run(last, spans, this, hidden)
         if last < len(self._kept):
-            if this.index is None:
-                slot, start, end = spans[0]
-                self._kept[last, slot, start:end] = hidden
-            else:
-                self._kept[last].index_put_(this.index, hidden)
+            self._keep(last, spans, this.index, hidden)
         return hidden
+
+    def _keep(
+        self, cut: int, spans: Sequence[Span], index: tuple[Tensor, Tensor] | None, hidden: Tensor
+    ) -> None:
+        if index is None:
+            slot, start, end = spans[0]
+            self._kept[cut, slot, start:end] = hidden
+        else:
+            self._kept[cut].index_put_(index, hidden)
+
+    def propagate(self, index: int, spans: Sequence[Span], hidden: Tensor | None = None) -> None:
+        """Take held positions through a segment: its attentions make keys and values of their
+        states, and the states stay what they are.
+
+        Args:
+            index: of the segment.
+            spans: have been through the one before it.
+            hidden: [r, h], what another process has in front of the first segment.
+        """
+        spans = tuple(spans)
+        if self._piece_size is not None:
+            self.commit(spans, range(index, index + 1))
+        where = index_of(spans, self.model.device)
+        if hidden is None:
+            hidden = self._kept_at(index - 1, spans, where)
+        held = self.model.held_states(index)
+        if held is not None:
+            self._part(index, index).fill(spans, where, held(hidden, _positions(spans, where)))
+        if index < len(self._kept):
+            self._keep(index, spans, where, hidden)
 
     def _part(self, first: int, last: int) -> KVCache:
         """The keys and values of some segments."""
@@ -173,6 +205,11 @@ class SegmentRunner:
         last = self._last
         if last is not None and last.index == cut and last.spans == spans:
             return last.hidden
+        return self._kept_at(cut, spans, index)
+
+    def _kept_at(
+        self, cut: int, spans: Sequence[Span], index: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         if index is not None:
             return self._kept[cut][index]
         slot, start, end = spans[0]
@@ -301,9 +338,10 @@ class SegmentRunner:
     def _caches(self) -> list[KVCache]:
         return [self._cache, *filter(None, self._block_caches)]
 
-    def truncate(self, slot: int, length: int) -> None:
-        """Forget what blocks have cached from position `length` on; a new sequence starts at 0."""
-        for lengths in self._block_lengths:
+    def truncate(self, slot: int, length: int, first_exit: int = 0) -> None:
+        """Forget what the blocks of exits, from `first_exit` on, have cached from position `length`
+        on; a new sequence starts at 0."""
+        for lengths in self._block_lengths[first_exit:]:
             lengths[slot] = min(lengths[slot], length)
 
     def clear(self, slot: int, length: int | None = None) -> None:
@@ -317,3 +355,8 @@ class SegmentRunner:
         for cache in self._caches:
             cache.clear(slot, length)
         self._kept_memory.clear(slot, length)
+
+
+def _positions(spans: Sequence[Span], index: tuple[Tensor, Tensor] | None) -> slice | Tensor:
+    """Those of each row, see `index_of`."""
+    return slice(*spans[0][1:]) if index is None else index[1]

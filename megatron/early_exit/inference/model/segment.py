@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -38,6 +39,13 @@ class Segment:
             with sdpa_kernel(_ATTENTION_ON_GPUS):
                 return self._run(hidden, this)
         return self._run(hidden, this)
+
+    def run_holding(self, hidden: Tensor, this: Pass, held: Tensor) -> Tensor:
+        """The same with rows whose residual stream is held [r]: it does not change, whatever the
+        half layers make of it."""
+        for step in self.steps:
+            hidden = torch.where(held[:, None], hidden, step(hidden, this))
+        return hidden
 
     def takes_tokens(self, this: Pass) -> bool:
         """Whether its input are the tokens of a pass, for `run_tokens`: what has been captured

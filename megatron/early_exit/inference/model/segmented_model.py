@@ -19,6 +19,7 @@ from megatron.early_exit.inference.model.embedding import Embedding
 from megatron.early_exit.inference.model.gates import Gates
 from megatron.early_exit.inference.model.graphs import GraphedLayers
 from megatron.early_exit.inference.model.heads import BranchPart, Head, ModelExit
+from megatron.early_exit.inference.model.held_states import HeldStates
 from megatron.early_exit.inference.model.layers import Attention, Mlp, arrange
 from megatron.early_exit.inference.model.linear import Function, make_linear
 from megatron.early_exit.inference.model.norms import make_norm
@@ -31,9 +32,11 @@ from megatron.early_exit.inference.model.tensor_parallel import TensorParallel
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """A layer, and its tensors where it is to be compiled, see `CompiledLayers`."""
+    """A layer, the tensors of its attention, and all where it is to be compiled, see
+    `CompiledLayers`."""
 
     halves: tuple[Attention, Mlp]
+    attention: Mapping[str, Tensor]
     plain: Mapping[str, Tensor] = field(default_factory=dict)
     packed: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -95,6 +98,7 @@ class SegmentedModel:
         exits = (2 * position + behind for position in early_exit.positions)
         self._cuts = (0, *exits, 2 * architecture.num_layers)
         self._fused: dict[tuple[int, int], Segment] = {}
+        self._held_states: dict[int, HeldStates] = {}
         self.segments = tuple(self.fused(i, i) for i in range(len(self._cuts) - 1))
         self.exit_vocab_size = early_exit.exit_vocab_size or architecture.vocab_size
         self.exit_measure = early_exit.exit_measure
@@ -138,6 +142,20 @@ class SegmentedModel:
             self._fused[first, last] = found
         return found
 
+    def held_states(self, index: int) -> HeldStates | None:
+        """What makes keys and values for a segment of the states of held positions; None where it
+        has no attention. It has a copy of the weights that are needed, made in the first call."""
+        attentions = self.segments[index].attentions
+        if not attentions:
+            return None
+        found = self._held_states.get(index)
+        if found is None:
+            layers = self._layers[attentions.start : attentions.stop]
+            own = [layer.attention for layer in layers]
+            found = HeldStates(self.architecture, own, self.rotary)
+            self._held_states[index] = found
+        return found
+
     def _layer(self, weights: Mapping[str, Tensor], prefix: str, number: int) -> _Layer:
         """The layer with some prefix, and its number among those that share a cache."""
         own = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
@@ -148,13 +166,15 @@ class SegmentedModel:
             Attention(self.architecture, packed, f"{prefix}self_attention.", number, self._reduce),
             self._mlp(packed, f"{prefix}mlp."),
         )
+        start = f"{prefix}self_attention."
+        attention = {n.removeprefix(start): t for n, t in packed.items() if n.startswith(start)}
         if self._compiler is None:
-            return _Layer(halves)
+            return _Layer(halves, attention)
         # Weights that are plain, too, for a single row.
         plain, packed = (
             {n.removeprefix(prefix): t for n, t in tensors.items()} for tensors in (own, packed)
         )
-        return _Layer(halves, plain, packed)
+        return _Layer(halves, attention, plain, packed)
 
     def _segment(self, start: int, end: int) -> Segment:
         """The half layers from `start` to `end`."""

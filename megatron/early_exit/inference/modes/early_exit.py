@@ -24,15 +24,15 @@ class EarlyExitMode(DecodingMode):
     Segments behind the exit are not run. When a later token goes deeper, the positions that wait in
     front of a segment go through it together with that token, so every key and value is what the
     full model computes, and none is computed twice (hidden states kept at the exit as in FREE,
-    arXiv 2310.05424).
+    arXiv 2310.05424). A request may have them made of the hidden state at the exit instead.
 
     Attributes:
         max_pending: when this many positions wait, the next token takes them through all segments
-            whatever its exit says; that bounds the time of the longest step.
+            whatever its exit says; that bounds the time of the longest step. None is no limit.
         details: every exit on the way is put on record, also behind the one that gave the token.
     """
 
-    max_pending: int
+    max_pending: int | None
     _left: SampledToken | None = None
     _goes_through: bool = False
 
@@ -46,7 +46,9 @@ class EarlyExitMode(DecodingMode):
             params.exit_threshold_decay,
             params.max_tokens,
         )
-        return cls(context.sampler, rule, params.exit_details, max_pending=context.max_pending)
+        # What is only handed up takes hardly any time, whenever that is.
+        max_pending = None if params.kv_policy == "propagate" else context.max_pending
+        return cls(context.sampler, rule, params.exit_details, max_pending=max_pending)
 
     @property
     def scoring_rule(self) -> ExitRule:
@@ -56,7 +58,7 @@ class EarlyExitMode(DecodingMode):
         DecodingMode.start(self, num_pending)
         self.rule = self.rule.at(len(self.sampler.sequence.generated))
         self._left = None
-        self._goes_through = num_pending >= self.max_pending
+        self._goes_through = self.max_pending is not None and num_pending >= self.max_pending
 
     def asks(self, exit_index: int) -> bool:
         return exit_index in self.rule.exits and (self._left is None or self.details)

@@ -53,6 +53,7 @@ class RequestMetrics(BaseModel):
     exit_measure: str | None = Field(description="What confidence was, in mode early_exit.")
     exit_thresholds: list[float] | None
     exit_threshold_decay: float | None
+    kv_policy: str | None
     num_layers: int
     mean_exit_layer: float | None
     exit_tokens: dict[str, int] = Field(description="Tokens by the layer that gave them.")

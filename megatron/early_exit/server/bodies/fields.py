@@ -17,7 +17,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from megatron.early_exit.config import ExitMeasure
-from megatron.early_exit.inference.params import MODE_FIELDS, RANGES, Mode
+from megatron.early_exit.inference.params import MODE_FIELDS, RANGES, KVPolicy, Mode
 from megatron.early_exit.ranges import INDEX, ZERO_TO_ONE, Range
 from megatron.early_exit.server.bodies.ranges import InRange
 from megatron.early_exit.server.bodies.unsupported import Unsupported, drop_unsupported, schema_of
@@ -145,6 +145,12 @@ class ExitFields(RequestModel):
         description="Let thresholds decay: that of token i of at most n is 0.9 of itself, plus "
         "0.1 exp(-decay i / n). 0 is off.",
     )
+    kv_policy: KVPolicy | None = Field(
+        None,
+        description="exact: later tokens see of a position that left early what the whole model "
+        "computes there. propagate: what each skipped layer makes of its hidden state at the exit, "
+        "which is cheap, and may change texts. Default: the server's.",
+    )
     draft_exit_layer: Natural | None = Field(None, description="The exit that drafts.")
     num_draft_tokens: Annotated[int, InRange(RANGES["num_draft_tokens"])] | None = Field(
         None, description="Most drafts before the whole model looks at them."
@@ -176,6 +182,7 @@ class ExitFields(RequestModel):
             "exit_measure": self.exit_measure,
             "exit_thresholds": None if thresholds is None else tuple(thresholds),
             "exit_threshold_decay": self.exit_threshold_decay,
+            "kv_policy": self.kv_policy,
             "draft_exit_layer": self.draft_exit_layer,
             "num_draft_tokens": self.num_draft_tokens,
             "draft_confidence": self.draft_confidence,

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from megatron.early_exit.config import ExitMeasure
 from megatron.early_exit.errors import FieldError
-from megatron.early_exit.inference.params import SamplingParams
+from megatron.early_exit.inference.params import KVPolicy, SamplingParams
 from megatron.early_exit.ranges import Range
 from megatron.early_exit.server.bodies.answer_models import Head
 from megatron.early_exit.server.bodies.fields import (
@@ -80,6 +80,9 @@ class GenerateRequest(RequestModel):
     )
     exit_threshold_decay: Decay | None = Field(
         None, description="Let thresholds decay with the place of the token; 0 is off."
+    )
+    kv_policy: KVPolicy | None = Field(
+        None, description="As in /v1/completions; of no interest where no token leaves early."
     )
     print_max_prob: bool = Field(
         False, description="Tell what each head on the way to a token found best (`max_probs`)."
@@ -209,6 +212,7 @@ def _exit_params(body: GenerateRequest, service: Service) -> dict[str, Any]:
             "early_exit_threshold": body.early_exit_thres if is_early else None,
             "exit_layers": (body.exit_layers or None) if is_early else None,
             **{name: getattr(body, name) for name in _MEASURING},
+            "kv_policy": body.kv_policy if is_early else None,
         }
     )
     return fields.exit_params(settings, len(exits))

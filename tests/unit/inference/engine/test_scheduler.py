@@ -13,6 +13,7 @@ from megatron.early_exit.inference.engine.scheduler import ScheduledBatch, Sched
 from megatron.early_exit.inference.sequence import Sequence
 
 SEGMENTS = 3
+ALL = {0, 1, 2, 3}
 
 
 def sequence_of(key: int, length: int, group: int | None = None) -> Sequence:
@@ -28,11 +29,13 @@ class Simulation:
         prompts: list[int],
         depths: list[list[int]],
         run_on: bool = True,
+        propagates: bool = False,
     ) -> None:
-        self.scheduler, self.run_on = scheduler, run_on
+        self.scheduler, self.run_on, self.propagates = scheduler, run_on, propagates
         self.prompts, self.depths = prompts, depths
         self.generated = [0] * len(prompts)
         self.ran: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self.held: dict[tuple[int, int], list[int]] = {}
         self.steps: list[ScheduledBatch] = []
         self.turns: list[int] = []
         """For each step how often the scheduler had been asked for the next one."""
@@ -45,6 +48,7 @@ class Simulation:
             for sequence in self.scheduler.admit():
                 self.order.append(sequence.key)
                 sequence.exits = frozenset(range(self.scheduler.num_segments - 1))
+                sequence.propagates = self.propagates
                 self.scheduler.exit_rates.start(sequence, self.run_on)
             step = self.scheduler.next()
             if step is None:
@@ -73,11 +77,15 @@ class Simulation:
         assert sum(lengths) <= scheduler.max_rows + 1 or len(lengths) == 1
         for sequence, span in zip(step.sequences, step.spans, strict=True):
             assert sequence.slot == span.slot
-            assert span.start == sequence.cached[step.segment] < span.end <= sequence.limit
+            assert span.start == sequence.start(step.segment) < span.end <= sequence.limit
             before = step.segment - 1
             assert before < 0 or span.end <= sequence.cached[before]
             for segment in range(step.segment, step.last + 1):
-                assert span.start == sequence.cached[segment]
+                assert span.start == sequence.start(segment)
+                held = [one for one in step.held(segment) if one.slot == span.slot]
+                assert [one.end for one in held] == [span.start] * len(held)
+                own = self.held.setdefault((sequence.key, segment), [])
+                own += [position for one in held for position in range(one.start, one.end)]
                 self.ran.setdefault((sequence.key, segment), []).append((span.start, span.end))
             assert sequence.exits.isdisjoint(range(step.segment, step.last))
         fronts = {one.segment for one in scheduler.running.values() if one not in step.sequences}
@@ -102,6 +110,8 @@ class Simulation:
         if self.generated[key] == len(self.depths[key]):
             self.scheduler.remove(key)
         else:
+            if self.propagates:
+                sequence.leave(depth)
             sequence.generated.append(0)
             self.scheduler.go_on(sequence)
 
@@ -152,6 +162,24 @@ def test_everything_needed_runs_once(batch, num_slots, max_rows, quorum, patienc
     assert not scheduler.running
 
 
+@settings(max_examples=100)
+@given(batch=requests, num_slots=st.integers(1, 5), max_rows=st.integers(1, 16), costs=costs)
+def test_what_is_held_gets_keys_and_values_only(batch, num_slots, max_rows, costs):
+    prompts, depths = map(list, zip(*batch, strict=True))
+    scheduler = Scheduler(SEGMENTS, num_slots, max_rows, costs=costs)
+    simulation = Simulation(scheduler, prompts, depths, run_on=False, propagates=True)
+    simulation.run()
+    for key, (prompt, own) in enumerate(batch):
+        for segment in range(SEGMENTS):
+            deep = [i for i, depth in enumerate(own) if depth >= segment]
+            needed = prompt + deep[-1] if deep else 0
+            leaving = [prompt - 1 + i for i, depth in enumerate(own) if depth < segment]
+            held = [position for position in leaving if position < needed]
+            ran = [p for span in simulation.ran.get((key, segment), []) for p in range(*span)]
+            assert simulation.held.get((key, segment), []) == held
+            assert ran == [position for position in range(needed) if position not in held]
+
+
 def test_exits_that_are_never_taken_are_asked_with_the_last_head():
     scheduler = Scheduler(SEGMENTS, 2, costs=Costs((1.0,) * SEGMENTS, head=1.0))
     simulation = Simulation(scheduler, [1] * 2, [[2] * 100] * 2)
@@ -183,6 +211,20 @@ def test_gates_are_asked_where_a_head_would_not_be(asks_gates):
     behind = scheduler.onward(step, scheduler.ran(step))
     assert (step.segment, step.last) == (0, 0)
     assert (behind is None) == asks_gates
+
+
+def test_those_that_leave_nearly_always_wait_while_others_run_on():
+    """Where they would be held, that saves arithmetic; else it is needed in any case."""
+    for propagates in (True, False):
+        scheduler = Scheduler(SEGMENTS, 4, costs=Costs((1.0,) * SEGMENTS, head=3.0, held=0.05))
+        depths = [[0] * 60, [0] * 60, [2] * 60, [2] * 60]
+        simulation = Simulation(scheduler, [1] * 4, depths, propagates=propagates)
+        simulation.run()
+        late = list(zip(simulation.turns, simulation.steps, strict=True))[60:120]
+        first = {turn: keys(step) for turn, step in late if step.segment == 0}
+        together = [keys(step) for turn, step in late if step.segment and first.get(turn) == ALL]
+        assert together
+        assert {0, 1}.isdisjoint(set().union(*together)) == propagates
 
 
 def test_those_that_wait_deeper_are_taken_along():

@@ -11,6 +11,7 @@ from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.engine import scoring
 from megatron.early_exit.inference.modes.head_output import NOT_FINITE
 from megatron.early_exit.inference.results import PromptToken
+from tests.helpers.reference_decoder import scores
 from tests.helpers.tiny_models import GPT2, HEADS, LLAMA, make_model
 
 TEXT = [position * 7 % 61 for position in range(23)]
@@ -87,13 +88,33 @@ def test_an_exit_of_few_answers_gives_the_others_no_probability():
         assert math.isfinite(score.logprob) == (score.token_id < 40)
 
 
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize("architecture", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_positions_that_leave_are_held(architecture, heads):
+    model = make_model(architecture, exits=(1, 3), **heads)
+    engine = EarlyExitEngine(model.segmented)
+    logprobs = []
+    for threshold in (0.0, 0.4, 0.6):
+        params = early_exit(threshold)
+        (exact,), (result,) = (
+            engine.generate([TEXT], replace(params, kv_policy=policy))
+            for policy in ("exact", "propagate")
+        )
+        expected = scores(model, TEXT, threshold, propagates=True)
+        found = result.prompt_tokens[1:]
+        assert [token.exit_layer for token in found] == [token.exit_layer for token in expected]
+        logprobs += [[token.logprob for token in one.prompt_tokens[1:]] for one in (exact, result)]
+        assert logprobs[-1] == pytest.approx([token.logprob for token in expected], abs=1e-4)
+    assert logprobs[2] != pytest.approx(logprobs[3], abs=1e-3)
+
+
 def test_layers_that_no_score_needs_are_not_run(monkeypatch):
     segments = []
     run = scoring.SegmentRunner.run
 
-    def counted(runner, index, *args):
+    def counted(runner, index, *args, **fields):
         segments.append(index)
-        return run(runner, index, *args)
+        return run(runner, index, *args, **fields)
 
     engine = EarlyExitEngine(MODEL.segmented)
     monkeypatch.setattr(scoring.SegmentRunner, "run", counted)
