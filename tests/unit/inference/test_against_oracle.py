@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
+from megatron.early_exit.inference.engine.policy import Costs, Policy
 from megatron.early_exit.inference.params import KVPolicy
 from tests.helpers.reference_decoder import (
     all_heads,
@@ -252,3 +253,18 @@ def test_argmax_tokens_are_the_full_models():
     tokens = PROMPT * 8
     expected = all_logits(model, tokens)["final"].argmax(-1).tolist()
     assert EarlyExitEngine(model.segmented).argmax_tokens(tokens) == expected
+
+
+@pytest.mark.parametrize("heads", ["norm", "block"])
+def test_positions_that_ran_on_before_they_left_are_held_all_the_same(heads):
+    """Where questions are dear, exits are asked together with the heads behind them."""
+    model = make_model(exits=(1, 2, 3), **HEADS[heads])
+    engine = EarlyExitEngine(model.segmented)
+    engine.loop.scheduler._policy = Policy(Costs((1.0,) * 4, head=50.0, exit_head=50.0))
+    for threshold in (0.4, 0.6, 0.8):
+        leaving = {"mode": "early_exit", "early_exit_threshold": threshold}
+        params = SamplingParams(max_tokens=24, kv_policy="propagate", **leaving)
+        (result,) = engine.generate([PROMPT], params)
+        expected = generate(model, PROMPT, 24, threshold, propagates=True)
+        assert result.token_ids == [token.token_id for token in expected]
+        assert result.logprobs == pytest.approx([t.logprob for t in expected], abs=2e-4)
