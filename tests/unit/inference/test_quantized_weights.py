@@ -64,7 +64,7 @@ def test_positions_that_are_held(architecture):
     model = make_model(architecture, exits=(1, 2), use_exit_norm=True)
     engine = EarlyExitEngine(quantized_model(model))
     params = SamplingParams(
-        max_tokens=20, early_exit_threshold=0.5, kv_policy="propagate", **LEAVING
+        max_tokens=20, early_exit_threshold=0.8, kv_policy="propagate", **LEAVING
     )
     (result,) = engine.generate([PROMPT], params)
     expected = generate(rounded_model(model), PROMPT, 20, 0.8, propagates=True)
