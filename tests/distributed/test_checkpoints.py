@@ -349,7 +349,7 @@ def test_a_directory_is_mended_and_the_run_goes_on(run: Runner, continued: Run):
         (broken / "iter_0000006" / name).unlink()
     exits = _EXITS.replace("6", "4") + " --exit-layer-weight 0.5 0.25 --hidden-dropout 0.1"
     here = "--load {folder}/broken --save {folder}/broken --save-interval 2"
-    resumed = run("mended", f"{exits} {here}")
+    resumed = run("mended", f"{exits} {HELD} {here}")
     assert resumed.scalars["lm loss"] == continued.scalars["lm loss"][2:]
     assert f"removed {broken}/iter_0000006: its save was interrupted" in resumed.output
     assert (broken / "set-aside" / "iter_0000004").is_dir()

@@ -347,10 +347,14 @@ def _metrics(
         num_accepted_draft_tokens=30,
         mean_acceptance_length=4.0,
         draft_acceptance_rate=script.acceptance,
+        num_undrafted_tokens=0,
     )
     return RequestMetrics(
         mode=str(body.mode),
         early_exit_threshold=body.early_exit_threshold,
+        exit_measure=body.exit_measure,
+        exit_thresholds=body.exit_thresholds,
+        exit_threshold_decay=body.exit_threshold_decay,
         kv_policy=body.kv_policy,
         num_layers=NUM_LAYERS,
         mean_exit_layer=sum(layers) / len(layers),

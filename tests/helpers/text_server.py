@@ -62,7 +62,8 @@ def text_server(
     engine = EarlyExitEngine.from_checkpoint(checkpoint, max_batch_size=max_batch_size)
     own = ServerSettings(
         model_name=NAME,
-        exits=ExitSettings(mode=mode if engine.exit_layers else "full"),
+        # Left to itself, drafting soon pauses with exits as bad as those of tiny models.
+        exits=ExitSettings(mode=mode if engine.exit_layers else "full", draft_confidence=0.25),
         **settings,
     )
     worker = EngineWorker(engine, max_batch_size, own.max_waiting, Metrics())
