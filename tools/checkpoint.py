@@ -189,12 +189,15 @@ def _add_exits(args: argparse.Namespace) -> None:
     if args.seed is not None and not args.random_init:
         raise ValueError(f"--seed {args.seed} has no effect without --random-init")
     source = open_checkpoint(args.src)
+    stored = source.description.early_exit.exit_measure
+    if stored == "gate" and not args.use_exit_gate:
+        stored = EarlyExitConfig.exit_measure
     wanted = EarlyExitConfig(
         exit_layer_nums=tuple(args.exit_layer_nums),
         pre_exit=args.pre_exit,
         share_final_head=args.share_final_head,
         exit_vocab_size=args.exit_vocab_size,
-        exit_measure=args.exit_measure or source.description.early_exit.exit_measure,
+        exit_measure=args.exit_measure or stored,
         **{name: getattr(args, name) for name in HEAD_FIELDS},
     )
     random_init = None

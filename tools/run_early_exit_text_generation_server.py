@@ -229,7 +229,10 @@ def origins_of(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def settings_of(
-    args: argparse.Namespace, exit_layers: Sequence[int], stored_measure: ExitMeasure | None = None
+    args: argparse.Namespace,
+    exit_layers: Sequence[int],
+    stored_measure: ExitMeasure | None = None,
+    has_gates: bool = False,
 ) -> ServerSettings:
     """The server's settings from the flags.
 
@@ -237,6 +240,7 @@ def settings_of(
         args: the flags.
         exit_layers: the model's exits.
         stored_measure: what is stored with the model.
+        has_gates: its exits have gates.
 
     Raises:
         ValueError: a flag names an exit that the model does not have, or a mode that needs exits.
@@ -254,6 +258,9 @@ def settings_of(
         layers = " ".join(map(str, used)) or "none"
         allowed = f"one for each exit that is used ({layers})"
         raise ValueError(f"--exit-thresholds {given} are {len(given.split())}, allowed: {allowed}")
+    if args.exit_measure == "gate" and not has_gates:
+        others = ", ".join(one for one in get_args(ExitMeasure) if one != "gate")
+        raise ValueError(f"--exit-measure gate: the model's exits have no gates, allowed: {others}")
     if args.mode not in (None, "full") and not exit_layers:
         raise ValueError(f"--mode {args.mode}: the model has no exits, allowed: full")
     return ServerSettings(
@@ -324,7 +331,7 @@ def serve_at(args: argparse.Namespace, sockets: Sequence[socket.socket]) -> int:
     warn_of_open_doors(args, sockets)
     log(LOG, "loading the model; it is served when it is ready", load=str(args.load))
     engine = load_engine(args, args.max_model_len)
-    settings = settings_of(args, engine.exit_layers, engine.exit_measure)
+    settings = settings_of(args, engine.exit_layers, engine.exit_measure, engine.has_gates)
     worker = EngineWorker(engine, engine.max_batch_size, settings.max_waiting, Metrics())
     server = WebServer(create_app(worker, settings), worker, settings, sockets, args.max_batch_size)
     engine.on_death(server.fail)

@@ -338,7 +338,14 @@ def test_weights_in_8_bits_are_those_of_the_whole_matrices(found):
         model = rounded_model(model_of(*SMALL_WEIGHTS[layout]))
         for number, (prompt, params) in enumerate(zip(*greedy_requests(0), strict=True)):
             threshold = params.threshold if params.mode == "early_exit" else None
-            expected = generate(model, prompt, params.max_tokens, threshold, params.exit_layers)
+            expected = generate(
+                model,
+                prompt,
+                params.max_tokens,
+                threshold,
+                params.exit_layers,
+                propagates=params.kv_policy == "propagate",
+            )
             for results in found:
                 result = results[layout, "int8"][number]
                 assert result.token_ids == [token.token_id for token in expected], (layout, params)

@@ -233,6 +233,13 @@ def test_the_operator_chooses_measure_and_thresholds():
             check_limits(parser.parse_args(["--load", "model", *wrong]))
 
 
+def test_gates_have_to_be_there():
+    args = build_parser().parse_args(["--load", "x", "--exit-measure", "gate"])
+    with pytest.raises(ValueError, match="--exit-measure gate: the model's exits have no gates"):
+        settings_of(args, (1, 3))
+    assert settings_of(args, (1, 3), has_gates=True).exits.exit_measure == "gate"
+
+
 def test_where_the_operators_thresholds_hold():
     """Unless the request, or the model's name, says which exits are asked or when they answer."""
     settings = ExitSettings(mode="early_exit", exit_thresholds=(0.5, 0.25), exit_measure="margin")

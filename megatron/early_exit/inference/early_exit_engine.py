@@ -247,6 +247,11 @@ class EarlyExitEngine:
         return self._backend.exit_measure
 
     @property
+    def has_gates(self) -> bool:
+        """Whether the exits have gates."""
+        return self._backend.has_gates
+
+    @property
     def num_layers(self) -> int:
         """Layers of the whole model's backbone."""
         return self._backend.architecture.num_layers

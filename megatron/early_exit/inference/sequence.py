@@ -24,8 +24,8 @@ class Sequence:
         exits: the exits that it may ask, by their indices.
         is_asking: it asks them at present.
         asks_gates: the gates of these exits are asked before the exits.
-        compared: exits at which the residual stream has to be kept, since confidence at the next
-            one depends on it.
+        kept: exits at which the residual stream is kept whether they are asked or not, since
+            confidence at the next one depends on it, or the exit's own block has to see it later.
         can_defer_exit: it may go through further segments before an exit on the way is asked.
         exit_rates: for each segment, how likely the head behind it gives the next token; 0 where
             that head is not asked.
@@ -52,7 +52,7 @@ class Sequence:
     exits: frozenset[int] = frozenset()
     is_asking: bool = True
     asks_gates: bool = False
-    compared: frozenset[int] = frozenset()
+    kept: frozenset[int] = frozenset()
     can_defer_exit: bool = True
     exit_rates: list[float] = field(default_factory=list)
     company: int = 1
@@ -114,7 +114,7 @@ class Sequence:
 
     def stops_at(self, segment: int) -> bool:
         """Whether something is to be had behind a segment before the next one runs."""
-        return segment in self.asked or segment in self.compared
+        return segment in self.asked or segment in self.kept
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """The token ids at the positions from `start` to `end`."""

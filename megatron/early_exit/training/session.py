@@ -260,7 +260,7 @@ class Session:
         args = self.args
         self._random_state.restore()
         # Known by now with --train-samples too.
-        self.progress.iterations = args.train_iters
+        self.progress.iterations = args.train_iters or 1
         groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp", "dp"])
         reader = BatchReader(
             groups=groups,
@@ -269,14 +269,14 @@ class Session:
             seq_length=args.seq_length,
         )
         if isinstance(self.objective, LocalObjective):
-            return TuningStep(reader, self.objective, lambda: args.curr_iteration)
+            return TuningStep(reader, self.objective, lambda: _iteration(args))
         checks = LossChecks(
             finite=args.check_for_nan_in_loss_and_grad, spikes=args.check_for_spiky_loss
         )
         return ForwardStep(
             reader,
             self.objective,
-            lambda: args.curr_iteration,
+            lambda: _iteration(args),
             checks,
             draws=self._draws(groups) if self.holding.is_used else None,
         )
@@ -298,3 +298,9 @@ class Session:
     def forward_step(self, data: Any, model: Any) -> tuple[Tensor, LossFunction]:
         """The forward step of Megatron's schedules; process groups exist when it is called."""
         return self._step(data, model)
+
+
+def _iteration(args: Any) -> int:
+    """The iteration that a run is in. Megatron counts none in a run that only evaluates."""
+    iteration: int = getattr(args, "curr_iteration", args.iteration)
+    return iteration

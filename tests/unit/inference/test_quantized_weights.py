@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.weight_dtype import make_quantizer
 from tests.helpers.quantized_models import quantized_model, rounded_model
 from tests.helpers.reference_decoder import generate
@@ -72,6 +73,22 @@ def test_positions_that_are_held(architecture):
     assert result.exit_layers == [token.exit_layer for token in expected]
     assert result.logprobs == pytest.approx([t.logprob for t in expected], abs=1e-2)
     assert len(set(result.exit_layers)) > 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen"])
+def test_held_positions_take_activations_of_16_bits(name):
+    """Biases and caches are in their format, and several sequences are held at once."""
+    model = make_model(ARCHITECTURES[name], exits=(1, 2), use_exit_norm=True)
+    quantizer = make_quantizer("int8", True, torch.bfloat16, torch.device("cpu"))
+    assert quantizer is not None
+    weights = quantizer.of_model(model.weights)
+    engine = EarlyExitEngine(SegmentedModel(model.architecture, model.early_exit, weights))
+    params = SamplingParams(
+        max_tokens=12, early_exit_threshold=0.5, kv_policy="propagate", **LEAVING
+    )
+    together = engine.generate(PROMPTS, params)
+    assert [one.finish_reason for one in together] == ["length"] * 3
+    assert len({layer for one in together for layer in one.exit_layers}) > 1
 
 
 @pytest.mark.parametrize("heads", ["norm", "block"])

@@ -39,6 +39,7 @@ def request_of(shape: ModelShape, exits: EarlyExitConfig, gpus: int, batch: int,
     )
 
 
+GATED = EarlyExitConfig(exit_layer_nums=(3, 6), use_exit_gate=True)
 SMALL_REQUEST = request_of(
     SMALL, EarlyExitConfig(exit_layer_nums=(3, 6)), gpus=8, batch=32, memory_limit_bytes=5e9
 )
@@ -110,6 +111,11 @@ def test_what_is_given_is_kept():
     one, layout = plan.costing.candidate, plan.costing.candidate.layout
     assert (layout.tensor_parallel, layout.num_ranks, layout.data_parallel) == (2, 2, 2)
     assert (one.num_chunks, layout.microbatch_size, layout.layers_per_stage) == (3, 2, (2,) * 6)
+
+
+def test_gates_have_no_pipeline():
+    found = find_plans(replace(SMALL_REQUEST, placements=(GATED,)), 9)
+    assert {plan.costing.candidate.layout.num_ranks for plan in found.best} == {1}
 
 
 def test_placement_is_searched():
@@ -214,6 +220,10 @@ def test_fills_without_room_are_refused(four_stages, fills, limit, message):
             {"pipeline_parallel": 5},
             "--pipeline-model-parallel-size 5 is out of range, allowed: divisors of --num-layers "
             "12: 1, 2, 3, 4, 6, 12",
+        ),
+        (
+            {"pipeline_parallel": 2, "placements": (GATED,)},
+            "--pipeline-model-parallel-size 2 is out of range, allowed: 1 with --use-exit-gate",
         ),
         (
             {"pipeline_parallel": 3},

@@ -100,7 +100,7 @@ class RequestFactory:
         sequence.asks_gates = mode.rule.asks_gates
         if needs_streams(mode.rule.measure):
             heads = (*mode.rule.exits, len(self.exit_layers))
-            sequence.compared = frozenset(head - 1 for head in heads if head > 0)
+            sequence.kept = frozenset(head - 1 for head in heads if head > 0)
         sequence.propagates = params.kv_policy == "propagate"
         scoring = None
         if params.prompt_logprobs is not None:

@@ -166,6 +166,7 @@ class Scheduler:
                 break
             del self._waiting[key]
             held[sequence.group] += 1
+            sequence.kept |= self.blocks & sequence.exits
             sequence.slot, sequence.since = self._free.pop(), self._step
             sequence.segment = 0
             sequence.num_admissions += 1

@@ -1,5 +1,6 @@
 """The loop over the segments of a model that this process, or its tensor-parallel group, has."""
 
+from collections.abc import Container
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,21 @@ class _Stretch(NamedTuple):
     step: ScheduledBatch
     hidden: Tensor
     complete: list[int]
+
+
+class _Questions(NamedTuple):
+    """What is asked of the head behind a batch that has been run: what came of it [r, h], and for
+    each sequence its mode and the number of positions at its end; 0 does not ask."""
+
+    step: ScheduledBatch
+    hidden: Tensor
+    modes: list[DecodingMode]
+    counts: list[int]
+
+    def only(self, keys: Container[int]) -> "_Questions":
+        """What is asked about the sequences with some keys."""
+        pairs = zip(self.step.sequences, self.counts, strict=True)
+        return self._replace(counts=[count if one.key in keys else 0 for one, count in pairs])
 
 
 class SegmentLoop(DecodingLoop):
@@ -98,10 +114,12 @@ class SegmentLoop(DecodingLoop):
             stretches, gates = self._run(step)
             answers = {} if gates is None else gates.answers()
             passed, likely, unlikely = self._heads(stretches, answers)
-            undecided = self._decide(passed, answers, likely.outputs())
+            undecided = self._decide(passed, answers, self._outputs(likely, answers))
             self._suspects = set(undecided)
             if undecided:
-                self._decide(undecided, answers, unlikely.outputs())
+                # Not of those that have left: a block is not to see what is behind their exits.
+                rest = [one.only(undecided) for one in unlikely]
+                self._decide(undecided, answers, self._outputs(rest, answers))
         self._suspects = set()
 
     def _let_go(self) -> None:
@@ -179,14 +197,15 @@ class SegmentLoop(DecodingLoop):
 
     def _heads(
         self, stretches: list[_Stretch], answers: GateAnswers
-    ) -> tuple[dict[int, list[int]], HeadBatch, HeadBatch]:
+    ) -> tuple[dict[int, list[int]], list[_Questions], list[_Questions]]:
         """Choose the heads to ask.
 
         Returns:
-            The segments that sequences have passed, by key; the heads there; and those which
-            sequences hardly get to.
+            The segments that sequences have passed, by key; what heads there are asked; and what
+            those are which sequences hardly get to.
         """
-        likely, unlikely = (HeadBatch(self.runner, self._graphed_heads, answers) for _ in range(2))
+        likely: list[_Questions] = []
+        unlikely: list[_Questions] = []
         passed: dict[int, list[int]] = {}
         left: set[int] = set()
         for step, hidden, complete in stretches:
@@ -204,9 +223,16 @@ class SegmentLoop(DecodingLoop):
                     left.add(sequence.key)
                 own.append(step.last)
             modes = [self._mode(sequence) for sequence in step.sequences]
-            likely.add(step.last, step.spans, modes, first, hidden)
-            unlikely.add(step.last, step.spans, modes, later, hidden)
+            likely.append(_Questions(step, hidden, modes, first))
+            unlikely.append(_Questions(step, hidden, modes, later))
         return passed, likely, unlikely
+
+    def _outputs(self, questions: list[_Questions], answers: GateAnswers) -> HeadOutputs:
+        """What heads say."""
+        heads = HeadBatch(self.runner, self._graphed_heads, answers)
+        for step, hidden, modes, counts in questions:
+            heads.add(step.last, step.spans, modes, counts, hidden)
+        return heads.outputs()
 
     def _asks_gate(self, sequence: Sequence, segment: int) -> bool:
         """Whether the gate behind a segment is asked, before the exit there."""

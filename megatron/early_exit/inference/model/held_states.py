@@ -120,8 +120,11 @@ def _folded(
         gains: [a, h]
         shifts: [a, h], the norms' biases, if there are any.
     """
+    # Those of weights in 8 bits are in the format of the activations.
+    gains = gains.float()
+    biases = None if biases is None else biases.float()
     if shifts is not None:
-        own = torch.einsum("anh,ah->an", weights, shifts)
+        own = torch.einsum("anh,ah->an", weights, shifts.float())
         biases = own if biases is None else own + biases
     folded = (weights * gains[:, None]).flatten(0, 1)
     product = make_linear(folded, None if biases is None else biases.flatten())

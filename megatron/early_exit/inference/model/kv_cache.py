@@ -111,7 +111,7 @@ class KVCache:
             slot, start, end = spans[0]
             self.data[:, slot, start:end] = new
         else:
-            self.data[:, index[0], index[1]] = new
+            self.data[:, index[0], index[1]] = new.to(self.data.dtype)
 
     def window(self, first: int, last: int, end: int) -> tuple[tuple[Tensor, ...], ...]:
         """The keys and the values of slots `first` up to `last`, positions up to `end`.

@@ -31,6 +31,8 @@ MEASURES = (
     "have gates)."
 )
 STORED = "Default: the server's, else the model's."
+_OFF = {"kv_policy": "exact", "exit_threshold_decay": 0}
+"""Values of fields of mode `early_exit` that ask for nothing, and so not for the mode."""
 _ABOUT = {"title", "default", "description"}
 """What a JSON schema says of a field whatever its kind is."""
 
@@ -244,7 +246,9 @@ class ExitFields(RequestModel):
             value = json.dumps(self.use_early_exit)
             message = f"use_early_exit {value}: contradicts mode {self.mode}"
             raise ApiError(400, message, "use_early_exit")
-        if self.mode is None and switched is None and given.keys() & MODE_FIELDS["early_exit"]:
+        wanted = given.keys() & MODE_FIELDS["early_exit"]
+        wanted = {name for name in wanted if given[name] != _OFF.get(name)}
+        if self.mode is None and switched is None and wanted:
             return "early_exit"
         return self.mode or switched
 

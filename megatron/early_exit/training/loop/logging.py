@@ -19,6 +19,9 @@ from megatron.early_exit.training.loop.progress import Progress
 from megatron.early_exit.training.loss.exit_loss import ExitObjective
 from megatron.early_exit.training.loss.metrics import ExitMetrics
 
+_NUM_ITERATIONS = "advanced iterations"
+"""What Megatron calls the number of iterations among the totals of an interval."""
+
 
 def log_exits(objective: ExitObjective, progress: Progress) -> None:
     """Add the exits' measurements to what `megatron.training` logs from now on.
@@ -54,6 +57,7 @@ def _with_exits(
         **kwargs: Any,
     ) -> Any:
         means = _means(objective.training_metrics, but=objective.yet_to_learn)
+        _join(means, total_loss_dict)
         loss_dict = {**loss_dict, **means}
         for position, weight in objective.weights.items():
             loss_dict[f"exit {position} weight"] = torch.tensor(weight, device=_device())
@@ -62,6 +66,14 @@ def _with_exits(
         return result
 
     return log
+
+
+def _join(means: dict[str, torch.Tensor], totals: dict[str, Any]) -> None:
+    """Let means be averages over an interval of which they have missed the beginning: Megatron
+    divides all totals by the iterations of the whole interval."""
+    for name, mean in means.items():
+        if name not in totals:
+            totals[name] = mean * totals.get(_NUM_ITERATIONS, 0)
 
 
 class _Evaluation:

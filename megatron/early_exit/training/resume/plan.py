@@ -279,6 +279,12 @@ def _check_description(stored: ModelDescription, args: Any, exits: EarlyExitConf
     wanted = ModelDescription.from_args(args, exits)
     if stored.architecture is not None and wanted.architecture is not None:
         check_same_architecture(stored.architecture, wanted.architecture, f"--save {args.save}")
+    measure = stored.early_exit.exit_measure
+    if exits.positions and stored.early_exit.positions and measure != exits.exit_measure:
+        raise ValueError(
+            f"--exit-measure {exits.exit_measure} would replace {measure}, which --save "
+            f"{args.save} stores: give --exit-measure {measure}, or save to another directory"
+        )
     old, new = describe_exits(stored.early_exit), describe_exits(exits)
     if old != new:
         raise ValueError(

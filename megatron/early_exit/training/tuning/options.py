@@ -165,6 +165,8 @@ def _check(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) -> N
             "--tune-exit has nothing to tune: give exits weights of their own with "
             f"{', '.join(flags)} or {last}"
         )
+    if all(part.is_beside for part in exits.head_parts):
+        _refuse_for_gates_alone(options, exits)
     rates = options.exit_layer_lr
     if rates and len(rates) != len(exits.exit_layer_nums):
         raise ValueError(
@@ -176,6 +178,24 @@ def _check(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) -> N
     if rates and not getattr(args, "lr", 1.0):
         raise ValueError("--exit-layer-lr needs a positive --lr, whose schedule it follows")
     refuse_beside("--tune-exit", args, _REFUSED)
+
+
+def _refuse_for_gates_alone(options: TuningOptions, exits: EarlyExitConfig) -> None:
+    """Gates have one loss, which no weight, temperature or teacher is part of."""
+    given = {
+        "random_init": options.random_init,
+        "exit_distillation_weight": options.distills,
+        "use_dynamic_exit_layer_weight": exits.use_dynamic_exit_layer_weight,
+        "exit_layer_weight_warmup_iters": exits.exit_layer_weight_warmup_iters > 0,
+        "exit_layer_weight": any(one.weight != 1 for one in exits.exits),
+        "exit_layer_temperature": any(one.temperature != 1 for one in exits.exits),
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise ValueError(
+                f"{as_flag(name)} has no effect where only gates are tuned: leave it out, or give "
+                "exits heads of their own"
+            )
 
 
 def learning_rates(options: TuningOptions, exits: EarlyExitConfig) -> dict[int, float]:

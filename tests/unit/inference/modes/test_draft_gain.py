@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -17,7 +17,7 @@ from megatron.early_exit.inference.modes.draft_gain import (
     DraftCosts,
     DraftGain,
 )
-from tests.helpers.tiny_models import make_model
+from tests.helpers.tiny_models import HEADS, LLAMA, make_model
 
 COSTS = DraftCosts(ask=40.0, verify=70.0, full=100.0, rows=16.0, step=2.0)
 MODEL = make_model(exits=(1, 3), use_exit_norm=True)
@@ -177,3 +177,22 @@ def test_a_pausing_sequence_asks_no_exit():
         asked.append((asking, request.mode._num_asked > before))
     assert any(asking for asking, _ in asked)
     assert not any(is_asked for asking, is_asked in asked if not asking)
+
+
+def test_a_block_sees_what_runs_while_drafts_pause():
+    """Others take over its keys and values."""
+    shape = replace(LLAMA, max_position_embeddings=512)
+    model = make_model(shape, exits=(2,), seed=3, **HEADS["block"])
+    engine = EarlyExitEngine(model.segmented)
+    drafting = SamplingParams(mode="self_speculative", max_tokens=330)
+    (text,) = engine.generate([[1, 2, 3]], drafting)
+    assert text.statistics.drafts is not None
+    assert text.statistics.drafts.undrafted > 100
+    leaving = SamplingParams(mode="early_exit", early_exit_threshold=0.5, max_tokens=4)
+    for length in (100, 320):
+        prompt = [1, 2, 3, *text.token_ids][:length]
+        (after,) = engine.generate([prompt], leaving)
+        (fresh,) = EarlyExitEngine(model.segmented).generate([prompt], leaving)
+        assert after.statistics.num_cached_tokens > 0
+        assert after.token_ids == fresh.token_ids
+        assert after.confidences == pytest.approx(fresh.confidences, abs=1e-5)

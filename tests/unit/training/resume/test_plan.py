@@ -1,6 +1,7 @@
 """What a run starts from: which exits of a checkpoint it uses, which directories it may touch."""
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,17 @@ from megatron.early_exit import platform
 
 platform.prepare()
 
+from megatron.early_exit.checkpoint.description import describe, write_description  # noqa: E402
+from megatron.early_exit.checkpoint.location import locate  # noqa: E402
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
 from megatron.early_exit.training.cli.command_line import restore_exits  # noqa: E402
 from megatron.early_exit.training.loop import index_cache  # noqa: E402
-from megatron.early_exit.training.resume.plan import ResumePlan, move_conflicting, plan_resume  # noqa: E402
+from megatron.early_exit.training.resume.plan import (  # noqa: E402
+    ResumePlan,
+    check_save_directory,
+    move_conflicting,
+    plan_resume,
+)
 from megatron.early_exit.training.resume.stored_model import StoredModel  # noqa: E402
 from tests.helpers.saved_checkpoint import ARGS, name, save  # noqa: E402
 
@@ -275,3 +283,14 @@ def test_index_folders_are_those_of_megatron():
     assert index_cache.cache_folders(args) == folders
     args.data_cache_path = "/cache"
     assert index_cache.cache_folders(args) == [Path("/cache")]
+
+
+def test_a_stored_measure_is_not_replaced(tmp_path):
+    path = save(tmp_path, 2, NORM, **WITH_EXITS)
+    kept = exits(1, 3, use_exit_norm=True, exit_measure="margin")
+    write_description(tmp_path, replace(describe(locate(path)), early_exit=kept))
+    plan = start(kept, load=tmp_path)
+    check_save_directory(arguments(load=tmp_path, save=tmp_path), kept, plan)
+    other = exits(1, 3, use_exit_norm=True)
+    with pytest.raises(ValueError, match="--exit-measure max_probability would replace margin"):
+        check_save_directory(arguments(load=tmp_path, save=tmp_path), other, plan)

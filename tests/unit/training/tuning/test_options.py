@@ -160,3 +160,23 @@ def test_values_out_of_range(options, message):
 def test_each_exit_has_its_rate():
     options = TuningOptions(tune_exit=True, exit_layer_lr=(1e-3, 2e-3))
     assert learning_rates(options, exits(5, 3)) == {5: 1e-3, 3: 2e-3}
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        ({"random_init": True}, {}),
+        ({"exit_distillation_weight": 0.5}, {}),
+        ({}, {"use_dynamic_exit_layer_weight": True}),
+        ({}, {"exit_layer_weight": (0.5,)}),
+        ({}, {"exit_layer_temperature": (2.0,)}),
+        ({}, {"exit_layer_weight_warmup_iters": 3}),
+    ],
+    ids=lambda one: next(iter(one), "none"),
+)
+def test_gates_alone_have_one_loss(options, config):
+    (name,) = {**options, **config}
+    gates = exits(3, use_exit_gate=True, **config)
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(ValueError, match=f"^{flag} has no effect where only gates are tuned"):
+        plan_depth(arguments(), TuningOptions(tune_exit=True, **options), gates)
