@@ -190,7 +190,8 @@ def _add_exits(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed {args.seed} has no effect without --random-init")
     source = open_checkpoint(args.src)
     stored = source.description.early_exit.exit_measure
-    if stored == "gate" and not args.use_exit_gate:
+    beside = [name for name, part in HEAD_FIELDS.items() if part.is_beside]
+    if stored == "gate" and not any(getattr(args, name) for name in beside):
         stored = EarlyExitConfig.exit_measure
     wanted = EarlyExitConfig(
         exit_layer_nums=tuple(args.exit_layer_nums),
