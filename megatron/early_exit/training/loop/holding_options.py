@@ -89,16 +89,18 @@ class HoldingOptions(FlagFields):
             raise ValueError(
                 "--exit-propagate-prob needs an exit before the last layer: give --exit-layer-nums"
             )
-        if exits.replaces_mlp:
+        for part in exits.head_parts:
+            if part.replaces_mlp:
+                reason = "tokens are frozen between layers, and such exits are inside one"
+            elif part.is_beside:
+                reason = (
+                    "the final head, which gates learn from, is not asked for frozen tokens; tune "
+                    "gates afterwards with --tune-exit"
+                )
+            else:
+                continue
             raise ValueError(
-                "--use-exit-mlp cannot be combined with --exit-propagate-prob: tokens are frozen "
-                "between layers, and such exits are inside one"
-            )
-        if exits.use_exit_gate:
-            raise ValueError(
-                "--use-exit-gate cannot be combined with --exit-propagate-prob: the final head, "
-                "which gates learn from, is not asked for frozen tokens; tune gates afterwards "
-                "with --tune-exit"
+                f"{as_flag(part.field)} cannot be combined with --exit-propagate-prob: {reason}"
             )
 
 
