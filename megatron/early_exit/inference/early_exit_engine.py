@@ -200,8 +200,7 @@ class EarlyExitEngine:
         model, whole, layers = self.model, self._backend.architecture, self.exit_layers
         # Exits draft by themselves, so it does not matter which of them share a projection.
         costs = Costs.of(whole, layers, model.exit_vocab_size, True, model.device.type)
-        has_blocks = any(one.head.block is not None for one in model.exits)
-        block = float(whole.layer_weights) if has_blocks else 0.0
+        block = float(whole.layer_weights) if self._backend.has_blocks else 0.0
         return tuple(costs.of_drafts(index, block) for index in range(len(layers)))
 
     @property

@@ -63,6 +63,7 @@ class SingleProcess:
         self.architecture = model.architecture
         self.exit_layers = tuple(exit_.position for exit_ in model.exits)
         self.exit_measure, self.has_gates = model.exit_measure, model.gates is not None
+        self.has_blocks = any(exit_.head.block is not None for exit_ in model.exits)
         self.is_worker = False
 
     def draw_seed(self) -> int:
@@ -120,7 +121,7 @@ class ParallelBackend:
         self.rank_info, self.architecture = rank_info, architecture
         self.is_worker = has_driver and rank_info.rank > 0
         self.exit_layers, self.exit_measure = early_exit.positions, early_exit.exit_measure
-        self.has_gates = early_exit.use_exit_gate
+        self.has_gates, self.has_blocks = early_exit.use_exit_gate, early_exit.use_exit_block
         self._first_exit = rank_info.exits(architecture.num_layers, early_exit).start
         self._heartbeat = Heartbeat(rank_info.group)
         self._control: ControlPlane | None = None

@@ -24,6 +24,10 @@ from megatron.early_exit.inference.modes.mode import (
 from megatron.early_exit.inference.modes.rule import DraftRule, ExitRule
 from megatron.early_exit.inference.results import DraftCounts
 
+_ROWS_OF_SAMPLED = 16.0
+"""For sampled texts, as many rows take as long to compute as weights do to read, see `DraftCosts`:
+about so on a CPU, where a further row costs most."""
+
 
 @dataclass(slots=True, kw_only=True)
 class SelfSpeculativeMode(DecodingMode):
@@ -66,7 +70,11 @@ class SelfSpeculativeMode(DecodingMode):
         gain = None
         least = params.draft_confidence
         if least is None:
-            gain = DraftGain(context.draft_costs[exit_index])
+            costs = context.draft_costs[exit_index]
+            if not context.sampler.is_always_greedy:
+                # Which drafts there are may change a sampled text, which no device shall.
+                costs = replace(costs, rows=_ROWS_OF_SAMPLED)
+            gain = DraftGain(costs)
             least = gain.least_likelihood()
         drafting = DraftRule(params.num_draft_tokens, least)
         return cls(

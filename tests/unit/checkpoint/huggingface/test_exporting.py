@@ -215,7 +215,9 @@ def test_a_model_of_layerskip_drafts_with_its_first_layers(tmp_path, kind):
             )
     text = reference_tokens(reference, PROMPT, 40)
     for layer in wanted.positions:
-        params = SamplingParams(max_tokens=40, mode="self_speculative", draft_exit_layer=layer)
+        params = SamplingParams(
+            max_tokens=40, mode="self_speculative", draft_exit_layer=layer, draft_confidence=0.0
+        )
         result = engine.generate([PROMPT], params)[0]
         assert result.token_ids == text
         assert result.statistics.drafts is not None
