@@ -121,7 +121,8 @@ class ParallelBackend:
         self.rank_info, self.architecture = rank_info, architecture
         self.is_worker = has_driver and rank_info.rank > 0
         self.exit_layers, self.exit_measure = early_exit.positions, early_exit.exit_measure
-        self.has_gates, self.has_blocks = early_exit.use_exit_gate, early_exit.use_exit_block
+        self.has_gates = early_exit.use_exit_gate
+        self.has_blocks = any(part.tensors == "layer" for part in early_exit.head_parts)
         self._first_exit = rank_info.exits(architecture.num_layers, early_exit).start
         self._heartbeat = Heartbeat(rank_info.group)
         self._control: ControlPlane | None = None

@@ -107,8 +107,8 @@ class StoredModel:
         for position in options.positions:
             found = self.parts.get(position, wanted)
             if found not in (wanted, frozenset()) and not (adds_gates and found == heads):
-                known = position in self.exits.positions
-                stored = self.exits.head_flags if known else _flags(found)
+                is_described = position in self.exits.positions
+                stored = self.exits.head_flags if is_described else _flags(found)
                 raise self._other_head(position, stored, options)
             # Of heads without weights only the arguments say which they are.
             is_known = position in self.exits.positions
