@@ -35,7 +35,7 @@ from tests.helpers.arrivals import (
 from tests.helpers.compiler import has_cpp_compiler, needs_compiler
 from tests.helpers.nccl_transfers import NcclTransfers
 from tests.helpers.quantized_models import rounded_model
-from tests.helpers.reference_decoder import generate, scores
+from tests.helpers.reference_decoder import ReferenceToken, generate, scores
 from tests.helpers.spawn import spawn
 from tests.helpers.tiny_models import GPT2, HEADS, LLAMA, TinyModel, make_model, save_checkpoint
 
@@ -305,21 +305,25 @@ def found(request, folder) -> list[dict[Any, Any]]:
     return spawn(generate_everything, request.param, folder, examples(NUM_ARRIVALS))
 
 
+def oracles_tokens(
+    model: TinyModel, prompt: list[int], params: SamplingParams
+) -> list[ReferenceToken]:
+    return generate(
+        model,
+        prompt,
+        params.max_tokens,
+        params.threshold if params.mode == "early_exit" else None,
+        params.exit_layers,
+        propagates=params.kv_policy == "propagate",
+    )
+
+
 def test_every_rank_gets_the_oracles_tokens(found):
     for number, (kind, head) in enumerate(MODELS):
         layouts = [key[0] for key in found[0] if key[1:] == (kind, head)]
         assert layouts
         for prompt, params, index in zip(*greedy_requests(number), itertools.count(), strict=False):
-            threshold = params.threshold if params.mode == "early_exit" else None
-            model = model_of(kind, head)
-            expected = generate(
-                model,
-                prompt,
-                params.max_tokens,
-                threshold,
-                params.exit_layers,
-                propagates=params.kv_policy == "propagate",
-            )
+            expected = oracles_tokens(model_of(kind, head), prompt, params)
             for layout, results in itertools.product(layouts, found):
                 result = results[layout, kind, head][index]
                 where = (layout, kind, head, params)
@@ -337,15 +341,7 @@ def test_weights_in_8_bits_are_those_of_the_whole_matrices(found):
             continue
         model = rounded_model(model_of(*SMALL_WEIGHTS[layout]))
         for number, (prompt, params) in enumerate(zip(*greedy_requests(0), strict=True)):
-            threshold = params.threshold if params.mode == "early_exit" else None
-            expected = generate(
-                model,
-                prompt,
-                params.max_tokens,
-                threshold,
-                params.exit_layers,
-                propagates=params.kv_policy == "propagate",
-            )
+            expected = oracles_tokens(model, prompt, params)
             for results in found:
                 result = results[layout, "int8"][number]
                 assert result.token_ids == [token.token_id for token in expected], (layout, params)

@@ -52,7 +52,7 @@ class GateBatch:
         self._slots += [spans[place].slot for place in asked]
 
     def answers(self) -> GateAnswers:
-        """Ask the gates."""
+        """Evaluate all gates that were added, and read their confidences at once."""
         if not self._exits:
             return {}
         streams = self._streams

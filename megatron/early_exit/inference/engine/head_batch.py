@@ -113,7 +113,7 @@ class HeadBatch:
         return graphed.project(head, self._features(calls))
 
     def _streams(self, calls: list[HeadCall], rows: abc.Sequence[int]) -> tuple[Tensor, Tensor]:
-        """See `Streams`."""
+        """The residual stream of rows of a product, here and at the exit before, each [n, h]."""
         here, before = [], []
         wanted, first = set(rows), 0
         for call in calls:

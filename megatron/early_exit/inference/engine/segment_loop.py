@@ -213,9 +213,10 @@ class SegmentLoop(DecodingLoop):
             for index in complete:
                 sequence = step.sequences[index]
                 own = passed.setdefault(sequence.key, [])
-                is_likely = self.scheduler.exit_rates.is_likely(sequence, own)
                 if sequence.asks_gates:
                     is_likely = sequence.key not in left
+                else:
+                    is_likely = self.scheduler.exit_rates.is_likely(sequence, own)
                 if not self._is_refused(sequence, step.last, answers):
                     counts = first if is_likely else later
                     counts[index] = self._num_asked(sequence, step.last)
@@ -228,7 +229,7 @@ class SegmentLoop(DecodingLoop):
         return passed, likely, unlikely
 
     def _outputs(self, questions: list[_Questions], answers: GateAnswers) -> HeadOutputs:
-        """What heads say."""
+        """Evaluate the heads that are asked, those that share a projection in one product."""
         heads = HeadBatch(self.runner, self._graphed_heads, answers)
         for step, hidden, modes, counts in questions:
             heads.add(step.last, step.spans, modes, counts, hidden)

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron.early_exit.inference.model.packed import pack
 
 MOST = 127
-"""The greatest weight."""
+"""The largest whole number that stands for a weight."""
 SCALE_ENDING = "_scale"
 """The scales of the matrix `x.weight` are `x.weight_scale`."""
 TIED_PROJECTION = "embedding.projection.weight"

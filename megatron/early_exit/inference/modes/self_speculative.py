@@ -51,7 +51,7 @@ class SelfSpeculativeMode(DecodingMode):
     _likelihood: float = 1.0
     """That all drafts are accepted, by the exit's confidences."""
     _confidences: list[float] = field(default_factory=list)
-    """Of the drafts."""
+    """What the exit said of each draft that is not verified yet."""
     _num_asked: int = 0
     _pause: int = 0
     """Tokens until the exit drafts again."""
