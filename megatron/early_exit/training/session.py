@@ -302,5 +302,5 @@ class Session:
 
 def _iteration(args: Any) -> int:
     """The iteration that a run is in. Megatron counts none in a run that only evaluates."""
-    iteration: int = getattr(args, "curr_iteration", args.iteration)
+    iteration: int = args.curr_iteration if hasattr(args, "curr_iteration") else args.iteration
     return iteration
