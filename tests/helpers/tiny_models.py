@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.checkpoint.base import is_of_mtp
 from megatron.early_exit.checkpoint.weights import weight_shapes
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
@@ -73,6 +74,14 @@ ARCHITECTURES = {
     ),
 }
 
+MTP = {
+    "two layers": replace(LLAMA, mtp_num_layers=2),
+    "a repeated layer": replace(
+        ARCHITECTURES["nemotron"], mtp_num_layers=3, mtp_use_repeated_layer=True
+    ),
+}
+"""Models with Megatron's multi-token-prediction module."""
+
 HEADS: dict[str, dict[str, Any]] = {
     "projection": {},
     "untied": {"untie_exit_output_weights": True},
@@ -121,14 +130,15 @@ def make_model(
         heads: further fields of `EarlyExitConfig`.
     """
     early_exit = EarlyExitConfig(exit_layer_nums=exits, **heads)
-    # With gates and without, the rest of a model is the same.
-    generator, of_gates = (torch.Generator().manual_seed(seed) for _ in range(2))
+    # With gates or a multi-token-prediction module and without, the rest of a model is the same.
+    generator, of_gates, of_mtp = (torch.Generator().manual_seed(seed + n) for n in (0, 0, 1))
     weights: dict[str, Tensor] = {}
     has_norm = early_exit.use_exit_norm or early_exit.share_final_head
     tied_without_norm = not (early_exit.untie_exit_output_weights or has_norm)
     vocabulary_scale = 1.3 if tied_without_norm else 3.0
     for name, shape in weight_shapes(architecture, early_exit).items():
-        tensor = torch.randn(shape, generator=of_gates if ".gate." in name else generator)
+        own = of_gates if ".gate." in name else of_mtp if is_of_mtp(name) else generator
+        tensor = torch.randn(shape, generator=own)
         if len(shape) == 2:
             tensor *= shape[1] ** -0.5
         else:

@@ -9,7 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from megatron.early_exit.errors import FieldError, as_flag, out_of_range
-from megatron.early_exit.ranges import ONE_OR_MORE
+from megatron.early_exit.ranges import INDEX, ONE_OR_MORE
 
 Normalization = Literal["LayerNorm", "RMSNorm"]
 Activation = Literal["gelu", "gelu_tanh", "silu", "squared_relu", "quick_gelu"]
@@ -61,16 +61,29 @@ class Architecture:
     """Factor of Llama 3's frequency scaling; None is no scaling."""
     share_embeddings_and_output_weights: bool
     params_dtype: ParamsDtype
+    mtp_num_layers: int = 0
+    """Number of further tokens that Megatron's multi-token-prediction module predicts; 0 is a model
+    without it."""
+    mtp_use_repeated_layer: bool = False
+    """Whether one layer of that module is applied for each of them."""
 
     def __post_init__(self) -> None:
         for name in (f.name for f in fields(self) if f.type is int):
-            ONE_OR_MORE.check(**{name: getattr(self, name)})
+            allowed_numbers = INDEX if name in _MAY_BE_ZERO else ONE_OR_MORE
+            allowed_numbers.check(**{name: getattr(self, name)})
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise FieldError(name, "is unknown", ", ".join(allowed), value=value)
         if self.num_attention_heads % self.num_query_groups:
             known = f"divisors of num_attention_heads, {self.num_attention_heads}"
             raise out_of_range("num_query_groups", self.num_query_groups, known)
+        if self.mtp_num_layers and self.position_embedding_type not in _MTP_POSITIONS:
+            raise FieldError(
+                "position_embedding_type",
+                "is not possible with mtp_num_layers",
+                ", ".join(_MTP_POSITIONS),
+                value=self.position_embedding_type,
+            )
 
     @property
     def qkv_bias(self) -> bool:
@@ -87,6 +100,11 @@ class Architecture:
         """Weights in the matrices of one layer."""
         heads = 2 * (self.num_attention_heads + self.num_query_groups)
         return self.hidden_size * heads * self.kv_channels + self.mlp_weights
+
+    @property
+    def mtp_stored_layers(self) -> int:
+        """Layers of the multi-token-prediction module that have weights of their own."""
+        return min(self.mtp_num_layers, 1) if self.mtp_use_repeated_layer else self.mtp_num_layers
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -148,8 +166,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "params_dtype": get_args(ParamsDtype),
 }
 
+_MAY_BE_ZERO = ("mtp_num_layers",)
+_MTP_POSITIONS = ("rope", "none")
+"""Position embeddings with which Megatron builds its multi-token-prediction module."""
+
 _UNSUPPORTED = (
-    *("num_experts", "multi_latent_attention", "mtp_num_layers"),
+    *("num_experts", "multi_latent_attention"),
     *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
     *("hybrid_layer_pattern", "hybrid_override_pattern", "experimental_attention_variant"),
     *("linear_attention_freq", "window_size", "attention_output_gate", "qk_l2_norm"),

@@ -16,6 +16,7 @@ from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights, content
 from megatron.early_exit.checkpoint.location import CheckpointLocation, locate
 
 _EXITS = "exits."
+_MTP = "mtp."
 _THREADS = 4
 """Number of threads that read and hash, which they do without holding the interpreter's lock."""
 
@@ -25,9 +26,16 @@ def is_of_exit(name: str) -> bool:
     return name.startswith(_EXITS)
 
 
+def is_of_mtp(name: str) -> bool:
+    """Whether a tensor of `weight_shapes` belongs to the multi-token-prediction module."""
+    return name.startswith(_MTP)
+
+
 @dataclass(frozen=True, slots=True)
 class BaseReference:
     """A backbone, identified by its path and its content.
+
+    The base's multi-token-prediction module is a part of it, unless that was tuned with the exits.
 
     Attributes:
         path: the checkpoint, absolute.
@@ -38,13 +46,23 @@ class BaseReference:
     hashes: Mapping[str, str]
 
     @classmethod
-    def of(cls, location: CheckpointLocation, weights: LazyWeights) -> "BaseReference":
+    def of(
+        cls, location: CheckpointLocation, weights: LazyWeights, tunes_mtp: bool = False
+    ) -> "BaseReference":
         """Read and hash the backbone among `weights`.
+
+        Args:
+            location: of the checkpoint.
+            weights: of the model in it.
+            tunes_mtp: its multi-token-prediction module, if it has one, is tuned with the exits,
+                and so is no part of what stays.
 
         Raises:
             ValueError: a tensor cannot be read.
         """
-        names = [name for name in weights if not is_of_exit(name)]
+        names = [
+            name for name in weights if not (is_of_exit(name) or (tunes_mtp and is_of_mtp(name)))
+        ]
         with ThreadPoolExecutor(_THREADS) as threads:
             hashes = threads.map(lambda name: content_hash(weights[name].read()), names)
             found = dict(zip(names, hashes, strict=True))
@@ -66,6 +84,10 @@ class BaseReference:
             )
         return locate(self.path)
 
+    def lacks(self, name: str) -> bool:
+        """Whether a tensor of `weight_shapes` is stored with the exits and not in the base."""
+        return is_of_exit(name) or (is_of_mtp(name) and name not in self.hashes)
+
     def checked(self, weights: LazyWeights) -> dict[str, LazyTensor]:
         """The same tensors, each of them compared with its hash when it is read.
 
@@ -73,9 +95,9 @@ class BaseReference:
             ValueError: the tensors are not those of the base. Reading a tensor raises it if its
                 content differs.
         """
-        self._check_names(name for name in weights if not is_of_exit(name))
+        self._check_names(name for name in weights if not self.lacks(name))
         return {
-            name: tensor if is_of_exit(name) else self._checked(name, tensor)
+            name: tensor if self.lacks(name) else self._checked(name, tensor)
             for name, tensor in weights.items()
         }
 
@@ -92,7 +114,10 @@ class BaseReference:
         return replace(tensor, read=read)
 
     def _check_names(self, names: Iterable[str]) -> None:
-        different = sorted(set(names) ^ set(self.hashes))
+        found = set(names)
+        # A model may be described without the multi-token-prediction module that its base has.
+        known = {name for name in self.hashes if name in found or not is_of_mtp(name)}
+        different = sorted(found ^ known)
         if different:
             raise ValueError(
                 f"the base has other tensors than {self.path}, which the exits were tuned on: "

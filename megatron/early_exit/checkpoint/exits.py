@@ -113,7 +113,7 @@ def _with_exits(
     sources: Mapping[str, tuple[str, ...]],
 ) -> Conversion:
     description = replace(source.description, early_exit=early_exit)
-    return Conversion(description, weights, sources, with_exits(source.args, early_exit))
+    return Conversion(description, weights, sources, with_exits(source.args, description))
 
 
 def _joined(old: EarlyExitConfig, new: EarlyExitConfig, num_layers: int) -> EarlyExitConfig:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.early_exit.checkpoint.architecture import UnsupportedArchitecture
-from megatron.early_exit.checkpoint.base import is_of_exit
+from megatron.early_exit.checkpoint.base import is_of_exit, is_of_mtp
 from megatron.early_exit.checkpoint.bridge import bridge_args
 from megatron.early_exit.checkpoint.description import describe
 from megatron.early_exit.checkpoint.location import locate
@@ -26,6 +26,9 @@ _LAYOUT = {
     "pipeline": "pipeline_model_parallel_size",
     "expert": "expert_model_parallel_size",
 }
+
+
+MTP_PART = "multi-token prediction"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +139,8 @@ def _part(name: str) -> str:
         return "optimizer"
     if is_of_exit(name):
         return f"exit after layer {name.split('.')[1]}"
+    if is_of_mtp(name):
+        return MTP_PART
     if name.startswith("embedding."):
         return "embedding"
     return "layers" if name.startswith("decoder.layers.") else "final head"
@@ -145,7 +150,8 @@ def _order(part: str) -> tuple[int, int]:
     words = part.split()
     if words[0] == "exit":
         return 3, int(words[-1])
-    return ("embedding", "layers", "final head", "exit", "model", "optimizer").index(part), 0
+    parts = ("embedding", "layers", "final head", "exit", MTP_PART, "model", "optimizer")
+    return parts.index(part), 0
 
 
 def _wrapped(name: str, value: str) -> str:

@@ -11,7 +11,6 @@ import torch
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.description import ModelDescription
-from megatron.early_exit.config import EarlyExitConfig
 
 _PLAIN = (int, float, str, bool, type(None), torch.dtype)
 _SAME = (
@@ -33,9 +32,23 @@ def plain_args(args: object) -> Namespace:
     return Namespace(**{name: value for name, value in vars(args).items() if _is_plain(value)})
 
 
-def with_exits(args: Namespace | None, early_exit: EarlyExitConfig) -> Namespace | None:
-    """The arguments of the same model with other exits; None where there are none."""
-    return None if args is None else Namespace(**{**vars(args), **early_exit.to_dict()})
+def with_exits(args: Namespace | None, description: ModelDescription) -> Namespace | None:
+    """The arguments of the same backbone with the exits and the multi-token-prediction module that
+    `description` has; None where there are none."""
+    if args is None:
+        return None
+    architecture = description.architecture
+    assert architecture is not None
+    own = {**description.early_exit.to_dict(), **_mtp_args(architecture)}
+    return Namespace(**{**vars(args), **own})
+
+
+def _mtp_args(a: Architecture) -> dict[str, Any]:
+    return {
+        # Megatron builds an empty module for 0.
+        "mtp_num_layers": a.mtp_num_layers or None,
+        "mtp_use_repeated_layer": a.mtp_use_repeated_layer,
+    }
 
 
 def _is_plain(value: Any) -> bool:
@@ -70,6 +83,7 @@ def _backbone_args(a: Architecture) -> dict[str, Any]:
     dtype = getattr(torch, a.params_dtype)
     return {
         **{name: getattr(a, name) for name in _SAME},
+        **_mtp_args(a),
         "encoder_num_layers": a.num_layers,
         "group_query_attention": a.num_query_groups != a.num_attention_heads,
         "padded_vocab_size": a.vocab_size,

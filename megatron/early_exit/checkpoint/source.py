@@ -5,7 +5,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from megatron.early_exit.checkpoint.base import is_of_exit
 from megatron.early_exit.checkpoint.conversion import Conversion
 from megatron.early_exit.checkpoint.description import ModelDescription, describe
 from megatron.early_exit.checkpoint.location import CheckpointLocation, locate
@@ -57,7 +56,7 @@ def open_checkpoint(path: str | Path) -> Conversion:
     if description.base is not None:
         # Those of the run that tuned the exits are of a part of the model.
         base = CheckpointReader(description.base.find(location.save_dir).iteration_dir)
-        args = with_exits(_stored_args(base), description.early_exit)
+        args = with_exits(_stored_args(base), description)
     return Conversion(whole, weights, sources, args)
 
 
@@ -83,12 +82,12 @@ def open_parts(base: str | Path, exits: str | Path) -> Conversion:
     weights = model_weights(location, replace(description, base=moved))
     reader = CheckpointReader(location.iteration_dir)
     sources = {
-        name: stored_names(reader, name) if is_of_exit(name) else backbone.sources[name]
+        name: stored_names(reader, name) if reference.lacks(name) else backbone.sources[name]
         for name in weights
     }
     tokenizer = _located(description, location) or backbone.description.tokenizer
     whole = replace(description, tokenizer=tokenizer, base=None)
-    args = with_exits(backbone.args, description.early_exit)
+    args = with_exits(backbone.args, description)
     return Conversion(whole, weights, sources, args)
 
 

@@ -1,8 +1,9 @@
 """The model's tensors, under the same names whatever wrote the checkpoint.
 
 Names are Megatron's, with the layer number spelled out (`decoder.layers.0.mlp.linear_fc2.weight`);
-exits are `exits.{position}.`. Shapes: h hidden size, f MLP size, np and ng query heads and groups,
-hn head size, v vocabulary size.
+exits are `exits.{position}.`, and layers of the multi-token-prediction module are
+`mtp.layers.{number}.`. Shapes: h hidden size, f MLP size, np and ng query heads and groups, hn head
+size, v vocabulary size.
 
 - `linear_qkv.weight` is [ng * (np / ng + 2) * hn, h]: per group its queries, its key, its value;
 - `linear_fc1.weight` of a gated MLP is [2 f, h]: gate rows, then the rows they gate.
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.checkpoint.architecture import Architecture
-from megatron.early_exit.checkpoint.base import is_of_exit
 from megatron.early_exit.checkpoint.description import ModelDescription
 from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights
 from megatron.early_exit.checkpoint.location import CheckpointLocation
@@ -27,6 +27,7 @@ Shapes = dict[str, tuple[int, ...]]
 Weights = dict[str, Tensor]
 
 LAYERS = "decoder.layers."
+MTP_LAYERS = "mtp.layers."
 _SILENCE_S = 2.0
 """Seconds without a line in the log while weights are read."""
 _LOG = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ def weight_shapes(architecture: Architecture, early_exit: EarlyExitConfig) -> Sh
     shapes |= _norm(a, "decoder.final_layernorm.", a.hidden_size)
     if not a.share_embeddings_and_output_weights:
         shapes["output_layer.weight"] = vocabulary
+    for layer in range(a.mtp_stored_layers):
+        shapes |= _mtp_layer(a, f"{MTP_LAYERS}{layer}.")
     for position in early_exit.positions:
         for part in early_exit.head_parts:
             shapes |= _head_part(a, part, f"exits.{position}.{part.module}.")
@@ -96,6 +99,14 @@ def _layer(a: Architecture, prefix: str) -> Shapes:
         shapes |= _norm(a, f"{attention}k_layernorm.", a.kv_channels)
     shapes |= _linear(f"{attention}linear_proj.", a.hidden_size, queries, a.add_bias_linear)
     return shapes | _mlp(a, f"{prefix}mlp.")
+
+
+def _mtp_layer(a: Architecture, prefix: str) -> Shapes:
+    shapes = _norm(a, f"{prefix}enorm.", a.hidden_size)
+    shapes |= _norm(a, f"{prefix}hnorm.", a.hidden_size)
+    shapes |= _linear(f"{prefix}eh_proj.", a.hidden_size, 2 * a.hidden_size, has_bias=False)
+    shapes |= _layer(a, f"{prefix}transformer_layer.")
+    return shapes | _norm(a, f"{prefix}final_layernorm.", a.hidden_size)
 
 
 def _mlp(a: Architecture, prefix: str) -> Shapes:
@@ -216,7 +227,10 @@ def model_weights(location: CheckpointLocation, description: ModelDescription) -
     reader = CheckpointReader(location.iteration_dir)
     if description.base is None:
         return stored_weights(reader, architecture, early_exit)
-    base = CheckpointReader(description.base.find(location.save_dir).iteration_dir)
-    backbone = stored_weights(base, architecture, EarlyExitConfig())
-    exits = stored_weights(reader, architecture, early_exit, is_of_exit)
-    return {**description.base.checked(backbone), **exits}
+    reference = description.base
+    base = CheckpointReader(reference.find(location.save_dir).iteration_dir)
+    backbone = stored_weights(
+        base, architecture, EarlyExitConfig(), lambda name: not reference.lacks(name)
+    )
+    tuned = stored_weights(reader, architecture, early_exit, reference.lacks)
+    return {**reference.checked(backbone), **tuned}

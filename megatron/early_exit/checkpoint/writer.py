@@ -38,7 +38,7 @@ from megatron.early_exit.checkpoint.weights import LAYERS
 from megatron.early_exit.patches.messages import without_distributed_warning
 
 _COMMON_KEY = "common_state/shard_0_1"
-_MODULES_WITH_STATE = ("decoder.", "exits.")
+_MODULES_WITH_STATE = ("decoder.", "mtp.", "exits.")
 _RELEASE = "release"
 
 Report = Callable[[str, int], object]

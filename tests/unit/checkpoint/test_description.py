@@ -82,6 +82,15 @@ def test_activations(changes, expected):
     assert (found.activation, found.gated_linear_unit) == expected
 
 
+def test_layers_that_predict_further_tokens():
+    plain = Architecture.from_args(megatron_args(mtp_num_layers=None))
+    assert (plain.mtp_num_layers, plain.mtp_stored_layers) == (0, 0)
+    two = Architecture.from_args(megatron_args(mtp_num_layers=2))
+    assert (two.mtp_num_layers, two.mtp_stored_layers) == (2, 2)
+    repeated = Architecture.from_args(megatron_args(mtp_num_layers=2, mtp_use_repeated_layer=True))
+    assert (repeated.mtp_num_layers, repeated.mtp_stored_layers) == (2, 1)
+
+
 def test_rope_scaling_needs_its_switch():
     assert Architecture.from_args(megatron_args()).rope_scaling_factor is None
     scaled = Architecture.from_args(megatron_args(use_rope_scaling=True))
@@ -93,7 +102,6 @@ def test_rope_scaling_needs_its_switch():
     [
         ({"num_experts": 8}, "--num-experts 8 is not supported by inference"),
         ({"multi_latent_attention": True}, "--multi-latent-attention is not supported"),
-        ({"mtp_num_layers": 1}, "--mtp-num-layers 1"),
         ({"position_embedding_type": "yarn"}, "--position-embedding-type yarn"),
         ({"softmax_type": "learnable"}, "--softmax-type learnable"),
         ({"window_size": (128, 0)}, "--window-size"),
@@ -112,6 +120,11 @@ def test_what_cannot_be_computed_is_named(changes, message):
         ({"num_layers": 0}, "num_layers 0 is out of range, allowed: 1 or more"),
         ({"num_query_groups": 3}, "divisors of num_attention_heads, 4"),
         ({"activation": "tanh"}, "activation 'tanh' is unknown, allowed: gelu, "),
+        ({"mtp_num_layers": -1}, "mtp_num_layers -1 is out of range, allowed: 0 or more"),
+        (
+            {"mtp_num_layers": 1, "position_embedding_type": "learned_absolute"},
+            "'learned_absolute' is not possible with mtp_num_layers, allowed: rope, none",
+        ),
     ],
 )
 def test_fields_that_contradict_each_other(changes, message):

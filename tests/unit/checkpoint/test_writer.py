@@ -12,14 +12,16 @@ from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.weights import load_weights, stored_weights
 from megatron.early_exit.checkpoint.writer import new_directory, write_checkpoint
 from megatron.early_exit.config import EarlyExitConfig
-from tests.helpers.tiny_models import ARCHITECTURES, HEADS, make_model
+from tests.helpers.tiny_models import ARCHITECTURES, HEADS, MTP, make_model
 from tests.helpers.written_checkpoint import lazy_tensors
 
 
 @pytest.mark.parametrize("heads", ["projection", "all"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", (ARCHITECTURES | MTP).values(), ids=(ARCHITECTURES | MTP).keys()
+)
 def test_a_model_comes_back(tmp_path, architecture, heads):
-    model = make_model(ARCHITECTURES[architecture], exits=(1, 3), **HEADS[heads])
+    model = make_model(architecture, exits=(1, 3), **HEADS[heads])
     description = ModelDescription(model.architecture, model.early_exit, None)
     told = []
     write_checkpoint(
