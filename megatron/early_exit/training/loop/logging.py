@@ -16,6 +16,7 @@ from megatron.training.utils import print_rank_last
 
 from megatron.early_exit.patches.training_log import wrap_log
 from megatron.early_exit.training.loop.progress import Progress
+from megatron.early_exit.training.loop.step import NUM_ASKED
 from megatron.early_exit.training.loss.exit_loss import ExitObjective
 from megatron.early_exit.training.loss.metrics import ExitMetrics
 
@@ -48,6 +49,8 @@ def _means(metrics: ExitMetrics, but: frozenset[int] = frozenset()) -> dict[str,
 def _with_exits(
     training_log: Callable[..., Any], objective: ExitObjective, progress: Progress
 ) -> Callable[..., Any]:
+    final = _FinalLoss()
+
     def log(
         loss_dict: dict[str, Any],
         total_loss_dict: dict[str, Any],
@@ -56,8 +59,9 @@ def _with_exits(
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        loss_dict = final.shown(loss_dict)
         means = _means(objective.training_metrics, but=objective.yet_to_learn)
-        _join(means, total_loss_dict)
+        _join({**loss_dict, **means}, total_loss_dict)
         loss_dict = {**loss_dict, **means}
         for position, weight in objective.weights.items():
             loss_dict[f"exit {position} weight"] = torch.tensor(weight, device=_device())
@@ -71,9 +75,27 @@ def _with_exits(
 def _join(means: dict[str, torch.Tensor], totals: dict[str, Any]) -> None:
     """Let means be averages over an interval of which they have missed the beginning: Megatron
     divides all totals by the iterations of the whole interval."""
+    missed = totals.get(_NUM_ITERATIONS, 0)
     for name, mean in means.items():
-        if name not in totals:
-            totals[name] = mean * totals.get(_NUM_ITERATIONS, 0)
+        if missed and name not in totals:
+            totals[name] = mean * missed
+
+
+class _FinalLoss:
+    """The final head's mean loss of each iteration. Where no token was asked for it, since all were
+    frozen behind exits, it is what it was, as an exit's is; before there is any, it is left out."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, torch.Tensor] = {}
+
+    def shown(self, reports: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the log shows of a step's reports; only the last stage has any."""
+        if NUM_ASKED not in reports:
+            return reports
+        losses = {name: mean for name, mean in reports.items() if name != NUM_ASKED}
+        if reports[NUM_ASKED] > 0:
+            self._last = losses
+        return self._last
 
 
 class _Evaluation:

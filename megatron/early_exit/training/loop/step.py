@@ -23,6 +23,9 @@ from megatron.early_exit.training.loss.exit_loss import EndedAtExit, ExitObjecti
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
+NUM_ASKED = "tokens that the final head is asked for"
+"""What the mean number of them in a microbatch is called among the reports of a step."""
+
 # As in Megatron's pre-training of GPTs.
 _SPIKE = 10.0
 
@@ -93,7 +96,8 @@ def final_loss(
 
     Returns:
         The weighted sum, the number of tokens that count at any head; and for the log the sum and
-        the number of those that it is over.
+        the number of those that it is over, and with `asked` also that number and 1: Megatron adds
+        each pair up over all microbatches and divides, which gives NaN where nothing was asked.
     """
     mask = loss_mask.reshape(-1).float()
     own = mask if asked is None else mask * asked.reshape(-1)
@@ -102,10 +106,12 @@ def final_loss(
     checks(total)
     tokens = mask.sum().to(torch.int)
     own_tokens = tokens if asked is None else own.sum()
-    report = torch.stack([total.detach(), own_tokens.float()])
+    reports = {"lm loss": torch.stack([total.detach(), own_tokens.float()])}
+    if asked is not None:
+        reports[NUM_ASKED] = torch.stack([own_tokens.float(), torch.ones_like(total)])
     if weight != 1:
         total = total * weight
-    return total, tokens, {"lm loss": report}
+    return total, tokens, reports
 
 
 class RunModel(NamedTuple):
