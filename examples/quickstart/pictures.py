@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from examples.quickstart.tradeoff import Point, by_layers
+from examples.quickstart.tradeoff import Point, by_curve
 
 _LABEL_WIDTH, _LABEL_HEIGHT = 32, 14
 """Pixels that the name of a threshold needs at the figure's own 100 for an inch."""
@@ -58,12 +58,12 @@ def tradeoff_curve(points: Sequence[Point], picture: Path, least_agreement: floa
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     slowest = points[0].tokens_per_second
     marks: list[tuple[str, tuple[float, float]]] = []
-    for layers, own in by_layers(points).items():
+    for name, own in by_curve(points).items():
         full, *early = own
         speeds = [point.tokens_per_second / slowest for point in early]
         agreements = [100 * point.agreement for point in early]
         (line,) = axes.plot(
-            speeds, agreements, marker="o", label=f"early exit by threshold, {layers} layers"
+            speeds, agreements, marker="o", label=f"early exit by threshold, {name}"
         )
         names = [f"{point.threshold:.2f}" for point in early]
         marks += zip(names, zip(speeds, agreements, strict=True), strict=True)
@@ -73,17 +73,17 @@ def tradeoff_curve(points: Sequence[Point], picture: Path, least_agreement: floa
             marker="s",
             linestyle="none",
             color=line.get_color(),
-            label=f"full model, {layers} layers",
+            label=f"full model, {name}",
         )
     axes.axhline(100 * least_agreement, color="gray", linestyle="dashed", linewidth=1)
     axes.set(
-        xlabel=f"speed, over the full model with {points[0].layers} layers",
+        xlabel=f"speed, over the full model, {points[0].curve}",
         ylabel="tokens that the full model would choose (%)",
         title="Quality against speed",
     )
     axes.margins(x=0.08)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=len(by_layers(points)))
+    figure.legend(loc="outside lower center", ncols=len(by_curve(points)))
     figure.draw_without_rendering()
     _label(axes, marks)
     figure.savefig(picture, dpi=120)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.budget import Budget, Measuring, guard_minutes
 from examples.quickstart.pictures import loss_curves, tradeoff_curve
-from examples.quickstart.tradeoff import engines, measure, table, verdict
+from examples.quickstart.tradeoff import Curve, engines, measure, table, verdict
 from examples.quickstart.training import (
     NUM_LAYERS,
     TRIAL_STEPS,
@@ -181,11 +181,12 @@ def main() -> None:
         print(f"Using the model in {args.work_dir} (--fresh trains a new one).")
     models: dict[str, EarlyExitEngine] = {}
     stage("Loading the model, and compiling it", lambda: models.update(engines(run.checkpoint)))
-    stage(f"A sample, at threshold {SAMPLE_THRESHOLD}", lambda: show_sample(models["plain"]))
+    stage(f"A sample, at threshold {SAMPLE_THRESHOLD}", lambda: show_sample(models["plain layers"]))
 
     def sweep() -> None:
         used = prompts(data / "validation.jsonl")
-        points = measure(models, used, MEASURED, budget.left_for_measuring())
+        curves = {name: Curve(engine) for name, engine in models.items()}
+        points = measure(curves, used, MEASURED, budget.left_for_measuring())
         print(table(points))
         (args.work_dir / "tradeoff.json").write_text(
             json.dumps([asdict(point) for point in points], indent=1) + "\n"

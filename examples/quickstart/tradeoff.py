@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -17,42 +17,66 @@ from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, Sam
 
 
 @dataclass(frozen=True)
+class Curve:
+    """What is measured at several thresholds.
+
+    Attributes:
+        engine: answers, also as the full model that the curve is compared with.
+        options: further fields of the requests in mode `early_exit`.
+    """
+
+    engine: EarlyExitEngine
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Point:
     """Results for one threshold, relative to the full model, which is measured alternately.
 
     Attributes:
-        layers: "plain" or "compiled".
+        curve: name of the curve that it belongs to.
         threshold: least confidence to leave at an exit; None is the full model.
         tokens_per_second: speed of decoding.
-        speedup: against the full model with the same layers.
+        speedup: against the curve's own full model.
         mean_exit_layer: number of layers run for a token, on average.
         agreement: share of tokens that the full model would choose after the same text.
         identical: share of positions at which the full model's own answer has the same token.
+        perplexity: of the answers, by the full model.
     """
 
-    layers: str
+    curve: str
     threshold: float | None
     tokens_per_second: float
     speedup: float
     mean_exit_layer: float
     agreement: float
     identical: float
+    perplexity: float
 
 
-def engines(checkpoint: Path, dtype: torch.dtype | None = None) -> dict[str, EarlyExitEngine]:
-    """Load a model with plain and with compiled layers; only the former if nothing compiles."""
+def engines(
+    checkpoint: Path, dtype: torch.dtype | None = None, weight_dtype: str | None = None
+) -> dict[str, EarlyExitEngine]:
+    """Load a model with "plain layers" and with "compiled layers"; only the former if nothing
+    compiles."""
     # Every threshold computes the prompts itself: what another one has kept would help it.
-    load = partial(EarlyExitEngine.from_checkpoint, checkpoint, dtype=dtype, prefix_caching=False)
-    found = {"plain": load()}
+    load = partial(
+        EarlyExitEngine.from_checkpoint,
+        checkpoint,
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        prefix_caching=False,
+    )
+    found = {"plain layers": load()}
     try:
-        found["compiled"] = load(compile=True)
+        found["compiled layers"] = load(compile=True)
     except ValueError as error:
         print(f"   only plain layers are measured: {error}")
     return found
 
 
 def measure(
-    engines: Mapping[str, EarlyExitEngine],
+    curves: Mapping[str, Curve],
     prompts: Sequence[str],
     most: Measuring,
     seconds: float = math.inf,
@@ -71,76 +95,86 @@ def measure(
     """
     start = monotonic()
     token_seconds = 0.0
-    for engine in engines.values():
+    for curve in curves.values():
         # The first answers pay for allocations.
-        warm = [engine.generate(prompts[0], _params(None, 16))[0] for _ in range(2)]
+        warm = [curve.engine.generate(prompts[0], _params(curve, None, 16))[0] for _ in range(2)]
         token_seconds += 1 / _speed(warm[1:])
     part = most.within(seconds - (monotonic() - start), token_seconds)
     if part != most:
         print(f"   time is short, so only this is measured: {part.describe()}", flush=True)
-    settings = list(product(engines, (None, *part.thresholds)))
+    settings = list(product(curves, (None, *part.thresholds)))
     results: dict[tuple[str, float | None], list[GenerationResult]] = {one: [] for one in settings}
     for name, threshold in settings:
-        engines[name].generate(prompts[0], _params(threshold, 8))
+        curves[name].engine.generate(prompts[0], _params(curves[name], threshold, 8))
     for number, prompt in enumerate(prompts[: part.prompts]):
         if number >= LEAST_PROMPTS and monotonic() - start > seconds:
             print(f"   time is up after {number} prompts: other work slows this", flush=True)
             break
         for name, threshold in settings:
-            params = _params(threshold, part.tokens)
-            answers = [engines[name].generate(prompt, params)[0] for _ in range(part.repeats)]
+            engine, params = curves[name].engine, _params(curves[name], threshold, part.tokens)
+            answers = [engine.generate(prompt, params)[0] for _ in range(part.repeats)]
             results[name, threshold].append(
                 min(answers, key=lambda one: one.statistics.decode_seconds)
             )
-    agreements = {name: _Agreement(engine) for name, engine in engines.items()}
+    judges = {name: _Judge(curve.engine) for name, curve in curves.items()}
     return [
-        _point(agreements[name], name, threshold, results[name, threshold], results[name, None])
+        _point(judges[name], name, threshold, results[name, threshold], results[name, None])
         for name, threshold in settings
     ]
 
 
-class _Agreement:
-    """Tells which tokens of an answer the full model would choose. Each text is evaluated once,
+class _Judge:
+    """Tells what the full model thinks of the tokens of an answer. Each text is evaluated once,
     because answers at neighbouring thresholds are often equal."""
 
     def __init__(self, engine: EarlyExitEngine) -> None:
         self.engine = engine
-        self._found: dict[tuple[int, ...], list[bool]] = {}
+        self._found: dict[tuple[int, ...], list[tuple[bool, float]]] = {}
 
-    def of(self, answer: GenerationResult) -> list[bool]:
+    def of(self, answer: GenerationResult) -> list[tuple[bool, float]]:
+        """Whether the full model would choose the token, and its log-probability."""
         text = (*answer.prompt_token_ids, *answer.token_ids)
         if text not in self._found:
-            best = self.engine.argmax_tokens(text)[len(answer.prompt_token_ids) - 1 :]
-            self._found[text] = [a == b for a, b in zip(answer.token_ids, best, strict=False)]
+            params = SamplingParams(max_tokens=0, prompt_logprobs=1)
+            scores = self.engine.generate([list(text)], params)[0].prompt_tokens
+            assert scores is not None
+            self._found[text] = [
+                (score.token_id == score.top_logprobs[0][0], score.logprob)
+                for score in scores[len(answer.prompt_token_ids) :]
+                if score.logprob is not None
+            ]
         return self._found[text]
 
 
 def _point(
-    agreement: _Agreement,
-    layers: str,
+    judge: _Judge,
+    curve: str,
     threshold: float | None,
     answers: Sequence[GenerationResult],
     full: Sequence[GenerationResult],
 ) -> Point:
+    judged = [one for answer in answers for one in judge.of(answer)]
     return Point(
-        layers,
+        curve,
         threshold,
         _speed(answers),
         _speed(answers) / _speed(full),
         mean(layer for answer in answers for layer in answer.exit_layers),
-        mean(flag for answer in answers for flag in agreement.of(answer)),
+        mean(is_same for is_same, _ in judged),
         mean(
             a == b
             for answer, reference in zip(answers, full, strict=True)
             for a, b in zip(answer.token_ids, reference.token_ids, strict=False)
         ),
+        math.exp(-mean(logprob for _, logprob in judged)),
     )
 
 
-def _params(threshold: float | None, max_tokens: int) -> SamplingParams:
+def _params(curve: Curve, threshold: float | None, max_tokens: int) -> SamplingParams:
     common: dict[str, Any] = {"max_tokens": max_tokens, "ignore_eos": True}
     if threshold is None:
         return SamplingParams(mode="full", **common)
+    common |= curve.options
     return SamplingParams(mode="early_exit", early_exit_threshold=threshold, **common)
 
 
@@ -156,18 +190,19 @@ def fastest(points: Sequence[Point], least_agreement: float) -> Point:
     return max((p for p in points if p.agreement >= least_agreement), key=lambda p: p.speedup)
 
 
-def by_layers(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """The points of each engine."""
+def by_curve(points: Sequence[Point]) -> dict[str, list[Point]]:
+    """The points of each curve."""
     return {
-        layers: [point for point in points if point.layers == layers]
-        for layers in dict.fromkeys(point.layers for point in points)
+        name: [point for point in points if point.curve == name]
+        for name in dict.fromkeys(point.curve for point in points)
     }
 
 
 def table(points: Sequence[Point]) -> str:
-    """The points as text: a line for each threshold, with the speeds of each engine."""
-    columns = by_layers(points)
-    first = "".join(f"{layers + ' layers':>22}" for layers in columns)
+    """The points as text: a line for each threshold, with the speeds of each curve. What is said of
+    quality is the first curve's, so all should have the same."""
+    columns = by_curve(points)
+    first = "".join(f"{name:>22}" for name in columns)
     head = "threshold " + "  tokens/s   speed-up" * len(columns)
     rows = []
     for row in zip(*columns.values(), strict=True):
@@ -175,9 +210,10 @@ def table(points: Sequence[Point]) -> str:
         p = row[0]
         name = "full model" if p.threshold is None else format(p.threshold, ".2f")
         rows.append(
-            f"{name:>10}{speeds} {p.mean_exit_layer:11.1f} {p.agreement:13.1%} {p.identical:10.1%}"
+            f"{name:>10}{speeds} {p.mean_exit_layer:11.1f} {p.agreement:13.1%} {p.identical:10.1%} "
+            f"{p.perplexity:11.2f}"
         )
-    head = f"{head}   exit layer   agreement  same text"
+    head = f"{head}   exit layer   agreement  same text  perplexity"
     return "\n".join([" " * 10 + first, head, *rows])
 
 
@@ -188,14 +224,14 @@ _WHY_ALL = (
 
 
 def verdict(points: Sequence[Point], least_agreement: float) -> str:
-    """A sentence that names the fastest setting of each engine; if that is the full model, it says
+    """A sentence that names the fastest setting of each curve; if that is the full model, it says
     why."""
     lines = []
-    for layers, own in by_layers(points).items():
+    for name, own in by_curve(points).items():
         winner = fastest(own, least_agreement)
         where = "the full model" if winner.threshold is None else f"threshold {winner.threshold}"
         lines.append(
-            f"Fastest setting with at least {least_agreement:.0%} agreement, {layers} layers: "
+            f"Fastest setting with at least {least_agreement:.0%} agreement, {name}: "
             f"{where}, {winner.speedup:.2f} times the full model's speed, "
             f"{winner.agreement:.1%} agreement"
         )

@@ -229,6 +229,31 @@ def test_lossless_mode_names_the_exit_that_drafts(page, server, script):
     expect(pane(page)).to_contain_text("75 % of drafts accepted, 4.00 tokens a verification.")
 
 
+def test_measure_and_skipped_layers_are_sent_where_they_are_not_the_models(page, server, script):
+    page.goto(server.url)
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    measure = page.get_by_label("Confidence is measured by")
+    assert measure.locator("option").all_inner_texts() == ["the largest probability", "entropy"]
+    policies = page.get_by_role("group", name="Layers that a token skips")
+    expect(policies.get_by_label("Computed later")).to_be_checked()
+    page.get_by_role("button", name="Generate").click()
+    finish(page)
+    assert not {"exit_measure", "kv_policy"} & set(script.requests[0])
+    measure.select_option("entropy")
+    policies.get_by_label("Left out").check()
+    expect(policies).to_contain_text("the text may differ more")
+    page.get_by_label("Compare with the full model").check()
+    page.get_by_role("button", name="Generate").click()
+    wait_until(lambda: len(script.requests) == 3)
+    finish(page)
+    early, full = script.requests[1:]
+    assert (early["exit_measure"], early["kv_policy"]) == ("entropy", "propagate")
+    assert not {"exit_measure", "kv_policy"} & set(full)
+    page.get_by_label("Lossless").check()
+    expect(measure).to_be_hidden()
+    expect(policies).to_be_hidden()
+
+
 def test_no_exit_at_all_is_not_sent(page, server, script):
     page.goto(server.url)
     page.get_by_label("Prompt", exact=True).fill(PROMPT)

@@ -128,6 +128,7 @@ class Script:
     early: list[ScriptedToken] = field(default_factory=lambda: list(EARLY))
     full: list[ScriptedToken] = field(default_factory=lambda: list(FULL))
     exit_layers: list[int] = field(default_factory=lambda: list(EXIT_LAYERS))
+    exit_measures: list[str] = field(default_factory=lambda: ["max_probability", "entropy"])
     has_text: bool = True
     has_chat_template: bool = False
     example_prompts: list[str] = field(default_factory=list)
@@ -218,6 +219,9 @@ class PageServer:
                 has_chat_template=script.has_chat_template,
                 example_prompts=script.example_prompts,
                 default_mode="early_exit" if script.exit_layers else "full",
+                exit_measures=script.exit_measures,
+                exit_measure=script.exit_measures[0],
+                kv_policy="exact",
             )
             for alias in aliases
         ]

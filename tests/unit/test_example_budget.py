@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from itertools import pairwise
 from pathlib import Path
@@ -188,12 +189,14 @@ def test_thinned_thresholds_keep_both_ends() -> None:
 
 
 class FakeEngine:
-    """Takes a made-up time for a token, and finds every token equally good."""
+    """Takes a made-up time for a token, and gives always the same one."""
 
     def __init__(self, clock: Clock, name: str, order: list[tuple[str, str, float | None]]) -> None:
         self.clock, self.name, self.order, self.looked = clock, name, order, 0
 
     def generate(self, prompt, params):
+        if params.max_tokens == 0:
+            return [self.scored(*prompt)]
         is_full = params.mode == "full"
         threshold = None if is_full else params.early_exit_threshold
         self.order.append((self.name, prompt, threshold))
@@ -209,9 +212,17 @@ class FakeEngine:
         )
         return [answer]
 
-    def argmax_tokens(self, text):
+    def scored(self, text):
+        """Finds the first token of an answer less probable than another one."""
         self.looked += 1
-        return [7] * len(text)
+        first = [SimpleNamespace(token_id=1, logprob=None, top_logprobs=())]
+        scores = [
+            SimpleNamespace(
+                token_id=token, logprob=-0.5, top_logprobs=((8 if place == 2 else token, -0.1),)
+            )
+            for place, token in enumerate(text[1:], start=1)
+        ]
+        return SimpleNamespace(prompt_tokens=first + scores)
 
 
 @pytest.fixture
@@ -221,29 +232,31 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
-def fake_engines(clock: Clock) -> tuple[dict[str, FakeEngine], list]:
+def fake_curves(clock: Clock) -> tuple[dict[str, tradeoff.Curve], list]:
     order: list[tuple[str, str, float | None]] = []
-    return {name: FakeEngine(clock, name, order) for name in ("plain", "compiled")}, order
+    names = ("plain", "compiled")
+    return {name: tradeoff.Curve(FakeEngine(clock, name, order)) for name in names}, order
 
 
 def test_settings_take_turns_and_each_text_is_looked_at_once(clock) -> None:
-    engines, order = fake_engines(clock)
+    curves, order = fake_curves(clock)
     most = Measuring(prompts=4, tokens=10, repeats=2, thresholds=(0.5, 0.0))
-    points = tradeoff.measure(engines, list("abcd"), most)
-    assert [(p.layers, p.threshold) for p in points] == [
-        (layers, threshold) for layers in engines for threshold in (None, 0.5, 0.0)
+    points = tradeoff.measure(curves, list("abcd"), most)
+    assert [(p.curve, p.threshold) for p in points] == [
+        (curve, threshold) for curve in curves for threshold in (None, 0.5, 0.0)
     ]
     assert [p.speedup for p in points] == pytest.approx([1, 2, 2] * 2)
-    assert {p.agreement for p in points} == {1.0}
+    assert {p.agreement for p in points} == {0.9}
+    assert {p.perplexity for p in points} == {math.exp(0.5)}
     turns = order[-len("abcd") * 12 :]
     assert [prompt for _, prompt, _ in turns] == [p for p in "abcd" for _ in range(12)]
-    assert [engine.looked for engine in engines.values()] == [1, 1]
+    assert [curve.engine.looked for curve in curves.values()] == [1, 1]
 
 
 def test_measuring_ends_in_time_with_the_same_prompts_for_all(clock, capsys) -> None:
-    engines, order = fake_engines(clock)
+    curves, order = fake_curves(clock)
     start = clock.now
-    tradeoff.measure(engines, list("abcdefgh"), MEASURED, 30)
+    tradeoff.measure(curves, list("abcdefgh"), MEASURED, 30)
     assert "so only this is measured: 3 prompts, 44 tokens" in capsys.readouterr().out
     prompts = [prompt for _, prompt, _ in order[-3 * 2 * 2 * 7 :]]
     assert {p: prompts.count(p) for p in "abc"} == dict.fromkeys("abc", 28)
@@ -251,23 +264,23 @@ def test_measuring_ends_in_time_with_the_same_prompts_for_all(clock, capsys) -> 
 
 
 def test_a_machine_that_becomes_slower_ends_between_two_prompts(clock, capsys) -> None:
-    engines, order = fake_engines(clock)
+    curves, order = fake_curves(clock)
     most = Measuring(prompts=8, tokens=10, repeats=2, thresholds=(0.0,))
     part = most.seconds(0.04)
 
-    def slower(prompt, params, generate=engines["plain"].generate):
+    def slower(prompt, params, generate=curves["plain"].engine.generate):
         clock.now += part / 16
         return generate(prompt, params)
 
-    engines["plain"].generate = slower
-    tradeoff.measure(engines, list("abcdefgh"), most, part * 2)
+    curves["plain"].engine.generate = slower
+    tradeoff.measure(curves, list("abcdefgh"), most, part * 2)
     measured = {prompt for _, prompt, _ in order}
     assert LEAST_PROMPTS <= len(measured) < 8
     assert f"after {len(measured)} prompts: other work slows this" in capsys.readouterr().out
 
 
 def point(threshold: float | None, speedup: float, agreement: float) -> tradeoff.Point:
-    return tradeoff.Point("compiled", threshold, 10.0, speedup, 4.0, agreement, 1.0)
+    return tradeoff.Point("compiled layers", threshold, 10.0, speedup, 4.0, agreement, 1.0, 5.0)
 
 
 def test_the_verdict_says_why_nothing_is_gained() -> None:

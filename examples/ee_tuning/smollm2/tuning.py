@@ -13,8 +13,10 @@ from examples.budget import Trial
 from examples.stages import follow_training
 from megatron.early_exit.hardware.resources import usable_cores
 
-EXIT_LAYERS = (12, 20)
-HEADS = "--use-exit-block --use-exit-norm --exit-vocab-size 8192"
+EXIT_LAYERS = (12, 16, 20)
+HEADS = """
+    --use-exit-block --use-exit-norm --exit-vocab-size 8192 --use-exit-gate --exit-measure gate
+"""
 OBJECTIVE = "--exit-distillation-weight 1"
 BATCH, SEQUENCE = 8, 256
 OPTIMIZATION = f"""

@@ -4,6 +4,7 @@ import logging
 from collections import abc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -21,6 +22,7 @@ from megatron.early_exit.inference.loading import load_model
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.modes.draft_gain import DraftCosts
+from megatron.early_exit.inference.modes.measures import GATE
 from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.inference.results import GeneratedToken, GenerationResult
 from megatron.early_exit.ranges import ONE_OR_MORE, Range
@@ -244,6 +246,11 @@ class EarlyExitEngine:
     def exit_measure(self) -> ExitMeasure:
         """What confidence is where a request does not say it: it is stored with the model."""
         return self._backend.exit_measure
+
+    @property
+    def exit_measures(self) -> tuple[ExitMeasure, ...]:
+        """What confidence can be for this model: that of gates needs gates."""
+        return tuple(one for one in get_args(ExitMeasure) if one != GATE or self.has_gates)
 
     @property
     def has_gates(self) -> bool:

@@ -26,6 +26,9 @@ class ModelCard(BaseModel):
     has_text: bool
     has_chat_template: bool
     default_mode: str
+    exit_measures: list[str] = Field(description="What confidence can be for this model.")
+    exit_measure: str = Field(description="Where a request does not say it.")
+    kv_policy: str = Field(description="Where a request does not say it.")
     example_prompts: list[str] = Field(description="The operator's, for the server's page.")
 
 
@@ -50,6 +53,7 @@ def models(service: Service) -> APIBlueprint:
     tokenizer = service.tokenizer
 
     def card(name: str) -> ModelCard:
+        settings = service.model.settings(name)
         return ModelCard(
             id=name,
             created=created,
@@ -59,7 +63,10 @@ def models(service: Service) -> APIBlueprint:
             exit_layers=list(service.model.exit_layers),
             has_text=tokenizer is not None,
             has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
-            default_mode=service.model.settings(name).mode,
+            default_mode=settings.mode,
+            exit_measures=list(service.exit_measures),
+            exit_measure=settings.exit_measure or service.exit_measure,
+            kv_policy=settings.kv_policy,
             example_prompts=list(service.settings.example_prompts),
         )
 

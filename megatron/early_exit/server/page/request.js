@@ -28,6 +28,8 @@ export function requestBody(model, settings, prompt, messages) {
   if (mode === "early_exit") {
     body.early_exit_threshold = settings.threshold;
     if (settings.exits.length < model.exit_layers.length) body.exit_layers = settings.exits;
+    if (settings.measure !== model.exit_measure) body.exit_measure = settings.measure;
+    if (settings.kvPolicy !== model.kv_policy) body.kv_policy = settings.kvPolicy;
   }
   if (mode === "self_speculative") body.draft_exit_layer = settings.draftExit;
   return {
@@ -42,7 +44,8 @@ export function requestBody(model, settings, prompt, messages) {
 
 /** The same request to the full model, which then asks no exit and is as fast as it can be. */
 export function fullModelBody(body) {
-  const { early_exit_threshold, exit_layers, draft_exit_layer, ...rest } = body;
+  const { early_exit_threshold, exit_layers, exit_measure, kv_policy, draft_exit_layer, ...rest } =
+    body;
   return { ...rest, mode: "full", exit_details: false };
 }
 

@@ -16,6 +16,23 @@ const MODES = {
   },
   full: { name: "Full model", says: "Every token runs through all layers." },
 };
+const MEASURES = {
+  max_probability: "the largest probability",
+  margin: "the two best tokens’ distance",
+  entropy: "entropy",
+  similarity: "likeness to the exit before",
+  gate: "a learned gate",
+};
+const KV_POLICIES = {
+  exact: {
+    name: "Computed later",
+    says: "Later tokens see what the full model computes there, which is done when they need it.",
+  },
+  propagate: {
+    name: "Left out",
+    says: "Later tokens see what the exit saw. Faster still; the text may differ more.",
+  },
+};
 
 /** The name of a mode for the reader. */
 export const modeName = (mode) => MODES[mode].name;
@@ -54,6 +71,16 @@ export class Settings {
     );
     byId("draft-exits").replaceChildren(
       ...layers.map((layer, i) => choice("radio", "draft-exit", layer, `${layer}`, i === 0)),
+    );
+    byId("exit-measure").replaceChildren(
+      ...model.exit_measures.map((name) =>
+        option(name, MEASURES[name] ?? name, name === model.exit_measure),
+      ),
+    );
+    byId("kv-policies").replaceChildren(
+      ...Object.entries(KV_POLICIES).map(([policy, { name }]) =>
+        choice("radio", "kv-policy", policy, name, policy === model.kv_policy),
+      ),
     );
     byId("no-exits").hidden = hasExits;
     const field = this.form.elements["max-tokens"];
@@ -94,6 +121,8 @@ export class Settings {
       mode: this.mode,
       threshold: elements.threshold.valueAsNumber,
       exits: exits.map((box) => Number(box.value)),
+      measure: elements["exit-measure"].value,
+      kvPolicy: elements["kv-policy"].value,
       draftExit: Number(elements["draft-exit"]?.value),
       maxTokens: elements["max-tokens"].valueAsNumber,
       temperature: elements.temperature.valueAsNumber,
@@ -124,6 +153,7 @@ export class Settings {
   #showMode() {
     const mode = this.mode;
     byId("mode-says").textContent = MODES[mode].says;
+    byId("kv-policy-says").textContent = KV_POLICIES[this.form.elements["kv-policy"].value].says;
     for (const part of this.form.querySelectorAll("[data-modes]")) {
       part.hidden = !part.dataset.modes.split(" ").includes(mode);
     }
@@ -139,6 +169,11 @@ function stopTexts(lines) {
     .split("\n")
     .filter((line) => line !== "")
     .map((line) => line.replace(/\\([nt\\])/g, (_, name) => blanks[name]));
+}
+
+function option(value, text, selected) {
+  // The attribute, so that resetting a form comes back to it.
+  return make("option", { value, defaultSelected: selected }, text);
 }
 
 function choice(type, name, value, text, checked) {
