@@ -51,6 +51,7 @@ def draft_model(source: Conversion, position: int) -> Conversion:
         architecture,
         num_layers=position + ("block" in modules),
         share_embeddings_and_output_weights=is_tied,
+        mtp_num_layers=0,
     )
     origins = {
         _MODULES[module].format(last=position - 1, next=position): f"exits.{position}.{module}"

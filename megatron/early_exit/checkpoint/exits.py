@@ -19,7 +19,7 @@ from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.base import is_of_exit
 from megatron.early_exit.checkpoint.conversion import Conversion
 from megatron.early_exit.checkpoint.lazy import LazyTensor
-from megatron.early_exit.checkpoint.megatron_args import with_exits
+from megatron.early_exit.checkpoint.megatron_args import with_description
 from megatron.early_exit.checkpoint.weights import weight_shapes
 from megatron.early_exit.config import HEAD_PARTS, EarlyExitConfig, Exit
 
@@ -34,7 +34,7 @@ _ENDS_OF_BRANCHES = ("linear_proj.weight", "linear_fc2.weight")
 
 @dataclass(frozen=True, slots=True)
 class RandomInit:
-    """The random initialisation of new exits.
+    """The random initialisation of what is added to a model.
 
     Attributes:
         seed: the same seed gives the same weights.
@@ -43,6 +43,20 @@ class RandomInit:
 
     seed: int
     std: float = 0.02
+
+    def draw(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, architecture: Architecture
+    ) -> Tensor:
+        """The tensor `name`, as Megatron initialises a model's."""
+        if len(shape) == 1:
+            is_one = name.endswith("weight") and not architecture.layernorm_zero_centered_gamma
+            return torch.full(shape, 1.0 if is_one else 0.0, dtype=dtype)
+        std = self.std
+        if name.endswith(_ENDS_OF_BRANCHES):
+            std /= math.sqrt(2 * architecture.num_layers)
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], signed=True))
+        return (torch.randn(shape, generator=generator) * std).to(dtype)
 
 
 def add_exits(
@@ -88,7 +102,7 @@ def add_exits(
         if random_init is None:
             weights[name], sources[name] = model, (origin,)
         else:
-            draw = partial(_draw, name, shape, model.dtype, architecture, random_init)
+            draw = partial(random_init.draw, name, shape, model.dtype, architecture)
             weights[name], sources[name] = LazyTensor(shape, model.dtype, draw), (RANDOM,)
     return _with_exits(source, early_exit, weights, sources)
 
@@ -113,7 +127,7 @@ def _with_exits(
     sources: Mapping[str, tuple[str, ...]],
 ) -> Conversion:
     description = replace(source.description, early_exit=early_exit)
-    return Conversion(description, weights, sources, with_exits(source.args, description))
+    return Conversion(description, weights, sources, with_description(source.args, description))
 
 
 def _joined(old: EarlyExitConfig, new: EarlyExitConfig, num_layers: int) -> EarlyExitConfig:
@@ -152,21 +166,3 @@ def _modules(position: int, architecture: Architecture) -> dict[str, Any]:
         "next_layer": min(position, architecture.num_layers - 1),
         "output": _WORD_EMBEDDING if is_tied else _OUTPUT_LAYER,
     }
-
-
-def _draw(
-    name: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    architecture: Architecture,
-    random_init: RandomInit,
-) -> Tensor:
-    if len(shape) == 1:
-        is_one = name.endswith("weight") and not architecture.layernorm_zero_centered_gamma
-        return torch.full(shape, 1.0 if is_one else 0.0, dtype=dtype)
-    std = random_init.std
-    if name.endswith(_ENDS_OF_BRANCHES):
-        std /= math.sqrt(2 * architecture.num_layers)
-    digest = hashlib.sha256(f"{random_init.seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], signed=True))
-    return (torch.randn(shape, generator=generator) * std).to(dtype)

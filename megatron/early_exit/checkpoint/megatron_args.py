@@ -32,7 +32,7 @@ def plain_args(args: object) -> Namespace:
     return Namespace(**{name: value for name, value in vars(args).items() if _is_plain(value)})
 
 
-def with_exits(args: Namespace | None, description: ModelDescription) -> Namespace | None:
+def with_description(args: Namespace | None, description: ModelDescription) -> Namespace | None:
     """The arguments of the same backbone with the exits and the multi-token-prediction module that
     `description` has; None where there are none."""
     if args is None:

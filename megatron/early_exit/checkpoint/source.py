@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron.early_exit.checkpoint.conversion import Conversion
 from megatron.early_exit.checkpoint.description import ModelDescription, describe
 from megatron.early_exit.checkpoint.location import CheckpointLocation, locate
-from megatron.early_exit.checkpoint.megatron_args import plain_args, with_exits
+from megatron.early_exit.checkpoint.megatron_args import plain_args, with_description
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.tokenizer import TokenizerDescription
 from megatron.early_exit.checkpoint.weights import LAYERS, model_weights
@@ -56,7 +56,7 @@ def open_checkpoint(path: str | Path) -> Conversion:
     if description.base is not None:
         # Those of the run that tuned the exits are of a part of the model.
         base = CheckpointReader(description.base.find(location.save_dir).iteration_dir)
-        args = with_exits(_stored_args(base), description)
+        args = with_description(_stored_args(base), description)
     return Conversion(whole, weights, sources, args)
 
 
@@ -78,6 +78,7 @@ def open_parts(base: str | Path, exits: str | Path) -> Conversion:
     if reference is None:
         raise ValueError(f"checkpoint {exits}: holds a whole model, there is nothing to merge")
     backbone = open_checkpoint(base)
+    description = _with_mtp_of(backbone.description, description)
     moved = replace(reference, path=str(locate(base).iteration_dir.resolve()))
     weights = model_weights(location, replace(description, base=moved))
     reader = CheckpointReader(location.iteration_dir)
@@ -87,8 +88,20 @@ def open_parts(base: str | Path, exits: str | Path) -> Conversion:
     }
     tokenizer = _located(description, location) or backbone.description.tokenizer
     whole = replace(description, tokenizer=tokenizer, base=None)
-    args = with_exits(backbone.args, description)
+    args = with_description(backbone.args, description)
     return Conversion(whole, weights, sources, args)
+
+
+def _with_mtp_of(base: ModelDescription, exits: ModelDescription) -> ModelDescription:
+    """The description of exits, with the base's multi-token-prediction module where they were tuned
+    without one."""
+    own, of_base = exits.architecture, base.architecture
+    assert own is not None
+    assert of_base is not None
+    if own.mtp_num_layers:
+        return exits
+    mtp = {name: getattr(of_base, name) for name in ("mtp_num_layers", "mtp_use_repeated_layer")}
+    return replace(exits, architecture=replace(own, **mtp))
 
 
 def stored_names(reader: CheckpointReader, name: str) -> tuple[str, ...]:
