@@ -10,8 +10,6 @@ from statistics import mean
 from time import monotonic
 from typing import Any
 
-import torch
-
 from examples.budget import LEAST_PROMPTS, Measuring
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 
@@ -54,19 +52,11 @@ class Point:
     perplexity: float
 
 
-def engines(
-    checkpoint: Path, dtype: torch.dtype | None = None, weight_dtype: str | None = None
-) -> dict[str, EarlyExitEngine]:
+def engines(checkpoint: Path) -> dict[str, EarlyExitEngine]:
     """Load a model with "plain layers" and with "compiled layers"; only the former if nothing
     compiles."""
     # Every threshold computes the prompts itself: what another one has kept would help it.
-    load = partial(
-        EarlyExitEngine.from_checkpoint,
-        checkpoint,
-        dtype=dtype,
-        weight_dtype=weight_dtype,
-        prefix_caching=False,
-    )
+    load = partial(EarlyExitEngine.from_checkpoint, checkpoint, prefix_caching=False)
     found = {"plain layers": load()}
     try:
         found["compiled layers"] = load(compile=True)

@@ -12,6 +12,7 @@ import argparse
 import math
 import sys
 import time
+from functools import partial
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
@@ -28,7 +29,6 @@ from examples.quickstart.corpus import (
     standard_library_texts,
     write_json_lines,
 )
-from examples.quickstart.tradeoff import engines
 from examples.stages import run_command, stage
 from megatron.early_exit.errors import as_flag
 from megatron.early_exit.hardware.dtypes import NAMES, best_training_dtype
@@ -132,10 +132,20 @@ def load(checkpoint: Path) -> dict[str, EarlyExitEngine]:
     found: dict[str, EarlyExitEngine] = {}
     for name, weight_dtype in (("fp32", None), ("int8", "int8")):
         # In half precision one row and several round otherwise, and texts that are the full model's
-        # but for a tie of two tokens would look like others.
-        own = engines(checkpoint, torch.float32, weight_dtype)
-        layers, engine = list(own.items())[-1]
-        found[f"{name} {layers}"] = engine
+        # but for a tie of two tokens would look like others. And what a prompt has left in the
+        # caches would help the next setting.
+        one = partial(
+            EarlyExitEngine.from_checkpoint,
+            checkpoint,
+            dtype=torch.float32,
+            weight_dtype=weight_dtype,
+            prefix_caching=False,
+        )
+        try:
+            found[f"{name}, compiled layers"] = one(compile=True)
+        except ValueError as error:
+            print(f"   plain layers are measured: {error}")
+            found[f"{name}, plain layers"] = one()
     return found
 
 
