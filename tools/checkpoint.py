@@ -20,12 +20,14 @@ from typing import Protocol, get_args
 
 from tqdm import tqdm
 
+from megatron.early_exit.checkpoint.base import is_of_mtp
 from megatron.early_exit.checkpoint.conversion import Conversion, match_table
 from megatron.early_exit.checkpoint.ee_llm import import_ee_llm
 from megatron.early_exit.checkpoint.exits import RandomInit, add_exits, strip_exits
 from megatron.early_exit.checkpoint.huggingface import import_hf, open_export
 from megatron.early_exit.checkpoint.inspection import count_parameters, inspect
 from megatron.early_exit.checkpoint.lazy import LazyWeights
+from megatron.early_exit.checkpoint.multi_token_prediction import add_mtp, strip_mtp
 from megatron.early_exit.checkpoint.source import open_checkpoint, open_parts
 from megatron.early_exit.checkpoint.writer import Report
 from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig, ExitMeasure
@@ -36,6 +38,7 @@ GENERATE = "python tools/generate.py --load {} --prompt ..."
 DRAFT = f"{GENERATE} --mode self_speculative"
 TUNE = "torchrun pretrain_early_exit_gpt.py --tune-exit --load {} ..."
 ADD_EXITS = "python tools/checkpoint.py add-exits {} DST --exit-layer-nums ..."
+SERVE = "vllm serve {0}"
 LOAD = "transformers.AutoModelForCausalLM.from_pretrained({!r}{})"
 _PATHS = {
     "SRC": "what to read: a save directory, or one iteration in it",
@@ -82,6 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="export the exit after layer P and the layers in front of it as a model without exits:"
         " the draft model of speculative decoding in transformers, vLLM, SGLang and others",
     )
+    one.add_argument(
+        "--with-mtp",
+        action="store_true",
+        help="export the multi-token-prediction module, too, in the format of MiMo, which vLLM and "
+        "SGLang read and transformers does not (default: it is left out)",
+    )
     one = verb("add-exits", _add_exits, "add exits to a model", "SRC", "DST")
     one.add_argument(
         "--exit-layer-nums",
@@ -116,12 +125,29 @@ def build_parser() -> argparse.ArgumentParser:
         help="measure of confidence that inference leaves at exits by, where a request asks for no "
         "other one (default: that of SRC)",
     )
-    one.add_argument(
-        "--random-init", action="store_true", help="start with random weights, not copies"
-    )
-    one.add_argument("--seed", type=int, help="seed of --random-init (default: 1234)")
-
+    _add_random_init(one)
     verb("strip-exits", _strip_exits, "remove the exits", "SRC", "DST")
+    one = verb(
+        "add-mtp",
+        _add_mtp,
+        "add Megatron's multi-token-prediction module to a model, or layers to that which it has",
+        "SRC",
+        "DST",
+    )
+    one.add_argument(
+        "--mtp-num-layers",
+        type=int,
+        required=True,
+        metavar="K",
+        help="further tokens that the module predicts",
+    )
+    one.add_argument(
+        "--mtp-use-repeated-layer",
+        action="store_true",
+        help="one layer predicts all of them, from its own outputs (default: K layers)",
+    )
+    _add_random_init(one)
+    verb("strip-mtp", _strip_mtp, "remove the multi-token-prediction module", "SRC", "DST")
     verb("merge-exits", _merge_exits, "join tuned exits and their base", "BASE", "EXITS", "DST")
     one = verb(
         "import-ee-llm", _import_ee_llm, "convert a checkpoint of the original EE-LLM", "SRC", "DST"
@@ -150,6 +176,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_random_init(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--random-init", action="store_true", help="start with random weights, not copies"
+    )
+    verb.add_argument("--seed", type=int, help="seed of --random-init (default: 1234)")
+
+
 class Made(Protocol):
     """A converted model that is not written yet."""
 
@@ -170,14 +203,18 @@ def _import_hf(args: argparse.Namespace) -> None:
 
 
 def _export_hf(args: argparse.Namespace) -> None:
-    export = open_export(args.src, args.plain, args.draft_of_exit)
+    export = open_export(args.src, args.plain, args.draft_of_exit, args.with_mtp)
     _write(export, args.folder)
     if export.tokenizer is None:
         print("note: transformers does not support the model's tokenizer, so the folder has none")
-    if export.left_out:
+    left_out_mtp = [is_of_mtp(name) for name in export.left_out]
+    if any(left_out_mtp):
+        print("note: the multi-token-prediction module is left out (--with-mtp exports it)")
+    if not all(left_out_mtp):
         print("note: the exits' gates are left out: no program asks them there")
     trust = ", trust_remote_code=True" if export.needs_remote_code else ""
-    _say_what_was_written(export, args.folder, LOAD.format(str(args.folder), trust))
+    load = SERVE if args.with_mtp else LOAD
+    _say_what_was_written(export, args.folder, load.format(str(args.folder), trust))
 
 
 def _import_ee_llm(args: argparse.Namespace) -> None:
@@ -186,9 +223,7 @@ def _import_ee_llm(args: argparse.Namespace) -> None:
 
 
 def _add_exits(args: argparse.Namespace) -> None:
-    if args.seed is not None and not args.random_init:
-        raise ValueError(f"--seed {args.seed} has no effect without --random-init")
-    source = open_checkpoint(args.src)
+    source, random_init = _open_for_addition(args)
     stored = source.description.early_exit.exit_measure
     beside = [name for name, part in HEAD_FIELDS.items() if part.is_beside]
     if stored == "gate" and not any(getattr(args, name) for name in beside):
@@ -201,13 +236,37 @@ def _add_exits(args: argparse.Namespace) -> None:
         exit_measure=args.exit_measure or stored,
         **{name: getattr(args, name) for name in HEAD_FIELDS},
     )
-    random_init = None
-    if args.random_init:
-        seed = 1234 if args.seed is None else args.seed
-        random_init = RandomInit(seed, getattr(source.args, "init_method_std", None) or 0.02)
     conversion = add_exits(source, wanted, random_init)
     _note_other_matrix(conversion)
     _write_checkpoint(conversion, args.dst, DRAFT if wanted.share_final_head else TUNE)
+
+
+def _open_for_addition(args: argparse.Namespace) -> tuple[Conversion, RandomInit | None]:
+    if args.seed is not None and not args.random_init:
+        raise ValueError(f"--seed {args.seed} has no effect without --random-init")
+    source = open_checkpoint(args.src)
+    if not args.random_init:
+        return source, None
+    seed = 1234 if args.seed is None else args.seed
+    return source, RandomInit(seed, getattr(source.args, "init_method_std", None) or 0.02)
+
+
+def _add_mtp(args: argparse.Namespace) -> None:
+    source, random_init = _open_for_addition(args)
+    layers, is_repeated = args.mtp_num_layers, args.mtp_use_repeated_layer
+    conversion = add_mtp(source, layers, is_repeated, random_init)
+    if random_init is not None and conversion.weights.keys() == source.weights.keys():
+        raise ValueError(f"--random-init has no effect: {args.src} has all layers already")
+    flags = " --mtp-use-repeated-layer" if is_repeated else ""
+    _write_checkpoint(conversion, args.dst, f"{TUNE} --mtp-num-layers {layers}{flags}")
+
+
+def _strip_mtp(args: argparse.Namespace) -> None:
+    try:
+        conversion = strip_mtp(open_checkpoint(args.src))
+    except ValueError as error:
+        raise ValueError(f"strip-mtp {args.src}: {error}") from error
+    _write_checkpoint(conversion, args.dst, GENERATE)
 
 
 def _note_other_matrix(conversion: Conversion) -> None:

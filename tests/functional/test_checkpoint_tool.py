@@ -131,6 +131,46 @@ def test_exits_come_and_go(paths, tmp_path, capsys):
     assert "exits.2.projection.weight" not in found
 
 
+def test_a_module_that_predicts_more_tokens_comes_and_goes(paths, tmp_path, capsys):
+    out = tmp_path / "with"
+    flags = ["--mtp-num-layers", 2, "--mtp-use-repeated-layer"]
+    assert run("add-mtp", paths["whole"], out, *flags) == 0
+    text = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "1 x mtp.layers.N.eh_proj.weight <- initial value [32, 64]" in lines
+    final = "mtp.layers.N.final_layernorm.weight <- decoder.final_layernorm.weight [32]"
+    assert f"1 x {final}" in lines
+    layer = 2 * 32 + 64 * 32 + 32 * 32 + 96 * 32 + 32 * 48
+    assert f"multi-token prediction {layer + 3 * 32 + 64 * 32:,} parameters" in lines
+    assert lines[-1].endswith(
+        f"--tune-exit --load {out} ... --mtp-num-layers 2 --mtp-use-repeated-layer"
+    )
+    found = inspected(out, capsys)
+    assert found["architecture"] == {
+        **LLAMA.to_dict(),
+        "mtp_num_layers": 2,
+        "mtp_use_repeated_layer": True,
+    }
+    assert found["parameters"]["multi-token prediction"] == layer + 3 * 32 + 64 * 32
+    assert run("inspect", out) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "mtp_num_layers 2, mtp_use_repeated_layer True" in shown
+    assert run("strip-exits", out, tmp_path / "plain") == 0
+    assert run("strip-mtp", tmp_path / "plain", tmp_path / "none") == 0
+    assert_same(tmp_path / "none", weights(paths["base"]))
+    assert run("add-mtp", out, tmp_path / "again", *flags, "--random-init") == 2
+    assert "--random-init has no effect" in capsys.readouterr().err
+    random = ["--mtp-num-layers", 1, "--random-init", "--seed", 3]
+    assert run("add-mtp", paths["base"], tmp_path / "random", *random) == 0
+    assert weights(tmp_path / "random")["mtp.layers.0.enorm.weight"].unique().tolist() == [1.0]
+    pytest.importorskip("transformers")
+    capsys.readouterr()
+    assert run("export-hf", out, tmp_path / "hf", "--plain") == 0
+    assert "note: the multi-token-prediction module is left out" in capsys.readouterr().out
+    assert run("export-hf", out, tmp_path / "mimo", "--plain", "--with-mtp") == 2
+    assert "mtp_num_layers 2 cannot be expressed in MiMo's format" in capsys.readouterr().err
+
+
 def test_exits_that_project_with_another_matrix_are_noted(paths, tmp_path, capsys):
     assert run("add-exits", paths["base"], tmp_path / "out", "--exit-layer-nums", 2) == 0
     assert "note: the exits project with the word embedding" in capsys.readouterr().out
@@ -244,6 +284,7 @@ def test_a_kind_of_model_that_is_not_known_is_inspected_all_the_same(paths, caps
 
 
 NUMS = "--exit-layer-nums"
+MTP = "--mtp-num-layers"
 REFUSALS = [
     (["add-exits", "base", "OUT", NUMS, "5"], f"{NUMS} 5 is out of range, allowed: 1 to 4"),
     (
@@ -272,6 +313,9 @@ REFUSALS = [
     (["add-exits", "unlabelled", "OUT", NUMS, "2"], "format 2 is unknown, allowed: 1"),
     (["add-exits", "base", "FILE/x", NUMS, "2"], "words.model/x cannot be written"),
     (["strip-exits", "base", "OUT"], "base: the model has no exits"),
+    (["strip-mtp", "base", "OUT"], "base: the model has no multi-token-prediction module"),
+    (["add-mtp", "base", "OUT", MTP, "0"], "--mtp-num-layers 0 is out of range, allowed: 1 or"),
+    (["add-mtp", "base", "OUT", MTP, "1", "--seed", "1"], "--seed 1 has no effect without"),
     (
         ["merge-exits", "base", "whole", "OUT"],
         "whole: holds a whole model, there is nothing to mer",

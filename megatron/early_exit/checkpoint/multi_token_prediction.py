@@ -19,9 +19,10 @@ from megatron.early_exit.checkpoint.exits import INITIAL, RANDOM, RandomInit
 from megatron.early_exit.checkpoint.lazy import LazyTensor
 from megatron.early_exit.checkpoint.megatron_args import with_description
 from megatron.early_exit.checkpoint.weights import LAYERS, MTP_LAYERS, weight_shapes
-from megatron.early_exit.errors import out_of_range
+from megatron.early_exit.errors import as_flag, out_of_range
 from megatron.early_exit.ranges import ONE_OR_MORE
 
+_FLAG = as_flag("mtp_num_layers")
 _LAYER = "transformer_layer."
 _FINAL_NORM = "final_layernorm."
 _PROJECTION = "eh_proj.weight"
@@ -46,14 +47,14 @@ def add_mtp(
         ValueError: `num_layers` is out of range, layers of the model's module would be lost, or
             Megatron builds no such module for the model.
     """
-    ONE_OR_MORE.check(mtp_num_layers=num_layers)
+    ONE_OR_MORE.check(**{_FLAG: num_layers})
     old = source.description.architecture
     assert old is not None
     new = replace(old, mtp_num_layers=num_layers, mtp_use_repeated_layer=use_repeated_layer)
     kept = old.mtp_stored_layers
     if new.mtp_stored_layers < kept:
         known = f"{kept} or more, each with a layer of its own, as the model has so many layers"
-        raise out_of_range("mtp_num_layers", num_layers, known)
+        raise out_of_range(_FLAG, num_layers, known)
     dtype = source.weights[f"{LAYERS}{old.num_layers - 1}.mlp.linear_fc2.weight"].dtype
     weights, sources = dict(source.weights), dict(source.sources)
     for name, shape in weight_shapes(new, source.description.early_exit).items():

@@ -1,5 +1,7 @@
 """What conversions write is loaded by Megatron itself, and computes the same there."""
 
+from itertools import pairwise
+
 import pytest
 
 from megatron.early_exit import platform
@@ -9,6 +11,7 @@ platform.prepare()
 import torch  # noqa: E402
 
 from megatron.early_exit.checkpoint.exits import add_exits  # noqa: E402
+from megatron.early_exit.checkpoint.multi_token_prediction import add_mtp  # noqa: E402
 from megatron.early_exit.checkpoint.source import open_checkpoint  # noqa: E402
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams  # noqa: E402
@@ -48,3 +51,33 @@ def test_megatron_loads_added_exits(tmp_path, backbone):
         expected = torch.log_softmax(logits[name][-2], dim=0)
         assert result.token_ids == [int(expected.argmax())]
         assert result.logprobs == pytest.approx([float(expected.max())], abs=1e-4)
+
+
+@pytest.mark.parametrize("is_repeated", [False, True])
+def test_megatron_loads_an_added_module(tmp_path, is_repeated):
+    from megatron.core import dist_checkpointing
+
+    backbone = BACKBONES["llama"]
+    base = write_model(tmp_path / "base", make_model(architecture(backbone)))
+    add_mtp(open_checkpoint(base), 2, is_repeated).write(tmp_path / "with")
+    tokens = torch.randint(VOCAB, (SEQUENCE,), generator=torch.Generator().manual_seed(0))
+    depths = []
+    with model_parallel(), torch.no_grad():
+        mtp = {"mtp_num_layers": 2, "mtp_use_repeated_layer": is_repeated}
+        model = build_model(EarlyExitConfig(), **mtp, **backbone).eval()
+        directory = str(tmp_path / "with" / "release")
+        loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, directory)
+        model.load_state_dict(loaded["model"])
+        assert len(model.mtp.layers) == (1 if is_repeated else 2)
+        last = dict(model.decoder.layers[-1].named_parameters())
+        for layer in model.mtp.layers:
+            own = dict(layer.mtp_model_layer.named_parameters())
+            assert all(torch.equal(own[name], weight) for name, weight in last.items())
+        model.mtp.register_forward_hook(lambda _, args, output: depths.extend(output.chunk(3)))
+        model(tokens[None], torch.arange(SEQUENCE)[None], None)
+        # A new layer is the last one again, on what the final norm gives.
+        rope = model.rotary_pos_emb(SEQUENCE)
+        for before, after in pairwise(depths):
+            scaled = model.mtp.layers[0].hnorm(before)
+            again, _ = model.decoder.layers[-1](scaled, attention_mask=None, rotary_pos_emb=rope)
+            torch.testing.assert_close(after, model.decoder.final_layernorm(again))

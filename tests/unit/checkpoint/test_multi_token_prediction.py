@@ -97,8 +97,8 @@ def test_layers_of_a_module_are_kept_and_more_are_copies_of_them(tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "arguments", "message"),
     [
-        (LLAMA, (0,), "mtp_num_layers 0 is out of range, allowed: 1 or more"),
-        (MTP["two layers"], (1,), "mtp_num_layers 1 is out of range, allowed: 2 or more"),
+        (LLAMA, (0,), "--mtp-num-layers 0 is out of range, allowed: 1 or more"),
+        (MTP["two layers"], (1,), "--mtp-num-layers 1 is out of range, allowed: 2 or more"),
         (MTP["two layers"], (3, True), "allowed: 2 or more, each with a layer of its own"),
         (ARCHITECTURES["gpt2"], (1,), "position_embedding_type 'learned_absolute' is not possible"),
     ],

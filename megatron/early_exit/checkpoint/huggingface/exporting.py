@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron.early_exit.checkpoint.architecture import Architecture
-from megatron.early_exit.checkpoint.base import is_of_exit
+from megatron.early_exit.checkpoint.base import is_of_exit, is_of_mtp
 from megatron.early_exit.checkpoint.draft_model import draft_model
 from megatron.early_exit.checkpoint.huggingface.families import (
     refuse_inexpressible,
@@ -47,7 +47,8 @@ class Export:
         sources: for each of them, which of ours it is or is a part of.
         tokenizer: puts its files into a folder; None where transformers has none that gives the
             tokens of the model's own.
-        left_out: tensors of ours that no program would read there: the exits' gates.
+        left_out: tensors of ours that no program would read there: the exits' gates, and the
+            multi-token-prediction module.
     """
 
     config: Mapping[str, Any]
@@ -116,19 +117,23 @@ def export_hf(
     plain: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     draft_of_exit: int | None = None,
+    with_mtp: bool = False,
 ) -> Export:
     """Write a checkpoint as a folder for transformers; see `open_export` and `Export.write`.
 
     Returns:
         What has been written.
     """
-    export = open_export(source, plain, draft_of_exit)
+    export = open_export(source, plain, draft_of_exit, with_mtp)
     export.write(target, report, max_shard_bytes)
     return export
 
 
 def open_export(
-    source: str | Path, plain: bool = False, draft_of_exit: int | None = None
+    source: str | Path,
+    plain: bool = False,
+    draft_of_exit: int | None = None,
+    with_mtp: bool = False,
 ) -> Export:
     """Open a checkpoint for its export.
 
@@ -147,6 +152,8 @@ def open_export(
             whose exits were trained as just that, a norm and the projection of the output layer.
         draft_of_exit: layers in front of an exit that is to become a model of its own, with those
             layers: a draft model for programs that know nothing of exits; see `draft_model`.
+        with_mtp: write the model's multi-token-prediction module, as a MiMo, which transformers has
+            no class for, but vLLM and SGLang do; by default it is left out.
 
     Raises:
         ValueError: it cannot be read, or Hugging Face's Llama family has nothing like it.
@@ -162,17 +169,19 @@ def open_export(
     architecture = conversion.description.architecture
     early_exit = conversion.description.early_exit
     assert architecture is not None
+    is_plain = plain or early_exit.share_final_head or not early_exit.positions
     try:
-        if early_exit.positions and not (plain or early_exit.share_final_head):
-            config = _exit_config(architecture, early_exit)
+        if with_mtp and not is_plain:
+            raise ValueError("--with-mtp has no effect on a folder with exits, allowed: --plain")
+        if is_plain:
+            config = write_config(architecture, with_mtp)
         else:
-            config = write_config(architecture)
-        left_out = () if plain else tuple(filter(_is_beside, conversion.weights))
-        kept = {
-            name: tensor
-            for name, tensor in conversion.weights.items()
-            if not (plain and is_of_exit(name)) and name not in left_out
-        }
+            config = _exit_config(architecture, early_exit)
+        named = [name for name in conversion.weights if not (plain and is_of_exit(name))]
+        left_out = tuple(
+            name for name in named if _is_beside(name) or (is_of_mtp(name) and not with_mtp)
+        )
+        kept = {name: conversion.weights[name] for name in named if name not in left_out}
         weights, sources = _split(architecture, kept)
     except ValueError as error:
         raise ValueError(f"checkpoint {source}: {error}") from error

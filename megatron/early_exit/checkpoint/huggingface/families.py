@@ -13,6 +13,7 @@ from megatron.early_exit.checkpoint.huggingface.rotary_settings import (
     write_rotary,
 )
 from megatron.early_exit.checkpoint.huggingface_config import count, read_sizes
+from megatron.early_exit.errors import out_of_range
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Family:
         qkv_bias: the projections to queries, keys and values have a bias.
         qk_norm: queries and keys are normalised.
         head_size: size of a head where config.json does not tell; None is h / heads.
+        has_mtp: may have a layer that predicts a second token, Megatron's multi-token prediction.
     """
 
     name: str
@@ -32,13 +34,17 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     head_size: int | None = None
+    has_mtp: bool = False
 
 
 LLAMA = Family("LlamaForCausalLM", "llama")
 MISTRAL = Family("MistralForCausalLM", "mistral")
 QWEN2 = Family("Qwen2ForCausalLM", "qwen2", qkv_bias=True)
 QWEN3 = Family("Qwen3ForCausalLM", "qwen3", qk_norm=True, head_size=128)
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3)
+MIMO = Family("MiMoForCausalLM", "mimo", qkv_bias=True, has_mtp=True)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, MIMO)
+
+_MTP_LAYERS = "num_nextn_predict_layers"
 
 
 def read_architecture(config: Mapping[str, Any], stored: torch.dtype) -> Architecture:
@@ -54,7 +60,8 @@ def read_architecture(config: Mapping[str, Any], stored: torch.dtype) -> Archite
     """
     family = _family(config)
     _refuse_unsupported(config, family)
-    has_biases = _has_biases(config)
+    # transformers' class gives these models' linear layers no other biases, whatever is asked for.
+    has_biases = False if family.qkv_bias else _has_biases(config)
     dtype = config.get("dtype") or config.get("torch_dtype") or stored
     return Architecture(
         **read_sizes(config, family.head_size),
@@ -67,6 +74,7 @@ def read_architecture(config: Mapping[str, Any], stored: torch.dtype) -> Archite
         qk_layernorm=family.qk_norm,
         position_embedding_type="rope",
         **read_rotary(config),
+        mtp_num_layers=_mtp_layers(config) if family.has_mtp else 0,
         params_dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
     )
 
@@ -117,13 +125,30 @@ def _has_biases(config: Mapping[str, Any]) -> bool:
     return attention
 
 
-def write_config(a: Architecture) -> dict[str, Any]:
-    """A config.json for the transformers class that computes a backbone.
+def _mtp_layers(config: Mapping[str, Any]) -> int:
+    """Layers that predict further tokens. How several of them follow one another neither MiMo's own
+    class nor vLLM's defines."""
+    value = config.get(_MTP_LAYERS) or 0
+    if value not in (0, 1):
+        raise out_of_range(_MTP_LAYERS, value, "0 or 1")
+    return int(value)
+
+
+def write_config(a: Architecture, with_mtp: bool = False) -> dict[str, Any]:
+    """A config.json for the class that computes a backbone.
+
+    Args:
+        a: the model.
+        with_mtp: of the class that computes its multi-token-prediction module, too, which
+            transformers does not have.
 
     Raises:
         ValueError: none in the Llama family does; the message says what is in the way.
     """
     family = _find_family(a)
+    if with_mtp:
+        _check_mtp(a, family)
+        family = MIMO
     config: dict[str, Any] = {
         "architectures": [family.name],
         "model_type": family.model_type,
@@ -138,9 +163,24 @@ def write_config(a: Architecture) -> dict[str, Any]:
         config["mlp_bias"] = a.add_bias_linear
     if family is not LLAMA:
         config["sliding_window"] = None
-    if family in (QWEN2, QWEN3):
+    if family in (QWEN2, QWEN3, MIMO):
         config["use_sliding_window"] = False
+    if family is MIMO:
+        config[_MTP_LAYERS] = a.mtp_num_layers
     return config
+
+
+def _check_mtp(a: Architecture, family: Family) -> None:
+    if a.mtp_num_layers != 1:
+        raise ValueError(
+            f"a module with mtp_num_layers {a.mtp_num_layers} cannot be expressed in MiMo's "
+            "format, allowed: 1"
+        )
+    if family is not QWEN2:
+        raise ValueError(
+            f"the module of a model like {family.name} cannot be expressed in MiMo's format, "
+            f"allowed: models like {QWEN2.name}"
+        )
 
 
 def write_sizes(a: Architecture) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from megatron.early_exit.checkpoint.huggingface.tokenizers import SPECIAL_TOKENS
 from megatron.early_exit.checkpoint.huggingface_config import CONFIG_NAME, as_end_tokens
 from megatron.early_exit.checkpoint.lazy import LazyTensor
 
-_READ = tuple(family.model_type for family in FAMILIES)
+_READ = tuple(family.model_type for family in FAMILIES if not family.has_mtp)
 _ENDS_OF_TURNS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 """Fields that transformers does not read."""
 

@@ -51,6 +51,10 @@ def _group_rows(a: Architecture, rows: int) -> tuple[int, ...]:
     return (a.num_attention_heads * a.kv_channels, keys, keys)
 
 
+def _swap_columns(matrix: Tensor) -> Tensor:
+    return torch.cat(matrix.chunk(2, dim=-1)[::-1], dim=-1)
+
+
 IDENTITY = TensorLayout(
     rows=lambda a, rows: (rows,),
     join=lambda a, parts: parts[0],
@@ -63,6 +67,13 @@ CONCAT_ROWS = TensorLayout(
     split=lambda a, whole: tuple(whole.chunk(2)),
 )
 """Two of equal size, [f, h] each, in [2 f, h]."""
+
+SWAPPED_COLUMNS = TensorLayout(
+    rows=lambda a, rows: (rows,),
+    join=lambda a, parts: _swap_columns(parts[0]),
+    split=lambda a, whole: (_swap_columns(whole),),
+)
+"""One of [..., 2 h] whose halves of columns are in the other order in ours."""
 
 GROUP_BY_GROUP = TensorLayout(rows=_group_rows, join=_join_groups, split=_split_groups)
 """Queries, keys and values in one matrix: of each group its queries, its key, its value."""

@@ -12,6 +12,7 @@ from megatron.early_exit.checkpoint.huggingface.layouts import (
     CONCAT_ROWS,
     GROUP_BY_GROUP,
     IDENTITY,
+    SWAPPED_COLUMNS,
     TensorLayout,
 )
 from megatron.early_exit.config import HEAD_PARTS
@@ -52,6 +53,14 @@ _TENSORS: Mapping[str, Origin] = {
     "mlp.linear_fc1.bias": Origin(("mlp.gate_proj.bias", "mlp.up_proj.bias"), CONCAT_ROWS),
     "mlp.linear_fc2.weight": Origin(("mlp.down_proj.weight",)),
     "mlp.linear_fc2.bias": Origin(("mlp.down_proj.bias",)),
+    # Of the multi-token-prediction module, whose layers are like others otherwise. The names are
+    # MiMo's, whose projection takes [hidden state, embedding] (MiMoMTPLayers in its
+    # modeling_mimo.py, and mimo_mtp.py of vLLM and of SGLang); Megatron's takes them the other way
+    # round.
+    "enorm.weight": Origin(("token_layernorm.weight",)),
+    "hnorm.weight": Origin(("hidden_layernorm.weight",)),
+    "eh_proj.weight": Origin(("input_proj.weight",), SWAPPED_COLUMNS),
+    "final_layernorm.weight": Origin(("final_layernorm.weight",)),
     # Of an exit.
     "norm.weight": Origin(("norm.weight",)),
     "projection.weight": Origin(("projection.weight",)),
@@ -65,12 +74,13 @@ _TENSORS: Mapping[str, Origin] = {
 
 _PLACES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"decoder\.layers\.(\d+)\."), "model.layers.{}."),
+    (re.compile(r"mtp\.layers\.(\d+)\.(?:transformer_layer\.)?"), "model.mtp_layers.{}."),
     (re.compile(r"exits\.(\d+)\.block\."), "exits.{}.block."),
     (re.compile(r"exits\.(\d+)\."), "exits.{}."),
 )
 """What our names of a part of the model start with, and what the family's do."""
 
-BUFFER = re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq")
+BUFFER = re.compile(r"(model\.(mtp_)?layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq")
 """What old files hold besides weights: it follows from the configuration."""
 
 
