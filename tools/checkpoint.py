@@ -38,7 +38,7 @@ GENERATE = "python tools/generate.py --load {} --prompt ..."
 DRAFT = f"{GENERATE} --mode self_speculative"
 TUNE = "torchrun pretrain_early_exit_gpt.py --tune-exit --load {} ..."
 ADD_EXITS = "python tools/checkpoint.py add-exits {} DST --exit-layer-nums ..."
-SERVE = "vllm serve {0}"
+MIMO_FILES = "copy configuration_mimo.py and modeling_mimo.py from MiMo-7B's folder into it, then "
 LOAD = "transformers.AutoModelForCausalLM.from_pretrained({!r}{})"
 _PATHS = {
     "SRC": "what to read: a save directory, or one iteration in it",
@@ -88,8 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--with-mtp",
         action="store_true",
-        help="export the multi-token-prediction module, too, in the format of MiMo, which vLLM and "
-        "SGLang read and transformers does not (default: it is left out)",
+        help="export the multi-token-prediction module, too, in the format of MiMo, which SGLang "
+        "runs as Megatron does (default: it is left out)",
     )
     one = verb("add-exits", _add_exits, "add exits to a model", "SRC", "DST")
     one.add_argument(
@@ -199,7 +199,13 @@ class Made(Protocol):
 
 
 def _import_hf(args: argparse.Namespace) -> None:
-    _write_checkpoint(import_hf(args.model), args.dst, ADD_EXITS)
+    conversion = import_hf(args.model)
+    if any(map(is_of_mtp, conversion.weights)):
+        print(
+            "note: Megatron gives the multi-token-prediction module the hidden state behind the "
+            "final norm, as SGLang does and vLLM does not: drafts may differ from vLLM's"
+        )
+    _write_checkpoint(conversion, args.dst, ADD_EXITS)
 
 
 def _export_hf(args: argparse.Namespace) -> None:
@@ -213,8 +219,8 @@ def _export_hf(args: argparse.Namespace) -> None:
     if not all(left_out_mtp):
         print("note: the exits' gates are left out: no program asks them there")
     trust = ", trust_remote_code=True" if export.needs_remote_code else ""
-    load = SERVE if args.with_mtp else LOAD
-    _say_what_was_written(export, args.folder, load.format(str(args.folder), trust))
+    first = MIMO_FILES if export.is_mimo else ""
+    _say_what_was_written(export, args.folder, first + LOAD.format(str(args.folder), trust))
 
 
 def _import_ee_llm(args: argparse.Namespace) -> None:

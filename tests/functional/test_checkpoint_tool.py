@@ -131,6 +131,24 @@ def test_exits_come_and_go(paths, tmp_path, capsys):
     assert "exits.2.projection.weight" not in found
 
 
+def test_a_mimo_is_imported_and_exported(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    from tests.helpers.mimo import TinyMiMo
+
+    folder, ours = TinyMiMo().save(tmp_path / "mimo"), tmp_path / "ours"
+    assert run("import-hf", folder, ours) == 0
+    text = capsys.readouterr().out
+    assert "note: Megatron gives the multi-token-prediction module the hidden state behind" in text
+    assert "multi-token prediction " in text
+    assert inspected(ours, capsys)["architecture"]["mtp_num_layers"] == 1
+    assert run("export-hf", ours, tmp_path / "back", "--with-mtp") == 0
+    text = capsys.readouterr().out
+    assert "left out" not in text
+    assert "next: copy configuration_mimo.py and modeling_mimo.py from MiMo-7B's folder" in text
+    assert run("export-hf", ours, tmp_path / "plain") == 0
+    assert "module is left out (--with-mtp exports it)" in capsys.readouterr().out
+
+
 def test_a_module_that_predicts_more_tokens_comes_and_goes(paths, tmp_path, capsys):
     out = tmp_path / "with"
     flags = ["--mtp-num-layers", 2, "--mtp-use-repeated-layer"]

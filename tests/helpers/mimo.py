@@ -1,5 +1,5 @@
-"""A small MiMo: a Qwen2 and one layer that predicts the token after the next, as MiMo's makers
-define it, computed with nothing but PyTorch."""
+"""A small MiMo: a Qwen2 and one layer that predicts the token after the next, computed with nothing
+but PyTorch, as MiMo's own class and SGLang do (without SGLang's zeros at position 0)."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TinyMiMo:
     def look_ahead(self, tokens: list[int]) -> tuple[Tensor, Tensor]:
         """The layer's hidden states [s - 1, h] of all tokens but the last, and its logits
         [s - 1, v] for the token after the next."""
-        # As the backbone gives it, which is behind its final norm.
+        # Behind the final norm.
         hidden = self.backbone.model(torch.tensor([tokens])).last_hidden_state[0, :-1]
         embedding = self.backbone.model.embed_tokens(torch.tensor(tokens[1:]))
         both = self._norm("hidden_layernorm", hidden), self._norm("token_layernorm", embedding)

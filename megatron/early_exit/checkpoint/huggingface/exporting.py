@@ -13,6 +13,7 @@ from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.base import is_of_exit, is_of_mtp
 from megatron.early_exit.checkpoint.draft_model import draft_model
 from megatron.early_exit.checkpoint.huggingface.families import (
+    MIMO,
     refuse_inexpressible,
     write_config,
     write_sizes,
@@ -64,8 +65,13 @@ class Export:
 
     @property
     def needs_remote_code(self) -> bool:
-        """The folder is loaded with `trust_remote_code=True`: it brings its own class."""
+        """It is loaded with `trust_remote_code=True`: its class is not transformers' own."""
         return "auto_map" in self.config
+
+    @property
+    def is_mimo(self) -> bool:
+        """Its class is MiMo's, the files of which are not in the folder."""
+        return self.config["model_type"] == MIMO.model_type
 
     def write(
         self,
@@ -89,7 +95,7 @@ class Export:
                 self.tokenizer(partial)
             self._write_generation(partial / GENERATION_NAME)
             _write_json(partial / CONFIG_NAME, self.config)
-            if self.needs_remote_code:
+            if self.needs_remote_code and not self.is_mimo:
                 # The source files that compute the model.
                 for file in _EXPORTED.glob("*_early_exit.py"):
                     shutil.copyfile(file, partial / file.name)
@@ -152,8 +158,8 @@ def open_export(
             whose exits were trained as just that, a norm and the projection of the output layer.
         draft_of_exit: layers in front of an exit that is to become a model of its own, with those
             layers: a draft model for programs that know nothing of exits; see `draft_model`.
-        with_mtp: write the model's multi-token-prediction module, as a MiMo, which transformers has
-            no class for, but vLLM and SGLang do; by default it is left out.
+        with_mtp: write the model's multi-token-prediction module, as a MiMo: SGLang computes it as
+            Megatron does, and transformers has no class for it. By default it is left out.
 
     Raises:
         ValueError: it cannot be read, or Hugging Face's Llama family has nothing like it.

@@ -167,6 +167,11 @@ def write_config(a: Architecture, with_mtp: bool = False) -> dict[str, Any]:
         config["use_sliding_window"] = False
     if family is MIMO:
         config[_MTP_LAYERS] = a.mtp_num_layers
+        # The files are MiMo's own, and not in the folder.
+        config["auto_map"] = {
+            "AutoConfig": "configuration_mimo.MiMoConfig",
+            "AutoModelForCausalLM": "modeling_mimo.MiMoForCausalLM",
+        }
     return config
 
 

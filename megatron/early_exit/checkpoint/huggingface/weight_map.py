@@ -56,7 +56,8 @@ _TENSORS: Mapping[str, Origin] = {
     # Of the multi-token-prediction module, whose layers are like others otherwise. The names are
     # MiMo's, whose projection takes [hidden state, embedding] (MiMoMTPLayers in its
     # modeling_mimo.py, and mimo_mtp.py of vLLM and of SGLang); Megatron's takes them the other way
-    # round.
+    # round. Its hidden state is the one behind the final norm in SGLang, as in Megatron (and so
+    # Megatron Bridge's mimo_bridge.py converts it), and the one in front of it in vLLM's mimo.py.
     "enorm.weight": Origin(("token_layernorm.weight",)),
     "hnorm.weight": Origin(("hidden_layernorm.weight",)),
     "eh_proj.weight": Origin(("input_proj.weight",), SWAPPED_COLUMNS),

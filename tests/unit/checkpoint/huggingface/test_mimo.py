@@ -93,6 +93,8 @@ def test_it_is_exported_as_it_came(tmp_path, folder):
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["architectures"] == ["MiMoForCausalLM"]
     assert config["num_nextn_predict_layers"] == 1
+    assert exported.needs_remote_code
+    assert not list((tmp_path / "back").glob("*.py"))
     expected = load_file(folder / "model.safetensors")
     found = load_file(tmp_path / "back" / "model.safetensors")
     assert found.keys() == expected.keys()
