@@ -49,7 +49,7 @@ _CHOICES = {"mode": get_args(Mode), "kv_policy": get_args(KVPolicy)}
 _SWITCHES = ("ignore_eos", "echo", "exit_details")
 _INTEGERS = (
     *("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"),
-    *("num_draft_tokens", "draft_exit_layer"),
+    *("num_draft_tokens", "draft_exit_layer", "exits_pay_at"),
 )
 
 

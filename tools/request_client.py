@@ -74,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--exit-thresholds", type=float, nargs="+", help="one for each exit that may be used")
     add("--exit-threshold-decay", type=float, help="how fast thresholds decay over a text")
     add("--kv-policy", choices=("exact", "propagate"), help="of tokens that leave at exits")
+    add("--exits-pay-at", type=int, help="batch size in which exits have to pay to be asked")
     add("--max-tokens", type=int, default=100, help="default: %(default)s")
     add(
         "--temperature",

@@ -124,6 +124,14 @@ def build_parser() -> argparse.ArgumentParser:
         default=DEFAULTS["kv_policy"],
         help=f"what later tokens see of one that has left at an exit {SHOWN}",
     )
+    add(
+        "--exits-pay-at",
+        type=int,
+        default=DEFAULTS["exits_pay_at"],
+        metavar="BATCH_SIZE",
+        help="in mode early_exit, ask exits only while they make decoding faster than mode full "
+        f"would be in a batch of this many sequences; 0 is off {SHOWN}",
+    )
     add("--draft-exit-layer", type=int, help="exit that drafts (default: the first one)")
     limits = parser.add_argument_group("limits")
     add = limits.add_argument
@@ -177,7 +185,7 @@ def check_limits(args: argparse.Namespace) -> None:
     ABOVE_ZERO.check_flags(args, "request_timeout")
     Range(least=0, most=2**16 - 1).check_flags(args, "port")
     numbers = ("num_draft_tokens", "early_exit_threshold", "draft_confidence")
-    for name in (*numbers, "exit_threshold_decay"):
+    for name in (*numbers, "exit_threshold_decay", "exits_pay_at"):
         RANGES[name].check_flags(args, name)
     for threshold in args.exit_thresholds or ():
         RANGES["exit_thresholds"].check(**{"--exit-thresholds": threshold})
@@ -273,6 +281,7 @@ def settings_of(
             exit_threshold_decay=args.exit_threshold_decay,
             exit_layers=None if args.exit_layers is None else tuple(args.exit_layers),
             kv_policy=args.kv_policy,
+            exits_pay_at=args.exits_pay_at,
             draft_exit_layer=args.draft_exit_layer,
             num_draft_tokens=args.num_draft_tokens,
             draft_confidence=args.draft_confidence,
@@ -347,6 +356,7 @@ def serve_at(args: argparse.Namespace, sockets: Sequence[socket.socket]) -> int:
         early_exit_threshold=exits.exit_thresholds or exits.early_exit_threshold,
         exit_measure=exits.exit_measure,
         kv_policy=exits.kv_policy,
+        exits_pay_at=exits.exits_pay_at,
         draft_exit_layer=exits.draft_exit_layer or next(iter(engine.exit_layers), None),
         draft_confidence=exits.draft_confidence,
         needs_key=settings.api_key is not None,

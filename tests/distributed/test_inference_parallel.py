@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, Sam
 from megatron.early_exit.inference.distributed.parallel_backend import parallel_model
 from megatron.early_exit.inference.distributed.process_groups import join, own_part
 from megatron.early_exit.inference.engine import scoring
+from megatron.early_exit.inference.modes import pauses
 from megatron.early_exit.inference.modes.early_exit import EarlyExitMode
 from megatron.early_exit.inference.modes.head_output import NOT_FINITE
 from megatron.early_exit.inference.modes.mode import Next
@@ -36,6 +38,7 @@ from tests.helpers.compiler import has_cpp_compiler, needs_compiler
 from tests.helpers.nccl_transfers import NcclTransfers
 from tests.helpers.quantized_models import rounded_model
 from tests.helpers.reference_decoder import ReferenceToken, generate, scores
+from tests.helpers.reference_pauses import SHORT_PAUSES
 from tests.helpers.spawn import spawn
 from tests.helpers.tiny_models import GPT2, HEADS, LLAMA, TinyModel, make_model, save_checkpoint
 
@@ -52,6 +55,10 @@ MEASURED = [
         {"exit_measure": "gate", "exit_thresholds": (0.7, 0.4), "exit_threshold_decay": 2.0},
         {"exit_measure": "gate", "early_exit_threshold": 0.6, "exit_details": True},
         {"exit_measure": "gate", "early_exit_threshold": 1.0},
+        {"early_exit_threshold": 0.9, "exits_pay_at": 32},
+        {"exit_measure": "similarity", "early_exit_threshold": 0.6, "exits_pay_at": 1},
+        {"exit_measure": "gate", "early_exit_threshold": 0.6, "exits_pay_at": 32},
+        {"early_exit_threshold": 0.9, "exits_pay_at": 32, "exit_details": True},
     )
 ]
 """Requests by other measures and thresholds than the usual ones."""
@@ -123,6 +130,8 @@ def divided_engine(
 def generate_everything(folder: str, arriving: list[list[Arrival]]) -> dict[Any, Any]:
     """All models in all layouts of this number of processes."""
     scoring.CHUNK = 9
+    for name, value in SHORT_PAUSES.items():
+        setattr(pauses, name, value)
     found: dict[Any, Any] = {}
     world_size = torch.distributed.get_world_size()
     for layout in LAYOUTS[world_size]:
@@ -299,6 +308,15 @@ def folder(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_pauses() -> Iterator[None]:
+    """For the oracle what the engines have, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SHORT_PAUSES.items():
+            patch.setattr(pauses, name, value)
+        yield
+
+
 @pytest.fixture(scope="module", params=sorted(LAYOUTS))
 def found(request, folder) -> list[dict[Any, Any]]:
     """What every rank has got."""
@@ -458,7 +476,9 @@ def test_stages_judge_by_the_measure_of_the_request(found):
     layers = set()
     for params, *results in zip(MEASURED, *told, strict=True):
         rule = rule_of(params)
-        expected = generate(model_of(*ONE), TEXT[:13], params.max_tokens, **rule)
+        expected = generate(
+            model_of(*ONE), TEXT[:13], params.max_tokens, pays_at=params.exits_pay_at, **rule
+        )
         scored = scores(model_of(*ONE), TEXT[:13], **rule)
         for result in results:
             assert result.token_ids == [token.token_id for token in expected]
@@ -469,6 +489,9 @@ def test_stages_judge_by_the_measure_of_the_request(found):
             known = [token.confidence for token in expected + scored]
             assert sure == pytest.approx(known, rel=3e-4, abs=2e-5)
         layers |= {token.exit_layer for token in expected + scored}
+        if params.exits_pay_at:
+            # Of a pipeline, the first rank alone keeps the account.
+            assert any(result.statistics.num_unasked_tokens for result in results)
     assert len(layers) == 3
 
 

@@ -58,6 +58,7 @@ def exit_rules(draw: st.DrawFn) -> dict[str, Any]:
     fields: dict[str, Any] = {"exit_layers": layers, "exit_measure": measure}
     fields["exit_threshold_decay"] = draw(st.sampled_from([0.0, 0.0, 4.0]))
     fields["kv_policy"] = draw(st.sampled_from(["exact", "propagate"]))
+    fields["exits_pay_at"] = draw(st.sampled_from([0, 0, 1, 8]))
     if draw(st.booleans()):
         count = 2 if layers is None else len(layers)
         fields["exit_thresholds"] = tuple(draw(thresholds) for _ in range(count))
@@ -67,7 +68,7 @@ def exit_rules(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def rule_of(params: SamplingParams) -> dict[str, Any]:
-    """The same in the words of the reference decoder."""
+    """The same in the words of the reference decoder, but for pauses."""
     if params.mode != "early_exit":
         return {"threshold": None}
     thresholds = params.exit_thresholds
@@ -148,6 +149,7 @@ def assert_oracles(model: TinyModel, arrival: Arrival, *results: GenerationResul
         forbidden=stops,
         num_forbidden=params.min_tokens,
         most_tokens=params.max_tokens,
+        pays_at=params.exits_pay_at,
         **rule_of(params),
     )
     tokens, text, end = until_the_end(tokens, params, stops)

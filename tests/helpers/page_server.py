@@ -360,6 +360,8 @@ def _metrics(
         exit_thresholds=body.exit_thresholds,
         exit_threshold_decay=body.exit_threshold_decay,
         kv_policy=body.kv_policy,
+        exits_pay_at=body.exits_pay_at,
+        num_unasked_tokens=0 if body.mode == "early_exit" else None,
         num_layers=NUM_LAYERS,
         mean_exit_layer=sum(layers) / len(layers),
         exit_tokens={str(layer): layers.count(layer) for layer in sorted(set(layers))},

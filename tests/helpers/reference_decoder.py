@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tests.helpers.reference_pauses import asks_exits
 from tests.helpers.tiny_models import TinyModel
 
 
@@ -51,6 +52,7 @@ def generate(
     decay: float = 0.0,
     most_tokens: int | None = None,
     propagates: bool = False,
+    pays_at: int = 0,
 ) -> list[ReferenceToken]:
     """Greedy tokens; a threshold of None means that no exit is ever taken.
 
@@ -59,16 +61,24 @@ def generate(
     confidence is what `confidence_of` says. Thresholds decay over `most_tokens`,
     by default all of them. None of the first
     `num_forbidden` tokens may be `forbidden`; that changes the choice, not the confidence. Where it
-    `propagates`, a position is held behind the exit that has given its token.
+    `propagates`, a position is held behind the exit that has given its token. With `pays_at` exits
+    pause where they do not pay in a batch of so many sequences, see `asks_exits`.
     """
     tokens, generated = list(prompt), []
     left: dict[int, int] = {}
+    places, given_by = model.early_exit.positions, []
     for _ in range(max_tokens):
         heads = all_heads(model, tokens, left)
         limits = _limits(
             model, threshold, exit_layers, decay, len(generated) / (most_tokens or max_tokens)
         )
+        if pays_at:
+            asked = [places.index(one) for one in limits]
+            kind = {"is_gated": measure == "gate", "is_held": propagates}
+            if not asks_exits(model, asked, pays_at, given_by, **kind):
+                limits = {}
         place, probabilities, confidence = _answer(heads, -1, limits, measure)
+        given_by.append(len(places) if place == "final" else places.index(place))
         layer = place if isinstance(place, int) else model.architecture.num_layers
         if propagates and place != "final":
             left[len(tokens) - 1] = layer

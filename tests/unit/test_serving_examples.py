@@ -245,6 +245,7 @@ def test_where_the_operators_thresholds_hold():
     settings = ExitSettings(mode="early_exit", exit_thresholds=(0.5, 0.25), exit_measure="margin")
     plain = {"exit_measure": "margin", "exit_threshold_decay": 0.0, "exit_layers": None}
     plain |= {"mode": "early_exit", "exit_details": False, "kv_policy": "exact"}
+    plain |= {"exits_pay_at": 0}
     several, one = {"exit_thresholds": (0.5, 0.25)}, {"early_exit_threshold": 0.8}
     for fields, expected in (
         ({}, several),

@@ -9,7 +9,7 @@ from megatron.early_exit.client.completions import Completion, CompletionClient,
 
 EXIT_FIELDS = (
     *("mode", "early_exit_threshold", "exit_layers", "kv_policy"),
-    *("exit_measure", "exit_thresholds", "exit_threshold_decay"),
+    *("exit_measure", "exit_thresholds", "exit_threshold_decay", "exits_pay_at"),
 )
 """The fields of requests about exits."""
 

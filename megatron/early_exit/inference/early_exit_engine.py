@@ -22,6 +22,7 @@ from megatron.early_exit.inference.loading import load_model
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.modes.draft_gain import DraftCosts
+from megatron.early_exit.inference.modes.exit_gain import ExitCosts
 from megatron.early_exit.inference.modes.measures import GATE
 from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.inference.results import GeneratedToken, GenerationResult
@@ -105,6 +106,7 @@ class EarlyExitEngine:
         runner.warm_up()
         self.loop = self._backend.loop(runner, self.pages)
         whole = self._backend.architecture
+        draft_costs, exit_costs = self._costs()
         self._requests = RequestFactory(
             vocab_size=whole.vocab_size,
             num_layers=whole.num_layers,
@@ -115,7 +117,8 @@ class EarlyExitEngine:
             eod_id=self.eod_id,
             other_end_ids=self.other_end_ids,
             draw_seed=self._backend.draw_seed,
-            draft_costs=self._draft_costs(),
+            draft_costs=draft_costs,
+            exit_costs=exit_costs,
             exit_measure=self._backend.exit_measure,
             has_gates=self._backend.has_gates,
         )
@@ -198,12 +201,13 @@ class EarlyExitEngine:
             prefix_caching=prefix_caching,
         )
 
-    def _draft_costs(self) -> tuple[DraftCosts, ...]:
+    def _costs(self) -> tuple[tuple[DraftCosts, ...], ExitCosts]:
         model, whole, layers = self.model, self._backend.architecture, self.exit_layers
-        # Exits draft by themselves, so it does not matter which of them share a projection.
+        # Exits are asked by themselves, so it does not matter which of them share a projection.
         costs = Costs.of(whole, layers, model.exit_vocab_size, True, model.device.type)
         block = float(whole.layer_weights) if self._backend.has_blocks else 0.0
-        return tuple(costs.of_drafts(index, block) for index in range(len(layers)))
+        drafts = tuple(costs.of_drafts(index, block) for index in range(len(layers)))
+        return drafts, costs.of_exits(block)
 
     @property
     def is_worker(self) -> bool:

@@ -20,6 +20,7 @@ MODE_FIELDS: dict[Mode, tuple[str, ...]] = {
         "exit_thresholds",
         "exit_threshold_decay",
         "kv_policy",
+        "exits_pay_at",
     ),
     "self_speculative": ("draft_exit_layer", "num_draft_tokens", "draft_confidence"),
 }
@@ -47,6 +48,7 @@ RANGES: dict[str, Range] = {
     "exit_layers": INDEX,
     "exit_thresholds": ZERO_TO_ONE,
     "exit_threshold_decay": Range(least=0, most=100, least_means="off"),
+    "exits_pay_at": Range(least=0, most=1024, is_integer=True, least_means="off"),
     "num_draft_tokens": Range(least=1, most=1024, is_integer=True),
     "draft_exit_layer": INDEX,
     "draft_confidence": Range(least=0, most=1, least_means="off"),
@@ -176,6 +178,14 @@ class SamplingParams:
     values that each layer makes of the hidden state at the exit; nothing else of the layers behind
     it is ever computed there, so later tokens may be other ones (arXiv 2207.07061). Positions of
     the prompt leave where `prompt_logprobs` are asked for; else but the last one they do not."""
+
+    exits_pay_at: int = 0
+    """Ask exits only while they make decoding faster than mode `full` in a batch of this many
+    sequences, by the costs of the model's parts and by how often they have given this sequence's
+    tokens: where they have lost about two steps of the full model, the final head gives 150 tokens
+    or more without them, and then they are tried again. So other tokens come out than with the
+    exits alone, but they do not depend on the other sequences. Prompts are scored with all exits.
+    0 is off."""
 
     num_draft_tokens: int = 4
     """Most tokens to draft before the full model looks at them."""

@@ -87,6 +87,9 @@ class GenerationStatistics:
     """In mode `self_speculative`."""
     num_cached_tokens: int = 0
     """Tokens of the prompt that were not computed, since an earlier request began with them."""
+    num_unasked_tokens: int = 0
+    """With `exits_pay_at`, those for which the exits were not asked, since they had made decoding
+    slower."""
 
     @property
     def decode_tokens_per_second(self) -> float:

@@ -70,6 +70,7 @@ class ServedModel:
                 "early_exit_threshold": 0.0,
                 "exit_layers": layers,
                 "exit_threshold_decay": 0.0,
+                "exits_pay_at": 0,
             }
         if kind == "threshold" and (threshold := _share(value)) is not None:
             return {"mode": "early_exit", "early_exit_threshold": threshold}

@@ -20,6 +20,7 @@ class ExitSettings:
             `exit_layers`, so where a request says which exits or which threshold they do not.
         exit_threshold_decay: for mode `early_exit`.
         kv_policy: for mode `early_exit`.
+        exits_pay_at: for mode `early_exit`.
         draft_exit_layer: for mode `self_speculative`; None is the first exit.
         num_draft_tokens: for mode `self_speculative`.
         draft_confidence: for mode `self_speculative`; None finds the best one while decoding.
@@ -34,6 +35,7 @@ class ExitSettings:
     exit_thresholds: tuple[float, ...] | None = None
     exit_threshold_decay: float = 0.0
     kv_policy: KVPolicy = "exact"
+    exits_pay_at: int = 0
     draft_exit_layer: int | None = None
     num_draft_tokens: int = 4
     draft_confidence: float | None = None

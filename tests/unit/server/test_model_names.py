@@ -28,6 +28,7 @@ def test_the_name_alone_decides_nothing(name):
                 "early_exit_threshold": 0.0,
                 "exit_layers": (4,),
                 "exit_threshold_decay": 0.0,
+                "exits_pay_at": 0,
             },
         ),
         ("threshold=0.25", {**EARLY, "early_exit_threshold": 0.25}),

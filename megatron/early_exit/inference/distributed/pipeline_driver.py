@@ -25,7 +25,6 @@ from megatron.early_exit.inference.engine.scoring import PrefixScore
 from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.modes.head_output import NOT_FINITE, HeadOutput
 from megatron.early_exit.inference.modes.mode import FINAL, Next, SampledToken
-from megatron.early_exit.inference.modes.rule import NO_EXITS
 from megatron.early_exit.inference.sequence import Sequence
 
 _NO_LOGITS = torch.empty(0)
@@ -188,7 +187,7 @@ class PipelineDriver(DecodingLoop):
             sequence.key,
             *span,
             tokens,
-            rule=request.mode.rule if sequence.is_asking else NO_EXITS,
+            rule=request.mode.rule if sequence.is_asking else request.mode.rule.without_exits(),
             final=True,
             verify=request.mode.verifies,
             logits=request.params.needs_logits,

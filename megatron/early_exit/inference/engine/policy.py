@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.inference.modes.draft_gain import DraftCosts
+from megatron.early_exit.inference.modes.exit_gain import ExitCosts
 
 ROWS = {"cpu": 16.0, "cuda": 200.0}
 """Rows that take as long to compute as weights take to read, roughly, by the kind of device."""
@@ -87,6 +88,21 @@ class Costs:
             full=sum(self.segments) + self.head,
             rows=self.rows,
             step=step,
+        )
+
+    def of_exits(self, block: float = 0.0) -> ExitCosts:
+        """What tokens take that may leave at exits.
+
+        Args:
+            block: weights of an exit's own layer, where it has one.
+        """
+        return ExitCosts(
+            self.segments,
+            self.head,
+            self.exit_head + block,
+            self.held,
+            self.rows,
+            self.step * sum(self.segments),
         )
 
 

@@ -149,6 +149,7 @@ class Request:
                 start,
                 self.mode.counts,
                 self.sequence.num_cached,
+                self.mode.num_unasked,
             ),
             stop_reason=self._stopping.stop_reason,
             error=self.error,

@@ -12,6 +12,7 @@ from megatron.early_exit.inference.engine.scoring import ScoringRule, TextScores
 from megatron.early_exit.inference.engine.stopping import Stopping, stop_token_ids
 from megatron.early_exit.inference.engine.text import TextStream
 from megatron.early_exit.inference.modes.draft_gain import DraftCosts
+from megatron.early_exit.inference.modes.exit_gain import ExitCosts
 from megatron.early_exit.inference.modes.measures import DEFAULT_MEASURE, needs_streams
 from megatron.early_exit.inference.modes.mode import ModeContext, TokenSampler
 from megatron.early_exit.inference.modes.sampling import Sampler
@@ -35,6 +36,7 @@ class RequestFactory:
         other_end_ids: further tokens that end a text.
         draw_seed: gives seeds to requests that sample and have none.
         draft_costs: what drafting takes with each exit.
+        exit_costs: what tokens take that may leave at exits.
         exit_measure: what confidence is where a request does not say it.
         has_gates: the exits have gates.
     """
@@ -49,6 +51,7 @@ class RequestFactory:
     other_end_ids: tuple[int, ...]
     draw_seed: Callable[[], int]
     draft_costs: tuple[DraftCosts, ...]
+    exit_costs: ExitCosts
     exit_measure: str = DEFAULT_MEASURE
     has_gates: bool = False
     _keys: Iterator[int] = field(default_factory=lambda: count(1), init=False)
@@ -92,6 +95,7 @@ class RequestFactory:
             self.max_pending,
             room,
             self.draft_costs,
+            self.exit_costs,
             self.exit_measure,
             self.has_gates,
         )

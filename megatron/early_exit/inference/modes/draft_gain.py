@@ -10,14 +10,8 @@ depends on it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MOST_LOST = 1.5
-"""Steps of the full model that drafts may lose before they pause."""
-CREDIT = 1.0
-"""What the first ones may lose besides: a text often begins with what is hard to foresee."""
-_MOST_GAINED = 4.0
-"""What has been gained counts up to here: the text may have changed since."""
-SHORTEST_PAUSE, LONGEST_PAUSE = 150, 2400
-"""Tokens: a pause is twice as long as the one before, if drafts have not paid in between."""
+from megatron.early_exit.inference.modes.pauses import Pauses
+
 _MEMORY = 20.0
 """Steps of the full model over which speed and acceptance are averaged, about."""
 _PRIOR = 6.0
@@ -71,9 +65,7 @@ class DraftGain:
 
     def __init__(self, costs: DraftCosts) -> None:
         self._costs = costs
-        self._next_pause = SHORTEST_PAUSE
-        self._balance = CREDIT
-        """Steps of the full model that drafting has saved since it began last."""
+        self._pauses = Pauses()
         self._tokens = self._steps = self._accepted = self._expected = _PRIOR
 
     @property
@@ -120,13 +112,8 @@ class DraftGain:
         self._steps = keep * self._steps + steps
         self._accepted = keep * self._accepted + num_accepted
         self._expected = keep * self._expected + sum(confidences[:tokens])
-        self._balance = min(self._balance + tokens - steps, _MOST_GAINED)
-        if self._balance >= _MOST_GAINED:
-            self._next_pause = SHORTEST_PAUSE
-        if self._balance > -MOST_LOST:
-            return 0
-        pause, self._balance = self._next_pause, 0.0
-        self._next_pause = min(2 * pause, LONGEST_PAUSE)
-        # Behind the pause the text may be another kind of text.
-        self._tokens = self._steps = self._accepted = self._expected = _PRIOR
+        pause = self._pauses.add(tokens - steps)
+        if pause:
+            # Behind the pause the text may be another kind of text.
+            self._tokens = self._steps = self._accepted = self._expected = _PRIOR
         return pause

@@ -15,6 +15,7 @@ from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.modes.batch_sampler import draw
 from megatron.early_exit.inference.modes.draft_gain import DraftCosts
 from megatron.early_exit.inference.modes.draw import Draft, Draw
+from megatron.early_exit.inference.modes.exit_gain import ExitCosts
 from megatron.early_exit.inference.modes.head_output import HeadOutput
 from megatron.early_exit.inference.modes.measures import DEFAULT_MEASURE, GATE, MEASURES
 from megatron.early_exit.inference.modes.rule import NO_EXITS, ExitRule
@@ -139,6 +140,7 @@ class ModeContext:
         max_pending: see `EarlyExitMode`.
         room: the most tokens that the sequence may get in all.
         draft_costs: what drafting takes with each exit.
+        exit_costs: what tokens take that may leave at exits.
         stored_measure: what confidence is where the request does not say it.
         has_gates: the exits have gates.
     """
@@ -148,6 +150,7 @@ class ModeContext:
     max_pending: int
     room: int
     draft_costs: tuple[DraftCosts, ...]
+    exit_costs: ExitCosts
     stored_measure: str = DEFAULT_MEASURE
     has_gates: bool = False
 
@@ -221,6 +224,7 @@ class DecodingMode(ABC):
         rule: the exits that are asked, and when one of them gives the token.
         details: every head that is asked is put on record.
         counts: how drafting has gone; None where there is none.
+        num_unasked: tokens for which exits were not asked, since that had made decoding slower.
     """
 
     verifies: ClassVar[bool] = False
@@ -228,6 +232,7 @@ class DecodingMode(ABC):
     rule: ExitRule
     details: bool = False
     counts: DraftCounts | None = None
+    num_unasked: int = 0
     _heads: list[HeadReport] = field(default_factory=list)
 
     @classmethod

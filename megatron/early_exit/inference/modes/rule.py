@@ -66,6 +66,10 @@ class ExitRule:
         """Whether the first exit gives every token, in whatever place."""
         return bool(self.exits) and not self.decay and self.takes(self.exits[0], 0.0)
 
+    def without_exits(self) -> "ExitRule":
+        """The rule by which the final head gives every token."""
+        return replace(self, exits=(), thresholds=())
+
     def behind(self, exit_index: int) -> "ExitRule":
         """The rule for the exits that come after one that has not given the token."""
         left = [place for place, one in enumerate(self.exits) if one > exit_index]

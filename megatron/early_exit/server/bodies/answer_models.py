@@ -54,6 +54,11 @@ class RequestMetrics(BaseModel):
     exit_thresholds: list[float] | None
     exit_threshold_decay: float | None
     kv_policy: str | None
+    exits_pay_at: int | None
+    num_unasked_tokens: int | None = Field(
+        description="Tokens for which no exit was asked, since exits had made decoding slower by "
+        "exits_pay_at; in mode early_exit."
+    )
     num_layers: int
     mean_exit_layer: float | None
     exit_tokens: dict[str, int] = Field(description="Tokens by the layer that gave them.")

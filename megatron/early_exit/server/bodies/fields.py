@@ -31,7 +31,12 @@ MEASURES = (
     "have gates)."
 )
 STORED = "Default: the server's, else the model's."
-_OFF = {"kv_policy": "exact", "exit_threshold_decay": 0}
+PAYS = (
+    "Ask exits only while they make decoding faster than mode full would be in a batch of this "
+    "many sequences, by the costs of the model's parts and by how often they have given the text's "
+    "tokens. 0 is off."
+)
+_OFF = {"kv_policy": "exact", "exit_threshold_decay": 0, "exits_pay_at": 0}
 """Values of fields of mode `early_exit` that ask for nothing, and so not for the mode."""
 _ABOUT = {"title", "default", "description"}
 """What a JSON schema says of a field whatever its kind is."""
@@ -102,6 +107,7 @@ Stops = Annotated[
 
 Natural = Annotated[int, InRange(INDEX)]
 Share = Annotated[float, InRange(ZERO_TO_ONE)]
+BatchSize = Annotated[int, InRange(RANGES["exits_pay_at"])]
 Decay = Annotated[float, InRange(RANGES["exit_threshold_decay"])]
 TokenName = Annotated[str, Field(pattern="^[0-9]{1,18}$")]
 
@@ -153,6 +159,7 @@ class ExitFields(RequestModel):
         "computes there. propagate: what each skipped layer makes of its hidden state at the exit, "
         "which is cheap, and may change texts. Default: the server's.",
     )
+    exits_pay_at: BatchSize | None = Field(None, description=f"{PAYS} Default: the server's.")
     draft_exit_layer: Natural | None = Field(None, description="The exit that drafts.")
     num_draft_tokens: Annotated[int, InRange(RANGES["num_draft_tokens"])] | None = Field(
         None, description="Most drafts before the whole model looks at them."
@@ -185,6 +192,7 @@ class ExitFields(RequestModel):
             "exit_thresholds": None if thresholds is None else tuple(thresholds),
             "exit_threshold_decay": self.exit_threshold_decay,
             "kv_policy": self.kv_policy,
+            "exits_pay_at": self.exits_pay_at,
             "draft_exit_layer": self.draft_exit_layer,
             "num_draft_tokens": self.num_draft_tokens,
             "draft_confidence": self.draft_confidence,

@@ -49,6 +49,8 @@ def request_metrics(
         exit_thresholds=None if thresholds is None else list(thresholds),
         exit_threshold_decay=params.exit_threshold_decay if is_early else None,
         kv_policy=params.kv_policy if is_early else None,
+        exits_pay_at=params.exits_pay_at if is_early else None,
+        num_unasked_tokens=sum(one.num_unasked_tokens for one in times) if is_early else None,
         num_layers=num_layers,
         mean_exit_layer=sum(layer * n for layer, n in layers.items()) / count if count else None,
         exit_tokens={str(layer): layers[layer] for layer in sorted(layers)},

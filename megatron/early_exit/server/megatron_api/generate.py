@@ -15,7 +15,9 @@ from megatron.early_exit.ranges import Range
 from megatron.early_exit.server.bodies.answer_models import Head
 from megatron.early_exit.server.bodies.fields import (
     MEASURES,
+    PAYS,
     STORED,
+    BatchSize,
     Decay,
     ExitFields,
     Natural,
@@ -83,6 +85,9 @@ class GenerateRequest(RequestModel):
     )
     kv_policy: KVPolicy | None = Field(
         None, description="As in /v1/completions; of no interest where no token leaves early."
+    )
+    exits_pay_at: BatchSize | None = Field(
+        None, description=f"{PAYS} As kv_policy of no interest where no token leaves early."
     )
     print_max_prob: bool = Field(
         False, description="Tell what each head on the way to a token found best (`max_probs`)."
@@ -213,6 +218,7 @@ def _exit_params(body: GenerateRequest, service: Service) -> dict[str, Any]:
             "exit_layers": (body.exit_layers or None) if is_early else None,
             **{name: getattr(body, name) for name in _MEASURING},
             "kv_policy": body.kv_policy if is_early else None,
+            "exits_pay_at": body.exits_pay_at if is_early else None,
         }
     )
     return fields.exit_params(settings, len(exits))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.early_exit.inference import EarlyExitEngine
+from megatron.early_exit.inference.modes import pauses
 from tests.helpers.arrivals import CONTEXT, Syllables, arrivals, assert_oracles, play
+from tests.helpers.reference_pauses import SHORT_PAUSES
 from tests.helpers.tiny_models import GPT2, HEADS, LLAMA, make_model
 
 MODELS = {
@@ -14,6 +19,15 @@ MODELS = {
     for name, architecture in (("llama", LLAMA), ("gpt2", GPT2))
     for head, options in HEADS.items()
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_pauses() -> Iterator[None]:
+    """So that there are some at all."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SHORT_PAUSES.items():
+            patch.setattr(pauses, name, value)
+        yield
 
 
 @settings(max_examples=80)

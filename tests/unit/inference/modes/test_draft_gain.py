@@ -9,13 +9,12 @@ import pytest
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.engine.policy import Costs
-from megatron.early_exit.inference.modes.draft_gain import (
+from megatron.early_exit.inference.modes.draft_gain import DraftCosts, DraftGain
+from megatron.early_exit.inference.modes.pauses import (
     CREDIT,
     LONGEST_PAUSE,
     MOST_LOST,
     SHORTEST_PAUSE,
-    DraftCosts,
-    DraftGain,
 )
 from tests.helpers.tiny_models import HEADS, LLAMA, make_model
 
