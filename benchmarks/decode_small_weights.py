@@ -6,13 +6,15 @@ from statistics import median
 from decode_models import Weights
 from decode_turns import Decoder, FigureTable, Turn, ratio, take_turns
 
+from megatron.early_exit.checkpoint.quantization import Quantization
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.weight_dtype import WeightQuantizer
 
 
 def quantized(weights: Weights) -> Weights:
     """The model with its matrices in 8 bits, those of the heads, too."""
-    return weights._replace(tensors=WeightQuantizer(weights.head.dtype).of_model(weights.tensors))
+    quantizer = WeightQuantizer(weights.head.dtype, Quantization())
+    return weights._replace(tensors=quantizer.of_model(weights.tensors))
 
 
 def measure_small_weights(

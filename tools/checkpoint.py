@@ -28,11 +28,14 @@ from megatron.early_exit.checkpoint.huggingface import import_hf, open_export
 from megatron.early_exit.checkpoint.inspection import count_parameters, inspect
 from megatron.early_exit.checkpoint.lazy import LazyWeights
 from megatron.early_exit.checkpoint.multi_token_prediction import add_mtp, strip_mtp
+from megatron.early_exit.checkpoint.quantization import Quantization
+from megatron.early_exit.checkpoint.quantized_model import quantize_model
 from megatron.early_exit.checkpoint.source import open_checkpoint, open_parts
 from megatron.early_exit.checkpoint.writer import Report
 from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig, ExitMeasure
 from megatron.early_exit.errors import as_flag
-from megatron.early_exit.inference.quantization_loss import quantization_loss
+from megatron.early_exit.inference.quantization_loss import QuantizationLoss, quantization_loss
+from megatron.early_exit.inference.weight_dtype import NO_INT4, WEIGHT_DTYPES
 
 GENERATE = "python tools/generate.py --load {} --prompt ..."
 DRAFT = f"{GENERATE} --mode self_speculative"
@@ -159,21 +162,35 @@ def build_parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--tokenizer-type", help="default: the type that training used")
     one = verb(
+        "quantize",
+        _quantize,
+        "store a model with its matrices in 8 bits, which the engine loads as they are",
+        "SRC",
+        "DST",
+    )
+    one.add_argument("--weight-dtype", choices=WEIGHT_DTYPES, default="int8", help="default: int8")
+    _add_quantize_heads(one)
+    one.add_argument("--text", type=Path, metavar="TEXT", help="print what measure-int8 does, too")
+    one = verb(
         "measure-int8",
         _measure_int8,
         "print what weights in 8 bits (--weight-dtype int8 of tools/generate.py) change",
         "SRC",
         "TEXT",
     )
-    one.add_argument(
+    _add_quantize_heads(one)
+    one = verb("inspect", _inspect, "describe what a checkpoint contains", "SRC")
+    one.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _add_quantize_heads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--quantize-heads",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="projections to the vocabulary are in 8 bits, too (default: yes)",
     )
-    one = verb("inspect", _inspect, "describe what a checkpoint contains", "SRC")
-    one.add_argument("--json", action="store_true", help="print JSON")
-    return parser
 
 
 def _add_random_init(verb: argparse.ArgumentParser) -> None:
@@ -300,8 +317,21 @@ def _merge_exits(args: argparse.Namespace) -> None:
     _write_checkpoint(open_parts(args.base, args.exits), args.dst, GENERATE)
 
 
+def _quantize(args: argparse.Namespace) -> None:
+    if args.weight_dtype == "int4":
+        raise ValueError(f"--weight-dtype int4 {NO_INT4}")
+    text = None if args.text is None else _read_text(args.text)
+    quantization = Quantization(args.quantize_heads)
+    _write_checkpoint(quantize_model(open_checkpoint(args.src), quantization), args.dst, GENERATE)
+    if text is not None:
+        _print_loss(quantization_loss(args.src, text, args.quantize_heads, quantized_path=args.dst))
+
+
 def _measure_int8(args: argparse.Namespace) -> None:
-    loss = quantization_loss(args.src, _read_text(args.text), args.quantize_heads)
+    _print_loss(quantization_loss(args.src, _read_text(args.text), args.quantize_heads))
+
+
+def _print_loss(loss: QuantizationLoss) -> None:
     change = loss.quantized_perplexity / loss.perplexity - 1
     print(
         f"perplexity of {loss.num_tokens} tokens: {loss.perplexity:.4f}, in 8 bits "

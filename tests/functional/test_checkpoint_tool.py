@@ -76,7 +76,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (pieces,) = (save_base(folder / "damaged") / "release").glob("*.distcp")
     pieces.write_bytes(pieces.read_bytes()[:50_000])
     save_base(folder / "unlabelled")
-    (folder / "unlabelled" / "early_exit_model.json").write_text('{"format": 2}')
+    (folder / "unlabelled" / "early_exit_model.json").write_text('{"format": 3}')
     return {
         "base": base,
         "exits": save(folder / "exits", MODEL, reference),
@@ -328,7 +328,7 @@ REFUSALS = [
         "convert it with tools/checkpoint.py import-ee-llm",
     ),
     (["add-exits", "damaged", "OUT", NUMS, "2"], "is missing or damaged"),
-    (["add-exits", "unlabelled", "OUT", NUMS, "2"], "format 2 is unknown, allowed: 1"),
+    (["add-exits", "unlabelled", "OUT", NUMS, "2"], "format 3 is unknown, allowed: 1 or 2"),
     (["add-exits", "base", "FILE/x", NUMS, "2"], "words.model/x cannot be written"),
     (["strip-exits", "base", "OUT"], "base: the model has no exits"),
     (["strip-mtp", "base", "OUT"], "base: the model has no multi-token-prediction module"),
@@ -347,6 +347,8 @@ REFUSALS = [
     ),
     (["import-hf", "base", "OUT"], "base"),
     (["export-hf", "none", "OUT"], "none: there is no such directory"),
+    (["quantize", "base", "OUT", "--weight-dtype", "int4"], "--weight-dtype int4 is not served"),
+    (["quantize", "none", "OUT"], "none: there is no such directory"),
     (["inspect", "none"], "none: there is no such directory"),
     (["inspect", "bare"], "bare/iter_0000005: contains no arguments of its training"),
 ]
@@ -443,3 +445,22 @@ def test_what_8_bits_change(tmp_path, capsys):
     text.write_bytes(b"\xff\xfe\xfd")
     assert main(["measure-int8", str(path), str(text)]) == 2
     assert f"error: {text}: is no text in UTF-8" in capsys.readouterr().err
+
+
+def test_quantizing(tmp_path, capsys):
+    path = save_text_checkpoint(tmp_path)
+    text, out = tmp_path / "text.txt", tmp_path / "small"
+    text.write_text("the quick brown foxes jump over lazy dogs. " * 9)
+    assert run("measure-int8", path, text) == 0
+    measured = capsys.readouterr().out
+    assert run("quantize", path, out, "--weight-dtype", "int8", "--text", text) == 0
+    printed = capsys.readouterr().out
+    assert "decoder.layers.N.mlp.linear_fc1.weight_scale" in printed
+    assert f"generate.py --load {out} --prompt" in printed
+    assert printed.splitlines()[-1] == measured.strip()
+    assert run("inspect", out) == 0
+    assert "matrices of layers and of heads in int8" in capsys.readouterr().out
+    for verb in (["quantize", out, tmp_path / "again"], ["measure-int8", out, text]):
+        assert run(*verb) == 2
+        assert "its matrices are in 8 bits, which only inference can use" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megatron.early_exit.checkpoint.quantization import Quantization
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.weight_dtype import WeightQuantizer
 from tests.helpers.tiny_models import TinyModel
@@ -43,5 +44,5 @@ def quantized_model(
     model: TinyModel, heads: bool = True, compile_rows: bool = False
 ) -> SegmentedModel:
     """The engine's model with weights in 8 bits."""
-    weights = WeightQuantizer(torch.float32, heads).of_model(model.weights)
+    weights = WeightQuantizer(torch.float32, Quantization(heads)).of_model(model.weights)
     return SegmentedModel(model.architecture, model.early_exit, weights, compile_rows=compile_rows)

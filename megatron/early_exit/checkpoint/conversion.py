@@ -80,7 +80,12 @@ def _check(
 ) -> None:
     assert description.architecture is not None
     reader = CheckpointReader(locate(directory).iteration_dir)
-    stored = stored_weights(reader, description.architecture, description.early_exit)
+    stored = stored_weights(
+        reader,
+        description.architecture,
+        description.early_exit,
+        quantization=description.quantization,
+    )
     check_written(stored, hashes, report)
 
 

@@ -19,6 +19,7 @@ from megatron.early_exit.checkpoint.location import (
     CheckpointLocation,
     locate,
 )
+from megatron.early_exit.checkpoint.quantization import Quantization
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.text_files import read_json, write_whole
 from megatron.early_exit.checkpoint.tokenizer import (
@@ -29,6 +30,8 @@ from megatron.early_exit.checkpoint.tokenizer import (
 from megatron.early_exit.config import EarlyExitConfig
 
 _FORMAT = 1
+_QUANTIZED_FORMAT = 2
+"""Of models in 8 bits: programs that do not know them must not take their matrices for others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,8 @@ class ModelDescription:
     tokenizer: TokenizerDescription | None
     base: BaseReference | None = None
     """The model that has the backbone, if only the exits are saved."""
+    quantization: Quantization | None = None
+    """Which matrices are stored in 8 bits; None for a model without any."""
 
     @classmethod
     def from_args(
@@ -66,12 +71,14 @@ class ModelDescription:
 
     def to_dict(self) -> dict[str, Any]:
         """The description as JSON values."""
+        quantized = self.quantization
         return {
-            "format": _FORMAT,
+            "format": _FORMAT if quantized is None else _QUANTIZED_FORMAT,
             "architecture": None if self.architecture is None else self.architecture.to_dict(),
             "early_exit": self.early_exit.to_dict(),
             "tokenizer": None if self.tokenizer is None else asdict(self.tokenizer),
             "base": None if self.base is None else asdict(self.base),
+            **({} if quantized is None else {"quantization": asdict(quantized)}),
         }
 
     @classmethod
@@ -81,16 +88,21 @@ class ModelDescription:
         Raises:
             ValueError: the values are not a description, or of a newer format.
         """
-        if values.get("format") != _FORMAT:
-            raise ValueError(f"format {values.get('format')!r} is unknown, allowed: {_FORMAT}")
+        if values.get("format") not in (_FORMAT, _QUANTIZED_FORMAT):
+            raise ValueError(
+                f"format {values.get('format')!r} is unknown, allowed: {_FORMAT} or "
+                f"{_QUANTIZED_FORMAT}"
+            )
         try:
             architecture, tokenizer = values["architecture"], values["tokenizer"]
             base = values.get("base")
+            quantization = values.get("quantization")
             return cls(
                 None if architecture is None else Architecture(**architecture),
                 EarlyExitConfig(**values["early_exit"]),
                 None if tokenizer is None else TokenizerDescription(**tokenizer),
                 None if base is None else BaseReference(**base),
+                None if quantization is None else Quantization(**quantization),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"does not fit this version: {error}") from error

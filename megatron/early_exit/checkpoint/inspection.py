@@ -17,6 +17,7 @@ from megatron.early_exit.checkpoint.base import is_of_exit, is_of_mtp
 from megatron.early_exit.checkpoint.bridge import bridge_args
 from megatron.early_exit.checkpoint.description import describe
 from megatron.early_exit.checkpoint.location import locate
+from megatron.early_exit.checkpoint.quantization import SCALE_ENDING
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.source import is_state
 from megatron.early_exit.config import EarlyExitConfig
@@ -54,6 +55,8 @@ class Inspection:
     tokenizer: dict[str, Any] | None
     base: str | None
     """Path of the backbone, for a checkpoint with exits only."""
+    quantization: dict[str, Any] | None
+    """Which matrices are in 8 bits."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -69,6 +72,12 @@ class Inspection:
         }
         if self.base is not None:
             facts["exits only"] = f"the backbone is {self.base}"
+        if self.quantization is not None:
+            heads = " and of heads" if self.quantization["heads"] else ""
+            facts["quantized"] = (
+                f"matrices of layers{heads} in {self.quantization['weight_dtype']}, with a scale "
+                "for each output channel; for inference only"
+            )
         facts["tokenizer"] = _or_unknown(_joined(self.tokenizer))
         facts["model"] = self.unsupported or _or_unknown(_joined(self.architecture))
         lines = [_wrapped(name, str(value)) for name, value in facts.items()]
@@ -121,15 +130,18 @@ def inspect(path: str | Path) -> Inspection:
         parameters=count_parameters({name: tuple(entry.size) for name, entry in entries}),
         tokenizer=as_dict.get("tokenizer"),
         base=None if base is None else base.path,
+        quantization=as_dict.get("quantization"),
     )
 
 
 def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """The number of values in the parts of a model, including the state of its training, by the
-    shapes of tensors under the names of `weight_shapes` or of a checkpoint."""
+    """The number of values in the parts of a model, including the state of its training but not
+    scales of matrices, by the shapes of tensors under the names of `weight_shapes` or of a
+    checkpoint."""
     counts = Counter[str]()
     for name, shape in shapes.items():
-        counts[_part(name)] += prod(shape)
+        if not name.endswith(f".weight{SCALE_ENDING}"):
+            counts[_part(name)] += prod(shape)
     counts["model"] = counts.total() - counts["optimizer"]
     return {part: counts[part] for part in sorted(counts, key=_order)}
 

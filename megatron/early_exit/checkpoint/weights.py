@@ -11,6 +11,7 @@ size, v vocabulary size.
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from time import monotonic
 
 import torch
@@ -20,6 +21,7 @@ from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.description import ModelDescription
 from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights
 from megatron.early_exit.checkpoint.location import CheckpointLocation
+from megatron.early_exit.checkpoint.quantization import Quantization
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.config import EarlyExitConfig, HeadPart
 
@@ -156,17 +158,21 @@ def stored_weights(
     architecture: Architecture,
     early_exit: EarlyExitConfig,
     is_wanted: Callable[[str], bool] = lambda name: True,
+    quantization: Quantization | None = None,
 ) -> LazyWeights:
     """The tensors of `weight_shapes` in a distributed checkpoint, without padding of the
     vocabulary.
 
     Args:
         is_wanted: selects tensors by their names.
+        quantization: of the model; its scales are among the tensors.
 
     Raises:
         ValueError: a tensor is missing or has another shape.
     """
     shapes = weight_shapes(architecture, early_exit)
+    if quantization is not None:
+        shapes = quantization.with_scales(shapes)
     return {
         name: _find(reader, name, shape, architecture.num_layers)
         for name, shape in shapes.items()
@@ -211,22 +217,30 @@ def _find(
     return LazyTensor(shape, dtype, lambda: reader.read(entry, place)[:rows])
 
 
-def model_weights(location: CheckpointLocation, description: ModelDescription) -> LazyWeights:
+def model_weights(
+    location: CheckpointLocation, description: ModelDescription, takes_quantized: bool = False
+) -> LazyWeights:
     """All tensors of a model; of an exits-only checkpoint, those of its base are among them.
 
     Args:
         location: of the checkpoint.
         description: of the model in it, with an architecture.
+        takes_quantized: the caller knows what to do with matrices in 8 bits.
 
     Raises:
-        ValueError: a tensor is missing or has another shape, or the base is not there. Reading one
-            raises it where the base is another model than the exits were tuned on.
+        ValueError: a tensor is missing or has another shape, or the base is not there; or matrices
+            are in 8 bits. Reading one raises it where the base is another model than the exits
+            were tuned on.
     """
     architecture, early_exit = description.architecture, description.early_exit
     assert architecture is not None
+    if description.quantization is not None and not takes_quantized:
+        raise quantized_refusal(location.iteration_dir)
     reader = CheckpointReader(location.iteration_dir)
     if description.base is None:
-        return stored_weights(reader, architecture, early_exit)
+        return stored_weights(
+            reader, architecture, early_exit, quantization=description.quantization
+        )
     reference = description.base
     base = CheckpointReader(reference.find(location.save_dir).iteration_dir)
     backbone = stored_weights(
@@ -234,3 +248,11 @@ def model_weights(location: CheckpointLocation, description: ModelDescription) -
     )
     tuned = stored_weights(reader, architecture, early_exit, reference.lacks)
     return {**reference.checked(backbone), **tuned}
+
+
+def quantized_refusal(path: Path) -> ValueError:
+    """What is said where a checkpoint in 8 bits cannot be used."""
+    return ValueError(
+        f"checkpoint {path}: its matrices are in 8 bits, which only inference can use, allowed: "
+        "the checkpoint that tools/checkpoint.py quantize made it of"
+    )

@@ -140,7 +140,7 @@ class EarlyExitEngine:
         gpu_memory_utilization: float | None = None,
         prefix_caching: bool = True,
         weight_dtype: str | None = None,
-        quantize_heads: bool = True,
+        quantize_heads: bool | None = None,
     ) -> "EarlyExitEngine":
         """Load a model that Megatron saved in the `torch_dist` format, at whatever layout.
 
@@ -168,8 +168,10 @@ class EarlyExitEngine:
             weight_dtype: "int8" keeps the matrices of layers and heads in 8 bits, with a scale for
                 each output channel, and multiplies them by rows of activations in 14 bits: on a CPU
                 a quarter of the memory, and faster decoding of a few sequences. Outputs are those
-                of the rounded weights, in a batch or alone.
-            quantize_heads: projections to the vocabulary are in `weight_dtype`, too.
+                of the rounded weights, in a batch or alone. None is as the checkpoint is stored: in
+                8 bits by `tools/checkpoint.py quantize`, else in `dtype`.
+            quantize_heads: projections to the vocabulary are in `weight_dtype`, too; None is as the
+                checkpoint is stored, or yes.
 
         Raises:
             ValueError: the checkpoint is missing, damaged, or of a kind that cannot be computed,

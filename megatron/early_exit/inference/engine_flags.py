@@ -39,7 +39,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         choices=WEIGHT_DTYPES,
         help="keep weights in fewer bits, on x86 CPUs: int8 takes a quarter of the memory and "
         "decodes a few sequences faster; int4 has no fast products yet and is refused (default: "
-        "as --dtype)",
+        "as --dtype, or as tools/checkpoint.py quantize has stored them)",
     )
     add(
         "--quantize-heads",
@@ -110,7 +110,7 @@ def load_engine(
         gpu_memory_utilization=args.gpu_memory_utilization,
         prefix_caching=args.enable_prefix_caching,
         weight_dtype=args.weight_dtype,
-        quantize_heads=args.quantize_heads is not False,
+        quantize_heads=args.quantize_heads,
     )
 
 

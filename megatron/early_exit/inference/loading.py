@@ -52,7 +52,7 @@ def load_model(
     compile_rows: bool,
     has_driver: bool,
     weight_dtype: str | None = None,
-    quantize_heads: bool = True,
+    quantize_heads: bool | None = None,
 ) -> LoadedModel:
     """Load a model; see `EarlyExitEngine.from_checkpoint`.
 
@@ -72,15 +72,17 @@ def load_model(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = decide_dtype(dtype, architecture, early_exit, torch.device(device), rank_info)
-    quantizer = make_quantizer(weight_dtype, quantize_heads, dtype, torch.device(device))
+    quantizer = make_quantizer(
+        weight_dtype, quantize_heads, dtype, torch.device(device), description.quantization
+    )
     _LOG.info(
         "reading weights in %s for %s, computing in %s",
-        weight_dtype or NAMES[dtype],
+        NAMES[dtype] if quantizer is None else quantizer.quantization.weight_dtype,
         device,
         NAMES[dtype],
     )
     weights = load_weights(
-        model_weights(location, description),
+        model_weights(location, description, takes_quantized=True),
         dtype,
         torch.device(device),
         None if rank_info is None else partial(own_part, rank_info, architecture, early_exit),

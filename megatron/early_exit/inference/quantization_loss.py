@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.early_exit.checkpoint.description import read_description
+from megatron.early_exit.checkpoint.weights import quantized_refusal
 from megatron.early_exit.inference.early_exit_engine import EarlyExitEngine
 from megatron.early_exit.inference.params import SamplingParams
 
@@ -37,17 +39,31 @@ class _Predictions:
 
 
 def quantization_loss(
-    path: Path, text: str, quantize_heads: bool = True, device: str = "cpu"
+    path: Path,
+    text: str,
+    quantize_heads: bool = True,
+    device: str = "cpu",
+    quantized_path: Path | None = None,
 ) -> QuantizationLoss:
     """Let all layers of a checkpoint's model predict a text, as it is and with weights in 8 bits.
 
     The text is cut into pieces as long as the model's context.
 
+    Args:
+        path: the checkpoint.
+        text: what is predicted.
+        quantize_heads: projections to the vocabulary are in 8 bits, too.
+        device: where the model is computed.
+        quantized_path: a checkpoint of the model that is stored in 8 bits; None quantizes the model
+            when it is loaded.
+
     Raises:
-        ValueError: the checkpoint cannot be loaded or has no tokenizer, or the text has fewer than
-            two tokens.
+        ValueError: the checkpoint's matrices are in 8 bits already, or it cannot be loaded or has
+            no tokenizer, or the text has fewer than two tokens.
         FloatingPointError: logits are not finite.
     """
+    if read_description(path).quantization is not None:
+        raise quantized_refusal(path)
     engine = EarlyExitEngine.from_checkpoint(path, device=device, max_batch_size=1)
     if engine.tokenizer is None:
         raise ValueError(f"checkpoint {path}: has no tokenizer, allowed: one that has")
@@ -63,7 +79,7 @@ def quantization_loss(
     del engine
     quantized = _predict(
         EarlyExitEngine.from_checkpoint(
-            path,
+            quantized_path or path,
             dtype,
             device,
             max_batch_size=1,

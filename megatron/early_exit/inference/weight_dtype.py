@@ -6,19 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron.early_exit.checkpoint.quantization import SCALE_ENDING, Quantization, quantize
 from megatron.early_exit.inference.model.quantized import (
-    SCALE_ENDING,
     TIED_PROJECTION,
-    quantize,
+    is_quantized,
     reason_against,
 )
 
 WEIGHT_DTYPES = ("int8", "int4")
 """What a command line may ask for."""
-_MATRICES = tuple(
-    f".{name}.weight" for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+NO_INT4 = (
+    "is not served: PyTorch has no fast product with weights in 4 bits for CPUs without AVX-512, "
+    "and none that this engine has been proved with elsewhere; allowed: int8"
 )
-_PROJECTIONS = ("output_layer.weight", ".projection.weight")
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -26,34 +26,32 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 class WeightQuantizer:
     """Makes of a model's tensors those that are kept.
 
-    Matrices of layers, of the backbone and of exits, become whole numbers with scales, see
-    `quantize`; those of heads as well, unless `heads` is False. Everything else, such as embeddings
-    and norms, is kept in the format of the activations.
+    Matrices that `quantization` covers become whole numbers with scales, see `quantize`, unless
+    they are stored as such. Everything else, such as embeddings and norms, is kept in the format of
+    the activations. Of an embedding to which heads are tied there is a copy in 8 bits where heads
+    are.
 
     Attributes:
         dtype: of the activations.
-        heads: projections to the vocabulary are quantized, too; of an embedding to which heads are
-            tied that is a copy.
+        quantization: which matrices are in 8 bits.
     """
 
     dtype: torch.dtype
-    heads: bool = True
+    quantization: Quantization
 
     def __call__(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """What is kept of a whole tensor, by names."""
+        if is_quantized(tensor) or name.endswith(f".weight{SCALE_ENDING}"):
+            return {name: tensor}
         own: dict[str, Tensor] = {}
         quantized_as = name
         if name == _EMBEDDING:
             own[name] = tensor.to(self.dtype)
             quantized_as = TIED_PROJECTION
-        if self.quantizes(quantized_as):
+        if self.quantization.covers(quantized_as):
             values, scale = quantize(tensor)
             return {**own, quantized_as: values, f"{quantized_as}{SCALE_ENDING}": scale}
         return {name: tensor.to(self.dtype)}
-
-    def quantizes(self, name: str) -> bool:
-        """Whether a tensor becomes one in fewer bits."""
-        return name.endswith(_MATRICES) or (self.heads and name.endswith(_PROJECTIONS))
 
     def of_model(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is kept of all tensors of a model."""
@@ -65,27 +63,38 @@ class WeightQuantizer:
 
 
 def make_quantizer(
-    weight_dtype: str | None, heads: bool, dtype: torch.dtype, device: torch.device
+    weight_dtype: str | None,
+    heads: bool | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    stored: Quantization | None = None,
 ) -> WeightQuantizer | None:
     """What quantizes weights for a device; None where they are kept as they are computed.
 
     Args:
-        weight_dtype: "int8", or None for the format of the activations.
-        heads: see `WeightQuantizer`.
+        weight_dtype: "int8"; None is as the model is stored, or the format of the activations.
+        heads: see `Quantization`; None is as the model is stored, or all.
         dtype: of the activations.
         device: where the model is computed.
+        stored: which matrices of the checkpoint are in 8 bits; None where none is.
 
     Raises:
-        ValueError: there are no fast products with such weights here.
+        ValueError: there are no fast products with such weights here, or the model is stored with
+            other matrices in 8 bits.
     """
+    if stored is not None:
+        weight_dtype = weight_dtype or stored.weight_dtype
+        if heads is not None and heads != stored.heads:
+            kept = "are in 8 bits" if stored.heads else "keep their format"
+            raise ValueError(
+                f"quantize_heads {heads} is not possible: in this checkpoint projections to the "
+                f"vocabulary {kept}, allowed: {stored.heads}"
+            )
+        heads = stored.heads
     if weight_dtype is None:
         return None
     if weight_dtype == "int4":
-        raise ValueError(
-            "weight_dtype int4 is not served: PyTorch has no fast product with weights in 4 bits "
-            "for CPUs without AVX-512, and none that this engine has been proved with elsewhere; "
-            "allowed: int8, or none for the format of the activations"
-        )
+        raise ValueError(f"weight_dtype int4 {NO_INT4}, or none for the format of the activations")
     if weight_dtype != "int8":
         raise ValueError(
             f"weight_dtype {weight_dtype!r} is unknown, allowed: int8, or none for the format of "
@@ -94,4 +103,4 @@ def make_quantizer(
     reason = reason_against(device)
     if reason is not None:
         raise ValueError(f"weight_dtype int8 is not possible: {reason}")
-    return WeightQuantizer(dtype, heads)
+    return WeightQuantizer(dtype, Quantization(heads is not False))

@@ -33,8 +33,8 @@ def test_every_tensor_is_told_twice(tmp_path):
 
 
 def test_a_tensor_that_is_not_found_as_it_was_written_is_refused(tmp_path, monkeypatch):
-    def disturbed(*arguments):
-        found = dict(stored_weights(*arguments))
+    def disturbed(*arguments, **options):
+        found = dict(stored_weights(*arguments, **options))
         name = "decoder.layers.2.mlp.linear_fc2.weight"
         read = found[name].read
         found[name] = replace(found[name], read=lambda: read().nextafter(torch.tensor(1e9)))

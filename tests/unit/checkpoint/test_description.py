@@ -206,7 +206,7 @@ def test_a_missing_tokenizer_is_an_error(tmp_path):
     [
         ("{", "model description .*early_exit_model.json"),
         ("[]", "early_exit_model.json"),
-        ('{"format": 99}', "format 99 is unknown, allowed: 1"),
+        ('{"format": 99}', "format 99 is unknown, allowed: 1 or 2"),
         ('{"format": 1}', "does not fit this version"),
     ],
 )

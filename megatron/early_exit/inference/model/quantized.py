@@ -1,12 +1,12 @@
-"""Weight matrices in 8 bits, and products with them.
+"""Products with weight matrices in 8 bits.
 
-A matrix is rounded to whole numbers from -127 to 127, with one scale for each output channel. It is
-multiplied by FBGEMM, the library of 8-bit products that PyTorch brings for x86 CPUs. What is exact
-there are products of such weights with numbers of 7 bits; where activations have 8, sums of two
-products may not fit between its instructions. So each row of activations is split into two rows of
-7 bits, a coarse and a fine one, with a scale of its own: together 14 bits, whose error is a
-hundredth of that of the weights. The weights are read once for both, and a row's result does not
-depend on the rows beside it.
+A matrix is whole numbers from -127 to 127, with one scale for each output channel. It is multiplied
+by FBGEMM, the library of 8-bit products that PyTorch brings for x86 CPUs. What is exact there are
+products of such weights with numbers of 7 bits; where activations have 8, sums of two products may
+not fit between its instructions. So each row of activations is split into two rows of 7 bits, a
+coarse and a fine one, with a scale of its own: together 14 bits, whose error is a hundredth of that
+of the weights. The weights are read once for both, and a row's result does not depend on the rows
+beside it.
 
 Shapes: r rows, k inputs, n output channels.
 """
@@ -18,12 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.early_exit.checkpoint.quantization import SCALE_ENDING
 from megatron.early_exit.inference.model.packed import pack
 
-MOST = 127
-"""The largest whole number that stands for a weight."""
-SCALE_ENDING = "_scale"
-"""The scales of the matrix `x.weight` are `x.weight_scale`."""
 TIED_PROJECTION = "embedding.projection.weight"
 """A copy of the word embedding, for the heads that are tied to it: the embedding itself keeps its
 format."""
@@ -39,23 +36,6 @@ _PRODUCT = "linear_with_input_q_dq_qweight_dq_output_fp32"
 """The operator that rounds its input by a given scale and gives fp32."""
 _LEAST = 1e-30
 """A row of zeros has a scale, too."""
-
-
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix [n, k] -> whole numbers [n, k] in int8, and scales [n] in fp32.
-
-    The greatest entry of a channel by size becomes 127 or -127, the others are rounded to the
-    nearest multiple of its 127th part.
-    """
-    numbers = weight.float()
-    scale = numbers.abs().amax(dim=1) / MOST
-    divisor = torch.where(scale > 0, scale, 1.0)
-    return (numbers / divisor[:, None]).round().clamp(-MOST, MOST).to(torch.int8), scale
-
-
-def dequantize(values: Tensor, scale: Tensor) -> Tensor:
-    """The matrix [n, k] in fp32 that whole numbers [n, k] and scales [n] stand for."""
-    return values.float() * scale[:, None]
 
 
 def reason_against(device: torch.device) -> str | None:

@@ -13,6 +13,7 @@ from functools import partial
 from torch import Tensor, device, dtype
 
 from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.checkpoint.quantization import SCALE_ENDING
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference.model.compiled import CompiledLayers, LayerCompiler
 from megatron.early_exit.inference.model.embedding import Embedding
@@ -24,7 +25,6 @@ from megatron.early_exit.inference.model.layers import Attention, Mlp, arrange
 from megatron.early_exit.inference.model.linear import Function, make_linear
 from megatron.early_exit.inference.model.norms import make_norm
 from megatron.early_exit.inference.model.quantized import (
-    SCALE_ENDING,
     TIED_PROJECTION,
     is_quantized,
     pack_quantized,

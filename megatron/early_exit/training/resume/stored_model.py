@@ -12,7 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron.early_exit.checkpoint.architecture import Architecture, UnsupportedArchitecture
+from megatron.early_exit.checkpoint.quantization import SCALE_ENDING
 from megatron.early_exit.checkpoint.reader import CheckpointReader
+from megatron.early_exit.checkpoint.weights import quantized_refusal
 from megatron.early_exit.config import HEAD_PARTS, EarlyExitConfig
 
 _WORD_EMBEDDING = "embedding.word_embeddings.weight"
@@ -60,12 +62,14 @@ class StoredModel:
         path: directory of the iteration.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or its matrices are in 8 bits.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._reader = CheckpointReader(path)
+        if any(name.endswith(f".weight{SCALE_ENDING}") for name in self._reader.tensors):
+            raise quantized_refusal(path)
 
     @cached_property
     def state(self) -> dict[str, Any]:

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
+from megatron.early_exit.checkpoint.quantization import dequantize, quantize
 from megatron.early_exit.inference.model.linear import make_addition, make_linear
 from megatron.early_exit.inference.model.quantized import (
-    dequantize,
     pack_quantized,
-    quantize,
     quantized_product,
 )
 from tests.helpers.quantized_models import rounded
