@@ -52,6 +52,12 @@ EXITS = {
     ),
     # Nothing is tuned but the gates.
     "gates": "--exit-layer-nums 1 3 --share-final-head --use-exit-gate",
+    # No exit, and a layer that is fed its own outputs.
+    "ahead": (
+        "--mtp-num-layers 2 --mtp-use-repeated-layer --exit-distillation-weight 0.7 "
+        "--calculate-per-token-loss"
+    ),
+    "ahead-beside": "--exit-layer-nums 2 --use-exit-norm --mtp-num-layers 2 --random-init",
 }
 
 
@@ -83,6 +89,10 @@ LAYOUTS = [
     Layout(
         *("gates", "tp2-sp", 2),
         "--tensor-model-parallel-size 2 --sequence-parallel --eval-interval 3 --eval-iters 1",
+    ),
+    Layout("ahead", "tp2-sp", 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    Layout(
+        "ahead-beside", "dp2", 2, "--use-distributed-optimizer --eval-interval 3 --eval-iters 1"
     ),
     # Evaluations between the steps change nothing.
     Layout("early", "pp2", 2, "--pipeline-model-parallel-size 2 --eval-interval 3 --eval-iters 1"),
@@ -237,6 +247,30 @@ def test_a_run_that_was_stopped_goes_on(tuner: Tuner, exits: str):
     for position in EXITS[exits].split()[1:3]:
         value = float(line.split(f"exit {position} loss: ")[1].split()[0])
         assert value == pytest.approx(last[f"exit {position} loss"][-1], rel=BOUND)
+
+
+def test_a_look_ahead_head_is_tuned_on(tuner: Tuner):
+    """In another layout, with flags from the checkpoint; the base stays as it is."""
+    expected = tuner.reference("ahead")
+    own = ["--exit-distillation-weight", 0.7, "--calculate-per-token-loss"]
+    folder = tuner.folder / "ahead-stopped"
+    tuner.tune("ahead-stopped", 1, "ahead", "--load", tuner.base, "--exit-interval", STEPS // 2)
+    go_on = [*tuner.data, "--tune-exit", *own, "--train-iters", STEPS, "--use-checkpoint-args"]
+    go_on += ["--load", folder / "checkpoints", "--save", folder / "checkpoints"]
+    found = train(tuner.ranks, folder / "again", 2, [*go_on, "--save-interval", STEPS])
+    figures = exit_figures(expected)
+    assert len(figures) == 5
+    for name, values in figures.items():
+        assert found.scalars[name] == pytest.approx(values[STEPS // 2 :], rel=BOUND), name
+    base, tuned = open_checkpoint(tuner.base), open_checkpoint(folder / "checkpoints")
+    architecture = tuned.description.architecture
+    assert architecture is not None
+    assert (architecture.mtp_num_layers, architecture.mtp_use_repeated_layer) == (2, True)
+    for name, tensor in base.weights.items():
+        assert torch.equal(tuned.weights[name].read(), tensor.read()), name
+    reader = CheckpointReader(locate(folder / "checkpoints").iteration_dir)
+    own_names = {name for name in reader.tensors if not name.startswith("optimizer.")}
+    assert own_names == {"tuning_anchor", *(tuned.weights.keys() - base.weights.keys())}
 
 
 def test_another_model_is_refused(tuner: Tuner):

@@ -13,14 +13,15 @@ from megatron.early_exit.config import EarlyExitConfig
 from tests.helpers.plain_loss import token_losses
 
 LAYERS, HIDDEN, HEADS, VOCAB, SEQUENCE, BATCH = 4, 32, 4, 64, 12, 2
-_OF_MODEL = ("tied", "holds_rows")
+_OF_MODEL = ("tied", "holds_rows", "tunes_exits")
 
 
 def build_model(exits: EarlyExitConfig, **backbone: Any) -> Any:
     """An EarlyExitGPTModel in training mode, without dropout unless `backbone` asks for it.
 
     `backbone` holds fields of Megatron's transformer config, `tied` for a final projection that is
-    tied to the word embedding, and `holds_rows` for layers that can hand on tokens unchanged."""
+    tied to the word embedding, `holds_rows` for layers that can hand on tokens unchanged, and
+    `tunes_exits` for a frozen backbone."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
 
@@ -52,6 +53,7 @@ def build_model(exits: EarlyExitConfig, **backbone: Any) -> Any:
         position_embedding_type="rope",
         share_embeddings_and_output_weights=backbone.get("tied", True),
         holds_rows=backbone.get("holds_rows", False),
+        tunes_exits=backbone.get("tunes_exits", False),
     )
     torch.manual_seed(3)
     (model,) = config.get_builder_cls()(config).build_distributed_models(

@@ -10,7 +10,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from megatron.early_exit.patches import (
@@ -18,6 +18,7 @@ from megatron.early_exit.patches import (
     distributed_optimizer,
     forward_backward,
     initialization,
+    mtp_block_spec,
     optimizer_config,
     random_state,
     replace,
@@ -42,6 +43,12 @@ class Moved:
         pass
 
 
+@wraps(mtp_block_spec.mtp_specs_by)
+def build_by_other_specs() -> None:
+    with mtp_block_spec.mtp_specs_by(wrapper):
+        pass
+
+
 PATCHES: tuple[Callable[[], None], ...] = (
     torch_cuda.answer_cuda_calls,
     torch_tensors.keep_tensors_on_cpu,
@@ -54,6 +61,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     distributed_optimizer.repair_fully_reshardable_format.__wrapped__,
     partial(forward_backward.train_by, print),
     partial(optimizer_config.set_learning_rates, {}),
+    build_by_other_specs,
     partial(training_log.wrap_log, wrapper, wrapper, wrapper),
 )
 

@@ -11,7 +11,9 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.errors import as_flag
 from megatron.early_exit.model.attention import check_attention
 from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
+from megatron.early_exit.model.layer_specs import mtp_spec_function
 from megatron.early_exit.model.tied_weights import connect_tied_weights
+from megatron.early_exit.patches.mtp_block_spec import mtp_specs_by
 
 
 @dataclass(kw_only=True)
@@ -21,7 +23,7 @@ class EarlyExitGPTModelConfig(GPTModelConfig):
     builder: ClassVar[str] = "megatron.early_exit.model.gpt_builder.EarlyExitGPTModelBuilder"
     early_exit: EarlyExitConfig = field(default_factory=EarlyExitConfig)
     tunes_exits: bool = False
-    """Whether only the exits are trained and saved."""
+    """Whether only the exits, and the look-ahead head if there is one, are trained and saved."""
     freezes_projections: bool = False
     """Whether the exits' output projections are frozen, too."""
     has_final_head: bool = True
@@ -53,9 +55,10 @@ class EarlyExitGPTModelBuilder(GPTModelBuilder):
         check_backbone(config)
         if not config.has_final_head:
             post_process = False
-        model: MegatronModule = super().build_model(
-            pg_collection, pre_process, post_process, vp_stage
-        )
+        with mtp_specs_by(mtp_spec_function):
+            model: MegatronModule = super().build_model(
+                pg_collection, pre_process, post_process, vp_stage
+            )
         # The stock builder names its class, and exits are added after construction, so the class
         # can change here; overriding it would mean copying its list of arguments.
         model.__class__ = EarlyExitGPTModel
@@ -80,7 +83,7 @@ def check_backbone(config: EarlyExitGPTModelConfig) -> None:
         check_attention(transformer)
     if not exits.positions:
         return
-    if transformer.mtp_num_layers:
+    if transformer.mtp_num_layers and not config.tunes_exits:
         raise ValueError("--mtp-num-layers cannot be combined with --exit-layer-nums")
     if transformer.cuda_graph_impl != "none":
         raise ValueError(

@@ -25,11 +25,15 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.model.backbone_parts import OUTPUT_LAYER, WORD_EMBEDDING
 from megatron.early_exit.model.exit_head import ExitHeads, NormBuilder, build_norm
 from megatron.early_exit.model.held_rows import HeldRows, hold_rows, unpack
+from megatron.early_exit.model.look_ahead import LookAheadTap, finish_frozen
 
 TUNING_ANCHOR = "tuning_anchor"
 """Name of a parameter without meaning that models have whose exits are tuned."""
 
 _ANCHOR_SIZE = 4096
+_TUNED = ("exits", "mtp")
+"""The modules that are trained and saved where the backbone is frozen."""
+
 _BRANCH_KWARGS = (
     *("attention_mask", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin"),
     *("rotary_pos_cos_sin", "attention_bias", "packed_seq_params"),
@@ -66,8 +70,9 @@ class EarlyExitGPTModel(GPTModel):
 
     exits: ExitHeads
     exit_tap: ExitTap | None
+    look_ahead_tap: LookAheadTap | None
     tunes_exits: bool
-    """Whether only the exits are trained and saved."""
+    """Whether only the exits, and the look-ahead head if there is one, are trained and saved."""
 
     def hold_rows(self) -> None:
         """Prepare the layers of this chunk for tokens that they hand on unchanged, `held` of
@@ -86,7 +91,7 @@ class EarlyExitGPTModel(GPTModel):
 
     def add_exits(self, options: EarlyExitConfig) -> None:
         """Build the heads of the exits that belong to this chunk and attach them to its layers."""
-        self.exit_tap = None
+        self.exit_tap = self.look_ahead_tap = None
         self.tunes_exits = False
         self._final_tokens: Tensor | None = None
         self.exits = ExitHeads(self.config, self.vocab_size, self.pg_collection)
@@ -112,8 +117,8 @@ class EarlyExitGPTModel(GPTModel):
             self.output_layer.register_forward_hook(self._keep_final_tokens)
 
     def tune_exits(self, freeze_projections: bool) -> None:
-        """Freeze everything except the exits' own weights; with `freeze_projections` also their
-        output projections."""
+        """Freeze everything except the exits' own weights and the look-ahead head's; with
+        `freeze_projections` also the exits' output projections."""
         self.tunes_exits = True
         self.requires_grad_(False)
         # Megatron's optimizers and checkpoints want something of every pipeline stage, also of one
@@ -126,20 +131,27 @@ class EarlyExitGPTModel(GPTModel):
             head.requires_grad_()
             if freeze_projections:
                 head.projection.requires_grad_(False)
+        if self.mtp_process:
+            self.mtp.requires_grad_()
 
     @property
     def needs_targets(self) -> bool:
         """Whether this chunk needs labels and loss mask: if it has exits, or is the last one of the
         pipeline, where Megatron counts the tokens, even for a model without a final head."""
         ends = is_pp_last_stage(self.pg_collection.pp) if self.tunes_exits else self.post_process
-        return ends or bool(self.exits.heads)
+        return ends or self._passes_targets
+
+    @property
+    def _passes_targets(self) -> bool:
+        """Whether labels and loss mask go through the layers of this chunk."""
+        return bool(self.exits.heads) or (self.tunes_exits and self.mtp_process)
 
     def train(self, mode: bool = True) -> "EarlyExitGPTModel":
         """As `torch.nn.Module.train`, but a frozen backbone always stays in evaluation mode."""
         super().train(mode)
         if self.tunes_exits:
             for name, module in self.named_children():
-                if name != "exits":
+                if name not in _TUNED:
                     module.eval()
         return self
 
@@ -230,7 +242,7 @@ class EarlyExitGPTModel(GPTModel):
             only they use the labels: the result is logits, or hidden states without a final head.
         """
         targets = {}
-        if labels is not None and self.exits.heads:
+        if labels is not None and self._passes_targets:
             targets = {"context": labels, "context_mask": loss_mask}
             if self._has_gates:
                 # Passed on with the labels: what recomputes activations would not know of which
@@ -250,14 +262,27 @@ class EarlyExitGPTModel(GPTModel):
         }
         return super().forward(*args, **kwargs)
 
+    def _postprocess(self, **end: Any) -> Tensor:  # type: ignore[override]
+        """GPTModel's end of a forward pass, without the exits' targets: layers that predict more
+        tokens take no context. Where the backbone is frozen they are trained elsewhere."""
+        block_kwargs = dict(end["extra_block_kwargs"] or {})
+        labels, loss_mask = (block_kwargs.pop(name, None) for name in ("context", "context_mask"))
+        if not (self.tunes_exits and self.mtp_process):
+            end["extra_block_kwargs"] = block_kwargs
+            result: Tensor = super()._postprocess(**end)  # type: ignore[no-untyped-call]
+            return result
+        if labels is not None and self._has_gates:
+            labels = labels[0]
+        return finish_frozen(self, labels, loss_mask, end)
+
     def sharded_state_dict(
         self,
         prefix: str = "",
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """GPTModel's sharded state and that of `exits.*`, or only the latter if exits are tuned.
-        Copies of parts of the backbone are saved as further replicas of them."""
+        """GPTModel's sharded state and that of `exits.*`, or only that and the look-ahead head's if
+        exits are tuned. Copies of parts of the backbone are saved as further replicas of them."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.exits.heads:
@@ -269,7 +294,7 @@ class EarlyExitGPTModel(GPTModel):
         anchor = state[f"{prefix}{TUNING_ANCHOR}"]
         stage = torch.distributed.get_rank(self.pg_collection.pp)
         anchor.replica_id = (stage, *anchor.replica_id[1:])
-        kept = (f"{prefix}exits.", f"{prefix}{TUNING_ANCHOR}")
+        kept = tuple(f"{prefix}{name}" for name in (*(f"{one}." for one in _TUNED), TUNING_ANCHOR))
         return {name: entry for name, entry in state.items() if entry.key.startswith(kept)}
 
 

@@ -3,11 +3,16 @@ in which this package's attention and norms replace Megatron's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -38,6 +43,33 @@ def gpt_layer_spec(
         layer_specs=[_with_torch_modules(spec) for spec in block.layer_specs or []],
         layer_norm=TorchNorm,
     )
+
+
+def mtp_spec_function(
+    megatrons: Callable[..., MultiTokenPredictionBlockSubmodules | None],
+) -> Callable[..., MultiTokenPredictionBlockSubmodules | None]:
+    """Megatron's function for the specs of its multi-token-prediction module, around layers like
+    those of `gpt_layer_spec`."""
+
+    def own(
+        config: GPTModelConfig, transformer_layer_spec: Any, vp_stage: int | None = None
+    ) -> MultiTokenPredictionBlockSubmodules | None:
+        block = megatrons(config, transformer_layer_spec, vp_stage=vp_stage)
+        is_local = config.transformer.transformer_impl == "local"
+        if block is None or not is_local or config.restore_modelopt_state:
+            return block
+        specs = [_mtp_with_torch_modules(spec) for spec in block.layer_specs or []]
+        return replace(block, layer_specs=specs)
+
+    return own
+
+
+def _mtp_with_torch_modules(spec: ModuleSpec) -> ModuleSpec:
+    """A copy of the spec of a layer that predicts one more token, with PyTorch's modules."""
+    parts = cast(MultiTokenPredictionLayerSubmodules, spec.submodules)
+    norms = {name: _torch_norm(getattr(parts, name)) for name in ("enorm", "hnorm", "layer_norm")}
+    layer = _with_torch_modules(cast(ModuleSpec, parts.mtp_model_layer))
+    return replace(spec, submodules=replace(parts, mtp_model_layer=layer, **norms))
 
 
 def _with_torch_modules(spec: ModuleSpec) -> ModuleSpec:

@@ -49,6 +49,7 @@ from megatron.early_exit.training.loop.step import (
 from megatron.early_exit.training.loop.training_schedule import ScheduledSteps
 from megatron.early_exit.training.loss.curriculum import CurriculumOptions, LossCurriculum
 from megatron.early_exit.training.loss.exit_loss import ExitObjective, LossNormalization
+from megatron.early_exit.training.loss.look_ahead_loss import LookAheadOptions
 from megatron.early_exit.training.resume.loading import (
     CheckpointError,
     LoadedRandomState,
@@ -72,7 +73,8 @@ from megatron.early_exit.training.tuning.objective import (
 from megatron.early_exit.training.tuning.options import (
     TuningOptions,
     learning_rates,
-    needs_final_head,
+    looks_ahead,
+    whole_model_reason,
 )
 from megatron.early_exit.training.tuning.start import decide_tuning
 
@@ -127,9 +129,9 @@ class Session:
         )
         common = (self.exits, normalization, args.exit_loss_chunk_tokens, args.seed)
         if self.tuning.distills:
-            return DistillingObjective(self.tuning, *common)
+            return DistillingObjective(self.tuning, *common, ahead=self._ahead())
         if self.tuning.tune_exit:
-            return LocalObjective(*common)
+            return LocalObjective(*common, ahead=self._ahead())
         if not self.curriculum.is_used:
             return ExitObjective(*common)
         curriculum = LossCurriculum(
@@ -139,6 +141,15 @@ class Session:
             iterations=lambda: self.progress.iterations,
         )
         return ExitObjective(*common, curriculum)
+
+    def _ahead(self) -> LookAheadOptions | None:
+        if not looks_ahead(self.args):
+            return None
+        return LookAheadOptions(
+            depths=self.args.mtp_num_layers,
+            weight=self.args.mtp_loss_scaling_factor,
+            chunk_tokens=self.args.exit_loss_chunk_tokens,
+        )
 
     def _model_config(self) -> EarlyExitGPTModelConfig:
         config = gpt_config_from_args(self.args, model_config_cls=EarlyExitGPTModelConfig)
@@ -156,7 +167,8 @@ class Session:
         if self.tuning.tune_exit:
             config.tunes_exits = True
             config.freezes_projections = self.tuning.freeze_exit_output_weights
-            config.has_final_head = needs_final_head(self.tuning, self.exits)
+            is_whole = whole_model_reason(self.args, self.tuning, self.exits) is not None
+            config.has_final_head = is_whole
             config.share_embeddings_and_output_weights &= config.has_final_head
             # What is tied is frozen.
             config.transformer.finalize_model_grads_func = finalize_model_grads
@@ -191,6 +203,8 @@ class Session:
         self._has_model = True
         for chunk in chunks:
             chunk.exit_tap = self.objective
+            if isinstance(self.objective, LocalObjective):
+                chunk.look_ahead_tap = self.objective
         if self._start is not None:
             for line in move_conflicting(self.args, self._start):
                 print_rank_0(line)
@@ -207,7 +221,8 @@ class Session:
         if self.tuning.random_init:
             random_init = RandomInit(self.args.seed, self.args.init_method_std)
         try:
-            weights = starting_weights(base, self.exits, random_init)
+            mtp = (self.args.mtp_num_layers or 0, self.args.mtp_use_repeated_layer)
+            weights = starting_weights(base, self.exits, random_init, *mtp)
             for chunk in chunks:
                 load_base(chunk, weights)
         except ValueError as error:

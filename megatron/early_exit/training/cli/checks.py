@@ -35,7 +35,8 @@ def check_arguments(args: Namespace, exits: EarlyExitConfig) -> None:
     """
     _check_support(args)
     ONE_OR_MORE.check_flags(args, "exit_loss_chunk_tokens", "eval_interval")
-    if args.exit_loss_chunk_tokens is not None and not exits.positions:
+    tunes_ahead = args.tune_exit and args.mtp_num_layers
+    if args.exit_loss_chunk_tokens is not None and not (exits.positions or tunes_ahead):
         raise ValueError("--exit-loss-chunk-tokens has no effect without --exit-layer-nums")
     if not (args.train_iters or args.train_samples or args.skip_train):
         raise ValueError("nothing says how long to train: give --train-iters or --train-samples")
@@ -45,12 +46,13 @@ def check_arguments(args: Namespace, exits: EarlyExitConfig) -> None:
         raise ValueError("--async-save needs a GPU, which this machine lacks: leave it out")
     if args.save is not None:
         _check_temporary_folder()
-    if not exits.positions:
+    if not (exits.positions or tunes_ahead):
         return
+    heads = "--exit-layer-nums" if exits.positions else "--tune-exit"
     for flag in ("use_torch_fsdp2", "use_megatron_fsdp"):
         if getattr(args, flag):
             raise ValueError(
-                f"--{flag.replace('_', '-')} cannot be combined with --exit-layer-nums, allowed: "
+                f"--{flag.replace('_', '-')} cannot be combined with {heads}, allowed: "
                 "Megatron's own data parallelism, with or without --use-distributed-optimizer"
             )
     if exits.use_exit_gate and args.pipeline_model_parallel_size > 1:
@@ -60,11 +62,10 @@ def check_arguments(args: Namespace, exits: EarlyExitConfig) -> None:
             "other stages do not know, allowed: 1"
         )
     if args.moe_use_upcycling:
-        raise ValueError("--moe-use-upcycling cannot be combined with --exit-layer-nums")
+        raise ValueError(f"--moe-use-upcycling cannot be combined with {heads}")
     if not is_torch_dist(args):
         raise ValueError(
-            f"--ckpt-format {args.ckpt_format} cannot be combined with --exit-layer-nums, "
-            "allowed: torch_dist"
+            f"--ckpt-format {args.ckpt_format} cannot be combined with {heads}, allowed: torch_dist"
         )
 
 

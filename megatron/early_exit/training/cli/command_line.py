@@ -117,7 +117,9 @@ def parse_arguments(
     args = parse_args(add_arguments)
     given = given_arguments(parsers[0])
     check_rules(UNSUPPORTED, parsers[0], args, given)
+    own_mtp = {name: getattr(args, name) for name in _OF_MTP}
     stored = _restore_from_checkpoint(args, given) if args.use_checkpoint_args else None
+    _restore_mtp(args, own_mtp, given)
     if stored is None:
         exits = EarlyExitConfig.from_attributes(args)
     else:
@@ -234,6 +236,18 @@ def _restore_the_rest(args: Namespace, stored: object, given: frozenset[str]) ->
         args.num_layers = stored.full_num_layers  # type: ignore[attr-defined]
 
 
+def _restore_mtp(args: Namespace, own: dict[str, object], given: frozenset[str]) -> None:
+    """Let the command line say what a checkpoint's arguments would: of a run that tunes heads on
+    a model all, since it trains only the look-ahead head that it asks for."""
+    source = find_checkpoint(args) if args.tune_exit and args.use_checkpoint_args else None
+    saved = None if source is None else read_saved_description(source.directory)
+    is_of_model = source is not None and (saved is None or saved.base is None)
+    for name in own if is_of_model else own.keys() & given:
+        setattr(args, name, own[name])
+    # Megatron builds an empty module for 0.
+    args.mtp_num_layers = args.mtp_num_layers or None
+
+
 def _find_on_every_rank(args: Namespace) -> Path | None:
     """The checkpoint that gives the arguments; ranks wait until rank 0 has mended its directory."""
     deadline = time.monotonic() + _SHARED_DIRECTORY_TIMEOUT_S
@@ -272,6 +286,7 @@ def restore_exits(args: object, stored: EarlyExitConfig, given: frozenset[str]) 
     return EarlyExitConfig(**values)
 
 
+_OF_MTP = ("mtp_num_layers", "mtp_use_repeated_layer")
 _NOT_RESTORED = frozenset(
     {
         *("layernorm_epsilon", "norm_epsilon", "layernorm_zero_centered_gamma", "qk_layernorm"),

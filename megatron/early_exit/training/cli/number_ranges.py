@@ -28,6 +28,7 @@ _NOT_NEGATIVE = (
     *("train_iters", "train_samples", "eval_iters", "num_workers", "lr", "weight_decay"),
     *("clip_grad", "manual_gc_interval", "num_experts", "init_method_std"),
     *("lr_warmup_iters", "lr_warmup_samples", "start_eval_at_iter", "mtp_num_layers"),
+    "mtp_loss_scaling_factor",
     # 0 is off.
     *("non_persistent_save_interval", "exit_interval", "exit_duration_in_mins"),
     *("train_sync_interval", "loss_scale"),

@@ -18,7 +18,6 @@ from megatron.early_exit.patches.training_log import wrap_log
 from megatron.early_exit.training.loop.progress import Progress
 from megatron.early_exit.training.loop.step import NUM_ASKED
 from megatron.early_exit.training.loss.exit_loss import ExitObjective
-from megatron.early_exit.training.loss.metrics import ExitMetrics
 
 _NUM_ITERATIONS = "advanced iterations"
 """What Megatron calls the number of iterations among the totals of an interval."""
@@ -39,11 +38,9 @@ def _device() -> torch.device:
     return torch.empty(0, device="cuda").device
 
 
-def _means(metrics: ExitMetrics, but: frozenset[int] = frozenset()) -> dict[str, torch.Tensor]:
-    if not metrics.positions:
-        return {}
+def _means(objective: ExitObjective, training: bool) -> dict[str, torch.Tensor]:
     groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["dp_cp", "pp"])
-    return metrics.take_means(groups, _device(), but)
+    return objective.take_means(groups, _device(), training)
 
 
 def _with_exits(
@@ -60,7 +57,7 @@ def _with_exits(
         **kwargs: Any,
     ) -> Any:
         loss_dict = final.shown(loss_dict)
-        means = _means(objective.training_metrics, but=objective.yet_to_learn)
+        means = _means(objective, training=True)
         _join({**loss_dict, **means}, total_loss_dict)
         loss_dict = {**loss_dict, **means}
         for position, weight in objective.weights.items():
@@ -114,7 +111,7 @@ class _Evaluation:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             losses, collected, time_is_up = evaluate(*args, **kwargs)
-            means = _means(self.objective.validation_metrics)
+            means = _means(self.objective, training=False)
             if not time_is_up:
                 for name, mean in means.items():
                     if "accuracy" in name or "gate" in name:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -143,6 +144,17 @@ class ExitObjective:
         """The exits that have not learnt in any iteration so far, so that there is no loss to show
         of them."""
         return frozenset(self.config.positions) - self._have_learnt
+
+    def take_means(
+        self, groups: ProcessGroupCollection, device: torch.device, training: bool
+    ) -> dict[str, Tensor]:
+        """What heads have measured since the last call, in training or in evaluation; a collective
+        call, see `ExitMetrics.take_means`. Exits that have never learned are left out."""
+        if not self.config.positions:
+            return {}
+        if training:
+            return self.training_metrics.take_means(groups, device, but=self.yet_to_learn)
+        return self.validation_metrics.take_means(groups, device)
 
     def start_step(self, per_token_share: float) -> None:
         """Prepare a step in which stages work on different microbatches.

@@ -111,7 +111,7 @@ class Teacher:
         probabilities = logits.new_empty(sequence, batch, vocabulary.rows)
         # Logits come batch first: only a chunk of them is ever put into another order.
         for steps in options.chunks(sequence, rows, logits.device, group=batch):
-            tempered = logits[steps].flatten(0, 1).float()
+            tempered = logits[steps].flatten(0, 1).to(torch.float32, copy=True)
             if temperature != 1:
                 tempered /= temperature
             probabilities[steps].flatten(0, 1).copy_(vocabulary.answers_of(tempered))

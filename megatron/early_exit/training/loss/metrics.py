@@ -1,4 +1,4 @@
-"""Running sums of what the exits' heads measured, and their means over all ranks."""
+"""Running sums of what exits and other heads measured, and their means over all ranks."""
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -16,13 +16,17 @@ class ExitMetrics:
     Args:
         positions: the positions of all exits of the model, on every rank the same.
         has_gates: whether they have gates.
+        name: what the heads are called in the log, before their positions.
 
     Attributes:
         gates: the measurements of these; None where there are none.
     """
 
-    def __init__(self, positions: tuple[int, ...], has_gates: bool = False) -> None:
+    def __init__(
+        self, positions: tuple[int, ...], has_gates: bool = False, name: str = "exit"
+    ) -> None:
         self.positions = positions
+        self.name = name
         self.gates = GateMetrics(positions) if has_gates else None
         self._sums: Tensor | None = None
         self._last: Tensor | None = None
@@ -53,8 +57,8 @@ class ExitMetrics:
             but: positions to leave out, on every rank the same.
 
         Returns:
-            `exit N loss` and `exit N accuracy` for each position N, the same on every rank; and
-            what `GateMetrics` has.
+            `exit N loss` and `exit N accuracy` for each position N, or with another name, the same
+            on every rank; and what `GateMetrics` has.
         """
         sums = self._zeros(device) if self._sums is None else self._sums
         self._sums = None
@@ -68,8 +72,8 @@ class ExitMetrics:
         for row, position in enumerate(self.positions):
             if position in but:
                 continue
-            means[f"exit {position} loss"] = found[row, _LOSS].float()
-            means[f"exit {position} accuracy"] = found[row, _CORRECT].float()
+            means[f"{self.name} {position} loss"] = found[row, _LOSS].float()
+            means[f"{self.name} {position} accuracy"] = found[row, _CORRECT].float()
         if self.gates is not None:
             means |= self.gates.take(groups, device)
         return means

@@ -13,7 +13,7 @@ from megatron.early_exit.model.exit_head import ExitHead
 from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
 
 _EXTRA_STATE = "_extra_state"
-_OF_EXIT = re.compile(r"exits\.\d+\.")
+_OF_HEAD = re.compile(r"(exits\.\d+|mtp)\.")
 
 
 class CheckpointError(ValueError):
@@ -83,7 +83,7 @@ class _Loaded:
         missing = [name for name in keys.missing_keys if not name.endswith(_EXTRA_STATE)]
         unknown = [name for name in missing if not name.startswith(self.may_lack)]
         if self.exits_only:
-            unknown = [name for name in unknown if _OF_EXIT.match(name)]
+            unknown = [name for name in unknown if _OF_HEAD.match(name)]
         if unknown:
             raise CheckpointError(
                 f"the checkpoint lacks {unknown[0]} and {len(unknown) - 1} more tensors that the "

@@ -4,6 +4,7 @@ What a checkpoint holds is known before any process group exists: its index list
 the arguments of the run that wrote it are stored with them.
 """
 
+import re
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -19,7 +20,9 @@ from megatron.early_exit.config import HEAD_PARTS, EarlyExitConfig
 
 _WORD_EMBEDDING = "embedding.word_embeddings.weight"
 _EXITS_PREFIX = "exits."
+_MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
 _BESIDE = frozenset(part.module for part in HEAD_PARTS if part.is_beside)
+_OF_MTP = frozenset({"mtp_num_layers", "mtp_use_repeated_layer"})
 _MAY_CHANGE = frozenset({"vocab_size", "params_dtype"})
 """Fields of an architecture in which runs of one model may differ; the vocabulary is compared with
 what the checkpoint has rows for."""
@@ -96,6 +99,11 @@ class StoredModel:
                 parts.setdefault(int(position), set()).add(part.removeprefix("pre_mlp_layernorm"))
         return {position: frozenset(found - {""}) for position, found in parts.items()}
 
+    @property
+    def mtp_layers(self) -> int:
+        """Layers of the look-ahead head that have weights in the checkpoint."""
+        return len({one[1] for name in self._reader.tensors if (one := _MTP_LAYER.match(name))})
+
     def match(self, options: EarlyExitConfig, adds_gates: bool = False) -> ExitMatch:
         """Which of a run's exits are in the checkpoint.
 
@@ -133,12 +141,13 @@ class StoredModel:
             "checkpoint, or load a checkpoint without this exit"
         )
 
-    def check_backbone(self, args: object, vocab_size: int) -> None:
+    def check_backbone(self, args: object, vocab_size: int, any_mtp: bool = False) -> None:
         """Compare the backbone with that of a run.
 
         Args:
             args: the run's validated arguments.
             vocab_size: size of the run's vocabulary, without padding.
+            any_mtp: the two may have different look-ahead heads, or none.
 
         Raises:
             ValueError: they differ in a way that changes the model.
@@ -146,7 +155,8 @@ class StoredModel:
         # Kinds of models that only Megatron knows have no description: it compares shapes.
         with suppress(UnsupportedArchitecture, TypeError):
             stored, wanted = Architecture.from_args(self.args), Architecture.from_args(args)
-            check_same_architecture(stored, wanted, f"checkpoint {self.path}")
+            but = _OF_MTP if any_mtp else frozenset()
+            check_same_architecture(stored, wanted, f"checkpoint {self.path}", but)
         rows = self._reader.shape(_WORD_EMBEDDING)[0] if self._has_embedding else vocab_size
         if rows < vocab_size:
             raise ValueError(
@@ -159,16 +169,19 @@ class StoredModel:
         return _WORD_EMBEDDING in self._reader.tensors
 
 
-def check_same_architecture(stored: Architecture, wanted: Architecture, owner: str) -> None:
+def check_same_architecture(
+    stored: Architecture, wanted: Architecture, owner: str, but: frozenset[str] = frozenset()
+) -> None:
     """Compare two backbones.
 
     Args:
         owner: what has the stored one, for the message.
+        but: fields that may differ.
 
     Raises:
         ValueError: they differ in a way that changes the model.
     """
-    may_change = set(_MAY_CHANGE)
+    may_change = {*_MAY_CHANGE, *but}
     if wanted.position_embedding_type != "learned_absolute":
         may_change.add("max_position_embeddings")
     for name in (f.name for f in fields(Architecture) if f.name not in may_change):

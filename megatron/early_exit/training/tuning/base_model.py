@@ -1,7 +1,7 @@
-"""The model that exits are tuned on: read from its checkpoint into this rank's part of it.
+"""The model that heads are tuned on: read from its checkpoint into this rank's part of it.
 
 Megatron loads checkpoints of the model that it saves. In EE-Tuning those are two: what is saved are
-the exits, and what is built of the base ends with the last of them.
+the heads, and what is built of the base ends with the last of them.
 """
 
 from collections.abc import Iterator
@@ -16,41 +16,55 @@ from megatron.early_exit.checkpoint.base import BaseReference, is_of_exit
 from megatron.early_exit.checkpoint.exits import RandomInit, add_exits, strip_exits
 from megatron.early_exit.checkpoint.lazy import LazyWeights
 from megatron.early_exit.checkpoint.location import locate
+from megatron.early_exit.checkpoint.multi_token_prediction import add_mtp
 from megatron.early_exit.checkpoint.source import open_checkpoint
-from megatron.early_exit.checkpoint.weights import LAYERS, VOCABULARY_ENDINGS
+from megatron.early_exit.checkpoint.weights import LAYERS, MTP_LAYERS, VOCABULARY_ENDINGS
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.model.gpt_model import TUNING_ANCHOR, EarlyExitGPTModel
 
 _EXITS = "exits."
 _BLOCK = "block."
+_MTP_INNER, _MTP_STORED = "mtp_model_layer.", "transformer_layer."
 _COPIED_MATRIX = "exits.backbone.matrix"
 
 
-def describe_base(path: Path) -> BaseReference:
-    """Name a checkpoint as the base of exits; reads all of its backbone.
+def describe_base(path: Path, tunes_mtp: bool) -> BaseReference:
+    """Name a checkpoint as the base of heads; reads all of its backbone.
+
+    Args:
+        path: the checkpoint.
+        tunes_mtp: a look-ahead head is tuned.
 
     Raises:
         ValueError: it cannot be read, or is of a kind that is not known.
     """
     location = locate(path)
-    return BaseReference.of(location, open_checkpoint(path).weights)
+    return BaseReference.of(location, open_checkpoint(path).weights, tunes_mtp)
 
 
 def starting_weights(
-    base: BaseReference, exits: EarlyExitConfig, random_init: RandomInit | None
+    base: BaseReference,
+    exits: EarlyExitConfig,
+    random_init: RandomInit | None,
+    mtp_num_layers: int = 0,
+    mtp_use_repeated_layer: bool = False,
 ) -> LazyWeights:
-    """What tuning starts from: the base, its exits where it has them, and new ones where not.
+    """What tuning starts from: the base, its heads where it has them, and new ones where not.
 
     Args:
         base: the checkpoint; what is read of its backbone is compared with the hashes.
         exits: those of the run; where the base has one of them, it has the same head.
         random_init: see `add_exits`.
+        mtp_num_layers: how far the look-ahead head that is tuned looks, 0 without one.
+        mtp_use_repeated_layer: one layer does.
 
     Raises:
-        ValueError: the base cannot be read.
+        ValueError: the base cannot be read, or its look-ahead head has more layers.
     """
     source = open_checkpoint(base.path)
     plain = strip_exits(source) if source.description.early_exit.exits else source
+    if mtp_num_layers:
+        plain = add_mtp(plain, mtp_num_layers, mtp_use_repeated_layer, random_init)
     started = add_exits(plain, exits, random_init).weights
     own = {n: t for n, t in source.weights.items() if is_of_exit(n) and n in started}
     return base.checked({**started, **own})
@@ -113,6 +127,13 @@ def _named_weights(chunk: EarlyExitGPTModel) -> Iterator[tuple[str, Tensor]]:
             layer: Any = chunk.decoder.layers[int(number)]
             keys = layer.submodules_config.sharded_state_dict_keys_map
             yield f"{LAYERS}{layer.layer_number - 1}.{_renamed(rest, keys)}", parameter
+        elif name.startswith(MTP_LAYERS):
+            number, _, rest = name.removeprefix(MTP_LAYERS).partition(".")
+            inner: Any = chunk.mtp.layers[int(number)].mtp_model_layer
+            keys = inner.submodules_config.sharded_state_dict_keys_map
+            own = _renamed(rest.removeprefix(_MTP_INNER), keys)
+            stored = f"{_MTP_STORED}{own}" if rest.startswith(_MTP_INNER) else rest
+            yield f"{MTP_LAYERS}{number}.{stored}", parameter
         elif name.startswith(_EXITS):
             position, _, rest = name.removeprefix(_EXITS).partition(".")
             keys = chunk.exits.heads[int(position)].key_map

@@ -1,6 +1,7 @@
-"""EE-Tuning (arXiv 2402.00518): only exits train, each on its own, while the backbone goes forward.
+"""EE-Tuning (arXiv 2402.00518): only exits train, each on its own, while the backbone goes forward;
+and a look-ahead head at its end.
 
-Nothing flows backward through the backbone, so the exits that a forward pass has gone by are
+Nothing flows backward through the backbone, so the heads that a forward pass has gone by are
 backpropagated right after it, when the next stage is already at work on what it has sent.
 """
 
@@ -10,8 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron.early_exit.model.look_ahead import LookAheadInput
 from megatron.early_exit.schedules.communication import with_communication
 from megatron.early_exit.schedules.execution.pass_clock import PassClock
 from megatron.early_exit.schedules.generators import Tuning
@@ -19,21 +22,49 @@ from megatron.early_exit.schedules.schedule import Schedule
 from megatron.early_exit.training.loop.step import LossFunction, ModelStep
 from megatron.early_exit.training.loss.exit_input import ExitInput
 from megatron.early_exit.training.loss.exit_loss import ExitObjective
-from megatron.early_exit.training.loss.head_loss import Teacher
+from megatron.early_exit.training.loss.head_loss import HeadLossOptions, Teacher
+from megatron.early_exit.training.loss.look_ahead_loss import LookAheadOptions, look_ahead_loss
 from megatron.early_exit.training.tuning.options import TuningOptions
 
 
 class LocalObjective(ExitObjective):
-    """The exits' losses, each backpropagated within its exit once the forward pass is over."""
+    """The losses of exits and of a look-ahead head, each backpropagated within its head once the
+    forward pass is over.
 
-    def __init__(self, *objective: Any) -> None:
+    Args:
+        objective: as of `ExitObjective`.
+        ahead: how the look-ahead head is trained; None without one.
+    """
+
+    def __init__(self, *objective: Any, ahead: LookAheadOptions | None = None) -> None:
         super().__init__(*objective)
         self._passed: list[ExitInput] = []
+        self._reached: LookAheadInput | None = None
+        self._ahead = ahead
+        if ahead is not None:
+            self._ahead_metrics = {training: ahead.metrics() for training in (True, False)}
 
     def in_training(self, exit_input: ExitInput) -> Tensor:
         """Remember the exit; the backbone goes on as if there were none."""
         self._passed.append(replace(exit_input, hidden=exit_input.hidden.detach()))
         return exit_input.hidden
+
+    def look_ahead(self, ahead: LookAheadInput) -> None:
+        """Remember the look-ahead head; in evaluation its losses are measured at once."""
+        if ahead.block.training:
+            self._reached = ahead
+        else:
+            self._run_ahead(ahead)
+
+    def take_means(
+        self, groups: ProcessGroupCollection, device: torch.device, training: bool
+    ) -> dict[str, Tensor]:
+        """As of `ExitObjective`; with the look-ahead head's loss and accuracy at each depth N as
+        `mtp N`. Accuracy is how often its most probable token is the final head's."""
+        means = super().take_means(groups, device, training)
+        if self._ahead is not None:
+            means |= self._ahead_metrics[training].take_means(groups, device)
+        return means
 
     def finish_forward(self, output: Tensor) -> None:
         """The model has been run on a microbatch.
@@ -44,44 +75,74 @@ class LocalObjective(ExitObjective):
         """
 
     def backpropagate_passed_exits(self) -> None:
-        """Train the exits that the last forward pass has gone by."""
+        """Train the exits that the last forward pass has gone by, and the look-ahead head that it
+        has reached."""
         passed, self._passed = self._passed, []
-        teacher = self._teacher(passed)
-        with torch.enable_grad():
-            for exit_input in passed:
-                self.train_exit(exit_input, teacher)
+        ahead, self._reached = self._reached, None
+        if passed:
+            teacher = self._teacher(self.options(passed[0].exits, passed[0].position))
+            with torch.enable_grad():
+                for exit_input in passed:
+                    self.train_exit(exit_input, teacher)
+        if ahead is not None:
+            self._train_ahead(ahead)
 
-    def _teacher(self, passed: list[ExitInput]) -> Teacher | None:
-        del passed
+    def _train_ahead(self, ahead: LookAheadInput) -> None:
+        assert self._ahead is not None
+        teacher = self._teacher(self._ahead.of_head(ahead))
+        with torch.enable_grad():
+            self._run_ahead(ahead, teacher)
+
+    def _run_ahead(self, ahead: LookAheadInput, teacher: Teacher | None = None) -> None:
+        assert self._ahead is not None
+        metrics = self._ahead_metrics[ahead.block.training]
+        look_ahead_loss(ahead, self._ahead, self._coefficient, metrics, teacher)
+
+    def _teacher(self, options: HeadLossOptions) -> Teacher | None:
+        del options
         return None
 
 
 class DistillingObjective(LocalObjective):
-    """The exits' losses where a part of them is the divergence from the final head.
+    """The losses of heads where a part of them is the divergence from the final head.
 
     Args:
         options: how large a part.
         objective: as of `ExitObjective`.
+        ahead: as of `LocalObjective`.
     """
 
-    def __init__(self, options: TuningOptions, *objective: Any) -> None:
-        super().__init__(*objective)
+    def __init__(
+        self, options: TuningOptions, *objective: Any, ahead: LookAheadOptions | None = None
+    ) -> None:
+        super().__init__(*objective, ahead=ahead)
         self._options = options
         self._logits: Tensor | None = None
+        self._teachers: dict[int | None, Teacher] = {}
 
     def finish_forward(self, output: Tensor) -> None:
         """Keep what the final head says."""
         self._logits = output
 
-    def _teacher(self, passed: list[ExitInput]) -> Teacher:
-        logits, self._logits = self._logits, None
-        assert logits is not None
-        return Teacher.of(
-            logits.transpose(0, 1),
-            self._options.exit_distillation_weight,
-            self._options.exit_distillation_temperature,
-            self.options(passed[0].exits, passed[0].position),
-        )
+    def backpropagate_passed_exits(self) -> None:
+        """See `LocalObjective`."""
+        super().backpropagate_passed_exits()
+        self._logits = None
+        self._teachers.clear()
+
+    def _teacher(self, options: HeadLossOptions) -> Teacher:
+        assert self._logits is not None
+        if options.vocab_size not in self._teachers:
+            # One at a time: it is as large as the logits.
+            self._teachers = {
+                options.vocab_size: Teacher.of(
+                    self._logits.transpose(0, 1),
+                    self._options.exit_distillation_weight,
+                    self._options.exit_distillation_temperature,
+                    options,
+                )
+            }
+        return self._teachers[options.vocab_size]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig
 from megatron.early_exit.errors import as_flag, out_of_range
 from megatron.early_exit.flags import FlagFields, refuse_beside
-from megatron.early_exit.ranges import ABOVE_ZERO, ZERO_TO_ONE
+from megatron.early_exit.ranges import ABOVE_ZERO, ZERO_TO_ONE, Range
 
 _NEED_TUNING = (
     "tune_exit_pipeline_parallel_size",
@@ -24,7 +24,6 @@ _REFUSED: dict[str, tuple[object, str]] = {
     "decoder_last_pipeline_num_layers": (None, "layers are divided evenly"),
     "hybrid_layer_pattern": (None, "only plain transformers are tuned"),
     "num_experts": (None, "only dense models are tuned"),
-    "mtp_num_layers": (None, "a frozen backbone predicts nothing"),
     "overlap_grad_reduce": (False, "exits have few gradients"),
     "overlap_param_gather": (False, "exits have few weights"),
     "check_for_spiky_loss": (False, "there is no final loss"),
@@ -32,6 +31,14 @@ _REFUSED: dict[str, tuple[object, str]] = {
     "recompute_granularity": (None, "nothing of the backbone is kept for a backward pass"),
 }
 """Megatron's flags that EE-Tuning refuses: the one allowed value, and the reason."""
+
+_REFUSED_LOOKING_AHEAD: dict[str, tuple[object, str]] = {
+    "context_parallel_size": (1, "each rank would lack the tokens that the next ones begin with"),
+    "use_mup": (False, "it scales the logits of the final head, and those that look ahead are not"),
+    "mtp_detach_heads": (False, "no gradient leaves what is trained on a frozen model"),
+    "multi_latent_attention": (False, "only plain attention is tuned"),
+}
+"""Megatron's flags that are refused where a look-ahead head is tuned, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +53,9 @@ class TuningOptions(FlagFields):
     tune_exit: bool = False
     """Train only the exits, on the frozen model of --load or --pretrained-checkpoint (EE-Tuning,
     arXiv 2402.00518). Only the exits are saved; layers after the last exit are neither built nor
-    run, except those that are needed to make pipeline stages equal."""
+    run, except those that are needed to make pipeline stages equal. With --mtp-num-layers K also,
+    or without exits only, a head that looks K tokens ahead: Megatron's multi-token-prediction
+    module, on the whole frozen model."""
 
     tune_exit_pipeline_parallel_size: int | None = None
     """Build and run only this many of the first pipeline stages that
@@ -57,8 +66,8 @@ class TuningOptions(FlagFields):
     """Do not train the output projections that exits have with --untie-exit-output-weights."""
 
     random_init: bool = False
-    """Initialise new exits with random weights; by default they start as copies of the model's own
-    modules."""
+    """Initialise new exits, and a new look-ahead head, with random weights; by default they start
+    as copies of the model's own modules."""
 
     exit_layer_lr: tuple[float, ...] = field(
         default=(), metadata={"argparse_meta": {"type": float, "nargs": "+", "default": []}}
@@ -68,7 +77,8 @@ class TuningOptions(FlagFields):
 
     exit_distillation_weight: float = 0.0
     """Share of each exit's loss that is the divergence from the model's final head, KL(final ||
-    exit); the rest is the plain loss. Requires running the whole model."""
+    exit); the rest is the plain loss. Requires running the whole model. A look-ahead head learns
+    what the final head says at the token that is looked for."""
 
     exit_distillation_temperature: float = 1.0
     """Divisor of the logits of both heads in the divergence of --exit-distillation-weight, which is
@@ -89,7 +99,7 @@ class TuningOptions(FlagFields):
 
     @property
     def distills(self) -> bool:
-        """Whether exits learn from the final head."""
+        """Whether heads learn from the final head."""
         return self.exit_distillation_weight > 0
 
 
@@ -105,6 +115,7 @@ def plan_depth(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) 
     full, stages = args.num_layers, args.pipeline_model_parallel_size
     _check(args, options, exits)
     args.full_num_layers = full
+    reason = whole_model_reason(args, options, exits)
     wanted = options.tune_exit_pipeline_parallel_size
     if wanted is not None:
         if not 1 <= wanted <= stages or full % stages:
@@ -112,37 +123,78 @@ def plan_depth(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) 
             allowed = f"1 to {most}, which has to divide --num-layers {full}"
             raise out_of_range("--tune-exit-pipeline-parallel-size", wanted, allowed)
         depth = full // stages * wanted
-        if exits.positions[-1] > depth:
+        if exits.positions and exits.positions[-1] > depth:
             raise ValueError(
                 f"--tune-exit-pipeline-parallel-size {wanted} is too few: the first {wanted} "
                 f"of {stages} stages have {depth} layers, and there is an exit after layer "
                 f"{exits.positions[-1]}"
             )
         args.pipeline_model_parallel_size = stages = wanted
-    elif needs_final_head(options, exits):
+    elif reason is not None:
         depth = full
     else:
         depth = min(-(-exits.positions[-1] // stages) * stages, full)
-    if needs_final_head(options, exits) and (depth < full or stages > 1):
-        flag = f"--exit-distillation-weight {options.exit_distillation_weight}"
-        if not options.distills:
-            flag = as_flag(exits.beside_parts[0].field)
+    if reason is not None and (depth < full or stages > 1):
         raise ValueError(
-            f"{flag} needs the whole model "
+            f"{reason} needs the whole model "
             "in each process, allowed: --pipeline-model-parallel-size 1 without "
             "--tune-exit-pipeline-parallel-size (--tensor-model-parallel-size may be any)"
         )
     args.num_layers = depth
 
 
-def needs_final_head(options: TuningOptions, exits: EarlyExitConfig) -> bool:
-    """Whether what exits learn depends on what the model's own head says."""
-    return options.distills or bool(exits.beside_parts)
+def whole_model_reason(
+    args: Namespace, options: TuningOptions, exits: EarlyExitConfig
+) -> str | None:
+    """The flag because of which the final head is needed: what is learned depends on what it says,
+    or begins behind the last layer. None where there is none."""
+    if options.distills:
+        return f"--exit-distillation-weight {options.exit_distillation_weight}"
+    if looks_ahead(args):
+        return f"--mtp-num-layers {args.mtp_num_layers}"
+    return as_flag(exits.beside_parts[0].field) if exits.beside_parts else None
+
+
+def looks_ahead(args: Namespace) -> bool:
+    """Whether the model has a look-ahead head."""
+    return bool(getattr(args, "mtp_num_layers", None))
 
 
 def _check(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) -> None:
-    if not exits.positions:
-        raise ValueError("--tune-exit needs exits: give --exit-layer-nums")
+    if looks_ahead(args):
+        _check_look_ahead(args)
+    elif not exits.positions:
+        raise ValueError(
+            "--tune-exit needs exits: give --exit-layer-nums, or --mtp-num-layers for a look-ahead "
+            "head"
+        )
+    if exits.positions:
+        _check_exits(options, exits)
+    elif options.freeze_exit_output_weights:
+        raise ValueError("--freeze-exit-output-weights has no effect without --exit-layer-nums")
+    rates = options.exit_layer_lr
+    if rates and len(rates) != len(exits.exit_layer_nums):
+        raise ValueError(
+            f"--exit-layer-lr {' '.join(map(str, rates))} has {len(rates)} values, allowed: one "
+            f"for each of the {len(exits.exit_layer_nums)} layers of --exit-layer-nums"
+        )
+    for rate in rates:
+        ABOVE_ZERO.check(**{"--exit-layer-lr": rate})
+    if rates and not getattr(args, "lr", 1.0):
+        raise ValueError("--exit-layer-lr needs a positive --lr, whose schedule it follows")
+    refuse_beside("--tune-exit", args, _REFUSED)
+
+
+def _check_look_ahead(args: Namespace) -> None:
+    depths = f"--mtp-num-layers {args.mtp_num_layers}"
+    refuse_beside(f"--tune-exit and {depths}", args, _REFUSED_LOOKING_AHEAD)
+    ABOVE_ZERO.check_flags(args, "mtp_loss_scaling_factor")
+    if args.seq_length is not None:
+        most = Range(least=1, most=args.seq_length - 1, most_means="--seq-length less 1")
+        most.check_flags(args, "mtp_num_layers")
+
+
+def _check_exits(options: TuningOptions, exits: EarlyExitConfig) -> None:
     if exits.pre_exit:
         raise ValueError(
             "--pre-exit cannot be combined with --tune-exit: each exit is run where its layer ends"
@@ -167,17 +219,6 @@ def _check(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) -> N
         )
     if all(part.is_beside for part in exits.head_parts):
         _refuse_for_gates_alone(options, exits)
-    rates = options.exit_layer_lr
-    if rates and len(rates) != len(exits.exit_layer_nums):
-        raise ValueError(
-            f"--exit-layer-lr {' '.join(map(str, rates))} has {len(rates)} values, allowed: one "
-            f"for each of the {len(exits.exit_layer_nums)} layers of --exit-layer-nums"
-        )
-    for rate in rates:
-        ABOVE_ZERO.check(**{"--exit-layer-lr": rate})
-    if rates and not getattr(args, "lr", 1.0):
-        raise ValueError("--exit-layer-lr needs a positive --lr, whose schedule it follows")
-    refuse_beside("--tune-exit", args, _REFUSED)
 
 
 def _refuse_for_gates_alone(options: TuningOptions, exits: EarlyExitConfig) -> None:

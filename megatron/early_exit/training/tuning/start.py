@@ -1,4 +1,4 @@
-"""What a run that tunes exits starts from: a model, or the exits that an earlier run has saved."""
+"""What a run that tunes heads starts from: a model, or the heads that an earlier run has saved."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from megatron.early_exit.training.resume.plan import (
 )
 from megatron.early_exit.training.resume.stored_model import StoredModel
 from megatron.early_exit.training.tuning.base_model import describe_base
-from megatron.early_exit.training.tuning.options import TuningOptions
+from megatron.early_exit.training.tuning.options import TuningOptions, looks_ahead
 
 
 def decide_tuning(
@@ -66,16 +66,26 @@ def _from_model(
 ) -> ResumePlan:
     path = source.checkpoint.path
     stored = StoredModel(path)
-    stored.check_backbone(args, vocab_size)
+    stored.check_backbone(args, vocab_size, any_mtp=True)
     fresh = stored.match(exits, adds_gates=True).fresh
-    base = describe_base(path)
-    notes = [f"tuning the exits of {path}, with {args.num_layers} of {args.full_num_layers} layers"]
+    base = describe_base(path, looks_ahead(args))
+    heads = ["the exits"] if exits.positions else []
+    heads += ["a look-ahead head"] if looks_ahead(args) else []
+    notes = [
+        f"tuning {' and '.join(heads)} of {path}, with {args.num_layers} of "
+        f"{args.full_num_layers} layers"
+    ]
+    how = "random weights" if options.random_init else "copies of its own modules"
     if fresh:
-        how = "random weights" if options.random_init else "copies of its own modules"
         numbers = ", ".join(map(str, fresh))
         notes.append(f"the exits after layers {numbers} are not in it and start with {how}")
-    elif options.random_init:
-        raise ValueError(f"--random-init has no effect: {path} has all exits of this run")
+    lacks_layers = looks_ahead(args) and stored.mtp_layers < (
+        1 if args.mtp_use_repeated_layer else args.mtp_num_layers
+    )
+    if lacks_layers:
+        notes.append(f"a layer or more of the look-ahead head are not in it and start with {how}")
+    if options.random_init and not (fresh or lacks_layers):
+        raise ValueError(f"--random-init has no effect: {path} has all heads of this run")
     return ResumePlan(fresh_exits=fresh, base=base, notes=tuple(notes))
 
 

@@ -15,6 +15,8 @@ from megatron.early_exit.training.tuning.options import (  # noqa: E402
     plan_depth,
 )
 
+AHEAD = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.1, "seq_length": 16}
+
 
 def arguments(num_layers=32, stages=1, **others):
     return Namespace(num_layers=num_layers, pipeline_model_parallel_size=stages, **others)
@@ -41,6 +43,15 @@ def test_depth(layers, stages, options, depth, built_stages):
     plan_depth(args, TuningOptions(tune_exit=True, **options), exits(*layers))
     assert (args.num_layers, args.pipeline_model_parallel_size) == (depth, built_stages)
     assert args.full_num_layers == 32
+
+
+def test_a_look_ahead_head_needs_the_whole_model_and_no_exits():
+    for config in (EarlyExitConfig(), exits(8)):
+        args = arguments(**AHEAD)
+        plan_depth(args, TuningOptions(tune_exit=True), config)
+        assert args.num_layers == 32
+        with pytest.raises(ValueError, match=r"^--mtp-num-layers 2 needs the whole model in each"):
+            plan_depth(arguments(stages=4, **AHEAD), TuningOptions(tune_exit=True), config)
 
 
 @pytest.mark.parametrize("heads", [{"use_exit_norm": True}, {"share_final_head": True}])
@@ -111,6 +122,42 @@ def test_a_gate_is_tuned_beside_frozen_projections():
             {"exit_layer_lr": (1e-3,)},
             exits(3),
             "--exit-layer-lr needs a positive --lr",
+        ),
+        (
+            {**AHEAD, "seq_length": 2},
+            {},
+            EarlyExitConfig(),
+            r"--mtp-num-layers 2 is out of range, allowed: 1 to 1 \(--seq-length less 1\)",
+        ),
+        (
+            {**AHEAD, "mtp_loss_scaling_factor": 0.0},
+            {},
+            EarlyExitConfig(),
+            "--mtp-loss-scaling-factor 0.0 is out of range, allowed: above 0",
+        ),
+        (
+            {**AHEAD, "context_parallel_size": 2},
+            {},
+            exits(3),
+            "--context-parallel-size 2 cannot be combined with --tune-exit and --mtp-num-layers 2",
+        ),
+        (
+            {**AHEAD, "mtp_detach_heads": True},
+            {},
+            exits(3),
+            "--mtp-detach-heads cannot be combined with --tune-exit and --mtp-num-layers 2",
+        ),
+        (
+            AHEAD,
+            {"freeze_exit_output_weights": True},
+            EarlyExitConfig(),
+            "--freeze-exit-output-weights has no effect without --exit-layer-nums",
+        ),
+        (
+            AHEAD,
+            {"exit_layer_lr": (1e-3,)},
+            EarlyExitConfig(),
+            "--exit-layer-lr 0.001 has 1 values",
         ),
         ({"num_experts": 8}, {}, exits(3), "--num-experts 8 cannot be combined with --tune-exit"),
         (

@@ -1,0 +1,261 @@
+"""A look-ahead head on a frozen model gets the gradients of plain autograd; the rest gets none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron.early_exit import platform
+
+platform.prepare()
+
+from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
+from megatron.early_exit.training.loss.exit_loss import LossNormalization  # noqa: E402
+from megatron.early_exit.training.loss.look_ahead_loss import LookAheadOptions  # noqa: E402
+from megatron.early_exit.training.tuning.objective import (  # noqa: E402
+    DistillingObjective,
+    LocalObjective,
+)
+from megatron.early_exit.training.tuning.options import TuningOptions  # noqa: E402
+from tests.helpers.exit_models import (  # noqa: E402
+    SEQUENCE,
+    Microbatch,
+    build_model,
+    gradients,
+)
+from tests.helpers.plain_loss import relative_error  # noqa: E402
+from tests.helpers.single_process import model_parallel  # noqa: E402
+
+BOUND, WEIGHT, SCALE = 1e-5, 0.3, 0.5
+HEADS: dict[str, dict[str, Any]] = {
+    "one": {"mtp_num_layers": 1},
+    "repeated": {"mtp_num_layers": 3, "mtp_use_repeated_layer": True, "tied": False},
+    "layers": {"mtp_num_layers": 2, "normalization": "LayerNorm", "add_bias_linear": True},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_groups() -> Iterator[None]:
+    with model_parallel():
+        yield
+
+
+@dataclass
+class Depth:
+    """What a depth should learn, by a loop over its rows in which nothing is shifted."""
+
+    logits: Tensor
+    labels: Tensor
+    final: Tensor
+    mask: Tensor
+
+    def loss(self, share: float, temperature: float) -> Tensor:
+        """Sum over the rows that count, `share` of it by the final head's distributions."""
+        by_label = functional.cross_entropy(self.logits, self.labels, reduction="none")
+        own = functional.log_softmax(self.logits / temperature, dim=-1)
+        teacher = functional.log_softmax(self.final / temperature, dim=-1)
+        divergence = (teacher.exp() * (teacher - own)).sum(dim=-1) * temperature**2
+        return (((1 - share) * by_label + share * divergence) * self.mask).sum()
+
+    @property
+    def accuracy(self) -> Tensor:
+        agrees = self.logits.argmax(dim=-1) == self.final.argmax(dim=-1)
+        return (agrees * self.mask).sum() / self.mask.sum()
+
+
+class PlainHead:
+    """The look-ahead head of a model by its definition, one row and one sequence at a time where
+    rows meet tokens."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+        self.embedding = model.embedding.word_embeddings.weight.detach()
+        tied = model.share_embeddings_and_output_weights
+        self.output = self.embedding if tied else model.output_layer.weight.detach()
+        self.hidden = torch.empty(0)
+
+    def depths(self, batch: Microbatch) -> list[Depth]:
+        hook = self.model.decoder.register_forward_hook(
+            lambda _, args, output: setattr(self, "hidden", output.detach())
+        )
+        with torch.no_grad():
+            final = self.model(batch.tokens, batch.positions, None)
+        hook.remove()
+        config, hidden = self.model.config, self.hidden
+        found = []
+        for k in range(1, config.mtp_num_layers + 1):
+            hidden = self._layer(0 if config.mtp_use_repeated_layer else k - 1, hidden, batch, k)
+            rows = [(b, i) for b in range(len(batch.tokens)) for i in range(SEQUENCE - k)]
+            found.append(
+                Depth(
+                    torch.stack([hidden[i, b] @ self.output.t() for b, i in rows]),
+                    torch.stack([batch.labels[b, i + k] for b, i in rows]),
+                    torch.stack([final[b, i + k] for b, i in rows]).detach(),
+                    torch.stack([batch.mask[b, i + k] for b, i in rows]),
+                )
+            )
+        return found
+
+    def _layer(self, number: int, hidden: Tensor, batch: Microbatch, k: int) -> Tensor:
+        layer = self.model.mtp.layers[number]
+        # What a row beyond the last token sees reaches no row that counts.
+        tokens = torch.stack([batch.tokens[:, min(i + k, SEQUENCE - 1)] for i in range(SEQUENCE)])
+        both = [layer.enorm(self.embedding[tokens]), layer.hnorm(hidden)]
+        joined = torch.cat(both, dim=-1) @ layer.eh_proj.weight.t()
+        rope = self.model.rotary_pos_emb(SEQUENCE)
+        inner = layer.mtp_model_layer(
+            hidden_states=joined, attention_mask=None, rotary_pos_emb=rope
+        )
+        return layer.final_layernorm(inner[0])
+
+
+def tuned_and_plain(exits: EarlyExitConfig, **backbone: Any) -> tuple[Any, Any]:
+    """A frozen model in training mode, and another with the same weights."""
+    tuned = build_model(exits, tunes_exits=True, **backbone)
+    plain = build_model(exits, tunes_exits=True, **backbone)
+    plain.load_state_dict(tuned.state_dict())
+    return tuned.train(), plain
+
+
+def options(model: Any) -> LookAheadOptions:
+    return LookAheadOptions(depths=model.config.mtp_num_layers, weight=WEIGHT, chunk_tokens=5)
+
+
+def run(model: Any, batch: Microbatch) -> Tensor:
+    with torch.no_grad():
+        return model(batch.tokens, batch.positions, None, labels=batch.labels, loss_mask=batch.mask)
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], *prefixes: str) -> None:
+    own = [name for name in expected if name.startswith(prefixes)]
+    assert own
+    assert all(expected[name].any() for name in own)
+    errors = {name: relative_error(found[name], expected[name]) for name in own}
+    assert max(errors.values()) < BOUND, errors
+    assert not any(found[name].any() for name in found if name not in own)
+
+
+@pytest.mark.parametrize("distilled", [None, (0.6, 2.5), (1.0, 1.0)], ids=str)
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("kind", HEADS)
+def test_gradients_are_those_of_plain_autograd(kind, per_token, distilled):
+    tuned, plain = tuned_and_plain(EarlyExitConfig(), **HEADS[kind])
+    ahead, normalization = (
+        options(tuned),
+        LossNormalization(per_token=per_token, context_parallel_size=1),
+    )
+    objective: LocalObjective
+    share, temperature = distilled or (0.0, 1.0)
+    if distilled is None:
+        objective = LocalObjective(EarlyExitConfig(), normalization, 5, ahead=ahead)
+    else:
+        tuning = TuningOptions(
+            tune_exit=True,
+            exit_distillation_weight=share,
+            exit_distillation_temperature=temperature,
+        )
+        objective = DistillingObjective(tuning, EarlyExitConfig(), normalization, 5, ahead=ahead)
+    tuned.look_ahead_tap = objective
+    objective.set_loss_scale(torch.tensor([SCALE]))
+    head = PlainHead(plain)
+    for batch in (Microbatch(0), Microbatch(1)):
+        objective.finish_forward(run(tuned, batch))
+        objective.backpropagate_passed_exits()
+        depths = head.depths(batch)
+        total = sum(depth.loss(share, temperature) / depth.mask.sum() for depth in depths)
+        if per_token:
+            total = total * batch.mask.sum()
+        (SCALE * WEIGHT / ahead.depths * total).backward()
+    assert_same(gradients(tuned), gradients(plain), "mtp.")
+
+
+def test_loss_and_accuracy_are_measured():
+    """Accuracy is agreement with the final head's token at the row looked for."""
+    tuned, plain = tuned_and_plain(EarlyExitConfig(), **HEADS["repeated"])
+    for model in (tuned, plain):
+        # Of three tokens one is always the most probable, so that heads agree by chance.
+        model.output_layer.weight.data[:3] *= 50
+    normalization = LossNormalization(per_token=False, context_parallel_size=1)
+    objective = LocalObjective(EarlyExitConfig(), normalization, 5, ahead=options(tuned))
+    tuned.look_ahead_tap = objective
+    head, groups = PlainHead(plain), tuned.pg_collection
+    batch = Microbatch(3)
+    depths = head.depths(batch)
+    for training in (True, False):
+        run(tuned.train(training), batch)
+        objective.backpropagate_passed_exits()
+        means = objective.take_means(groups, torch.device("cpu"), training)
+        assert list(means) == [
+            f"mtp {k} {what}" for k in (1, 2, 3) for what in ("loss", "accuracy")
+        ]
+        for k, depth in enumerate(depths, start=1):
+            loss = depth.loss(0.0, 1.0) / depth.mask.sum()
+            assert means[f"mtp {k} loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+            assert means[f"mtp {k} accuracy"].item() == pytest.approx(depth.accuracy.item())
+        assert any(gradient.any() for gradient in gradients(tuned).values()) == training
+    assert all(0 < depth.accuracy < 1 for depth in depths)
+
+
+def test_nothing_of_the_backbone_is_kept():
+    """What the head gets has no graph, and the backbone's layers save nothing for a backward."""
+    tuned, _ = tuned_and_plain(EarlyExitConfig(), **HEADS["one"])
+    normalization = LossNormalization(per_token=False, context_parallel_size=1)
+    objective = LocalObjective(EarlyExitConfig(), normalization, ahead=options(tuned))
+    tuned.look_ahead_tap = objective
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        run(tuned, Microbatch(0))
+        assert not saved
+        reached = objective._reached
+        assert reached is not None
+        assert reached.hidden.grad_fn is None
+        objective.backpropagate_passed_exits()
+    assert saved
+    assert not reached.hidden.requires_grad
+    trained = [name for name, one in tuned.named_parameters() if one.requires_grad]
+    assert trained == ["tuning_anchor", *(n for n, _ in tuned.named_parameters() if "mtp." in n)]
+
+
+@pytest.mark.parametrize("exit_vocab_size", [None, 40])
+def test_exits_beside_it_learn_as_without_it(exit_vocab_size):
+    config = EarlyExitConfig(
+        exit_layer_nums=(2,),
+        use_exit_norm=True,
+        use_exit_gate=True,
+        exit_vocab_size=exit_vocab_size,
+    )
+    tuned, plain = tuned_and_plain(config, **HEADS["one"])
+    alone = build_model(config, tunes_exits=True).train()
+    own = {name: one for name, one in tuned.state_dict().items() if not name.startswith("mtp.")}
+    alone.load_state_dict(own)
+    normalization = LossNormalization(per_token=False, context_parallel_size=1)
+    tuning = TuningOptions(tune_exit=True, exit_distillation_weight=0.7)
+    batch, found = Microbatch(0), []
+    for model, ahead in ((tuned, options(tuned)), (alone, None)):
+        objective = DistillingObjective(tuning, config, normalization, 5, ahead=ahead)
+        model.exit_tap = model.look_ahead_tap = objective
+        objective.finish_forward(run(model, batch))
+        objective.backpropagate_passed_exits()
+        found.append(gradients(model))
+    with_head, without = found
+    assert all(torch.equal(with_head[name], without[name]) for name in without)
+    assert sum(without[name].any().item() for name in without) == 3
+    (depth,) = PlainHead(plain).depths(batch)
+    (WEIGHT * depth.loss(0.7, 1.0) / depth.mask.sum()).backward()
+    of_head = {name: one for name, one in with_head.items() if not name.startswith("exits.")}
+    assert_same(of_head, {n: g for n, g in gradients(plain).items() if n in of_head}, "mtp.")
+
+
+def test_what_is_saved_are_the_heads():
+    config = EarlyExitConfig(exit_layer_nums=(2,), use_exit_norm=True)
+    tuned, _ = tuned_and_plain(config, **HEADS["repeated"])
+    keys = {entry.key for entry in tuned.sharded_state_dict().values()}
+    assert keys >= {"tuning_anchor", "exits.2.norm.weight", "mtp.layers.0.eh_proj.weight"}
+    assert "mtp.layers.0.transformer_layer.mlp.linear_fc1.layer_norm_weight" in keys
+    assert all(key.startswith(("exits.2.", "mtp.layers.0.", "tuning_anchor")) for key in keys)
