@@ -149,6 +149,7 @@ class Session:
             depths=self.args.mtp_num_layers,
             weight=self.args.mtp_loss_scaling_factor,
             chunk_tokens=self.args.exit_loss_chunk_tokens,
+            vocab_size=self.exits.exit_vocab_size,
         )
 
     def _model_config(self) -> EarlyExitGPTModelConfig:

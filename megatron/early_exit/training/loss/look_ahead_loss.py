@@ -32,11 +32,14 @@ class LookAheadOptions:
         depths: how many tokens it looks ahead.
         weight: of the mean of all depths' losses (`--mtp-loss-scaling-factor`).
         chunk_tokens: tokens whose logits exist at a time; None for a default by memory.
+        vocab_size: tokens that it learns to tell apart, the first ones; None is all. Drafts need no
+            more, and the others take most of the time where the model is small.
     """
 
     depths: int
     weight: float
     chunk_tokens: int | None = None
+    vocab_size: int | None = None
 
     def metrics(self) -> ExitMetrics:
         """Sums of what the depths measure, named `mtp 1` and so on."""
@@ -49,6 +52,7 @@ class LookAheadOptions:
             confidence_weighted=False,
             chunk_tokens=self.chunk_tokens,
             tp_group=ahead.tp_group,
+            vocab_size=self.vocab_size,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -55,18 +55,26 @@ class Depth:
     final: Tensor
     mask: Tensor
 
-    def loss(self, share: float, temperature: float) -> Tensor:
-        """Sum over the rows that count, `share` of it by the final head's distributions."""
-        by_label = functional.cross_entropy(self.logits, self.labels, reduction="none")
-        own = functional.log_softmax(self.logits / temperature, dim=-1)
-        teacher = functional.log_softmax(self.final / temperature, dim=-1)
-        divergence = (teacher.exp() * (teacher - own)).sum(dim=-1) * temperature**2
+    def loss(self, share: float, temperature: float, size: int | None = None) -> Tensor:
+        """Sum over the rows that count, `share` of it by the final head's distributions. Only the
+        first `size` tokens are told apart: what others have is spread evenly over them."""
+        own = self.logits[:, :size]
+        label = _spread(functional.one_hot(self.labels, self.logits.shape[1]).float(), size)
+        by_label = functional.cross_entropy(own, label, reduction="none")
+        own = functional.log_softmax(own / temperature, dim=-1)
+        teacher = _spread(functional.softmax(self.final / temperature, dim=-1), size)
+        divergence = (teacher * (teacher.log() - own)).sum(dim=-1) * temperature**2
         return (((1 - share) * by_label + share * divergence) * self.mask).sum()
 
     @property
     def accuracy(self) -> Tensor:
         agrees = self.logits.argmax(dim=-1) == self.final.argmax(dim=-1)
         return (agrees * self.mask).sum() / self.mask.sum()
+
+
+def _spread(probabilities: Tensor, size: int | None) -> Tensor:
+    kept = probabilities[:, :size]
+    return kept + (1 - kept.sum(dim=-1, keepdim=True)) / kept.shape[1]
 
 
 class PlainHead:
@@ -172,6 +180,27 @@ def test_gradients_are_those_of_plain_autograd(kind, per_token, distilled):
         if per_token:
             total = total * batch.mask.sum()
         (SCALE * WEIGHT / ahead.depths * total).backward()
+    assert_same(gradients(tuned), gradients(plain), "mtp.")
+
+
+@pytest.mark.parametrize("distilled", [(0.0, 1.0), (0.6, 2.5)], ids=str)
+def test_a_short_vocabulary_is_all_that_is_learned(distilled):
+    tuned, plain = tuned_and_plain(EarlyExitConfig(), **HEADS["repeated"])
+    size, (share, temperature) = 40, distilled
+    ahead = replace(options(tuned), vocab_size=size)
+    normalization = LossNormalization(per_token=False, context_parallel_size=1)
+    tuning = TuningOptions(
+        tune_exit=True, exit_distillation_weight=share, exit_distillation_temperature=temperature
+    )
+    objective = DistillingObjective(tuning, EarlyExitConfig(), normalization, 5, ahead=ahead)
+    tuned.look_ahead_tap = objective
+    batch = Microbatch(0)
+    assert (batch.labels >= size).any()
+    objective.finish_forward(run(tuned, batch))
+    objective.backpropagate_passed_exits()
+    depths = PlainHead(plain).depths(batch)
+    losses = [depth.loss(share, temperature, size) / depth.mask.sum() for depth in depths]
+    (WEIGHT * sum(losses) / ahead.depths).backward()
     assert_same(gradients(tuned), gradients(plain), "mtp.")
 
 
