@@ -14,7 +14,7 @@ from megatron.early_exit.process_family import started
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 _ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) ")
-_VALUE = re.compile(r"(lm loss|exit \d+ loss|exit \d+ accuracy): ([0-9.E+-]+)")
+_VALUE = re.compile(r"(lm loss|(?:exit|mtp) \d+ (?:loss|accuracy)): ([0-9.E+-]+)")
 _PROGRESS = re.compile(r"progress: .*\| (.*tokens/s) \| time left (\S+)")
 _LAST_LINES = 30
 

@@ -2,10 +2,10 @@
 
     python examples/ee_tuning/smollm2/run.py            (--help lists the options)
 
-The model's file -> Megatron checkpoint -> exits and their gates tuned on real text -> for each
-threshold the speed-up, the mean exit layer, the agreement with the full model and the perplexity of
-the text, with exact and with propagated caches, with weights in 32 and in 8 bits; the speed of
-self-speculative decoding, which is lossless; and a picture of quality against speed.
+The model's file -> Megatron checkpoint -> exits with gates, and a look-ahead head, tuned on real
+text -> for each threshold the speed-up, the mean exit layer, the agreement with the full model and
+the perplexity of the text, with exact and with propagated caches, with weights in 32 and in 8 bits;
+the speed of self-speculative decoding, which is lossless; and a picture of quality against speed.
 """
 
 import argparse
@@ -175,8 +175,8 @@ def main() -> None:
             )
             tuning.run(steps, guard_minutes(seconds))
 
-        layers = " and ".join(map(str, EXIT_LAYERS))
-        stage(f"Tuning the exits after layers {layers}", tune)
+        layers = ", ".join(map(str, EXIT_LAYERS))
+        stage(f"Tuning the exits after layers {layers}, and a look-ahead head", tune)
     else:
         print(f"Using the exits in {args.work_dir} (--fresh tunes new ones).")
     found: dict[str, EarlyExitEngine] = {}

@@ -16,6 +16,7 @@ from megatron.early_exit.hardware.resources import usable_cores
 EXIT_LAYERS = (12, 16, 20)
 HEADS = """
     --use-exit-block --use-exit-norm --exit-vocab-size 8192 --use-exit-gate --exit-measure gate
+    --mtp-num-layers 2 --mtp-use-repeated-layer
 """
 OBJECTIVE = "--exit-distillation-weight 1"
 BATCH, SEQUENCE = 8, 256
