@@ -52,6 +52,7 @@ def draft_model(source: Conversion, position: int) -> Conversion:
         num_layers=position + ("block" in modules),
         share_embeddings_and_output_weights=is_tied,
         mtp_num_layers=0,
+        mtp_use_repeated_layer=False,
     )
     origins = {
         _MODULES[module].format(last=position - 1, next=position): f"exits.{position}.{module}"

@@ -12,7 +12,13 @@ import torch  # noqa: E402
 
 from megatron.early_exit.checkpoint.exits import add_exits  # noqa: E402
 from megatron.early_exit.checkpoint.multi_token_prediction import add_mtp  # noqa: E402
-from megatron.early_exit.checkpoint.source import open_checkpoint  # noqa: E402
+from megatron.early_exit.checkpoint.reader import CheckpointReader  # noqa: E402
+from megatron.early_exit.checkpoint.source import (  # noqa: E402
+    is_state,
+    open_checkpoint,
+    stored_names,
+)
+from megatron.early_exit.checkpoint.weights import stored_weights  # noqa: E402
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams  # noqa: E402
 from tests.helpers.exit_models import SEQUENCE, VOCAB, build_model  # noqa: E402
@@ -81,3 +87,14 @@ def test_megatron_loads_an_added_module(tmp_path, is_repeated):
             scaled = model.mtp.layers[0].hnorm(before)
             again, _ = model.decoder.layers[-1](scaled, attention_mask=None, rotary_pos_emb=rope)
             torch.testing.assert_close(after, model.decoder.final_layernorm(again))
+        # As training saves it.
+        (tmp_path / "saved").mkdir()
+        dist_checkpointing.save(model.sharded_state_dict(), str(tmp_path / "saved"))
+    written = open_checkpoint(tmp_path / "with")
+    reader = CheckpointReader(tmp_path / "saved")
+    saved = stored_weights(reader, written.description.architecture, EarlyExitConfig())
+    assert saved.keys() == written.weights.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(tensor.read(), written.weights[name].read()), name
+    found = {entry for name in saved for entry in stored_names(reader, name)}
+    assert not [name for name in reader.tensors if name not in found and not is_state(name)]
