@@ -26,7 +26,7 @@ from megatron.early_exit.errors import FieldError, as_flag
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
-from megatron.early_exit.inference.params import KVPolicy, Mode
+from megatron.early_exit.inference.params import DraftMethod, KVPolicy, Mode
 from megatron.early_exit.process_family import end_with_parent
 
 
@@ -46,6 +46,10 @@ _LISTS: dict[str, Callable[[str], Any]] = {
     "logit_bias": _bias,
 }
 _CHOICES = {"mode": get_args(Mode), "kv_policy": get_args(KVPolicy)}
+_CHOICES_OF_MODELS = {
+    "exit_measure": get_args(ExitMeasure),
+    "draft_method": get_args(DraftMethod),
+}
 _SWITCHES = ("ignore_eos", "echo", "exit_details")
 _INTEGERS = (
     *("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"),
@@ -80,8 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
             request.add_argument(flag, action="store_true")
         elif name in _LISTS:
             request.add_argument(flag, nargs="+", type=_LISTS[name], help="default: none")
-        elif name == "exit_measure":
-            request.add_argument(flag, choices=get_args(ExitMeasure), help="default: the model's")
+        elif name in _CHOICES_OF_MODELS:
+            choices = _CHOICES_OF_MODELS[name]
+            request.add_argument(flag, choices=choices, help="default: the model's")
         elif name in _CHOICES:
             request.add_argument(
                 flag, choices=_CHOICES[name], default=field.default, help="default: %(default)s"
@@ -128,6 +133,9 @@ def show_stream(engine: EarlyExitEngine, prompt: str, params: SamplingParams, ou
     """Print one text as it is generated; if `out` is a terminal, each token has the background
     colour of its exit."""
     layers = (*engine.exit_layers, engine.num_layers)
+    if engine.num_mtp_depths:
+        # No layer runs for what a multi-token-prediction module drafts.
+        layers = (0, *layers)
     colours = ExitColours(layers, out)
     for token in engine.stream(prompt, params):
         colours.write(token.text or "", token.exit_layer)

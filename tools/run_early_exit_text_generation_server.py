@@ -31,7 +31,14 @@ from megatron.early_exit.config import ExitMeasure
 from megatron.early_exit.errors import as_flag, out_of_range
 from megatron.early_exit.flags import refuse_beside
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
-from megatron.early_exit.inference.params import DEFAULT_THRESHOLD, RANGES, KVPolicy, Mode
+from megatron.early_exit.inference.params import (
+    DEFAULT_THRESHOLD,
+    RANGES,
+    DraftMethod,
+    KVPolicy,
+    Mode,
+    modes_of,
+)
 from megatron.early_exit.process_family import end_with_parent
 from megatron.early_exit.ranges import ABOVE_ZERO, ONE_OR_MORE, ZERO_OR_MORE, Range
 from megatron.early_exit.server.app import create_app
@@ -85,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--mode",
         choices=get_args(Mode),
-        help="default: self_speculative, which is lossless; full for a model without exits",
+        help="default: self_speculative, which is lossless; full for a model that cannot draft",
     )
     for name, text in {
         "exit_threshold_decay": "how fast thresholds decay over a text, 0 is off",
@@ -131,6 +138,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="BATCH_SIZE",
         help="in mode early_exit, ask exits only while they make decoding faster than mode full "
         f"would be in a batch of this many sequences; 0 is off {SHOWN}",
+    )
+    add(
+        "--draft-method",
+        choices=get_args(DraftMethod),
+        help="what drafts: exit; mtp, a multi-token-prediction module; or auto, the one of them "
+        "that makes a text faster (default: exit with --draft-exit-layer or without such a "
+        "module, else auto)",
     )
     add("--draft-exit-layer", type=int, help="exit that drafts (default: the first one)")
     limits = parser.add_argument_group("limits")
@@ -236,11 +250,22 @@ def origins_of(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(origins)
 
 
+def _check_mtp(args: argparse.Namespace, num_depths: int) -> None:
+    if not num_depths:
+        raise ValueError(
+            "--draft-method mtp: there is no multi-token-prediction module that drafts, allowed: "
+            "exit or auto"
+        )
+    beside = "a multi-token-prediction module drafts then, not an exit"
+    refuse_beside("--draft-method mtp", args, {"draft_exit_layer": (None, beside)})
+
+
 def settings_of(
     args: argparse.Namespace,
     exit_layers: Sequence[int],
     stored_measure: ExitMeasure | None = None,
     has_gates: bool = False,
+    num_depths: int = 0,
 ) -> ServerSettings:
     """The server's settings from the flags.
 
@@ -249,6 +274,7 @@ def settings_of(
         exit_layers: the model's exits.
         stored_measure: what is stored with the model.
         has_gates: its exits have gates.
+        num_depths: of its multi-token-prediction module, if that drafts.
 
     Raises:
         ValueError: a flag names an exit that the model does not have, or a mode that needs exits.
@@ -269,12 +295,16 @@ def settings_of(
     if args.exit_measure == "gate" and not has_gates:
         others = ", ".join(one for one in get_args(ExitMeasure) if one != "gate")
         raise ValueError(f"--exit-measure gate: the model's exits have no gates, allowed: {others}")
-    if args.mode not in (None, "full") and not exit_layers:
-        raise ValueError(f"--mode {args.mode}: the model has no exits, allowed: full")
+    modes = modes_of(len(exit_layers), num_depths)
+    if args.mode is not None and args.mode not in modes:
+        allowed = " or ".join(modes)
+        raise ValueError(f"--mode {args.mode}: the model has no exits, allowed: {allowed}")
+    if args.draft_method == "mtp":
+        _check_mtp(args, num_depths)
     return ServerSettings(
         model_name=args.served_model_name or args.load.resolve().name,
         exits=ExitSettings(
-            mode=args.mode or ("self_speculative" if exit_layers else "full"),
+            mode=args.mode or ("full" if len(modes) == 1 else "self_speculative"),
             early_exit_threshold=DEFAULT_THRESHOLD if threshold is None else threshold,
             exit_measure=args.exit_measure or stored_measure,
             exit_thresholds=None if args.exit_thresholds is None else tuple(args.exit_thresholds),
@@ -282,6 +312,7 @@ def settings_of(
             exit_layers=None if args.exit_layers is None else tuple(args.exit_layers),
             kv_policy=args.kv_policy,
             exits_pay_at=args.exits_pay_at,
+            draft_method=args.draft_method,
             draft_exit_layer=args.draft_exit_layer,
             num_draft_tokens=args.num_draft_tokens,
             draft_confidence=args.draft_confidence,
@@ -340,7 +371,9 @@ def serve_at(args: argparse.Namespace, sockets: Sequence[socket.socket]) -> int:
     warn_of_open_doors(args, sockets)
     log(LOG, "loading the model; it is served when it is ready", load=str(args.load))
     engine = load_engine(args, args.max_model_len)
-    settings = settings_of(args, engine.exit_layers, engine.exit_measure, engine.has_gates)
+    settings = settings_of(
+        args, engine.exit_layers, engine.exit_measure, engine.has_gates, engine.num_mtp_depths
+    )
     worker = EngineWorker(engine, engine.max_batch_size, settings.max_waiting, Metrics())
     server = WebServer(create_app(worker, settings), worker, settings, sockets, args.max_batch_size)
     engine.on_death(server.fail)

@@ -82,17 +82,21 @@ def rule_of(params: SamplingParams) -> dict[str, Any]:
 
 
 @st.composite
-def sampling_params(draw: st.DrawFn) -> SamplingParams:
-    """Draw greedy parameters, in every mode, with every kind of stop."""
+def sampling_params(draw: st.DrawFn, methods: tuple[str | None, ...]) -> SamplingParams:
+    """Draw greedy parameters, in every mode, with every kind of stop, and some of the methods to
+    draft."""
     mode = draw(st.sampled_from(["full", "early_exit", "self_speculative"]))
     fields: dict[str, Any] = {}
     if mode == "early_exit":
         fields = draw(exit_rules())
     if mode == "self_speculative":
+        method = draw(st.sampled_from(methods))
+        layers = [None] if method == "mtp" else [None, 1, 3]
         fields = {
-            "draft_exit_layer": draw(st.sampled_from([None, 1, 3])),
+            "draft_method": method,
+            "draft_exit_layer": draw(st.sampled_from(layers)),
             "num_draft_tokens": draw(st.integers(1, 6)),
-            "draft_confidence": draw(st.sampled_from([0.0, 0.3, 0.8])),
+            "draft_confidence": draw(st.sampled_from([0.0, 0.3, 0.8, None])),
         }
     most = draw(st.integers(1, 14))
     stops = draw(st.sampled_from([(), (), tuple(range(5, 61, 7)), tuple(range(2, 61, 5))]))
@@ -109,14 +113,17 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
 
 
 @st.composite
-def arrivals(draw: st.DrawFn) -> list[Arrival]:
-    """Draw some requests in the order of their arrival."""
+def arrivals(
+    draw: st.DrawFn, methods: tuple[str | None, ...] = (None, "exit", "auto")
+) -> list[Arrival]:
+    """Draw some requests in the order of their arrival, for a model with exits behind its layers 1
+    and 3, and with what may draft by these methods."""
     drawn, time = [], 0
     for _ in range(draw(st.integers(1, 6))):
         prompt = draw(st.lists(st.integers(0, LLAMA.vocab_size - 1), min_size=1, max_size=12))
         given_up = draw(st.none() | st.none() | st.integers(0, 12))
         end = None if given_up is None else time + given_up
-        drawn.append(Arrival(prompt, draw(sampling_params()), time, end))
+        drawn.append(Arrival(prompt, draw(sampling_params(methods)), time, end))
         time += draw(st.integers(0, 3))
     return drawn
 

@@ -351,6 +351,8 @@ def _metrics(
         num_accepted_draft_tokens=30,
         mean_acceptance_length=4.0,
         draft_acceptance_rate=script.acceptance,
+        num_mtp_draft_tokens=0,
+        num_accepted_mtp_draft_tokens=0,
         num_undrafted_tokens=0,
     )
     return RequestMetrics(

@@ -18,7 +18,8 @@ MOST = 127
 SCALE_ENDING = "_scale"
 """The scales of the matrix `x.weight` are `x.weight_scale`."""
 _MATRICES = tuple(
-    f".{name}.weight" for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    f".{name}.weight"
+    for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "eh_proj")
 )
 _PROJECTIONS = ("output_layer.weight", ".projection.weight")
 

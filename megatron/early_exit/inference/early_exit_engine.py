@@ -119,6 +119,8 @@ class EarlyExitEngine:
             draw_seed=self._backend.draw_seed,
             draft_costs=draft_costs,
             exit_costs=exit_costs,
+            mtp_costs=self._mtp_costs(),
+            num_depths=self.num_mtp_depths,
             exit_measure=self._backend.exit_measure,
             has_gates=self._backend.has_gates,
         )
@@ -141,6 +143,7 @@ class EarlyExitEngine:
         prefix_caching: bool = True,
         weight_dtype: str | None = None,
         quantize_heads: bool | None = None,
+        draft_vocab_size: int | None = None,
     ) -> "EarlyExitEngine":
         """Load a model that Megatron saved in the `torch_dist` format, at whatever layout.
 
@@ -172,6 +175,9 @@ class EarlyExitEngine:
                 8 bits by `tools/checkpoint.py quantize`, else in `dtype`.
             quantize_heads: projections to the vocabulary are in `weight_dtype`, too; None is as the
                 checkpoint is stored, or yes.
+            draft_vocab_size: a multi-token-prediction module drafts the first so many tokens only,
+                for which it reads as many rows of the output layer; by default all. It changes no
+                greedy text, and no distribution of sampled ones.
 
         Raises:
             ValueError: the checkpoint is missing, damaged, or of a kind that cannot be computed,
@@ -188,6 +194,7 @@ class EarlyExitEngine:
             has_driver,
             weight_dtype,
             quantize_heads,
+            draft_vocab_size,
         )
         return cls(
             loaded.model,
@@ -203,10 +210,19 @@ class EarlyExitEngine:
             prefix_caching=prefix_caching,
         )
 
-    def _costs(self) -> tuple[tuple[DraftCosts, ...], ExitCosts]:
+    def _mtp_costs(self) -> DraftCosts | None:
+        model, whole = self.model, self._backend.architecture
+        if not self.num_mtp_depths:
+            return None
+        return self._all_costs().of_mtp_drafts(whole, model.draft_vocab_size)
+
+    def _all_costs(self) -> Costs:
         model, whole, layers = self.model, self._backend.architecture, self.exit_layers
         # Exits are asked by themselves, so it does not matter which of them share a projection.
-        costs = Costs.of(whole, layers, model.exit_vocab_size, True, model.device.type)
+        return Costs.of(whole, layers, model.exit_vocab_size, True, model.device.type)
+
+    def _costs(self) -> tuple[tuple[DraftCosts, ...], ExitCosts]:
+        whole, layers, costs = self._backend.architecture, self.exit_layers, self._all_costs()
         block = float(whole.layer_weights) if self._backend.has_blocks else 0.0
         drafts = tuple(costs.of_drafts(index, block) for index in range(len(layers)))
         return drafts, costs.of_exits(block)
@@ -247,6 +263,11 @@ class EarlyExitEngine:
     def exit_layers(self) -> tuple[int, ...]:
         """The model's exits, each named by the number of backbone layers before it."""
         return self._backend.exit_layers
+
+    @property
+    def num_mtp_depths(self) -> int:
+        """Tokens that a multi-token-prediction module can draft at a time; 0 where none drafts."""
+        return self._backend.num_depths
 
     @property
     def exit_measure(self) -> ExitMeasure:

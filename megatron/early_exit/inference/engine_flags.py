@@ -71,6 +71,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "--gpu-memory-utilization leaves)",
     )
     add(
+        "--draft-vocab-size",
+        type=int,
+        metavar="N",
+        help="a multi-token-prediction module drafts the first N tokens only, for which it reads N "
+        "rows of the output layer; the text stays that of the full model (default: all tokens)",
+    )
+    add(
         "--gpu-memory-utilization",
         type=float,
         help="share of a GPU's memory that each process may use in all, where --kv-cache-memory is "
@@ -111,6 +118,7 @@ def load_engine(
         prefix_caching=args.enable_prefix_caching,
         weight_dtype=args.weight_dtype,
         quantize_heads=args.quantize_heads,
+        draft_vocab_size=args.draft_vocab_size,
     )
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.description import describe
 from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from megatron.early_exit.checkpoint.weights import load_weights, model_weights
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.hardware.dtypes import NAMES
 from megatron.early_exit.inference.distributed.parallel_backend import (
     ParallelBackend,
@@ -20,6 +22,7 @@ from megatron.early_exit.inference.distributed.process_groups import join, own_p
 from megatron.early_exit.inference.dtype import decide_dtype
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.weight_dtype import make_quantizer
+from megatron.early_exit.ranges import Range
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,6 +56,7 @@ def load_model(
     has_driver: bool,
     weight_dtype: str | None = None,
     quantize_heads: bool | None = None,
+    draft_vocab_size: int | None = None,
 ) -> LoadedModel:
     """Load a model; see `EarlyExitEngine.from_checkpoint`.
 
@@ -69,6 +73,7 @@ def load_model(
     assert architecture is not None
     if rank_info is not None:
         rank_info.check(architecture)
+    _check_draft_vocab_size(draft_vocab_size, architecture, pipeline_parallel)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = decide_dtype(dtype, architecture, early_exit, torch.device(device), rank_info)
@@ -96,9 +101,25 @@ def load_model(
         eod_id = description.tokenizer.eod_id
         other_end_ids = description.tokenizer.other_end_ids
     if rank_info is None:
-        model = SegmentedModel(architecture, early_exit, weights, compile_rows=compile_rows)
+        model = SegmentedModel(
+            architecture,
+            early_exit,
+            weights,
+            compile_rows=compile_rows,
+            draft_vocab_size=draft_vocab_size,
+        )
     else:
         model, backend = parallel_model(
-            rank_info, architecture, early_exit, weights, compile_rows, has_driver
+            rank_info, architecture, early_exit, weights, compile_rows, has_driver, draft_vocab_size
         )
     return LoadedModel(model, tokenizer, eod_id, other_end_ids, backend)
+
+
+def _check_draft_vocab_size(size: int | None, shape: Architecture, num_stages: int) -> None:
+    if size is None:
+        return
+    if not shape.mtp_num_layers or num_stages > 1:
+        problem = "needs a multi-token-prediction module that drafts, which there is not"
+        allowed = "with a model that has one, on one stage of a pipeline"
+        raise FieldError("draft_vocab_size", problem, allowed, value=size)
+    Range(least=1, most=shape.vocab_size, is_integer=True).check(draft_vocab_size=size)

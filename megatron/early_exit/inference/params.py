@@ -10,7 +10,22 @@ from megatron.early_exit.ranges import INDEX, ZERO_TO_ONE, Range
 
 Mode = Literal["full", "early_exit", "self_speculative"]
 KVPolicy = Literal["exact", "propagate"]
+DraftMethod = Literal["exit", "mtp", "auto"]
 DEFAULT_THRESHOLD = 0.8
+
+
+def modes_of(num_exits: int, num_depths: int) -> tuple[Mode, ...]:
+    """The modes in which a model can decode.
+
+    Args:
+        num_exits: of the model.
+        num_depths: of its multi-token-prediction module, if that drafts.
+    """
+    if num_exits:
+        return get_args(Mode)
+    return ("full", "self_speculative") if num_depths else ("full",)
+
+
 MODE_FIELDS: dict[Mode, tuple[str, ...]] = {
     "full": (),
     "early_exit": (
@@ -22,7 +37,12 @@ MODE_FIELDS: dict[Mode, tuple[str, ...]] = {
         "kv_policy",
         "exits_pay_at",
     ),
-    "self_speculative": ("draft_exit_layer", "num_draft_tokens", "draft_confidence"),
+    "self_speculative": (
+        "draft_method",
+        "draft_exit_layer",
+        "num_draft_tokens",
+        "draft_confidence",
+    ),
 }
 """The fields that have an effect in one mode alone. With `exit_details`, `exit_layers` also has one
 in mode `full`."""
@@ -188,7 +208,14 @@ class SamplingParams:
     0 is off."""
 
     num_draft_tokens: int = 4
-    """Most tokens to draft before the full model looks at them."""
+    """Most tokens to draft before the full model looks at them; a multi-token-prediction module
+    drafts as many as it has depths at most."""
+
+    draft_method: DraftMethod | None = None
+    """What drafts: `exit`; `mtp`, Megatron's multi-token-prediction module, which runs no layer of
+    the model for a draft; or `auto`, the one of the two that makes the text faster, by what they
+    cost and by how many of their drafts have been accepted in it. None is `exit` where
+    `draft_exit_layer` is given or the model has no such module, else `auto`."""
 
     draft_exit_layer: int | None = None
     """The exit that drafts, named like `exit_layers`; None is the first one."""
@@ -223,6 +250,15 @@ class SamplingParams:
             self._check(name, isinstance(getattr(self, name), bool), "True or False")
         for name, allowed in (("mode", get_args(Mode)), ("kv_policy", get_args(KVPolicy))):
             self._check(name, getattr(self, name) in allowed, " or ".join(allowed))
+        if self.draft_method is not None:
+            methods = get_args(DraftMethod)
+            self._check("draft_method", self.draft_method in methods, " or ".join(methods))
+        if self.draft_method == "mtp" and self.draft_exit_layer is not None:
+            problem = "has no effect with draft_method='mtp'"
+            allowed_methods = "with draft_method='exit' or 'auto'"
+            raise FieldError(
+                "draft_exit_layer", problem, allowed_methods, value=self.draft_exit_layer
+            )
         self._check_effects()
 
     @property

@@ -64,11 +64,15 @@ class DraftCounts:
     verifications: int = 0
     """How often the full model has run, with drafts to look at or without."""
     drafted: int = 0
-    """Tokens that an exit has drafted."""
+    """Tokens that an exit has drafted, or the multi-token-prediction module."""
     accepted: int = 0
     """Those that the full model has agreed with."""
     undrafted: int = 0
-    """Tokens for which the exit was not asked, since its drafts had made decoding slower."""
+    """Tokens for which nothing was asked to draft, since drafts had made decoding slower."""
+    mtp_drafted: int = 0
+    """Of the drafted tokens, those of the module."""
+    mtp_accepted: int = 0
+    """Of the accepted ones, those of the module."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ class Sequence:
         asks_gates: the gates of these exits are asked before the exits.
         kept: exits at which the residual stream is kept whether they are asked or not, since
             confidence at the next one depends on it, or the exit's own block has to see it later.
+        num_depths: depths of the multi-token-prediction module that may draft for it.
         can_defer_exit: it may go through further segments before an exit on the way is asked.
         exit_rates: for each segment, how likely the head behind it gives the next token; 0 where
             that head is not asked.
@@ -53,6 +54,7 @@ class Sequence:
     is_asking: bool = True
     asks_gates: bool = False
     kept: frozenset[int] = frozenset()
+    num_depths: int = 0
     can_defer_exit: bool = True
     exit_rates: list[float] = field(default_factory=list)
     company: int = 1
@@ -69,6 +71,11 @@ class Sequence:
     def length(self) -> int:
         """Tokens of the prompt, generated ones, and drafts."""
         return len(self.prompt) + len(self.generated) + len(self.drafts)
+
+    @property
+    def num_final(self) -> int:
+        """Tokens of the prompt and generated ones, which nothing takes back."""
+        return len(self.prompt) + len(self.generated)
 
     @property
     def asked(self) -> frozenset[int]:

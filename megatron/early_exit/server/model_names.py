@@ -24,17 +24,21 @@ class ServedModel:
         name: its name alone.
         exits: what applies where a request says nothing.
         exit_layers: its exits.
+        num_depths: of its multi-token-prediction module, if that drafts.
     """
 
     name: str
     exits: ExitSettings
     exit_layers: Sequence[int]
+    num_depths: int = 0
 
     def names(self) -> list[str]:
         """The names that are listed; any threshold from 0 to 1 may be asked for."""
         ends = [":full"]
+        if self.exit_layers or self.num_depths:
+            ends.append(":lossless")
         if self.exit_layers:
-            ends += [":lossless", f":threshold={DEFAULT_THRESHOLD}"]
+            ends.append(f":threshold={DEFAULT_THRESHOLD}")
             ends += [f":exit={layer}" for layer in self.exit_layers]
         return [self.name, *(self.name + end for end in ends)]
 
@@ -58,10 +62,10 @@ class ServedModel:
         """The fields that the end of a name decides; None where it means nothing."""
         if end == "full":
             return {"mode": "full"}
+        if end == "lossless" and (self.exit_layers or self.num_depths):
+            return {"mode": "self_speculative"}
         if not self.exit_layers:
             return None
-        if end == "lossless":
-            return {"mode": "self_speculative"}
         kind, _, value = end.partition("=")
         if kind == "exit" and value in map(str, self.exit_layers):
             layers = (int(value),)

@@ -36,7 +36,9 @@ class Service:
     def __init__(self, worker: EngineWorker, settings: ServerSettings) -> None:
         engine = worker.engine
         self.worker, self.settings = worker, settings
-        self.model = ServedModel(settings.model_name, settings.exits, engine.exit_layers)
+        self.model = ServedModel(
+            settings.model_name, settings.exits, engine.exit_layers, engine.num_mtp_depths
+        )
         self.tokenizer = engine.tokenizer
         self.texts = TokenTexts(engine.tokenizer)
         self.num_layers = engine.num_layers

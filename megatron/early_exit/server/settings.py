@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from megatron.early_exit.config import ExitMeasure
-from megatron.early_exit.inference.params import DEFAULT_THRESHOLD, KVPolicy, Mode
+from megatron.early_exit.inference.params import DEFAULT_THRESHOLD, DraftMethod, KVPolicy, Mode
 from megatron.early_exit.server.http.client_address import Network
 
 
@@ -21,6 +21,7 @@ class ExitSettings:
         exit_threshold_decay: for mode `early_exit`.
         kv_policy: for mode `early_exit`.
         exits_pay_at: for mode `early_exit`.
+        draft_method: for mode `self_speculative`; None is what the model has.
         draft_exit_layer: for mode `self_speculative`; None is the first exit.
         num_draft_tokens: for mode `self_speculative`.
         draft_confidence: for mode `self_speculative`; None finds the best one while decoding.
@@ -36,6 +37,7 @@ class ExitSettings:
     exit_threshold_decay: float = 0.0
     kv_policy: KVPolicy = "exact"
     exits_pay_at: int = 0
+    draft_method: DraftMethod | None = None
     draft_exit_layer: int | None = None
     num_draft_tokens: int = 4
     draft_confidence: float | None = None

@@ -64,6 +64,7 @@ class SingleProcess:
         self.exit_layers = tuple(exit_.position for exit_ in model.exits)
         self.exit_measure, self.has_gates = model.exit_measure, model.gates is not None
         self.has_blocks = any(exit_.head.block is not None for exit_ in model.exits)
+        self.num_depths = len(model.mtp)
         self.is_worker = False
 
     def draw_seed(self) -> int:
@@ -123,6 +124,7 @@ class ParallelBackend:
         self.exit_layers, self.exit_measure = early_exit.positions, early_exit.exit_measure
         self.has_gates = early_exit.use_exit_gate
         self.has_blocks = any(part.tensors == "layer" for part in early_exit.head_parts)
+        self.num_depths = 0 if rank_info.num_stages > 1 else architecture.mtp_num_layers
         self._first_exit = rank_info.exits(architecture.num_layers, early_exit).start
         self._heartbeat = Heartbeat(rank_info.group)
         self._control: ControlPlane | None = None
@@ -219,14 +221,21 @@ def parallel_model(
     weights: Mapping[str, Tensor],
     compile_rows: bool = False,
     has_driver: bool = False,
+    draft_vocab_size: int | None = None,
 ) -> tuple[SegmentedModel, ParallelBackend]:
     """This process's part of a whole model with its exits.
 
-    `weights` has its parts of the tensors, see `own_part`; for `compile_rows` see `SegmentedModel`,
-    for `has_driver` see `ParallelBackend`.
+    `weights` has its parts of the tensors, see `own_part`; for `compile_rows` and
+    `draft_vocab_size` see `SegmentedModel`, for `has_driver` see `ParallelBackend`.
     """
     shape, exits, renamed = stage_as_model(rank_info, architecture, early_exit, weights)
     model = SegmentedModel(
-        shape, exits, renamed, rank_info.tensor, compile_rows, rank_info.is_first_stage
+        shape,
+        exits,
+        renamed,
+        rank_info.tensor,
+        compile_rows,
+        rank_info.is_first_stage,
+        draft_vocab_size,
     )
     return model, ParallelBackend(rank_info, architecture, early_exit, has_driver)

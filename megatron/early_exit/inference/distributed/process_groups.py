@@ -14,7 +14,7 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference.model.tensor_parallel import TensorParallel
 from megatron.early_exit.ranges import ONE_OR_MORE
 
-_LAYERS, _EXITS = "decoder.layers.", "exits."
+_LAYERS, _EXITS, _MTP = "decoder.layers.", "exits.", "mtp."
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,8 @@ def own_part(
     """What this process needs of a tensor, or None.
 
     Embedding and final norm are on every stage: exits may be tied to the one, and the other is
-    small. The output layer is where the final head is, and where exits share it.
+    small. The output layer is where the final head is, and where exits share it. A
+    multi-token-prediction module does not draft over several stages.
     """
     layers = rank_info.layers(architecture.num_layers)
     if name.startswith(_LAYERS):
@@ -160,6 +161,8 @@ def own_part(
     elif name.startswith(_EXITS):
         if int(name.removeprefix(_EXITS).partition(".")[0]) - 1 not in layers:
             return None
+    elif name.startswith(_MTP) and rank_info.num_stages > 1:
+        return None
     elif name.startswith("output_layer.") and not rank_info.is_last_stage:
         has_exits = bool(rank_info.exits(architecture.num_layers, early_exit))
         if not (early_exit.share_final_head and has_exits):
@@ -186,7 +189,8 @@ def stage_as_model(
         exits = EarlyExitConfig(exit_layer_nums=tuple(positions), **early_exit.head_options)
     own = architecture if rank_info.tensor is None else rank_info.tensor.architecture(architecture)
     renamed = {_renumbered(name, layers.start): tensor for name, tensor in weights.items()}
-    return replace(own, num_layers=len(layers)), exits, renamed
+    depths = own.mtp_num_layers if rank_info.num_stages == 1 else 0
+    return replace(own, num_layers=len(layers), mtp_num_layers=depths), exits, renamed
 
 
 def _renumbered(name: str, first: int) -> str:

@@ -128,7 +128,7 @@ class CachePages:
 
         Args:
             sequence: has no pages.
-            blocks: exits with a block that it asks.
+            blocks: exits with a block that it asks, and depths that may draft for it.
         """
         depth = len(self._page_bytes)
         if sequence.exits and not sequence.num_admissions:

@@ -40,7 +40,8 @@ class SlotPieces:
 
 def page_bytes(model: SegmentedModel, page_size: int = PAGE_SIZE) -> tuple[int, ...]:
     """Bytes of a page in each segment of a model, or of this process's part of it: keys and values
-    of its attentions, and what is kept at the exit behind it."""
+    of its attentions, and what is kept at the exit behind it; in the last one also those of the
+    multi-token-prediction module."""
     sizes = _segment_sizes(model, *_position_bytes(model))
     return tuple(page_size * size for size in sizes)
 
@@ -62,4 +63,6 @@ def _segment_sizes(model: SegmentedModel, key_values: int, hidden: int) -> list[
     sizes = [len(segment.attentions) * key_values for segment in model.segments]
     for index, exit_ in enumerate(model.exits):
         sizes[index] += hidden + (0 if exit_.head.block is None else key_values)
+    # Each depth of the multi-token-prediction module has keys and values, and what it begins with.
+    sizes[-1] += len(model.mtp) * (hidden + key_values)
     return sizes

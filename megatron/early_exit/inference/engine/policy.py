@@ -105,6 +105,22 @@ class Costs:
             self.step * sum(self.segments),
         )
 
+    def of_mtp_drafts(self, shape: Architecture, draft_vocab_size: int) -> DraftCosts:
+        """What drafting with the multi-token-prediction module of a model takes.
+
+        Args:
+            draft_vocab_size: tokens that it drafts.
+        """
+        depth = float(shape.layer_weights + 2 * shape.hidden_size**2)
+        full = sum(self.segments) + self.head
+        return DraftCosts(
+            ask=depth + _HEAD * shape.hidden_size * draft_vocab_size,
+            verify=full,
+            full=full,
+            rows=self.rows,
+            step=self.step * sum(self.segments),
+        )
+
 
 class SegmentQueue:
     """What to expect of the sequences in front of one segment.

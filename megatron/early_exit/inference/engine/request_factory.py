@@ -37,6 +37,8 @@ class RequestFactory:
         draw_seed: gives seeds to requests that sample and have none.
         draft_costs: what drafting takes with each exit.
         exit_costs: what tokens take that may leave at exits.
+        mtp_costs: what it takes with the multi-token-prediction module; None without one.
+        num_depths: of that module.
         exit_measure: what confidence is where a request does not say it.
         has_gates: the exits have gates.
     """
@@ -52,6 +54,8 @@ class RequestFactory:
     draw_seed: Callable[[], int]
     draft_costs: tuple[DraftCosts, ...]
     exit_costs: ExitCosts
+    mtp_costs: DraftCosts | None = None
+    num_depths: int = 0
     exit_measure: str = DEFAULT_MEASURE
     has_gates: bool = False
     _keys: Iterator[int] = field(default_factory=lambda: count(1), init=False)
@@ -96,11 +100,14 @@ class RequestFactory:
             room,
             self.draft_costs,
             self.exit_costs,
+            self.mtp_costs,
+            self.num_depths,
             self.exit_measure,
             self.has_gates,
         )
         mode = MODES[params.mode].of(context)
         sequence.exits = frozenset(mode.rule.exits)
+        sequence.num_depths = mode.num_depths
         sequence.asks_gates = mode.rule.asks_gates
         if needs_streams(mode.rule.measure):
             heads = (*mode.rule.exits, len(self.exit_layers))

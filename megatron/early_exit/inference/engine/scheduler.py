@@ -161,12 +161,15 @@ class Scheduler:
             if leader is not None:
                 self._followers.setdefault(leader, []).append(key)
                 continue
-            if not self._pages.admit(sequence, self.blocks & sequence.exits):
+            # The depths of a multi-token-prediction module are like blocks behind the exits'.
+            depths = range(self.num_segments - 1, self.num_segments - 1 + sequence.num_depths)
+            blocks = self.blocks & sequence.exits
+            if not self._pages.admit(sequence, blocks.union(depths)):
                 self._first_in_line.appendleft(key)
                 break
             del self._waiting[key]
             held[sequence.group] += 1
-            sequence.kept |= self.blocks & sequence.exits
+            sequence.kept |= blocks
             sequence.slot, sequence.since = self._free.pop(), self._step
             sequence.segment = 0
             sequence.num_admissions += 1

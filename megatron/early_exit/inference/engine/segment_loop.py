@@ -1,6 +1,7 @@
 """The loop over the segments of a model that this process, or its tensor-parallel group, has."""
 
-from collections.abc import Container
+from collections.abc import Callable, Container
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from megatron.early_exit.inference.engine.graphed_heads import GraphedHeads
 from megatron.early_exit.inference.engine.head_batch import HeadBatch
 from megatron.early_exit.inference.engine.head_reading import HeadOutputs
 from megatron.early_exit.inference.engine.loop import DecodingLoop
+from megatron.early_exit.inference.engine.mtp_drafting import MtpDrafting
 from megatron.early_exit.inference.engine.policy import Costs
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.scheduler import ScheduledBatch, Scheduler
@@ -20,7 +22,7 @@ from megatron.early_exit.inference.engine.scoring import TextScorer
 from megatron.early_exit.inference.model.page_store import PageStore
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.modes.head_output import NOT_FINITE, HeadOutput
-from megatron.early_exit.inference.modes.mode import DecodingMode, Next
+from megatron.early_exit.inference.modes.mode import MTP, DecodingMode, Next
 from megatron.early_exit.inference.sequence import Sequence
 
 
@@ -78,6 +80,9 @@ class SegmentLoop(DecodingLoop):
         self._graphed_heads = GraphedHeads.of(model)
         self._store = PageStore(runner, pages.page_size)
         self._is_alone = is_alone
+        self._mtp = MtpDrafting(runner) if model.mtp else None
+        self._to_draft: list[Request] = []
+        """Those that have begun a token in this step, and may have drafts by the module."""
         self._scorers: dict[int, TextScorer] = {}
         self._suspects: set[int] = set()
         """Whose state is unknown if there is an exception now."""
@@ -101,6 +106,7 @@ class SegmentLoop(DecodingLoop):
 
     def _decode(self) -> None:
         """Run a batch, and ask its heads."""
+        self._to_draft = []
         # Before a sequence is admitted to a slot, what was in it has to be gone.
         self._let_go()
         for sequence in self.scheduler.admit():
@@ -120,7 +126,9 @@ class SegmentLoop(DecodingLoop):
                 # Not of those that have left: a block is not to see what is behind their exits.
                 rest = [one.only(undecided) for one in unlikely]
                 self._decide(undecided, answers, self._outputs(rest, answers))
-        self._suspects = set()
+            self._suspects = set()
+            if self._mtp is not None:
+                self._draft(self._mtp)
 
     def _let_go(self) -> None:
         """Give back the memory of what had to go, so that others can have it."""
@@ -189,6 +197,9 @@ class SegmentLoop(DecodingLoop):
             hidden = self.runner.run(step.segment, step.spans, _inputs(step), last=step.last)
             complete = self.scheduler.ran(step)
             stretches.append(_Stretch(step, hidden, complete))
+            if self._mtp is not None and step.last == self.scheduler.num_segments - 1:
+                pieces = set(range(len(step.sequences))).difference(complete)
+                self._mtp.follow([step.sequences[index] for index in sorted(pieces)])
             if gates is not None:
                 gated = [one for one in complete if self._asks_gate(step.sequences[one], step.last)]
                 gates.add(step.last, step.spans, gated, hidden)
@@ -234,6 +245,31 @@ class SegmentLoop(DecodingLoop):
         for step, hidden, modes, counts in questions:
             heads.add(step.last, step.spans, modes, counts, hidden)
         return heads.outputs()
+
+    def _draft(self, mtp: MtpDrafting) -> None:
+        """Have the multi-token-prediction module draft behind the tokens of this step, a depth at a
+        time."""
+        begun, asked, depth = self._to_draft, self._to_draft, 1
+        while asked := [one for one in asked if one.mode.looks_ahead]:
+            self._suspects = {one.key for one in asked}
+            outputs = mtp.ask(depth, asked)
+            asked = [
+                one
+                for one, output in zip(asked, outputs, strict=True)
+                if self._alone(one.sequence, partial(self._takes_draft, one, output))
+            ]
+            depth += 1
+        self._suspects = set()
+        for request in begun:
+            if request.key in self.requests and not request.sequence.is_stored:
+                self._store_pages(request.sequence)
+
+    def _takes_draft(self, request: Request, output: HeadOutput) -> bool:
+        """Whether the mode of a request takes a draft of the module, and may take another."""
+        if not output.is_finite:
+            self._fail(request.key, NOT_FINITE)
+            return False
+        return request.mode.at_exit(MTP, output, True) is Next.DRAFTED
 
     def _asks_gate(self, sequence: Sequence, segment: int) -> bool:
         """Whether the gate behind a segment is asked, before the exit there."""
@@ -288,9 +324,14 @@ class SegmentLoop(DecodingLoop):
 
     def _goes_deeper(self, sequence: Sequence, segment: int, found: list[HeadOutput]) -> bool:
         """Whether a sequence goes on behind a segment, by what the head there says; else it has got
-        what it needs. An exception is about this sequence alone."""
+        what it needs."""
+        return self._alone(sequence, partial(self._hear, sequence, segment, found))
+
+    def _alone(self, sequence: Sequence, decide: Callable[[], bool]) -> bool:
+        """Decide something about a sequence: an exception is about this one alone, which is over
+        then."""
         try:
-            return self._hear(sequence, segment, found)
+            return decide()
         except Exception as error:
             others = self._suspects
             self._suspects = {sequence.key}
@@ -317,9 +358,13 @@ class SegmentLoop(DecodingLoop):
         return self.requests[sequence.key].mode
 
     def _begin_token(self, request: Request) -> None:
-        if not request.sequence.is_stored:
+        sequence = request.sequence
+        if sequence.num_depths:
+            # Its pages have also what its drafts need.
+            self._to_draft.append(request)
+        elif not sequence.is_stored:
             # What the heads have said of it is finite, so others can have it.
-            self._store_pages(request.sequence)
+            self._store_pages(sequence)
         super()._begin_token(request)
 
     def _store_pages(self, sequence: Sequence) -> None:

@@ -43,8 +43,10 @@ class SlotMemory:
 
     Attributes:
         segments: keys and values of each [attentions, positions, 2 ng, hn].
-        kept: the residual stream at each exit [positions, h].
-        blocks: keys and values of each exit's block [positions, 2 ng, hn]; None without one.
+        kept: the residual stream at each exit [positions, h]; behind those that of the last layer,
+            where the model has a multi-token-prediction module.
+        blocks: keys and values of each exit's block [positions, 2 ng, hn], None without one; behind
+            those of each depth of that module, of the rows whose last tokens are at the positions.
     """
 
     segments: list[Tensor]
@@ -70,14 +72,17 @@ class SegmentRunner:
         self.num_slots, self.capacity, self._piece_size = num_slots, capacity, piece_size
         self._cache = self._new_cache(model.segments[-1].attentions.stop)
         self._parts: dict[tuple[int, int], KVCache] = {}
-        self._block_caches = [
-            None if exit_.head.block is None else self._new_cache(1) for exit_ in model.exits
-        ]
-        self._block_lengths = [[0] * num_slots for _ in model.exits]
-        shape = (len(model.exits), num_slots, capacity, model.architecture.hidden_size)
+        # The depths of a multi-token-prediction module are like blocks behind those of the exits.
+        blocks = [*(exit_.head.block for exit_ in model.exits), *(one.block for one in model.mtp)]
+        self._blocks = blocks
+        self._block_caches = [None if one is None else self._new_cache(1) for one in blocks]
+        self._block_lengths = [[0] * num_slots for _ in blocks]
+        shape = (len(blocks), num_slots, capacity, model.architecture.hidden_size)
         self._kept_memory = new_cache_memory(shape, model.dtype, model.device, piece_size)
         self._kept = self._kept_memory.data
-        """The residual stream at the cut behind each segment but the last."""
+        """The residual stream at the cut behind each segment but the last. With a module that of
+        the last one, too, with which depth 1 begins, and what each depth but the last has given.
+        """
         self._workspace: Workspace | None = None
         self._last: _Run | None = None
 
@@ -94,12 +99,12 @@ class SegmentRunner:
             ValueError: the compiler does not work here.
         """
         # What is run then writes to the first place of all.
-        self.commit([Span(0, 0, 1)], range(len(self.model.segments)), range(len(self.model.exits)))
+        self.commit([Span(0, 0, 1)], range(len(self.model.segments)), range(len(self._blocks)))
         fused = combinations_with_replacement(range(len(self.model.segments)), 2)
         runs = [(self.model.fused(*ends), self._part(*ends)) for ends in fused]
-        for exit_, cache in zip(self.model.exits, self._block_caches, strict=True):
-            if exit_.head.block is not None and cache is not None:
-                runs.append((exit_.head.block, cache))
+        for block, cache in zip(self._blocks, self._block_caches, strict=True):
+            if block is not None and cache is not None:
+                runs.append((block, cache))
         stretches = [(one.compiled, cache) for one, cache in runs if one.compiled is not None]
         for number, (compiled, cache) in enumerate(stretches, start=1):
             _LOG.info("preparing layers: stretch %d of %d", number, len(stretches))
@@ -158,12 +163,13 @@ class SegmentRunner:
                 hidden = segment.run_holding(hidden, this, held)
         self._last = _Run(last, spans, this, hidden)
         if last < len(self._kept):
-            self._keep(last, spans, this.index, hidden)
+            self.keep(last, spans, this.index, hidden)
         return hidden
 
-    def _keep(
+    def keep(
         self, cut: int, spans: Sequence[Span], index: tuple[Tensor, Tensor] | None, hidden: Tensor
     ) -> None:
+        """Keep hidden states [r, h] of some positions at a cut; for `index` see `index_of`."""
         if index is None:
             slot, start, end = spans[0]
             self._kept[cut, slot, start:end] = hidden
@@ -189,7 +195,7 @@ class SegmentRunner:
         if held is not None:
             self._part(index, index).fill(spans, where, held(hidden, _positions(spans, where)))
         if index < len(self._kept):
-            self._keep(index, spans, where, hidden)
+            self.keep(index, spans, where, hidden)
 
     def _part(self, first: int, last: int) -> KVCache:
         """The keys and values of some segments."""
@@ -250,13 +256,11 @@ class SegmentRunner:
         spans = tuple(spans)
         if cache is None:
             return head.features(self.last_positions(index, spans))
-        if self._piece_size is not None:
-            self.commit(spans, range(0), [index])
         lengths = self._block_lengths[index]
         behind = tuple(Span(slot, lengths[slot], end) for slot, _, end in spans)
         order = sorted(range(len(behind)), key=lambda i: in_pass_order(behind[i]))
         ordered = tuple(behind[i] for i in order)
-        this = self._pass(cache, ordered, True)
+        this = self.block_pass(index, ordered, True)
         features = head.features(self._gather(index, ordered, this.index), this)
         for slot, _, end in behind:
             lengths[slot] = end
@@ -272,10 +276,17 @@ class SegmentRunner:
         hidden = self._gather(index, (span,), None)
         if cache is None:
             return head.features(hidden)
-        if self._piece_size is not None:
-            self.commit([span], range(0), [index])
         self._block_lengths[index][span.slot] = span.end
-        return head.features(hidden, self._pass(cache, (span,)))
+        return head.features(hidden, self.block_pass(index, (span,), False))
+
+    def block_pass(self, index: int, spans: Sequence[Span], last_only: bool) -> Pass:
+        """A pass over the cache of an exit's block, or of a depth of a multi-token-prediction
+        module."""
+        if self._piece_size is not None:
+            self.commit(spans, range(0), [index])
+        cache = self._block_caches[index]
+        assert cache is not None
+        return self._pass(cache, spans, last_only)
 
     def final_logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, v] of the final head from the residual stream [n, h] behind the last
@@ -286,16 +297,19 @@ class SegmentRunner:
         """What is kept of some positions of a slot; as far as there is memory for them (`commit`),
         it may be written to."""
         slot, start, end = span
+        blocks: list[Tensor | None] = []
+        for index, cache in enumerate(self._block_caches):
+            # A row has what depends on its last token, which is `depth` positions further on.
+            depth = max(index + 1 - len(self.model.exits), 0)
+            rows = slice(max(start - depth, 0), max(end - depth, 0))
+            blocks.append(None if cache is None else cache.data[0, slot, rows])
         return SlotMemory(
             [
                 self._cache.data[one.attentions.start : one.attentions.stop, slot, start:end]
                 for one in self.model.segments
             ],
-            list(self._kept[:, slot, start:end]),
-            [
-                None if cache is None else cache.data[0, slot, start:end]
-                for cache in self._block_caches
-            ],
+            list(self._kept[: len(self.model.segments), slot, start:end]),
+            blocks,
         )
 
     def commit(self, spans: Sequence[Span], segments: range, blocks: Iterable[int] = ()) -> None:
@@ -304,29 +318,40 @@ class SegmentRunner:
         Args:
             spans: of any sequences.
             segments: whose keys and values they are, and behind which the residual stream is kept.
-            blocks: exits whose blocks' keys and values they are.
+            blocks: exits whose blocks' keys and values they are; for depths see `SlotMemory`.
 
         Raises:
             torch.OutOfMemoryError: there is none left.
         """
         parts = [self._part(segment, segment) for segment in segments]
+        blocks = list(blocks)
         parts += [cache for index in blocks if (cache := self._block_caches[index]) is not None]
-        kept = [range(cut, cut + 1) for cut in segments if cut < len(self._kept)]
+        # Behind a depth is the cut after the last segment's, and so on.
+        cuts = [*segments, *(index + 1 for index in blocks if index >= len(self.model.exits))]
+        kept = [range(cut, cut + 1) for cut in cuts if cut < len(self._kept)]
         for slot, _, end in spans:
             for part in parts:
                 part.commit(slot, end)
             for rows in kept:
                 self._kept_memory.commit(rows, slot, end)
 
-    def extend_block(self, exit_index: int, span: Span) -> None:
-        """The block of an exit has seen a span, too, behind those that it has seen before."""
-        lengths = self._block_lengths[exit_index]
-        if lengths[span.slot] == span.start:
-            lengths[span.slot] = span.end
+    def extend_block(self, index: int, span: Span) -> None:
+        """The block of an exit has seen a span, too, behind those that it has seen before; or a
+        depth has the rows whose last tokens are there."""
+        lengths = self._block_lengths[index]
+        # What one depth gives the next is not stored: the last rows are computed once more.
+        again = len(self._blocks) - 1 - index if index >= len(self.model.exits) else 0
+        if lengths[span.slot] == max(span.start - again, 0):
+            lengths[span.slot] = max(span.end - again, 0)
 
     def block_lengths(self, slot: int) -> list[int]:
-        """For each exit, the positions of a slot that its block has cached; 0 without one."""
+        """For each exit, the positions of a slot that its block has cached; 0 without one. Then for
+        each depth of a multi-token-prediction module, the positions whose tokens it has seen."""
         return [lengths[slot] for lengths in self._block_lengths]
+
+    def set_block_length(self, index: int, slot: int, length: int) -> None:
+        """What `block_lengths` says from now on."""
+        self._block_lengths[index][slot] = length
 
     def release(self, slot: int) -> None:
         """Give back the memory of a slot whose sequence has ended."""

@@ -23,6 +23,7 @@ from megatron.early_exit.inference.model.heads import BranchPart, Head, ModelExi
 from megatron.early_exit.inference.model.held_states import HeldStates
 from megatron.early_exit.inference.model.layers import Attention, Mlp, arrange
 from megatron.early_exit.inference.model.linear import Function, make_linear
+from megatron.early_exit.inference.model.mtp import MtpLayer
 from megatron.early_exit.inference.model.norms import make_norm
 from megatron.early_exit.inference.model.quantized import (
     TIED_PROJECTION,
@@ -59,6 +60,8 @@ class SegmentedModel:
         compile_rows: compile the layers for steps of decoding; on a CPU that takes the memory of
             the weights again.
         begins_with_tokens: it is no later stage of a pipeline, whose input is a residual stream.
+        draft_vocab_size: the multi-token-prediction module drafts the first so many tokens only;
+            None is all.
 
     Attributes:
         embedding: what the residual stream begins with.
@@ -67,7 +70,10 @@ class SegmentedModel:
         exits: the n exits, `exits[i]` behind `segments[i]`.
         exit_vocab_size: tokens that they answer with.
         exit_measure: what their confidence is where a request does not say it.
+        draft_vocab_size: tokens that the multi-token-prediction module drafts.
         gates: of the exits; None where they have none.
+        mtp: the layer of each depth of the multi-token-prediction module, if the model has one.
+        mtp_head: what projects the hidden states of its depths.
     """
 
     def __init__(
@@ -78,6 +84,7 @@ class SegmentedModel:
         tensor_parallel: TensorParallel | None = None,
         compile_rows: bool = False,
         begins_with_tokens: bool = True,
+        draft_vocab_size: int | None = None,
     ) -> None:
         self.architecture = architecture
         self._tensor_parallel = tensor_parallel
@@ -113,10 +120,11 @@ class SegmentedModel:
         # By the weights: heads that are tied share one product, which on a CPU has its own copy.
         self._projections: dict[tuple[str, int | None], Function] = {}
         final_norm = make_norm(architecture, weights, "decoder.final_layernorm.")
-        output = "output_layer.weight"
-        self.final_head = self._head(
-            (final_norm,), weights, output if output in weights else TIED_PROJECTION
-        )
+        output = "output_layer.weight" if "output_layer.weight" in weights else TIED_PROJECTION
+        self.final_head = self._head((final_norm,), weights, output)
+        self.mtp = self._mtp_layers(weights)
+        self.draft_vocab_size = draft_vocab_size or architecture.vocab_size
+        self.mtp_head = self._head((), weights, output, draft_vocab_size)
         self.exits = tuple(
             ModelExit(position, self._exit_head(position, early_exit, weights))
             for position in early_exit.positions
@@ -226,6 +234,26 @@ class SegmentedModel:
             return Segment(layer.halves, range(1))
         compiled = self._compiled(self._compiler, [layer])
         return Segment(layer.halves, range(1), compiled, (compiled,))
+
+    def _mtp_layers(self, weights: Mapping[str, Tensor]) -> tuple[MtpLayer, ...]:
+        """The layers of the multi-token-prediction module, one for each depth."""
+        shape = self.architecture
+        own = [
+            self._mtp_layer(weights, f"mtp.layers.{number}.")
+            for number in range(shape.mtp_stored_layers)
+        ]
+        return tuple(own * shape.mtp_num_layers if shape.mtp_use_repeated_layer else own)
+
+    def _mtp_layer(self, weights: Mapping[str, Tensor], prefix: str) -> MtpLayer:
+        name = f"{prefix}eh_proj.weight"
+        own = {one: tensor for one, tensor in weights.items() if one.startswith(name)}
+        return MtpLayer(
+            self._norm(weights, f"{prefix}enorm."),
+            self._norm(weights, f"{prefix}hnorm."),
+            make_linear(packed_tensors(own)[name]),
+            self._block(weights, f"{prefix}transformer_layer."),
+            self._norm(weights, f"{prefix}final_layernorm."),
+        )
 
     def _norm(self, weights: Mapping[str, Tensor], prefix: str) -> Function:
         return make_norm(self.architecture, weights, prefix)

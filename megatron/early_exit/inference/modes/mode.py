@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.modes.batch_sampler import draw
 from megatron.early_exit.inference.modes.draft_gain import DraftCosts
-from megatron.early_exit.inference.modes.draw import Draft, Draw
+from megatron.early_exit.inference.modes.draw import Draft, Draw, Drawn
 from megatron.early_exit.inference.modes.exit_gain import ExitCosts
 from megatron.early_exit.inference.modes.head_output import HeadOutput
 from megatron.early_exit.inference.modes.measures import DEFAULT_MEASURE, GATE, MEASURES
@@ -27,6 +27,8 @@ from megatron.early_exit.inference.sequence import Sequence
 NO_TOKEN = "the head gives no token that the request allows"
 FINAL = -1
 """Stands for the final head where exits are numbered."""
+MTP = -2
+"""Stands there for the multi-token-prediction module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,11 @@ class TokenSampler:
         output = self.drawn(output, self.draw(behind))
         return self.take(output, head, output.token)
 
+    def layer(self, head: int) -> int:
+        """Backbone layers that run for what a head says; none for the multi-token-prediction
+        module."""
+        return 0 if head == MTP else self.layers[head]
+
     def draw(
         self,
         behind: abc.Sequence[int] = (),
@@ -108,26 +115,35 @@ class TokenSampler:
         Raises:
             FloatingPointError: the head gives no token that the request allows.
         """
-        found = output.drawn
         if wanted is None:
-            return output if found is None else replace(output, drawn=None)
-        if found is None or found.draw != wanted:
-            (found,) = draw([output.logits], [wanted])
-            output = replace(output, drawn=found)
+            return output if output.drawn is None else replace(output, drawn=None)
+        found = _drawn(output, wanted)
         if found.token == len(output.logits):
             raise FloatingPointError(NO_TOKEN)
         self.logits_sampler.take_numbers(found.count)
-        return output
+        return replace(output, drawn=found)
+
+    def has_token(self, output: HeadOutput, wanted: Draw | None) -> bool:
+        """Whether a head gives a token that the request allows, in answer to a draw."""
+        return wanted is None or _drawn(output, wanted).token < len(output.logits)
 
     def take(self, output: HeadOutput, head: int, token: int) -> SampledToken:
         """A given token with what a head says about it."""
         count = self.params.logprobs
         top = output.top_logprobs(count) if count else ()
-        return SampledToken(token, output.logprob(token), output.confidence, self.layers[head], top)
+        return SampledToken(token, output.logprob(token), output.confidence, self.layer(head), top)
 
     def report(self, output: HeadOutput, head: int) -> HeadReport:
         """What a head says, for the record."""
-        return HeadReport(self.layers[head], output.best_token, output.confidence)
+        return HeadReport(self.layer(head), output.best_token, output.confidence)
+
+
+def _drawn(output: HeadOutput, wanted: Draw) -> Drawn:
+    """The token of a draw, which may have been drawn together with other sequences'."""
+    found = output.drawn
+    if found is None or found.draw != wanted:
+        (found,) = draw([output.logits], [wanted])
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +157,8 @@ class ModeContext:
         room: the most tokens that the sequence may get in all.
         draft_costs: what drafting takes with each exit.
         exit_costs: what tokens take that may leave at exits.
+        mtp_costs: what it takes with the multi-token-prediction module; None without one.
+        num_depths: of that module: the most tokens that it drafts.
         stored_measure: what confidence is where the request does not say it.
         has_gates: the exits have gates.
     """
@@ -151,6 +169,8 @@ class ModeContext:
     room: int
     draft_costs: tuple[DraftCosts, ...]
     exit_costs: ExitCosts
+    mtp_costs: DraftCosts | None = None
+    num_depths: int = 0
     stored_measure: str = DEFAULT_MEASURE
     has_gates: bool = False
 
@@ -253,6 +273,16 @@ class DecodingMode(ABC):
         """The last token goes into the first segment while `num_pending` positions wait behind."""
         self._heads = []
 
+    @property
+    def num_depths(self) -> int:
+        """Depths of the multi-token-prediction module that may draft."""
+        return 0
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the next of those depths is to draft behind the tokens and drafts so far."""
+        return False
+
     def asks(self, exit_index: int) -> bool:
         """Whether the exit is to be computed for the last position."""
         return exit_index in self.rule.exits and self.sampler.sequence.is_asking
@@ -266,7 +296,7 @@ class DecodingMode(ABC):
         needs it.
 
         Args:
-            head: of an exit, or FINAL.
+            head: of an exit, MTP or FINAL.
             outputs: what it says; None where that is not known yet: then all that it may have to
                 give.
 
@@ -281,7 +311,7 @@ class DecodingMode(ABC):
         """The exit has been asked about the last position.
 
         Args:
-            exit_index: of the exit.
+            exit_index: of the exit, or MTP: then the module has been asked about the last draft.
             output: what it says.
             is_taken: the rule lets the position leave there.
         """

@@ -1,20 +1,24 @@
-"""Self-speculative decoding: drafts of an exit, verified by the layers behind it in one pass.
+"""Self-speculative decoding: drafts of the model itself, verified by all its layers in one pass.
 
 What comes out is what the full model gives: greedily the same tokens, sampled the same
-distribution (rejection sampling of Leviathan et al., arXiv 2211.17192; drafting with the model's
-own first layers as in LayerSkip, arXiv 2404.16710). The verification is the catch-up of the drafted
-positions through the deeper segments, so nothing is computed twice.
+distribution (rejection sampling of Leviathan et al., arXiv 2211.17192). An exit drafts with the
+model's own first layers as in LayerSkip (arXiv 2404.16710); the verification is then the catch-up
+of the drafted positions through the deeper segments, so nothing is computed twice. Or Megatron's
+multi-token-prediction module drafts, for which no layer of the backbone runs.
 """
 
 from collections import abc
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
-from megatron.early_exit.inference.modes.draft_gain import DraftGain
+from megatron.early_exit.errors import FieldError
+from megatron.early_exit.inference.modes.draft_choice import DraftChoice, Drafter
+from megatron.early_exit.inference.modes.draft_gain import DraftCosts
 from megatron.early_exit.inference.modes.draw import Draft, Draw
 from megatron.early_exit.inference.modes.head_output import HeadOutput
 from megatron.early_exit.inference.modes.mode import (
     FINAL,
+    MTP,
     DecodingMode,
     ModeContext,
     Next,
@@ -31,63 +35,90 @@ about so on a CPU, where a further row costs most."""
 
 @dataclass(slots=True, kw_only=True)
 class SelfSpeculativeMode(DecodingMode):
-    """Drafts at the rule's only exit, and verifies when there are enough drafts or the exit grows
-    unsure.
+    """Drafts at the rule's only exit, or with the multi-token-prediction module, and verifies when
+    there are enough drafts or the drafter grows unsure.
 
     Attributes:
-        drafting: when the exit goes on drafting.
+        drafting: when the drafter goes on.
         room: the most tokens that the sequence may get in all.
-        gain: finds how sure the exit has to be, and when drafts pause since they do not pay; None
-            drafts by `drafting` alone.
+        choice: of the drafter, from the accounts of all; None where there is the exit only and
+            nothing to find out.
+        adapts: these accounts also say how sure a drafter has to be, and when drafts pause since
+            they do not pay; else `drafting` alone does.
+        depths: of the module, the most tokens that it may draft; 0 if it does not draft.
         counts: how it has gone so far.
-        details: what the exit and the final head say in the place of each token is put on record.
+        details: what the drafter and the final head say in the place of each token is put on
+            record.
     """
 
     verifies: ClassVar[bool] = True
     drafting: DraftRule
     room: int
-    gain: DraftGain | None = None
+    choice: DraftChoice | None = None
+    adapts: bool = False
+    depths: int = 0
     counts: DraftCounts = field(default_factory=DraftCounts)
     _likelihood: float = 1.0
-    """That all drafts are accepted, by the exit's confidences."""
+    """That all drafts are accepted, by the drafter's confidences."""
     _confidences: list[float] = field(default_factory=list)
-    """What the exit said of each draft that is not verified yet."""
+    """What the drafter said of each draft that is not verified yet."""
     _num_asked: int = 0
     _pause: int = 0
-    """Tokens until the exit drafts again."""
+    """Tokens until there are drafts again."""
     _aim: int = 0
     _drafts: list[Draft] = field(default_factory=list)
 
     @classmethod
     def of(cls, context: ModeContext) -> Self:
-        params, known = context.params, context.exit_layers
-        layer = params.draft_exit_layer
-        if layer is None:
-            layer = known[0] if known else 0
-        # Whether to go on drafting is not for the rule: it takes whatever the exit says.
-        exit_index = context.exit_index("draft_exit_layer", layer)
-        rule = ExitRule((exit_index,), (0.0,))
-        gain = None
-        least = params.draft_confidence
-        if least is None:
+        params = context.params
+        exit_index = _exit_of(context)
+        drafters: dict[int, Drafter] = {}
+        if exit_index is not None:
             costs = context.draft_costs[exit_index]
-            if not context.sampler.is_always_greedy:
-                # Which drafts there are may change a sampled text, which no device shall.
-                costs = replace(costs, rows=_ROWS_OF_SAMPLED)
-            gain = DraftGain(costs)
-            least = gain.least_likelihood()
-        drafting = DraftRule(params.num_draft_tokens, least)
+            drafters[exit_index] = Drafter(_fixed(costs, context), params.num_draft_tokens)
+        depths = 0
+        if _uses_mtp(context) and context.mtp_costs is not None:
+            depths = min(context.num_depths, params.num_draft_tokens)
+            drafters[MTP] = Drafter(_fixed(context.mtp_costs, context), depths)
+        choice, least = DraftChoice(drafters), params.draft_confidence
+        if least is None:
+            least = choice.gain.least_likelihood()
+        # Whether to go on drafting is not for the rule: it takes whatever the exit says.
+        rule = ExitRule() if exit_index is None else ExitRule((exit_index,), (0.0,))
         return cls(
             context.sampler,
             rule,
             params.exit_details,
-            drafting=drafting,
+            drafting=DraftRule(params.num_draft_tokens, least),
             room=context.room,
-            gain=gain,
+            choice=choice,
+            adapts=params.draft_confidence is None,
+            depths=depths,
         )
 
     def __post_init__(self) -> None:
         self._aim = self.drafting.max_drafts
+        self.sampler.sequence.is_asking = self._drafter != MTP
+
+    @property
+    def _drafter(self) -> int:
+        """The exit that drafts, or MTP."""
+        return self.rule.exits[0] if self.choice is None else self.choice.current
+
+    @property
+    def num_depths(self) -> int:
+        # Where there is room for one token only, nothing is drafted.
+        return self.depths if self.room > 1 else 0
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self._drafter == MTP and self._is_drafting and self._has_room
+
+    @property
+    def _is_drafting(self) -> bool:
+        """Whether drafts do not pause; whoever wants to know what the drafter says gets to know
+        it."""
+        return self._pause == 0 or self.details
 
     def start(self, num_pending: int) -> None:
         # What the exit has said in the places of the drafts is on record until they are verified.
@@ -102,10 +133,14 @@ class SelfSpeculativeMode(DecodingMode):
         self._num_asked += 1
         if not (self._has_room and self._drafts_at(output)):
             return Next.DEEPER
+        drafts = self.sampler.sequence.drafts
+        wanted = self.sampler.draw(drafts, keeps=True)
+        if exit_index == MTP and not self.sampler.has_token(output, wanted):
+            # It may answer with other tokens than the request allows.
+            return Next.DEEPER
         self._likelihood = self._likelihood_with(output)
         self._confidences.append(output.confidence)
-        drafts = self.sampler.sequence.drafts
-        output = self.sampler.drawn(output, self.sampler.draw(drafts, keeps=True))
+        output = self.sampler.drawn(output, wanted)
         drafts.append(output.token)
         probabilities = None if output.drawn is None else output.drawn.probabilities
         self._drafts.append(Draft(output.token, probabilities))
@@ -137,15 +172,16 @@ class SelfSpeculativeMode(DecodingMode):
     def _has_room(self) -> bool:
         """Whether one more draft may be made."""
         sequence = self.sampler.sequence
-        return len(sequence.drafts) < min(self._aim, self.room - len(sequence.generated) - 1)
+        most = self._aim if self.choice is None else min(self._aim, self.choice.most)
+        return len(sequence.drafts) < min(most, self.room - len(sequence.generated) - 1)
 
     def _drafts_at(self, output: HeadOutput) -> bool:
-        """Whether the exit is sure enough to draft."""
+        """Whether the drafter is sure enough."""
         return self.drafting.takes(self._likelihood_with(output)) and output.is_finite
 
     def _likelihood_with(self, output: HeadOutput) -> float:
         """That one more draft and those in front of it are accepted."""
-        trust = 1.0 if self.gain is None else self.gain.trust
+        trust = self.choice.gain.trust if self.choice is not None and self.adapts else 1.0
         return self._likelihood * min(trust * output.confidence, 1.0)
 
     def at_end(self, outputs: abc.Sequence[HeadOutput]) -> tuple[SampledToken, ...]:
@@ -159,42 +195,49 @@ class SelfSpeculativeMode(DecodingMode):
         self.counts.verifications += 1
         self.counts.drafted += len(drafts)
         self.counts.accepted += num_accepted
-        if self.gain is not None:
-            self._judge(self.gain, num_accepted)
+        if self._drafter == MTP:
+            self.counts.mtp_drafted += len(drafts)
+            self.counts.mtp_accepted += num_accepted
+        if self.choice is not None:
+            self._judge(self.choice, num_accepted)
         self._num_asked, self._confidences = 0, []
         if self.details:
+            # The module has been asked about as many tokens as it could draft, an exit about each.
+            missing = len(tokens) - len(reports)
             tokens = [
-                replace(token, heads=(report, self.sampler.report(output, FINAL)))
-                for token, report, output in zip(tokens, reports, outputs, strict=False)
+                replace(token, heads=(*report, self.sampler.report(output, FINAL)))
+                for token, report, output in zip(
+                    tokens, [*((one,) for one in reports), *[()] * missing], outputs, strict=False
+                )
             ]
         return tuple(tokens)
 
-    def _judge(self, gain: DraftGain, num_accepted: int) -> None:
-        """Go on with drafts, or without, by what they have gained."""
+    def _judge(self, choice: DraftChoice, num_accepted: int) -> None:
+        """Go on with drafts, or without, and with this drafter or another, by what they gain."""
         sequence = self.sampler.sequence
         # Which drafts there are may change a sampled text: then they must not depend on others.
         company = sequence.company if self.sampler.is_always_greedy else 1
-        if sequence.is_asking:
-            self._pause = gain.add(self._num_asked, self._confidences, num_accepted, company)
-            least = gain.least_likelihood(company)
-            self.drafting = replace(self.drafting, least_confidence=least)
+        if self._is_drafting:
+            pause = choice.add(self._num_asked, self._confidences, num_accepted, company)
+            if self.adapts:
+                self._pause = pause
+                least = choice.gain.least_likelihood(company)
+                self.drafting = replace(self.drafting, least_confidence=least)
         else:
             self._pause -= 1
             self.counts.undrafted += 1
-        # Whoever wants to know what the exit says gets to know it.
-        sequence.is_asking = self._pause == 0 or self.details
+        sequence.is_asking = self._is_drafting and choice.current != MTP
 
     def _verify(
         self, drafts: abc.Sequence[Draft], outputs: abc.Sequence[HeadOutput]
     ) -> list[SampledToken]:
         """The drafts up to the first that is refused, and one token of the final head."""
-        (exit_index,) = self.rule.exits
         tokens: list[SampledToken] = []
         accepted: list[int] = []
         for draft, output in zip(drafts, outputs, strict=False):
             output = self.sampler.drawn(output, self.sampler.draw(accepted, draft=draft))
             is_accepted = output.token == draft.token
-            head = exit_index if is_accepted else FINAL
+            head = self._drafter if is_accepted else FINAL
             tokens.append(self.sampler.take(output, head, output.token))
             if not is_accepted:
                 break
@@ -204,3 +247,43 @@ class SelfSpeculativeMode(DecodingMode):
             tokens.append(self.sampler.sample(outputs[len(drafts)], FINAL, accepted))
         self._aim = self.drafting.next_aim(len(accepted) + 1)
         return tokens
+
+
+def _exit_of(context: ModeContext) -> int | None:
+    """The exit that may draft; None where the module alone does.
+
+    Raises:
+        FieldError: the model does not have it, or the request says that the module drafts.
+    """
+    params, known = context.params, context.exit_layers
+    layer = params.draft_exit_layer
+    if _uses_mtp(context) and layer is None and (params.draft_method == "mtp" or not known):
+        return None
+    if layer is None:
+        layer = known[0] if known else 0
+    return context.exit_index("draft_exit_layer", layer)
+
+
+def _uses_mtp(context: ModeContext) -> bool:
+    """Whether the multi-token-prediction module may draft.
+
+    Raises:
+        FieldError: the request says so, and there is none.
+    """
+    params, has_module = context.params, context.mtp_costs is not None
+    method = params.draft_method
+    if method == "mtp" and not has_module:
+        problem = "needs a multi-token-prediction module, which there is not"
+        allowed = "exit or auto; mtp with a model that has one, on one stage of a pipeline"
+        raise FieldError("draft_method", problem, allowed, value=method)
+    if method is None:
+        method = "auto" if params.draft_exit_layer is None else "exit"
+    return has_module and method != "exit"
+
+
+def _fixed(costs: DraftCosts, context: ModeContext) -> DraftCosts:
+    """Costs to decide by: which drafts there are may change a sampled text, which no device
+    shall."""
+    if context.sampler.is_always_greedy:
+        return costs
+    return replace(costs, rows=_ROWS_OF_SAMPLED)

@@ -40,6 +40,8 @@ class SpeculativeDecoding(BaseModel):
     num_accepted_draft_tokens: int
     mean_acceptance_length: float = Field(description="Tokens per verification.")
     draft_acceptance_rate: float
+    num_mtp_draft_tokens: int = Field(description="Of them, by multi-token prediction.")
+    num_accepted_mtp_draft_tokens: int
     num_undrafted_tokens: int = Field(
         description="Tokens for which no draft was tried, since drafts had made decoding slower."
     )

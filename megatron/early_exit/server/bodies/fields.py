@@ -17,7 +17,14 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from megatron.early_exit.config import ExitMeasure
-from megatron.early_exit.inference.params import MODE_FIELDS, RANGES, KVPolicy, Mode
+from megatron.early_exit.inference.params import (
+    MODE_FIELDS,
+    RANGES,
+    DraftMethod,
+    KVPolicy,
+    Mode,
+    modes_of,
+)
 from megatron.early_exit.ranges import INDEX, ZERO_TO_ONE, Range
 from megatron.early_exit.server.bodies.ranges import InRange
 from megatron.early_exit.server.bodies.unsupported import Unsupported, drop_unsupported, schema_of
@@ -160,6 +167,11 @@ class ExitFields(RequestModel):
         "which is cheap, and may change texts. Default: the server's.",
     )
     exits_pay_at: BatchSize | None = Field(None, description=f"{PAYS} Default: the server's.")
+    draft_method: DraftMethod | None = Field(
+        None,
+        description="What drafts: exit; mtp, a multi-token-prediction module; or auto, the one of "
+        "them that makes the text faster. Default: the server's, or that of draft_exit_layer.",
+    )
     draft_exit_layer: Natural | None = Field(None, description="The exit that drafts.")
     num_draft_tokens: Annotated[int, InRange(RANGES["num_draft_tokens"])] | None = Field(
         None, description="Most drafts before the whole model looks at them."
@@ -174,12 +186,15 @@ class ExitFields(RequestModel):
         False, description="Tell what each head on the way to a token found best."
     )
 
-    def exit_params(self, settings: ExitSettings, num_exits: int) -> dict[str, Any]:
+    def exit_params(
+        self, settings: ExitSettings, num_exits: int, num_depths: int = 0
+    ) -> dict[str, Any]:
         """The fields of `SamplingParams` that are about exits.
 
         Args:
             settings: what applies where the request says nothing.
             num_exits: of the model.
+            num_depths: of its multi-token-prediction module, which can draft instead of an exit.
 
         Raises:
             ApiError: what the request says contradicts itself, or needs exits where none are.
@@ -193,6 +208,7 @@ class ExitFields(RequestModel):
             "exit_threshold_decay": self.exit_threshold_decay,
             "kv_policy": self.kv_policy,
             "exits_pay_at": self.exits_pay_at,
+            "draft_method": self.draft_method,
             "draft_exit_layer": self.draft_exit_layer,
             "num_draft_tokens": self.num_draft_tokens,
             "draft_confidence": self.draft_confidence,
@@ -200,9 +216,14 @@ class ExitFields(RequestModel):
         given = {name: value for name, value in given.items() if value is not None}
         mode = self._mode(given) or settings.mode
         self._check_name(given if mode == settings.mode else {**given, "mode": mode}, settings)
-        if mode != "full" and num_exits == 0:
-            raise ApiError(400, f"mode {mode}: the model has no exits, allowed: full", "mode")
+        if mode not in modes_of(num_exits, num_depths):
+            allowed = " or ".join(modes_of(num_exits, num_depths))
+            raise ApiError(400, f"mode {mode}: the model has no exits, allowed: {allowed}", "mode")
         defaults = {name: getattr(settings, name) for name in MODE_FIELDS[mode]}
+        if given.get("draft_method") == "mtp":
+            defaults["draft_exit_layer"] = None
+        elif "draft_exit_layer" in given and settings.draft_method == "mtp":
+            defaults["draft_method"] = None
         if mode == "early_exit":
             # One threshold or several, whichever the request or the model's name says.
             said = {*given, *settings.decided}

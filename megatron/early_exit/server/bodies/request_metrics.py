@@ -72,5 +72,7 @@ def _speculation(results: Sequence[GenerationResult]) -> SpeculativeDecoding:
         num_accepted_draft_tokens=accepted,
         mean_acceptance_length=1 + accepted / steps if steps else 0.0,
         draft_acceptance_rate=accepted / drafted if drafted else 0.0,
+        num_mtp_draft_tokens=sum(one.mtp_drafted for one in counts),
+        num_accepted_mtp_draft_tokens=sum(one.mtp_accepted for one in counts),
         num_undrafted_tokens=sum(one.undrafted for one in counts),
     )

@@ -221,7 +221,7 @@ def _exit_params(body: GenerateRequest, service: Service) -> dict[str, Any]:
             "exits_pay_at": body.exits_pay_at if is_early else None,
         }
     )
-    return fields.exit_params(settings, len(exits))
+    return fields.exit_params(settings, len(exits), service.model.num_depths)
 
 
 def _response(

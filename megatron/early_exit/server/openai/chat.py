@@ -76,7 +76,7 @@ def _params(body: ChatRequest, service: Service, num_tokens: int) -> SamplingPar
     try:
         return SamplingParams(
             **body.sampling_params(),
-            **body.exit_params(settings, len(service.model.exit_layers)),
+            **body.exit_params(settings, len(service.model.exit_layers), service.model.num_depths),
             max_tokens=limits.pop() if limits else service.max_model_len - num_tokens,
             logprobs=body.top_logprobs if body.logprobs else None,
         )
