@@ -124,18 +124,25 @@ def test_exits_come_and_go_beside_it(tmp_path, name):
     assert_same(read(strip_exits(added)), model.weights)
 
 
-def save_tuned(path, model: object, reference: BaseReference, architecture: Architecture):
+def save_tuned(path, model: TinyModel, reference: BaseReference, architecture: Architecture):
     """The checkpoint of a run that has tuned all that its base lacks."""
-    description = ModelDescription(architecture, EXITS, None, reference)
+    description = ModelDescription(architecture, model.early_exit, None, reference)
     tuned = {name: one for name, one in model.weights.items() if reference.lacks(name)}
     write_checkpoint(path, lazy_tensors(tuned), description, described_args(description))
     return tuned
 
 
-@pytest.mark.parametrize("base_has_one", [False, True])
-@pytest.mark.parametrize("name", MTP)
-def test_a_tuned_module_is_merged_with_its_base(tmp_path, name, base_has_one):
-    tuned = make_model(MTP[name], exits=(2,), use_exit_norm=True)
+@pytest.mark.parametrize(
+    ("name", "base_has_one", "exits"),
+    [
+        ("two layers", False, (2,)),
+        ("two layers", True, ()),
+        ("a repeated layer", False, ()),
+        ("a repeated layer", True, (2,)),
+    ],
+)
+def test_a_tuned_module_is_merged_with_its_base(tmp_path, name, base_has_one, exits):
+    tuned = make_model(MTP[name], exits=exits, use_exit_norm=bool(exits))
     backbone = replace(MTP[name], mtp_num_layers=1 if base_has_one else 0)
     base = {n: t for n, t in make_model(backbone).weights.items() if is_of_mtp(n)}
     base |= {n: t for n, t in tuned.weights.items() if n.startswith(("decoder", "embed", "output"))}
