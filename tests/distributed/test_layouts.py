@@ -43,6 +43,14 @@ MODELS = {
         "--untie-embeddings-and-output-weights --exit-layer-nums 1 2 3 --use-exit-norm "
         "--exit-curriculum rotational --exit-curriculum-period 2 --exit-loss-scale 2"
     ),
+    # A head that looks further ahead, on the last stage, which needs an embedding for it.
+    "ahead": (
+        "--exit-layer-nums 2 3 --use-exit-norm --mtp-num-layers 2 --mtp-use-repeated-layer "
+        "--mtp-loss-scaling-factor 1 --layer-dropout 0.3"
+    ),
+    "ahead-untied": (
+        "--untie-embeddings-and-output-weights --exit-layer-nums 1 2 3 4 --mtp-num-layers 1"
+    ),
     # Layers that sequences skip, and tokens that leave early.
     "held": (
         "--exit-layer-nums 1 2 3 --use-exit-norm --layer-dropout 0.5 --exit-propagate-prob 0.3"
@@ -177,6 +185,9 @@ LAYOUTS = [
     Layout("blocks", "pp2-dp2-recompute", 4, f"{PP} 2 {RECOMPUTE} {OVERLAP}"),
     Layout("turns", "pp2-vpp2-dp2-gather", 4, f"{PP} 2 {VPP} 1 {GATHER}"),
     Layout("turns", "tp2-sp-dp2-overlap", 4, f"{TP} 2 --sequence-parallel {OVERLAP}", PER_TOKEN),
+    Layout("ahead", "pp2", 2, f"{PP} 2"),
+    Layout("ahead", "tp2-sp", 2, f"{TP} 2 --sequence-parallel"),
+    Layout("ahead-untied", "pp2-vpp2-dp2-gather", 4, f"{PP} 2 {VPP} 1 {GATHER}"),
     Layout("held", "tp2-sp-pp2-recompute", 4, f"{TP} 2 {PP} 2 --sequence-parallel {RECOMPUTE}"),
     Layout("held", "pp2-vpp2-dp2-gather", 4, f"{PP} 2 {VPP} 1 {GATHER}"),
     Layout("experts", "pp2", 2, f"{PP} 2"),

@@ -25,6 +25,8 @@ from tests.helpers.warm_ranks import ENTRY, WarmRanks  # noqa: E402
 STEPS = 5
 EXITS = (1, 3)
 KEYS = ["lm loss", *(f"exit {n} {what}" for n in EXITS for what in ("loss", "accuracy", "weight"))]
+# Megatron's own.
+KEYS += ["mtp_1 loss", "mtp_2 loss"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def run(ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("log")
     flags = [
         *write_documents(folder),
-        *("--pipeline-model-parallel-size", 2, "--train-iters", STEPS),
+        *("--pipeline-model-parallel-size", 2, "--train-iters", STEPS, "--mtp-num-layers", 2),
         *("--exit-layer-nums", *EXITS, "--exit-layer-weight", 0.4, 0.2),
         *("--exit-layer-weight-init", 0.0, 1.0, "--exit-layer-weight-warmup-iters", 4),
         *("--eval-interval", 4, "--eval-iters", 2, "--eval-micro-batch-size", 1),
@@ -156,7 +158,10 @@ def test_wandb_gets_every_figure(run: Run):
         ),
         (["--moe-router-topk", 1], ["--moe-router-topk 1 has no effect without --num-experts"]),
         (["--min-lr", 1], ["args.min_lr <= args.lr"]),
-        (["--exit-layer-nums", 2, "--mtp-num-layers", 1], ["--mtp-num-layers"]),
+        (
+            ["--exit-layer-nums", 2, "--mtp-num-layers", 1, "--exit-propagate-prob", 0.5],
+            ["--mtp-num-layers 1 cannot be combined with --exit-propagate-prob"],
+        ),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value[0], str) else None,
 )

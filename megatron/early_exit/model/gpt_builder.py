@@ -63,6 +63,11 @@ class EarlyExitGPTModelBuilder(GPTModelBuilder):
         # can change here; overriding it would mean copying its list of arguments.
         model.__class__ = EarlyExitGPTModel
         model = cast(EarlyExitGPTModel, model)
+        is_tied = config.share_embeddings_and_output_weights
+        if model.mtp_process and model.post_process and not model.pre_process and is_tied:
+            # Megatron allocates it, although it projects with the embedding there, and would then
+            # fail to save it.
+            model.output_layer.register_parameter("weight", None)
         if config.holds_rows:
             model.hold_rows()
         model.add_exits(config.early_exit)
@@ -83,8 +88,12 @@ def check_backbone(config: EarlyExitGPTModelConfig) -> None:
         check_attention(transformer)
     if not exits.positions:
         return
-    if transformer.mtp_num_layers and not config.tunes_exits:
-        raise ValueError("--mtp-num-layers cannot be combined with --exit-layer-nums")
+    if transformer.mtp_num_layers and transformer.mtp_standalone:
+        raise ValueError(
+            f"--mtp-num-layers {transformer.mtp_num_layers} on a stage of its own, by "
+            "--pipeline-model-parallel-layout, cannot be combined with --exit-layer-nums, allowed: "
+            "behind the last layer of the decoder"
+        )
     if transformer.cuda_graph_impl != "none":
         raise ValueError(
             f"--cuda-graph-impl {transformer.cuda_graph_impl} cannot be combined with "

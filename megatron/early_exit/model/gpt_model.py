@@ -94,6 +94,7 @@ class EarlyExitGPTModel(GPTModel):
         self.exit_tap = self.look_ahead_tap = None
         self.tunes_exits = False
         self._final_tokens: Tensor | None = None
+        self._heads_before_final = 0
         self.exits = ExitHeads(self.config, self.vocab_size, self.pg_collection)
         backbone: list[Any] = list(self.decoder.layers)
         layers: dict[int, TransformerLayer] = {one.layer_number: one for one in backbone}
@@ -135,6 +136,12 @@ class EarlyExitGPTModel(GPTModel):
             self.mtp.requires_grad_()
 
     @property
+    def needs_inputs(self) -> bool:
+        """Whether this chunk needs tokens and their positions: at its beginning, or to predict more
+        than one token at its end."""
+        return bool(self.pre_process or self.mtp_process)
+
+    @property
     def needs_targets(self) -> bool:
         """Whether this chunk needs labels and loss mask: if it has exits, or is the last one of the
         pipeline, where Megatron counts the tokens, even for a model without a final head."""
@@ -173,7 +180,7 @@ class EarlyExitGPTModel(GPTModel):
                 parts.project_with(lambda: self.output_layer.weight)
             else:
                 parts.copy_matrix(OUTPUT_LAYER)
-        elif self.pre_process:
+        elif self.needs_inputs:
             parts.project_with(lambda: self.embedding.word_embeddings.weight)
         elif self.post_process and self.share_embeddings_and_output_weights:
             parts.project_with(lambda: self.output_layer.weight)
@@ -220,7 +227,9 @@ class EarlyExitGPTModel(GPTModel):
             )
 
     def _keep_final_tokens(self, _: Module, args: object, output: tuple[Tensor, Any]) -> None:
-        if self.exit_tap is not None and self._final_tokens is not None:
+        if self._heads_before_final:
+            self._heads_before_final -= 1
+        elif self.exit_tap is not None and self._final_tokens is not None:
             tokens, self._final_tokens = self._final_tokens, None
             self.exit_tap.keep_final_tokens(self.exits, output[0], tokens)
 
@@ -269,6 +278,9 @@ class EarlyExitGPTModel(GPTModel):
         labels, loss_mask = (block_kwargs.pop(name, None) for name in ("context", "context_mask"))
         if not (self.tunes_exits and self.mtp_process):
             end["extra_block_kwargs"] = block_kwargs
+            if self.mtp_process and self._has_gates:
+                # Megatron projects what looks ahead first.
+                self._heads_before_final = self.config.mtp_num_layers or 0
             result: Tensor = super()._postprocess(**end)  # type: ignore[no-untyped-call]
             return result
         if labels is not None and self._has_gates:

@@ -58,15 +58,24 @@ class TiedWeight:
 
 
 def _local_uses(chunks: list[Any], name: str) -> _Uses:
-    original = [p for chunk in chunks if (p := _parameter(chunk, name)) is not None]
+    receiving = _megatrons_copies(chunks) if name == WORD_EMBEDDING else []
+    found = [p for chunk in chunks if (p := _parameter(chunk, name)) is not None]
+    original = [p for p in found if not any(p is one for one in receiving)]
     copies = [c.exits.backbone.copies[name] for c in chunks if name in c.exits.backbone.copies]
-    receiving = []
-    for chunk in chunks if name == WORD_EMBEDDING else ():
-        is_tied = chunk.post_process and chunk.share_embeddings_and_output_weights
-        if is_tied and not chunk.pre_process:
-            # Megatron has already added its gradient to the embedding's.
-            receiving.append(chunk.output_layer.weight)
     return _Uses(bool(original), bool(copies), (*original, *copies), tuple(receiving))
+
+
+def _megatrons_copies(chunks: list[Any]) -> list[Parameter]:
+    """The copies of the word embedding whose gradients Megatron has already added to the
+    original's."""
+    later = [chunk for chunk in chunks if not chunk.pre_process]
+    # Where more than one token is predicted, it has a whole embedding, and projects with that.
+    found = [chunk.embedding.word_embeddings.weight for chunk in later if chunk.mtp_process]
+    for chunk in later:
+        is_tied = chunk.post_process and chunk.share_embeddings_and_output_weights
+        if is_tied and not chunk.mtp_process:
+            found.append(chunk.output_layer.weight)
+    return found
 
 
 def _parameter(chunk: Any, name: str) -> Parameter | None:

@@ -24,6 +24,7 @@ def check(transformer: dict[str, Any], **exits: Any) -> None:
         "num_layers": 4,
         "transformer_impl": "transformer_engine",
         "mtp_num_layers": None,
+        "mtp_standalone": False,
         "cuda_graph_impl": "none",
         "overlap_moe_expert_parallel_comm": False,
         "experimental_attention_variant": None,
@@ -64,6 +65,12 @@ def offloading(*modules: str) -> dict[str, Any]:
             {"exit_layer_nums": (2,), "use_exit_block": True},
             "--fine-grained-activation-offloading cannot be combined with --use-exit-block: it "
             "counts the layers that run in the forward pass",
+        ),
+        (
+            {"mtp_num_layers": 2, "mtp_standalone": True},
+            {"exit_layer_nums": (2,)},
+            "--mtp-num-layers 2 on a stage of its own, by --pipeline-model-parallel-layout, cannot "
+            "be combined with --exit-layer-nums, allowed: behind the last layer of the decoder",
         ),
         (
             {"fp8_output_proj": True},

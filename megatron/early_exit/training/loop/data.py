@@ -52,7 +52,7 @@ class BatchReader:
         """The next microbatch.
 
         Args:
-            inputs: the stage embeds tokens.
+            inputs: the stage embeds tokens, at its beginning or to look ahead at its end.
             targets: the stage computes a loss, the final one or an exit's.
             training: train or evaluate.
         """

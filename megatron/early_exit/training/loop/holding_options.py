@@ -17,13 +17,17 @@ _WHOLE_LAYERS = "it takes layers apart, and one that hands on tokens is needed w
 _REFUSED: dict[str, tuple[object, str]] = {
     "tune_exit": (False, "the frozen backbone learns nothing from it"),
     "num_experts": (None, "tokens that a layer hands on would still be routed to its experts"),
-    "mtp_num_layers": (None, "layers that predict more tokens are not held"),
     "hybrid_layer_pattern": (None, "only plain transformer layers are held"),
     "cuda_graph_impl": ("none", "other tokens are held in each microbatch"),
     "overlap_moe_expert_parallel_comm": (False, _WHOLE_LAYERS),
     "fine_grained_activation_offloading": (False, "it frees the inputs of layers, which are used"),
 }
 """Flags that have no place beside held tokens: the one value that has, and why."""
+
+_REFUSED_FROZEN: dict[str, tuple[object, str]] = {
+    "mtp_num_layers": (None, "what looks further ahead would learn from frozen tokens, too"),
+}
+"""Those that have none beside tokens that are frozen behind exits, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,7 @@ class HoldingOptions(FlagFields):
             )
         if not self.exit_propagate_prob:
             return
+        refuse_beside("--exit-propagate-prob", args, _REFUSED_FROZEN)
         if not freezing_positions(exits, args.num_layers):
             raise ValueError(
                 "--exit-propagate-prob needs an exit before the last layer: give --exit-layer-nums"

@@ -152,7 +152,7 @@ class ModelStep:
         held = self._draw(chunk)
         batch = self.reader.read(
             data,
-            inputs=chunk.pre_process,
+            inputs=chunk.needs_inputs,
             targets=chunk.needs_targets,
             training=chunk.training,
         )

@@ -142,7 +142,6 @@ def test_values_out_of_range(options, message):
     [
         ({"tune_exit": True}, "--tune-exit cannot be combined with --"),
         ({"num_experts": 4}, "--num-experts 4 cannot be combined with --"),
-        ({"mtp_num_layers": 1}, "--mtp-num-layers 1 cannot be combined with --"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local cannot be combined with --"),
     ],
 )
@@ -151,6 +150,13 @@ def test_flags_that_do_not_fit(name, args, message):
     args = Namespace(**{"num_layers": LAYERS, **args})
     with pytest.raises(ValueError, match=message + as_flag(name).removeprefix("--")):
         HoldingOptions(**{name: 0.1}).check(args, EXITS)
+
+
+def test_what_looks_further_ahead_may_stand_on_skipped_layers_but_not_on_frozen_tokens():
+    args = Namespace(num_layers=LAYERS, mtp_num_layers=1)
+    HoldingOptions(layer_dropout=0.1).check(args, EXITS)
+    with pytest.raises(ValueError, match=r"^--mtp-num-layers 1 cannot be combined with --exit-p"):
+        HoldingOptions(exit_propagate_prob=0.1).check(args, EXITS)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,17 @@ from megatron.early_exit import platform
 
 platform.prepare()
 
+from megatron.core.transformer.multi_token_prediction import (  # noqa: E402
+    MTPLossAutoScaler,
+    MTPLossLoggingHelper,
+)
+
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
-from megatron.early_exit.training.loss.exit_loss import LossNormalization  # noqa: E402
+from megatron.early_exit.model.held_rows import HeldRows  # noqa: E402
+from megatron.early_exit.training.loss.exit_loss import (  # noqa: E402
+    ExitObjective,
+    LossNormalization,
+)
 from megatron.early_exit.training.loss.look_ahead_loss import LookAheadOptions  # noqa: E402
 from megatron.early_exit.training.tuning.objective import (  # noqa: E402
     DistillingObjective,
@@ -24,8 +33,11 @@ from megatron.early_exit.training.tuning.objective import (  # noqa: E402
 )
 from megatron.early_exit.training.tuning.options import TuningOptions  # noqa: E402
 from tests.helpers.exit_models import (  # noqa: E402
+    BATCH,
+    LAYERS,
     SEQUENCE,
     Microbatch,
+    PlainExits,
     build_model,
     gradients,
 )
@@ -44,6 +56,12 @@ HEADS: dict[str, dict[str, Any]] = {
 def process_groups() -> Iterator[None]:
     with model_parallel():
         yield
+
+
+@pytest.fixture(autouse=True)
+def megatrons_log() -> None:
+    """It is one for the process, as long as the first head is deep."""
+    MTPLossLoggingHelper.tracker.clear()
 
 
 @dataclass
@@ -82,21 +100,30 @@ class PlainHead:
     rows meet tokens."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model.eval()
-        self.embedding = model.embedding.word_embeddings.weight.detach()
+        self.model = model
+        self.embedding = model.embedding.word_embeddings.weight
         tied = model.share_embeddings_and_output_weights
-        self.output = self.embedding if tied else model.output_layer.weight.detach()
-        self.hidden = torch.empty(0)
+        self.output = self.embedding if tied else model.output_layer.weight
 
-    def depths(self, batch: Microbatch) -> list[Depth]:
-        hook = self.model.decoder.register_forward_hook(
-            lambda _, args, output: setattr(self, "hidden", output.detach())
-        )
-        with torch.no_grad():
-            final = self.model(batch.tokens, batch.positions, None)
-        hook.remove()
-        config, hidden = self.model.config, self.hidden
-        found = []
+    def run_backbone(self, batch: Microbatch) -> Tensor:
+        """The hidden states behind the final norm, [s, b, h]."""
+        hidden = self.model.embedding(batch.tokens, batch.positions)
+        rope = self.model.rotary_pos_emb(SEQUENCE)
+        for layer in self.model.decoder.layers:
+            before = hidden
+            hidden = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rope)[0]
+            if batch.held is not None:
+                held = batch.held.of_layer(layer.layer_number).t().unsqueeze(2)
+                hidden = torch.where(held, before, hidden)
+        normed: Tensor = self.model.decoder.final_layernorm(hidden)
+        return normed
+
+    def depths(self, batch: Microbatch, hidden: Tensor | None = None) -> list[Depth]:
+        """What the depths are to learn of a frozen model, or of one that has computed `hidden`."""
+        if hidden is None:
+            hidden = self.run_backbone(batch)
+        final = (hidden @ self.output.t()).transpose(0, 1)
+        config, found = self.model.config, []
         for k in range(1, config.mtp_num_layers + 1):
             hidden = self._layer(0 if config.mtp_use_repeated_layer else k - 1, hidden, batch, k)
             rows = [(b, i) for b in range(len(batch.tokens)) for i in range(SEQUENCE - k)]
@@ -288,3 +315,88 @@ def test_what_is_saved_are_the_heads():
     assert keys >= {"tuning_anchor", "exits.2.norm.weight", "mtp.layers.0.eh_proj.weight"}
     assert "mtp.layers.0.transformer_layer.mlp.linear_fc1.layer_norm_weight" in keys
     assert all(key.startswith(("exits.2.", "mtp.layers.0.", "tuning_anchor")) for key in keys)
+
+
+# --- trained with the model ---------------------------------------------------------------------
+
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+@pytest.mark.parametrize("recompute", [{}, FULL], ids=["", "recompute"])
+@pytest.mark.parametrize("detached", [False, True], ids=["", "detached"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_exits_and_head_train_together(kind, detached, recompute):
+    """The model's, the exits' and the head's gradients are those of the sum of all losses."""
+    config = EarlyExitConfig(
+        exit_layer_nums=(1, 3), exit_layer_weight=(0.3, 1.5), use_exit_norm=True
+    )
+    fields = {**HEADS[kind], "mtp_loss_scaling_factor": WEIGHT, "mtp_detach_heads": detached}
+    model = build_model(config, **fields, **recompute)
+    plain = build_model(config, **fields)
+    plain.load_state_dict(model.state_dict())
+    normalization = LossNormalization(per_token=False, context_parallel_size=1)
+    model.exit_tap = ExitObjective(config, normalization, 5)
+    MTPLossAutoScaler.set_loss_scale(torch.ones(()))
+    batch = Microbatch(0)
+    (batch.final_loss(model) / batch.tokens_that_count).backward()
+
+    head, of_exits = PlainHead(plain), PlainExits(plain, config)
+    hooks = [of_exits._collect(position) for position in config.positions]
+    hidden = head.run_backbone(batch)
+    for hook in hooks:
+        hook.remove()
+    logits = (hidden @ head.output.t()).transpose(0, 1).flatten(0, 1)
+    losses = functional.cross_entropy(logits, batch.labels.flatten(), reduction="none")
+    total = (losses * batch.mask.flatten()).sum()
+    total = total + sum(of_exits.exit_loss(position, batch) for position in config.positions)
+    (total / batch.tokens_that_count).backward(retain_graph=not detached)
+    if detached:
+        head.embedding, head.output = head.embedding.detach(), head.output.detach()
+        hidden = hidden.detach()
+    depths = head.depths(batch, hidden)
+    ahead = sum(depth.loss(0.0, 1.0) / depth.mask.sum() for depth in depths)
+    (WEIGHT / len(depths) * ahead).backward()
+    assert_same(gradients(model), gradients(plain), "")
+
+
+def test_it_stands_on_layers_that_sequences_skip():
+    fields = {**HEADS["one"], "mtp_loss_scaling_factor": WEIGHT}
+    model = build_model(EarlyExitConfig(), holds_rows=True, **fields)
+    plain = build_model(EarlyExitConfig(), **fields)
+    plain.load_state_dict(model.state_dict())
+    skipped = torch.tensor([[False, True, False, True], [False, False, True, True]])
+    held = HeldRows(torch.full((BATCH, SEQUENCE), LAYERS), skipped)
+    batch = Microbatch(0, held)
+    MTPLossAutoScaler.set_loss_scale(torch.ones(()))
+    (batch.final_loss(model) / batch.tokens_that_count).backward()
+    head = PlainHead(plain)
+    hidden = head.run_backbone(batch)
+    logits = (hidden @ head.output.t()).transpose(0, 1).flatten(0, 1)
+    losses = functional.cross_entropy(logits, batch.labels.flatten(), reduction="none")
+    (depth,) = head.depths(batch, hidden)
+    ahead = WEIGHT * depth.loss(0.0, 1.0) / depth.mask.sum()
+    ((losses * batch.mask.flatten()).sum() / batch.tokens_that_count + ahead).backward()
+    expected = gradients(plain)
+    # No sequence runs the last layer.
+    trained = [name for name in expected if not name.startswith("decoder.layers.3.")]
+    assert_same(gradients(model), expected, *trained)
+
+
+def test_gates_beside_it_learn_of_the_final_head():
+    """And not of what is projected before that."""
+    config = EarlyExitConfig(exit_layer_nums=(2,), use_exit_norm=True, use_exit_gate=True)
+    model = build_model(config, **HEADS["repeated"])
+    normalization = LossNormalization(per_token=False, context_parallel_size=1)
+    model.exit_tap = objective = ExitObjective(config, normalization, 5)
+    kept, keep = [], objective.keep_final_tokens
+    objective.keep_final_tokens = lambda exits, logits, tokens: (  # type: ignore[method-assign]
+        keep(exits, logits, tokens),
+        kept.append(tokens.clone()),
+    )
+    head = PlainHead(model)
+    for seed, training in ((0, True), (1, False), (2, True)):
+        batch = Microbatch(seed)
+        batch.final_loss(model.train(training))
+        logits = (head.run_backbone(batch) @ head.output.t()).transpose(0, 1)
+        assert torch.equal(kept.pop(), logits.argmax(dim=-1))
+        assert not kept
