@@ -71,7 +71,7 @@ class ExitMetrics:
             means[f"exit {position} loss"] = found[row, _LOSS].float()
             means[f"exit {position} accuracy"] = found[row, _CORRECT].float()
         if self.gates is not None:
-            means |= self.gates.take(groups, device)
+            means |= self.gates.take(groups, device, but)
         return means
 
     def _zeros(self, device: torch.device) -> Tensor:
