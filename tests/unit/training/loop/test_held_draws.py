@@ -171,12 +171,6 @@ def test_what_looks_further_ahead_may_stand_on_skipped_layers_but_not_on_frozen_
             8,
             "--use-exit-mlp cannot be combined with --exit-propagate-prob",
         ),
-        (
-            "exit_propagate_prob",
-            EarlyExitConfig(exit_layer_nums=(4,), use_exit_gate=True),
-            8,
-            "--use-exit-gate cannot be combined with --exit-propagate-prob",
-        ),
     ],
 )
 def test_models_that_do_not_fit(name, exits, num_layers, message):
