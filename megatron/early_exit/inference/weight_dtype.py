@@ -16,8 +16,8 @@ from megatron.early_exit.inference.model.quantized import (
 WEIGHT_DTYPES = ("int8", "int4")
 """What a command line may ask for."""
 NO_INT4 = (
-    "is not served: PyTorch has no fast product with weights in 4 bits for CPUs without AVX-512, "
-    "and none that this engine has been proved with elsewhere; allowed: int8"
+    "is not served: PyTorch's products with weights in 4 bits are no faster than those in 8 bits "
+    "on CPUs with AVX2, and have not been proved with this engine on others; allowed: int8"
 )
 _EMBEDDING = "embedding.word_embeddings.weight"
 

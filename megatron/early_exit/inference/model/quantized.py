@@ -1,17 +1,15 @@
 """Products with weight matrices in 8 bits.
 
-A matrix is whole numbers from -127 to 127, with one scale for each output channel. It is multiplied
-by FBGEMM, the library of 8-bit products that PyTorch brings for x86 CPUs. What is exact there are
-products of such weights with numbers of 7 bits; where activations have 8, sums of two products may
-not fit between its instructions. So each row of activations is split into two rows of 7 bits, a
-coarse and a fine one, with a scale of its own: together 14 bits, whose error is a hundredth of that
-of the weights. The weights are read once for both, and a row's result does not depend on the rows
-beside it.
+A matrix is whole numbers from -127 to 127, with one scale for each output channel. What is exact
+are products of such weights with numbers of 7 bits, see `exact_products.py`; where activations have
+8, sums of two products may not fit between instructions. So each row of activations is split into
+two rows of 7 bits, a coarse and a fine one, with a scale of its own: together 14 bits, whose error
+is a hundredth of that of the weights. The weights are read once for both, and a row's result does
+not depend on the rows beside it.
 
 Shapes: r rows, k inputs, n output channels.
 """
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,21 +17,20 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.checkpoint.quantization import SCALE_ENDING
+from megatron.early_exit.inference.model.exact_products import (
+    MOST_OF_ROWS,
+    exact_libraries,
+    exact_matrix,
+)
 from megatron.early_exit.inference.model.packed import pack
 
 TIED_PROJECTION = "embedding.projection.weight"
 """A copy of the word embedding, for the heads that are tied to it: the embedding itself keeps its
 format."""
 
-_STEPS = 63
-"""The greatest number of either row of activations."""
-_ZERO = 64
-"""What stands for zero among the numbers from 0 to 127, which FBGEMM takes."""
-_FINER = 2 * _STEPS
+_FINER = 2 * MOST_OF_ROWS
 """Steps of the fine row in one of the coarse row: it has what rounding has left, up to half a
 step."""
-_PRODUCT = "linear_with_input_q_dq_qweight_dq_output_fp32"
-"""The operator that rounds its input by a given scale and gives fp32."""
 _LEAST = 1e-30
 """A row of zeros has a scale, too."""
 
@@ -42,37 +39,29 @@ def reason_against(device: torch.device) -> str | None:
     """Why there are no products in 8 bits on a device; None where there are."""
     if device.type != "cpu":
         return f"there are no such products here for the device {device}, only for x86 CPUs"
-    has_operators = hasattr(torch, "_make_per_channel_quantized_tensor") and hasattr(
-        torch.ops.quantized, _PRODUCT
-    )
-    if not (has_operators and {"x86", "fbgemm"} & set(torch.backends.quantized.supported_engines)):
-        return "this build of PyTorch has no FBGEMM, the library of such products for x86 CPUs"
+    if not exact_libraries():
+        return (
+            "this build of PyTorch has no library of such products for x86 CPUs, neither FBGEMM "
+            "nor oneDNN"
+        )
     return None
 
 
 def pack_quantized(values: Tensor, scale: Tensor) -> Tensor:
-    """A matrix in the layout of FBGEMM.
+    """A matrix in the layout of the library that multiplies it fastest, see `exact_matrix`.
 
     Returns:
         [n, 1] in int8, what the compiler sees of it and takes for an argument like other weights.
-        The matrix itself, which is an object of FBGEMM's, is its attribute `matrix`.
+        The matrix itself, which is an object of the library's, is its attribute `matrix`.
     """
-    zeros = torch.zeros(len(scale), dtype=torch.int64)
-    with warnings.catch_warnings():
-        # PyTorch is about to give up tensors of this kind; `reason_against` will say so.
-        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
-        whole = torch._make_per_channel_quantized_tensor(
-            values.contiguous(), scale.double(), zeros, axis=0
-        )
     packed: Any = torch.zeros(len(scale), 1, dtype=torch.int8)
-    packed.matrix = torch.ops.quantized.linear_prepack(whole, None)
+    packed.matrix = exact_matrix(values, scale)
     return packed
 
 
 def unpack_quantized(packed: Any) -> Tensor:
-    """The matrix [n, k] in fp32 that one in the layout of FBGEMM stands for."""
-    whole, _ = torch.ops.quantized.linear_unpack(packed.matrix)
-    dense: Tensor = whole.dequantize()
+    """The matrix [n, k] in fp32 that one of `pack_quantized` stands for."""
+    dense: Tensor = packed.matrix.dense()
     return dense
 
 
@@ -97,7 +86,7 @@ def packed_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def quantized_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """x [r, k] -> x weight^T + bias [r, n]"""
     numbers = x.float()
-    step = numbers.abs().amax(dim=1, keepdim=True).clamp(min=_LEAST) / _STEPS
+    step = numbers.abs().amax(dim=1, keepdim=True).clamp(min=_LEAST) / MOST_OF_ROWS
     exact = numbers / step
     coarse = exact.round()
     rows = torch.cat((coarse, (exact - coarse) * _FINER))
@@ -111,7 +100,8 @@ def quantized_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 def _whole_number_product(x: Tensor, packed: Any) -> Tensor:
     """x [r, k], rounded to whole numbers from -64 to 63 -> x weight^T [r, n]"""
-    return getattr(torch.ops.quantized, _PRODUCT).default(x, 1.0, _ZERO, packed.matrix)
+    product: Tensor = packed.matrix.multiply(x)
+    return product
 
 
 def _shape_of_product(x: Tensor, packed: Tensor) -> Tensor:

@@ -4,12 +4,21 @@ import pytest
 import torch
 
 from megatron.early_exit.checkpoint.quantization import dequantize, quantize
+from megatron.early_exit.inference.model import exact_products
+from megatron.early_exit.inference.model.exact_products import exact_libraries
 from megatron.early_exit.inference.model.linear import make_addition, make_linear
 from megatron.early_exit.inference.model.quantized import (
     pack_quantized,
     quantized_product,
 )
 from tests.helpers.quantized_models import rounded
+
+
+@pytest.fixture(autouse=True, params=["FBGEMM", "oneDNN"])
+def library(request, monkeypatch):
+    """The library that all matrices are packed for."""
+    found = {request.param: exact_libraries()[request.param]}
+    monkeypatch.setattr(exact_products, "exact_libraries", lambda: found)
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -59,7 +68,7 @@ def test_products_are_those_of_the_rounded_matrix(shape, rows):
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("size", [2, 64, 576, 8192])
 def test_extreme_numbers_do_not_saturate(sign, size):
-    """FBGEMM adds up two products in 16 bits."""
+    """Libraries add up two products in 16 bits."""
     values = torch.full((5, size), 127 * sign, dtype=torch.int8)
     packed = pack_quantized(values, torch.ones(5))
     for x in (torch.ones(1, size), -torch.ones(2, size), torch.full((9, size), 1e30)):
