@@ -166,18 +166,18 @@ def measure(
         "clock": args.clock,
         "compile": args.compile,
     }
-    for ours, other, bound in (
+    for ours, theirs, bound in (
         ("fp32", "llama.cpp F32", None),
         ("int8", "llama.cpp Q8_0", BOUNDS.get(batch)),
         ("int8", "llama.cpp as is", None),
     ):
-        gain = ratio(times, other, ours)
-        best = min(times[other]) / min(times[ours])
+        gain = ratio(times, theirs, ours)
+        best = min(times[theirs]) / min(times[ours])
         table.add(
-            f"{ours} over {other}",
+            f"{ours} over {theirs}",
             gain,
             bound,
-            sizes[other] / sizes[ours],
+            sizes[theirs] / sizes[ours],
             f"of the best rounds {best:.2f}",
         )
 

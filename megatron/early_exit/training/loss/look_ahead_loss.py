@@ -86,21 +86,21 @@ def look_ahead_loss(
         else:
             states = copy_to_tensor_model_parallel_region(states, group=ahead.tp_group)
         later = slice(depth * batch, None)
-        own = Targets(targets.labels[later], targets.mask[later], targets.whole_mask[later])
-        flat = states.flatten(0, 1)[: len(own.labels)].to(ahead.weight.dtype)
+        labels, mask = targets.labels[later], targets.mask[later]
+        flat = states.flatten(0, 1)[: len(labels)].to(ahead.weight.dtype)
         coefficients = None
         if torch.is_grad_enabled():
-            share = whole / own.mask.sum().clamp(min=1)
+            share = whole / mask.sum().clamp(min=1)
             weight = options.weight / options.depths
-            coefficients = own.mask * (coefficient(weight, targets) * share)
+            coefficients = mask * (coefficient(weight, targets) * share)
         its_teacher = teacher
         if teacher is not None:
             its_teacher = replace(teacher, probabilities=teacher.probabilities[later])
         result, gradient = head_loss(
-            *(flat, ahead.weight, own.labels, of_head, coefficients, its_teacher, tokens[later])
+            *(flat, ahead.weight, labels, of_head, coefficients, its_teacher, tokens[later])
         )
         assert result.agrees is not None
-        metrics.add(depth, replace(result, correct=result.agrees), own.mask)
+        metrics.add(depth, replace(result, correct=result.agrees), mask)
         if gradient is not None:
             outputs.append(flat)
             gradients.append(gradient)
