@@ -11,6 +11,7 @@ import pytest
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.engine.failures import OUT_OF_MEMORY
+from tests.helpers.mtp_models import mtp_model
 from tests.helpers.pretended_cuda import (
     CudaTensor,
     PretendedCuda,
@@ -68,6 +69,26 @@ def test_texts_are_those_of_a_cpu(heads, is_captured, num_pieces):
         zeros = (4 if heads == "block" else 2) * driver.piece
         assert zeros < driver.most_taken <= budget + zeros
         # The memory of sequences that have ended is given back.
+        assert driver.taken == zeros
+        del engine
+
+
+def test_a_module_that_drafts_takes_its_memory_as_it_needs_it():
+    model = mtp_model(2, noise=0.2, architecture=SHAPE)
+    drafting = {"mode": "self_speculative", "draft_method": "mtp", "draft_confidence": 1e-9}
+    params = [SamplingParams(max_tokens=30, **drafting)] * len(PROMPTS)
+    expected = EarlyExitEngine(model.segmented).generate(PROMPTS, params)
+    with gpu() as driver:
+        budget = 30 * driver.piece
+        engine = pretended_engine(model, max_batch_size=3, kv_cache_memory=budget)
+        found = engine.generate(PROMPTS, params)
+        assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+        assert [one.exit_layers for one in found] == [one.exit_layers for one in expected]
+        assert driver.zeros_are_zero()
+        assert engine.pages.counts.preemptions > 0
+        # Of the layers, of each depth, and of what depths begin with.
+        zeros = 4 * driver.piece
+        assert zeros < driver.most_taken <= budget + zeros
         assert driver.taken == zeros
         del engine
 

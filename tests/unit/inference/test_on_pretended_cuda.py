@@ -4,6 +4,7 @@ a step needs."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.transfer import upload_to
+from tests.helpers.mtp_models import mtp_model
 from tests.helpers.pretended_cuda import (
     CudaTensor,
     PretendedCuda,
@@ -131,6 +133,27 @@ def test_captured_steps(cuda, recorder, architecture, heads):
         assert one.exit_layers == other.exit_layers
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
         assert one.confidences == pytest.approx(other.confidences, abs=1e-4)
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_drafts_of_a_multi_token_prediction_module(cuda, is_captured):
+    with pretended_recorder(cuda) if is_captured else nullcontext():
+        model = mtp_model(2, noise=0.2, exits=(1, 3), use_exit_norm=True)
+        drafting = {"mode": "self_speculative", "draft_method": "mtp", "max_tokens": 12}
+        params = [
+            SamplingParams(**drafting, draft_confidence=1e-9),
+            SamplingParams(**drafting, temperature=0.8, seed=3),
+            SamplingParams(mode="self_speculative", max_tokens=12),
+        ]
+        prompts = [[1, 2, 3], [4, 5], [6] * 9]
+        found = pretended_engine(model, is_captured, max_batch_size=4).generate(prompts, params)
+    expected = EarlyExitEngine(model.segmented, max_batch_size=4).generate(prompts, params)
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert one.token_ids == other.token_ids
+        # Of a greedy text, which of them drafts depends on what drafts cost on a device.
+        assert number == 2 or one.exit_layers == other.exit_layers
+    assert found[0].statistics.drafts == expected[0].statistics.drafts
+    assert found[0].statistics.drafts.mtp_accepted > 0
 
 
 def steady(

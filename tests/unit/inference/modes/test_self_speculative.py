@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.inference.modes.draft_choice import DraftChoice, Drafter
+from megatron.early_exit.inference.modes.draft_gain import DraftCosts
 from megatron.early_exit.inference.modes.head_output import head_outputs
-from megatron.early_exit.inference.modes.mode import Next, TokenSampler
+from megatron.early_exit.inference.modes.mode import MTP, Next, TokenSampler
 from megatron.early_exit.inference.modes.rule import DraftRule, ExitRule
 from megatron.early_exit.inference.modes.sampling import Sampler
 from megatron.early_exit.inference.modes.self_speculative import SelfSpeculativeMode
@@ -35,26 +37,34 @@ def chi_square(tokens: list[int], expected: torch.Tensor) -> float:
 
 
 def drafting_mode(
-    params: SamplingParams, sampler: Sampler, max_drafts: int, least_confidence: float
+    params: SamplingParams,
+    sampler: Sampler,
+    max_drafts: int,
+    least_confidence: float,
+    drafter: int = 0,
 ) -> SelfSpeculativeMode:
+    costs = DraftCosts(ask=40.0, verify=70.0, full=100.0, rows=16.0)
     return SelfSpeculativeMode(
         TokenSampler(params, sampler, Sequence(0, []), (1, 2)),
         ExitRule((0,), (0.0,)),
         drafting=DraftRule(max_drafts, least_confidence),
         room=100,
+        choice=None if drafter == 0 else DraftChoice({drafter: Drafter(costs, max_drafts)}),
+        depths=max_drafts,
     )
 
 
-def speculate(params: SamplingParams) -> list[list[int]]:
+def speculate(params: SamplingParams, drafter: int = 0) -> list[list[int]]:
     """The tokens of many rounds with two drafts each, of one request's random numbers."""
     sampler = Sampler(params, [], (), VOCAB)
     draft = head_outputs(DRAFT[None])[0]
     rounds = []
     for _ in range(DRAWS):
-        mode = drafting_mode(params, sampler, 2, 0.0)
-        assert mode.at_exit(0, draft, True) is Next.DRAFTED
-        assert mode.at_exit(0, draft, True) is Next.DRAFTED
-        assert mode.at_exit(0, draft, True) is Next.DEEPER
+        mode = drafting_mode(params, sampler, 2, 0.0, drafter)
+        assert mode.at_exit(drafter, draft, True) is Next.DRAFTED
+        assert mode.at_exit(drafter, draft, True) is Next.DRAFTED
+        assert not mode.looks_ahead
+        assert mode.at_exit(drafter, draft, True) is Next.DEEPER
         first, second = mode.sampler.sequence.drafts
         targets = [TARGET, BEHIND[first % 3], BEHIND[second % 3]]
         tokens = mode.at_end(head_outputs(torch.stack(targets)))
@@ -66,12 +76,13 @@ def speculate(params: SamplingParams) -> list[list[int]]:
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.6}, {"top_k": 3}, {"top_p": 0.95}, {"min_p": 0.2}]
 )
-def test_sampled_tokens_have_the_full_models_distribution(options):
+@pytest.mark.parametrize("drafter", [0, MTP], ids=["exit", "module"])
+def test_sampled_tokens_have_the_full_models_distribution(options, drafter):
     params = SamplingParams(
         **{"mode": "self_speculative", "temperature": 1.0, "seed": 3, "max_tokens": 100, **options}
     )
     full = Sampler(params, [], (), VOCAB)
-    rounds = speculate(params)
+    rounds = speculate(params, drafter)
     first = [tokens[0] for tokens in rounds]
     assert chi_square(first, distribution(full, TARGET)) < BOUND
     for token in range(VOCAB):
