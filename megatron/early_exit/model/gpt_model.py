@@ -4,7 +4,8 @@ The exits live in `model.exits`, outside `decoder.layers`: the backbone keeps Me
 checkpoint keys. Labels and loss mask reach an exit through the `context` and `context_mask`
 arguments of the layers: a decoder has no cross attention, so Megatron passes both on unchanged, for
 each microbatch, also through activation recomputation. Gates learn what the final head says later
-in the same pass: its tokens are written into a second row beside the labels. Tokens that layers
+in the same pass: on the chunk that has it, its tokens are written into a second row beside the
+labels. Tokens that layers
 hand on (`held_rows`) are packed with the loss mask.
 """
 
@@ -54,13 +55,17 @@ class ExitTap(Protocol):
         final_tokens: Tensor | None,
         layer_kwargs: dict[str, Any],
         asked: Tensor | None,
+        asked_at_end: Tensor | None,
     ) -> Tensor:
         """Return `hidden` [s, b, h] unchanged in value; the others are [b, s]. `final_tokens` are
-        there if exits have gates, and hold nothing before `keep_final_tokens` has been called.
-        Tokens that are not `asked` have left before; None is that all are."""
+        there if exits have gates and the chunk the final head, and hold nothing before
+        `keep_final_tokens` has been called.
+        Tokens that are not `asked` have left before, and those that are not `asked_at_end` before
+        the final head; None is that all are."""
 
     def keep_final_tokens(self, exits: ExitHeads, logits: Tensor, final_tokens: Tensor) -> None:
-        """Called at the end of a forward pass, if exits have gates: write the final head's most
+        """Called at the end of a forward pass of the chunk with the final head, if exits of any
+        chunk have gates: write the final head's most
         probable tokens into `final_tokens` [b, s]; logits are [s, b, v], of this rank's part of the
         vocabulary."""
 
@@ -112,8 +117,8 @@ class EarlyExitGPTModel(GPTModel):
         if self.exits.heads and options.share_final_head:
             self._share_final_norm(norm)
         self._set_precision_of_exits()
-        self._has_gates = bool(options.beside_parts and self.exits.heads)
-        if self._has_gates and self.post_process:
+        self._compares_tokens = bool(options.beside_parts and self.post_process)
+        if self._compares_tokens:
             self.output_layer.register_forward_hook(self._keep_final_tokens)
 
     def tune_exits(self, freeze_projections: bool) -> None:
@@ -195,12 +200,22 @@ class EarlyExitGPTModel(GPTModel):
                 return hidden
             branch_kwargs = {name: kwargs.get(name) for name in _BRANCH_KWARGS}
             mask, held = unpack(kwargs.get("context_mask"), self.config.num_layers)
-            asked = None if held is None else held.asked_at(position)
+            asked = asked_at_end = None
+            if held is not None:
+                asked, asked_at_end = held.asked_at(position), held.asked_at(held.num_layers)
             final_tokens = None
-            if self._has_gates:
+            if self._compares_tokens:
                 labels, final_tokens = labels
             return self.exit_tap(
-                self.exits, position, hidden, labels, mask, final_tokens, branch_kwargs, asked
+                self.exits,
+                position,
+                hidden,
+                labels,
+                mask,
+                final_tokens,
+                branch_kwargs,
+                asked,
+                asked_at_end,
             )
 
         if options.replaces_mlp:
@@ -242,13 +257,14 @@ class EarlyExitGPTModel(GPTModel):
             only they use the labels: the result is logits, or hidden states without a final head.
         """
         targets = {}
+        if labels is not None and self._compares_tokens:
+            # Passed on with the labels: what recomputes activations would not know of which
+            # microbatch it is.
+            both = torch.stack((labels, torch.full_like(labels, -1)))
+            self._final_tokens = both[1]
         if labels is not None and self._passes_targets:
-            targets = {"context": labels, "context_mask": loss_mask}
-            if self._has_gates:
-                # Passed on with the labels: what recomputes activations would not know of which
-                # microbatch it is.
-                both = torch.stack((labels, torch.full_like(labels, -1)))
-                targets["context"], self._final_tokens = both, both[1]
+            context = both if self._compares_tokens else labels
+            targets = {"context": context, "context_mask": loss_mask}
         if held is not None:
             targets["context_mask"] = held.pack(loss_mask)
         if targets:
@@ -271,7 +287,7 @@ class EarlyExitGPTModel(GPTModel):
             end["extra_block_kwargs"] = block_kwargs
             result: Tensor = super()._postprocess(**end)  # type: ignore[no-untyped-call]
             return result
-        if labels is not None and self._has_gates:
+        if labels is not None and self._compares_tokens:
             labels = labels[0]
         return finish_frozen(self, labels, loss_mask, end)
 

@@ -49,6 +49,7 @@ from megatron.early_exit.training.loop.step import (
 from megatron.early_exit.training.loop.training_schedule import ScheduledSteps
 from megatron.early_exit.training.loss.curriculum import CurriculumOptions, LossCurriculum
 from megatron.early_exit.training.loss.exit_loss import ExitObjective, LossNormalization
+from megatron.early_exit.training.loss.final_tokens import FinalTokens
 from megatron.early_exit.training.loss.look_ahead_loss import LookAheadOptions
 from megatron.early_exit.training.resume.loading import (
     CheckpointError,
@@ -206,6 +207,9 @@ class Session:
             chunk.exit_tap = self.objective
             if isinstance(self.objective, LocalObjective):
                 chunk.look_ahead_tap = self.objective
+        if self.exits.use_exit_gate and self.args.pipeline_model_parallel_size > 1:
+            groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["pp"])
+            self.objective.connect(FinalTokens.of(chunks, groups.pp))
         if self._start is not None:
             for line in move_conflicting(self.args, self._start):
                 print_rank_0(line)

@@ -113,9 +113,14 @@ def test_what_is_given_is_kept():
     assert (one.num_chunks, layout.microbatch_size, layout.layers_per_stage) == (3, 2, (2,) * 6)
 
 
-def test_gates_have_no_pipeline():
-    found = find_plans(replace(SMALL_REQUEST, placements=(GATED,)), 9)
-    assert {plan.costing.candidate.layout.num_ranks for plan in found.best} == {1}
+def test_gates_have_pipelines_whose_bubbles_are_not_filled():
+    request = replace(SMALL_REQUEST, placements=(GATED,), pipeline_parallel=4, num_chunks=1)
+    plans = find_plans(request, 2).best
+    assert {plan.costing.candidate.layout.num_ranks for plan in plans} == {4}
+    with pytest.raises(ValueError, match="bubbles cannot be combined with --use-exit-gate"):
+        fill_bubbles(plans, FillRequest(), 72e9)
+    without = find_plans(replace(request, placements=SMALL_REQUEST.placements), 2).best
+    assert fill_bubbles(without, FillRequest(), 72e9)
 
 
 def test_placement_is_searched():
@@ -220,10 +225,6 @@ def test_fills_without_room_are_refused(four_stages, fills, limit, message):
             {"pipeline_parallel": 5},
             "--pipeline-model-parallel-size 5 is out of range, allowed: divisors of --num-layers "
             "12: 1, 2, 3, 4, 6, 12",
-        ),
-        (
-            {"pipeline_parallel": 2, "placements": (GATED,)},
-            "--pipeline-model-parallel-size 2 is out of range, allowed: 1 with --use-exit-gate",
         ),
         (
             {"pipeline_parallel": 3},

@@ -90,15 +90,8 @@ def tensor_sizes(request: PlanRequest) -> list[int]:
 
 def pipeline_sizes(request: PlanRequest) -> list[int]:
     """Pipeline-parallel sizes that divide the layers."""
-    sizes = _possible_pipelines(request)
+    sizes = _divisors(request.shape.num_layers)
     return [size for size in sizes if request.pipeline_parallel in (None, size)]
-
-
-def _possible_pipelines(request: PlanRequest) -> list[int]:
-    # Gates learn what the final head says, which other stages do not know.
-    if any(exits.use_exit_gate for exits in request.placements):
-        return [1]
-    return _divisors(request.shape.num_layers)
 
 
 def _microbatch_sizes(request: PlanRequest, of_replica: int) -> list[int]:
@@ -130,10 +123,8 @@ def _why_none(request: PlanRequest) -> FieldError:
         )
         return out_of_range("--tensor-model-parallel-size", request.tensor_parallel, allowed)
     if not pipeline_sizes(request):
-        sizes = ", ".join(map(str, _possible_pipelines(request)))
+        sizes = ", ".join(map(str, _divisors(shape.num_layers)))
         allowed = f"divisors of --num-layers {shape.num_layers}: {sizes}"
-        if sizes == "1":
-            allowed = "1 with --use-exit-gate"
         return out_of_range("--pipeline-model-parallel-size", request.pipeline_parallel, allowed)
     products = sorted({t * p for t in tensor_sizes(request) for p in pipeline_sizes(request)})
     fitting = [size for size in products if request.num_accelerators % size == 0]

@@ -48,8 +48,8 @@ class HoldingOptions(FlagFields):
     """Probability with which a token is frozen behind an exit in training, any of the exits before
     the last layer with equal chance: layers behind hand on its hidden state unchanged and make its
     keys and values from that. The token's losses are those of the exits up to there; other exits
-    and the final head are not asked for it. Losses are means over all tokens, asked or not, and the
-    log shows means over those asked."""
+    and the final head are not asked for it, and no gate learns from it. Losses are means over all
+    tokens, asked or not, and the log shows means over those asked."""
 
     def __post_init__(self) -> None:
         ZERO_TO_ONE.check_flags(self, "layer_dropout")
@@ -91,17 +91,10 @@ class HoldingOptions(FlagFields):
             )
         for part in exits.head_parts:
             if part.replaces_mlp:
-                reason = "tokens are frozen between layers, and such exits are inside one"
-            elif part.is_beside:
-                reason = (
-                    "the final head, which gates learn from, is not asked for frozen tokens; tune "
-                    "gates afterwards with --tune-exit"
+                raise ValueError(
+                    f"{as_flag(part.field)} cannot be combined with --exit-propagate-prob: tokens "
+                    "are frozen between layers, and such exits are inside one"
                 )
-            else:
-                continue
-            raise ValueError(
-                f"{as_flag(part.field)} cannot be combined with --exit-propagate-prob: {reason}"
-            )
 
 
 def freezing_positions(exits: EarlyExitConfig, num_layers: int) -> tuple[int, ...]:

@@ -26,8 +26,8 @@ class CurriculumOptions(FlagFields):
     exit_curriculum: Curriculum = "none"
     """Which exits learn in an iteration (LayerSkip, arXiv 2404.16710): all of them (none); every
     R-th, other ones in the next iteration (rotational); or only the last ones, one more at a time
-    until half of the iterations are done (gradual). The others are not computed. The final head
-    always learns."""
+    until half of the iterations are done (gradual). The others are not computed, and neither are
+    their gates. The final head always learns."""
 
     exit_curriculum_period: int | None = None
     """R of the rotational curriculum (default: the number of exits, at least 2)."""
@@ -63,12 +63,6 @@ class CurriculumOptions(FlagFields):
         """
         if self.exit_curriculum != "none":
             refuse_beside(f"--exit-curriculum {self.exit_curriculum}", args, _TUNING)
-            if exits.use_exit_gate:
-                raise ValueError(
-                    "--use-exit-gate cannot be combined with --exit-curriculum "
-                    f"{self.exit_curriculum}: gates learn from their exits in each iteration; tune "
-                    "them afterwards with --tune-exit"
-                )
         if self.exit_loss_scale is not None:
             refuse_beside("--exit-loss-scale", args, _TUNING)
         if not exits.positions:

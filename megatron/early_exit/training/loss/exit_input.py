@@ -22,13 +22,15 @@ class Targets:
         mask: [s * b], which of them count here.
         whole_mask: [s * b], which of them count at any head. Losses are means over these, so that
             each token has the same weight at every head that is asked for it.
+        final_mask: [s * b], which of them count at the final head, too; a gate learns from these.
         final_tokens: [b, s], what the final head predicts, known at the end of the forward pass;
-            None where no gate needs it.
+            None where no gate needs it, or another stage knows it.
     """
 
     labels: Tensor
     mask: Tensor
     whole_mask: Tensor
+    final_mask: Tensor
     final_tokens: Tensor | None = None
 
     @classmethod
@@ -38,13 +40,16 @@ class Targets:
         loss_mask: Tensor | None,
         final_tokens: Tensor | None = None,
         asked: Tensor | None = None,
+        asked_at_end: Tensor | None = None,
     ) -> Targets:
-        """Targets from labels, the mask, the final head's tokens, and the tokens that this exit is
-        asked for, each [b, s]; None is all."""
+        """Targets from labels, the mask, the final head's tokens, and the tokens that this exit and
+        the final head are asked for, each [b, s]; None is all."""
         mask = torch.ones_like(labels) if loss_mask is None else loss_mask
         whole = mask.t().reshape(-1).float()
-        own = whole if asked is None else whole * asked.t().reshape(-1)
-        return cls(labels.t().reshape(-1), own, whole, final_tokens)
+        own, final = (
+            whole if one is None else whole * one.t().reshape(-1) for one in (asked, asked_at_end)
+        )
+        return cls(labels.t().reshape(-1), own, whole, final, final_tokens)
 
     def of_final_head(self) -> Tensor | None:
         """The final head's tokens [s * b], to be called after the forward pass."""

@@ -27,6 +27,7 @@ from megatron.early_exit.model.exit_head import ExitHeads
 from megatron.early_exit.model.rng import derived_seed, dropout_rng
 from megatron.early_exit.training.loss.curriculum import LossCurriculum
 from megatron.early_exit.training.loss.exit_input import ExitInput, Targets
+from megatron.early_exit.training.loss.final_tokens import FinalTokens
 from megatron.early_exit.training.loss.gate_metrics import GateMetrics
 from megatron.early_exit.training.loss.head_loss import (
     HeadLoss,
@@ -123,6 +124,7 @@ class ExitObjective:
         self.training_metrics = ExitMetrics(config.positions, config.use_exit_gate)
         self.validation_metrics = ExitMetrics(config.positions, config.use_exit_gate)
         self.ends_at_exit = False
+        self._final_tokens: FinalTokens | None = None
         self._loss_scale: Tensor | float = 1.0
         self._per_token_share = 1.0
         self._iteration = 0
@@ -165,6 +167,12 @@ class ExitObjective:
         """
         self._per_token_share = per_token_share
 
+    def connect(self, final_tokens: FinalTokens) -> None:
+        """Let gates of other stages than the last learn. Only training is told of there, since it
+        is in backward passes that the final head's tokens have come."""
+        self._final_tokens = final_tokens
+        self.validation_metrics = ExitMetrics(self.config.positions)
+
     def set_loss_scale(self, scale: Tensor) -> None:
         """For `config.experimental_attention_variant_loss_scale_func`, the hook that Megatron
         calls at every forward step with gradient scale * context parallel size / microbatches
@@ -184,13 +192,14 @@ class ExitObjective:
         final_tokens: Tensor | None,
         layer_kwargs: dict[str, Any],
         asked: Tensor | None = None,
+        asked_at_end: Tensor | None = None,
     ) -> Tensor:
         """Attach the loss of the exit at `position` to `hidden` [s, b, h]; see `ExitTap`.
 
         In evaluation the loss is computed at once and only measured; or at the end of the pass, if
-        exits have gates, which are compared with the final head.
+        this chunk has gates and the final head that they are compared with.
         """
-        targets = Targets.of(labels, loss_mask, final_tokens, asked)
+        targets = Targets.of(labels, loss_mask, final_tokens, asked, asked_at_end)
         exit_input = ExitInput(exits, position, hidden, targets, layer_kwargs)
         if exits.training:
             return self.in_training(exit_input)
@@ -204,6 +213,8 @@ class ExitObjective:
         """Fill in what exits are compared with; see `ExitTap`."""
         vocabulary = LocalVocabulary(logits.shape[-1], exits.tp_group, size=None)
         _, tokens = vocabulary.largest(logits.detach().flatten(0, 1))
+        if self._final_tokens is not None and exits.training:
+            self._final_tokens.send(tokens)
         # The tensor may be kept for a backward that computes nothing from these values.
         final_tokens.data.copy_(tokens.view(logits.shape[:2]).t())
         waiting, self._waiting = self._waiting, []
@@ -242,10 +253,21 @@ class ExitObjective:
         """Compute an exit's loss and backpropagate it, to the leaf `hidden` where that needs a
         gradient; see `head_loss` for `teacher`. Of an exit that does not learn in this iteration
         nothing is computed."""
+        exit_input = self._with_final_tokens(exit_input)
         if exit_input.position in self._active:
             self._run(exit_input, self.training_metrics, teacher)
         else:
             exit_input.leave_out()
+
+    def _with_final_tokens(self, exit_input: ExitInput) -> ExitInput:
+        """An exit's microbatch with what another stage knows of it."""
+        targets, hidden = exit_input.targets, exit_input.hidden
+        if self._final_tokens is None or targets.final_tokens is not None:
+            return exit_input
+        count, batch = len(targets.labels), hidden.shape[1]
+        tokens = self._final_tokens.take(exit_input.position, count, hidden.device)
+        final_tokens = tokens.view(-1, batch).t()
+        return replace(exit_input, targets=replace(targets, final_tokens=final_tokens))
 
     def options(self, exits: ExitHeads, position: int) -> HeadLossOptions:
         """How the loss of an exit is computed."""
@@ -290,14 +312,15 @@ class ExitObjective:
 
     def _run_gate(self, exit_input: ExitInput, agrees: Tensor, metrics: GateMetrics) -> None:
         """Compute the loss of an exit's gate; with gradients enabled, backpropagate it to the gate
-        and nothing else.
+        and nothing else. Tokens for which the final head is not asked, since they are frozen behind
+        an exit, do not count: nobody knows what it would say of them.
 
         Args:
             exit_input: the exit's.
             agrees: [s * b], 1 where the exit's most probable token is the final head's, else 0.
             metrics: what the results are added to.
         """
-        exits, mask = exit_input.exits, exit_input.targets.mask
+        exits, mask = exit_input.exits, exit_input.targets.final_mask
         output = exits.heads[exit_input.position].gate(exit_input.hidden.detach())
         if exits.config.sequence_parallel:
             # All ranks compute the same loss, so each takes the gradient of its own part.

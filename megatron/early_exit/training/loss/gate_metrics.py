@@ -20,6 +20,7 @@ class GateMetrics:
         self.positions = positions
         self._losses: Tensor | None = None
         self._counts: Tensor | None = None
+        self._last: dict[str, Tensor] = {}
 
     def add(
         self, position: int, confidence: Tensor, loss: Tensor, agrees: Tensor, mask: Tensor
@@ -39,14 +40,24 @@ class GateMetrics:
         bins = (confidence * _BINS).long().clamp_(0, _BINS - 1) + agrees.long() * _BINS
         counts[row].view(-1).index_add_(0, bins, mask.double())
 
-    def take(self, groups: ProcessGroupCollection, device: torch.device) -> dict[str, Tensor]:
+    def take(
+        self,
+        groups: ProcessGroupCollection,
+        device: torch.device,
+        but: frozenset[int] = frozenset(),
+    ) -> dict[str, Tensor]:
         """The figures of each gate since the last call, 0-dimensional: its mean loss per token; the
         share of tokens at which it is right, where 0.5 is yes; and the area under its ROC curve
         (AUC), which is the probability that it is surer of a token at which the exit agrees than of
         one at which it does not (a draw within a bin counts half), and 0.5 if there are only tokens
-        of one kind.
+        of one kind. A gate that has not been measured since then has the figures that it had.
 
         A collective call over the data-parallel, context-parallel and pipeline groups.
+
+        Args:
+            groups: those.
+            device: of the figures.
+            but: positions to leave out, on every rank the same.
         """
         losses, counts = self._sums(device)
         self._losses = self._counts = None
@@ -68,8 +79,12 @@ class GateMetrics:
                 "AUC": torch.where(pairs > 0, auc, 0.5),
             }
             for name, value in found.items():
-                figures[f"exit {position} gate {name}"] = value.float()
-        return figures
+                key = f"exit {position} gate {name}"
+                last = self._last.get(key, value)
+                figures[key] = torch.where(counts[row].sum() > 0, value, last).float()
+        self._last = figures
+        left_out = tuple(f"exit {position} gate " for position in but)
+        return {name: value for name, value in figures.items() if not name.startswith(left_out)}
 
     def _sums(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._losses is None or self._counts is None:

@@ -75,7 +75,7 @@ class ExitMetrics:
             means[f"{self.name} {position} loss"] = found[row, _LOSS].float()
             means[f"{self.name} {position} accuracy"] = found[row, _CORRECT].float()
         if self.gates is not None:
-            means |= self.gates.take(groups, device)
+            means |= self.gates.take(groups, device, but)
         return means
 
     def _zeros(self, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import struct
 import sys
 from argparse import ArgumentParser, Namespace
@@ -30,6 +31,7 @@ from megatron.core.rerun_state_machine import (  # noqa: E402
 from megatron.training.arguments import parse_args  # noqa: E402
 
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
+from megatron.early_exit.errors import as_flag  # noqa: E402
 from megatron.early_exit.training.cli.arguments import add_early_exit_arguments  # noqa: E402
 from megatron.early_exit.training.cli.checks import check_arguments, check_data  # noqa: E402
 from megatron.early_exit.training.cli.flag_rules.unsupported import UNSUPPORTED  # noqa: E402
@@ -211,12 +213,19 @@ def test_flags_that_are_not_served_are_refused(parse, flags, words):
     assert all(word in message for word in words), message
 
 
-def test_gates_are_not_trained_on_several_stages(parse):
+@pytest.mark.parametrize("name", ["tune_exit", "fill_explicit_bubbles"])
+def test_gates_of_several_stages_are_trained_by_megatrons_schedules_alone(parse, name):
     exits = EarlyExitConfig(exit_layer_nums=(1,), use_exit_gate=True)
-    flags = ("--pipeline-model-parallel-size", 2)
-    message = refusal(lambda: check_arguments(parse(*flags), exits))
-    assert message.startswith("--use-exit-gate cannot be combined with --pipeline-model-parallel-")
-    assert message.endswith("allowed: 1")
+    args = parse("--pipeline-model-parallel-size", 2)
+    setattr(args, name, False)
+    check_arguments(args, exits)
+    setattr(args, name, True)
+    check_arguments(args, dataclasses.replace(exits, use_exit_gate=False))
+    assert re.match(
+        f"{as_flag(name)} cannot be combined with --use-exit-gate with --pipeline-model-parallel-"
+        "size 2: ",
+        refusal(lambda: check_arguments(args, exits)),
+    )
 
 
 def test_defaults_are_served(parse):

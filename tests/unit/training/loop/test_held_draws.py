@@ -165,12 +165,6 @@ def test_flags_that_do_not_fit(name, args, message):
             8,
             "--use-exit-mlp cannot be combined with --exit-propagate-prob",
         ),
-        (
-            "exit_propagate_prob",
-            EarlyExitConfig(exit_layer_nums=(4,), use_exit_gate=True),
-            8,
-            "--use-exit-gate cannot be combined with --exit-propagate-prob",
-        ),
     ],
 )
 def test_models_that_do_not_fit(name, exits, num_layers, message):

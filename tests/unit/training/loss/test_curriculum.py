@@ -113,7 +113,6 @@ ROTATIONAL, SCALE = {"exit_curriculum": "rotational"}, {"exit_loss_scale": 0.1}
         ),
         (ROTATIONAL, {}, {"tune_exit": True}, "--tune-exit cannot be combined with --exit-curr"),
         (SCALE, {}, {"tune_exit": True}, "--tune-exit cannot be combined with --exit-loss-scale"),
-        (ROTATIONAL, {"use_exit_gate": True}, {}, "--use-exit-gate cannot be combined with --exit"),
         (SCALE, {"exit_layer_weight": (1.0, 0.5)}, {}, "cannot be combined with --exit-layer-weig"),
         (SCALE, {"exit_layer_weight_warmup_iters": 5}, {}, "cannot be combined with --exit-layer"),
         (SCALE, {"exit_layer_nums": (2, 8)}, {}, "with an exit after the last layer"),

@@ -12,12 +12,20 @@ from megatron.early_exit import platform
 platform.prepare()
 
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
+from megatron.early_exit.model.held_rows import HeldRows  # noqa: E402
+from megatron.early_exit.training.loss.curriculum import (  # noqa: E402
+    CurriculumOptions,
+    LossCurriculum,
+)
 from megatron.early_exit.training.loss.exit_loss import (  # noqa: E402
     ExitObjective,
     LossNormalization,
 )
 from megatron.early_exit.training.tuning.objective import LocalObjective  # noqa: E402
 from tests.helpers.exit_models import (  # noqa: E402
+    BATCH,
+    LAYERS,
+    SEQUENCE,
     Microbatch,
     PlainExits,
     build_model,
@@ -74,10 +82,12 @@ def deferred(
     batches: list[Microbatch],
     per_token: bool = False,
     scale: float = 1.0,
+    curriculum: LossCurriculum | None = None,
 ) -> tuple[ExitObjective, dict[str, torch.Tensor]]:
     """All forward passes, then all backward passes."""
     normalization = LossNormalization(per_token=per_token, context_parallel_size=1)
-    model.exit_tap = objective = ExitObjective(config, normalization, chunk_tokens=5)
+    options = {"chunk_tokens": 5, "curriculum": curriculum}
+    model.exit_tap = objective = ExitObjective(config, normalization, **options)
     objective.start_iteration(0)
     losses = []
     for batch in batches:
@@ -98,7 +108,9 @@ class PlainGates(PlainExits):
         self.run_backbone(batch)
         tap, self.model.exit_tap = self.model.exit_tap, None
         tunes, self.model.tunes_exits = self.model.tunes_exits, False
-        final = self.model(batch.tokens, batch.positions, None).transpose(0, 1).argmax(-1)
+        held = {} if batch.held is None else {"held": batch.held}
+        final = self.model(batch.tokens, batch.positions, None, **held)
+        final = final.transpose(0, 1).argmax(-1)
         self.model.exit_tap, self.model.tunes_exits = tap, tunes
         agrees = {}
         for position in self.exits.positions:
@@ -113,7 +125,7 @@ class PlainGates(PlainExits):
 
     def gate_losses(self, batch: Microbatch) -> torch.Tensor:
         total = torch.zeros(())
-        mask = batch.mask.t().flatten()
+        mask = batch.mask_at(self.model.config.num_layers).t().flatten()
         for position, agrees in self.agreement(batch).items():
             confidence = self.confidence(position)
             losses = -torch.where(agrees, confidence, 1 - confidence).log()
@@ -127,8 +139,9 @@ def expected_of_gates(
     batches: list[Microbatch],
     per_token: bool = False,
     scale: float = 1.0,
+    **backbone: Any,
 ) -> dict[str, torch.Tensor]:
-    plain = build_model(config)
+    plain = build_model(config, **backbone)
     plain.load_state_dict(model.state_dict())
     for batch in batches:
         loss = PlainGates(plain, config).gate_losses(batch)
@@ -157,6 +170,54 @@ def test_gradients_are_those_of_plain_autograd_and_others_stay(kind, per_token):
     _, others = deferred(without, plain, batches, per_token, scale=0.5)
     assert others.keys() == found.keys() - expected.keys()
     assert all(torch.equal(found[name], gradient) for name, gradient in others.items())
+
+
+@pytest.mark.parametrize("kind", ["plain", "block", "final head"])
+def test_tokens_that_are_frozen_on_their_way_teach_no_gate(kind):
+    config = exits(kind)
+    generator = torch.Generator().manual_seed(3)
+    batches = []
+    for seed in range(2):
+        drawn = torch.randint(3, (BATCH, SEQUENCE), generator=generator)
+        held = HeldRows(
+            frozen_at=torch.tensor([1, 3, LAYERS])[drawn],
+            skipped=torch.rand(BATCH, LAYERS, generator=generator) < 0.2,
+        )
+        batches.append(Microbatch(seed, held))
+    model = model_of(config, holds_rows=True)
+    expected = expected_of_gates(config, model, batches, holds_rows=True)
+    objective, found = deferred(config, model, batches)
+    check(found, expected)
+    assert objective.training_metrics.gates is not None
+    counts = objective.training_metrics.gates._counts
+    assert counts.sum((1, 2)).tolist() == [sum(b.mask_at(LAYERS).sum() for b in batches)] * 2
+    free = [Microbatch(batch.seed) for batch in batches]
+    others = expected_of_gates(config, model, free, holds_rows=True)
+    assert any(relative_error(others[name], expected[name]) > 0.01 for name in expected)
+
+
+def test_gates_learn_when_their_exits_do():
+    config, batches = exits("norm and mlp"), [Microbatch(0), Microbatch(1)]
+    model = model_of(config)
+    expected = expected_of_gates(config, model, batches)
+    curriculum = LossCurriculum(
+        options=CurriculumOptions(exit_curriculum="rotational"),
+        positions=config.positions,
+        num_layers=LAYERS,
+        iterations=lambda: 4,
+    )
+    objective, found = deferred(config, model, batches, curriculum=curriculum)
+    for name in expected:
+        if name.startswith("exits.heads.1.") or ".1." in name:
+            assert relative_error(found[name], expected[name]) < BOUND
+        else:
+            assert not found[name].any(), name
+    groups = model.pg_collection
+    but = objective.yet_to_learn
+    means = objective.training_metrics.take_means(groups, torch.device("cpu"), but)
+    assert but == {3}
+    assert len(means) == 5
+    assert all(name.startswith("exit 1 ") for name in means)
 
 
 def test_exits_agree_now_and_then():
@@ -249,4 +310,4 @@ def test_what_is_measured(training):
             float(loss) / len(tokens), rel=1e-5
         )
     again = metrics.take_means(model.pg_collection, torch.device("cpu"))
-    assert again["exit 1 gate AUC"] == 0.5
+    assert again == found

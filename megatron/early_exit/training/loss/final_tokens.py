@@ -1,0 +1,105 @@
+"""The final head's tokens on the stages before it, where gates learn from them.
+
+Megatron's schedules carry hidden states and gradients between stages, nothing else. When the
+gradient of a microbatch reaches a stage, the last one has long been through with its forward: then
+the final head's tokens, 4 bytes each, are on their way here, and the gate learns in the backward
+phase as its exit does. They come straight from the last stage, in groups of two ranks that nothing
+else uses, so that they cannot be mistaken for a message of a schedule or wait for one. Each chunk
+of a model sees the microbatches in the order of the last stage's forwards, both in the plain and in
+the interleaved schedule, so they need no names.
+"""
+
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, Work
+
+
+class FinalTokens:
+    """The tokens of the microbatches that are under way, on one rank.
+
+    Args:
+        positions: of this rank's exits that are not on the chunk with the final head.
+        sender: the rank of the last stage.
+        group: of this rank and that one, where tokens come from there; None on the last stage.
+        receivers: on the last stage, its groups with the stages that want tokens.
+    """
+
+    def __init__(
+        self,
+        positions: Collection[int],
+        sender: int,
+        group: ProcessGroup | None = None,
+        receivers: Sequence[ProcessGroup] = (),
+    ) -> None:
+        self._sender, self._group, self._receivers = sender, group, receivers
+        self._sent: list[tuple[Tensor, Work]] = []
+        self._tokens: deque[Tensor] = deque()
+        self._first = 0
+        """The number of the microbatch that the first of these is of."""
+        self._taken = dict.fromkeys(positions, 0)
+
+    @classmethod
+    def of(cls, chunks: Iterable[Any], pp_group: ProcessGroup) -> "FinalTokens":
+        """Connect the stages of all pipelines; a collective call over all ranks.
+
+        Args:
+            chunks: this rank's, `EarlyExitGPTModel`s.
+            pp_group: of its pipeline.
+        """
+        positions = [p for chunk in chunks if not chunk.post_process for p in chunk.exits.heads]
+        own = tuple(torch.distributed.get_process_group_ranks(pp_group))
+        wants = torch.distributed.get_rank() if positions and pp_group.rank() + 1 < len(own) else -1
+        told: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(told, (own, wants))
+        wanting = {rank for _, rank in told}
+        groups: list[ProcessGroup] = []
+        for ranks in sorted({pipeline for pipeline, _ in told}):
+            for rank in ranks[:-1]:
+                if rank in wanting:
+                    group = torch.distributed.new_group([rank, ranks[-1]])
+                    # Other ranks than its own get a number.
+                    if isinstance(group, ProcessGroup):
+                        groups.append(group)
+        for group in groups:
+            # What connects two ranks may stop both until they have met, which they do here.
+            torch.distributed.broadcast(torch.zeros(1, device="cuda"), own[-1], group)
+        if pp_group.rank() + 1 == len(own):
+            return cls(positions, own[-1], receivers=groups)
+        return cls(positions, own[-1], groups[0] if groups else None)
+
+    def send(self, tokens: Tensor) -> None:
+        """On the last stage: hand out the tokens [s * b] of the next microbatch. Nothing is waited
+        for."""
+        self._sent = [pair for pair in self._sent if not pair[1].is_completed()]
+        message = tokens.to(torch.int32)
+        for group in self._receivers:
+            work = torch.distributed.broadcast(message, self._sender, group, async_op=True)
+            assert work is not None
+            self._sent.append((message, work))
+        if self._taken:
+            self._tokens.append(message)
+
+    def take(self, position: int, count: int, device: torch.device) -> Tensor:
+        """The tokens [s * b] of the microbatch that is the next one for an exit.
+
+        Args:
+            position: of the exit.
+            count: how many there are.
+            device: of the tokens.
+        """
+        number = self._taken[position] - self._first
+        while number >= len(self._tokens):
+            assert self._group is not None, "the last stage knows its own tokens"
+            received = torch.empty(count, dtype=torch.int32, device=device)
+            torch.distributed.broadcast(received, self._sender, self._group)
+            self._tokens.append(received)
+        tokens = self._tokens[number]
+        self._taken[position] += 1
+        while self._first < min(self._taken.values()):
+            self._tokens.popleft()
+            self._first += 1
+        return tokens.long()
