@@ -126,6 +126,9 @@ def show_stream(
         RequestFailed: see `CompletionClient`.
     """
     layers = (*card["exit_layers"], card["num_layers"])
+    if "mtp" in card.get("draft_methods", ()):
+        # No layer runs for what a multi-token-prediction module drafts.
+        layers = (0, *layers)
     colours = ExitColours(layers, sys.stdout)
     answer = client.complete({**body, "prompt": prompt}, colours.write)
     sys.stdout.write("\n")

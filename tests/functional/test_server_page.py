@@ -220,13 +220,41 @@ def test_lossless_mode_names_the_exit_that_drafts(page, server, script):
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
     page.get_by_label("Lossless").check()
     expect(page.get_by_label("Confidence threshold")).to_be_hidden()
-    page.get_by_role("group", name="Drafts come from layer").get_by_label("4").check()
+    page.get_by_role("group", name="Drafts come from").get_by_label("layer 4").check()
     page.get_by_role("button", name="Generate").click()
     finish(page)
     (body,) = script.requests
     assert (body["mode"], body["draft_exit_layer"]) == ("self_speculative", 4)
     assert not {"early_exit_threshold", "exit_layers"} & set(body)
     expect(pane(page)).to_contain_text("75 % of drafts accepted, 4.00 tokens a verification.")
+
+
+def test_a_look_ahead_head_drafts_where_there_is_one(page, server, script):
+    script.draft_methods = ["exit", "mtp", "auto"]
+    script.early = [replace(one, layer=0 if one.layer == 2 else one.layer) for one in EARLY]
+    page.goto(server.url)
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_label("Lossless").check()
+    drafters = page.get_by_role("group", name="Drafts come from")
+    expect(drafters.get_by_label("whichever is faster")).to_be_checked()
+    page.get_by_role("button", name="Generate").click()
+    finish(page)
+    expect(page.locator("#legend li").first).to_have_text("look-ahead head")
+    expect(pane(page)).to_contain_text(re.compile(r"look-ahead head: \d+ %"))
+    drafters.get_by_label("look-ahead head").check()
+    page.get_by_label("Compare with the full model").check()
+    page.get_by_role("button", name="Generate").click()
+    wait_until(lambda: len(script.requests) == 3)
+    finish(page)
+    automatic, ahead, full = script.requests
+    assert (automatic["draft_method"], ahead["draft_method"]) == ("auto", "mtp")
+    assert "draft_exit_layer" not in ahead
+    assert "draft_method" not in full
+    script.exit_layers, script.draft_methods = [], ["mtp"]
+    page.goto(server.url)
+    modes = page.get_by_role("group", name="Mode")
+    expect(modes).to_contain_text("Lossless")
+    expect(modes).not_to_contain_text("Early exit")
 
 
 def test_measure_and_skipped_layers_are_sent_where_they_are_not_the_models(page, server, script):

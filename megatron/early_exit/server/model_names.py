@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron.early_exit.inference.params import DEFAULT_THRESHOLD
+from megatron.early_exit.inference.params import DEFAULT_THRESHOLD, DraftMethod
 from megatron.early_exit.server.http.errors import ApiError
 from megatron.early_exit.server.settings import ExitSettings
 
@@ -31,6 +31,13 @@ class ServedModel:
     exits: ExitSettings
     exit_layers: Sequence[int]
     num_depths: int = 0
+
+    @property
+    def draft_methods(self) -> tuple[DraftMethod, ...]:
+        """What can draft."""
+        if not self.num_depths:
+            return ("exit",) if self.exit_layers else ()
+        return ("exit", "mtp", "auto") if self.exit_layers else ("mtp",)
 
     def names(self) -> list[str]:
         """The names that are listed; any threshold from 0 to 1 may be asked for."""

@@ -28,6 +28,10 @@ class ModelCard(BaseModel):
     default_mode: str
     exit_measures: list[str] = Field(description="What confidence can be for this model.")
     exit_measure: str = Field(description="Where a request does not say it.")
+    draft_methods: list[str] = Field(
+        description="What can draft for it in mode self_speculative: its exits, a multi-token-"
+        "prediction module, whose tokens have exit_layer 0, or the faster of them."
+    )
     kv_policy: str = Field(description="Where a request does not say it.")
     example_prompts: list[str] = Field(description="The operator's, for the server's page.")
 
@@ -66,6 +70,7 @@ def models(service: Service) -> APIBlueprint:
             default_mode=settings.mode,
             exit_measures=list(service.exit_measures),
             exit_measure=settings.exit_measure or service.exit_measure,
+            draft_methods=list(service.model.draft_methods),
             kv_policy=settings.kv_policy,
             example_prompts=list(service.settings.example_prompts),
         )

@@ -44,7 +44,7 @@ export function adviceOn({ run, isSlow, isFirst }) {
 
 function onExits({ transcript: { tokens }, depths, body }) {
   const { numLayers } = depths;
-  const exits = body.exit_layers ?? depths.layers.slice(0, -1);
+  const exits = body.exit_layers ?? depths.layers.slice(0, -1).filter((layer) => layer > 0);
   const inFull = tokens.filter(({ layer }) => layer === numLayers).length / tokens.length;
   if (inFull < MANY) {
     const saved = 1 - tokens.reduce((sum, { layer }) => sum + layer, 0) / tokens.length / numLayers;

@@ -8,9 +8,11 @@
 import { make } from "./elements.js";
 
 export class Depths {
-  constructor(exitLayers, numLayers) {
+  /** @param {object} model as the server describes it */
+  constructor({ exit_layers: exits, num_layers: numLayers, draft_methods: methods }) {
     this.numLayers = numLayers;
-    this.layers = [...exitLayers, numLayers];
+    // No layer runs for what a look-ahead head drafts.
+    this.layers = [...(methods.includes("mtp") ? [0] : []), ...exits, numLayers];
   }
 
   /** Gives an element the colour and gauge of a layer. */
@@ -23,6 +25,7 @@ export class Depths {
   }
 
   name(layer) {
+    if (layer === 0) return "look-ahead head";
     return layer === this.numLayers ? `all ${layer} layers` : `layer ${layer}`;
   }
 

@@ -89,6 +89,7 @@ function facts(token, depths, request) {
 }
 
 function origin(token, depths, request) {
+  if (token.layer === 0) return "the look-ahead head, verified";
   const layer = `layer ${token.layer} of ${depths.numLayers}`;
   if (request.mode !== "self_speculative") return layer;
   return token.layer < depths.numLayers ? `${layer}, verified` : `${layer}, not the draft`;

@@ -67,7 +67,7 @@ function showModel() {
   // A key given on the way must not undo the settings.
   if (chosen.id === model?.id) return;
   model = chosen;
-  depths = new Depths(model.exit_layers, model.num_layers);
+  depths = new Depths(model);
   settings.showModel(model);
   chat.showModel(model);
   byId("models").hidden = byId("settings-fold").hidden = false;

@@ -31,7 +31,11 @@ export function requestBody(model, settings, prompt, messages) {
     if (settings.measure !== model.exit_measure) body.exit_measure = settings.measure;
     if (settings.kvPolicy !== model.kv_policy) body.kv_policy = settings.kvPolicy;
   }
-  if (mode === "self_speculative") body.draft_exit_layer = settings.draftExit;
+  if (mode === "self_speculative") {
+    const layer = Number(settings.drafter);
+    if (layer > 0) body.draft_exit_layer = layer;
+    else body.draft_method = settings.drafter;
+  }
   return {
     ...body,
     ...(messages ? { logprobs: true, top_logprobs: CANDIDATES } : { logprobs: CANDIDATES }),
@@ -44,8 +48,15 @@ export function requestBody(model, settings, prompt, messages) {
 
 /** The same request to the full model, which then asks no exit and is as fast as it can be. */
 export function fullModelBody(body) {
-  const { early_exit_threshold, exit_layers, exit_measure, kv_policy, draft_exit_layer, ...rest } =
-    body;
+  const {
+    early_exit_threshold,
+    exit_layers,
+    exit_measure,
+    kv_policy,
+    draft_exit_layer,
+    draft_method,
+    ...rest
+  } = body;
   return { ...rest, mode: "full", exit_details: false };
 }
 

@@ -12,7 +12,7 @@ const MODES = {
   },
   self_speculative: {
     name: "Lossless",
-    says: "An exit drafts tokens, the full model verifies them: its very text, sooner.",
+    says: "An exit or a look-ahead head drafts tokens, the full model verifies them: its very text, sooner.",
   },
   full: { name: "Full model", says: "Every token runs through all layers." },
 };
@@ -33,6 +33,8 @@ const KV_POLICIES = {
     says: "Later tokens see what the exit saw. Faster still; the text may differ more.",
   },
 };
+
+const DRAFTERS = { mtp: "look-ahead head", auto: "whichever is faster" };
 
 /** The name of a mode for the reader. */
 export const modeName = (mode) => MODES[mode].name;
@@ -60,7 +62,9 @@ export class Settings {
   showModel(model) {
     this.model = model;
     const hasExits = model.exit_layers.length > 0;
-    const modes = Object.keys(MODES).filter((mode) => hasExits || mode === "full");
+    const methods = model.draft_methods;
+    const can = { full: true, early_exit: hasExits, self_speculative: methods.length > 0 };
+    const modes = Object.keys(MODES).filter((mode) => can[mode]);
     const first = modes.includes(model.default_mode) ? model.default_mode : modes[0];
     byId("modes").replaceChildren(
       ...modes.map((mode) => choice("radio", "mode", mode, modeName(mode), mode === first)),
@@ -70,7 +74,9 @@ export class Settings {
       ...layers.map((layer) => choice("checkbox", "exit", layer, `${layer}`, true)),
     );
     byId("draft-exits").replaceChildren(
-      ...layers.map((layer, i) => choice("radio", "draft-exit", layer, `${layer}`, i === 0)),
+      ...drafters(layers, methods).map(([drafter, name]) =>
+        choice("radio", "draft-exit", drafter, name, drafter === firstDrafter(layers, methods)),
+      ),
     );
     byId("exit-measure").replaceChildren(
       ...model.exit_measures.map((name) =>
@@ -82,7 +88,7 @@ export class Settings {
         choice("radio", "kv-policy", policy, name, policy === model.kv_policy),
       ),
     );
-    byId("no-exits").hidden = hasExits;
+    byId("no-exits").hidden = modes.length > 1;
     const field = this.form.elements["max-tokens"];
     field.max = model.max_model_len;
     // A short context has to hold the prompt, too.
@@ -109,7 +115,7 @@ export class Settings {
       if (exits) box.checked = exits.includes(Number(box.value));
     }
     for (const button of this.form.querySelectorAll("[name=draft-exit]")) {
-      if (draftExit) button.checked = Number(button.value) === draftExit;
+      if (draftExit) button.checked = button.value === `${draftExit}`;
     }
   }
 
@@ -123,7 +129,7 @@ export class Settings {
       exits: exits.map((box) => Number(box.value)),
       measure: elements["exit-measure"].value,
       kvPolicy: elements["kv-policy"].value,
-      draftExit: Number(elements["draft-exit"]?.value),
+      drafter: elements["draft-exit"]?.value,
       maxTokens: elements["max-tokens"].valueAsNumber,
       temperature: elements.temperature.valueAsNumber,
       topP: elements["top-p"].valueAsNumber,
@@ -169,6 +175,19 @@ function stopTexts(lines) {
     .split("\n")
     .filter((line) => line !== "")
     .map((line) => line.replace(/\\([nt\\])/g, (_, name) => blanks[name]));
+}
+
+/** Who may draft: layers with exits, and what the server calls by names. */
+function drafters(layers, methods) {
+  const exits = methods.includes("exit") ? layers.map((layer) => [layer, `layer ${layer}`]) : [];
+  const others = methods.filter((method) => method !== "exit");
+  return [...exits, ...others.map((method) => [method, DRAFTERS[method] ?? method])];
+}
+
+/** What drafts where a request does not say it. */
+function firstDrafter(layers, methods) {
+  if (methods.includes("auto")) return "auto";
+  return methods.includes("exit") ? layers[0] : methods[0];
 }
 
 function option(value, text, selected) {
