@@ -35,7 +35,14 @@ class Speculation:
 
 def drafters(engine: EarlyExitEngine) -> dict[str, Drafter]:
     """All ways to draft that a model has, by their names."""
-    return {f"layer {layer}": {"draft_exit_layer": layer} for layer in engine.exit_layers}
+    found: dict[str, Drafter] = {
+        f"layer {layer}": {"draft_exit_layer": layer} for layer in engine.exit_layers
+    }
+    if engine.num_mtp_depths:
+        found["look-ahead head"] = {"draft_method": "mtp"}
+        if engine.exit_layers:
+            found["either"] = {"draft_method": "auto"}
+    return found
 
 
 def measure_speculation(
@@ -93,9 +100,9 @@ def _faster(engine: EarlyExitEngine, prompt: str, params: SamplingParams) -> Gen
 
 def speculation_table(found: Sequence[Speculation]) -> str:
     """The results as text, a line for each drafter."""
-    lines = ["drafts of    speed-up  same text  drafted   drafts  accepted   paused"]
+    lines = ["drafts of          speed-up  same text  drafted   drafts  accepted   paused"]
     lines += [
-        f"{one.drafter:<12} {one.speedup:7.2f}x {one.identical:10.0%} {one.drafted:8.0%} "
+        f"{one.drafter:<18} {one.speedup:7.2f}x {one.identical:10.0%} {one.drafted:8.0%} "
         f"{one.drafts:8.2f} {one.accepted:9.2f} {one.paused:8.0%}"
         for one in found
     ]
