@@ -16,7 +16,8 @@ from megatron.early_exit.hardware.resources import usable_cores
 EXIT_LAYERS = (12, 16, 20)
 DRAFT_VOCAB_SIZE = 8192
 HEADS = f"""
-    --use-exit-block --use-exit-norm --exit-vocab-size {DRAFT_VOCAB_SIZE} --use-exit-gate --exit-measure gate
+    --use-exit-block --use-exit-norm --exit-vocab-size {DRAFT_VOCAB_SIZE}
+    --use-exit-gate --exit-measure gate
     --mtp-num-layers 2 --mtp-use-repeated-layer
 """
 OBJECTIVE = "--exit-distillation-weight 1"
