@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from examples.budget import Budget, Measuring, guard_minutes
 from examples.ee_tuning.smollm2.report import report
-from examples.ee_tuning.smollm2.tuning import DRAFT_VOCAB_SIZE, EXIT_LAYERS, TRIAL_STEPS, Tuning
+from examples.ee_tuning.smollm2.tuning import EXIT_LAYERS, TRIAL_STEPS, Tuning
 from examples.quickstart.corpus import (
     is_prose_or_code,
     split,
@@ -140,7 +140,6 @@ def load(checkpoint: Path) -> dict[str, EarlyExitEngine]:
             dtype=torch.float32,
             weight_dtype=weight_dtype,
             prefix_caching=False,
-            draft_vocab_size=DRAFT_VOCAB_SIZE,
         )
         try:
             found[f"{name}, compiled layers"] = one(compile=True)

@@ -14,9 +14,8 @@ from examples.stages import follow_training
 from megatron.early_exit.hardware.resources import usable_cores
 
 EXIT_LAYERS = (12, 16, 20)
-DRAFT_VOCAB_SIZE = 8192
-HEADS = f"""
-    --use-exit-block --use-exit-norm --exit-vocab-size {DRAFT_VOCAB_SIZE}
+HEADS = """
+    --use-exit-block --use-exit-norm --exit-vocab-size 8192
     --use-exit-gate --exit-measure gate
     --mtp-num-layers 2 --mtp-use-repeated-layer
 """

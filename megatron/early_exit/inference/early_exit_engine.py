@@ -176,8 +176,9 @@ class EarlyExitEngine:
             quantize_heads: projections to the vocabulary are in `weight_dtype`, too; None is as the
                 checkpoint is stored, or yes.
             draft_vocab_size: a multi-token-prediction module drafts the first so many tokens only,
-                for which it reads as many rows of the output layer; by default all. It changes no
-                greedy text, and no distribution of sampled ones.
+                for which it reads as many rows of the output layer; by default those that exits
+                answer with (`--exit-vocab-size`), or all. It changes no greedy text, and no
+                distribution of sampled ones.
 
         Raises:
             ValueError: the checkpoint is missing, damaged, or of a kind that cannot be computed,

@@ -75,7 +75,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="a multi-token-prediction module drafts the first N tokens only, for which it reads N "
-        "rows of the output layer; the text stays that of the full model (default: all tokens)",
+        "rows of the output layer; the text stays that of the full model (default: those that "
+        "exits answer with, or all)",
     )
     add(
         "--gpu-memory-utilization",

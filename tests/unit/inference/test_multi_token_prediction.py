@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
@@ -184,6 +185,11 @@ def test_drafts_of_a_part_of_the_vocabulary():
     (result,) = run(EarlyExitEngine(segmented), model, [PROMPT], num_answers=30)
     assert result.statistics.drafts is not None
     assert result.statistics.drafts.accepted > 0
+    whole = model.architecture.vocab_size
+    assert (segmented.draft_vocab_size, model.segmented.draft_vocab_size) == (30, whole)
+    beside = mtp_model(2, exits=(1,), exit_vocab_size=20).segmented
+    states = torch.zeros(1, model.architecture.hidden_size)
+    assert beside.draft_vocab_size == beside.mtp_head.logits(states).isfinite().sum() == 20
     # Where none of them may come, nothing is drafted.
     params = drafting(temperature=1.0, seed=1, stop_token_ids=range(30), min_tokens=20)
     (result,) = EarlyExitEngine(segmented).generate([PROMPT], params)

@@ -61,7 +61,7 @@ class SegmentedModel:
             the weights again.
         begins_with_tokens: it is no later stage of a pipeline, whose input is a residual stream.
         draft_vocab_size: the multi-token-prediction module drafts the first so many tokens only;
-            None is all.
+            None is those that exits answer with, or all.
 
     Attributes:
         embedding: what the residual stream begins with.
@@ -123,8 +123,10 @@ class SegmentedModel:
         output = "output_layer.weight" if "output_layer.weight" in weights else TIED_PROJECTION
         self.final_head = self._head((final_norm,), weights, output)
         self.mtp = self._mtp_layers(weights)
-        self.draft_vocab_size = draft_vocab_size or architecture.vocab_size
-        self.mtp_head = self._head((), weights, output, draft_vocab_size)
+        # A module that was tuned beside exits has learned of their tokens alone.
+        size = (draft_vocab_size or early_exit.exit_vocab_size) if self.mtp else None
+        self.draft_vocab_size = size or architecture.vocab_size
+        self.mtp_head = self._head((), weights, output, size)
         self.exits = tuple(
             ModelExit(position, self._exit_head(position, early_exit, weights))
             for position in early_exit.positions
