@@ -23,6 +23,7 @@ from megatron.early_exit.checkpoint.source import open_checkpoint  # noqa: E402
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams  # noqa: E402
 from tests.helpers.training_runs import (  # noqa: E402
     BACKBONE,
+    GLOBAL_BATCH,
     SCHEDULE,
     TOKENIZER,
     VOCAB,
@@ -228,6 +229,25 @@ def test_fresh_exits_are_copies(tuner: Tuner):
     assert run.scalars["exit 4 loss"] == pytest.approx(model.scalars["lm loss"], rel=1e-6)
 
 
+def test_a_look_ahead_head_that_is_there_is_tuned(tuner: Tuner):
+    """Its loss is the one that Megatron logs of the model, and none of its layers may be lost."""
+    head = ["--mtp-num-layers", 2, "--micro-batch-size", GLOBAL_BATCH]
+    base, folder = tuner.folder / "looking-ahead", tuner.folder / "there"
+    flags = [*tuner.data, *head, "--train-iters", 10, "--save", base, "--save-interval", 10]
+    train(tuner.ranks, folder / "base-run", 1, flags)
+    one = [*tuner.data, "--load", base, "--train-iters", 1, "--lr", 1e-9]
+    plain = train(tuner.ranks, folder / "plain", 1, [*one, *head, "--finetune"])
+    save = ["--save", folder / "checkpoints", "--save-interval", 1]
+    run = train(tuner.ranks, folder / "run", 1, [*one, *head, "--tune-exit", *save])
+    for depth in (1, 2):
+        expected = plain.scalars[f"mtp_{depth} loss"]
+        assert run.scalars[f"mtp {depth} loss"] == pytest.approx(expected, rel=1e-5)
+    tuned = open_checkpoint(folder / "checkpoints")
+    assert tuned.weights.keys() == open_checkpoint(base).weights.keys()
+    error = tuner.refuse(1, *one, "--mtp-num-layers", 1, "--tune-exit")
+    assert error.startswith("error: --mtp-num-layers 1 is out of range, allowed: 2 or more")
+
+
 @pytest.mark.parametrize("exits", ["tied", "untied"])
 def test_a_run_that_was_stopped_goes_on(tuner: Tuner, exits: str):
     """In another layout, and with the model somewhere else."""
@@ -254,7 +274,8 @@ def test_a_look_ahead_head_is_tuned_on(tuner: Tuner):
     expected = tuner.reference("ahead")
     own = ["--exit-distillation-weight", 0.7, "--calculate-per-token-loss"]
     folder = tuner.folder / "ahead-stopped"
-    tuner.tune("ahead-stopped", 1, "ahead", "--load", tuner.base, "--exit-interval", STEPS // 2)
+    start = ["--load", tuner.base, "--use-checkpoint-args", "--exit-interval", STEPS // 2]
+    tuner.tune("ahead-stopped", 1, "ahead", *start)
     go_on = [*tuner.data, "--tune-exit", *own, "--train-iters", STEPS, "--use-checkpoint-args"]
     go_on += ["--load", folder / "checkpoints", "--save", folder / "checkpoints"]
     found = train(tuner.ranks, folder / "again", 2, [*go_on, "--save-interval", STEPS])

@@ -288,20 +288,19 @@ class EarlyExitGPTModel(GPTModel):
         return super().forward(*args, **kwargs)
 
     def _postprocess(self, **end: Any) -> Tensor:  # type: ignore[override]
-        """GPTModel's end of a forward pass, without the exits' targets: layers that predict more
-        tokens take no context. Where the backbone is frozen they are trained elsewhere."""
-        block_kwargs = dict(end["extra_block_kwargs"] or {})
-        labels, loss_mask = (block_kwargs.pop(name, None) for name in ("context", "context_mask"))
-        if not (self.tunes_exits and self.mtp_process):
-            end["extra_block_kwargs"] = block_kwargs
-            if self.mtp_process and self._compares_tokens:
-                # Megatron projects what looks ahead first.
-                self._heads_before_final = self.config.mtp_num_layers or 0
-            result: Tensor = super()._postprocess(**end)  # type: ignore[no-untyped-call]
-            return result
-        if labels is not None and self._compares_tokens:
-            labels = labels[0]
-        return finish_frozen(self, labels, loss_mask, end)
+        """GPTModel's end of a forward pass. Where the backbone is frozen, what looks ahead is not
+        trained within the pass: a tap is told of it."""
+        if self.tunes_exits and self.mtp_process:
+            targets = end["extra_block_kwargs"] or {}
+            labels, loss_mask = targets.get("context"), targets.get("context_mask")
+            if labels is not None and self._compares_tokens:
+                labels = labels[0]
+            return finish_frozen(self, labels, loss_mask, end)
+        if self.mtp_process and self._compares_tokens:
+            # Megatron projects what looks ahead first.
+            self._heads_before_final = self.config.mtp_num_layers or 0
+        result: Tensor = super()._postprocess(**end)  # type: ignore[no-untyped-call]
+        return result
 
     def sharded_state_dict(
         self,
