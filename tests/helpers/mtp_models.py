@@ -63,6 +63,7 @@ def mtp_model(
     repeated: bool = False,
     architecture: Architecture = LLAMA,
     noise: float | None = 0.4,
+    memory: float = 0.15,
     seed: int = 0,
     **options: Any,
 ) -> TinyModel:
@@ -75,6 +76,7 @@ def mtp_model(
         noise: how far the weights of the module are from those that foresee a text in which each
             token follows from the one before, as it does mostly in this model; None leaves model
             and module random.
+        memory: how much the tokens before that one count.
         seed: of the weights.
         options: see `make_model`.
     """
@@ -85,7 +87,7 @@ def mtp_model(
     weights = dict(model.weights)
     for name, tensor in weights.items():
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-            weights[name] = 0.15 * tensor
+            weights[name] = memory * tensor
     generator = torch.Generator().manual_seed(seed)
     for number in range(shape.mtp_stored_layers):
         prefix = f"mtp.layers.{number}."

@@ -138,7 +138,7 @@ def test_captured_steps(cuda, recorder, architecture, heads):
 @pytest.mark.parametrize("is_captured", [False, True])
 def test_drafts_of_a_multi_token_prediction_module(cuda, is_captured):
     with pretended_recorder(cuda) if is_captured else nullcontext():
-        model = mtp_model(2, noise=0.2, exits=(1, 3), use_exit_norm=True)
+        model = mtp_model(2, noise=0.2, memory=0.03, exits=(1, 3), use_exit_norm=True)
         drafting = {"mode": "self_speculative", "draft_method": "mtp", "max_tokens": 12}
         params = [
             SamplingParams(**drafting, draft_confidence=1e-9),

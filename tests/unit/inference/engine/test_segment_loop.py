@@ -24,7 +24,7 @@ MODELS = {
 }
 FORESEEING = {
     f"{depths}-{repeated}-{head}": mtp_model(
-        depths, repeated, noise=0.2, exits=(1, 3), **HEADS[head]
+        depths, repeated, noise=0.2, memory=0.03, exits=(1, 3), **HEADS[head]
     )
     for depths, repeated, head in (
         (1, False, "norm"),
