@@ -87,7 +87,7 @@ class OneDnnMatrix:
         """See `ExactMatrix`."""
         whole = (rows.round() + _ZERO).clamp(0, 2 * _ZERO - 1).to(torch.uint8)
         matrix: tuple[Any, ...] = (self._packed, self._scale, self._zeros)
-        plain_fp32 = (None, 1.0, 0, torch.float32, "none", [], "")
+        plain_fp32: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
         return self._product(whole, 1.0, _ZERO, *matrix, *plain_fp32)
 
     def dense(self) -> Tensor:
@@ -97,7 +97,8 @@ class OneDnnMatrix:
 
 def exact_libraries() -> Mapping[str, type[ExactMatrix]]:
     """The libraries that this build of PyTorch has, by names."""
-    engines, found = set(torch.backends.quantized.supported_engines), {}
+    engines = set(torch.backends.quantized.supported_engines)
+    found: dict[str, type[ExactMatrix]] = {}
     if {"x86", "fbgemm"} & engines and (
         hasattr(torch, "_make_per_channel_quantized_tensor")
         and hasattr(torch.ops.quantized, _PRODUCT)
