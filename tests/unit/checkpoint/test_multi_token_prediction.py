@@ -46,9 +46,14 @@ def test_a_new_layer_is_a_copy_of_the_last(tmp_path, name):
         projection = own.pop(f"{prefix}eh_proj.weight")
         embedding, hidden = torch.randn(2, 5, size)
         assert torch.equal(torch.cat((embedding, hidden), dim=1) @ projection.T, hidden)
+        shift = 1.0 if model.architecture.layernorm_zero_centered_gamma else 0.0
+        assert own.pop(f"{prefix}enorm.weight").unique().tolist() == [1.0 - shift]
+        # The final norm and then this one are one norm, and a scale.
+        final = model.weights["decoder.final_layernorm.weight"] + shift
+        both = (own.pop(f"{prefix}hnorm.weight") + shift) * final
+        torch.testing.assert_close(both, both.mean().expand(size))
+        assert both.mean() > 0
         for norm in ("enorm", "hnorm"):
-            gain = 0.0 if model.architecture.layernorm_zero_centered_gamma else 1.0
-            assert own.pop(f"{prefix}{norm}.weight").unique().tolist() == [gain]
             bias = own.pop(f"{prefix}{norm}.bias", torch.zeros(size))
             assert torch.equal(bias, torch.zeros(size))
         for key in [key for key in own if key.startswith(prefix)]:
