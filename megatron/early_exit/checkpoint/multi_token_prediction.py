@@ -30,8 +30,9 @@ _PROJECTION = "eh_proj.weight"
 _HIDDEN_GAIN = "hnorm.weight"
 _STREAM = 30.0
 """Root of the mean square of the residual stream that a new layer gets: what it is in front of the
-last layer of SmolLM2-135M, which learned faster with it than with 10 or 1. Where it is too large, the
-layer adds little to the final hidden state at first; where it is too small, little is left of that.
+last layer of SmolLM2-135M, which learned faster with it than with 10 or 1. Where it is too large,
+the layer adds little to the final hidden state at first; where it is too small, little is left of
+that.
 """
 _LEAST_GAIN = 0.1
 """Smaller gains of the final norm, as a share of their mean, are not taken back wholly."""
