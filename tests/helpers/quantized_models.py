@@ -12,6 +12,7 @@ from tests.helpers.tiny_models import TinyModel
 
 _MATRICES = (
     *("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight"),
+    "eh_proj.weight",
     *("output_layer.weight", "exits.1.projection.weight", "exits.2.projection.weight"),
     "exits.3.projection.weight",
 )

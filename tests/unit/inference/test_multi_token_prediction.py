@@ -16,6 +16,7 @@ from megatron.early_exit.inference.engine.cache_pages import PAGE_SIZE
 from megatron.early_exit.inference.engine.page_sizes import page_bytes
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from tests.helpers.mtp_models import assert_drafts, mtp_model
+from tests.helpers.quantized_models import quantized_model, rounded_model
 from tests.helpers.reference_decoder import choices, generate
 from tests.helpers.tiny_models import ARCHITECTURES, LLAMA, TinyModel
 
@@ -196,6 +197,12 @@ def test_drafts_of_a_part_of_the_vocabulary():
     assert result.statistics.drafts is not None
     assert result.finish_reason == "length"
     assert result.statistics.drafts.drafted == 0
+
+
+@pytest.mark.parametrize("architecture", [LLAMA, TIED], ids=["untied", "tied"])
+def test_weights_in_8_bits(architecture):
+    model = mtp_model(2, noise=0.3, architecture=architecture)
+    run(EarlyExitEngine(quantized_model(model)), rounded_model(model), [PROMPT, TEXT[:9]])
 
 
 def test_a_seed_gives_the_same_text_in_any_batch():
