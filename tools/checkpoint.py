@@ -34,7 +34,11 @@ from megatron.early_exit.checkpoint.source import open_checkpoint, open_parts
 from megatron.early_exit.checkpoint.writer import Report
 from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig, ExitMeasure
 from megatron.early_exit.errors import as_flag
-from megatron.early_exit.inference.quantization_loss import QuantizationLoss, quantization_loss
+from megatron.early_exit.inference.quantization_loss import (
+    QuantizationLoss,
+    encoded,
+    quantization_loss,
+)
 from megatron.early_exit.inference.weight_dtype import NO_INT4, WEIGHT_DTYPES
 
 GENERATE = "python tools/generate.py --load {} --prompt ..."
@@ -321,6 +325,9 @@ def _quantize(args: argparse.Namespace) -> None:
     if args.weight_dtype == "int4":
         raise ValueError(f"--weight-dtype int4 {NO_INT4}")
     text = None if args.text is None else _read_text(args.text)
+    if text is not None:
+        # What cannot be measured is refused before anything is written.
+        encoded(args.src, text)
     quantization = Quantization(args.quantize_heads)
     _write_checkpoint(quantize_model(open_checkpoint(args.src), quantization), args.dst, GENERATE)
     if text is not None:

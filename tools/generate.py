@@ -47,8 +47,11 @@ _LISTS: dict[str, Callable[[str], Any]] = {
 }
 _CHOICES = {"mode": get_args(Mode), "kv_policy": get_args(KVPolicy)}
 _CHOICES_OF_MODELS = {
-    "exit_measure": get_args(ExitMeasure),
-    "draft_method": get_args(DraftMethod),
+    "exit_measure": (get_args(ExitMeasure), "the model's"),
+    "draft_method": (
+        get_args(DraftMethod),
+        "exit with --draft-exit-layer or without multi-token prediction, else auto",
+    ),
 }
 _SWITCHES = ("ignore_eos", "echo", "exit_details")
 _INTEGERS = (
@@ -85,8 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
         elif name in _LISTS:
             request.add_argument(flag, nargs="+", type=_LISTS[name], help="default: none")
         elif name in _CHOICES_OF_MODELS:
-            choices = _CHOICES_OF_MODELS[name]
-            request.add_argument(flag, choices=choices, help="default: the model's")
+            choices, default = _CHOICES_OF_MODELS[name]
+            request.add_argument(flag, choices=choices, help=f"default: {default}")
         elif name in _CHOICES:
             request.add_argument(
                 flag, choices=_CHOICES[name], default=field.default, help="default: %(default)s"

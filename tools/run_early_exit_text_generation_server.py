@@ -301,6 +301,9 @@ def settings_of(
         raise ValueError(f"--mode {args.mode}: the model has no exits, allowed: {allowed}")
     if args.draft_method == "mtp":
         _check_mtp(args, num_depths)
+    if args.draft_method == "exit" and not exit_layers:
+        allowed = "mtp or auto" if num_depths else "a model with exits"
+        raise ValueError(f"--draft-method exit: the model has no exits, allowed: {allowed}")
     return ServerSettings(
         model_name=args.served_model_name or args.load.resolve().name,
         exits=ExitSettings(

@@ -101,6 +101,10 @@ class BaseReference:
             for name, tensor in weights.items()
         }
 
+    def checked_if_known(self, name: str, tensor: LazyTensor) -> LazyTensor:
+        """The same tensor, compared with its hash when it is read if it was in the base."""
+        return self._checked(name, tensor) if name in self.hashes else tensor
+
     def _checked(self, name: str, tensor: LazyTensor) -> LazyTensor:
         def read() -> Tensor:
             found = tensor.read()

@@ -11,7 +11,7 @@ from megatron.early_exit.checkpoint.location import CheckpointLocation, locate
 from megatron.early_exit.checkpoint.megatron_args import plain_args, with_description
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.tokenizer import TokenizerDescription
-from megatron.early_exit.checkpoint.weights import LAYERS, model_weights
+from megatron.early_exit.checkpoint.weights import LAYERS, model_weights, weight_shapes
 
 _STATE_PREFIXES = (
     *("optimizer.", "chained_", "opt_param_", "tuning_"),
@@ -64,9 +64,9 @@ def open_parts(base: str | Path, exits: str | Path) -> Conversion:
     """The whole model of an exits-only checkpoint and its base.
 
     Args:
-        base: a checkpoint of the model that the exits were tuned on, wherever it is now. Exits of
-            its own are left out.
-        exits: the exits-only checkpoint.
+        base: a checkpoint of the model that the exits were tuned on, wherever it is now. Of its own
+            exits and multi-token-prediction module it keeps what was not tuned.
+        exits: the exits-only checkpoint; a module may be all that it holds.
 
     Raises:
         ValueError: one of them cannot be read, or `exits` is not an exits-only checkpoint. Reading
@@ -78,30 +78,37 @@ def open_parts(base: str | Path, exits: str | Path) -> Conversion:
     if reference is None:
         raise ValueError(f"checkpoint {exits}: holds a whole model, there is nothing to merge")
     backbone = open_checkpoint(base)
-    description = _with_mtp_of(backbone.description, description)
     moved = replace(reference, path=str(locate(base).iteration_dir.resolve()))
-    weights = model_weights(location, replace(description, base=moved))
+    weights = dict(model_weights(location, replace(description, base=moved)))
     reader = CheckpointReader(location.iteration_dir)
     sources = {
         name: stored_names(reader, name) if reference.lacks(name) else backbone.sources[name]
         for name in weights
     }
+    description = _with_heads_of(backbone.description, description)
+    assert description.architecture is not None
+    for name in weight_shapes(description.architecture, description.early_exit):
+        if name not in weights:
+            weights[name] = reference.checked_if_known(name, backbone.weights[name])
+            sources[name] = backbone.sources[name]
     tokenizer = _located(description, location) or backbone.description.tokenizer
     whole = replace(description, tokenizer=tokenizer, base=None)
     args = with_description(backbone.args, description)
     return Conversion(whole, weights, sources, args)
 
 
-def _with_mtp_of(base: ModelDescription, exits: ModelDescription) -> ModelDescription:
-    """The description of exits, with the base's multi-token-prediction module where they were tuned
-    without one."""
-    own, of_base = exits.architecture, base.architecture
+def _with_heads_of(base: ModelDescription, tuned: ModelDescription) -> ModelDescription:
+    """The description of what was tuned, with the base's exits where none of them were, and its
+    multi-token-prediction module where that was not."""
+    own, of_base = tuned.architecture, base.architecture
     assert own is not None
     assert of_base is not None
+    if not tuned.early_exit.positions:
+        tuned = replace(tuned, early_exit=base.early_exit)
     if own.mtp_num_layers:
-        return exits
+        return tuned
     mtp = {name: getattr(of_base, name) for name in ("mtp_num_layers", "mtp_use_repeated_layer")}
-    return replace(exits, architecture=replace(own, **mtp))
+    return replace(tuned, architecture=replace(own, **mtp))
 
 
 def stored_names(reader: CheckpointReader, name: str) -> tuple[str, ...]:

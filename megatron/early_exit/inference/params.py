@@ -158,7 +158,8 @@ class SamplingParams:
     enabled exits that it passed, and the final head if it got there. Mode `full` asks the exits for
     this alone. Mode `self_speculative` tells of the two heads that it asks for every token in any
     case: the exit that drafts, whether its token was drafted, accepted or neither, and the final
-    head."""
+    head. Where a multi-token-prediction module drafts, it tells of that for the tokens that it was
+    asked about."""
 
     mode: Mode = "full"
     """`full` runs all layers for every token; `early_exit` takes a token from the first exit that

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.early_exit.checkpoint.description import read_description
+from megatron.early_exit.checkpoint.description import describe, read_description
+from megatron.early_exit.checkpoint.location import locate
+from megatron.early_exit.checkpoint.tokenizer import load_tokenizer
 from megatron.early_exit.checkpoint.weights import quantized_refusal
 from megatron.early_exit.inference.early_exit_engine import EarlyExitEngine
 from megatron.early_exit.inference.params import SamplingParams
@@ -64,15 +66,11 @@ def quantization_loss(
     """
     if read_description(path).quantization is not None:
         raise quantized_refusal(path)
+    tokens = encoded(path, text)
     engine = EarlyExitEngine.from_checkpoint(path, device=device, max_batch_size=1)
-    if engine.tokenizer is None:
-        raise ValueError(f"checkpoint {path}: has no tokenizer, allowed: one that has")
-    tokens = engine.tokenizer.encode(text)
     length = engine.max_sequence_length
     pieces = [tokens[start : start + length] for start in range(0, len(tokens), length)]
     pieces = [piece for piece in pieces if len(piece) > 1]
-    if not pieces:
-        raise ValueError(f"the text has {len(tokens)} tokens, allowed: 2 or more")
     plain = _predict(engine, pieces)
     # One model at a time is in memory.
     dtype = engine.model.dtype
@@ -95,6 +93,28 @@ def quantization_loss(
         quantized_perplexity=quantized.perplexity,
         agreement=sum(same) / len(same),
     )
+
+
+def encoded(path: Path, text: str) -> list[int]:
+    """The tokens of a text, of which some can be predicted.
+
+    Args:
+        path: a checkpoint, whose tokenizer is used.
+
+    Raises:
+        ValueError: it has none, or the text has fewer than two tokens.
+    """
+    location = locate(path)
+    description = describe(location).tokenizer
+    tokenizer = None
+    if description is not None:
+        tokenizer = load_tokenizer(description, location.tokenizer_dir)
+    if tokenizer is None:
+        raise ValueError(f"checkpoint {path}: has no tokenizer, allowed: one that has")
+    tokens = tokenizer.encode(text)
+    if len(tokens) < 2:
+        raise ValueError(f"the text has {len(tokens)} tokens, allowed: 2 or more")
+    return tokens
 
 
 def _predict(engine: EarlyExitEngine, pieces: Sequence[Sequence[int]]) -> _Predictions:

@@ -92,8 +92,8 @@ class GenerationStatistics:
     num_cached_tokens: int = 0
     """Tokens of the prompt that were not computed, since an earlier request began with them."""
     num_unasked_tokens: int = 0
-    """With `exits_pay_at`, those for which the exits were not asked, since they had made decoding
-    slower."""
+    """With `exits_pay_at`, those that no exit could give, since exits had made decoding slower;
+    they were not asked, or for `exit_details` alone."""
 
     @property
     def decode_tokens_per_second(self) -> float:

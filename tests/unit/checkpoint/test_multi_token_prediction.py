@@ -184,3 +184,35 @@ def test_a_module_that_was_not_tuned_stays_in_the_base(tmp_path):
     assert_same(read(merged), tuned.weights)
     assert merged.description.architecture == tuned.architecture
     assert merged.args.mtp_num_layers == 2
+
+
+@pytest.mark.parametrize("tuned_last", ["exits", "module"])
+def test_heads_that_were_tuned_one_after_the_other_are_joined(tmp_path, tuned_last):
+    """What is tuned second is tuned on the model as it was before the first."""
+    whole = make_model(MTP["two layers"], exits=(2,), use_exit_norm=True)
+    plain = {n: t for n, t in whole.weights.items() if not is_of_exit(n) and not is_of_mtp(n)}
+    models = {
+        "plain": TinyModel(LLAMA, EarlyExitConfig(), plain),
+        "module": TinyModel(
+            whole.architecture,
+            EarlyExitConfig(),
+            {n: t for n, t in whole.weights.items() if not is_of_exit(n)},
+        ),
+        "exits": TinyModel(
+            LLAMA,
+            whole.early_exit,
+            {n: t for n, t in whole.weights.items() if not is_of_mtp(n)},
+        ),
+    }
+    path = write_model(tmp_path / "plain", models["plain"])
+    reference = BaseReference.of(locate(path), open_checkpoint(path).weights)
+    last_model = models[tuned_last]
+    save_tuned(tmp_path / "tuned", last_model, reference, last_model.architecture)
+    other = "module" if tuned_last == "exits" else "exits"
+    base = write_model(tmp_path / "base", models[other])
+    merged = open_parts(base, tmp_path / "tuned")
+    assert_same(read(merged), whole.weights)
+    assert merged.description.early_exit == whole.early_exit
+    assert merged.description.architecture == whole.architecture
+    merged.write(tmp_path / "merged")
+    assert_same(read(open_checkpoint(tmp_path / "merged")), whole.weights)

@@ -128,7 +128,7 @@ class CachePages:
 
         Args:
             sequence: has no pages.
-            blocks: exits with a block that it asks, and depths that may draft for it.
+            blocks: exits with a block that it asks.
         """
         depth = len(self._page_bytes)
         if sequence.exits and not sequence.num_admissions:
@@ -160,13 +160,16 @@ class CachePages:
         """The stored pages with which an admitted sequence begins, once."""
         return self._prefixes.pop(key, [])
 
-    def is_worth_waiting(self, sequence: Sequence, other: Sequence) -> bool:
-        """Whether another sequence computes most of what this one would have to."""
+    def is_worth_waiting(
+        self, sequence: Sequence, other: Sequence, blocks: Iterable[int] = ()
+    ) -> bool:
+        """Whether another sequence computes most of what this one would have to; for `blocks` see
+        `admit`, the other one has to ask them, too."""
         if not self.keeps_prefixes:
             return False
         known = sequence.prompt[:-1]
         common = min(common_length(known, other.prompt), other.num_exact) // self.page_size
-        has = len(self._tree.match(known)) if common else 0
+        has = len(self._tree.match(known, frozenset(blocks))) if common else 0
         gain = self.page_size * (common - has)
         return gain > (len(sequence.prompt) - self.page_size * has) / 2
 

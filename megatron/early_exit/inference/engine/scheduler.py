@@ -161,10 +161,9 @@ class Scheduler:
             if leader is not None:
                 self._followers.setdefault(leader, []).append(key)
                 continue
-            # The depths of a multi-token-prediction module are like blocks behind the exits'.
-            depths = range(self.num_segments - 1, self.num_segments - 1 + sequence.num_depths)
+            # A multi-token-prediction module computes the rows that pages lack when it is asked.
             blocks = self.blocks & sequence.exits
-            if not self._pages.admit(sequence, blocks.union(depths)):
+            if not self._pages.admit(sequence, blocks):
                 self._first_in_line.appendleft(key)
                 break
             del self._waiting[key]
@@ -186,8 +185,13 @@ class Scheduler:
         """The sequence that computes most of what this one needs, if there is one."""
         if sequence.num_admissions:
             return None
-        computing = (one for one in self.running.values() if not one.is_stored)
-        worth = (one.key for one in computing if self._pages.is_worth_waiting(sequence, one))
+        blocks = self.blocks & sequence.exits
+        computing = (
+            one for one in self.running.values() if not one.is_stored and blocks <= one.exits
+        )
+        worth = (
+            one.key for one in computing if self._pages.is_worth_waiting(sequence, one, blocks)
+        )
         return next(worth, None)
 
     def next(self) -> ScheduledBatch | None:

@@ -271,6 +271,8 @@ class SegmentedModel:
         shared = self._tensor_parallel
         gather: Function | None = None
         size = vocab_size or self.architecture.vocab_size
+        if size == self.architecture.vocab_size:
+            vocab_size = None
         if shared is not None:
             function = shared.gather if self.recorder is None else shared.traceable_gather
             gather = partial(function, vocab_size=size)

@@ -244,7 +244,7 @@ class DecodingMode(ABC):
         rule: the exits that are asked, and when one of them gives the token.
         details: every head that is asked is put on record.
         counts: how drafting has gone; None where there is none.
-        num_unasked: tokens for which exits were not asked, since that had made decoding slower.
+        num_unasked: tokens that no exit could give, since exits had made decoding slower.
     """
 
     verifies: ClassVar[bool] = False

@@ -259,6 +259,9 @@ def _exit_of(context: ModeContext) -> int | None:
     layer = params.draft_exit_layer
     if _uses_mtp(context) and layer is None and (params.draft_method == "mtp" or not known):
         return None
+    if layer is None and not known and params.draft_method == "exit":
+        allowed = "None or mtp or auto" if context.mtp_costs is not None else "another mode"
+        raise FieldError("draft_method", "needs exits, which there are not", allowed, value="exit")
     if layer is None:
         layer = known[0] if known else 0
     return context.exit_index("draft_exit_layer", layer)

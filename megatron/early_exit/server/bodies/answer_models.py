@@ -58,7 +58,7 @@ class RequestMetrics(BaseModel):
     kv_policy: str | None
     exits_pay_at: int | None
     num_unasked_tokens: int | None = Field(
-        description="Tokens for which no exit was asked, since exits had made decoding slower by "
+        description="Tokens that no exit could give, since exits had made decoding slower by "
         "exits_pay_at; in mode early_exit."
     )
     num_layers: int

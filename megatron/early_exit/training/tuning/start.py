@@ -79,6 +79,13 @@ def _from_model(
     if fresh:
         numbers = ", ".join(map(str, fresh))
         notes.append(f"the exits after layers {numbers} are not in it and start with {how}")
+    kept = sorted(set(stored.exits.positions) - set(exits.positions))
+    if kept:
+        numbers = ", ".join(map(str, kept))
+        notes.append(
+            f"its exits after layers {numbers} are no part of this run"
+            + ("; tools/checkpoint.py merge-exits keeps them" if not exits.positions else "")
+        )
     lacks_layers = looks_ahead(args) and stored.mtp_layers < (
         1 if args.mtp_use_repeated_layer else args.mtp_num_layers
     )
