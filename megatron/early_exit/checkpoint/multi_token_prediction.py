@@ -129,9 +129,11 @@ def _taken_back(final_gain: LazyTensor, a: Architecture) -> Tensor:
     about `_STREAM` as root of the mean square."""
     stored = final_gain.read()
     shift = 1.0 if a.layernorm_zero_centered_gamma else 0.0
-    gain = stored.float() + shift
-    size = gain.abs()
-    inverse = size.clamp(min=_LEAST_GAIN * size.mean().item()).reciprocal().copysign(gain)
+    gain = stored.double() + shift
+    mean = gain.abs().mean()
+    # Only the gains' ratios matter; where all are 0, nothing is to be taken back.
+    gain = gain / mean if mean > 0 else torch.ones_like(gain)
+    inverse = gain.abs().clamp(min=_LEAST_GAIN).reciprocal().copysign(gain)
     scale = _STREAM * gain.square().mean().sqrt()
     return (scale * inverse - shift).to(stored.dtype)
 

@@ -168,6 +168,11 @@ def open_export(
     if draft_of_exit is not None:
         if plain:
             raise ValueError("--plain has no effect with --draft-of-exit, which leaves no exits")
+        if with_mtp:
+            raise ValueError(
+                "--with-mtp cannot be combined with --draft-of-exit, which leaves the "
+                "multi-token-prediction module out"
+            )
         try:
             conversion = draft_model(conversion, draft_of_exit)
         except ValueError as error:
@@ -177,6 +182,10 @@ def open_export(
     assert architecture is not None
     is_plain = plain or early_exit.share_final_head or not early_exit.positions
     try:
+        if with_mtp and not architecture.mtp_num_layers:
+            raise ValueError(
+                "the model has no multi-token-prediction module, which --with-mtp would write"
+            )
         if with_mtp and not is_plain:
             raise ValueError("--with-mtp has no effect on a folder with exits, allowed: --plain")
         if is_plain:

@@ -169,7 +169,7 @@ def _check(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) -> N
             "head"
         )
     if exits.positions:
-        _check_exits(options, exits)
+        _check_exits(options, exits, looks_ahead(args))
     elif options.freeze_exit_output_weights:
         raise ValueError("--freeze-exit-output-weights has no effect without --exit-layer-nums")
     rates = options.exit_layer_lr
@@ -194,12 +194,13 @@ def _check_look_ahead(args: Namespace) -> None:
         most.check_flags(args, "mtp_num_layers")
 
 
-def _check_exits(options: TuningOptions, exits: EarlyExitConfig) -> None:
+def _check_exits(options: TuningOptions, exits: EarlyExitConfig, beside_ahead: bool) -> None:
+    """Refuse what exits cannot be tuned with; `beside_ahead` a look-ahead head is tuned, too."""
     if exits.pre_exit:
         raise ValueError(
             "--pre-exit cannot be combined with --tune-exit: each exit is run where its layer ends"
         )
-    if exits.share_final_head and not exits.head_parts:
+    if exits.share_final_head and not exits.head_parts and not beside_ahead:
         raise ValueError(
             "--share-final-head cannot be combined with --tune-exit: exits then have no weights of "
             "their own, and the model's are frozen; train the whole model without --tune-exit, or "
@@ -211,21 +212,24 @@ def _check_exits(options: TuningOptions, exits: EarlyExitConfig) -> None:
             "projections are the model's own and never tuned"
         )
     frozen = ("output",) if options.freeze_exit_output_weights else ()
-    if all(part.tensors in frozen for part in exits.head_parts):
+    if all(part.tensors in frozen for part in exits.head_parts) and not beside_ahead:
         *flags, last = map(as_flag, HEAD_FIELDS)
         raise ValueError(
             "--tune-exit has nothing to tune: give exits weights of their own with "
             f"{', '.join(flags)} or {last}"
         )
-    if all(part.is_beside for part in exits.head_parts):
-        _refuse_for_gates_alone(options, exits)
+    if exits.beside_parts and all(part.is_beside for part in exits.head_parts):
+        _refuse_for_gates_alone(options, exits, beside_ahead)
 
 
-def _refuse_for_gates_alone(options: TuningOptions, exits: EarlyExitConfig) -> None:
+def _refuse_for_gates_alone(
+    options: TuningOptions, exits: EarlyExitConfig, beside_ahead: bool
+) -> None:
     """Gates have one loss, which no weight, temperature or teacher is part of."""
     given = {
-        "random_init": options.random_init,
-        "exit_distillation_weight": options.distills,
+        # These two are for a look-ahead head as well.
+        "random_init": options.random_init and not beside_ahead,
+        "exit_distillation_weight": options.distills and not beside_ahead,
         "use_dynamic_exit_layer_weight": exits.use_dynamic_exit_layer_weight,
         "exit_layer_weight_warmup_iters": exits.exit_layer_weight_warmup_iters > 0,
         "exit_layer_weight": any(one.weight != 1 for one in exits.exits),

@@ -128,7 +128,7 @@ def test_it_is_left_out_of_other_folders(tmp_path, mimo, folder):
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        (LLAMA, "mtp_num_layers 0 cannot be expressed in MiMo's format, allowed: 1"),
+        (LLAMA, "the model has no multi-token-prediction module, which --with-mtp would write"),
         (MTP["two layers"], "mtp_num_layers 2 cannot be expressed in MiMo's format, allowed: 1"),
         (replace(LLAMA, mtp_num_layers=1), "of a model like LlamaForCausalLM cannot be expressed"),
     ],

@@ -54,6 +54,24 @@ def test_a_look_ahead_head_needs_the_whole_model_and_no_exits():
             plan_depth(arguments(stages=4, **AHEAD), TuningOptions(tune_exit=True), config)
 
 
+@pytest.mark.parametrize(
+    ("heads", "options"),
+    [
+        # Without a head that learns beside them, these exits have nothing to tune.
+        ({"share_final_head": True}, {}),
+        ({"untie_exit_output_weights": True}, {"freeze_exit_output_weights": True}),
+        # Or nothing that learns of a teacher, or could start at random.
+        ({"share_final_head": True, "use_exit_gate": True}, {"exit_distillation_weight": 0.5}),
+        ({"share_final_head": True, "use_exit_gate": True}, {"random_init": True}),
+    ],
+)
+def test_a_look_ahead_head_is_tuned_beside_any_exits(heads, options):
+    tuning, config = TuningOptions(tune_exit=True, **options), exits(8, **heads)
+    plan_depth(arguments(**AHEAD), tuning, config)
+    with pytest.raises(ValueError, match=r"nothing to tune|no weights of their own|no effect"):
+        plan_depth(arguments(), tuning, config)
+
+
 @pytest.mark.parametrize("heads", [{"use_exit_norm": True}, {"share_final_head": True}])
 def test_gates_need_the_whole_model(heads):
     config = exits(8, use_exit_gate=True, **heads)
