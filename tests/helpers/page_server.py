@@ -129,7 +129,8 @@ class Script:
     full: list[ScriptedToken] = field(default_factory=lambda: list(FULL))
     exit_layers: list[int] = field(default_factory=lambda: list(EXIT_LAYERS))
     exit_measures: list[str] = field(default_factory=lambda: ["max_probability", "entropy"])
-    draft_methods: list[str] = field(default_factory=lambda: ["exit"])
+    draft_methods: list[str] | None = None
+    """None is what exits alone can do."""
     has_text: bool = True
     has_chat_template: bool = False
     example_prompts: list[str] = field(default_factory=list)
@@ -222,7 +223,9 @@ class PageServer:
                 default_mode="early_exit" if script.exit_layers else "full",
                 exit_measures=script.exit_measures,
                 exit_measure=script.exit_measures[0],
-                draft_methods=script.draft_methods,
+                draft_methods=(["exit"] if script.exit_layers else [])
+                if script.draft_methods is None
+                else script.draft_methods,
                 kv_policy="exact",
             )
             for alias in aliases
