@@ -36,7 +36,10 @@ class FinalTokens:
         receivers: Sequence[ProcessGroup] = (),
     ) -> None:
         self._sender, self._group, self._receivers = sender, group, receivers
-        self._sent: list[tuple[Tensor, Work]] = []
+        self._sent: list[tuple[Tensor, list[Work]]] = []
+        self._spare: list[Tensor] = []
+        """Messages that have arrived. They are used again, since the threads that send may hold one
+        for a moment longer, and would be the ones to free it."""
         self._tokens: deque[Tensor] = deque()
         self._first = 0
         """The number of the microbatch that the first of these is of."""
@@ -74,14 +77,36 @@ class FinalTokens:
     def send(self, tokens: Tensor) -> None:
         """On the last stage: hand out the tokens [s * b] of the next microbatch. Nothing is waited
         for."""
-        self._sent = [pair for pair in self._sent if not pair[1].is_completed()]
-        message = tokens.to(torch.int32)
+        message = self._new_message(tokens)
+        works: list[Work] = []
         for group in self._receivers:
             work = torch.distributed.broadcast(message, self._sender, group, async_op=True)
             assert work is not None
-            self._sent.append((message, work))
+            works.append(work)
+        self._sent.append((message, works))
         if self._taken:
-            self._tokens.append(message)
+            self._tokens.append(tokens.to(torch.int32))
+
+    def _new_message(self, tokens: Tensor) -> Tensor:
+        """Tokens in memory that nothing else uses.
+
+        Raises:
+            RuntimeError: a message before could not be sent: a stage has died.
+        """
+        under_way = []
+        for message, works in self._sent:
+            if all(work.is_completed() for work in works):
+                for work in works:
+                    work.wait()
+                self._spare.append(message)
+            else:
+                under_way.append((message, works))
+        self._sent = under_way
+        fitting = (at for at, one in enumerate(self._spare) if one.shape == tokens.shape)
+        at = next(fitting, None)
+        if at is None:
+            return tokens.to(torch.int32)
+        return self._spare.pop(at).copy_(tokens)
 
     def take(self, position: int, count: int, device: torch.device) -> Tensor:
         """The tokens [s * b] of the microbatch that is the next one for an exit.
