@@ -54,7 +54,7 @@ def megatron_logits(model, tokens) -> dict[int | str, torch.Tensor]:
     """Logits [s, v] of every exit by position, and of the final head."""
     logits: dict[int | str, torch.Tensor] = {}
 
-    def tap(exits, position, hidden, labels, loss_mask, final_tokens, layer_kwargs, asked):
+    def tap(exits, position, hidden, labels, loss_mask, final_tokens, layer_kwargs, *asked):
         def project(branch, weight):
             return branch[:, 0] @ weight.T
 
