@@ -11,6 +11,7 @@ import torch
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from megatron.early_exit.inference.modes.early_exit import EarlyExitMode
 from megatron.early_exit.inference.params import KVPolicy
 
 PROMPT_LENGTH = 8
@@ -54,9 +55,11 @@ class Decoder:
         requests = [engine.submit(*pair) for pair in zip(self.prompts, params, strict=True)]
         for request, threshold in zip(requests, thresholds or [], strict=False):
             # A benchmark's own object may stand in for the number.
-            rule = request.mode.rule
-            thresholds_of_exits = (threshold,) * len(rule.exits)
-            request.mode.rule = replace(rule, thresholds=thresholds_of_exits)  # type: ignore[arg-type]
+            mode = request.mode
+            assert isinstance(mode, EarlyExitMode)
+            thresholds_of_exits = (threshold,) * len(mode.rule.exits)
+            rule = replace(mode.rule, thresholds=thresholds_of_exits)  # type: ignore[arg-type]
+            mode.asking = mode.rule = rule
         while not all(request.sequence.generated for request in requests):
             engine.step()
         before, start = sum(len(request.sequence.generated) for request in requests), perf_counter()
