@@ -1,8 +1,10 @@
 """Shared code of the decoding benchmarks: alternating measurements, and a report of the figures."""
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -145,10 +147,22 @@ class FigureTable:
     def add(
         self, name: str, value: float, bound: float | None, limit: float, note: str = ""
     ) -> None:
-        """FigureTable a figure with its theoretical limit, which has to reach `bound`."""
+        """Print and keep a figure with its theoretical limit, which has to reach `bound`."""
         holds = None if bound is None else value >= bound
         self.figures.append(
             {**self.context, "name": name, "value": value, "bound": bound, "limit": limit}
         )
         verdict = "" if bound is None else f"at least {bound:.2f}: {'yes' if holds else 'NO'}"
         print(f"  {name:<46}{value:7.2f}  limit {limit:6.2f}  {verdict}  {note}", flush=True)
+
+    def finish(self, path: Path | None) -> None:
+        """Write all figures to a file, if one is wanted.
+
+        Raises:
+            SystemExit: bounds do not hold.
+        """
+        if path is not None:
+            path.write_text(json.dumps(self.figures, indent=1) + "\n")
+        missed = [f for f in self.figures if f["bound"] is not None and f["value"] < f["bound"]]
+        if missed:
+            raise SystemExit(f"{len(missed)} of the bounds do not hold")
