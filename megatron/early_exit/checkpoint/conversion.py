@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron.early_exit.checkpoint.description import ModelDescription
 from megatron.early_exit.checkpoint.lazy import LazyTensor, LazyWeights, content_hash
 from megatron.early_exit.checkpoint.location import locate
-from megatron.early_exit.checkpoint.megatron_args import described_args
+from megatron.early_exit.checkpoint.megatron_args import described_args, with_description
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.weights import stored_weights
 from megatron.early_exit.checkpoint.writer import (
@@ -46,6 +46,15 @@ class Conversion:
     def num_bytes(self) -> int:
         """Size of all tensors."""
         return sum(tensor.num_bytes for tensor in self.weights.values())
+
+    def remade(
+        self,
+        description: ModelDescription,
+        weights: LazyWeights,
+        sources: Mapping[str, tuple[str, ...]],
+    ) -> "Conversion":
+        """Another model made of this one, whose arguments say what its description does."""
+        return Conversion(description, weights, sources, with_description(self.args, description))
 
     def write(self, target: Path, report: Report = lambda name, num_bytes: None) -> None:
         """Write the checkpoint and read it again.

@@ -7,7 +7,6 @@ initialised at random, as Megatron initialises a model before training.
 
 import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -19,7 +18,6 @@ from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.base import is_of_exit
 from megatron.early_exit.checkpoint.conversion import Conversion
 from megatron.early_exit.checkpoint.lazy import LazyTensor
-from megatron.early_exit.checkpoint.megatron_args import with_description
 from megatron.early_exit.checkpoint.weights import weight_shapes
 from megatron.early_exit.config import HEAD_PARTS, EarlyExitConfig, Exit
 
@@ -104,7 +102,7 @@ def add_exits(
         else:
             draw = partial(random_init.draw, name, shape, model.dtype, architecture)
             weights[name], sources[name] = LazyTensor(shape, model.dtype, draw), (RANDOM,)
-    return _with_exits(source, early_exit, weights, sources)
+    return source.remade(replace(source.description, early_exit=early_exit), weights, sources)
 
 
 def strip_exits(source: Conversion) -> Conversion:
@@ -117,17 +115,9 @@ def strip_exits(source: Conversion) -> Conversion:
         raise ValueError("the model has no exits")
     weights = {name: tensor for name, tensor in source.weights.items() if not is_of_exit(name)}
     sources = {name: source.sources[name] for name in weights}
-    return _with_exits(source, EarlyExitConfig(), weights, sources)
-
-
-def _with_exits(
-    source: Conversion,
-    early_exit: EarlyExitConfig,
-    weights: Mapping[str, LazyTensor],
-    sources: Mapping[str, tuple[str, ...]],
-) -> Conversion:
-    description = replace(source.description, early_exit=early_exit)
-    return Conversion(description, weights, sources, with_description(source.args, description))
+    return source.remade(
+        replace(source.description, early_exit=EarlyExitConfig()), weights, sources
+    )
 
 
 def _joined(old: EarlyExitConfig, new: EarlyExitConfig, num_layers: int) -> EarlyExitConfig:

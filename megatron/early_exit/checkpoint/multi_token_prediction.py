@@ -18,7 +18,6 @@ from megatron.early_exit.checkpoint.base import is_of_mtp
 from megatron.early_exit.checkpoint.conversion import Conversion
 from megatron.early_exit.checkpoint.exits import INITIAL, RANDOM, RandomInit
 from megatron.early_exit.checkpoint.lazy import LazyTensor
-from megatron.early_exit.checkpoint.megatron_args import with_description
 from megatron.early_exit.checkpoint.weights import LAYERS, MTP_LAYERS, weight_shapes
 from megatron.early_exit.errors import as_flag, out_of_range
 from megatron.early_exit.ranges import ONE_OR_MORE
@@ -83,7 +82,7 @@ def add_mtp(
         else:
             fill = partial(_initial, rest, shape, dtype, old)
             weights[name], sources[name] = LazyTensor(shape, dtype, fill), (INITIAL,)
-    return _with_architecture(source, new, weights, sources)
+    return source.remade(replace(source.description, architecture=new), weights, sources)
 
 
 def strip_mtp(source: Conversion) -> Conversion:
@@ -99,17 +98,7 @@ def strip_mtp(source: Conversion) -> Conversion:
     new = replace(old, mtp_num_layers=0, mtp_use_repeated_layer=False)
     weights = {name: tensor for name, tensor in source.weights.items() if not is_of_mtp(name)}
     sources = {name: source.sources[name] for name in weights}
-    return _with_architecture(source, new, weights, sources)
-
-
-def _with_architecture(
-    source: Conversion,
-    architecture: Architecture,
-    weights: dict[str, LazyTensor],
-    sources: dict[str, tuple[str, ...]],
-) -> Conversion:
-    description = replace(source.description, architecture=architecture)
-    return Conversion(description, weights, sources, with_description(source.args, description))
+    return source.remade(replace(source.description, architecture=new), weights, sources)
 
 
 def _origin(rest: str, a: Architecture) -> str | None:
