@@ -106,7 +106,7 @@ class EarlyExitEngine:
         runner.warm_up()
         self.loop = self._backend.loop(runner, self.pages)
         whole = self._backend.architecture
-        draft_costs, exit_costs = self._costs()
+        draft_costs, mtp_costs, exit_costs = self._costs()
         self._requests = RequestFactory(
             vocab_size=whole.vocab_size,
             num_layers=whole.num_layers,
@@ -119,7 +119,7 @@ class EarlyExitEngine:
             draw_seed=self._backend.draw_seed,
             draft_costs=draft_costs,
             exit_costs=exit_costs,
-            mtp_costs=self._mtp_costs(),
+            mtp_costs=mtp_costs,
             num_depths=self.num_mtp_depths,
             exit_measure=self._backend.exit_measure,
             has_gates=self._backend.has_gates,
@@ -211,22 +211,18 @@ class EarlyExitEngine:
             prefix_caching=prefix_caching,
         )
 
-    def _mtp_costs(self) -> DraftCosts | None:
-        model, whole = self.model, self._backend.architecture
-        if not self.num_mtp_depths:
-            return None
-        return self._all_costs().of_mtp_drafts(whole, model.draft_vocab_size)
-
-    def _all_costs(self) -> Costs:
+    def _costs(self) -> tuple[tuple[DraftCosts, ...], DraftCosts | None, ExitCosts]:
+        """What drafting takes with each exit and with a multi-token-prediction module, and what
+        tokens take that may leave at exits."""
         model, whole, layers = self.model, self._backend.architecture, self.exit_layers
         # Exits are asked by themselves, so it does not matter which of them share a projection.
-        return Costs.of(whole, layers, model.exit_vocab_size, True, model.device.type)
-
-    def _costs(self) -> tuple[tuple[DraftCosts, ...], ExitCosts]:
-        whole, layers, costs = self._backend.architecture, self.exit_layers, self._all_costs()
+        costs = Costs.of(whole, layers, model.exit_vocab_size, True, model.device.type)
         block = float(whole.layer_weights) if self._backend.has_blocks else 0.0
         drafts = tuple(costs.of_drafts(index, block) for index in range(len(layers)))
-        return drafts, costs.of_exits(block)
+        mtp = None
+        if self.num_mtp_depths:
+            mtp = costs.of_mtp_drafts(whole, model.draft_vocab_size)
+        return drafts, mtp, costs.of_exits(block)
 
     @property
     def is_worker(self) -> bool:

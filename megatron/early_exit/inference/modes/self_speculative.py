@@ -41,8 +41,7 @@ class SelfSpeculativeMode(DecodingMode):
     Attributes:
         drafting: when the drafter goes on.
         room: the most tokens that the sequence may get in all.
-        choice: of the drafter, from the accounts of all; None where there is the exit only and
-            nothing to find out.
+        choice: of the drafter, from the accounts of all.
         adapts: these accounts also say how sure a drafter has to be, and when drafts pause since
             they do not pay; else `drafting` alone does.
         depths: of the module, the most tokens that it may draft; 0 if it does not draft.
@@ -54,7 +53,7 @@ class SelfSpeculativeMode(DecodingMode):
     verifies: ClassVar[bool] = True
     drafting: DraftRule
     room: int
-    choice: DraftChoice | None = None
+    choice: DraftChoice
     adapts: bool = False
     depths: int = 0
     counts: DraftCounts = field(default_factory=DraftCounts)
@@ -103,7 +102,7 @@ class SelfSpeculativeMode(DecodingMode):
     @property
     def _drafter(self) -> int:
         """The exit that drafts, or MTP."""
-        return self.rule.exits[0] if self.choice is None else self.choice.current
+        return self.choice.current
 
     @property
     def num_depths(self) -> int:
@@ -172,8 +171,8 @@ class SelfSpeculativeMode(DecodingMode):
     def _has_room(self) -> bool:
         """Whether one more draft may be made."""
         sequence = self.sampler.sequence
-        most = self._aim if self.choice is None else min(self._aim, self.choice.most)
-        return len(sequence.drafts) < min(most, self.room - len(sequence.generated) - 1)
+        most = min(self._aim, self.choice.most, self.room - len(sequence.generated) - 1)
+        return len(sequence.drafts) < most
 
     def _drafts_at(self, output: HeadOutput) -> bool:
         """Whether the drafter is sure enough."""
@@ -181,7 +180,7 @@ class SelfSpeculativeMode(DecodingMode):
 
     def _likelihood_with(self, output: HeadOutput) -> float:
         """That one more draft and those in front of it are accepted."""
-        trust = self.choice.gain.trust if self.choice is not None and self.adapts else 1.0
+        trust = self.choice.gain.trust if self.adapts else 1.0
         return self._likelihood * min(trust * output.confidence, 1.0)
 
     def at_end(self, outputs: abc.Sequence[HeadOutput]) -> tuple[SampledToken, ...]:
@@ -198,8 +197,7 @@ class SelfSpeculativeMode(DecodingMode):
         if self._drafter == MTP:
             self.counts.mtp_drafted += len(drafts)
             self.counts.mtp_accepted += num_accepted
-        if self.choice is not None:
-            self._judge(self.choice, num_accepted)
+        self._judge(num_accepted)
         self._num_asked, self._confidences = 0, []
         if self.details:
             # The module has been asked about as many tokens as it could draft, an exit about each.
@@ -212,9 +210,9 @@ class SelfSpeculativeMode(DecodingMode):
             ]
         return tuple(tokens)
 
-    def _judge(self, choice: DraftChoice, num_accepted: int) -> None:
+    def _judge(self, num_accepted: int) -> None:
         """Go on with drafts, or without, and with this drafter or another, by what they gain."""
-        sequence = self.sampler.sequence
+        sequence, choice = self.sampler.sequence, self.choice
         # Which drafts there are may change a sampled text: then they must not depend on others.
         company = sequence.company if self.sampler.is_always_greedy else 1
         if self._is_drafting:

@@ -49,7 +49,7 @@ def drafting_mode(
         ExitRule((0,), (0.0,)),
         drafting=DraftRule(max_drafts, least_confidence),
         room=100,
-        choice=None if drafter == 0 else DraftChoice({drafter: Drafter(costs, max_drafts)}),
+        choice=DraftChoice({drafter: Drafter(costs, max_drafts)}),
         depths=max_drafts,
     )
 
