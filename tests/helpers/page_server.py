@@ -208,6 +208,9 @@ class PageServer:
 
     def _models(self) -> Response:
         script = self.script
+        exits, methods = script.exit_layers, script.draft_methods
+        if methods is None:
+            methods = ["exit"] if exits else []
         aliases = ["", ":full", ":lossless"] if script.exit_layers else ["", ":full"]
         cards = [
             ModelCard(
@@ -223,9 +226,8 @@ class PageServer:
                 default_mode="early_exit" if script.exit_layers else "full",
                 exit_measures=script.exit_measures,
                 exit_measure=script.exit_measures[0],
-                draft_methods=(["exit"] if script.exit_layers else [])
-                if script.draft_methods is None
-                else script.draft_methods,
+                draft_methods=methods,
+                drafter=methods[-1] if "mtp" in methods else f"{exits[0]}" if exits else None,
                 kv_policy="exact",
             )
             for alias in aliases

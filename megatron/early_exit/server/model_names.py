@@ -34,10 +34,22 @@ class ServedModel:
 
     @property
     def draft_methods(self) -> tuple[DraftMethod, ...]:
-        """What can draft."""
+        """The values of a request's `draft_method` with which the model can decode."""
         if not self.num_depths:
             return ("exit",) if self.exit_layers else ()
         return ("exit", "mtp", "auto") if self.exit_layers else ("mtp",)
+
+    @property
+    def drafter(self) -> str | None:
+        """What drafts where a request does not say it: the number of layers in front of an exit,
+        `mtp` or `auto`; None where nothing can."""
+        methods, exits = self.draft_methods, self.exits
+        if not methods:
+            return None
+        method = exits.draft_method or ("exit" if exits.draft_exit_layer else methods[-1])
+        if method not in methods:
+            method = methods[-1]
+        return str(exits.draft_exit_layer or self.exit_layers[0]) if method == "exit" else method
 
     def names(self) -> list[str]:
         """The names that are listed; any threshold from 0 to 1 may be asked for."""

@@ -11,6 +11,25 @@ MODEL = ServedModel("m", DEFAULTS, (2, 4))
 EARLY = {"mode": "early_exit"}
 
 
+@pytest.mark.parametrize(
+    ("layers", "depths", "given", "drafter"),
+    [
+        ((), 0, {}, None),
+        ((2, 4), 0, {}, "2"),
+        ((2, 4), 0, {"draft_method": "auto"}, "2"),
+        ((2, 4), 1, {}, "auto"),
+        ((2, 4), 1, {"draft_exit_layer": 4}, "4"),
+        ((2, 4), 1, {"draft_method": "exit"}, "2"),
+        ((2, 4), 1, {"draft_method": "mtp"}, "mtp"),
+        ((2, 4), 1, {"draft_method": "auto", "draft_exit_layer": 4}, "auto"),
+        ((), 1, {}, "mtp"),
+        ((), 1, {"draft_method": "auto"}, "mtp"),
+    ],
+)
+def test_pages_are_told_what_drafts(layers, depths, given, drafter):
+    assert ServedModel("m", ExitSettings(mode="full", **given), layers, depths).drafter == drafter
+
+
 @pytest.mark.parametrize("name", [None, "m"])
 def test_the_name_alone_decides_nothing(name):
     assert MODEL.settings(name) == DEFAULTS

@@ -32,6 +32,10 @@ class ModelCard(BaseModel):
         description="What can draft for it in mode self_speculative: its exits, a multi-token-"
         "prediction module, whose tokens have exit_layer 0, or the faster of them."
     )
+    drafter: str | None = Field(
+        description="What drafts where a request does not say it: the layers in front of an exit, "
+        "mtp or auto."
+    )
     kv_policy: str = Field(description="Where a request does not say it.")
     example_prompts: list[str] = Field(description="The operator's, for the server's page.")
 
@@ -71,6 +75,7 @@ def models(service: Service) -> APIBlueprint:
             exit_measures=list(service.exit_measures),
             exit_measure=settings.exit_measure or service.exit_measure,
             draft_methods=list(service.model.draft_methods),
+            drafter=service.model.drafter,
             kv_policy=settings.kv_policy,
             example_prompts=list(service.settings.example_prompts),
         )

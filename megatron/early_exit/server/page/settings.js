@@ -75,7 +75,7 @@ export class Settings {
     );
     byId("draft-exits").replaceChildren(
       ...drafters(layers, methods).map(([drafter, name]) =>
-        choice("radio", "draft-exit", drafter, name, drafter === firstDrafter(layers, methods)),
+        choice("radio", "draft-exit", drafter, name, `${drafter}` === model.drafter),
       ),
     );
     byId("exit-measure").replaceChildren(
@@ -182,12 +182,6 @@ function drafters(layers, methods) {
   const exits = methods.includes("exit") ? layers.map((layer) => [layer, `layer ${layer}`]) : [];
   const others = methods.filter((method) => method !== "exit");
   return [...exits, ...others.map((method) => [method, DRAFTERS[method] ?? method])];
-}
-
-/** What drafts where a request does not say it. */
-function firstDrafter(layers, methods) {
-  if (methods.includes("auto")) return "auto";
-  return methods.includes("exit") ? layers[0] : methods[0];
 }
 
 function option(value, text, selected) {
