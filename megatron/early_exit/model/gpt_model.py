@@ -5,8 +5,7 @@ checkpoint keys. Labels and loss mask reach an exit through the `context` and `c
 arguments of the layers: a decoder has no cross attention, so Megatron passes both on unchanged, for
 each microbatch, also through activation recomputation. Gates learn what the final head says later
 in the same pass: on the chunk that has it, its tokens are written into a second row beside the
-labels. Tokens that layers
-hand on (`held_rows`) are packed with the loss mask.
+labels. Tokens that layers hand on (`held_rows`) are packed with the loss mask.
 """
 
 from collections.abc import Callable
@@ -59,15 +58,13 @@ class ExitTap(Protocol):
     ) -> Tensor:
         """Return `hidden` [s, b, h] unchanged in value; the others are [b, s]. `final_tokens` are
         there if exits have gates and the chunk the final head, and hold nothing before
-        `keep_final_tokens` has been called.
-        Tokens that are not `asked` have left before, and those that are not `asked_at_end` before
-        the final head; None is that all are."""
+        `keep_final_tokens` has been called. Tokens that are not `asked` have left before, and those
+        that are not `asked_at_end` before the final head; None is that all are."""
 
     def keep_final_tokens(self, exits: ExitHeads, logits: Tensor, final_tokens: Tensor) -> None:
         """Called at the end of a forward pass of the chunk with the final head, if exits of any
-        chunk have gates: write the final head's most
-        probable tokens into `final_tokens` [b, s]; logits are [s, b, v], of this rank's part of the
-        vocabulary."""
+        chunk have gates: write the final head's most probable tokens into `final_tokens` [b, s];
+        logits are [s, b, v], of this rank's part of the vocabulary."""
 
 
 class EarlyExitGPTModel(GPTModel):

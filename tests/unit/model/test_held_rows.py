@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,15 +29,11 @@ from tests.helpers.exit_models import (  # noqa: E402
     gradients,
 )
 from tests.helpers.plain_loss import relative_error  # noqa: E402
-from tests.helpers.single_process import model_parallel  # noqa: E402
 
 BOUND = 1e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_groups() -> Iterator[None]:
-    with model_parallel():
-        yield
+pytestmark = pytest.mark.usefixtures("process_groups")
 
 
 def random_rows(exits: EarlyExitConfig, freezes: bool, skips: bool) -> HeldRows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ from megatron.training.models.gpt import GPTModelConfig  # noqa: E402
 from megatron.early_exit.model.attention import TorchAttention  # noqa: E402
 from megatron.early_exit.model.layer_specs import gpt_layer_spec  # noqa: E402
 from megatron.early_exit.model.norm import TorchNorm  # noqa: E402
-from tests.helpers.single_process import model_parallel  # noqa: E402
 
 EXPERTS: dict[str, Any] = {
     "num_moe_experts": 2,
@@ -49,10 +47,7 @@ def make_config(**changes: Any) -> TransformerConfig:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def groups() -> Iterator[None]:
-    with model_parallel():
-        yield
+pytestmark = pytest.mark.usefixtures("process_groups")
 
 
 @pytest.mark.parametrize("zero_centered", [False, True])

@@ -1,7 +1,7 @@
 """The deferred loss gives every parameter the gradient of plain autograd over the summed losses."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -30,15 +30,11 @@ from tests.helpers.exit_models import (  # noqa: E402
     gradients,
 )
 from tests.helpers.plain_loss import relative_error  # noqa: E402
-from tests.helpers.single_process import model_parallel  # noqa: E402
 
 BOUND = 1e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_groups() -> Iterator[None]:
-    with model_parallel():
-        yield
+pytestmark = pytest.mark.usefixtures("process_groups")
 
 
 def exits(*positions: int, pre_exit: bool = False, **options: Any) -> EarlyExitConfig:

@@ -1,7 +1,5 @@
 """The calibration of gates, against a direct computation over all pairs of tokens."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -10,13 +8,8 @@ from megatron.early_exit import platform
 platform.prepare()
 
 from megatron.early_exit.training.loss.gate_metrics import GateMetrics  # noqa: E402
-from tests.helpers.single_process import model_parallel  # noqa: E402
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process_groups() -> Iterator[None]:
-    with model_parallel():
-        yield
+pytestmark = pytest.mark.usefixtures("process_groups")
 
 
 def take(metrics: GateMetrics) -> dict[str, float]:

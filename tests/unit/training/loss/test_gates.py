@@ -1,6 +1,5 @@
 """Gates get the gradients of plain autograd, and leave all others as they are without gates."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +31,6 @@ from tests.helpers.exit_models import (  # noqa: E402
     gradients,
 )
 from tests.helpers.plain_loss import relative_error  # noqa: E402
-from tests.helpers.single_process import model_parallel  # noqa: E402
 
 BOUND = 1e-5
 HEADS: dict[str, dict[str, Any]] = {
@@ -45,10 +43,7 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_groups() -> Iterator[None]:
-    with model_parallel():
-        yield
+pytestmark = pytest.mark.usefixtures("process_groups")
 
 
 def exits(kind: str, **others: Any) -> EarlyExitConfig:

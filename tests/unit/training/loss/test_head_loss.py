@@ -1,7 +1,5 @@
 """The chunked cross entropy of a head, against plain autograd over the full logits."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given
@@ -21,15 +19,11 @@ from megatron.early_exit.training.loss.head_loss import (  # noqa: E402
     head_loss,
 )
 from tests.helpers.plain_loss import relative_error, token_losses  # noqa: E402
-from tests.helpers.single_process import model_parallel  # noqa: E402
 
 TOKENS, HIDDEN, VOCAB = 23, 16, 50
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_groups() -> Iterator[None]:
-    with model_parallel():
-        yield
+pytestmark = pytest.mark.usefixtures("process_groups")
 
 
 @pytest.fixture(params=["eager", "fused"])

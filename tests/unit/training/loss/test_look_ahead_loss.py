@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +41,6 @@ from tests.helpers.exit_models import (  # noqa: E402
     gradients,
 )
 from tests.helpers.plain_loss import relative_error  # noqa: E402
-from tests.helpers.single_process import model_parallel  # noqa: E402
 
 BOUND, WEIGHT, SCALE = 1e-5, 0.3, 0.5
 HEADS: dict[str, dict[str, Any]] = {
@@ -52,10 +50,7 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_groups() -> Iterator[None]:
-    with model_parallel():
-        yield
+pytestmark = pytest.mark.usefixtures("process_groups")
 
 
 @pytest.fixture(autouse=True)

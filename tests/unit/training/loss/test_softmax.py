@@ -3,7 +3,6 @@ softmax agree."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ from megatron.early_exit.training.loss.head_loss import (  # noqa: E402
 from megatron.early_exit.training.loss.softmax import EagerSoftmax, FusedSoftmax  # noqa: E402
 from megatron.early_exit.training.loss.vocabulary import LocalVocabulary  # noqa: E402
 from tests.helpers.memory_traffic import EagerTraffic, compiled_traffic  # noqa: E402
-from tests.helpers.single_process import model_parallel  # noqa: E402
 
 TOKENS, HIDDEN, VOCAB = 64, 4, 1024
 DTYPES = [torch.float32, torch.bfloat16]
@@ -32,10 +30,7 @@ EAGER = {torch.float32: 32, torch.bfloat16: 44}
 FUSED = {torch.float32: 16, torch.bfloat16: 8}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_groups() -> Iterator[None]:
-    with model_parallel():
-        yield
+pytestmark = pytest.mark.usefixtures("process_groups")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

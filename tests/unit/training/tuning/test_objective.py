@@ -1,6 +1,5 @@
 """EE-Tuning gives the exits the gradients of plain autograd, and the backbone none."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,7 +24,6 @@ from tests.helpers.exit_models import (  # noqa: E402
     gradients,
 )
 from tests.helpers.plain_loss import relative_error, token_losses  # noqa: E402
-from tests.helpers.single_process import model_parallel  # noqa: E402
 
 BOUND = 1e-5
 HEADS = {
@@ -44,10 +42,7 @@ HEADS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_groups() -> Iterator[None]:
-    with model_parallel():
-        yield
+pytestmark = pytest.mark.usefixtures("process_groups")
 
 
 def exits(kind: str) -> EarlyExitConfig:
