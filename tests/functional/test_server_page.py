@@ -225,6 +225,7 @@ def test_lossless_mode_names_the_exit_that_drafts(page, server, script):
     finish(page)
     (body,) = script.requests
     assert (body["mode"], body["draft_exit_layer"]) == ("self_speculative", 4)
+    assert "draft_method" not in body
     assert not {"early_exit_threshold", "exit_layers"} & set(body)
     expect(pane(page)).to_contain_text("75 % of drafts accepted, 4.00 tokens a verification.")
 
@@ -250,6 +251,13 @@ def test_a_look_ahead_head_drafts_where_there_is_one(page, server, script):
     assert (automatic["draft_method"], ahead["draft_method"]) == ("auto", "mtp")
     assert "draft_exit_layer" not in ahead
     assert "draft_method" not in full
+    drafters.get_by_label("layer 4").check()
+    page.get_by_label("Compare with the full model").uncheck()
+    page.get_by_role("button", name="Generate").click()
+    wait_until(lambda: len(script.requests) == 4)
+    finish(page)
+    by_exit = script.requests[-1]
+    assert (by_exit["draft_method"], by_exit["draft_exit_layer"]) == ("exit", 4)
     script.exit_layers, script.draft_methods = [], ["mtp"]
     page.goto(server.url)
     modes = page.get_by_role("group", name="Mode")

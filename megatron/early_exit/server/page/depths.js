@@ -25,8 +25,12 @@ export class Depths {
   }
 
   name(layer) {
-    if (layer === 0) return "look-ahead head";
-    return layer === this.numLayers ? `all ${layer} layers` : `layer ${layer}`;
+    return layer === this.numLayers ? `all ${layer} layers` : this.source(layer);
+  }
+
+  /** Where a token comes from, in few words. */
+  source(layer) {
+    return layer === 0 ? "look-ahead head" : `layer ${layer}`;
   }
 
   /** Fills a list with one entry a layer. */

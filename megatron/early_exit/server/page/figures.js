@@ -102,7 +102,7 @@ export class Figures {
     list.replaceChildren(
       ...shares.map(([layer, count]) => {
         const swatch = this.depths.paint(make("span", { className: "swatch" }), layer);
-        return make("li", {}, swatch, `${layer ? `layer ${layer}` : "look-ahead head"}: ${percent(count)}`);
+        return make("li", {}, swatch, `${this.depths.source(layer)}: ${percent(count)}`);
       }),
     );
   }

@@ -89,8 +89,8 @@ function facts(token, depths, request) {
 }
 
 function origin(token, depths, request) {
-  if (token.layer === 0) return "the look-ahead head, verified";
-  const layer = `layer ${token.layer} of ${depths.numLayers}`;
+  const source = depths.source(token.layer);
+  const layer = token.layer > 0 ? `${source} of ${depths.numLayers}` : source;
   if (request.mode !== "self_speculative") return layer;
   return token.layer < depths.numLayers ? `${layer}, verified` : `${layer}, not the draft`;
 }

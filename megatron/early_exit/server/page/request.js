@@ -34,7 +34,10 @@ export function requestBody(model, settings, prompt, messages) {
   if (mode === "self_speculative") {
     const layer = Number(settings.drafter);
     if (layer > 0) body.draft_exit_layer = layer;
-    else body.draft_method = settings.drafter;
+    // A server may have another default than the exit that is named.
+    if (model.draft_methods.includes("mtp")) {
+      body.draft_method = layer > 0 ? "exit" : settings.drafter;
+    }
   }
   return {
     ...body,
