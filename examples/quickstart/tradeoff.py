@@ -193,17 +193,17 @@ def table(points: Sequence[Point]) -> str:
     quality is the first curve's, so all should have the same."""
     columns = by_curve(points)
     first = "".join(f"{name:>22}" for name in columns)
-    head = "threshold " + "  tokens/s   speed-up" * len(columns)
+    head = f"{'threshold':<10}" + f"{'tokens/s':>11} {'speed-up':>10}" * len(columns)
     rows = []
     for row in zip(*columns.values(), strict=True):
         speeds = "".join(f"{p.tokens_per_second:11.1f} {p.speedup:9.2f}x" for p in row)
         p = row[0]
         name = "full model" if p.threshold is None else format(p.threshold, ".2f")
         rows.append(
-            f"{name:>10}{speeds} {p.mean_exit_layer:11.1f} {p.agreement:13.1%} {p.identical:10.1%} "
+            f"{name:>10}{speeds} {p.mean_exit_layer:10.1f} {p.agreement:10.1%} {p.identical:10.1%} "
             f"{p.perplexity:11.2f}"
         )
-    head = f"{head}   exit layer   agreement  same text  perplexity"
+    head += f"{'exit layer':>11} {'agreement':>10} {'same text':>10} {'perplexity':>11}"
     return "\n".join([" " * 10 + first, head, *rows])
 
 
