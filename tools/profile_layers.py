@@ -79,8 +79,6 @@ def profile(args: argparse.Namespace, model: Model) -> LayerProfile:
     from megatron.early_exit import platform
 
     machine = platform.prepare()
-    # Its messages about each model chunk would hide the progress.
-    logging.getLogger("megatron").setLevel(logging.WARNING)
     import torch
 
     from megatron.early_exit.hardware.dtypes import dtype_speed
@@ -106,7 +104,7 @@ def profile(args: argparse.Namespace, model: Model) -> LayerProfile:
         dtype=dtype,
         options=_layer_options(machine),
     )
-    with _one_process(machine):
+    with _one_process(machine), _without_remarks():
         try:
             seconds = profiler.measure(sizes, args.repeats, progress)
         except torch.OutOfMemoryError:
@@ -149,6 +147,18 @@ def _describe(machine: Platform) -> str:
     else:
         device = f"CPU with {torch.get_num_threads()} threads"
     return f"{device} ({machine.describe()})"
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Megatron's messages about each model chunk would hide the progress."""
+    logger = logging.getLogger("megatron.core")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def test_the_fastest_of_the_exact_ones_is_chosen(monkeypatch, caplog, libraries,
     monkeypatch.setattr(exact_products, "exact_libraries", lambda: libraries)
     exact_products._fastest.cache_clear()
     values, scale = quantize(random(12, 20))
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger=exact_products.__name__):
         assert type(exact_matrix(values, scale)) is chosen
         assert type(exact_matrix(values, scale)) is chosen
     name = next(name for name, one in libraries.items() if one is chosen)
