@@ -7,8 +7,8 @@ All settings of a model are measured alternately in one process, so that noise a
 equally; figures are medians of the ratios of the rounds. The limit of full decoding at batch 1 is
 the time of the bare matrix-vector products with all of the model's weight matrices, plain or
 packed, whichever is faster. The depth at which tokens leave is forced, by a threshold of 0 or at
-random. With --weight-dtype full decoding with weights in that format is compared with full
-decoding in the dtype, and nothing else is measured.
+random. With --weight-dtype everything is measured with weights in that format, and full decoding
+with them is compared with full decoding in the dtype.
 """
 
 import argparse
@@ -46,7 +46,9 @@ def parse() -> argparse.Namespace:
         choices=BENCHMARKED,
         help="default: fp32, and bf16 where that is fast on this machine's CPU",
     )
-    parser.add_argument("--weight-dtype", choices=("int8",), help="default: not measured")
+    parser.add_argument(
+        "--weight-dtype", choices=("int8",), help="of matrices; default: that of --dtype"
+    )
     parser.add_argument("--batch", nargs="+", type=int, choices=(1, 8, 32), default=[1, 8, 32])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
@@ -71,20 +73,20 @@ def main() -> None:
             continue
         for dtype in args.dtype:
             table.context = {"model": name, "dtype": dtype, "threads": args.threads}
-            print(f"{name}, {dtype}, {args.threads} threads")
             kind = DTYPES[dtype]
             weights = random_weights(kind) if name == "shape" else saved_weights(DEMO, kind)
-            model = SegmentedModel(*weights, compile_rows=True)
-            small = None
             if args.weight_dtype is not None:
-                small = SegmentedModel(*quantized(weights), compile_rows=True)
+                table.context["weight_dtype"] = args.weight_dtype
+            print(", ".join(f"{key} {value}" for key, value in table.context.items()))
+            own = weights if args.weight_dtype is None else quantized(weights)
+            model = SegmentedModel(*own, compile_rows=True)
             for batch in args.batch:
-                if small is not None:
-                    measure_small_weights(weights, model, small, batch, args, table)
-                elif batch == 1:
-                    measure_single(weights, model, args, table)
+                if args.weight_dtype is not None:
+                    measure_small_weights(weights, model, batch, args, table)
+                if batch == 1:
+                    measure_single(own, model, args, table)
                 else:
-                    measure_batch(weights, model, batch, args, table)
+                    measure_batch(own, model, batch, args, table)
     table.finish(args.json)
 
 

@@ -101,10 +101,10 @@ def measure_batch(
             settings[f"mixed {p} {policy}"] = leaving
         settings[f"depths {policy}"] = partial(longer.depths, positions, policy)
     settings |= {"long full": longer.full, "drafting": longer.drafting}
-    settings["bare 1"] = timed(products([*matrices, weights.head], 1, packed=True), 3)
+    settings["bare 1"] = timed(products([*matrices, weights.head], 1, weights.dtype), 3)
     for rows in ROWS:
-        settings[f"layers {rows}"] = timed(products(matrices, rows, packed=True), 2)
-        settings[f"head {rows}"] = timed(products([weights.head], rows, packed=True), 2)
+        settings[f"layers {rows}"] = timed(products(matrices, rows, weights.dtype), 2)
+        settings[f"head {rows}"] = timed(products([weights.head], rows, weights.dtype), 2)
     times = take_turns(settings, args.rounds)
     layers, head = by_rows(times, "layers"), by_rows(times, "head")
     full = layers(batch) + head(batch)

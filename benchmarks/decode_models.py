@@ -1,7 +1,7 @@
 """The models of `decode.py`: their weights, the bare products with them, and transformers on
 them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,9 +15,12 @@ from torch.nn import functional
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.description import describe
 from megatron.early_exit.checkpoint.location import locate
+from megatron.early_exit.checkpoint.quantization import SCALE_ENDING
 from megatron.early_exit.checkpoint.weights import load_weights, model_weights, weight_shapes
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.inference.model.linear import make_linear
+from megatron.early_exit.inference.model.exact_products import FastestLibrary
+from megatron.early_exit.inference.model.linear import Function, make_linear
+from megatron.early_exit.inference.model.quantized import TIED_PROJECTION, pack_quantized
 
 SMOLLM2_135M = Architecture(
     num_layers=30,
@@ -40,6 +43,26 @@ SMOLLM2_135M = Architecture(
 )
 
 
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+class Matrix(NamedTuple):
+    """A weight matrix [n, k], and the scales [n] of one in 8 bits."""
+
+    values: Tensor
+    scale: Tensor | None
+
+    def packed_product(self) -> Function:
+        """x [r, k] -> [r, n], as the engine multiplies several rows."""
+        if self.scale is None:
+            return make_linear(self.values)
+        return make_linear(pack_quantized(self.values, self.scale, FastestLibrary()))
+
+    def plain_product(self) -> Function:
+        """The same, by PyTorch's own function; for matrices that are not in 8 bits."""
+        return partial(functional.linear, weight=self.values)
+
+
 class Weights(NamedTuple):
     """A model's description and tensors."""
 
@@ -48,29 +71,37 @@ class Weights(NamedTuple):
     tensors: dict[str, Tensor]
 
     @property
-    def head(self) -> Tensor:
-        """The final projection to the vocabulary."""
-        tied = self.tensors["embedding.word_embeddings.weight"]
-        return self.tensors.get("output_layer.weight", tied)
+    def dtype(self) -> torch.dtype:
+        """The format of activations."""
+        return self.tensors[_EMBEDDING].dtype
 
-    def layers(self, start: int, end: int) -> list[Tensor]:
+    @property
+    def head(self) -> Matrix:
+        """The final projection to the vocabulary."""
+        names = ("output_layer.weight", TIED_PROJECTION, _EMBEDDING)
+        return self._matrix(next(name for name in names if name in self.tensors))
+
+    def layers(self, start: int, end: int) -> list[Matrix]:
         """The weight matrices of some layers, in the order in which they are used."""
         names = (
             *("self_attention.linear_qkv", "self_attention.linear_proj"),
             *("mlp.linear_fc1", "mlp.linear_fc2"),
         )
         return [
-            self.tensors[f"decoder.layers.{layer}.{name}.weight"]
+            self._matrix(f"decoder.layers.{layer}.{name}.weight")
             for layer in range(start, end)
             for name in names
         ]
+
+    def _matrix(self, name: str) -> Matrix:
+        return Matrix(self.tensors[name], self.tensors.get(f"{name}{SCALE_ENDING}"))
 
     def segment_bytes(self) -> tuple[list[int], int]:
         """Bytes of the matrices of each segment, and of one head."""
         positions = self.early_exit.positions
         cuts = [0, *positions, self.architecture.num_layers]
-        segments = [sum(w.nbytes for w in self.layers(*cut)) for cut in pairwise(cuts)]
-        return segments, self.head.nbytes
+        segments = [sum(w.values.nbytes for w in self.layers(*cut)) for cut in pairwise(cuts)]
+        return segments, self.head.values.nbytes
 
 
 def random_weights(dtype: torch.dtype) -> Weights:
@@ -96,26 +127,22 @@ def saved_weights(path: Path, dtype: torch.dtype) -> Weights:
     return Weights(architecture, early_exit, tensors)
 
 
-def products(matrices: list[Tensor], rows: int, packed: bool) -> Callable[[], None]:
+def products(
+    matrices: Sequence[Matrix], rows: int, dtype: torch.dtype, packed: bool = True
+) -> Callable[[], None]:
     """A function that computes only the products of some matrices with inputs of `rows` rows."""
-    inputs = {size: torch.randn(rows, size).to(matrices[0].dtype) for size in _inputs(matrices)}
-    if packed:
-        functions = [(make_linear(matrix), inputs[matrix.shape[1]]) for matrix in matrices]
-    else:
-        functions = [
-            (partial(functional.linear, weight=matrix), inputs[matrix.shape[1]])
-            for matrix in matrices
-        ]
+    sizes = {matrix.values.shape[1] for matrix in matrices}
+    inputs = {size: torch.randn(rows, size).to(dtype) for size in sizes}
+    pairs = [
+        (one.packed_product() if packed else one.plain_product(), inputs[one.values.shape[1]])
+        for one in matrices
+    ]
 
     def multiply() -> None:
-        for function, x in functions:
+        for function, x in pairs:
             function(x)
 
     return multiply
-
-
-def _inputs(matrices: list[Tensor]) -> set[int]:
-    return {matrix.shape[1] for matrix in matrices}
 
 
 class HuggingFace:
@@ -140,11 +167,11 @@ class HuggingFace:
             rms_norm_eps=a.layernorm_epsilon,
             rope_parameters={"rope_type": "default", "rope_theta": a.rotary_base},
             tie_word_embeddings=a.share_embeddings_and_output_weights,
-            dtype=weights.head.dtype,
+            dtype=weights.dtype,
         )
         with torch.device("meta"):
             model: Any = transformers.LlamaForCausalLM(config)
-        model.to_empty(device="cpu").to(weights.head.dtype)
+        model.to_empty(device="cpu").to(weights.dtype)
         model.load_state_dict(_as_llama(weights), assign=True)
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
         self.model = model.eval()
@@ -180,7 +207,7 @@ def _as_llama(weights: Weights) -> dict[str, Tensor]:
     state = {
         "model.embed_tokens.weight": tensors["embedding.word_embeddings.weight"],
         "model.norm.weight": tensors["decoder.final_layernorm.weight"],
-        "lm_head.weight": weights.head,
+        "lm_head.weight": weights.head.values,
     }
     for layer in range(a.num_layers):
         old, new = f"decoder.layers.{layer}.", f"model.layers.{layer}."

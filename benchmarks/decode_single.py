@@ -64,7 +64,7 @@ def measure_single(
     weights: Weights, model: SegmentedModel, args: argparse.Namespace, table: FigureTable
 ) -> None:
     """Measure one sequence at a time, and report the figures."""
-    dtype = table.context["dtype"]
+    in_8_bits = weights.head.scale is not None
     tokens = args.tokens
     decoder = Decoder(model, 1, tokens)
     long = Decoder(model, 1, LONG_TEXT)
@@ -72,8 +72,7 @@ def measure_single(
     matrices = [*weights.layers(0, weights.architecture.num_layers), weights.head]
     first = model.exits[0].position
     settings: dict[str, Turn] = {
-        "plain": timed(products(matrices, 1, packed=False), tokens // 2),
-        "packed": timed(products(matrices, 1, packed=True), tokens // 2),
+        "packed": timed(products(matrices, 1, weights.dtype), tokens // 2),
         "full": decoder.full,
         "uncompiled": Decoder(SegmentedModel(*weights), 1, tokens).full,
         "leaving": lambda: decoder.leaving(0.0, (first,)),
@@ -82,19 +81,23 @@ def measure_single(
         "drafting": long.drafting,
         "recomputing": recomputing(model, longer.tokens),
     }
-    try:
-        other = HuggingFace(weights)
-        settings["transformers"] = lambda: other.seconds_per_token(decoder.prompts[0], tokens)
-    except ImportError:
-        print("  transformers is not installed: not compared")
+    if not in_8_bits:
+        plain = products(matrices, 1, weights.dtype, packed=False)
+        settings["plain"] = timed(plain, tokens // 2)
+        try:
+            other = HuggingFace(weights)
+            settings["transformers"] = lambda: other.seconds_per_token(decoder.prompts[0], tokens)
+        except ImportError:
+            print("  transformers is not installed: not compared")
     times = take_turns(settings, args.rounds)
-    limit = "packed" if median(times["packed"]) <= median(times["plain"]) else "plain"
+    limit = min({"packed", "plain"} & set(times), key=lambda name: median(times[name]))
     full = median(times["full"])
     print(
         f"  tokens/s at batch 1: {1 / full:.1f}; bare products ({limit}): "
         f"{1 / median(times[limit]):.1f}"
     )
-    table.add("full over bare products", ratio(times, limit, "full"), TARGETS[dtype], 1.0)
+    target = None if in_8_bits else TARGETS[table.context["dtype"]]
+    table.add("full over bare products", ratio(times, limit, "full"), target, 1.0)
     table.add("  without compiled layers", ratio(times, limit, "uncompiled"), None, 1.0)
     if "transformers" in times:
         gain = ratio(times, "transformers", "full")

@@ -13,13 +13,12 @@ from megatron.early_exit.inference.weight_dtype import WeightQuantizer
 
 def quantized(weights: Weights) -> Weights:
     """The model with its matrices in 8 bits, those of the heads, too."""
-    quantizer = WeightQuantizer(weights.head.dtype, Quantization())
+    quantizer = WeightQuantizer(weights.dtype, Quantization())
     return weights._replace(tensors=quantizer.of_model(weights.tensors))
 
 
 def measure_small_weights(
     weights: Weights,
-    model: SegmentedModel,
     small: SegmentedModel,
     batch: int,
     args: argparse.Namespace,
@@ -31,7 +30,7 @@ def measure_small_weights(
     """
     dtype = table.context["dtype"]
     decoders = {
-        dtype: Decoder(model, batch, args.tokens),
+        dtype: Decoder(SegmentedModel(*weights, compile_rows=True), batch, args.tokens),
         "int8": Decoder(small, batch, args.tokens),
         f"plain {dtype}": Decoder(SegmentedModel(*weights), batch, args.tokens),
         "plain int8": Decoder(SegmentedModel(*quantized(weights)), batch, args.tokens),
@@ -40,7 +39,7 @@ def measure_small_weights(
     times = take_turns(settings, args.rounds)
     print(f"  int8, tokens/s at batch {batch}: {1 / median(times['int8']):.1f}")
     matrices = [*weights.layers(0, weights.architecture.num_layers), weights.head]
-    limit = sum(w.nbytes for w in matrices) / sum(w.numel() for w in matrices)
+    limit = sum(one.values.nbytes for one in matrices) / sum(one.values.numel() for one in matrices)
     table.add(f"int8 over {dtype}, batch {batch}", ratio(times, dtype, "int8"), None, limit)
     table.add(
         "  without compiled layers",

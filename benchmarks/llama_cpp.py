@@ -16,9 +16,8 @@ compared on a machine that has other things to do.
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from statistics import median
@@ -28,15 +27,14 @@ from decode_models import Weights
 from decode_small_weights import quantized
 from decode_turns import Decoder, FigureTable, Turn, ratio, take_turns
 from gguf_files import read_weights, write_gguf
+from llama_cpp_process import CLOCKS, LlamaCpp
 
 from megatron.early_exit.inference import SamplingParams
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 BOUNDS = {1: 0.9, 8: 1.0}
 """Of int8 over Q8_0, by the batch."""
 _PROBE_BYTES = 256 * 1024 * 1024
-_CONTEXT = 512
 
 
 def parse() -> argparse.Namespace:
@@ -71,39 +69,6 @@ def find_gguf() -> Path:
     return next(Path(str(one.locate())) for one in found if one.suffix == ".gguf")
 
 
-class LlamaCpp:
-    """llama.cpp with a file, and room for a number of sequences at a time."""
-
-    def __init__(self, path: Path, batch: int, threads: int) -> None:
-        import xllamacpp
-
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_parallel, params.n_ctx = batch, batch * _CONTEXT
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        params.verbosity = -1
-        self._server = xllamacpp.Server(params)
-        self._senders = ThreadPoolExecutor(batch)
-
-    def generate(self, prompts: list[list[int]], num_tokens: int) -> list[str]:
-        """The most probable tokens behind each prompt, as text."""
-        bodies = [
-            {
-                "prompt": prompt,
-                "max_tokens": num_tokens,
-                "temperature": 0.0,
-                "ignore_eos": True,
-                "cache_prompt": False,
-            }
-            for prompt in prompts
-        ]
-        answers = list(self._senders.map(self._server.handle_completions, bodies))
-        for answer in answers:
-            if answer["usage"]["completion_tokens"] != num_tokens:
-                raise SystemExit(f"llama.cpp has ended early: {answer}")
-        return [answer["choices"][0]["text"] for answer in answers]
-
-
 def generate_full(decoder: Decoder, num_tokens: int) -> None:
     """The same number of tokens by an engine of the project."""
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
@@ -123,7 +88,8 @@ def clocked(function: Callable[[], object], clock: Callable[[], float], num_toke
 
 def memory_probe(clock: Callable[[], float]) -> Turn:
     """Seconds per byte that is read from memory."""
-    numbers = torch.zeros(_PROBE_BYTES // 4)
+    # Of zeros there would be a single page.
+    numbers = torch.ones(_PROBE_BYTES // 4)
     return clocked(numbers.sum, clock, _PROBE_BYTES)
 
 
@@ -139,16 +105,17 @@ def measure(
     clock = CLOCKS[args.clock]
     decoders = {name: Decoder(model, batch, args.tokens) for name, model in models.items()}
     prompts = next(iter(decoders.values())).prompts
-    others = {name: LlamaCpp(path, batch, args.threads) for name, path in paths.items()}
     total = batch * args.tokens
     settings: dict[str, Turn] = {"memory": memory_probe(clock)}
     for name, decoder in decoders.items():
         settings[name] = clocked(lambda d=decoder: generate_full(d, args.tokens), clock, total)  # type: ignore[misc]
-    for name, other in others.items():
-        settings[name] = clocked(lambda o=other: o.generate(prompts, args.tokens), clock, total)  # type: ignore[misc]
-    times = take_turns(settings, args.rounds)
+    with ExitStack() as stack:
+        for name, path in paths.items():
+            other = stack.enter_context(closing(LlamaCpp(path, batch, args.threads, args.clock)))
+            settings[name] = lambda o=other: o.seconds(prompts, args.tokens) / total  # type: ignore[misc]
+        times = take_turns(settings, args.rounds)
     matrices = [*weights.layers(0, weights.architecture.num_layers), weights.head]
-    numbers = sum(matrix.numel() for matrix in matrices)
+    numbers = sum(matrix.values.numel() for matrix in matrices)
     sizes = {"fp32": 4 * numbers, "int8": numbers}
     sizes |= {name: path.stat().st_size for name, path in paths.items()}
     bandwidth = 1 / min(times["memory"])

@@ -12,7 +12,6 @@ Shapes: r rows, k inputs, n output channels.
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from functools import cache
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -109,27 +108,34 @@ def exact_libraries() -> Mapping[str, type[ExactMatrix]]:
     return found
 
 
-def exact_matrix(values: Tensor, scale: Tensor) -> ExactMatrix:
-    """A matrix, of whole numbers [n, k] in int8 and scales [n], in the layout of the library that
-    multiplies such a one fastest on this machine.
+class FastestLibrary:
+    """Puts matrices into the layout of the library that multiplies such a one fastest on this
+    machine. A shape is tried once."""
 
-    Raises:
-        RuntimeError: no library has exact products.
-    """
-    libraries = exact_libraries()
-    return libraries[_fastest(tuple(libraries), *values.shape, torch.get_num_threads())](
-        values, scale
-    )
+    def __init__(self) -> None:
+        self._chosen: dict[tuple[int, ...], str] = {}
+
+    def matrix(self, values: Tensor, scale: Tensor) -> ExactMatrix:
+        """A matrix of whole numbers [n, k] in int8 and scales [n].
+
+        Raises:
+            RuntimeError: no library has exact products.
+        """
+        shape = tuple(values.shape)
+        if shape not in self._chosen:
+            self._chosen[shape] = _fastest(*shape)
+        return exact_libraries()[self._chosen[shape]](values, scale)
 
 
-@cache
-def _fastest(names: tuple[str, ...], num_outputs: int, num_inputs: int, threads: int) -> str:
+def _fastest(num_outputs: int, num_inputs: int) -> str:
     """The name of the library that is the fastest for a shape, in a few hundredths of a second."""
     libraries = exact_libraries()
     outputs = max(1, min(num_outputs, _MOST_TRIED // num_inputs))
-    exact = [name for name in names if is_exact(libraries[name], num_inputs)]
+    exact = [name for name in libraries if is_exact(libraries[name], num_inputs)]
     if not exact:
-        raise RuntimeError(f"the products in 8 bits of {' and '.join(names)} are not exact here")
+        raise RuntimeError(
+            f"the products in 8 bits of {' and '.join(libraries)} are not exact here"
+        )
     values = torch.full((outputs, num_inputs), MOST_OF_ROWS, dtype=torch.int8)
     matrices = {name: libraries[name](values, torch.ones(outputs)) for name in exact}
     seconds = dict.fromkeys(exact, 0.0)

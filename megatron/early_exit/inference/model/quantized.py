@@ -19,8 +19,8 @@ from torch import Tensor
 from megatron.early_exit.checkpoint.quantization import SCALE_ENDING
 from megatron.early_exit.inference.model.exact_products import (
     MOST_OF_ROWS,
+    FastestLibrary,
     exact_libraries,
-    exact_matrix,
 )
 from megatron.early_exit.inference.model.packed import pack
 
@@ -47,15 +47,15 @@ def reason_against(device: torch.device) -> str | None:
     return None
 
 
-def pack_quantized(values: Tensor, scale: Tensor) -> Tensor:
-    """A matrix in the layout of the library that multiplies it fastest, see `exact_matrix`.
+def pack_quantized(values: Tensor, scale: Tensor, fastest: FastestLibrary) -> Tensor:
+    """A matrix of whole numbers [n, k] and scales [n] in the layout of the fastest library.
 
     Returns:
         [n, 1] in int8, what the compiler sees of it and takes for an argument like other weights.
         The matrix itself, which is an object of the library's, is its attribute `matrix`.
     """
     packed: Any = torch.zeros(len(scale), 1, dtype=torch.int8)
-    packed.matrix = exact_matrix(values, scale)
+    packed.matrix = fastest.matrix(values, scale)
     return packed
 
 
@@ -70,12 +70,12 @@ def is_quantized(weight: Tensor) -> bool:
     return weight.dtype == torch.int8
 
 
-def packed_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def packed_tensors(tensors: Mapping[str, Tensor], fastest: FastestLibrary) -> dict[str, Tensor]:
     """The tensors of a layer with its matrices packed for a few rows, each in its format."""
     return {
         name: pack(tensor)
         if tensor.dim() == 2 and not is_quantized(tensor)
-        else pack_quantized(tensor, tensors[f"{name}{SCALE_ENDING}"])
+        else pack_quantized(tensor, tensors[f"{name}{SCALE_ENDING}"], fastest)
         if is_quantized(tensor)
         else tensor
         for name, tensor in tensors.items()

@@ -17,6 +17,7 @@ from megatron.early_exit.checkpoint.quantization import SCALE_ENDING
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference.model.compiled import CompiledLayers, LayerCompiler
 from megatron.early_exit.inference.model.embedding import Embedding
+from megatron.early_exit.inference.model.exact_products import FastestLibrary
 from megatron.early_exit.inference.model.gates import Gates
 from megatron.early_exit.inference.model.graphs import GraphedLayers
 from megatron.early_exit.inference.model.heads import BranchPart, Head, ModelExit
@@ -88,6 +89,7 @@ class SegmentedModel:
     ) -> None:
         self.architecture = architecture
         self._tensor_parallel = tensor_parallel
+        self._fastest = FastestLibrary()
         self.word_embeddings = weights["embedding.word_embeddings.weight"]
         position_embeddings = weights.get("embedding.position_embeddings.weight")
         self.embedding = Embedding(self.word_embeddings, position_embeddings)
@@ -178,7 +180,7 @@ class SegmentedModel:
         own = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
         order = None if self.rotary is None else self.rotary.order
         own |= arrange(self.architecture, own, f"{prefix}self_attention.", order)
-        packed = packed_tensors(own)
+        packed = packed_tensors(own, self._fastest)
         halves = (
             Attention(self.architecture, packed, f"{prefix}self_attention.", number, self._reduce),
             Mlp(self.architecture, packed, f"{prefix}mlp.", self._reduce),
@@ -227,7 +229,7 @@ class SegmentedModel:
 
     def _mlp(self, weights: Mapping[str, Tensor], prefix: str) -> Mlp:
         own = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        return Mlp(self.architecture, packed_tensors(own), prefix, self._reduce)
+        return Mlp(self.architecture, packed_tensors(own, self._fastest), prefix, self._reduce)
 
     def _block(self, weights: Mapping[str, Tensor], prefix: str) -> Segment:
         """The layer with some prefix as a segment, whose cache is its own."""
@@ -252,7 +254,7 @@ class SegmentedModel:
         return MtpLayer(
             self._norm(weights, f"{prefix}enorm."),
             self._norm(weights, f"{prefix}hnorm."),
-            make_linear(packed_tensors(own)[name]),
+            make_linear(packed_tensors(own, self._fastest)[name]),
             self._block(weights, f"{prefix}transformer_layer."),
             self._norm(weights, f"{prefix}final_layernorm."),
         )
@@ -297,7 +299,8 @@ class SegmentedModel:
             assert name == TIED_PROJECTION
             return part(self.word_embeddings)
         if is_quantized(matrix):
-            return pack_quantized(part(matrix), part(weights[f"{name}{SCALE_ENDING}"]))
+            scale = part(weights[f"{name}{SCALE_ENDING}"])
+            return pack_quantized(part(matrix), scale, self._fastest)
         return part(matrix)
 
     def _exit_head(

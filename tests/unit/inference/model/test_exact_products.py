@@ -9,10 +9,10 @@ import torch
 from megatron.early_exit.checkpoint.quantization import dequantize, quantize
 from megatron.early_exit.inference.model import exact_products
 from megatron.early_exit.inference.model.exact_products import (
+    FastestLibrary,
     FbgemmMatrix,
     OneDnnMatrix,
     exact_libraries,
-    exact_matrix,
     is_exact,
 )
 
@@ -90,18 +90,17 @@ class Slow(FbgemmMatrix):
 )
 def test_the_fastest_of_the_exact_ones_is_chosen(monkeypatch, caplog, libraries, chosen):
     monkeypatch.setattr(exact_products, "exact_libraries", lambda: libraries)
-    exact_products._fastest.cache_clear()
+    fastest = FastestLibrary()
     values, scale = quantize(random(12, 20))
     with caplog.at_level(logging.INFO, logger=exact_products.__name__):
-        assert type(exact_matrix(values, scale)) is chosen
-        assert type(exact_matrix(values, scale)) is chosen
+        assert type(fastest.matrix(values, scale)) is chosen
+        assert type(fastest.matrix(values, scale)) is chosen
     name = next(name for name, one in libraries.items() if one is chosen)
     (line,) = [one.message for one in caplog.records]
     assert line.startswith(f"products in 8 bits with [12, 20] by {name}")
-    exact_products._fastest.cache_clear()
 
 
 def test_no_exact_library(monkeypatch):
     monkeypatch.setattr(exact_products, "exact_libraries", lambda: {"first": Saturating})
     with pytest.raises(RuntimeError, match="the products in 8 bits of first are not exact here"):
-        exact_matrix(*quantize(random(12, 24)))
+        FastestLibrary().matrix(*quantize(random(12, 24)))
