@@ -10,7 +10,7 @@ from statistics import median
 
 from best_schedule import Seconds, tokens_per_second
 from decode_models import Weights, products
-from decode_turns import Decoder, FigureTable, Turn, ratio, take_turns, timed
+from decode_turns import Decoder, FigureTable, Turn, add_in_vain, ratio, take_turns, timed
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.inference.early_exit_engine import DEFAULT_MAX_PENDING
@@ -101,6 +101,7 @@ def measure_batch(
             settings[f"mixed {p} {policy}"] = leaving
         settings[f"depths {policy}"] = partial(longer.depths, positions, policy)
     settings |= {"long full": longer.full, "drafting": longer.drafting}
+    settings |= {"in vain": longer.in_vain, "in vain, paused": partial(longer.in_vain, batch)}
     settings["bare 1"] = timed(products([*matrices, weights.head], 1, weights.dtype), 3)
     for rows in ROWS:
         settings[f"layers {rows}"] = timed(products(matrices, rows, weights.dtype), 2)
@@ -149,6 +150,8 @@ def measure_batch(
                 best * full / batch,
                 f"batch {batch}",
             )
+    # So short a text has hardly ended its first pause when it ends.
+    add_in_vain(table, times, longer, None)
 
 
 def held_share(architecture: Architecture) -> float:

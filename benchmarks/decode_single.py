@@ -6,7 +6,18 @@ from time import perf_counter
 
 import torch
 from decode_models import HuggingFace, Weights, products
-from decode_turns import PROMPT_LENGTH, Decoder, FigureTable, Turn, ratio, take_turns, timed
+from decode_turns import (
+    LONG_TEXT,
+    NEVER_SLOWER,
+    PROMPT_LENGTH,
+    Decoder,
+    FigureTable,
+    Turn,
+    add_in_vain,
+    ratio,
+    take_turns,
+    timed,
+)
 
 from megatron.early_exit.inference import SamplingParams
 from megatron.early_exit.inference.model.kv_cache import Span
@@ -14,11 +25,8 @@ from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.modes.head_output import head_outputs
 
-LONG_TEXT = 200
-"""Tokens of a text in which drafts have time to be found useless."""
 LONG_RUN = 16
 """Number of consecutive tokens that leave early before one goes through all layers."""
-NEVER_SLOWER = 0.98
 TARGETS = {"fp32": 0.90, "bf16": 0.85}
 
 
@@ -79,6 +87,8 @@ def measure_single(
         "runs": lambda: longer.leaving(lambda _: EveryNth(LONG_RUN + 1), (first,)),
         "long full": long.full,
         "drafting": long.drafting,
+        "in vain": long.in_vain,
+        "in vain, paused": lambda: long.in_vain(1),
         "recomputing": recomputing(model, longer.tokens),
     }
     if not in_8_bits:
@@ -128,3 +138,4 @@ def measure_single(
         ideal,
         "if every draft is accepted",
     )
+    add_in_vain(table, times, long, NEVER_SLOWER)

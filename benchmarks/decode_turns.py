@@ -21,6 +21,14 @@ Turn = Callable[[], float]
 """Runs a setting once; returns seconds per token."""
 
 
+NEVER = 2.0
+"""A threshold that no confidence reaches."""
+NEVER_SLOWER = 0.98
+"""Least speed over full mode of what shall not make it slower."""
+LONG_TEXT = 200
+"""Tokens of a text in which drafts and exits have time to be found useless."""
+
+
 class Decoder:
     """An engine of the project, with a fixed number of sequences at a time.
 
@@ -87,6 +95,13 @@ class Decoder:
         replaces it."""
         thresholds = [threshold(i) if callable(threshold) else threshold for i in range(self.batch)]
         return self.seconds_per_token([self._leaving(exits, kv_policy)] * self.batch, thresholds)
+
+    def in_vain(self, exits_pay_at: int = 0) -> float:
+        """Seconds per token if all exits are asked and no token leaves."""
+        params = self._params(
+            mode="early_exit", early_exit_threshold=1.0, exits_pay_at=exits_pay_at
+        )
+        return self.seconds_per_token([params] * self.batch, [NEVER] * self.batch)
 
     def drafting(self) -> float:
         """Seconds per token with drafts of the first exit."""
@@ -166,3 +181,21 @@ class FigureTable:
         missed = [f for f in self.figures if f["bound"] is not None and f["value"] < f["bound"]]
         if missed:
             raise SystemExit(f"{len(missed)} of the bounds do not hold")
+
+
+def add_in_vain(
+    table: FigureTable, times: dict[str, list[float]], decoder: Decoder, bound: float | None
+) -> None:
+    """Report what asking exits costs where no token leaves: `Decoder.in_vain` over full mode.
+
+    Args:
+        table: gets the figures.
+        times: of `in vain`, of the same with pauses (`in vain, paused`), and of `long full`.
+        decoder: that has been timed.
+        bound: of the figure with pauses.
+    """
+    company = f"batch {decoder.batch}, {decoder.tokens} tokens"
+    name = "exits asked in vain over full"
+    table.add(name, ratio(times, "long full", "in vain"), None, 1.0, company)
+    paused = ratio(times, "long full", "in vain, paused")
+    table.add(f"  with exits_pay_at {decoder.batch}", paused, bound, 1.0, company)
