@@ -4,15 +4,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron.early_exit.inference.modes.early_exit import EarlyExitMode
 from tests.helpers.tiny_models import make_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def decoder(monkeypatch):
+def found(monkeypatch):
+    """The folder of the benchmarks is where modules are looked for."""
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+
+
+@pytest.fixture
+def decoder(found):
     from decode_single import EveryNth
     from decode_turns import Decoder
 
@@ -55,3 +62,43 @@ def test_settings_of_the_decoder_leave_where_they_say(decoder, monkeypatch):
     layers.clear()
     assert turns.drafting() > 0
     assert 4 in layers
+    layers.clear()
+    asked = questions(monkeypatch)
+    assert turns.in_vain() > 0
+    assert set(layers) == {4}
+    assert set(asked) == {0, 1}
+
+
+def questions(monkeypatch) -> list[int]:
+    """Exits that have been asked, in mode `early_exit`."""
+    asked: list[int] = []
+    at_exit = EarlyExitMode.at_exit
+
+    def noted(self, exit_index, *args):
+        asked.append(exit_index)
+        return at_exit(self, exit_index, *args)
+
+    monkeypatch.setattr(EarlyExitMode, "at_exit", noted)
+    return asked
+
+
+@pytest.mark.usefixtures("found")
+def test_bare_products_and_bytes_of_weights_in_8_bits():
+    from decode_models import Weights, products
+    from decode_small_weights import quantized
+
+    model = make_model(exits=(1, 3))
+    weights = Weights(model.architecture, model.early_exit, model.weights)
+    small = quantized(weights)
+    matrices = [*weights.layers(0, 4), weights.head]
+    whole = [*small.layers(0, 4), small.head]
+    assert all(one.scale is None for one in matrices)
+    for matrix, one in zip(matrices, whole, strict=True):
+        x = torch.randn(3, matrix.values.shape[1])
+        exact = x @ matrix.values.t()
+        torch.testing.assert_close(matrix.packed_product()(x), exact)
+        error = (one.packed_product()(x) - exact).abs().max()
+        assert 0 < error < 0.02 * exact.abs().max()
+    products(whole, 2, small.dtype)()
+    segments, head = weights.segment_bytes()
+    assert small.segment_bytes() == ([size // 4 for size in segments], head // 4)
