@@ -8,8 +8,8 @@ allocated: by PyTorch, or by a library that packs weights.
 
 import ctypes
 import logging
+import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Stretch:
+class Stretch:
     """A stretch of memory that belongs to no file, and that this process alone writes to.
 
     Attributes:
@@ -57,28 +57,31 @@ def use_huge_pages() -> int:
     hardly in use, such as caches that have just been made, is left alone.
 
     Returns:
-        Bytes that are in huge pages now and may not have been before; 0 where there are none, as on
+        Bytes that are in huge pages for which they were asked; 0 where there are none, as on
         systems other than Linux.
     """
-    if not (sys.platform == "linux" and _SIZE_FILE.exists() and _MAPPINGS_FILE.exists()):
+    start = time.perf_counter()
+    try:
+        size, mappings = int(_SIZE_FILE.read_text()), _MAPPINGS_FILE.read_text()
+    except OSError as error:
+        _LOG.debug("no huge pages: %s", error)
         return 0
-    start, size = time.perf_counter(), int(_SIZE_FILE.read_text())
     advise = ctypes.CDLL(None, use_errno=True).madvise
     count = failures = 0
-    for stretch in stretches(_MAPPINGS_FILE.read_text()):
+    for stretch in stretches(mappings):
         for address in stretch.pages(size) if stretch.is_worth_it else ():
             if advise(ctypes.c_void_p(address), ctypes.c_size_t(size), _COLLAPSE) == 0:
                 count += 1
             elif (failures := failures + 1) == _MOST_FAILURES:
                 # An older kernel, or one that has no free huge pages.
-                _LOG.debug("no huge pages: errno %d", ctypes.get_errno())
+                _LOG.info("no more huge pages: %s", os.strerror(ctypes.get_errno()))
                 return count * size
     seconds = time.perf_counter() - start
-    _LOG.info("%d MiB are in huge pages, after %.1f s", count * size >> 20, seconds)
+    _LOG.info("%d MiB are in huge pages, after %.1f s", count * size // 2**20, seconds)
     return count * size
 
 
-def stretches(mappings: str) -> Iterator[_Stretch]:
+def stretches(mappings: str) -> Iterator[Stretch]:
     """The memory of a process that belongs to no file, as `/proc/PID/smaps` describes it."""
     found: re.Match[str] | None = None
     kib: dict[str, int] = {}
@@ -89,5 +92,5 @@ def stretches(mappings: str) -> Iterator[_Stretch]:
             continue
         if found is not None and found[3] == "rw-p" and found[4] == "0":
             used, huge = (1024 * kib.get(name, 0) for name in ("Rss", "AnonHugePages"))
-            yield _Stretch(int(found[1], 16), int(found[2], 16), used, huge)
+            yield Stretch(int(found[1], 16), int(found[2], 16), used, huge)
         found, kib = start, {}

@@ -14,6 +14,7 @@ from megatron.early_exit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from megatron.early_exit.checkpoint.weights import load_weights, model_weights
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.hardware.dtypes import NAMES
+from megatron.early_exit.hardware.huge_pages import use_huge_pages
 from megatron.early_exit.inference.distributed.parallel_backend import (
     ParallelBackend,
     parallel_model,
@@ -25,6 +26,8 @@ from megatron.early_exit.inference.weight_dtype import make_quantizer
 from megatron.early_exit.ranges import Range
 
 _LOG = logging.getLogger(__name__)
+_LARGE = 64 * 1024 * 1024
+"""Bytes of weights beyond which a step is mostly reading from memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,11 @@ def load_model(
         model, backend = parallel_model(
             rank_info, architecture, early_exit, weights, compile_rows, has_driver, draft_vocab_size
         )
+    size = sum(tensor.nbytes for tensor in weights.values())
+    # What layers have copied need not move.
+    del weights
+    if compile_rows and model.device.type == "cpu" and size >= _LARGE:
+        use_huge_pages()
     return LoadedModel(model, tokenizer, eod_id, other_end_ids, backend)
 
 

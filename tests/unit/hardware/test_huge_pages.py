@@ -60,29 +60,49 @@ def used_memory() -> int:
     return pages * mmap.PAGESIZE
 
 
-def test_a_kernel_that_has_none_is_not_asked_for_ever(monkeypatch, tmp_path):
-    calls = []
+class Library:
+    """What the kernel is asked for, with the answers that it shall give."""
 
-    class Library:
-        def __init__(self, *_, **__):
-            self.madvise = self
+    def __init__(self, answer: int) -> None:
+        self.answer = answer
+        self.asked: list[int] = []
 
-        def __call__(self, *args):
-            calls.append(args)
-            return -1
+    def __call__(self, *_, **__) -> "Library":
+        return self
 
-    mappings = tmp_path / "smaps"
-    mappings.write_text("7f0000000000-7f0040000000 rw-p 0 0 0\nRss: 1048576 kB\n")
-    monkeypatch.setattr(huge_pages, "_MAPPINGS_FILE", mappings)
-    size = tmp_path / "size"
-    size.write_text("2097152\n")
-    monkeypatch.setattr(huge_pages, "_SIZE_FILE", size)
-    monkeypatch.setattr(huge_pages.sys, "platform", "linux")
-    monkeypatch.setattr(huge_pages.ctypes, "CDLL", Library)
+    def madvise(self, address, size, advice) -> int:
+        assert (size.value, advice) == (2 * MIB, 25)
+        self.asked.append(address.value)
+        return self.answer
+
+
+@pytest.fixture
+def kernel(monkeypatch, tmp_path):
+    """Makes a process have some memory, and its kernel answer."""
+
+    def make(mappings: str, answer: int) -> Library:
+        library = Library(answer)
+        for name, text in (("_MAPPINGS_FILE", mappings), ("_SIZE_FILE", "2097152\n")):
+            (tmp_path / name).write_text(text)
+            monkeypatch.setattr(huge_pages, name, tmp_path / name)
+        monkeypatch.setattr(huge_pages.ctypes, "CDLL", library)
+        return library
+
+    return make
+
+
+def test_whole_pages_of_memory_in_use_are_asked_for(kernel):
+    library = kernel(MAPPINGS, answer=0)
+    assert use_huge_pages() == 6 * MIB
+    assert library.asked == [0x7F0000200000, 0x7F0000400000, 0x7F0000600000]
+
+
+def test_a_kernel_that_has_none_is_not_asked_for_ever(kernel):
+    library = kernel("7f0000000000-7f0040000000 rw-p 0 0 0\nRss: 1048576 kB\n", answer=-1)
     assert use_huge_pages() == 0
-    assert len(calls) == 8
+    assert len(library.asked) == 8
 
 
-def test_other_systems_have_none(monkeypatch):
-    monkeypatch.setattr(huge_pages.sys, "platform", "darwin")
+def test_other_systems_have_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(huge_pages, "_SIZE_FILE", tmp_path / "none")
     assert use_huge_pages() == 0

@@ -15,7 +15,6 @@ from torch import Tensor, device, dtype
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.checkpoint.quantization import SCALE_ENDING
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.hardware.huge_pages import use_huge_pages
 from megatron.early_exit.inference.model.compiled import CompiledLayers, LayerCompiler
 from megatron.early_exit.inference.model.embedding import Embedding
 from megatron.early_exit.inference.model.exact_products import FastestLibrary
@@ -37,9 +36,6 @@ from megatron.early_exit.inference.model.recorder import CudaGraphRecorder, Reco
 from megatron.early_exit.inference.model.rotary import RotaryTable
 from megatron.early_exit.inference.model.segment import Segment
 from megatron.early_exit.inference.model.tensor_parallel import TensorParallel
-
-_LARGE = 64 * 1024 * 1024
-"""Bytes of weights beyond which a step is mostly reading from memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +59,7 @@ class SegmentedModel:
             in 8 bits, see `megatron.early_exit.inference.weight_dtype`.
         tensor_parallel: the ranks that share the model; None where it is whole.
         compile_rows: compile the layers for steps of decoding; on a CPU that takes the memory of
-            the weights again, and what the process has in memory moves to huge pages, see
-            `use_huge_pages`.
+            the weights again.
         begins_with_tokens: it is no later stage of a pipeline, whose input is a residual stream.
         draft_vocab_size: the multi-token-prediction module drafts the first so many tokens only;
             None is those that exits answer with, or all.
@@ -138,9 +133,6 @@ class SegmentedModel:
             ModelExit(position, self._exit_head(position, early_exit, weights))
             for position in early_exit.positions
         )
-        size = sum(tensor.nbytes for tensor in weights.values())
-        if self._compiler is not None and self.device.type == "cpu" and size >= _LARGE:
-            use_huge_pages()
 
     @property
     def dtype(self) -> dtype:
