@@ -23,6 +23,7 @@ from decode_small_weights import measure_small_weights, quantized
 from decode_turns import FigureTable
 
 from megatron.early_exit.hardware.dtypes import DTYPES
+from megatron.early_exit.hardware.huge_pages import use_huge_pages
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "run" / "checkpoint"
@@ -78,15 +79,19 @@ def main() -> None:
             if args.weight_dtype is not None:
                 table.context["weight_dtype"] = args.weight_dtype
             print(", ".join(f"{key} {value}" for key, value in table.context.items()))
-            own = weights if args.weight_dtype is None else quantized(weights)
-            model = SegmentedModel(*own, compile_rows=True)
+            model = own_model = SegmentedModel(*weights, compile_rows=True)
+            own = weights
+            if args.weight_dtype is not None:
+                own = quantized(weights)
+                own_model = SegmentedModel(*own, compile_rows=True)
+            use_huge_pages()
             for batch in args.batch:
                 if args.weight_dtype is not None:
-                    measure_small_weights(weights, model, batch, args, table)
+                    measure_small_weights(weights, model, own_model, batch, args, table)
                 if batch == 1:
-                    measure_single(own, model, args, table)
+                    measure_single(own, own_model, args, table)
                 else:
-                    measure_batch(own, model, batch, args, table)
+                    measure_batch(own, own_model, batch, args, table)
     table.finish(args.json)
 
 

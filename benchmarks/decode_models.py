@@ -41,8 +41,6 @@ SMOLLM2_135M = Architecture(
     share_embeddings_and_output_weights=True,
     params_dtype="float32",
 )
-
-
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -52,11 +50,11 @@ class Matrix(NamedTuple):
     values: Tensor
     scale: Tensor | None
 
-    def packed_product(self) -> Function:
+    def packed_product(self, fastest: FastestLibrary) -> Function:
         """x [r, k] -> [r, n], as the engine multiplies several rows."""
         if self.scale is None:
             return make_linear(self.values)
-        return make_linear(pack_quantized(self.values, self.scale, FastestLibrary()))
+        return make_linear(pack_quantized(self.values, self.scale, fastest))
 
     def plain_product(self) -> Function:
         """The same, by PyTorch's own function; for matrices that are not in 8 bits."""
@@ -133,8 +131,12 @@ def products(
     """A function that computes only the products of some matrices with inputs of `rows` rows."""
     sizes = {matrix.values.shape[1] for matrix in matrices}
     inputs = {size: torch.randn(rows, size).to(dtype) for size in sizes}
+    fastest = FastestLibrary()
     pairs = [
-        (one.packed_product() if packed else one.plain_product(), inputs[one.values.shape[1]])
+        (
+            one.packed_product(fastest) if packed else one.plain_product(),
+            inputs[one.values.shape[1]],
+        )
         for one in matrices
     ]
 

@@ -7,8 +7,6 @@ from time import perf_counter
 import torch
 from decode_models import HuggingFace, Weights, products
 from decode_turns import (
-    LONG_TEXT,
-    NEVER_SLOWER,
     PROMPT_LENGTH,
     Decoder,
     FigureTable,
@@ -25,8 +23,12 @@ from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.modes.head_output import head_outputs
 
+LONG_TEXT = 200
+"""Tokens of a text in which drafts and exits have time to be found useless."""
 LONG_RUN = 16
 """Number of consecutive tokens that leave early before one goes through all layers."""
+NEVER_SLOWER = 0.98
+"""Least speed over full mode of what shall not make it slower."""
 TARGETS = {"fp32": 0.90, "bf16": 0.85}
 
 
@@ -71,7 +73,8 @@ def recomputing(model: SegmentedModel, tokens: int) -> Turn:
 def measure_single(
     weights: Weights, model: SegmentedModel, args: argparse.Namespace, table: FigureTable
 ) -> None:
-    """Measure one sequence at a time, and report the figures."""
+    """Measure one sequence at a time, and report the figures. With weights in 8 bits there is
+    nothing of PyTorch or transformers to compare with."""
     in_8_bits = weights.head.scale is not None
     tokens = args.tokens
     decoder = Decoder(model, 1, tokens)

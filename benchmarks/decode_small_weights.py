@@ -19,6 +19,7 @@ def quantized(weights: Weights) -> Weights:
 
 def measure_small_weights(
     weights: Weights,
+    model: SegmentedModel,
     small: SegmentedModel,
     batch: int,
     args: argparse.Namespace,
@@ -30,7 +31,7 @@ def measure_small_weights(
     """
     dtype = table.context["dtype"]
     decoders = {
-        dtype: Decoder(SegmentedModel(*weights, compile_rows=True), batch, args.tokens),
+        dtype: Decoder(model, batch, args.tokens),
         "int8": Decoder(small, batch, args.tokens),
         f"plain {dtype}": Decoder(SegmentedModel(*weights), batch, args.tokens),
         "plain int8": Decoder(SegmentedModel(*quantized(weights)), batch, args.tokens),

@@ -19,14 +19,8 @@ from megatron.early_exit.inference.params import KVPolicy
 PROMPT_LENGTH = 8
 Turn = Callable[[], float]
 """Runs a setting once; returns seconds per token."""
-
-
-NEVER = 2.0
+_NEVER = 2.0
 """A threshold that no confidence reaches."""
-NEVER_SLOWER = 0.98
-"""Least speed over full mode of what shall not make it slower."""
-LONG_TEXT = 200
-"""Tokens of a text in which drafts and exits have time to be found useless."""
 
 
 class Decoder:
@@ -98,10 +92,8 @@ class Decoder:
 
     def in_vain(self, exits_pay_at: int = 0) -> float:
         """Seconds per token if all exits are asked and no token leaves."""
-        params = self._params(
-            mode="early_exit", early_exit_threshold=1.0, exits_pay_at=exits_pay_at
-        )
-        return self.seconds_per_token([params] * self.batch, [NEVER] * self.batch)
+        params = self._params(mode="early_exit", exits_pay_at=exits_pay_at)
+        return self.seconds_per_token([params] * self.batch, [_NEVER] * self.batch)
 
     def drafting(self) -> float:
         """Seconds per token with drafts of the first exit."""
@@ -160,15 +152,17 @@ class FigureTable:
         self.context: dict[str, Any] = {}
 
     def add(
-        self, name: str, value: float, bound: float | None, limit: float, note: str = ""
+        self, name: str, value: float, bound: float | None, limit: float | None, note: str = ""
     ) -> None:
-        """Print and keep a figure with its theoretical limit, which has to reach `bound`."""
+        """Print and keep a figure, which has to reach `bound`, with its theoretical limit if there
+        is one."""
         holds = None if bound is None else value >= bound
         self.figures.append(
             {**self.context, "name": name, "value": value, "bound": bound, "limit": limit}
         )
         verdict = "" if bound is None else f"at least {bound:.2f}: {'yes' if holds else 'NO'}"
-        print(f"  {name:<46}{value:7.2f}  limit {limit:6.2f}  {verdict}  {note}", flush=True)
+        of_limit = "" if limit is None else f"limit {limit:6.2f}"
+        print(f"  {name:<46}{value:7.2f}  {of_limit}  {verdict}  {note}", flush=True)
 
     def finish(self, path: Path | None) -> None:
         """Write all figures to a file, if one is wanted.

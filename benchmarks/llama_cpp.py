@@ -18,7 +18,9 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from functools import partial
 from importlib.metadata import PackageNotFoundError, files
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -29,6 +31,7 @@ from decode_turns import Decoder, FigureTable, Turn, ratio, take_turns
 from gguf_files import read_weights, write_gguf
 from llama_cpp_process import CLOCKS, LlamaCpp
 
+from megatron.early_exit.hardware.huge_pages import use_huge_pages
 from megatron.early_exit.inference import SamplingParams
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 
@@ -56,7 +59,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
+    if find_spec("xllamacpp") is None:
+        parser.error(
+            "llama.cpp is not installed: pip install --constraint requirements.lock xllamacpp"
+        )
     args.model = args.model or find_gguf()
+    if not args.model.is_file():
+        parser.error(f"--model {args.model} is no file, allowed: a GGUF file")
     return args
 
 
@@ -108,11 +117,11 @@ def measure(
     total = batch * args.tokens
     settings: dict[str, Turn] = {"memory": memory_probe(clock)}
     for name, decoder in decoders.items():
-        settings[name] = clocked(lambda d=decoder: generate_full(d, args.tokens), clock, total)  # type: ignore[misc]
+        settings[name] = clocked(partial(generate_full, decoder, args.tokens), clock, total)
     with ExitStack() as stack:
         for name, path in paths.items():
             other = stack.enter_context(closing(LlamaCpp(path, batch, args.threads, args.clock)))
-            settings[name] = lambda o=other: o.seconds(prompts, args.tokens) / total  # type: ignore[misc]
+            settings[name] = partial(other.seconds_per_token, prompts, args.tokens)
         times = take_turns(settings, args.rounds)
     matrices = [*weights.layers(0, weights.architecture.num_layers), weights.head]
     numbers = sum(matrix.values.numel() for matrix in matrices)
@@ -163,6 +172,9 @@ def main() -> None:
             "fp32": SegmentedModel(*weights, compile_rows=args.compile),
             "int8": SegmentedModel(*quantized(weights), compile_rows=args.compile),
         }
+        if args.compile:
+            use_huge_pages()
+            print("compiling the layers, which takes minutes", flush=True)
         for batch in args.batch:
             measure(batch, weights, models, paths, args, table)
     table.finish(args.json)

@@ -16,7 +16,9 @@ from typing import Any
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 _CONTEXT = 512
 _STARTS_WITHIN = 120.0
-"""Seconds."""
+"""Seconds that it may take to load a model."""
+_ENDS_WITHIN = 10.0
+"""Seconds that it may take to end before it is killed."""
 
 
 class LlamaCpp:
@@ -40,15 +42,17 @@ class LlamaCpp:
             raise SystemExit(f"llama.cpp has not started within {_STARTS_WITHIN:.0f} s")
         self._receive()
 
-    def seconds(self, prompts: list[list[int]], num_tokens: int) -> float:
-        """The time in which it answers prompts with some tokens each, greedily."""
+    def seconds_per_token(self, prompts: list[list[int]], num_tokens: int) -> float:
+        """How long it takes to answer prompts with some tokens each, greedily."""
         self._connection.send((prompts, num_tokens))
-        return float(self._receive())
+        return float(self._receive()) / (len(prompts) * num_tokens)
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, which does so by itself when nobody asks any more."""
         self._connection.close()
-        self._process.join()
+        self._process.join(_ENDS_WITHIN)
+        if self._process.is_alive():
+            self._process.kill()
 
     def _receive(self) -> Any:
         try:

@@ -25,6 +25,10 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+def packed_matrix(values, scale):
+    return pack_quantized(values, scale, FastestLibrary())
+
+
 def test_each_channel_is_rounded_by_its_own_scale():
     weight = random(7, 33) * torch.logspace(-20, 20, 7)[:, None]
     values, scale = quantize(weight)
@@ -41,7 +45,7 @@ def test_channels_of_zeros_stay_zeros():
     values, scale = quantize(weight)
     assert scale.tolist() == [0.0, pytest.approx(1e-30 / 127), 0.0]
     assert values.tolist() == [[0] * 5, [0, 0, -127, 0, 0], [0] * 5]
-    product = quantized_product(random(2, 5), pack_quantized(values, scale, FastestLibrary()), None)
+    product = quantized_product(random(2, 5), packed_matrix(values, scale), None)
     assert product[:, [0, 2]].tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
@@ -58,7 +62,7 @@ def test_products_are_those_of_the_rounded_matrix(shape, rows):
     values, scale = quantize(random(*shape))
     x = random(rows, shape[1]) * torch.logspace(-3, 3, rows)[:, None]
     matrix = dequantize(values, scale).double()
-    found = quantized_product(x, pack_quantized(values, scale, FastestLibrary()), None)
+    found = quantized_product(x, packed_matrix(values, scale), None)
     step = x.double().abs().amax(dim=1, keepdim=True) / (63 * 126)
     most = 0.5 * step * matrix.abs().sum(dim=1) * 1.01
     assert found.dtype == torch.float32
@@ -70,7 +74,7 @@ def test_products_are_those_of_the_rounded_matrix(shape, rows):
 def test_extreme_numbers_do_not_saturate(sign, size):
     """Libraries add up two products in 16 bits."""
     values = torch.full((5, size), 127 * sign, dtype=torch.int8)
-    packed = pack_quantized(values, torch.ones(5), FastestLibrary())
+    packed = packed_matrix(values, torch.ones(5))
     for x in (torch.ones(1, size), -torch.ones(2, size), torch.full((9, size), 1e30)):
         expected = sign * 127.0 * size * x[0, 0].item()
         assert quantized_product(x, packed, None).flatten().tolist() == pytest.approx(
@@ -79,7 +83,7 @@ def test_extreme_numbers_do_not_saturate(sign, size):
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it():
-    packed = pack_quantized(*quantize(random(50, 40)), FastestLibrary())
+    packed = packed_matrix(*quantize(random(50, 40)))
     x = random(40, 40) * torch.logspace(-8, 8, 40)[:, None]
     together = quantized_product(x, packed, None)
     for count in (1, 3, 16):
@@ -88,7 +92,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
 
 
 def test_rows_of_zeros_and_numbers_that_are_not_finite():
-    packed = pack_quantized(*quantize(random(5, 8)), FastestLibrary())
+    packed = packed_matrix(*quantize(random(5, 8)))
     x = random(4, 8)
     x[0], x[1, 3], x[2, 4] = 0, torch.inf, torch.nan
     found = quantized_product(x, packed, None)
@@ -103,10 +107,7 @@ def test_rows_of_zeros_and_numbers_that_are_not_finite():
 def test_linear_maps_and_additions(dtype, has_bias, shared):
     x, y = random(3, 16).to(dtype), random(3, 24).to(dtype)
     values, scale = quantize(random(16, 24))
-    packed, matrix = (
-        pack_quantized(values, scale, FastestLibrary()),
-        dequantize(values, scale).double(),
-    )
+    packed, matrix = packed_matrix(values, scale), dequantize(values, scale).double()
     bias = random(16).to(dtype) if has_bias else None
     offset = 0 if bias is None else bias.double()
     before = x.clone()
