@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from decode_batch import measure_batch
 from decode_dtypes import BENCHMARKED, benchmarked_dtypes
+from decode_gates import measure_gates
 from decode_models import random_weights, saved_weights
 from decode_single import measure_single
 from decode_small_weights import measure_small_weights, quantized
@@ -90,6 +91,7 @@ def main() -> None:
                     measure_small_weights(weights, model, own_model, batch, args, table)
                 if batch == 1:
                     measure_single(own, own_model, args, table)
+                    measure_gates(own, args, table)
                 else:
                     measure_batch(own, own_model, batch, args, table)
     table.finish(args.json)

@@ -25,7 +25,8 @@ _OFTEN = 0.7
 """Where exits give tokens so often, more of what runs on would be in vain than is gained by it, in
 simulations with measured times."""
 _SLACK = 0.02
-"""Where it makes so little difference, heads are asked early: what is expected is not certain."""
+"""Where it makes so little difference, heads are asked early: what is expected is not certain. But
+not where exits hardly ever give a token: that much is certain, and each question is a step more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,18 +203,20 @@ class Policy:
             queues: in front of each segment; somewhere there is somebody.
             through: a segment that has to be among them.
         """
-        best, most = range(0), 0.0
+        best, most, slack = range(0), 0.0, 0.0
         for start, queue in enumerate(queues):
             if not queue.count or (through is not None and start > through):
                 continue
             for end in range(start if through is None else through, self._last + 1):
-                promise = self._promise(queues, start, end)
-                if promise > most * (1 + _SLACK):
+                promise, share = self._promise(queues, start, end)
+                if promise > most * (1 + slack):
                     best, most = range(start, end + 1), promise
+                    slack = _SLACK * min(share / UNLIKELY, 1.0)
         return best
 
-    def _promise(self, queues: Sequence[SegmentQueue], start: int, end: int) -> float:
-        """Tokens over costs of the segments from `start` to `end`."""
+    def _promise(self, queues: Sequence[SegmentQueue], start: int, end: int) -> tuple[float, float]:
+        """Tokens over costs of the segments from `start` to `end`, and the share of the sequences
+        there that get one."""
         count, taken, held, asked, later, costs = 0.0, 0.0, 0.0, 0.0, 0.0, self._step
         for index in range(start, end + 1):
             queue = queues[index]
@@ -228,10 +231,10 @@ class Policy:
         costs += self._heads(asked, start, end, gated)
         undone = taken - held * (1 - self._costs.held)
         costs += undone * self._behind[end] / self._costs.rows
-        alone = taken / costs
+        alone, share = taken / costs, taken / count
         if end == self._last:
-            return alone
-        stays = 1 - taken / count
+            return alone, share
+        stays = 1 - share
         # Behind gates, what is evaluated later is what is expected already.
         later = later if gated else later * stays
         count, asked, costs = count * stays, later, costs + self._step
@@ -241,7 +244,7 @@ class Policy:
             costs += self._product(index, count)
             asked += queue.asked[-1]
         costs += self._heads(asked, end + 1, self._last, gated)
-        return max(alone, (taken + count) / costs)
+        return max(alone, (taken + count) / costs), share
 
     def _product(self, segment: int, rows: float) -> float:
         return self._costs.segments[segment] * (1 + rows / self._costs.rows)
