@@ -26,10 +26,10 @@ from tests.helpers.exit_models import (  # noqa: E402
     LAYERS,
     SEQUENCE,
     Microbatch,
-    PlainExits,
     build_model,
     gradients,
 )
+from tests.helpers.plain_gates import PlainGates, with_varied_agreement  # noqa: E402
 from tests.helpers.plain_loss import relative_error  # noqa: E402
 
 BOUND = 1e-5
@@ -58,17 +58,7 @@ def exits(kind: str, **others: Any) -> EarlyExitConfig:
 
 
 def model_of(config: EarlyExitConfig, **backbone: Any) -> Any:
-    """A model in which exits sometimes agree with the final head, and gates are not undecided."""
-    model = build_model(config, **backbone)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".gate." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
-            elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-                # Else all heads would repeat the token that comes in.
-                parameter *= 12
-    return model
+    return with_varied_agreement(build_model(config, **backbone))
 
 
 def deferred(
@@ -94,40 +84,6 @@ def deferred(
     return objective, gradients(model)
 
 
-class PlainGates(PlainExits):
-    """The gates' losses as one ordinary graph, with all logits in memory."""
-
-    def agreement(self, batch: Microbatch) -> dict[int, torch.Tensor]:
-        """For each exit [s * b], whether its most probable token is the final head's; leaves the
-        hidden states of a forward pass behind."""
-        self.run_backbone(batch)
-        tap, self.model.exit_tap = self.model.exit_tap, None
-        tunes, self.model.tunes_exits = self.model.tunes_exits, False
-        held = {} if batch.held is None else {"held": batch.held}
-        final = self.model(batch.tokens, batch.positions, None, **held)
-        final = final.transpose(0, 1).argmax(-1)
-        self.model.exit_tap, self.model.tunes_exits = tap, tunes
-        agrees = {}
-        for position in self.exits.positions:
-            logits = self._logits(position)[..., : self.exits.exit_vocab_size]
-            agrees[position] = (logits.argmax(-1) == final).flatten()
-        return agrees
-
-    def confidence(self, position: int) -> torch.Tensor:
-        gate, hidden = self.model.exits.heads[position].gate, self.hidden[position].detach()
-        size = (hidden.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return torch.sigmoid(((hidden / size) * gate.weight[0]).sum(-1) + gate.bias).flatten()
-
-    def gate_losses(self, batch: Microbatch) -> torch.Tensor:
-        total = torch.zeros(())
-        mask = batch.mask_at(self.model.config.num_layers).t().flatten()
-        for position, agrees in self.agreement(batch).items():
-            confidence = self.confidence(position)
-            losses = -torch.where(agrees, confidence, 1 - confidence).log()
-            total = total + (losses * mask).sum()
-        return total
-
-
 def expected_of_gates(
     config: EarlyExitConfig,
     model: Any,
@@ -139,7 +95,7 @@ def expected_of_gates(
     plain = build_model(config, **backbone)
     plain.load_state_dict(model.state_dict())
     for batch in batches:
-        loss = PlainGates(plain, config).gate_losses(batch)
+        loss = torch.stack([*PlainGates(plain, config).gate_losses(batch).values()]).sum()
         (scale * loss / (1 if per_token else batch.tokens_that_count)).backward()
     return {name: found for name, found in gradients(plain).items() if ".gate." in name}
 
