@@ -36,7 +36,8 @@ class Workload(Protocol):
         """Called before a backward."""
 
     def exits_backward(self, microbatch: Microbatch) -> None:
-        """Run the backward of the exits that the last forward has passed, and of nothing else."""
+        """Run the backward of the exits that the microbatch's forward has passed, and of nothing
+        else; called in the order of the forwards."""
 
 
 @dataclass
