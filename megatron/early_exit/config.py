@@ -102,7 +102,7 @@ HEAD_PARTS = (
         is_beside=True,
         help_when_added="own gate, to be trained: a linear classifier of the hidden state that "
         "says whether to leave there, before the exit is evaluated; it starts undecided",
-        help_when_planned="each exit has a gate: needs one pipeline stage, and costs nothing else",
+        help_when_planned="each exit has a gate, which costs nothing that counts",
     ),
     HeadPart(
         field="use_exit_mlp",
@@ -181,7 +181,8 @@ class EarlyExitConfig(FlagFields):
     use_exit_gate: bool = False
     """Give each exit a gate: a linear classifier of the hidden state (at unit RMS) that learns
     whether the exit's most probable token is the final head's. Its gradients change nothing but
-    itself, and the norm by which --clip-grad clips."""
+    itself, and the norm by which --clip-grad clips. Microbatches that --fill-explicit-bubbles ends
+    before the final head, and tokens that --exit-propagate-prob freezes, teach it nothing."""
 
     share_final_head: bool = False
     """Let all exits predict with the model's own final norm and output layer, as LayerSkip does

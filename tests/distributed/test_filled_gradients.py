@@ -1,7 +1,7 @@
 """Gradients of filled steps over a pipeline are those of their definition on one process.
 
 The definition: each loss of each microbatch that contributes, one by one, by plain autograd, with
-the weights by which filled steps are unbiased."""
+the weights by which filled steps are unbiased. Gates learn from those that the final head sees."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tests.helpers.exit_models import Microbatch as Batch
 from tests.helpers.exit_models import PlainExits, build_model, gradients
 from tests.helpers.filled_stage import FilledStage
 from tests.helpers.nccl_transfers import NcclTransfers
+from tests.helpers.plain_gates import PlainGates, with_varied_agreement
 from tests.helpers.plain_loss import relative_error
 from tests.helpers.single_process import model_parallel
 from tests.helpers.spawn import spawn
@@ -110,8 +111,10 @@ CASES = {
         fields={"untie_exit_output_weights": True, "use_exit_norm": True, "use_exit_mlp": True},
         backbone={"tied": False},
     ),
-    "pp2-per-token": Case((2, 2), (1, 3), 3, (1,), (1,), per_token=True),
-    "pp4": Case((1, 1, 1, 1), (1, 2, 3), 5, (2, 1), (2, 1)),
+    "pp2-per-token": Case(
+        (2, 2), (1, 3), 3, (1,), (1,), per_token=True, fields={"use_exit_gate": True}
+    ),
+    "pp4": Case((1, 1, 1, 1), (1, 2, 3), 5, (2, 1), (2, 1), fields={"use_exit_gate": True}),
     # The paper's placement: the second fill of the warm-up would reach no exit.
     "pp4-pre-exit": Case((1, 1, 1, 1), (1, 2), 4, (2,), (2, 1), pre_exit=True),
     "pp4-uneven": Case(
@@ -143,6 +146,7 @@ CASES = {
         5,
         (2, 1),
         (2, 1),
+        fields={"use_exit_gate": True},
         backbone={"holds_rows": True},
         holding={"layer_dropout": 0.5, "exit_propagate_prob": 0.4},
         per_token=True,
@@ -153,6 +157,7 @@ CASES = {
         4,
         (2, 1),
         (2, 1),
+        fields={"use_exit_gate": True},
         backbone={
             "recompute_granularity": "full",
             "recompute_method": "uniform",
@@ -194,7 +199,7 @@ def stage_of_pipeline(
     parallel_state.destroy_model_parallel()
 
 
-class SeparateUses(PlainExits):
+class SeparateUses(PlainGates):
     """Where exits share a weight with the backbone, each of its uses gets a gradient of its own, as
     the stages that they are on have.
 
@@ -254,6 +259,16 @@ def reference(case: Case, weights: dict[str, Tensor]) -> dict[str, Tensor]:
                 if grad is not None:
                     weight = weigh(case, role, depth, stage, loss_stage)
                     total[name] = total[name] + weight * grad
+        if case.config.use_exit_gate:
+            for position, loss in plain.gate_losses(batch).items():
+                weight = weigh_gate(case, role, depth, case.stage_of_exit(position))
+                if not case.per_token:
+                    loss = loss / batch.tokens_that_count
+                gate = model.exits.heads[position].gate
+                names = [f"exits.{position}.gate.{name}" for name, _ in gate.named_parameters()]
+                grads = torch.autograd.grad(loss, [*gate.parameters()])
+                for name, grad in zip(names, grads, strict=True):
+                    total[name] = total[name] + weight * grad
     return dict(total)
 
 
@@ -304,6 +319,18 @@ def weigh(case: Case, role: str, depth: int, stage: int, loss_stage: int) -> flo
     return weight * ends[0] / ends[1]
 
 
+def weigh_gate(case: Case, role: str, depth: int, stage: int) -> float:
+    """Of the loss of a gate on `stage` in a microbatch. Those of the warm-up teach no gate: the
+    final head does not see them."""
+    if role == "w" or (role == "c" and stage < case.num_stages - depth):
+        return 0.0
+    taught = case.num_full + sum(stage >= case.num_stages - d for d in case.cooldown_depths)
+    if not case.per_token:
+        return 1 / taught
+    tokens = sum(batch.mask.sum().item() for batch, role, _ in draws(case) if role != "w")
+    return (case.num_full + len(case.cooldown_depths)) / tokens / taught
+
+
 @pytest.fixture(scope="module", params=[2, 4], ids=["pp2", "pp4"])
 def gradients_of(request, tmp_path_factory) -> dict[str, tuple[dict[str, Tensor], ...]]:
     """What was found and what is expected, for each case of a number of stages."""
@@ -311,7 +338,10 @@ def gradients_of(request, tmp_path_factory) -> dict[str, tuple[dict[str, Tensor]
     folder, expected = tmp_path_factory.mktemp("weights"), {}
     with model_parallel():
         for name, case in cases.items():
-            weights = build_model(case.config, **on_one_process(case.backbone)).state_dict()
+            model = build_model(case.config, **on_one_process(case.backbone))
+            if case.config.use_exit_gate:
+                model = with_varied_agreement(model)
+            weights = model.state_dict()
             torch.save(weights, folder / name)
             expected[name] = reference(case, weights)
     ranks = spawn(run_stages, request.param, cases, folder)

@@ -47,6 +47,7 @@ class FilledStage:
         from megatron.early_exit.training.loop.step import ForwardStep, LossChecks
         from megatron.early_exit.training.loop.training_schedule import ScheduledSteps
         from megatron.early_exit.training.loss.exit_loss import ExitObjective, LossNormalization
+        from megatron.early_exit.training.loss.final_tokens import FinalTokens
 
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         per_token = backbone.get("calculate_per_token_loss", False)
@@ -55,6 +56,9 @@ class FilledStage:
         self._names = _load(self.model, weights, first_layer)
         normalization = LossNormalization(per_token=per_token, context_parallel_size=1)
         self.model.exit_tap = objective = ExitObjective(config, normalization, chunk_tokens=5)
+        if config.use_exit_gate:
+            pipeline = parallel_state.get_pipeline_model_parallel_group()
+            objective.connect(FinalTokens.of([self.model], pipeline))
         megatrons = self.model.config
         megatrons.deallocate_pipeline_outputs = True
         megatrons.experimental_attention_variant_loss_scale_func = objective.set_loss_scale

@@ -23,6 +23,9 @@ SMALL: dict[str, Generator] = {
     "interleaved": Interleaved(num_ranks=2, num_microbatches=4, num_chunks=2),
     "zero_bubble_h1": ZeroBubbleH1(num_ranks=4, num_microbatches=6),
     "ee_tuning": Tuning(num_ranks=4, num_microbatches=3, exit_stages=frozenset({0, 2})),
+    "ee_tuning_gates": Tuning(
+        num_ranks=4, num_microbatches=5, exit_stages=frozenset({0, 1, 3}), learns_from_last=True
+    ),
 }
 
 ratios = st.one_of(st.sampled_from([0.5, 1.0, 2.0, 3.0, 4.0]), st.floats(0.5, 4.0))
@@ -76,7 +79,12 @@ def tuning(draw: st.DrawFn) -> Tuning:
     """EE-Tuning with exits on any stages."""
     ranks = draw(num_ranks)
     stages = draw(st.frozensets(st.integers(0, ranks - 1), min_size=1))
-    return Tuning(num_ranks=ranks, num_microbatches=draw(num_microbatches), exit_stages=stages)
+    return Tuning(
+        num_ranks=ranks,
+        num_microbatches=draw(num_microbatches),
+        exit_stages=stages,
+        learns_from_last=draw(st.booleans()),
+    )
 
 
 generators = st.one_of(

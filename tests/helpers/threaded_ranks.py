@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 from threading import Event
@@ -76,12 +76,20 @@ class Mail:
 
 class Numbers:
     """Passes that count: a hidden state is the number of stages that it has passed, and a gradient
-    is the stage at which it began."""
+    is the stage at which it began.
+
+    What exits learn from the last stage, where they do, comes by events: of the microbatches that
+    it has run."""
 
     def __init__(
-        self, stage: int, num_stages: int, before_pass: Callable[[], None] = lambda: None
+        self,
+        stage: int,
+        num_stages: int,
+        before_pass: Callable[[], None] = lambda: None,
+        last_has_run: Mapping[Microbatch, Event] | None = None,
     ) -> None:
         self.before_pass = before_pass
+        self.last_has_run = last_has_run
         self.is_first_stage, self.is_last_stage = stage == 0, stage == num_stages - 1
         self.config = SimpleNamespace(no_sync_func=None, grad_sync_func=None)
         self.model = None
@@ -96,6 +104,8 @@ class Numbers:
         passed = 0 if hidden is None else int(hidden)
         assert passed == self.stage
         self.log.append(f"F{microbatch}{' kept' * keeps}{' ends' * ends_at_exit}")
+        if self.last_has_run and self.is_last_stage:
+            self.last_has_run[microbatch].set()
         return torch.tensor(passed + 1)
 
     def release(self, output):
@@ -110,10 +120,17 @@ class Numbers:
 
     def exits_backward(self, microbatch):
         self.before_pass()
+        if self.last_has_run:
+            assert self.last_has_run[microbatch].wait(TIMEOUT_S), "the ranks wait for ever"
         self.log.append(f"L{microbatch}")
 
 
-def run_ranks(schedule: Any, blocking: bool = False, synchronizing: bool = False) -> list[Numbers]:
+def run_ranks(
+    schedule: Any,
+    blocking: bool = False,
+    synchronizing: bool = False,
+    learns_from_last: bool = False,
+) -> list[Numbers]:
     """Run all ranks of a schedule, each in a thread.
 
     Args:
@@ -121,11 +138,13 @@ def run_ranks(schedule: Any, blocking: bool = False, synchronizing: bool = False
         blocking: sends stop their rank until the receive is posted.
         synchronizing: ranks wait before each pass for all that they have posted, as where CUDA
             gives memory back.
+        learns_from_last: a microbatch's exits wait until the last stage has run it forward.
     """
     boxes = {action: Box() for rank in schedule.ranks for action in rank}
     mails = [Mail(boxes, blocking) for _ in schedule.ranks]
+    has_run = {a.microbatch: Event() for a in schedule.actions} if learns_from_last else None
     passes = [
-        Numbers(stage, len(mails), mail.synchronize if synchronizing else lambda: None)
+        Numbers(stage, len(mails), mail.synchronize if synchronizing else lambda: None, has_run)
         for stage, mail in enumerate(mails)
     ]
     executors = list(map(Executor, schedule.ranks, passes, mails))

@@ -248,7 +248,8 @@ class Session:
             train_by(ScheduledSteps(self.objective, bubbles))
         if self.tuning.tune_exit:
             own = exit_stages(self.args, self.exits)
-            train_by(ScheduledSteps(self.objective, TuningPlan(stages, own)))
+            plan = TuningPlan(stages, own, has_gates=self.exits.use_exit_gate)
+            train_by(ScheduledSteps(self.objective, plan))
             if rates := learning_rates(self.tuning, self.exits):
                 set_learning_rates({f"*exits.{exit}.*": rate for exit, rate in rates.items()})
         if self.args.use_distributed_optimizer and self.args.dist_ckpt_optim_fully_reshardable:

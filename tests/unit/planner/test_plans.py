@@ -113,14 +113,15 @@ def test_what_is_given_is_kept():
     assert (one.num_chunks, layout.microbatch_size, layout.layers_per_stage) == (3, 2, (2,) * 6)
 
 
-def test_gates_have_pipelines_whose_bubbles_are_not_filled():
-    request = replace(SMALL_REQUEST, placements=(GATED,), pipeline_parallel=4, num_chunks=1)
-    plans = find_plans(request, 2).best
-    assert {plan.costing.candidate.layout.num_ranks for plan in plans} == {4}
-    with pytest.raises(ValueError, match="bubbles cannot be combined with --use-exit-gate"):
-        fill_bubbles(plans, FillRequest(), 72e9)
-    without = find_plans(replace(request, placements=SMALL_REQUEST.placements), 2).best
-    assert fill_bubbles(without, FillRequest(), 72e9)
+def test_gates_have_the_pipelines_and_fills_that_exits_have_without():
+    request = replace(SMALL_REQUEST, pipeline_parallel=4, num_chunks=1)
+    found = []
+    for kinds in ((GATED,), request.placements):
+        plans = find_plans(replace(request, placements=kinds), 2).best
+        assert {plan.costing.candidate.layout.num_ranks for plan in plans} == {4}
+        found.append([plan.fills for plan in fill_bubbles(plans, FillRequest(), 72e9)])
+    assert found[0] == found[1]
+    assert all(fills.num_warmup for fills in found[0])
 
 
 def test_placement_is_searched():

@@ -45,6 +45,8 @@ def test_all_microbatches_of_a_stage_weigh_the_same_for_its_own_losses():
         [Fraction(1, 7)] * 7,
         [Fraction(1, 8)] * 8,
     ]
+    # Gates learn from all but the fills of the warm-up.
+    assert [Contributions.of(schedule).to_gates(stage) for stage in range(4)] == [6, 6, 7, 8]
     # The losses of the last stage reach the first from full microbatches only.
     assert weights(schedule, 3, 0) == [Fraction(1, 6)] * 6
 
@@ -52,5 +54,5 @@ def test_all_microbatches_of_a_stage_weigh_the_same_for_its_own_losses():
 @pytest.mark.parametrize("stage", range(3))
 def test_without_fills_nothing_is_scaled(stage):
     contributions = Contributions.of(OneFOneB(num_ranks=3, num_microbatches=5).build())
-    assert contributions.to_losses(stage) == 5
+    assert contributions.to_losses(stage) == contributions.to_gates(stage) == 5
     assert contributions.gradient_factor(stage) == 1

@@ -63,12 +63,6 @@ def fill_bubbles(plans: Sequence[Plan], request: FillRequest, limit_bytes: float
 
 def _fill(plan: Plan, request: FillRequest, limit_bytes: float) -> Plan:
     """The plan with as many fills as are given, or as fit, cost little, and have memory."""
-    candidate = plan.costing.candidate
-    if candidate.exits.use_exit_gate and candidate.layout.num_ranks > 1:
-        raise ValueError(
-            "--fill-explicit-bubbles cannot be combined with --use-exit-gate: gates learn from the "
-            "final head, which does not see all of what fills bubbles"
-        )
     fitting = plan.costing.fitting_fills(request.backward_forward_ratio)
     most = max(fitting.num_warmup, fitting.num_cooldown)
     if request.num_warmup is not None and request.num_cooldown is not None:

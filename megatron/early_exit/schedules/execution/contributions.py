@@ -7,7 +7,9 @@ things are done. A loss on stage t is divided by the number of microbatches that
 itself. And the gradient that a full microbatch or a fill of the cool-down sends from stage s + 1 to
 stage s is multiplied by the ratio of the numbers of those on the two stages, which makes up for the
 fills whose backward ends in between. The weights of all microbatches then add up to one for each
-pair of a loss and a parameter, whatever the number of exits and fills.
+pair of a loss and a parameter, whatever the number of exits and fills. A gate on stage t learns
+what the final head says, which no fill of the warm-up reaches: the loss of its gate is divided by
+the number of the others that contribute on t.
 """
 
 from dataclasses import dataclass
@@ -46,6 +48,11 @@ class Contributions:
     def to_losses(self, stage: int) -> int:
         """Microbatches that contribute to the losses of a stage; their sum is divided by it."""
         return self.full + self.warmup[stage] + self.cooldown[stage]
+
+    def to_gates(self, stage: int) -> int:
+        """Those of them that have passed the final head, from which gates learn: fills of the
+        warm-up end before it."""
+        return self.full + self.cooldown[stage]
 
     def gradient_factor(self, stage: int) -> Fraction:
         """What the gradient from the next stage is multiplied by, where it comes from its end."""

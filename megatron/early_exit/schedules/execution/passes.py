@@ -32,8 +32,12 @@ class Workload(Protocol):
             The microbatch's number in the step, the same on all stages.
         """
 
+    def begin_backward(self, microbatch: Microbatch) -> None:
+        """Called before a backward."""
+
     def exits_backward(self, microbatch: Microbatch) -> None:
-        """Run the backward of the exits that the last forward has passed, and of nothing else."""
+        """Run the backward of the exits that the microbatch's forward has passed, and of nothing
+        else; called in the order of the forwards."""
 
 
 @dataclass
@@ -140,6 +144,7 @@ class Passes:
             gradient = alive.output.new_zeros(self.shape)
         elif gradient is not None and microbatch.role != "w" and self.gradient_factor != 1:
             gradient = gradient.detach().mul_(float(self.gradient_factor))
+        self.workload.begin_backward(microbatch)
         with self.clock.time("backward") if self.clock else nullcontext():
             result: Tensor = backward_step(alive.hidden, alive.output, gradient, self.config)
         return result

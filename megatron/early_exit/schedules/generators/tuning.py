@@ -2,6 +2,10 @@
 
 The backbone is frozen, so that no gradient leaves a stage, and stages after the last exit have
 nothing to do. A stage keeps one microbatch at a time.
+
+Where exits learn what the end of the pipeline says of a microbatch, each stage goes so many
+forwards ahead that the last one has run the microbatch by then, and keeps what its exits have seen
+of those.
 """
 
 from dataclasses import dataclass
@@ -18,12 +22,14 @@ class Tuning(StageByStage):
 
     Attributes:
         exit_stages: the stages that have exits, counted from 0.
+        learns_from_last: exits learn of a microbatch what the last of these stages says of it.
 
     Raises:
         ValueError: a number is out of its range.
     """
 
     exit_stages: frozenset[int]
+    learns_from_last: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,13 +42,19 @@ class Tuning(StageByStage):
         """The computations of one stage in their order."""
         if stage > max(self.exit_stages):
             return []
-        actions = []
-        for index in range(self.num_microbatches):
-            actions.append(Action(stage, "F", Microbatch(index)))
-            if stage in self.exit_stages:
-                actions.append(Action(stage, "L", Microbatch(index)))
+        actions, ahead = [], self._forwards_ahead(stage)
+        for index in range(self.num_microbatches + ahead):
+            if index < self.num_microbatches:
+                actions.append(Action(stage, "F", Microbatch(index)))
+            if stage in self.exit_stages and index >= ahead:
+                actions.append(Action(stage, "L", Microbatch(index - ahead)))
         return actions
+
+    def _forwards_ahead(self, stage: int) -> int:
+        return max(self.exit_stages) - stage if self.learns_from_last else 0
 
     def activation_limit(self, rank: int) -> int:
         """Most activations that are alive on a rank at a time."""
-        return 1 if rank <= max(self.exit_stages) else 0
+        if rank not in self.exit_stages:
+            return 1 if rank < max(self.exit_stages) else 0
+        return 1 + min(self._forwards_ahead(rank), self.num_microbatches - 1)

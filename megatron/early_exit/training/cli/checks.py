@@ -19,16 +19,10 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.errors import FieldError, out_of_range
-from megatron.early_exit.flags import refuse_beside
 from megatron.early_exit.ranges import BELOW_ONE, ONE_OR_MORE, Range
 from megatron.early_exit.training.loop.data import DataSource, data_sources, read_blends
 from megatron.early_exit.training.resume.plan import is_torch_dist
 
-_GATES_OVER_STAGES: dict[str, tuple[object, str]] = {
-    "tune_exit": (False, "exits of earlier stages learn before the final head has spoken"),
-    "fill_explicit_bubbles": (False, "the final head does not see all of what fills bubbles"),
-}
-"""Flags that have no place beside gates over pipeline stages: the one value that has, and why."""
 _SAMPLED_DOCUMENTS = 16
 _SAMPLED_TOKENS = 4096
 
@@ -61,13 +55,6 @@ def check_arguments(args: Namespace, exits: EarlyExitConfig) -> None:
                 f"--{flag.replace('_', '-')} cannot be combined with {heads}, allowed: "
                 "Megatron's own data parallelism, with or without --use-distributed-optimizer"
             )
-    stages = args.pipeline_model_parallel_size
-    if exits.use_exit_gate and stages > 1:
-        refuse_beside(
-            f"--use-exit-gate with --pipeline-model-parallel-size {stages}",
-            args,
-            _GATES_OVER_STAGES,
-        )
     if args.moe_use_upcycling:
         raise ValueError(f"--moe-use-upcycling cannot be combined with {heads}")
     if not is_torch_dist(args):

@@ -63,7 +63,7 @@ class FillingOptions(FlagFields):
 
     num_fill_warmup_microbatches: int | None = None
     """Number of extra microbatches in the bubble of the warm-up, which train the exits of the first
-    stages (default: as many as fit; more make a step longer)."""
+    stages, but not their gates (default: as many as fit; more make a step longer)."""
 
     num_fill_cooldown_microbatches: int | None = None
     """Number of extra microbatches in the bubble of the cool-down, which train the last stages

@@ -170,6 +170,7 @@ class ModelStep:
         finally:
             # What recomputes activations later must not end there.
             self.objective.ends_at_exit = False
+            self.objective.learning_stages = None
         return RunModel(output, cast(Tensor, batch.loss_mask), held)
 
     def _draw(self, chunk: Any) -> HeldRows | None:

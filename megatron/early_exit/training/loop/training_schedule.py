@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -68,14 +69,14 @@ class ScheduledSteps:
             self._proved.append(schedule)
         contributions = Contributions.of(schedule)
         stage = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["pp"]).pp.rank()
-        on_last = contributions.to_losses(schedule.num_ranks - 1)
-        self.objective.start_step(on_last / contributions.to_losses(stage))
+        on_last, here = (contributions.to_losses(s) for s in (schedule.num_ranks - 1, stage))
+        self.objective.start_step(on_last / here, here / contributions.to_gates(stage))
         order = [a.microbatch for a in schedule.ranks[0] if a.kind == "F"]
         data = _StepData(data_iterator, order)
         reports = run_training_step(
             schedule,
             contributions,
-            _Workload(data, self.objective),
+            _Workload(data, self.objective, schedule),
             forward_step_func=forward_step_func,
             data=data,
             model=chunk,
@@ -85,6 +86,7 @@ class ScheduledSteps:
             clock=self.plan.clock,
         )
         data.finish()
+        self.objective.reaches_final_head = True
         return reports
 
 
@@ -136,10 +138,26 @@ class _StepData:
 class _Workload:
     data: _StepData
     objective: ExitObjective
+    schedule: Schedule
 
     def begin_forward(self, microbatch: Microbatch, ends_at_exit: bool) -> int:
         self.objective.ends_at_exit = ends_at_exit
+        self.objective.learning_stages = self._learning_stages.get(microbatch, frozenset())
         return self.data.select(microbatch)
+
+    @cached_property
+    def _learning_stages(self) -> dict[Microbatch, frozenset[int]]:
+        """The stages on which each microbatch runs backward."""
+        stages: dict[Microbatch, set[int]] = {}
+        for rank in self.schedule.ranks:
+            for action in rank:
+                if action.kind in ("B", "L"):
+                    stages.setdefault(action.microbatch, set()).add(action.stage)
+        return {microbatch: frozenset(found) for microbatch, found in stages.items()}
+
+    def begin_backward(self, microbatch: Microbatch) -> None:
+        # The others all run forward to the end, whether they run backward on each stage or not.
+        self.objective.reaches_final_head = microbatch.role != "w"
 
     def exits_backward(self, microbatch: Microbatch) -> None:
         del microbatch

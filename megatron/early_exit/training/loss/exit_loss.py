@@ -8,7 +8,8 @@ under any of Megatron's schedules, with nothing more to transfer; and the exit's
 in the backward phase, one microbatch at a time.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,6 +102,10 @@ class ExitObjective:
         final_weight: of the final head's loss.
         ends_at_exit: the next forward pass may end at the last exit of its model chunk, by
             `EndedAtExit`, since no stage takes the microbatch on.
+        learning_stages: on which the microbatch of the next forward pass runs backward, so that
+            gates there need the final head's tokens; None is all.
+        reaches_final_head: the microbatch of the next backward pass has been run to the end; from
+            others gates do not learn.
     """
 
     def __init__(
@@ -124,12 +129,15 @@ class ExitObjective:
         self.training_metrics = ExitMetrics(config.positions, config.use_exit_gate)
         self.validation_metrics = ExitMetrics(config.positions, config.use_exit_gate)
         self.ends_at_exit = False
+        self.learning_stages: Collection[int] | None = None
+        self.reaches_final_head = True
         self._final_tokens: FinalTokens | None = None
         self._loss_scale: Tensor | float = 1.0
-        self._per_token_share = 1.0
+        self._per_token_share = self._gate_share = 1.0
         self._iteration = 0
         self._dropout_draws = 0
-        self._waiting: list[ExitInput] = []
+        self._of_this_pass: list[ExitInput] = []
+        self._of_other_passes: dict[int, deque[ExitInput]] = {}
 
     def start_iteration(self, iteration: int) -> None:
         """Set the loss weights for the iteration after `iteration` completed ones."""
@@ -156,22 +164,24 @@ class ExitObjective:
             return {}
         if training:
             return self.training_metrics.take_means(groups, device, but=self.yet_to_learn)
+        for position in self._of_other_passes:
+            self._measure_all_but(0, position)
         return self.validation_metrics.take_means(groups, device)
 
-    def start_step(self, per_token_share: float) -> None:
+    def start_step(self, per_token_share: float, gate_share: float) -> None:
         """Prepare a step in which stages work on different microbatches.
 
         Args:
             per_token_share: microbatches that contribute on the last stage, whose tokens are
                 counted, over those that contribute on this one.
+            gate_share: microbatches that contribute on this one, over those of them that gates
+                learn from.
         """
-        self._per_token_share = per_token_share
+        self._per_token_share, self._gate_share = per_token_share, gate_share
 
     def connect(self, final_tokens: FinalTokens) -> None:
-        """Let gates of other stages than the last learn. Only training is told of there, since it
-        is in backward passes that the final head's tokens have come."""
+        """Let gates of other stages than the last learn, and be measured."""
         self._final_tokens = final_tokens
-        self.validation_metrics = ExitMetrics(self.config.positions)
 
     def set_loss_scale(self, scale: Tensor) -> None:
         """For `config.experimental_attention_variant_loss_scale_func`, the hook that Megatron
@@ -196,30 +206,49 @@ class ExitObjective:
     ) -> Tensor:
         """Attach the loss of the exit at `position` to `hidden` [s, b, h]; see `ExitTap`.
 
-        In evaluation the loss is computed at once and only measured; or at the end of the pass, if
-        this chunk has gates and the final head that they are compared with.
+        In evaluation the loss is only measured: at once; or at the end of the pass, if this chunk
+        has gates and the final head that they are compared with; or once the final head's tokens
+        have come, if they do from another chunk.
         """
         targets = Targets.of(labels, loss_mask, final_tokens, asked, asked_at_end)
         exit_input = ExitInput(exits, position, hidden, targets, layer_kwargs)
         if exits.training:
             return self.in_training(exit_input)
-        if final_tokens is None:
+        if final_tokens is not None:
+            self._of_this_pass.append(exit_input)
+        elif self._final_tokens is None:
             self._run(exit_input, self.validation_metrics)
         else:
-            self._waiting.append(exit_input)
+            # Of the tensor itself the pipeline frees the memory.
+            kept = replace(exit_input, hidden=hidden.detach())
+            self._of_other_passes.setdefault(position, deque()).append(kept)
+            self._measure_all_but(self._final_tokens.delay, position)
         return hidden
 
     def keep_final_tokens(self, exits: ExitHeads, logits: Tensor, final_tokens: Tensor) -> None:
         """Fill in what exits are compared with; see `ExitTap`."""
         vocabulary = LocalVocabulary(logits.shape[-1], exits.tp_group, size=None)
         _, tokens = vocabulary.largest(logits.detach().flatten(0, 1))
-        if self._final_tokens is not None and exits.training:
-            self._final_tokens.send(tokens)
+        if self._final_tokens is not None:
+            self._final_tokens.send(tokens, self.learning_stages)
         # The tensor may be kept for a backward that computes nothing from these values.
         final_tokens.data.copy_(tokens.view(logits.shape[:2]).t())
-        waiting, self._waiting = self._waiting, []
+        waiting, self._of_this_pass = self._of_this_pass, []
         for exit_input in waiting:
             self._run(exit_input, self.validation_metrics)
+
+    def _measure_all_but(self, number: int, position: int) -> None:
+        """Measure an exit on all microbatches of the evaluation but the last ones, for which it
+        still waits."""
+        waiting = self._of_other_passes[position]
+        while len(waiting) > number:
+            exit_input = self._with_final_tokens(waiting.popleft())
+            # At its end Megatron has begun to train again.
+            was_training = exit_input.exits.training
+            exit_input.exits.eval()
+            with torch.no_grad():
+                self._run(exit_input, self.validation_metrics)
+            exit_input.exits.train(was_training)
 
     def in_training(self, exit_input: ExitInput) -> Tensor:
         """What goes on behind an exit, [s, b, h]: its loss is deferred to the backward phase.
@@ -260,9 +289,11 @@ class ExitObjective:
             exit_input.leave_out()
 
     def _with_final_tokens(self, exit_input: ExitInput) -> ExitInput:
-        """An exit's microbatch with what another stage knows of it."""
+        """An exit's microbatch with what another stage knows of it, or will never know."""
         targets, hidden = exit_input.targets, exit_input.hidden
         if self._final_tokens is None or targets.final_tokens is not None:
+            return exit_input
+        if not self.reaches_final_head:
             return exit_input
         count, batch = len(targets.labels), hidden.shape[1]
         tokens = self._final_tokens.take(exit_input.position, count, hidden.device)
@@ -306,14 +337,15 @@ class ExitObjective:
 
         with self._random_numbers(exits, position):
             result = exits(position, exit_input.hidden, criterion, exit_input.layer_kwargs)
-        if metrics.gates is not None:
+        if metrics.gates is not None and self.reaches_final_head:
             assert result.agrees is not None
             self._run_gate(exit_input, result.agrees, metrics.gates)
 
     def _run_gate(self, exit_input: ExitInput, agrees: Tensor, metrics: GateMetrics) -> None:
         """Compute the loss of an exit's gate; with gradients enabled, backpropagate it to the gate
         and nothing else. Tokens for which the final head is not asked, since they are frozen behind
-        an exit, do not count: nobody knows what it would say of them.
+        an exit, do not count: nobody knows what it would say of them. Nor do microbatches that end
+        before it, which are not in the mean.
 
         Args:
             exit_input: the exit's.
@@ -333,7 +365,8 @@ class ExitObjective:
         confidence = output.detach().flatten().sigmoid()
         metrics.add(exit_input.position, confidence, losses.detach(), agrees, mask)
         if losses.requires_grad:
-            torch.autograd.backward(losses, mask * self._coefficient(1.0, exit_input.targets))
+            coefficient = self._coefficient(self._gate_share, exit_input.targets)
+            torch.autograd.backward(losses, mask * coefficient)
 
     def _random_numbers(self, exits: ExitHeads, position: int) -> AbstractContextManager[None]:
         """Dropout of the exit's own: the backbone's random numbers stay as they are without exits,

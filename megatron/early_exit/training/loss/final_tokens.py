@@ -6,11 +6,16 @@ the final head's tokens, 4 bytes each, are on their way here, and the gate learn
 phase as its exit does. They come straight from the last stage, in groups of two ranks that nothing
 else uses, so that they cannot be mistaken for a message of a schedule or wait for one. Each chunk
 of a model sees the microbatches in the order of the last stage's forwards, both in the plain and in
-the interleaved schedule, so they need no names.
+the interleaved schedule, so they need no names. Where bubbles are filled, a stage gets the tokens
+of those microbatches that run backward on it.
+
+Passes without backward have them too late, by as many forwards as there are stages behind: what
+waits for tokens in an evaluation is kept for `delay` more microbatches.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +31,11 @@ class FinalTokens:
         sender: the rank of the last stage.
         group: of this rank and that one, where tokens come from there; None on the last stage.
         receivers: on the last stage, its groups with the stages that want tokens.
+        delay: see the attribute.
+
+    Attributes:
+        delay: number of microbatches after which, in passes without backward, a microbatch's tokens
+            come without waiting for this rank: a chunk that has begun so many more may take them.
     """
 
     def __init__(
@@ -33,8 +43,10 @@ class FinalTokens:
         positions: Collection[int],
         sender: int,
         group: ProcessGroup | None = None,
-        receivers: Sequence[ProcessGroup] = (),
+        receivers: Mapping[int, ProcessGroup] = MappingProxyType({}),
+        delay: int = 0,
     ) -> None:
+        self.delay = delay
         self._sender, self._group, self._receivers = sender, group, receivers
         self._sent: list[tuple[Tensor, list[Work]]] = []
         self._spare: list[Tensor] = []
@@ -46,7 +58,7 @@ class FinalTokens:
         self._taken = dict.fromkeys(positions, 0)
 
     @classmethod
-    def of(cls, chunks: Iterable[Any], pp_group: ProcessGroup) -> "FinalTokens":
+    def of(cls, chunks: Sequence[Any], pp_group: ProcessGroup) -> "FinalTokens":
         """Connect the stages of all pipelines; a collective call over all ranks.
 
         Args:
@@ -59,27 +71,38 @@ class FinalTokens:
         told: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(told, (own, wants))
         wanting = {rank for _, rank in told}
-        groups: list[ProcessGroup] = []
+        groups: dict[int, ProcessGroup] = {}
         for ranks in sorted({pipeline for pipeline, _ in told}):
-            for rank in ranks[:-1]:
+            for stage, rank in enumerate(ranks[:-1]):
                 if rank in wanting:
                     group = torch.distributed.new_group([rank, ranks[-1]])
                     # Other ranks than its own get a number.
                     if isinstance(group, ProcessGroup):
-                        groups.append(group)
-        for group in groups:
+                        groups[stage] = group
+        for group in groups.values():
             # What connects two ranks may stop both until they have met, which they do here.
             torch.distributed.broadcast(torch.zeros(1, device="cuda"), own[-1], group)
-        if pp_group.rank() + 1 == len(own):
-            return cls(positions, own[-1], receivers=groups)
-        return cls(positions, own[-1], groups[0] if groups else None)
+        stage = pp_group.rank()
+        delay = len(own) - stage
+        if len(chunks) > 1:
+            # Before that the chunks of this rank have to be through with the microbatch themselves.
+            delay += chunks[0].config.microbatch_group_size_per_vp_stage
+        if stage + 1 == len(own):
+            return cls(positions, own[-1], receivers=groups, delay=delay)
+        return cls(positions, own[-1], groups.get(stage), delay=delay)
 
-    def send(self, tokens: Tensor) -> None:
-        """On the last stage: hand out the tokens [s * b] of the next microbatch. Nothing is waited
-        for."""
+    def send(self, tokens: Tensor, stages: Collection[int] | None = None) -> None:
+        """On the last stage: hand out the tokens of the next microbatch. Nothing is waited for.
+
+        Args:
+            tokens: [s * b].
+            stages: those that will take them; None is all that have exits.
+        """
         message = self._new_message(tokens)
         works: list[Work] = []
-        for group in self._receivers:
+        for stage, group in self._receivers.items():
+            if stages is not None and stage not in stages:
+                continue
             work = torch.distributed.broadcast(message, self._sender, group, async_op=True)
             assert work is not None
             works.append(work)

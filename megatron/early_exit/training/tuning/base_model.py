@@ -20,12 +20,12 @@ from megatron.early_exit.checkpoint.multi_token_prediction import add_mtp
 from megatron.early_exit.checkpoint.source import open_checkpoint
 from megatron.early_exit.checkpoint.weights import LAYERS, MTP_LAYERS, VOCABULARY_ENDINGS
 from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.model.backbone_parts import OUTPUT_LAYER, WORD_EMBEDDING
 from megatron.early_exit.model.gpt_model import TUNING_ANCHOR, EarlyExitGPTModel
 
 _EXITS = "exits."
 _BLOCK = "block."
 _MTP_INNER, _MTP_STORED = "mtp_model_layer.", "transformer_layer."
-_COPIED_MATRIX = "exits.backbone.matrix"
 
 
 def describe_base(path: Path, tunes_mtp: bool) -> BaseReference:
@@ -117,11 +117,15 @@ def _part(whole: Tensor, parameter: Any, rank: int, size: int) -> Tensor:
 
 def _named_weights(chunk: EarlyExitGPTModel) -> Iterator[tuple[str, Tensor]]:
     """The chunk's parameters by the names of `weight_shapes`."""
+    originals = {id(copy): name for name, copy in chunk.exits.backbone.copies.items()}
     for name, parameter in chunk.named_parameters():
         if name == TUNING_ANCHOR:
             continue
-        if name == _COPIED_MATRIX:
-            yield chunk.exits.backbone.matrix_name, parameter
+        if id(parameter) in originals:
+            yield originals[id(parameter)], parameter
+        elif name == OUTPUT_LAYER and chunk.share_embeddings_and_output_weights:
+            # On a stage without the embedding it is tied to.
+            yield WORD_EMBEDDING, parameter
         elif name.startswith(LAYERS):
             number, _, rest = name.removeprefix(LAYERS).partition(".")
             layer: Any = chunk.decoder.layers[int(number)]

@@ -2,9 +2,11 @@
 and a look-ahead head at its end.
 
 Nothing flows backward through the backbone, so the heads that a forward pass has gone by are
-backpropagated right after it, when the next stage is already at work on what it has sent.
+backpropagated right after it, when the next stage is already at work on what it has sent; or, where
+gates learn from a final head on another stage, as soon as that has seen the microbatch.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,7 +40,7 @@ class LocalObjective(ExitObjective):
 
     def __init__(self, *objective: Any, ahead: LookAheadOptions | None = None) -> None:
         super().__init__(*objective)
-        self._passed: list[ExitInput] = []
+        self._passed: deque[ExitInput] = deque()
         self._reached: LookAheadInput | None = None
         self._ahead = ahead
         if ahead is not None:
@@ -75,9 +77,10 @@ class LocalObjective(ExitObjective):
         """
 
     def backpropagate_passed_exits(self) -> None:
-        """Train the exits that the last forward pass has gone by, and the look-ahead head that it
-        has reached."""
-        passed, self._passed = self._passed, []
+        """Train the exits of the earliest forward pass whose exits have yet to be trained, and the
+        look-ahead head that the last one has reached."""
+        exits = self._passed[0].exits.heads if self._passed else ()
+        passed = [self._passed.popleft() for _ in exits]
         ahead, self._reached = self._reached, None
         if passed:
             teacher = self._teacher(self.options(passed[0].exits, passed[0].position))
@@ -163,11 +166,17 @@ class TuningStep(ModelStep):
 
 
 class TuningPlan:
-    """The plan of `ScheduledSteps` for EE-Tuning, on so many stages, of which some have exits."""
+    """The plan of `ScheduledSteps` for EE-Tuning.
 
-    def __init__(self, stages: int, exit_stages: frozenset[int]) -> None:
+    Args:
+        stages: of the pipeline.
+        exit_stages: the stages that have exits.
+        has_gates: these exits have gates, which learn what the last stage says.
+    """
+
+    def __init__(self, stages: int, exit_stages: frozenset[int], has_gates: bool = False) -> None:
         self.clock: PassClock | None = None
-        self._stages = stages
+        self._stages, self._has_gates = stages, has_gates
         # Megatron asks the last stage how many tokens count, also where it has no exit.
         self._tuned_stages = exit_stages | {stages - 1}
         self._schedules: dict[int, Schedule] = {}
@@ -179,6 +188,7 @@ class TuningPlan:
                 num_ranks=self._stages,
                 num_microbatches=num_microbatches,
                 exit_stages=self._tuned_stages,
+                learns_from_last=self._has_gates,
             )
             self._schedules[num_microbatches] = with_communication(tuning.build())
         return self._schedules[num_microbatches]

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig
 from megatron.early_exit.errors import as_flag, out_of_range
@@ -53,7 +54,8 @@ class TuningOptions(FlagFields):
     tune_exit: bool = False
     """Train only the exits, on the frozen model of --load or --pretrained-checkpoint (EE-Tuning,
     arXiv 2402.00518). Only the exits are saved; layers after the last exit are neither built nor
-    run, except those that are needed to make pipeline stages equal. With --mtp-num-layers K also,
+    run, except those that are needed to make pipeline stages equal, and for gates
+    (--use-exit-gate), which learn what the final head says. With --mtp-num-layers K also,
     or without exits only, a head that looks K tokens ahead: Megatron's multi-token-prediction
     module, on the whole frozen model."""
 
@@ -117,6 +119,8 @@ def plan_depth(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) 
     args.full_num_layers = full
     reason = whole_model_reason(args, options, exits)
     wanted = options.tune_exit_pipeline_parallel_size
+    if reason is not None:
+        reason.check(stages, wanted)
     if wanted is not None:
         if not 1 <= wanted <= stages or full % stages:
             most = f"--pipeline-model-parallel-size {stages}"
@@ -134,25 +138,53 @@ def plan_depth(args: Namespace, options: TuningOptions, exits: EarlyExitConfig) 
         depth = full
     else:
         depth = min(-(-exits.positions[-1] // stages) * stages, full)
-    if reason is not None and (depth < full or stages > 1):
-        raise ValueError(
-            f"{reason} needs the whole model "
-            "in each process, allowed: --pipeline-model-parallel-size 1 without "
-            "--tune-exit-pipeline-parallel-size (--tensor-model-parallel-size may be any)"
-        )
     args.num_layers = depth
+
+
+class WholeModelReason(NamedTuple):
+    """Why the final head is needed.
+
+    Attributes:
+        flag: the one because of which it is.
+        one_process: it has to be in the same process as all exits.
+    """
+
+    flag: str
+    one_process: bool
+
+    def check(self, stages: int, built_stages: int | None) -> None:
+        """Refuse what builds less than that.
+
+        Args:
+            stages: that the whole model is divided into.
+            built_stages: how many of them are wanted; None is all that are needed.
+
+        Raises:
+            ValueError: naming the flag.
+        """
+        if built_stages in (None, stages) and (stages == 1 or not self.one_process):
+            return
+        where, size = (" in each process", 1) if self.one_process else ("", stages)
+        raise ValueError(
+            f"{self.flag} needs the whole model{where}, allowed: --pipeline-model-parallel-size "
+            f"{size} without --tune-exit-pipeline-parallel-size (--tensor-model-parallel-size may "
+            "be any)"
+        )
 
 
 def whole_model_reason(
     args: Namespace, options: TuningOptions, exits: EarlyExitConfig
-) -> str | None:
+) -> WholeModelReason | None:
     """The flag because of which the final head is needed: what is learned depends on what it says,
     or begins behind the last layer. None where there is none."""
     if options.distills:
-        return f"--exit-distillation-weight {options.exit_distillation_weight}"
+        flag = f"--exit-distillation-weight {options.exit_distillation_weight}"
+        return WholeModelReason(flag, one_process=True)
     if looks_ahead(args):
-        return f"--mtp-num-layers {args.mtp_num_layers}"
-    return as_flag(exits.beside_parts[0].field) if exits.beside_parts else None
+        return WholeModelReason(f"--mtp-num-layers {args.mtp_num_layers}", one_process=True)
+    if exits.beside_parts:
+        return WholeModelReason(as_flag(exits.beside_parts[0].field), one_process=False)
+    return None
 
 
 def looks_ahead(args: Namespace) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import struct
 import sys
 from argparse import ArgumentParser, Namespace
@@ -31,7 +30,6 @@ from megatron.core.rerun_state_machine import (  # noqa: E402
 from megatron.training.arguments import parse_args  # noqa: E402
 
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
-from megatron.early_exit.errors import as_flag  # noqa: E402
 from megatron.early_exit.training.cli.arguments import add_early_exit_arguments  # noqa: E402
 from megatron.early_exit.training.cli.checks import check_arguments, check_data  # noqa: E402
 from megatron.early_exit.training.cli.flag_rules.unsupported import UNSUPPORTED  # noqa: E402
@@ -211,21 +209,6 @@ def test_data_sets_that_cannot_be_understood_are_refused(parse, tmp_path, flags,
 def test_flags_that_are_not_served_are_refused(parse, flags, words):
     message = refusal(lambda: check_arguments(parse(*flags), EarlyExitConfig()))
     assert all(word in message for word in words), message
-
-
-@pytest.mark.parametrize("name", ["tune_exit", "fill_explicit_bubbles"])
-def test_gates_of_several_stages_are_trained_by_megatrons_schedules_alone(parse, name):
-    exits = EarlyExitConfig(exit_layer_nums=(1,), use_exit_gate=True)
-    args = parse("--pipeline-model-parallel-size", 2)
-    setattr(args, name, False)
-    check_arguments(args, exits)
-    setattr(args, name, True)
-    check_arguments(args, dataclasses.replace(exits, use_exit_gate=False))
-    assert re.match(
-        f"{as_flag(name)} cannot be combined with --use-exit-gate with --pipeline-model-parallel-"
-        "size 2: ",
-        refusal(lambda: check_arguments(args, exits)),
-    )
 
 
 def test_defaults_are_served(parse):

@@ -2,6 +2,8 @@
 
 Layouts with gates of `tests/distributed/test_layouts.py` send them over pipeline stages."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -44,3 +46,18 @@ def test_where_nobody_asks_nothing_is_kept():
     final = FinalTokens((), sender=0)
     final.send(torch.arange(4))
     assert not final._tokens
+
+
+def test_only_stages_that_learn_of_a_microbatch_get_its_tokens(monkeypatch):
+    sent = []
+
+    def broadcast(message, sender, group, async_op):
+        sent.append((message.tolist(), sender, group))
+        return SimpleNamespace(is_completed=lambda: True, wait=lambda: None)
+
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+    final = FinalTokens((), sender=3, receivers={0: "zero", 2: "two"})
+    final.send(torch.arange(2))
+    final.send(torch.arange(2) + 5, stages={1, 2, 3})
+    final.send(torch.arange(2), stages=())
+    assert sent == [([0, 1], 3, "zero"), ([0, 1], 3, "two"), ([5, 6], 3, "two")]

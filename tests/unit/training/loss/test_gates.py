@@ -20,16 +20,17 @@ from megatron.early_exit.training.loss.exit_loss import (  # noqa: E402
     ExitObjective,
     LossNormalization,
 )
+from megatron.early_exit.training.loss.final_tokens import FinalTokens  # noqa: E402
 from megatron.early_exit.training.tuning.objective import LocalObjective  # noqa: E402
 from tests.helpers.exit_models import (  # noqa: E402
     BATCH,
     LAYERS,
     SEQUENCE,
     Microbatch,
-    PlainExits,
     build_model,
     gradients,
 )
+from tests.helpers.plain_gates import PlainGates, with_varied_agreement  # noqa: E402
 from tests.helpers.plain_loss import relative_error  # noqa: E402
 
 BOUND = 1e-5
@@ -58,17 +59,7 @@ def exits(kind: str, **others: Any) -> EarlyExitConfig:
 
 
 def model_of(config: EarlyExitConfig, **backbone: Any) -> Any:
-    """A model in which exits sometimes agree with the final head, and gates are not undecided."""
-    model = build_model(config, **backbone)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".gate." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
-            elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-                # Else all heads would repeat the token that comes in.
-                parameter *= 12
-    return model
+    return with_varied_agreement(build_model(config, **backbone))
 
 
 def deferred(
@@ -94,40 +85,6 @@ def deferred(
     return objective, gradients(model)
 
 
-class PlainGates(PlainExits):
-    """The gates' losses as one ordinary graph, with all logits in memory."""
-
-    def agreement(self, batch: Microbatch) -> dict[int, torch.Tensor]:
-        """For each exit [s * b], whether its most probable token is the final head's; leaves the
-        hidden states of a forward pass behind."""
-        self.run_backbone(batch)
-        tap, self.model.exit_tap = self.model.exit_tap, None
-        tunes, self.model.tunes_exits = self.model.tunes_exits, False
-        held = {} if batch.held is None else {"held": batch.held}
-        final = self.model(batch.tokens, batch.positions, None, **held)
-        final = final.transpose(0, 1).argmax(-1)
-        self.model.exit_tap, self.model.tunes_exits = tap, tunes
-        agrees = {}
-        for position in self.exits.positions:
-            logits = self._logits(position)[..., : self.exits.exit_vocab_size]
-            agrees[position] = (logits.argmax(-1) == final).flatten()
-        return agrees
-
-    def confidence(self, position: int) -> torch.Tensor:
-        gate, hidden = self.model.exits.heads[position].gate, self.hidden[position].detach()
-        size = (hidden.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return torch.sigmoid(((hidden / size) * gate.weight[0]).sum(-1) + gate.bias).flatten()
-
-    def gate_losses(self, batch: Microbatch) -> torch.Tensor:
-        total = torch.zeros(())
-        mask = batch.mask_at(self.model.config.num_layers).t().flatten()
-        for position, agrees in self.agreement(batch).items():
-            confidence = self.confidence(position)
-            losses = -torch.where(agrees, confidence, 1 - confidence).log()
-            total = total + (losses * mask).sum()
-        return total
-
-
 def expected_of_gates(
     config: EarlyExitConfig,
     model: Any,
@@ -139,7 +96,7 @@ def expected_of_gates(
     plain = build_model(config, **backbone)
     plain.load_state_dict(model.state_dict())
     for batch in batches:
-        loss = PlainGates(plain, config).gate_losses(batch)
+        loss = torch.stack([*PlainGates(plain, config).gate_losses(batch).values()]).sum()
         (scale * loss / (1 if per_token else batch.tokens_that_count)).backward()
     return {name: found for name, found in gradients(plain).items() if ".gate." in name}
 
@@ -307,3 +264,67 @@ def test_what_is_measured(training):
         )
     again = metrics.take_means(model.pg_collection, torch.device("cpu"))
     assert again == found
+
+
+class WithoutFinalHead:
+    """The tap of exits on an earlier stage than the final head's: they do not see its tokens."""
+
+    def __init__(self, objective: ExitObjective) -> None:
+        self.objective = objective
+
+    def __call__(self, exits, position, hidden, labels, mask, final_tokens, *others):
+        assert final_tokens is not None
+        return self.objective(exits, position, hidden, labels, mask, None, *others)
+
+    def keep_final_tokens(self, exits, logits, final_tokens):
+        self.objective.keep_final_tokens(exits, logits, final_tokens)
+
+
+@pytest.mark.parametrize("delay", [1, 2, 9])
+def test_validation_of_earlier_stages_waits_for_tokens(delay):
+    """And ends when Megatron has already begun to train again, where heads have dropout."""
+    config, batches = exits("norm and mlp"), [Microbatch(seed) for seed in range(4)]
+    model = model_of(config, hidden_dropout=0.3)
+    normalization = LossNormalization(per_token=False, context_parallel_size=1)
+    expected, found = (ExitObjective(config, normalization) for _ in range(2))
+    found.connect(FinalTokens((1, 3), sender=0, delay=delay))
+    for tap in (expected, WithoutFinalHead(found)):
+        model.exit_tap = tap
+        with torch.no_grad():
+            for batch in batches:
+                batch.final_loss(model.eval())
+    waiting = {len(one) for one in found._of_other_passes.values()}
+    assert waiting == {min(delay, len(batches))}
+    model.train()
+    groups, device = model.pg_collection, torch.device("cpu")
+    means = [one.take_means(groups, device, training=False) for one in (expected, found)]
+    assert len(means[0]) == 10
+    assert means[1] == means[0]
+    assert all(module.training for module in model.exits.modules())
+    assert not any(gradient.any() for gradient in gradients(model).values())
+
+
+def test_microbatches_that_end_before_the_final_head_teach_exits_only():
+    config, batch = exits("norm and mlp"), Microbatch(0)
+    model = model_of(config)
+    found = []
+    for reaches_final_head in (True, False):
+        normalization = LossNormalization(per_token=False, context_parallel_size=1)
+        objective = ExitObjective(config, normalization, 5)
+        model.exit_tap = WithoutFinalHead(objective)
+        final_tokens = FinalTokens((1, 3), sender=0)
+        objective.connect(final_tokens)
+        objective.start_iteration(0)
+        objective.set_loss_scale(torch.tensor([1.0]))
+        objective.learning_stages = ()
+        loss = batch.final_loss(model) / batch.tokens_that_count
+        objective.reaches_final_head = reaches_final_head
+        loss.backward()
+        assert bool(final_tokens._tokens) != reaches_final_head
+        found.append(gradients(model))
+    for name, taught in found[0].items():
+        if ".gate." in name:
+            assert taught.any()
+            assert not found[1][name].any()
+        else:
+            assert torch.equal(found[1][name], taught)

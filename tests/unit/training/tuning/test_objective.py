@@ -92,6 +92,30 @@ def test_local_losses(kind, per_token):
     check(gradients(tuned), gradients(plain.model))
 
 
+def test_exits_may_learn_after_further_forwards():
+    """In the order of the microbatches."""
+    config = exits("norm")
+    tuned, _ = references(config)
+    normalization = LossNormalization(per_token=False, context_parallel_size=1)
+    tuned.exit_tap = objective = LocalObjective(config, normalization, 5)
+    found = []
+    for ahead in (0, 1):
+        forward(tuned, Microbatch(0))
+        for seed in (1, 2):
+            if ahead:
+                forward(tuned, Microbatch(seed))
+            objective.backpropagate_passed_exits()
+            found.append(gradients(tuned))
+            if not ahead:
+                forward(tuned, Microbatch(seed))
+        objective.backpropagate_passed_exits()
+        found.append(gradients(tuned))
+    for at_once, later in zip(found[:3], found[3:], strict=True):
+        assert any(gradient.any() for gradient in at_once.values())
+        assert all(torch.equal(later[name], at_once[name]) for name in at_once)
+    assert not all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_frozen_projections():
     config = exits("mlp")
     tuned, plain = references(config, freeze_projections=True)

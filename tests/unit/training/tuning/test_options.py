@@ -74,16 +74,25 @@ def test_a_look_ahead_head_is_tuned_beside_any_exits(heads, options):
 
 @pytest.mark.parametrize("heads", [{"use_exit_norm": True}, {"share_final_head": True}])
 def test_gates_need_the_whole_model(heads):
+    """On however many stages."""
     config = exits(8, use_exit_gate=True, **heads)
-    args = arguments()
-    plan_depth(args, TuningOptions(tune_exit=True), config)
-    assert args.num_layers == 32
-    for args, options in (
-        (arguments(stages=4), {}),
-        (arguments(stages=4), {"tune_exit_pipeline_parallel_size": 1}),
-    ):
-        with pytest.raises(ValueError, match=r"^--use-exit-gate needs the whole model"):
-            plan_depth(args, TuningOptions(tune_exit=True, **options), config)
+    for stages, options in ((1, {}), (4, {}), (4, {"tune_exit_pipeline_parallel_size": 4})):
+        args = arguments(stages=stages)
+        plan_depth(args, TuningOptions(tune_exit=True, **options), config)
+        assert (args.num_layers, args.pipeline_model_parallel_size) == (32, stages)
+    message = r"^--use-exit-gate needs the whole model, allowed: --pipeline-model-parallel-size 4 w"
+    with pytest.raises(ValueError, match=message):
+        plan_depth(
+            arguments(stages=4),
+            TuningOptions(tune_exit=True, tune_exit_pipeline_parallel_size=2),
+            config,
+        )
+    with pytest.raises(ValueError, match=r"^--exit-distillation-weight 0.5 needs the whole model"):
+        plan_depth(
+            arguments(stages=4),
+            TuningOptions(tune_exit=True, exit_distillation_weight=0.5),
+            exits(8, use_exit_gate=True, use_exit_norm=True),
+        )
 
 
 def test_a_gate_is_tuned_beside_frozen_projections():
