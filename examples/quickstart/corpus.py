@@ -14,24 +14,18 @@ import json
 import random
 import string
 import sys
-import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import sentencepiece
 
-# Not the library itself, not written by hand, or (encodings, pydoc_data) mostly tables and quotes.
-EXCLUDED_DIRECTORIES = frozenset(
-    {"__phello__", "dist-packages", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data"}
-    | {"site-packages", "test", "tests"}
+from megatron.early_exit.data.standard_library import (
+    SPACE_MARK,
+    is_prose_or_code,
+    standard_library_texts,
 )
-EXCLUDED_PREFIXES = ("_sysconfigdata", "config-")
-# Above this share of digits a file is a table of numbers, too.
-MAX_DIGIT_SHARE = 0.1
-# SentencePiece writes a space as this character, so a text that holds it would come back changed.
-SPACE_MARK = "\u2581"
+
 LONGEST_INDENT = 24
 
 UNK, BOS, EOS, PAD = range(4)
@@ -45,22 +39,6 @@ class Corpus:
     train: Path
     validation: Path
     tokenizer_model: Path
-
-
-def standard_library_texts() -> Iterator[str]:
-    """Each module and each topic of the manual, in a fixed order."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if EXCLUDED_DIRECTORIES.isdisjoint(parts) and not parts[0].startswith(EXCLUDED_PREFIXES):
-            yield path.read_text(encoding="utf-8")
-    yield from (text for _, text in sorted(topics.items()))
-
-
-def is_prose_or_code(text: str) -> bool:
-    """Whether a text is worth learning from, and survives the tokenizer unchanged."""
-    digits = sum(text.count(digit) for digit in string.digits)
-    return bool(text.strip()) and digits <= MAX_DIGIT_SHARE * len(text) and SPACE_MARK not in text
 
 
 def split(texts: Sequence[str], validation_share: float, seed: int) -> tuple[list[str], list[str]]:

@@ -19,8 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.budget import Budget, Measuring, guard_minutes
-from examples.quickstart.pictures import loss_curves, tradeoff_curve
-from examples.quickstart.tradeoff import Curve, engines, measure, table, verdict
+from examples.quickstart.pictures import loss_curves
+from examples.quickstart.tradeoff import Curve, engines, measure, verdict
 from examples.quickstart.training import (
     NUM_LAYERS,
     TRIAL_STEPS,
@@ -30,6 +30,8 @@ from examples.quickstart.training import (
     trial,
 )
 from examples.stages import run_command, stage
+from megatron.early_exit.evaluation.figures import save, tradeoff_curve
+from megatron.early_exit.evaluation.tradeoff import table
 from megatron.early_exit.hardware.dtypes import NAMES
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.process_family import run_program
@@ -195,7 +197,7 @@ def main() -> None:
             "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in used)
         )
         loss_curves(run.tensorboard, args.work_dir / "losses.png")
-        tradeoff_curve(points, args.work_dir / "tradeoff.png", LEAST_AGREEMENT)
+        save(tradeoff_curve(points, LEAST_AGREEMENT), args.work_dir / "tradeoff.png")
         print(f"\n{verdict(points, LEAST_AGREEMENT)}")
 
     stage("Speed and quality by threshold", sweep)

@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import mean
 from time import monotonic
-from typing import Any
 
 from examples.budget import LEAST_PROMPTS, Measuring
+from megatron.early_exit.evaluation.rule import FULL, Rule
+from megatron.early_exit.evaluation.scoring import Judge
+from megatron.early_exit.evaluation.tradeoff import Answered, Point, by_curve, fastest, point
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 
 
@@ -20,36 +21,11 @@ class Curve:
 
     Attributes:
         engine: answers, also as the full model that the curve is compared with.
-        options: further fields of the requests in mode `early_exit`.
+        rule: with which exits answer, whatever its threshold.
     """
 
     engine: EarlyExitEngine
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Point:
-    """Results for one threshold, relative to the full model, which is measured alternately.
-
-    Attributes:
-        curve: name of the curve that it belongs to.
-        threshold: least confidence to leave at an exit; None is the full model.
-        tokens_per_second: speed of decoding.
-        speedup: against the curve's own full model.
-        mean_exit_layer: number of layers run for a token, on average.
-        agreement: share of tokens that the full model would choose after the same text.
-        identical: share of positions at which the full model's own answer has the same token.
-        perplexity: of the answers, by the full model.
-    """
-
-    curve: str
-    threshold: float | None
-    tokens_per_second: float
-    speedup: float
-    mean_exit_layer: float
-    agreement: float
-    identical: float
-    perplexity: float
+    rule: Rule = FULL
 
 
 def engines(checkpoint: Path) -> dict[str, EarlyExitEngine]:
@@ -106,105 +82,51 @@ def measure(
             results[name, threshold].append(
                 min(answers, key=lambda one: one.statistics.decode_seconds)
             )
-    judges = {name: _Judge(curve.engine) for name, curve in curves.items()}
+    judges = {name: Judge(curve.engine) for name, curve in curves.items()}
     return [
         _point(judges[name], name, threshold, results[name, threshold], results[name, None])
         for name, threshold in settings
     ]
 
 
-class _Judge:
-    """Tells what the full model thinks of the tokens of an answer. Each text is evaluated once,
-    because answers at neighbouring thresholds are often equal."""
-
-    def __init__(self, engine: EarlyExitEngine) -> None:
-        self.engine = engine
-        self._found: dict[tuple[int, ...], list[tuple[bool, float]]] = {}
-
-    def of(self, answer: GenerationResult) -> list[tuple[bool, float]]:
-        """Whether the full model would choose the token, and its log-probability."""
-        text = (*answer.prompt_token_ids, *answer.token_ids)
-        if text not in self._found:
-            params = SamplingParams(max_tokens=0, prompt_logprobs=1)
-            scores = self.engine.generate([list(text)], params)[0].prompt_tokens
-            assert scores is not None
-            self._found[text] = [
-                (score.token_id == score.top_logprobs[0][0], score.logprob)
-                for score in scores[len(answer.prompt_token_ids) :]
-                if score.logprob is not None
-            ]
-        return self._found[text]
-
-
 def _point(
-    judge: _Judge,
+    judge: Judge,
     curve: str,
     threshold: float | None,
     answers: Sequence[GenerationResult],
     full: Sequence[GenerationResult],
 ) -> Point:
-    judged = [one for answer in answers for one in judge.of(answer)]
-    return Point(
+    return point(
         curve,
         threshold,
-        _speed(answers),
-        _speed(answers) / _speed(full),
-        mean(layer for answer in answers for layer in answer.exit_layers),
-        mean(is_same for is_same, _ in judged),
-        mean(
-            a == b
-            for answer, reference in zip(answers, full, strict=True)
-            for a, b in zip(answer.token_ids, reference.token_ids, strict=False)
-        ),
-        math.exp(-mean(logprob for _, logprob in judged)),
+        [_answered(judge, *pair) for pair in zip(answers, full, strict=True)],
+    )
+
+
+def _answered(judge: Judge, answer: GenerationResult, full: GenerationResult) -> Answered:
+    judged = judge.of(answer.prompt_token_ids, answer.token_ids)
+    own, reference = answer.statistics, full.statistics
+    return Answered(
+        own.num_generated_tokens - 1,
+        own.decode_seconds,
+        reference.num_generated_tokens - 1,
+        reference.decode_seconds,
+        answer.exit_layers,
+        [is_same for is_same, _ in judged],
+        [a == b for a, b in zip(answer.token_ids, full.token_ids, strict=False)],
+        [logprob for _, logprob in judged],
     )
 
 
 def _params(curve: Curve, threshold: float | None, max_tokens: int) -> SamplingParams:
-    common: dict[str, Any] = {"max_tokens": max_tokens, "ignore_eos": True}
-    if threshold is None:
-        return SamplingParams(mode="full", **common)
-    common |= curve.options
-    return SamplingParams(mode="early_exit", early_exit_threshold=threshold, **common)
+    rule = FULL if threshold is None else replace(curve.rule, threshold=threshold)
+    return rule.params(max_tokens=max_tokens, ignore_eos=True)
 
 
 def _speed(answers: Sequence[GenerationResult]) -> float:
     seconds = sum(answer.statistics.decode_seconds for answer in answers)
     tokens = sum(answer.statistics.num_generated_tokens - 1 for answer in answers)
     return tokens / seconds
-
-
-def fastest(points: Sequence[Point], least_agreement: float) -> Point:
-    """The fastest of these points with at least that agreement. There is always one, because the
-    full model agrees with itself."""
-    return max((p for p in points if p.agreement >= least_agreement), key=lambda p: p.speedup)
-
-
-def by_curve(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """The points of each curve."""
-    return {
-        name: [point for point in points if point.curve == name]
-        for name in dict.fromkeys(point.curve for point in points)
-    }
-
-
-def table(points: Sequence[Point]) -> str:
-    """The points as text: a line for each threshold, with the speeds of each curve. What is said of
-    quality is the first curve's, so all should have the same."""
-    columns = by_curve(points)
-    first = "".join(f"{name:>22}" for name in columns)
-    head = f"{'threshold':<10}" + f"{'tokens/s':>11} {'speed-up':>10}" * len(columns)
-    rows = []
-    for row in zip(*columns.values(), strict=True):
-        speeds = "".join(f"{p.tokens_per_second:11.1f} {p.speedup:9.2f}x" for p in row)
-        p = row[0]
-        name = "full model" if p.threshold is None else format(p.threshold, ".2f")
-        rows.append(
-            f"{name:>10}{speeds} {p.mean_exit_layer:10.1f} {p.agreement:10.1%} {p.identical:10.1%} "
-            f"{p.perplexity:11.2f}"
-        )
-    head += f"{'exit layer':>11} {'agreement':>10} {'same text':>10} {'perplexity':>11}"
-    return "\n".join([" " * 10 + first, head, *rows])
 
 
 _WHY_ALL = (

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Protocol
 
 import pytest
 import sentencepiece
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from examples.quickstart.corpus import EOS, topics, train_tokenizer
+from examples.quickstart.corpus import EOS, train_tokenizer
 from tools.preprocess_data import main
 
 ROOT = Path(__file__).parents[2]

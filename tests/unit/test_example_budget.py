@@ -222,7 +222,7 @@ class FakeEngine:
             )
             for place, token in enumerate(text[1:], start=1)
         ]
-        return SimpleNamespace(prompt_tokens=first + scores)
+        return SimpleNamespace(prompt_tokens=first + scores, error=None)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import get_args
 
 from examples.budget import Measuring
 from examples.ee_tuning.smollm2.speculation import (
@@ -13,14 +14,17 @@ from examples.ee_tuning.smollm2.speculation import (
     measure_speculation,
     speculation_table,
 )
-from examples.quickstart.pictures import tradeoff_curve
-from examples.quickstart.tradeoff import Curve, Point, by_curve, fastest, measure, table
+from examples.quickstart.tradeoff import Curve, measure
+from megatron.early_exit.evaluation.figures import save, tradeoff_curve
+from megatron.early_exit.evaluation.rule import Rule
+from megatron.early_exit.evaluation.tradeoff import Point, by_curve, fastest, table
 from megatron.early_exit.inference import EarlyExitEngine
+from megatron.early_exit.inference.params import KVPolicy
 
 GOALS = ((0.9, 1.5), (0.95, 1.3))
 """Least agreement with the full model, and the speed over its own that is to be reached there."""
 LEAST_LOSSLESS = 1.3
-KV_POLICIES = ("exact", "propagate")
+KV_POLICIES: tuple[KVPolicy, ...] = get_args(KVPolicy)
 PROMPT_CHARACTERS = 400
 
 
@@ -46,7 +50,7 @@ def report(
     prompts = held_out_prompts(work_dir / "data" / "validation.jsonl", most.prompts)
     start = time.monotonic()
     curves = {
-        f"{name}, {policy}": Curve(engine, {"kv_policy": policy})
+        f"{name}, {policy}": Curve(engine, Rule(kv_policy=policy))
         for name, engine in engines.items()
         for policy in KV_POLICIES
     }
@@ -75,7 +79,7 @@ def report(
         if any(one.identical < 1 for one in found):
             # Rounding may decide between two equally probable tokens.
             print("   a text differs: two tokens were equally probable, or this is a bug to report")
-    tradeoff_curve(points, work_dir / "tradeoff.png", GOALS[0][0])
+    save(tradeoff_curve(points, GOALS[0][0]), work_dir / "tradeoff.png")
     figures = {
         "thresholds": [asdict(point) for point in points],
         "self_speculative": {name: [asdict(one) for one in own] for name, own in drafts.items()},

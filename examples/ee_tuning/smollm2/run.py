@@ -23,13 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from examples.budget import Budget, Measuring, guard_minutes
 from examples.ee_tuning.smollm2.report import report
 from examples.ee_tuning.smollm2.tuning import EXIT_LAYERS, TRIAL_STEPS, Tuning
-from examples.quickstart.corpus import (
-    is_prose_or_code,
-    split,
-    standard_library_texts,
-    write_json_lines,
-)
+from examples.quickstart.corpus import split, write_json_lines
 from examples.stages import run_command, stage
+from megatron.early_exit.data.standard_library import is_prose_or_code, standard_library_texts
 from megatron.early_exit.errors import as_flag
 from megatron.early_exit.hardware.dtypes import NAMES, best_training_dtype
 from megatron.early_exit.inference import EarlyExitEngine

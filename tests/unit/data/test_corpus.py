@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import sentencepiece
@@ -12,15 +13,13 @@ from examples.quickstart.corpus import (
     BOS,
     EOS,
     PAD,
-    SPACE_MARK,
     UNK,
     build_corpus,
-    is_prose_or_code,
     main,
     split,
-    topics,
     train_tokenizer,
 )
+from megatron.early_exit.data.standard_library import SPACE_MARK, is_prose_or_code
 
 
 @pytest.fixture(scope="module")

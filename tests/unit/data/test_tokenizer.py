@@ -2,11 +2,12 @@
 
 from argparse import ArgumentParser
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import sentencepiece
 
-from examples.quickstart.corpus import EOS, topics, train_tokenizer
+from examples.quickstart.corpus import EOS, train_tokenizer
 from megatron.early_exit.checkpoint.tokenizer import TokenizerDescription, load_tokenizer
 from megatron.early_exit.data.tokenizer import (
     TextTokenizer,

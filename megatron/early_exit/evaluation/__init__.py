@@ -1,0 +1,1 @@
+"""What exits cost in quality and gain in speed: measurements, their records, and reports."""

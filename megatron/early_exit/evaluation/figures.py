@@ -1,0 +1,251 @@
+"""Pictures of what was found, for files and for the report."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from megatron.early_exit.evaluation.summary import ALL, Outcome, Summary
+from megatron.early_exit.evaluation.tradeoff import Point, by_curve
+
+_LABEL_WIDTH, _LABEL_HEIGHT = 32, 14
+"""Pixels that the name of a threshold needs at the figure's own 100 for an inch."""
+_INK = "#010203"
+"""Stands for the colour of a page's text, which no picture has otherwise."""
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a picture of the kind that the path's ending names."""
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=120)
+
+
+def as_svg(figure: Figure, name: str) -> str:
+    """A figure as an SVG element whose lines and letters have the colour of the page's text.
+
+    Args:
+        figure: the figure.
+        name: of the figure, on which the names inside of the element depend.
+    """
+    for axes in figure.axes:
+        axes.set_facecolor("none")
+        axes.tick_params(colors=_INK, which="both")
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+            text.set_color(_INK)
+        for spine in axes.spines.values():
+            spine.set_edgecolor(_INK)
+    for legend in (*figure.legends, *(a.legend_ for a in figure.axes if a.legend_ is not None)):
+        legend.get_frame().set_alpha(0)
+        for text in legend.get_texts():
+            text.set_color(_INK)
+    for text in (text for axes in figure.axes for text in axes.texts):
+        if text.get_color() == "black":
+            text.set_color(_INK)
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    svg = out.getvalue()
+    return svg[svg.index("<svg") :].replace(_INK, "currentColor")
+
+
+def figures_of(summary: Summary, num_layers: int) -> dict[str, Figure]:
+    """All figures that can be drawn of a summary, by their names.
+
+    Args:
+        summary: what was found.
+        num_layers: of the model.
+    """
+    found: dict[str, Figure] = {}
+    whole = [one for one in summary.outcomes if one.task == ALL and one.point is not None]
+    if not whole:
+        return found
+    found["quality_against_speed"] = tradeoff_curve(summary.points())
+    curves: dict[str, list[Outcome]] = {}
+    for one in whole:
+        curves.setdefault(one.curve, []).append(one)
+    first = next(iter(curves.values()))
+    found["exits"] = _exit_histogram(first)
+    found["calibration"] = _calibration(summary)
+    found["depth_over_position"] = _depths(first, num_layers)
+    tasks = {one.task for one in summary.outcomes if one.point is not None}
+    if len(tasks) > 1:
+        found["speedup_by_task"] = _speedup_by_task(summary, first[0].curve)
+    return found
+
+
+def tradeoff_curve(points: Sequence[Point], least_agreement: float | None = None) -> Figure:
+    """Draw agreement with the full model against speed, one mark for each threshold.
+
+    All speeds are relative to the first point's, which is a full model's. Bars are the points'
+    intervals, where they have any.
+
+    Args:
+        points: of all curves; in each the full model comes first.
+        least_agreement: a line marks it, so that a difference of a few tokens looks as small as it
+            is; None draws none.
+    """
+    figure, axes = _figure(7, 5)
+    slowest = points[0].tokens_per_second
+    marks: list[tuple[str, tuple[float, float]]] = []
+    for name, own in by_curve(points).items():
+        full, *early = own
+        scale = full.tokens_per_second / slowest
+        speeds = [point.tokens_per_second / slowest for point in early]
+        agreements = [100 * point.agreement for point in early]
+        container = axes.errorbar(
+            speeds,
+            agreements,
+            xerr=_bars([(p.speedup, p.speedup_interval) for p in early], scale),
+            yerr=_bars([(p.agreement, p.agreement_interval) for p in early], 100),
+            marker="o",
+            elinewidth=0.6,
+            label=f"early exit by threshold, {name}",
+        )
+        names = [f"{point.threshold:.2f}" for point in early]
+        marks += zip(names, zip(speeds, agreements, strict=True), strict=True)
+        axes.plot(
+            [scale],
+            [100.0],
+            marker="s",
+            linestyle="none",
+            color=container.lines[0].get_color(),
+            label=f"full model, {name}",
+        )
+    if least_agreement is not None:
+        axes.axhline(100 * least_agreement, color="gray", linestyle="dashed", linewidth=1)
+    axes.set(
+        xlabel=f"speed, over the full model, {points[0].curve}",
+        ylabel="tokens that the full model would choose (%)",
+        title="Quality against speed",
+    )
+    axes.margins(x=0.08)
+    figure.legend(loc="outside lower center", ncols=len(by_curve(points)))
+    figure.draw_without_rendering()
+    _label(axes, marks)
+    return figure
+
+
+def _bars(
+    values: Sequence[tuple[float, tuple[float, float] | None]], scale: float
+) -> list[list[float]] | None:
+    """How far intervals reach below and above values, in units of a scale."""
+    bars: list[list[float]] = [[], []]
+    for value, bounds in values:
+        if bounds is None:
+            return None
+        bars[0].append(max(0.0, scale * (value - bounds[0])))
+        bars[1].append(max(0.0, scale * (bounds[1] - value)))
+    return bars
+
+
+def _label(axes: Axes, marks: Sequence[tuple[str, tuple[float, float]]]) -> None:
+    """Label the marks with their thresholds, the lowest ones first, as far as there is room."""
+    taken: list[tuple[float, float]] = []
+    for name, place in sorted(marks):
+        x, y = axes.transData.transform(place)
+        if any(abs(x - a) < _LABEL_WIDTH and abs(y - b) < _LABEL_HEIGHT for a, b in taken):
+            continue
+        taken.append((x, y))
+        axes.annotate(name, place, textcoords="offset points", xytext=(6, 4), fontsize=8)
+
+
+def _exit_histogram(curve: Sequence[Outcome]) -> Figure:
+    """Draw which share of the tokens each number of layers has given, for each threshold."""
+    figure, axes = _figure(7, 4.2)
+    names = [_name(one) for one in curve]
+    layers = sorted({layer for one in curve for layer in one.exit_shares})
+    below = np.zeros(len(curve))
+    for layer in layers:
+        shares = np.array([100 * one.exit_shares.get(layer, 0.0) for one in curve])
+        axes.bar(names, shares, bottom=below, label=f"layer {layer}")
+        below += shares
+    axes.set(xlabel="threshold", ylabel="tokens (%)", title=f"Exits, {curve[0].curve}")
+    axes.tick_params("x", rotation=90)
+    figure.legend(loc="outside lower center", ncols=len(layers))
+    return figure
+
+
+def _calibration(summary: Summary) -> Figure:
+    """Draw how often each exit agrees with the full model where it is so sure."""
+    figure, axes = _figure(7, 5)
+    axes.plot([0, 100], [0, 100], color="gray", linestyle="dashed", linewidth=1)
+    for one in summary.exits:
+        axes.plot(
+            [100 * bin.mean_confidence for bin in one.bins],
+            [100 * bin.agreement for bin in one.bins],
+            marker="o",
+            label=f"{one.measure}, exit after layer {one.layer}",
+        )
+    axes.set(
+        xlabel="mean confidence (%)",
+        ylabel="agreement with the full model (%)",
+        title="Calibration of the exits",
+    )
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def _depths(curve: Sequence[Outcome], num_layers: int) -> Figure:
+    """Draw the mean number of layers at each place of the answers, a row for each threshold."""
+    figure, axes = _figure(7, 4.2)
+    image = axes.imshow(
+        [one.depths for one in curve], aspect="auto", cmap="viridis", vmin=0, vmax=num_layers
+    )
+    axes.set_yticks(range(len(curve)), [_name(one) for one in curve], fontsize=7)
+    axes.set(
+        xlabel="place in the answer (tokens)",
+        ylabel="threshold",
+        title=f"Depth over position, {curve[0].curve}",
+    )
+    axes.grid(False)
+    bar = figure.colorbar(image, ax=axes)
+    bar.set_label("mean number of layers")
+    return figure
+
+
+def _speedup_by_task(summary: Summary, curve: str) -> Figure:
+    """Draw the speed-up of each kind of text by threshold."""
+    figure, axes = _figure(7, 4.2)
+    tasks: dict[str, list[tuple[float, float]]] = {}
+    for one in summary.outcomes:
+        if one.curve == curve and one.point is not None and one.threshold is not None:
+            tasks.setdefault(one.task, []).append((one.threshold, one.point.speedup))
+    for task, marks in tasks.items():
+        axes.plot(*zip(*marks, strict=True), marker=".", label=task)
+    axes.axhline(1, color="gray", linestyle="dashed", linewidth=1)
+    axes.set(
+        xlabel="threshold",
+        ylabel="speed-up over the full model",
+        title=f"Speed-up by task, {curve}",
+    )
+    figure.legend(loc="outside lower center", ncols=len(tasks))
+    return figure
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of so many inches, and its axes; nothing else knows of it."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _name(outcome: Outcome) -> str:
+    return "full" if outcome.threshold is None else f"{outcome.threshold:.2f}"
+
+
+PICTURES: Mapping[str, str] = {
+    "quality_against_speed": "Agreement with the full model against speed. Each mark is a "
+    "threshold; bars hold 95 % of resampled sets of prompts; squares are the full model.",
+    "exits": "The share of tokens that each exit, or the final head, has given.",
+    "calibration": "Where an exit is so sure, how often is its token the full model's? On the "
+    "dashed line confidence is what it seems to be.",
+    "depth_over_position": "The mean number of layers at each place of the answers.",
+    "speedup_by_task": "Some kinds of text are easier than others.",
+}
+"""What the figures show, by their names."""

@@ -1,0 +1,274 @@
+"""Measures a model, one unit of work after another: a prompt, or a batch of them, under a rule."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any
+
+from megatron.early_exit.evaluation.items import Item
+from megatron.early_exit.evaluation.records import Record
+from megatron.early_exit.evaluation.rule import FULL, Rule
+from megatron.early_exit.evaluation.scoring import Judge, best_token, score
+from megatron.early_exit.evaluation.settings import Settings
+from megatron.early_exit.evaluation.text_scores import SCORES
+from megatron.early_exit.inference import EarlyExitEngine, GenerationResult
+from megatron.early_exit.inference.results import PromptToken
+
+_WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A piece of work, whose record can be found again.
+
+    Attributes:
+        kind: "answer" continues a prompt, "choice" scores choices behind it, "batch" continues
+            several prompts together.
+        index: of the prompt, or of the batch.
+        rule: how.
+    """
+
+    kind: str
+    index: int
+    rule: Rule = FULL
+
+    def fields(self) -> Record:
+        """What its record is found by."""
+        rule = self.rule
+        return {
+            "kind": self.kind,
+            "index": self.index,
+            "threshold": rule.threshold,
+            "kv_policy": None if rule == FULL else rule.kv_policy,
+            "measure": None if rule == FULL else rule.exit_measure,
+        }
+
+
+class Measurement:
+    """Measures prompts with one engine.
+
+    Args:
+        engine: of the model, which does not keep what earlier prompts have left in its caches.
+        items: the prompts.
+        settings: what is measured.
+
+    Raises:
+        ValueError: the model has no exits or no tokenizer, or a prompt does not fit into its
+            context.
+    """
+
+    def __init__(self, engine: EarlyExitEngine, items: Sequence[Item], settings: Settings) -> None:
+        if not engine.exit_layers:
+            raise ValueError("the model has no exits, allowed: one that has")
+        if engine.tokenizer is None:
+            raise ValueError("the model has no tokenizer that inference supports")
+        self.engine, self.items, self.settings = engine, items, settings
+        self._encode: Callable[[str], list[int]] = engine.tokenizer.encode
+        self._judge = Judge(engine)
+        self._rules = settings.rules()
+        self._continued = [i for i, item in enumerate(items) if not item.choices]
+        for number, item in enumerate(items):
+            self._check(number, item)
+
+    def units(self) -> list[Unit]:
+        """All work, in its order: the full model's answer to a prompt comes before the others."""
+        units = []
+        for index, item in enumerate(self.items):
+            kind = "choice" if item.choices else "answer"
+            units += [Unit(kind, index, rule) for rule in (FULL, *self._rules)]
+        size = self.settings.batch_size
+        if size is not None:
+            batches = range(math.ceil(len(self._continued) / size))
+            units += [Unit("batch", index, rule) for index in batches for rule in self._rules]
+        return units
+
+    def warm_up(self) -> None:
+        """Answer a prompt by every rule without measuring: first answers pay for allocations."""
+        for rule in (FULL, *self._rules):
+            prompts = [self.items[i].prompt for i in self._batch(0)] if self._continued else []
+            params = rule.params(max_tokens=_WARM_UP_TOKENS, ignore_eos=True)
+            if prompts:
+                self.engine.generate(prompts[:1], params)
+            if self.settings.batch_size is not None:
+                self.engine.generate(prompts, params)
+
+    def measure(self, unit: Unit, full: Mapping[int, Record]) -> Record:
+        """The record of a unit.
+
+        Args:
+            unit: what is measured.
+            full: the full model's records of the prompts that are continued, by their indices.
+
+        Raises:
+            FloatingPointError: logits are not finite: damaged weights, or an overflow.
+        """
+        if unit.kind == "batch":
+            found = self._batch_record(unit)
+        elif unit.kind == "choice":
+            found = self._choice_record(self.items[unit.index], unit.rule)
+        elif unit.rule == FULL:
+            found = self._full_record(self.items[unit.index])
+        else:
+            found = self._rule_record(self.items[unit.index], unit.rule, full[unit.index])
+        return {**unit.fields(), **found}
+
+    # --- answers ---------------------------------------------------------------------------------
+
+    def _full_record(self, item: Item) -> Record:
+        answer = self._answers([item.prompt], FULL)[0]
+        text = [*answer.prompt_token_ids, *answer.token_ids]
+        start = len(answer.prompt_token_ids) - 1
+        choices = [best_token(one) for one in score(self.engine, text)[start:]]
+        exits: dict[str, dict[str, Any]] = {}
+        for measure in self.settings.measures:
+            for layer in self.engine.exit_layers:
+                alone = Rule(0.0, "exact", measure, (layer,))
+                scores = score(self.engine, text, alone)[start:]
+                exits.setdefault(measure, {})[str(layer)] = {
+                    "confidences": [one.confidence for one in scores],
+                    "agrees": [
+                        best_token(one) == choice
+                        for one, choice in zip(scores, choices, strict=True)
+                    ],
+                }
+        return {
+            "prompt_tokens": answer.prompt_token_ids,
+            "choices": choices,
+            "exits": exits,
+            "exits_held_out": {
+                str(layer): self._held_out(item, Rule(0.0, exit_layers=(layer,)))
+                for layer in self.engine.exit_layers
+            },
+            **self._about_answer(item, answer, FULL),
+        }
+
+    def _rule_record(self, item: Item, rule: Rule, full: Record) -> Record:
+        seconds: list[float] = []
+        full_seconds: list[float] = []
+        for _ in range(self.settings.repeats):
+            before = self._answers([item.prompt], FULL)[0]
+            answer = self._answers([item.prompt], rule)[0]
+            full_seconds.append(before.statistics.decode_seconds)
+            seconds.append(answer.statistics.decode_seconds)
+        text = [*full["prompt_tokens"], *full["tokens"]]
+        forced = score(self.engine, text, rule)[len(full["prompt_tokens"]) - 1 :]
+        return {
+            "seconds": seconds,
+            "full_seconds": full_seconds,
+            "same": [a == b for a, b in zip(answer.token_ids, full["tokens"], strict=False)],
+            "forced_agrees": [
+                best_token(one) == choice
+                for one, choice in zip(forced, full["choices"], strict=True)
+            ],
+            **self._about_answer(item, answer, rule),
+        }
+
+    def _about_answer(self, item: Item, answer: GenerationResult, rule: Rule) -> Record:
+        judged = self._judge.of(answer.prompt_token_ids, answer.token_ids)
+        text = item.cut(self._own_text(answer))
+        scores = {}
+        if item.reference is not None:
+            scores = {name: of(text, item.reference) for name, of in SCORES.items()}
+        return {
+            "tokens": answer.token_ids,
+            "token_texts": answer.token_texts,
+            "exit_layers": answer.exit_layers,
+            "confidences": answer.confidences,
+            "agrees": [agrees for agrees, _ in judged],
+            "logprobs": [logprob for _, logprob in judged],
+            "text": text,
+            "scores": scores,
+            "held_out": self._held_out(item, rule),
+        }
+
+    def _answers(self, prompts: Sequence[str], rule: Rule) -> list[GenerationResult]:
+        params = rule.params(max_tokens=self.settings.max_tokens, ignore_eos=True)
+        answers = self.engine.generate(prompts, params)
+        for one in answers:
+            if one.error is not None:
+                raise FloatingPointError(one.error)
+        return answers
+
+    def _own_text(self, answer: GenerationResult) -> str:
+        """The text up to where the model would have ended it."""
+        ends = {self.engine.eod_id, *self.engine.other_end_ids}
+        assert answer.token_texts is not None
+        count = next((i for i, one in enumerate(answer.token_ids) if one in ends), None)
+        return "".join(answer.token_texts[:count])
+
+    def _held_out(self, item: Item, rule: Rule) -> Record | None:
+        """How well the rule's heads predict the prompt and its reference."""
+        if item.reference is None:
+            return None
+        tokens = self._encode(item.prompt + item.reference)[: self.engine.max_sequence_length]
+        return _total(score(self.engine, tokens, rule))
+
+    # --- choices ---------------------------------------------------------------------------------
+
+    def _choice_record(self, item: Item, rule: Rule) -> Record:
+        prompt = self._encode(item.prompt)
+        totals = []
+        for choice in item.choices:
+            tokens = self._encode(item.prompt + choice)
+            # Tokens of the prompt's end may be others where a choice follows.
+            common = next(
+                (
+                    i
+                    for i, pair in enumerate(zip(prompt, tokens, strict=False))
+                    if len(set(pair)) > 1
+                ),
+                min(len(prompt), len(tokens) - 1),
+            )
+            totals.append(_total(score(self.engine, tokens, rule)[max(common, 1) - 1 :]))
+        logprobs = [-math.inf if one["logprob"] is None else one["logprob"] for one in totals]
+        by_length = [a / len(choice) for a, choice in zip(logprobs, item.choices, strict=True)]
+        return {
+            "choices": totals,
+            "accuracy": logprobs.index(max(logprobs)) == item.gold,
+            "accuracy_norm": by_length.index(max(by_length)) == item.gold,
+        }
+
+    # --- batches ---------------------------------------------------------------------------------
+
+    def _batch(self, index: int) -> list[int]:
+        """The prompts of a batch; the last one is filled with the first prompts."""
+        size = self.settings.batch_size or 1
+        return list(islice(cycle(self._continued), index * size, (index + 1) * size))
+
+    def _batch_record(self, unit: Unit) -> Record:
+        members = self._batch(unit.index)
+        prompts = [self.items[i].prompt for i in members]
+        seconds: dict[Rule, list[float]] = {FULL: [], unit.rule: []}
+        for _ in range(self.settings.repeats):
+            for rule, own in seconds.items():
+                start = time.perf_counter()
+                self._answers(prompts, rule)
+                own.append(time.perf_counter() - start)
+        return {
+            "members": members,
+            "tokens": len(members) * self.settings.max_tokens,
+            "seconds": seconds[unit.rule],
+            "full_seconds": seconds[FULL],
+        }
+
+    def _check(self, number: int, item: Item) -> None:
+        room = 0 if item.choices else self.settings.max_tokens
+        texts = [item.prompt + choice for choice in item.choices] or [item.prompt]
+        length = max(len(self._encode(text)) for text in texts)
+        longest = self.engine.max_sequence_length - room
+        if length > longest:
+            raise ValueError(
+                f"prompt {number} (task {item.task}) has {length} tokens, allowed: up to "
+                f"{longest}, which leaves room for --max-tokens {room}; --prompt-characters "
+                "shortens prompts that are made"
+            )
+
+
+def _total(scores: Sequence[PromptToken]) -> Record:
+    """The log-probability of scored tokens together; None where one has a probability of 0, as it
+    has at an exit that answers with some tokens only."""
+    logprobs = [one.logprob for one in scores if one.logprob is not None]
+    total = sum(logprobs)
+    return {"logprob": total if math.isfinite(total) else None, "tokens": len(logprobs)}

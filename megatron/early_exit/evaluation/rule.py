@@ -1,0 +1,45 @@
+"""The rules that are compared: by which head each token is chosen."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.early_exit.config import ExitMeasure
+from megatron.early_exit.inference import SamplingParams
+from megatron.early_exit.inference.params import KVPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A greedy way to decode: the full model's, or that of exits with a threshold.
+
+    Attributes:
+        threshold: least confidence to leave at an exit, 0 to 1; None is the full model.
+        kv_policy: what later tokens see of a position that has left, see `SamplingParams`.
+        exit_measure: what confidence is; None is what is stored with the model.
+        exit_layers: the exits that are used; None is all.
+    """
+
+    threshold: float | None = None
+    kv_policy: KVPolicy = "exact"
+    exit_measure: ExitMeasure | None = None
+    exit_layers: tuple[int, ...] | None = None
+
+    def params(self, **fields: Any) -> SamplingParams:
+        """A request that decodes or scores by the rule.
+
+        Args:
+            fields: further fields of the request.
+        """
+        if self.threshold is None:
+            return SamplingParams(mode="full", **fields)
+        return SamplingParams(
+            mode="early_exit",
+            early_exit_threshold=self.threshold,
+            kv_policy=self.kv_policy,
+            exit_measure=self.exit_measure,
+            exit_layers=self.exit_layers,
+            **fields,
+        )
+
+
+FULL = Rule()
