@@ -30,6 +30,7 @@ DOCUMENTS = (
     "CHANGELOG.md",
     "SECURITY.md",
     "docs/architecture.md",
+    "docs/evaluate.md",
     "docs/gpu.md",
 )
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -15,6 +15,7 @@ from megatron.early_exit.evaluation.tradeoff import Point, by_curve
 
 _LABEL_WIDTH, _LABEL_HEIGHT = 32, 14
 """Pixels that the name of a threshold needs at the figure's own 100 for an inch."""
+_LONG_NAME = 22
 _INK = "#010203"
 """Stands for the colour of a page's text, which no picture has otherwise."""
 
@@ -124,7 +125,9 @@ def tradeoff_curve(points: Sequence[Point], least_agreement: float | None = None
         title="Quality against speed",
     )
     axes.margins(x=0.08)
-    figure.legend(loc="outside lower center", ncols=len(by_curve(points)))
+    # Two long names do not fit beside each other.
+    longest = max(len(one.curve) for one in points)
+    figure.legend(loc="outside lower center", ncols=1 if longest > _LONG_NAME else 2)
     figure.draw_without_rendering()
     _label(axes, marks)
     return figure

@@ -41,7 +41,7 @@ def write_report(
     parts = files(__package__) / "report_page"
     model = Path(header["model"]["checkpoint"])
     texts = {
-        "title": escape(f"Evaluation of {model.name}"),
+        "title": escape(f"Evaluation of {model.parent.name}/{model.name}"),
         "about": _about(header),
         "figures": "\n".join(
             f"<figure>{as_svg(figure, name)}<figcaption>{escape(PICTURES[name])}</figcaption>"
