@@ -159,6 +159,19 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise ValueError(error.named(as_flag(error.field))) from error
 
 
+def measures_of(args: argparse.Namespace, engine: EarlyExitEngine) -> tuple[ExitMeasure, ...]:
+    """The measures of confidence, by default what is stored with the model.
+
+    Raises:
+        ValueError: the model does not have one of them.
+    """
+    for measure in args.measures or ():
+        if measure not in engine.exit_measures:
+            allowed = " ".join(engine.exit_measures)
+            raise ValueError(f"--measures {measure}: the exits have no gates, allowed: {allowed}")
+    return tuple(args.measures or [engine.exit_measure])
+
+
 def about_model(args: argparse.Namespace, engine: EarlyExitEngine) -> dict[str, Any]:
     """How the model was loaded, as JSON has it."""
     location = locate(args.load)
@@ -187,14 +200,9 @@ def run(args: argparse.Namespace) -> int:
     if engine.is_worker:
         engine.work()
         return 0
-    measures = args.measures or [engine.exit_measure]
-    for measure in measures:
-        if measure not in engine.exit_measures:
-            allowed = " ".join(engine.exit_measures)
-            raise ValueError(f"--measures {measure}: the exits have no gates, allowed: {allowed}")
-    settings = replace(settings, measures=tuple(measures))
-    evaluation = Evaluation(engine, items, settings, about_model(args, engine))
     try:
+        settings = replace(settings, measures=measures_of(args, engine))
+        evaluation = Evaluation(engine, items, settings, about_model(args, engine))
         summary = evaluation.run(args.output_dir, partial(tqdm, unit=" units", disable=None))
     finally:
         engine.close()
@@ -212,6 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

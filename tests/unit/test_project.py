@@ -335,6 +335,8 @@ def package_copy(tmp_path: Path) -> Path:
         ("inference", "training"),
         ("inference", "schedules"),
         ("inference", "planner"),
+        ("inference", "evaluation"),
+        ("server", "evaluation"),
         ("schedules", "planner"),
         ("server", "client"),
         ("training", "platform"),

@@ -62,6 +62,8 @@ def _version(name: str) -> str | None:
 
 def _commit() -> str | None:
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    # The commit itself is wanted, not a tag near it.
+    command.append("--exclude=*")
     # An installed package is in no repository, or in somebody else's.
     if not (_ROOT / "pyproject.toml").is_file():
         return None

@@ -71,8 +71,9 @@ def page_data(header: Mapping[str, Any], records: Iterable[Record]) -> dict[str,
             continue
         answer = {key: one[key] for key in ("threshold", "kv_policy", "measure")}
         if one["kind"] == "answer":
-            kept = ("token_texts", "exit_layers", "confidences", "agrees", "scores")
+            kept = ("token_texts", "exit_layers", "agrees", "scores")
             answer |= {key: one[key] for key in kept}
+            answer["confidences"] = [round(value, 4) for value in one["confidences"]]
         else:
             answer["logprobs"] = [total["logprob"] for total in one["choices"]]
         items[one["index"]]["answers"].append(answer)
