@@ -126,3 +126,12 @@ def test_commands_of_the_document_have_valid_flags():
     assert defaults.thresholds == list(DEFAULT_THRESHOLDS)
     assert DEFAULT_THRESHOLDS[:2] == (1.0, 0.95)
     assert (DEFAULT_THRESHOLDS[-1], len(DEFAULT_THRESHOLDS)) == (0.0, 21)
+
+
+def test_an_interrupted_measurement_says_how_it_goes_on(checkpoint, tmp_path, capsys, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tools.evaluate.load", interrupt)
+    assert run(checkpoint, tmp_path, "--tasks", "manual") == 130
+    assert "interrupted: the same command goes on" in capsys.readouterr().err
