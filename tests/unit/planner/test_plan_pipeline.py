@@ -1,6 +1,7 @@
 """tools/plan_pipeline.py: models by name, by file and by flags; what is printed and written."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -319,6 +320,22 @@ def test_refusals_are_one_sentence(capsys, tmp_path, words, message):
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+def test_it_ends_quietly_where_nobody_reads_on():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        words = ["tools/plan_pipeline.py", "--schedule", "1f1b", *PAPER.split()]
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=Path(__file__).parents[3],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=patient(60),
+        )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_command_needs_neither_torch_nor_matplotlib():
