@@ -46,7 +46,7 @@ def _model(
 
 
 NAMED_MODELS: dict[str, NamedModel] = {
-    "1.3b": _model(24, 2048, 5504, 16, tied=True),
+    "1.3b": _model(24, 2048, 5504, 32, tied=True),
     "7b": _model(32, 4096, 11008, 32),
     "13b": _model(40, 5120, 13824, 40),
     "30b": _model(60, 6656, 17920, 52),

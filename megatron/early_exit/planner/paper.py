@@ -6,6 +6,7 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.planner.costs.hardware import ACCELERATORS
 from megatron.early_exit.planner.costs.layout import Layout
 from megatron.early_exit.planner.costs.model_costs import ExitExecution, model_costs
+from megatron.early_exit.planner.costs.training_options import TrainingOptions
 from megatron.early_exit.planner.named_models import NAMED_MODELS, NamedModel
 from megatron.early_exit.planner.simulation.long_step import StepTime, time_long_step
 from megatron.early_exit.schedules.check import build_proved
@@ -13,6 +14,8 @@ from megatron.early_exit.schedules.generators import FilledOneFOneB
 from megatron.early_exit.schedules.schedule import Schedule
 
 NUM_ACCELERATORS, NUM_RANKS = 64, 4
+# Replicas do not share the optimizer's states there.
+_OPTIONS = TrainingOptions(distributed_optimizer=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,10 @@ class PaperModel:
     ) -> StepTime:
         """The pipeline's part of a step of 1F1B, with all fills that fit or with none."""
         layout = self.layout(use_tp_pp_dp_mapping)
-        costs = model_costs(self.model.shape, layout, ACCELERATORS["a100-80gb"], exits, execution)
+        costs = model_costs(
+            *(self.model.shape, layout, ACCELERATORS["a100-80gb"], exits, execution),
+            options=_OPTIONS,
+        )
 
         def build(num_microbatches: int) -> Schedule:
             fills = None if fill_bubbles else 0

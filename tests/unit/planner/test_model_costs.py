@@ -11,6 +11,7 @@ from megatron.early_exit.planner.costs.layout import Layout
 from megatron.early_exit.planner.costs.model_costs import ExitExecution, model_costs
 from megatron.early_exit.planner.costs.model_shape import ModelShape
 from megatron.early_exit.planner.costs.part_times import HardwareTimes
+from megatron.early_exit.planner.costs.training_options import TrainingOptions
 from megatron.early_exit.planner.paper import PAPER_MODELS, PaperModel
 from megatron.early_exit.planner.simulation.long_step import StepTime
 from megatron.early_exit.planner.simulation.simulator import simulate
@@ -96,7 +97,7 @@ def test_neighbours_on_other_nodes_cost_more_time(model):
     exits = model.model.exits.placed(pre_exit=True)
     near, _ = changes(model, model.step(exits, DEFERRED))
     far, _ = changes(model, model.step(exits, DEFERRED, use_tp_pp_dp_mapping=False), False)
-    assert near <= far <= 0.03
+    assert near <= far <= 0.04
 
 
 @models
@@ -139,10 +140,11 @@ TINY = ModelShape.llama(
 )
 
 
-def costs_of(layout: Layout, shape: ModelShape = TINY, exits: EarlyExitConfig = NONE) -> CostModel:
+def costs_of(
+    layout: Layout, shape: ModelShape = TINY, exits: EarlyExitConfig = NONE, **options
+) -> CostModel:
     h100 = ACCELERATORS["h100"]
-    times = HardwareTimes(shape, exits, h100, achieved_share=1.0)
-    return model_costs(shape, layout, h100, exits, DEFERRED, times)
+    return model_costs(shape, layout, h100, exits, DEFERRED, options=TrainingOptions(**options))
 
 
 def test_seven_billion_weights():
@@ -151,16 +153,96 @@ def test_seven_billion_weights():
     assert weights == pytest.approx(6.9e9, rel=0.01)
 
 
-def test_backbone_takes_six_operations_per_weight_and_token():
-    costs = costs_of(Layout(layers_per_stage=(2, 2), num_ranks=2))
-    # Queries and output 8 x 8, keys and values 8 x 4, three products of the MLP, two layers.
-    products = 2 * 2 * (8 * 16 + 8 * 8 + 3 * 8 * 16) * 10
-    attention = 2 * 2 * 10 * 8 * 10
-    embedding_s = 10 * 4 * 8 / 3.35e12
+LARGE = replace(TINY, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64)
+LARGE = replace(LARGE, kv_channels=128, num_query_groups=8, vocab_size=32000, seq_length=8192)
+TWO_LAYERS = Layout(layers_per_stage=(2, 2), num_ranks=2)
+
+
+def test_large_layers_take_little_more_than_their_operations():
+    """Six operations for each weight and token, at the share of the peak that products reach, and
+    not more than a fifth beside them."""
+    costs = costs_of(TWO_LAYERS, LARGE)
+    peak = 0.70 * 989e12
+    products_s = 2 * 2 * LARGE.layer_weights * 8192 / peak
+    # Half of the matrix is masked, and five products go back for two that went forward.
+    attention_s = 2 * 2 * 8192 * 8192 * 8192 / (0.5 * 989e12)
     first = costs.stages[0]
-    assert first.forward_s == pytest.approx((products + attention) / 989e12 + embedding_s)
-    assert first.backward_s == pytest.approx(2 * (products + attention) / 989e12 + embedding_s)
-    assert first.weight_gradient_s == pytest.approx(products / 989e12)
+    least_s = products_s + attention_s
+    assert least_s < first.forward_s < 1.2 * least_s
+    least_s = 2 * products_s + 2.5 * attention_s
+    assert least_s < first.backward_s < 1.2 * least_s
+    assert products_s < first.weight_gradient_s < 1.2 * products_s
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_what_is_computed_again_takes_time_and_no_memory(recompute):
+    kept, again = (
+        costs_of(TWO_LAYERS, LARGE, flash_attention=False, recompute=one).stages[0]
+        for one in ("none", recompute)
+    )
+    assert again.forward_s == kept.forward_s
+    added_s = again.backward_s - kept.backward_s
+    if recompute == "full":
+        # All but the embedding.
+        assert added_s == pytest.approx(kept.forward_s, rel=0.05)
+        # The input of each layer, in bf16.
+        assert again.activation_bytes == 2 * 8192 * 2 * 8192
+    else:
+        assert 0 < added_s < 0.5 * kept.forward_s
+        # Without dropout, the matrix behind its softmax in bf16.
+        matrix = 2 * 64 * 8192 * 8192 * 2
+        assert kept.activation_bytes - again.activation_bytes == matrix
+    assert again.backward_extra_bytes > kept.backward_extra_bytes
+
+
+def test_written_attention_takes_the_time_of_its_matrix():
+    flash, written = (
+        costs_of(TWO_LAYERS, LARGE, flash_attention=one).stages[0] for one in (True, False)
+    )
+    # Eight bytes of each entry move in the forward, in two layers.
+    moved_s = 2 * 8 * 64 * 8192**2 / (0.85 * 3.35e12)
+    masked_s = 2 * 4 * 8192**2 * 8192 / 989e12 * (1 / 0.7 - 0.5 / 0.5)
+    assert written.forward_s - flash.forward_s == pytest.approx(moved_s + masked_s)
+
+
+def test_sequence_parallelism_shares_what_tensor_parallelism_does_not():
+    layout = replace(TWO_LAYERS, tensor_parallel=8)
+    shared, whole = (
+        costs_of(layout, LARGE, sequence_parallel=one).stages[0] for one in (True, False)
+    )
+    # Four inputs of each of two layers, in bf16: seven eighths more on each accelerator.
+    assert whole.activation_bytes - shared.activation_bytes == 2 * 7 / 8 * 8192 * 4 * 2 * 8192
+    assert whole.forward_s > shared.forward_s
+
+
+def test_sequences_are_shared_by_context_parallelism():
+    layout = replace(TWO_LAYERS, context_parallel=2)
+    whole, shared = (costs_of(one, LARGE).stages[0] for one in (TWO_LAYERS, layout))
+    assert shared.forward_s == pytest.approx(whole.forward_s / 2, rel=0.05)
+    assert shared.activation_bytes == whole.activation_bytes / 2
+    # Over a network the ring of keys and values is no longer hidden.
+    far = replace(layout, tensor_parallel=8)
+    slow = replace(ACCELERATORS["h100"], network_bytes_per_s=1e9)
+    times = [
+        model_costs(LARGE, far, one, NONE, DEFERRED).stages[0].forward_s
+        for one in (ACCELERATORS["h100"], slow)
+    ]
+    # Keys and values of a head's 128 entries in bf16, for half of the tokens, in two layers.
+    sent_s = 2 * 4096 * 2 * 128 * 2 / (0.8 * 1e9)
+    assert 0.5 * sent_s < times[1] - times[0] < sent_s
+
+
+def test_messages_are_waited_for_unless_something_runs_beside_them():
+    layout = Layout(layers_per_stage=(1,) * 4, num_ranks=4)
+    beside, waiting = (costs_of(layout, LARGE, overlaps_messages=one) for one in (True, False))
+    sent_s = beside.transfer_s[0]
+    assert sent_s > 0
+    assert waiting.transfer_s == (0, 0, 0)
+    for stage in range(4):
+        more_s = waiting.stages[stage].forward_s - beside.stages[stage].forward_s
+        assert more_s == pytest.approx(sent_s if stage else 0)
+        more_s = waiting.stages[stage].backward_s - beside.stages[stage].backward_s
+        assert more_s == pytest.approx(sent_s if stage < 3 else 0)
 
 
 def test_weights_are_where_they_belong():
@@ -226,7 +308,8 @@ def test_fewer_answers_make_exits_cheaper():
     whole, part = (
         costs_of(layout, exits=exits).stages[0].local_backward_s for exits in (every, few)
     )
-    assert part == pytest.approx(whole / 4)
+    # Logits are a quarter; the norm is whole.
+    assert whole / 4 < part < whole
 
 
 @pytest.mark.parametrize(
@@ -253,7 +336,8 @@ def test_stages_on_other_nodes_are_reached_over_the_network(options, leaves):
     layout = Layout(layers_per_stage=(1,) * 4, **options)
     assert [layout.leaves_node(stage, per_node=8) for stage in range(3)] == leaves
     size = 10 / options["tensor_parallel"] * 2 * 8
-    expected = [size / (50e9 if leaving else 450e9) for leaving in leaves]
+    # Links carry 0.8 of their rate, after 15 microseconds.
+    expected = [15e-6 + size / 0.8 / (50e9 if leaving else 450e9) for leaving in leaves]
     assert costs_of(layout).transfer_s == pytest.approx(expected)
 
 
@@ -275,8 +359,12 @@ def test_stages_on_other_nodes_are_reached_over_the_network(options, leaves):
             "--exit-layer-nums 5 is out of range, allowed: 1 to 4",
         ),
         (
-            lambda: replace(TINY, num_attention_heads=3),
-            "num_attention_heads 3 is out of range, allowed: divisors of hidden_size, 8",
+            lambda: TrainingOptions(gradient_bytes=1),
+            "gradient_bytes 1 is out of range, allowed: 2 to 4",
+        ),
+        (
+            lambda: Layout(layers_per_stage=(1,), num_ranks=1, context_parallel=0),
+            "context_parallel 0 is out of range, allowed: 1 or more",
         ),
         (lambda: replace(TINY, vocab_size=0), "vocab_size 0 is out of range, allowed: 1 or more"),
         (lambda: ExitExecution(chunk_tokens=0), "chunk_tokens 0 is out of range"),

@@ -1,6 +1,7 @@
 """tools/plan_pipeline.py: models by name, by file and by flags; what is printed and written."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,16 @@ def test_models_have_files(tmp_path):
     assert model_of(f"--config {tmp_path} --seq-length 8192").shape.seq_length == 8192
 
 
+def test_heads_may_have_a_size_of_their_own(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"head_dim": 128}))
+    shape = model_of(f"--config {tmp_path}").shape
+    assert (shape.query_size, shape.qkv_size) == (32 * 128, 48 * 128)
+    assert model_of(f"--config {tmp_path} --kv-channels 64").shape.query_size == 2048
+    # Megatron's, if only the width is given.
+    assert model_of(f"--config {tmp_path} --hidden-size 1024").shape.kv_channels == 32
+    assert model_of("--config 7b --kv-channels 256").shape.kv_channels == 256
+
+
 def test_plans_need_no_more_than_sizes(tmp_path):
     """A model may be one that is not imported, with whatever is not in its costs."""
     odd = {"architectures": ["GemmaForCausalLM"], "hidden_act": "gelu", "sliding_window": 512}
@@ -143,6 +154,24 @@ def test_faster_links_and_gpus_make_faster_plans(capsys):
     # Less memory needs more tensor parallelism.
     assert step("--memory-gb 40") > plain
     assert step("--no-overlap-grad-reduce") > plain > step("--overlap-param-gather")
+
+
+def test_layers_are_computed_again_where_memory_is_short(capsys):
+    def plans(more: str) -> list[dict]:
+        words = f"--config 13b --gpus 8 --top 3 --json {more}"
+        return json.loads(answer(capsys, words))["plans"]
+
+    assert plans("--memory-gb 40 --seq-length 8192")[0]["recompute"] == "full"
+    wide, again = plans("--gpu b200")[0], plans("--gpu b200 --recompute-granularity full")[0]
+    assert (wide["recompute"], again["recompute"]) == ("none", "full")
+    assert again["step_s"] > 1.1 * wide["step_s"]
+    # What is computed again is in the ratio, but not in the model's operations.
+    assert again["backward_forward_ratio"] > wide["backward_forward_ratio"] + 0.5
+    assert 1.5 < wide["backward_forward_ratio"] < 2.3
+    assert again["model_flops_utilization"] < wide["model_flops_utilization"] < 0.7
+    per_gpu = wide["model_flops_utilization"] * 2250e12
+    assert wide["model_flops_per_s_per_gpu"] == pytest.approx(per_gpu)
+    assert wide["tokens_per_s"] == pytest.approx(8 * wide["tokens_per_s_per_gpu"])
 
 
 @pytest.mark.parametrize("ending", ["svg", "png", "html"])
@@ -212,7 +241,6 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
         ),
         ("--config {no_json} --gpus 8", "is not a JSON file"),
         ("--config {experts} --gpus 8", "num_local_experts 8, allowed: dense models"),
-        ("--config {heads} --gpus 8", "head_dim 128, allowed: hidden_size / num_attention_heads"),
         ("--config {less} --gpus 8", "vocab_size None is out of range, allowed: 1 or more"),
         ("--config {llama} --gpus 8", "--global-batch-size is missing"),
         ("--config 7b --gpus 8 --num-attention-heads 7", "--num-attention-heads 7 is out of range"),
@@ -222,6 +250,10 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
             "--use-exit-mlp cannot be combined with --pre-exit",
         ),
         ("--config 7b --gpus 7", "--global-batch-size 2048 cannot be divided over replicas"),
+        (
+            "--config 7b --gpus 8 --context-parallel-size 3",
+            "--context-parallel-size 3 is out of range, allowed: divisors of half of --seq-length",
+        ),
         ("--config 7b --gpus 8 --top 0", "--top 0 is out of range, allowed: 1 or more"),
         ("--config 7b --gpus 8 --memory-headroom 1", "--memory-headroom 1.0 is out of range"),
         ("--config 7b --gpus 8 --tflops 0", "--tflops 0.0 is out of range, allowed: above 0"),
@@ -274,7 +306,6 @@ def test_refusals_are_one_sentence(capsys, tmp_path, words, message):
         "folder": {},
         "llama": LLAMA,
         "experts": LLAMA | {"num_local_experts": 8},
-        "heads": LLAMA | {"head_dim": 128},
         "less": {name: value for name, value in LLAMA.items() if name != "vocab_size"},
     }
     paths = {name: tmp_path / name for name in files} | {"no_json": tmp_path / "no_json"}
@@ -289,6 +320,22 @@ def test_refusals_are_one_sentence(capsys, tmp_path, words, message):
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+def test_it_ends_quietly_where_nobody_reads_on():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        words = ["tools/plan_pipeline.py", "--schedule", "1f1b", *PAPER.split()]
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=Path(__file__).parents[3],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=patient(60),
+        )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_command_needs_neither_torch_nor_matplotlib():

@@ -9,6 +9,7 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.planner.command_line.model_flags import placements
 from megatron.early_exit.planner.costs.hardware import ACCELERATORS
 from megatron.early_exit.planner.costs.model_shape import ModelShape
+from megatron.early_exit.planner.costs.training_options import TrainingOptions
 from megatron.early_exit.planner.named_models import NAMED_MODELS
 from megatron.early_exit.planner.search.candidates import Candidate, candidates
 from megatron.early_exit.planner.search.filling import FillRequest, fill_bubbles
@@ -150,8 +151,9 @@ def test_a_large_cluster_is_planned_in_seconds():
 
 @pytest.fixture(scope="module")
 def four_stages() -> Plan:
-    request = named_request("30b", 64, tensor_parallel=2, pipeline_parallel=4, num_chunks=1)
-    return find_plans(request, 1).best[0]
+    given = {"tensor_parallel": 2, "pipeline_parallel": 4, "num_chunks": 1, "microbatch_size": 1}
+    options = TrainingOptions(overlaps_messages=True)
+    return find_plans(named_request("30b", 64, **given, options=options), 1).best[0]
 
 
 def test_fills_that_cost_little_are_put_in(four_stages):

@@ -52,9 +52,9 @@ def test_models_without_exits_need_no_times_of_exits(capsys, tmp_path):
         (
             {},
             "--hidden-size 2048 --num-query-groups 4",
-            "was measured with --hidden-size 1024 --ffn-hidden-size 2688 --num-query-groups 16, "
-            "allowed: those of the model, --hidden-size 2048 --ffn-hidden-size 5440 "
-            "--num-query-groups 4",
+            "was measured with --hidden-size 1024 --ffn-hidden-size 2688 --num-query-groups 16 "
+            "--kv-channels 64, allowed: those of the model, --hidden-size 2048 "
+            "--ffn-hidden-size 5440 --num-query-groups 4 --kv-channels 128",
         ),
         ({"dtype": "fp32"}, "", "was measured with --fp32, allowed: --bf16, which plans are made"),
         (

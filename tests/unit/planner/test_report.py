@@ -4,6 +4,7 @@ import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,7 @@ from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
 from megatron.early_exit.planner.command_line.model_flags import placements  # noqa: E402
 from megatron.early_exit.planner.command_line.report import flags, one_flag_a_line  # noqa: E402
 from megatron.early_exit.planner.costs.hardware import ACCELERATORS  # noqa: E402
+from megatron.early_exit.planner.costs.training_options import TrainingOptions  # noqa: E402
 from megatron.early_exit.planner.costs.update import Overlap  # noqa: E402
 from megatron.early_exit.planner.named_models import NAMED_MODELS  # noqa: E402
 from megatron.early_exit.planner.search.filling import FillRequest, fill_bubbles  # noqa: E402
@@ -103,8 +105,26 @@ def test_megatron_accepts_every_plan(name, parse):
         assert args.overlap_param_gather
 
 
+def test_megatron_accepts_options_of_training(parse):
+    options = TrainingOptions(overlaps_messages=False, gradient_bytes=2, tp_comm_overlap=True)
+    request = request_of(
+        "30b", recomputes=("full",), context_parallel=2, tensor_parallel=4, options=options
+    )
+    (plan,) = find_plans(request, 1).best
+    args = check(plan, request, "30b", parse)
+    assert args.context_parallel_size == 2
+    assert (args.recompute_granularity, args.recompute_num_layers) == ("full", 1)
+    assert args.grad_reduce_in_bf16
+    assert args.tp_comm_overlap
+    selective = replace(request, recomputes=("selective",))
+    (plan,) = find_plans(selective, 1).best
+    assert check(plan, selective, "30b", parse).recompute_granularity == "selective"
+
+
 def test_fills_have_flags(parse):
-    request = request_of("30b", num_chunks=1, pipeline_parallel=4, tensor_parallel=2)
+    request = request_of(
+        "30b", num_chunks=1, pipeline_parallel=4, tensor_parallel=2, microbatch_size=1
+    )
     (plan,) = fill_bubbles(find_plans(request, 1).best, FillRequest(), 72e9)
     args = check(plan, request, "30b", parse)
     options = FillingOptions.from_attributes(args)

@@ -9,7 +9,7 @@ from typing import Any
 from megatron.early_exit.checkpoint.huggingface_config import CONFIG_NAME, read_sizes
 from megatron.early_exit.checkpoint.text_files import read_json
 from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig
-from megatron.early_exit.errors import FieldError, as_flag
+from megatron.early_exit.errors import FieldError, as_flag, out_of_range
 from megatron.early_exit.planner.costs.model_shape import ModelShape
 from megatron.early_exit.planner.named_models import NAMED_MODELS
 
@@ -19,6 +19,7 @@ _SIZES = {
     "ffn_hidden_size": "width of the gated MLP (default: Megatron's, 8/3 of the hidden size)",
     "num_attention_heads": "query heads",
     "num_query_groups": "key and value heads (default: as many as query heads)",
+    "kv_channels": "size of a head (default: hidden size / query heads)",
     "vocab_size": "tokens of the vocabulary",
     "seq_length": "tokens of a sequence (default of a config.json: its context, up to 4096)",
 }
@@ -132,15 +133,22 @@ def _read_config(path: Path) -> dict[str, Any]:
         sizes = read_sizes(config)
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from None
-    hidden_size, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-    # Without a size of their own, heads are checked together with what flags say.
-    if config.get("head_dim") is not None and sizes["kv_channels"] * heads != hidden_size:
-        raise ValueError(
-            f"--config {path}: head_dim {sizes['kv_channels']}, allowed: hidden_size / "
-            f"num_attention_heads, {hidden_size / heads:g}"
-        )
+    if config.get("head_dim") is None:
+        # It follows from sizes that flags may change.
+        del sizes["kv_channels"]
     sizes["seq_length"] = min(sizes["max_position_embeddings"], _LONGEST_DEFAULT)
-    return {name: sizes[name] for name in (*_SIZES, _SHARED)}
+    return {name: sizes[name] for name in (*_SIZES, _SHARED) if name in sizes}
+
+
+def _head_size(hidden_size: int | None, num_heads: int | None) -> dict[str, int]:
+    """The size of a head that is not given."""
+    if not hidden_size or not num_heads or num_heads < 1:
+        # Missing, or refused by the name of the size that is out of range.
+        return {"kv_channels": 1}
+    if hidden_size % num_heads:
+        allowed = f"divisors of --hidden-size {hidden_size}, or --kv-channels"
+        raise out_of_range("--num-attention-heads", num_heads, allowed)
+    return {"kv_channels": hidden_size // num_heads}
 
 
 def _exits(args: Namespace, known: EarlyExitConfig) -> EarlyExitConfig:
@@ -165,6 +173,12 @@ def _shape(args: Namespace, known: Mapping[str, Any]) -> ModelShape:
     if args.ffn_hidden_size is None and (args.hidden_size is not None or not known):
         # Megatron's, of a gated MLP.
         sizes["ffn_hidden_size"] = int(4 * sizes.get("hidden_size", 1) * 2 / 3 / 64) * 64
+    if args.kv_channels is None and (
+        args.hidden_size is not None or args.num_attention_heads is not None
+    ):
+        sizes.pop("kv_channels", None)
+    if "kv_channels" not in sizes:
+        sizes |= _head_size(sizes.get("hidden_size"), sizes.get("num_attention_heads"))
     missing = [as_flag(name) for name in _SIZES if name not in sizes]
     if missing:
         raise ValueError(f"{' '.join(missing)} missing, allowed: these flags, or --config")

@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron.early_exit.planner.costs.layer_profile import LayerProfile
+from megatron.early_exit.planner.costs.training_options import Recompute
 from megatron.early_exit.planner.drawing.text import seconds_text
 from megatron.early_exit.planner.search.plans import Plan
 from megatron.early_exit.planner.search.request import PlanRequest
@@ -13,11 +14,14 @@ def table(plans: list[Plan], request: PlanRequest) -> str:
     fastest_s = plans[0].prediction.step_s
     has_exits = any(plan.costing.candidate.exits.positions for plan in plans)
     has_fills = any(plan.fills.number for plan in plans)
+    has_recomputes = any(plan.costing.candidate.options.recompute != "none" for plan in plans)
     rows = [
         [
             *("#", "TP", "PP", "VPP", "DP", "size", "number"),
             *(["exits"] if has_exits else []),
-            *("order", "step", "slower", "tokens/s/GPU", "memory", "bubble", "update"),
+            *(["recompute"] if has_recomputes else []),
+            *("order", "step", "slower", "tokens/s/GPU", "TFLOP/s", "MFU", "memory", "bubble"),
+            "update",
             *(["fills", "cost"] if has_fills else []),
         ]
     ]
@@ -28,11 +32,15 @@ def table(plans: list[Plan], request: PlanRequest) -> str:
         row += [layout.data_parallel, layout.microbatch_size, one.num_microbatches]
         if has_exits:
             row.append("before" if one.exits.pre_exit else "after")
+        if has_recomputes:
+            row.append(one.options.recompute)
         row += [
             "tp-pp-dp" if layout.use_tp_pp_dp_mapping else "tp-dp-pp",
             seconds_text(step_s),
             f"{step_s / fastest_s - 1:.1%}",
             f"{_tokens_per_s(plan, request):,.0f}",
+            f"{_flops_per_s(plan, request) / 1e12:.0f}",
+            f"{_flops_per_s(plan, request) / request.accelerator.flops_per_s:.1%}",
             f"{plan.prediction.peak_bytes / 1e9:.1f} GB",
             f"{pipeline.bubble_fraction:.1%}",
             seconds_text(step_s - pipeline.step_s),
@@ -60,9 +68,21 @@ def origin_of_times(plans: list[Plan], profile: LayerProfile) -> str:
 LEGEND = (
     "size, number: sequences of a microbatch, microbatches of a step; exits after their layers or "
     "before the next\nones (--pre-exit); order of the ranks (tp-pp-dp: --use-tp-pp-dp-mapping); "
-    "update: the part of the step that\nis not in the pipeline's schedule"
+    "TFLOP/s: of each GPU, for the model\nwithout its exits, and without what is computed again; "
+    "MFU: their share of its peak; update: the part of the\nstep that is not in the pipeline's "
+    "schedule"
 )
 """Explanation of the columns whose names do not explain themselves."""
+
+
+_RECOMPUTE_WORDS: dict[Recompute, list[object]] = {
+    "none": [],
+    "selective": ["--recompute-granularity", "selective"],
+    "full": [
+        *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+        *("--recompute-num-layers", 1),
+    ],
+}
 
 
 def flags(plan: Plan, request: PlanRequest) -> list[str]:
@@ -71,6 +91,8 @@ def flags(plan: Plan, request: PlanRequest) -> list[str]:
     words: list[object] = ["--tensor-model-parallel-size", layout.tensor_parallel]
     if layout.tensor_parallel > 1:
         words.append("--sequence-parallel")
+    if layout.context_parallel > 1:
+        words += ["--context-parallel-size", layout.context_parallel]
     words += ["--pipeline-model-parallel-size", layout.num_ranks]
     if one.num_chunks > 1:
         words += ["--num-layers-per-virtual-pipeline-stage", layout.layers_per_stage[0]]
@@ -80,6 +102,9 @@ def flags(plan: Plan, request: PlanRequest) -> list[str]:
     words += ["--global-batch-size", request.global_batch_size, "--use-distributed-optimizer"]
     words += ["--overlap-grad-reduce"] * request.overlap.grad_reduce
     words += ["--overlap-param-gather"] * request.overlap.param_gather
+    words += ["--grad-reduce-in-bf16"] * (one.options.gradient_bytes == 2)
+    words += ["--tp-comm-overlap"] * (one.options.tp_comm_overlap and layout.tensor_parallel > 1)
+    words += _RECOMPUTE_WORDS[one.options.recompute]
     if one.exits.positions:
         words += ["--exit-layer-nums", *one.exits.exit_layer_nums]
         words += ["--pre-exit"] * one.exits.pre_exit + one.exits.head_words
@@ -111,7 +136,9 @@ def as_json(plan: Plan, request: PlanRequest) -> dict[str, Any]:
         "tensor_parallel": layout.tensor_parallel,
         "pipeline_parallel": layout.num_ranks,
         "virtual_stages_per_rank": one.num_chunks,
+        "context_parallel": layout.context_parallel,
         "data_parallel": layout.data_parallel,
+        "recompute": one.options.recompute,
         "microbatch_size": layout.microbatch_size,
         "num_microbatches": one.num_microbatches,
         "use_tp_pp_dp_mapping": layout.use_tp_pp_dp_mapping,
@@ -123,7 +150,11 @@ def as_json(plan: Plan, request: PlanRequest) -> dict[str, Any]:
         "step_s": plan.prediction.step_s,
         "pipeline_s": pipeline.step_s,
         "bubble_fraction": pipeline.bubble_fraction,
+        "tokens_per_s": _tokens_per_s(plan, request) * request.num_accelerators,
         "tokens_per_s_per_gpu": _tokens_per_s(plan, request),
+        "model_flops_per_s_per_gpu": _flops_per_s(plan, request),
+        "model_flops_utilization": _flops_per_s(plan, request) / request.accelerator.flops_per_s,
+        "backward_forward_ratio": plan.costing.backward_forward_ratio,
         "peak_bytes": list(pipeline.peak_bytes),
         "flags": flags(plan, request),
     }
@@ -133,6 +164,11 @@ def _tokens_per_s(plan: Plan, request: PlanRequest) -> float:
     """Tokens of full samples a second, on each accelerator."""
     tokens = request.global_batch_size * request.shape.seq_length
     return tokens / plan.prediction.step_s / request.num_accelerators
+
+
+def _flops_per_s(plan: Plan, request: PlanRequest) -> float:
+    """Operations of the model a second, on each accelerator."""
+    return _tokens_per_s(plan, request) * request.shape.training_flops
 
 
 def _list(numbers: list[int]) -> str:

@@ -2,11 +2,13 @@
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
+from typing import get_args
 
 from megatron.early_exit.flags import refuse_given
 from megatron.early_exit.planner.command_line.model_flags import Model
 from megatron.early_exit.planner.command_line.profile_flags import read_profile
 from megatron.early_exit.planner.costs.hardware import ACCELERATORS, Accelerator
+from megatron.early_exit.planner.costs.training_options import Recompute, TrainingOptions
 from megatron.early_exit.planner.costs.update import Overlap
 from megatron.early_exit.planner.search.filling import FillRequest
 from megatron.early_exit.planner.search.request import PlanRequest
@@ -19,7 +21,8 @@ _HARDWARE: dict[str, tuple[str, float, str]] = {
     "node_bytes_per_s": ("--node-gb-per-s", 1e9, "GB/s to a GPU of the same node, one direction"),
     "network_bytes_per_s": ("--network-gb-per-s", 1e9, "GB/s from each GPU to other nodes"),
 }
-_ACHIEVED_SHARE = 0.5
+# Selective recomputation saves the attention matrix, which flash attention never writes.
+_RECOMPUTES: tuple[Recompute, ...] = ("none", "full")
 NUMBERS_OF_FILLS = ("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches")
 
 
@@ -33,7 +36,7 @@ def add_request_flags(parser: ArgumentParser) -> None:
     add("--gpus-per-node", type=int, help="default: 8")
     share = "share of the memory left for libraries and fragments (default: %(default)s)"
     add("--memory-headroom", type=float, default=0.1, help=share)
-    share = f"share of the peak that matrix products reach (default: {_ACHIEVED_SHARE})"
+    share = "share of the peak that large matrix products reach (default: that of --gpu)"
     add("--achieved-share", type=float, help=share)
     overhead = "time to start kernels and messages in a pass of a stage (default: %(default)s)"
     add("--pass-overhead-us", type=float, default=50.0, help=overhead)
@@ -43,6 +46,13 @@ def add_request_flags(parser: ArgumentParser) -> None:
     add("--pipeline-model-parallel-size", type=int)
     add("--num-virtual-stages-per-pipeline-rank", type=int, help="1 is not interleaved")
     add("--micro-batch-size", type=int)
+    add("--context-parallel-size", type=int, default=1, help="default: %(default)s")
+    recompute = (
+        "layers that are computed again in the backward (default: the faster of none and full)"
+    )
+    add("--recompute-granularity", choices=get_args(Recompute), help=recompute)
+    add("--tp-comm-overlap", action="store_true", help="as Megatron's flag")
+    add("--grad-reduce-in-bf16", action="store_true", help="as Megatron's flag")
     add("--no-overlap-grad-reduce", action="store_true", help="plan without --overlap-grad-reduce")
     add("--overlap-param-gather", action="store_true", help="as Megatron's flag")
 
@@ -104,9 +114,18 @@ def read_request(args: Namespace, model: Model) -> PlanRequest:
         num_accelerators=args.gpus,
         global_batch_size=model.global_batch_size,
         memory_limit_bytes=accelerator.memory_bytes * (1 - args.memory_headroom),
-        achieved_share=_ACHIEVED_SHARE if args.achieved_share is None else args.achieved_share,
+        achieved_share=args.achieved_share,
         profile=read_profile(args, model),
         pass_overhead_s=args.pass_overhead_us / 1e6,
+        options=TrainingOptions(
+            overlaps_messages=args.fill_explicit_bubbles,
+            tp_comm_overlap=args.tp_comm_overlap,
+            gradient_bytes=2 if args.grad_reduce_in_bf16 else 4,
+        ),
+        recomputes=(
+            _RECOMPUTES if args.recompute_granularity is None else (args.recompute_granularity,)
+        ),
+        context_parallel=args.context_parallel_size,
         overlap=Overlap(not args.no_overlap_grad_reduce, args.overlap_param_gather),
         tensor_parallel=args.tensor_model_parallel_size,
         pipeline_parallel=args.pipeline_model_parallel_size,

@@ -17,7 +17,7 @@ Pass = Literal["forward", "backward"]
 """The direction in which a microbatch goes through a part."""
 
 MEASURED_SIZES = (
-    *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
     *("vocab_size", "seq_length"),
 )
 """The fields of a `ModelShape` that the time of a part depends on."""

@@ -15,7 +15,8 @@ class Layout:
     Attributes:
         layers_per_stage: backbone layers of each stage, in the order of the stages.
         num_ranks: pipeline-parallel size; stage s is on rank s modulo num_ranks.
-        tensor_parallel: accelerators that share each layer, with sequence parallelism.
+        tensor_parallel: accelerators that share each layer.
+        context_parallel: accelerators that share the tokens of each sequence.
         data_parallel: replicas, which also share the optimizer's states.
         microbatch_size: sequences of a microbatch.
         use_tp_pp_dp_mapping: Megatron's flag of this name: the stages of one pipeline are
@@ -28,12 +29,14 @@ class Layout:
     layers_per_stage: tuple[int, ...]
     num_ranks: int
     tensor_parallel: int = 1
+    context_parallel: int = 1
     data_parallel: int = 1
     microbatch_size: int = 1
     use_tp_pp_dp_mapping: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_ranks", "tensor_parallel", "data_parallel", "microbatch_size"):
+        sizes = ("num_ranks", "tensor_parallel", "context_parallel", "data_parallel")
+        for name in (*sizes, "microbatch_size"):
             ONE_OR_MORE.check(**{name: getattr(self, name)})
         if not self.layers_per_stage or len(self.layers_per_stage) % self.num_ranks:
             raise ValueError(
@@ -61,15 +64,41 @@ class Layout:
                 return True
         return False
 
+    @property
+    def num_replicas(self) -> int:
+        """Accelerators that hold the same weights, and add up their gradients."""
+        return self.data_parallel * self.context_parallel
+
+    @property
+    def num_accelerators(self) -> int:
+        """All of them."""
+        return self.num_ranks * self.tensor_parallel * self.num_replicas
+
     def replicas_per_node(self, per_node: int) -> int:
         """How many replicas of a stage, or parts of such, a node of `per_node` accelerators has."""
-        apart = self._first_accelerator(0, 1) - self._first_accelerator(0, 0)
-        return min(self.data_parallel, max(per_node // apart, 1))
+        apart = self.tensor_parallel
+        if self.use_tp_pp_dp_mapping:
+            on_node = self.context_on_node(per_node)
+            whole = max(per_node // (self._context_size * self.num_ranks), 1)
+            return min(self.num_replicas, on_node * min(whole, self.data_parallel))
+        return min(self.num_replicas, max(per_node // apart, 1))
+
+    def context_on_node(self, per_node: int) -> int:
+        """How many of the accelerators that share a sequence a node of `per_node` has."""
+        return min(self.context_parallel, max(per_node // self.tensor_parallel, 1))
+
+    @property
+    def _context_size(self) -> int:
+        return self.tensor_parallel * self.context_parallel
 
     def _first_accelerator(self, rank: int, replica: int) -> int:
         if self.use_tp_pp_dp_mapping:
-            return (replica * self.num_ranks + rank) * self.tensor_parallel
-        return (rank * self.data_parallel + replica) * self.tensor_parallel
+            return (replica * self.num_ranks + rank) * self._context_size
+        return (rank * self.data_parallel + replica) * self._context_size
+
+
+ONE_ACCELERATOR = Layout(layers_per_stage=(1,), num_ranks=1)
+"""A layer that no accelerators share."""
 
 
 def stage_weights(shape: ModelShape, layout: Layout, exits: EarlyExitConfig) -> tuple[float, ...]:

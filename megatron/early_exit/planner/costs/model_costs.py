@@ -1,11 +1,10 @@
 """Derives what each stage of a model with exits costs, from the times of its parts.
 
-By default these are derived from the hardware: matrix products run at a given share of its peak;
-what is bound by memory there is counted for the logits only, whose cross entropy passes over them
-several times. Tensor parallelism divides times, and adds two gathers and two scatters of the hidden
-state to each layer and pass, within the node. Memory is derived whatever the times are.
-Weights are kept in bf16, gradients in fp32, and Adam's states in fp32, divided over the replicas:
-6 + 12 / d bytes for each parameter (Megatron's distributed optimizer).
+A stage's passes are those of its parts, with what is computed again and what accelerators exchange.
+Messages that nothing hides (Megatron's 1F1B) are a part of the pass that waits for them. Memory is
+derived whatever the times are: weights are kept in bf16, gradients in fp32 or bf16, and Adam's
+states in fp32, which Megatron's distributed optimizer divides over d replicas: 6 + 12 / d bytes for
+each parameter, or 18 without it.
 """
 
 from dataclasses import dataclass, replace
@@ -14,11 +13,13 @@ from functools import cached_property
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.planner.costs.cost_model import CostModel, StageCost
+from megatron.early_exit.planner.costs.exchanges import Exchanges
 from megatron.early_exit.planner.costs.hardware import Accelerator
 from megatron.early_exit.planner.costs.layer_profile import Part
 from megatron.early_exit.planner.costs.layout import Layout, stage_weights
 from megatron.early_exit.planner.costs.model_shape import ModelShape, part_activation_bytes
 from megatron.early_exit.planner.costs.part_times import HardwareTimes, PartTimes
+from megatron.early_exit.planner.costs.training_options import DEFAULT_OPTIONS, TrainingOptions
 from megatron.early_exit.ranges import ONE_OR_MORE
 
 # Bytes kept for each logit until backward, the fp32 softmax; and beside it while it is computed.
@@ -58,6 +59,7 @@ def model_costs(
     execution: ExitExecution,
     times: PartTimes | None = None,
     pass_overhead_s: float = 0.0,
+    options: TrainingOptions = DEFAULT_OPTIONS,
 ) -> CostModel:
     """What each stage costs.
 
@@ -70,6 +72,7 @@ def model_costs(
         times: of the model's parts on one accelerator; None derives them from its data sheet.
         pass_overhead_s: seconds that each forward and each backward of a stage takes beside its
             work, to start kernels and messages.
+        options: how the model is trained.
 
     Raises:
         ValueError: the layout has other layers than the model, or an exit is beyond them.
@@ -80,16 +83,32 @@ def model_costs(
             f"layers, allowed: the {shape.num_layers} of the model"
         )
     exits.validate(shape.num_layers, shape.vocab_size)
-    times = times or HardwareTimes(shape, exits, accelerator)
-    derive = _Derivation(shape, layout, accelerator, exits, execution, times, pass_overhead_s)
+    times = times or HardwareTimes(shape, exits, accelerator, layout, options)
+    exchanges = Exchanges(accelerator=accelerator, shape=shape, layout=layout, options=options)
+    derive = _Derivation(shape, layout, exchanges, exits, execution, times, options)
     exit_stages = exits.stages(layout.layers_per_stage)
     weights = stage_weights(shape, layout, exits)
     stages = range(layout.num_stages)
+    messages = [exchanges.message_s(stage) for stage in stages[:-1]]
+    waits = [0.0] * len(messages) if options.overlaps_messages else messages
+    found: dict[tuple[object, ...], StageCost] = {}
+
+    def cost(stage: int) -> StageCost:
+        forward_s = pass_overhead_s + (waits[stage - 1] if stage else 0.0)
+        backward_s = pass_overhead_s + (waits[stage] if stage < len(waits) else 0.0)
+        num_layers, num_exits = layout.layers_per_stage[stage], exit_stages.count(stage)
+        is_end = stage == 0, stage == layout.num_stages - 1
+        key = (num_layers, num_exits, is_end, weights[stage], forward_s, backward_s)
+        # Most stages are like others.
+        if key not in found:
+            own = derive.stage(stage, num_exits, weights[stage])
+            passes = StageCost(forward_s=forward_s, backward_s=backward_s)
+            found[key] = StageCost.combined([own, passes])
+        return found[key]
+
     return CostModel(
-        stages=tuple(
-            derive.stage(stage, exit_stages.count(stage), weights[stage]) for stage in stages
-        ),
-        transfer_s=tuple(derive.transfer_s(stage) for stage in stages[:-1]),
+        stages=tuple(cost(stage) for stage in stages),
+        transfer_s=tuple(sent - wait for sent, wait in zip(messages, waits, strict=True)),
     )
 
 
@@ -97,24 +116,17 @@ def model_costs(
 class _Derivation:
     shape: ModelShape
     layout: Layout
-    accelerator: Accelerator
+    exchanges: Exchanges
     exits: EarlyExitConfig
     execution: ExitExecution
     times: PartTimes
-    pass_overhead_s: float
+    options: TrainingOptions
 
     @property
     def tokens(self) -> float:
-        """Tokens of a microbatch, for each accelerator of a tensor-parallel group."""
+        """Tokens of a microbatch, for each accelerator of those that share a layer."""
         whole = self.layout.microbatch_size * self.shape.seq_length
-        return whole / self.layout.tensor_parallel
-
-    def transfer_s(self, stage: int) -> float:
-        """Seconds from a stage to the next."""
-        hardware = self.accelerator
-        leaves = self.layout.leaves_node(stage, hardware.per_node)
-        link = hardware.network_bytes_per_s if leaves else hardware.node_bytes_per_s
-        return self.tokens * 2 * self.shape.hidden_size / link
+        return whole / self.layout.context_parallel / self.layout.tensor_parallel
 
     def stage(self, stage: int, num_exits: int, weights: float) -> StageCost:
         """What a stage with so many exits and weights costs."""
@@ -124,39 +136,74 @@ class _Derivation:
             parts.append(self._seconds("embedding"))
         if stage == self.layout.num_stages - 1:
             parts.append(replace(self._seconds("head"), **self._logit_bytes(self.shape.vocab_size)))
-        parts.append(
-            StageCost(
-                forward_s=self.pass_overhead_s,
-                backward_s=self.pass_overhead_s,
-                static_bytes=weights * (6 + 12 / self.layout.data_parallel),
-            )
+        shared_by = self.layout.num_replicas if self.options.distributed_optimizer else 1
+        static_bytes = weights * (2 + self.options.gradient_bytes + 12 / shared_by)
+        return StageCost.combined(
+            [*parts, StageCost(forward_s=0.0, backward_s=0.0, static_bytes=static_bytes)]
         )
-        return StageCost.combined(parts)
 
-    def _seconds(self, part: Part, collectives_s: float = 0.0) -> StageCost:
-        """What a part takes, with the collectives of each way that tokens go through it."""
-        whole = self.times.time(part, self.layout.microbatch_size)
-        divided_by = self.layout.tensor_parallel
+    def _seconds(self, part: Part) -> StageCost:
+        """What a part takes by itself."""
+        time = self.times.time(part, self.layout.microbatch_size)
         return StageCost(
-            forward_s=whole.forward_s / divided_by + collectives_s,
-            backward_s=whole.backward_s / divided_by + 2 * collectives_s,
-            weight_gradient_s=whole.weight_gradient_s / divided_by,
+            forward_s=time.forward_s,
+            backward_s=time.backward_s,
+            weight_gradient_s=time.weight_gradient_s,
         )
 
-    @property
-    def _layer_collectives_s(self) -> float:
-        # Each of the four brings the other accelerators' tokens, or partial sums.
-        moved = 4 * (self.layout.tensor_parallel - 1) * self.tokens * 2 * self.shape.hidden_size
-        return moved / self.accelerator.node_bytes_per_s
+    @cached_property
+    def _attention_s(self) -> float:
+        return self.times.attention_s(self.layout.microbatch_size)
+
+    @cached_property
+    def _layer_seconds(self) -> StageCost:
+        """A layer's passes with what they wait for, and with what the backward computes again."""
+        alone = self._seconds("layer")
+        waits_forward_s, waits_backward_s = self.exchanges.layer_s(self._attention_s)
+        forward_s = alone.forward_s + waits_forward_s
+        again_s = {"none": 0.0, "selective": self._attention_s, "full": forward_s}
+        backward_s = alone.backward_s + waits_backward_s + again_s[self.options.recompute]
+        return replace(alone, forward_s=forward_s, backward_s=backward_s)
 
     @cached_property
     def layer(self) -> StageCost:
         """What one layer costs."""
+        whole, matrix = self._kept_bytes, self._matrix_bytes
+        weight_gradient = min(self.tokens * self.shape.layer_weight_gradient_bytes, whole)
+        if self.options.recompute == "full":
+            # Its input, which no partners share without sequence parallelism.
+            times = 1 if self.options.sequence_parallel else self.layout.tensor_parallel
+            kept = self.tokens * times * 2 * self.shape.hidden_size
+            return replace(
+                self._layer_seconds,
+                activation_bytes=kept,
+                weight_gradient_bytes=min(weight_gradient, kept),
+                backward_extra_bytes=whole + matrix - kept,
+            )
+        kept = whole + (matrix if self.options.recompute == "none" else 0.0)
         return replace(
-            self._seconds("layer", self._layer_collectives_s),
-            activation_bytes=self.tokens * self.shape.layer_activation_bytes,
-            weight_gradient_bytes=self.tokens * self.shape.layer_weight_gradient_bytes,
+            self._layer_seconds,
+            activation_bytes=kept,
+            weight_gradient_bytes=weight_gradient,
+            backward_extra_bytes=whole + matrix - kept,
         )
+
+    @property
+    def _kept_bytes(self) -> float:
+        """What a layer keeps but for its attention matrix."""
+        shape, dropout = self.shape, 2 * self.shape.hidden_size * self.options.has_dropout
+        outer = shape.outer_activation_bytes + dropout
+        inner = shape.layer_activation_bytes - shape.outer_activation_bytes
+        if self.options.sequence_parallel:
+            return self.tokens * (outer + inner)
+        return self.tokens * (outer * self.layout.tensor_parallel + inner)
+
+    @property
+    def _matrix_bytes(self) -> float:
+        """The attention matrix in bf16 behind its softmax, and with dropout again and its mask."""
+        if self.options.flash_attention:
+            return 0.0
+        return self.tokens * self.shape.matrix_entries * (5 if self.options.has_dropout else 2)
 
     def _logit_bytes(self, vocab_size: int) -> dict[str, float]:
         """Memory of an output projection whose logits live from forward to backward."""
@@ -171,7 +218,14 @@ class _Derivation:
     @cached_property
     def exit(self) -> StageCost:
         """What one exit costs, with all it does in the backward phase if it is deferred."""
-        seconds = self._seconds("exit", self._layer_collectives_s * self.exits.use_exit_block)
+        seconds = self._seconds("exit")
+        if self.exits.use_exit_block:
+            waits_forward_s, waits_backward_s = self.exchanges.layer_s(self._attention_s)
+            seconds = replace(
+                seconds,
+                forward_s=seconds.forward_s + waits_forward_s,
+                backward_s=seconds.backward_s + waits_backward_s,
+            )
         logits = self._logit_bytes(self.exits.exit_vocab_size or self.shape.vocab_size)
         parts = self.exits.branch_parts
         branch = sum(self.tokens * part_activation_bytes(part, self.shape) for part in parts)
@@ -182,7 +236,7 @@ class _Derivation:
                 self.layer.weight_gradient_bytes * self.exits.use_exit_block
             )
             return replace(seconds, local_backward_s=exit_s, **logits)
-        num_tokens = self.layout.microbatch_size * self.shape.seq_length
+        num_tokens = self.tokens * self.layout.tensor_parallel
         chunk = min(self.execution.chunk_tokens or num_tokens, num_tokens) / num_tokens
         chunk_bytes = chunk * (logits["activation_bytes"] + logits["backward_extra_bytes"])
         return StageCost(

@@ -1,9 +1,7 @@
 """A model on paper: its weights, the operations it takes, the activations it keeps.
 
-Counts for one token of a forward pass; operations are floating-point multiplications and
-additions. Activations are those of "Reducing Activation Recomputation in Large Transformer
-Models" (arXiv 2205.05198, section 4), with grouped queries and a gated MLP, and without the
-attention matrix, which FlashAttention (arXiv 2205.14135) does not keep.
+Counts for one token. Activations are those of "Reducing Activation Recomputation in Large
+Transformer Models" (arXiv 2205.05198, section 4), with grouped queries and gated MLPs.
 """
 
 from dataclasses import dataclass
@@ -12,7 +10,6 @@ from typing import Any
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import HeadPart
-from megatron.early_exit.errors import out_of_range
 
 _BF16 = 2
 _LLAMA: dict[str, Any] = {
@@ -29,7 +26,7 @@ _LLAMA: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape(Architecture):
-    """A backbone in training. Its heads make up its width, and its vocabulary includes padding.
+    """A backbone in training. Its vocabulary includes padding.
 
     Raises:
         FieldError: a size is below 1, or heads do not divide what they share.
@@ -37,12 +34,6 @@ class ModelShape(Architecture):
 
     seq_length: int
     """Tokens of a sequence."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_attention_heads * self.kv_channels != self.hidden_size:
-            allowed = f"divisors of hidden_size, {self.hidden_size}"
-            raise out_of_range("num_attention_heads", self.num_attention_heads, allowed)
 
     @classmethod
     def llama(cls, *, seq_length: int, **sizes: Any) -> "ModelShape":
@@ -59,8 +50,14 @@ class ModelShape(Architecture):
         return cls(seq_length=seq_length, **{**_LLAMA, **derived, **sizes})
 
     @property
-    def _qkv_size(self) -> int:
-        return self.hidden_size + 2 * self.num_query_groups * self.kv_channels
+    def query_size(self) -> int:
+        """Entries of the queries of a token."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def qkv_size(self) -> int:
+        """Entries of the queries, keys and values of a token."""
+        return self.query_size + 2 * self.num_query_groups * self.kv_channels
 
     @property
     def projection_weights(self) -> int:
@@ -68,27 +65,49 @@ class ModelShape(Architecture):
         return self.vocab_size * self.hidden_size
 
     @property
-    def attention_flops(self) -> int:
-        """Operations on keys and values, of one layer for one token: half of them are masked."""
-        return 2 * self.seq_length * self.hidden_size
+    def training_flops(self) -> float:
+        """Operations of a forward and a backward that no recomputation adds to: what model FLOP/s
+        utilization is counted with, with all of the attention matrix (arXiv 2205.05198, section 6).
+        """
+        attention = 4 * self.seq_length * self.query_size
+        layer = 2 * self.layer_weights + attention
+        return 3 * (self.num_layers * layer + 2 * self.projection_weights)
 
     @property
     def mlp_activation_bytes(self) -> int:
         """What one MLP and its norm keep of a token for the backward."""
-        # Inputs of the norm and of the MLP; gate, up, and their product.
-        return _BF16 * (2 * self.hidden_size + 3 * self.ffn_hidden_size)
+        # Inputs of the norm and of the MLP; of a gated one the gate, up, and their product.
+        return _BF16 * (2 * self.hidden_size + (2 + self.gated_linear_unit) * self.ffn_hidden_size)
+
+    @property
+    def attention_activation_bytes(self) -> int:
+        """What one attention and its norm keep of a token for the backward."""
+        # Inputs of the norm, of the queries' projection and of the output's; queries, keys, values.
+        return _BF16 * (2 * self.hidden_size + self.query_size + self.qkv_size)
+
+    @property
+    def outer_activation_bytes(self) -> int:
+        """The part of what a layer keeps that tensor parallelism divides only together with
+        sequence parallelism: inputs of two norms and of the products behind them."""
+        return _BF16 * 4 * self.hidden_size
+
+    @property
+    def matrix_entries(self) -> int:
+        """Entries of the attention matrix of a token."""
+        return self.num_attention_heads * self.seq_length
 
     @property
     def layer_activation_bytes(self) -> int:
-        """What one layer keeps of a token for the backward."""
-        # Inputs of the norm, of the queries' projection and of the output's; queries, keys, values.
-        return _BF16 * (3 * self.hidden_size + self._qkv_size) + self.mlp_activation_bytes
+        """What one layer keeps of a token for the backward, without dropout and without the
+        attention matrix."""
+        return self.attention_activation_bytes + self.mlp_activation_bytes
 
     @property
     def layer_weight_gradient_bytes(self) -> int:
         """What the gradients of one layer's weights need: inputs, and gradients of outputs."""
-        inputs = 3 * self.hidden_size + self.ffn_hidden_size
-        outputs = self._qkv_size + 2 * self.hidden_size + 2 * self.ffn_hidden_size
+        inputs = 2 * self.hidden_size + self.query_size + self.ffn_hidden_size
+        outputs = self.qkv_size + 2 * self.hidden_size
+        outputs += (1 + self.gated_linear_unit) * self.ffn_hidden_size
         return min(_BF16 * (inputs + outputs), self.layer_activation_bytes)
 
 

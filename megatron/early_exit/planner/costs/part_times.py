@@ -1,44 +1,24 @@
 """How long the parts of a model take: derived from the hardware's data sheet, or measured.
 
-Times are those of a whole microbatch on one accelerator. What divides the parts over others, and
-what that takes, is the business of `model_costs`.
+Times are those of a microbatch on each accelerator that shares it, without recomputation and
+without what the accelerators exchange: these are the business of `model_costs`.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.planner.costs.hardware import Accelerator
-from megatron.early_exit.planner.costs.layer_profile import LayerProfile, Part
+from megatron.early_exit.planner.costs.kernels import Kernels
+from megatron.early_exit.planner.costs.layer_profile import LayerProfile, Part, Pass
+from megatron.early_exit.planner.costs.layer_times import LayerTimes, PartTime
+from megatron.early_exit.planner.costs.layout import ONE_ACCELERATOR, Layout
 from megatron.early_exit.planner.costs.model_shape import ModelShape, part_weights
+from megatron.early_exit.planner.costs.training_options import DEFAULT_OPTIONS, TrainingOptions
 from megatron.early_exit.ranges import Range
 
-# Bytes moved for each logit: forward writes bf16, reads it for the maximum, reads it and writes
-# fp32 for the softmax; backward reads the softmax and writes a bf16 gradient.
-_LOGIT_TRAFFIC_FORWARD = 2 + 2 + 2 + 4
-_LOGIT_TRAFFIC_BACKWARD = 4 + 2
-
 ACHIEVED_SHARE = Range(least=0, most=1, excludes_least=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartTime:
-    """What one part of a model takes.
-
-    Attributes:
-        forward_s: seconds of a forward.
-        backward_s: seconds of a backward.
-        weight_gradient_s: the part of backward_s that a zero-bubble schedule can put off.
-    """
-
-    forward_s: float
-    backward_s: float
-    weight_gradient_s: float = 0.0
-
-    def __add__(self, other: "PartTime") -> "PartTime":
-        """Seconds of parts that run one after the other."""
-        names = (field.name for field in fields(self))
-        return PartTime(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 class PartTimes(Protocol):
@@ -52,6 +32,9 @@ class PartTimes(Protocol):
             num_sequences: of a microbatch.
         """
 
+    def attention_s(self, num_sequences: int) -> float:
+        """Seconds of the part of a layer's forward that combines queries, keys and values."""
+
 
 @dataclass(frozen=True)
 class HardwareTimes:
@@ -61,8 +44,10 @@ class HardwareTimes:
         shape: of the model.
         exits: of the model.
         accelerator: that it runs on.
-        achieved_share: of the accelerator's peak, in matrix products. Measured on A100s for whole
-            steps: 0.42 to 0.56 (arXiv 2205.05198, section 6).
+        layout: that divides it; only the numbers of accelerators that share a layer matter.
+        options: of its training.
+        achieved_share: of the accelerator's peak, in large matrix products; None for that of the
+            accelerator.
 
     Raises:
         ValueError: achieved_share is not a share.
@@ -71,78 +56,86 @@ class HardwareTimes:
     shape: ModelShape
     exits: EarlyExitConfig
     accelerator: Accelerator
-    achieved_share: float = 0.5
+    layout: Layout = ONE_ACCELERATOR
+    options: TrainingOptions = DEFAULT_OPTIONS
+    achieved_share: float | None = None
 
     def __post_init__(self) -> None:
         ACHIEVED_SHARE.check(achieved_share=self.achieved_share)
 
     def time(self, part: Part, num_sequences: int) -> PartTime:
         """See `PartTimes`."""
-        tokens = num_sequences * self.shape.seq_length
+        layers = self._layers
         match part:
             case "layer":
-                return self._layer(tokens)
+                return layers.layer(num_sequences)
             case "embedding":
-                return self._embedding(tokens)
+                return layers.embedding(num_sequences)
             case "head":
-                return self._projection(tokens, self.shape.vocab_size)
+                return layers.projection(num_sequences, self.shape.vocab_size)
             case "exit":
-                return self._exit(tokens)
+                return self._exit(num_sequences)
 
-    def _layer(self, tokens: int) -> PartTime:
-        products_s = self._seconds(tokens, 2 * self.shape.layer_weights)
-        whole_s = products_s + self._seconds(tokens, self.shape.attention_flops)
-        # The gradients of inputs and of weights take a forward's operations each.
-        return PartTime(forward_s=whole_s, backward_s=2 * whole_s, weight_gradient_s=products_s)
+    def attention_s(self, num_sequences: int) -> float:
+        """See `PartTimes`."""
+        return self._layers.attention_s(num_sequences)[0]
 
-    def _embedding(self, tokens: int) -> PartTime:
-        """Reads a row for each token and writes it; in backward, the other way round."""
-        seconds = tokens * 4 * self.shape.hidden_size / self.accelerator.memory_bytes_per_s
-        return PartTime(forward_s=seconds, backward_s=seconds)
-
-    def _projection(self, tokens: int, vocab_size: int) -> PartTime:
-        """An output projection and its loss; norms are left out."""
-        products_s = self._seconds(tokens, 2 * vocab_size * self.shape.hidden_size)
-        logits_per_byte_s = tokens * vocab_size / self.accelerator.memory_bytes_per_s
-        return PartTime(
-            forward_s=products_s + logits_per_byte_s * _LOGIT_TRAFFIC_FORWARD,
-            backward_s=2 * products_s + logits_per_byte_s * _LOGIT_TRAFFIC_BACKWARD,
-            weight_gradient_s=products_s,
+    @cached_property
+    def _layers(self) -> LayerTimes:
+        share = self.achieved_share or self.accelerator.product_share
+        return LayerTimes(
+            kernels=Kernels(self.accelerator, share),
+            shape=self.shape,
+            layout=self.layout,
+            options=self.options,
         )
 
-    def _exit(self, tokens: int) -> PartTime:
-        whole = self._projection(tokens, self.exits.exit_vocab_size or self.shape.vocab_size)
+    def _exit(self, num_sequences: int) -> PartTime:
+        vocab_size = self.exits.exit_vocab_size or self.shape.vocab_size
+        whole = self._layers.projection(num_sequences, vocab_size)
         for part in self.exits.branch_parts:
-            if part.tensors == "layer":
-                whole += self._layer(tokens)
-            else:
-                seconds = self._seconds(tokens, 2 * part_weights(part, self.shape))
-                whole += PartTime(forward_s=seconds, backward_s=2 * seconds)
+            match part.tensors:
+                case "layer":
+                    whole += self._layers.layer(num_sequences)
+                case "mlp":
+                    whole += self._layers.mlp(num_sequences)
+                case _:
+                    columns = part_weights(part, self.shape) / self.shape.hidden_size
+                    if columns:
+                        whole += self._layers.linear(num_sequences, self.shape.hidden_size, columns)
         return whole
-
-    def _seconds(self, tokens: int, flops_per_token: float) -> float:
-        return tokens * flops_per_token / (self.accelerator.flops_per_s * self.achieved_share)
 
 
 @dataclass(frozen=True)
 class MeasuredTimes:
-    """Times from a profile. Weights' gradients were not measured by themselves: they have the same
-    part of a backward as in derived times.
+    """Times from a profile. Weights' gradients and attention were not measured by themselves: they
+    have the same part of a pass as in derived times.
 
     Attributes:
         profile: of layers of the same shape, and exits with the same heads.
-        derived: times of the same model.
+        derived: times of the same model on one accelerator.
+        shared_by: accelerators that share a layer, and so the measured times.
     """
 
     profile: LayerProfile
     derived: PartTimes
+    shared_by: int = 1
 
     def time(self, part: Part, num_sequences: int) -> PartTime:
         """See `PartTimes`."""
         derived = self.derived.time(part, num_sequences)
-        backward_s = self.profile.seconds(part, "backward", num_sequences)
+        backward_s = self._measured_s(part, "backward", num_sequences)
         return PartTime(
-            forward_s=self.profile.seconds(part, "forward", num_sequences),
+            forward_s=self._measured_s(part, "forward", num_sequences),
             backward_s=backward_s,
             weight_gradient_s=backward_s * (derived.weight_gradient_s / derived.backward_s),
         )
+
+    def attention_s(self, num_sequences: int) -> float:
+        """See `PartTimes`."""
+        share = self.derived.attention_s(num_sequences)
+        share /= self.derived.time("layer", num_sequences).forward_s
+        return share * self._measured_s("layer", "forward", num_sequences)
+
+    def _measured_s(self, part: Part, name: Pass, num_sequences: int) -> float:
+        return self.profile.seconds(part, name, num_sequences) / self.shared_by

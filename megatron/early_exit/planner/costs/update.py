@@ -1,19 +1,26 @@
 """What a step takes beside its pipeline: gradients are summed over the replicas, weights updated.
 
-Megatron's distributed optimizer: a reduce-scatter of fp32 gradients, an update of the part of the
+Megatron's distributed optimizer: a reduce-scatter of gradients, an update of the part of the
 weights that a replica owns, and an all-gather of bf16 weights. Both collectives move all but one
 replica's part of the weights, over NVLink where all replicas are on one node, and else over as many
-ports of the network as the group has accelerators on a node. Gradients of tied embeddings and of
-shared output layers are then summed over the stages that hold one. The norm of all gradients keeps
-any rank from updating weights before all ranks have all gradients.
+ports of the network as the group has accelerators on a node. Without it, gradients are all-reduced,
+which moves as much as both, and each replica updates all weights. Gradients of tied embeddings and
+of shared output layers are then summed over the stages that hold one. The norm of all gradients
+keeps any rank from updating weights before all ranks have all gradients.
+
+Two terms are those of whole steps. Each step reads its batch, synchronises the processes for its
+norm and its log, and starts the kernels of its update: a fixed time. And with more nodes, whichever
+is slowest has all others wait: published runs of the same work for each accelerator take 1 to 5 %
+longer on 2,048 of them than on 16 (NVIDIA's dgxc-benchmarking recipes).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log2
 
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.planner.costs.cost_model import CostModel
-from megatron.early_exit.planner.costs.hardware import Accelerator
+from megatron.early_exit.planner.costs.hardware import MEMORY_SHARE, Accelerator, link_s
 from megatron.early_exit.planner.costs.layout import (
     Layout,
     embedding_stages,
@@ -21,12 +28,17 @@ from megatron.early_exit.planner.costs.layout import (
     stage_weights,
 )
 from megatron.early_exit.planner.costs.model_shape import ModelShape
+from megatron.early_exit.planner.costs.training_options import DEFAULT_OPTIONS, TrainingOptions
 
-# Bytes of each weight: gradients in fp32, weights in bf16.
-_GRADIENT, _WEIGHT = 4, 2
+# Bytes of each weight, and of the gradients of embeddings between stages.
+_WEIGHT, _EMBEDDING_GRADIENT = 2, 4
 # Bytes moved in memory: all gradients are set to zero; for the part that a replica owns they are
 # read for the norm, read with weights and both moments in fp32, which are written, as is the bf16.
 _ZEROED, _UPDATED = 4, 4 + 4 * 4 + 3 * 4 + 2
+
+_FIXED_S = 0.02
+# Of the step, for each doubling of the nodes.
+_SLOWEST_NODE = 0.005
 
 
 @dataclass(frozen=True)
@@ -51,12 +63,16 @@ class Update:
         embedding_s: seconds to sum the gradients of tied embeddings and of shared output layers.
         optimizer_s: seconds to update the weights of each rank.
         gather_s: seconds to gather the weights of each rank.
+        fixed_s: seconds of a step, whatever the model.
+        slowdown: factor on the whole step, for the slowest of the nodes.
     """
 
     reduce_s: tuple[float, ...]
     embedding_s: float
     optimizer_s: tuple[float, ...]
     gather_s: tuple[float, ...]
+    fixed_s: float = 0.0
+    slowdown: float = 1.0
 
     def step_s(
         self, costs: CostModel, starts_s: Sequence[float], ends_s: Sequence[float], overlap: Overlap
@@ -77,7 +93,8 @@ class Update:
             beside_s = starts_s[rank]
             beside_s += costs.stages[rank].forward_s if overlap.param_gather else 0.0
             gather_s = max(gather_s, self.gather_s[rank] - beside_s)
-        return reduced_s + self.embedding_s + max(self.optimizer_s) + gather_s
+        update_s = self.embedding_s + max(self.optimizer_s) + gather_s
+        return (reduced_s + update_s + self.fixed_s) * self.slowdown
 
     def _reduced_s(self, rank: int, costs: CostModel, end_s: float, overlap: Overlap) -> float:
         """When a rank's gradients are reduced."""
@@ -96,23 +113,36 @@ class Update:
 
 
 def update_costs(
-    shape: ModelShape, layout: Layout, accelerator: Accelerator, exits: EarlyExitConfig
+    shape: ModelShape,
+    layout: Layout,
+    accelerator: Accelerator,
+    exits: EarlyExitConfig,
+    options: TrainingOptions = DEFAULT_OPTIONS,
 ) -> Update:
     """What the update of a model's weights takes."""
-    replicas, num_ranks = layout.data_parallel, layout.num_ranks
+    replicas, num_ranks = layout.num_replicas, layout.num_ranks
     on_node = layout.replicas_per_node(accelerator.per_node)
     link = accelerator.node_bytes_per_s
     if on_node < replicas:
         link = min(link, on_node * accelerator.network_bytes_per_s)
     weights = stage_weights(shape, layout, exits)
     on_rank = [sum(weights[rank::num_ranks]) for rank in range(num_ranks)]
-    moved = (replicas - 1) / replicas / link
-    touched = (_ZEROED + _UPDATED / replicas) / accelerator.memory_bytes_per_s
+    moved = (replicas - 1) / replicas
+    shared_by = replicas if options.distributed_optimizer else 1
+    # An all-reduce is a reduce-scatter and an all-gather.
+    reductions = 1 if options.distributed_optimizer else 2
+    gathered = _WEIGHT * moved * options.distributed_optimizer
+    touched = (_ZEROED + _UPDATED / shared_by) / (MEMORY_SHARE * accelerator.memory_bytes_per_s)
+    num_nodes = max(layout.num_accelerators / accelerator.per_node, 1)
     return Update(
-        reduce_s=tuple(_GRADIENT * number * moved for number in weights),
+        reduce_s=tuple(
+            reductions * link_s(options.gradient_bytes * number * moved, link) for number in weights
+        ),
         embedding_s=_embedding_s(shape, layout, accelerator, exits),
         optimizer_s=tuple(number * touched for number in on_rank),
-        gather_s=tuple(_WEIGHT * number * moved for number in on_rank),
+        gather_s=tuple(link_s(number * gathered, link) for number in on_rank),
+        fixed_s=_FIXED_S,
+        slowdown=1 + _SLOWEST_NODE * log2(num_nodes),
     )
 
 
@@ -135,4 +165,5 @@ def _sum_s(shape: ModelShape, layout: Layout, accelerator: Accelerator, ranks: s
     link = accelerator.network_bytes_per_s if is_far else accelerator.node_bytes_per_s
     # A ring brings each partner all parts but its own, twice.
     share = 2 * (len(ranks) - 1) / len(ranks)
-    return share * _GRADIENT * shape.projection_weights / layout.tensor_parallel / link
+    size = _EMBEDDING_GRADIENT * shape.projection_weights / layout.tensor_parallel
+    return link_s(share * size, link)

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.errors import FieldError, out_of_range
 from megatron.early_exit.planner.costs.layout import Layout
 from megatron.early_exit.planner.costs.model_shape import ModelShape, padded_vocab_size
+from megatron.early_exit.planner.costs.training_options import DEFAULT_OPTIONS, TrainingOptions
 from megatron.early_exit.planner.search.request import PlanRequest
 
 
@@ -20,6 +22,8 @@ class Candidate:
         num_chunks: on each rank; above 1, the schedule is interleaved.
         num_microbatches: of a step, for each replica.
         exits: of the model, with their placement.
+        options: of its training.
+        zero_bubble: the schedule is ZB-H1, which training does not run.
     """
 
     shape: ModelShape
@@ -27,6 +31,8 @@ class Candidate:
     num_chunks: int
     num_microbatches: int
     exits: EarlyExitConfig
+    options: TrainingOptions = DEFAULT_OPTIONS
+    zero_bubble: bool = False
 
 
 def candidates(request: PlanRequest) -> Iterator[Candidate]:
@@ -39,7 +45,7 @@ def candidates(request: PlanRequest) -> Iterator[Candidate]:
     if not shapes:
         raise _why_none(request)
     for tensor, pipeline, chunks, size in shapes:
-        replicas = request.num_accelerators // tensor // pipeline
+        replicas = request.num_accelerators // (tensor * pipeline * request.context_parallel)
         padded = padded_vocab_size(request.shape.vocab_size, tensor)
         for mapping in (False, True):
             layout = Layout(
@@ -47,17 +53,23 @@ def candidates(request: PlanRequest) -> Iterator[Candidate]:
                 * (pipeline * chunks),
                 num_ranks=pipeline,
                 tensor_parallel=tensor,
+                context_parallel=request.context_parallel,
                 data_parallel=replicas,
                 microbatch_size=size,
                 use_tp_pp_dp_mapping=mapping,
             )
-            for exits in request.placements:
+            for recompute, exits in product(request.recomputes, request.placements):
                 yield Candidate(
                     shape=replace(request.shape, vocab_size=padded),
                     layout=layout,
                     num_chunks=chunks,
                     num_microbatches=request.global_batch_size // replicas // size,
                     exits=exits,
+                    options=replace(
+                        request.options,
+                        recompute=recompute,
+                        overlaps_messages=chunks > 1 or request.options.overlaps_messages,
+                    ),
                 )
 
 
@@ -65,9 +77,10 @@ def _divisions(request: PlanRequest) -> Iterator[tuple[int, int, int, int]]:
     """Tensor and pipeline parallelism, chunks of a rank, and sequences of a microbatch."""
     for tensor in tensor_sizes(request):
         for pipeline in pipeline_sizes(request):
-            if request.num_accelerators % (tensor * pipeline):
+            together = tensor * pipeline * request.context_parallel
+            if request.num_accelerators % together:
                 continue
-            replicas = request.num_accelerators // (tensor * pipeline)
+            replicas = request.num_accelerators // together
             if request.global_batch_size % replicas:
                 continue
             for size in _microbatch_sizes(request, request.global_batch_size // replicas):
@@ -79,11 +92,12 @@ def _divisions(request: PlanRequest) -> Iterator[tuple[int, int, int, int]]:
 def tensor_sizes(request: PlanRequest) -> list[int]:
     """Tensor-parallel sizes that stay on a node and divide the heads and what else is divided."""
     shape = request.shape
+    tokens = shape.seq_length // request.context_parallel
     divided = shape.num_query_groups, shape.num_attention_heads, shape.ffn_hidden_size
     return [
         size
         for size in _divisors(request.accelerator.per_node)
-        if all(number % size == 0 for number in (*divided, shape.seq_length))
+        if all(number % size == 0 for number in (*divided, tokens))
         and request.tensor_parallel in (None, size)
     ]
 
@@ -126,10 +140,14 @@ def _why_none(request: PlanRequest) -> FieldError:
         sizes = ", ".join(map(str, _divisors(shape.num_layers)))
         allowed = f"divisors of --num-layers {shape.num_layers}: {sizes}"
         return out_of_range("--pipeline-model-parallel-size", request.pipeline_parallel, allowed)
-    products = sorted({t * p for t in tensor_sizes(request) for p in pipeline_sizes(request)})
+    context = request.context_parallel
+    products = sorted(
+        {t * p * context for t in tensor_sizes(request) for p in pipeline_sizes(request)}
+    )
     fitting = [size for size in products if request.num_accelerators % size == 0]
     if not fitting:
-        allowed = f"multiples of tensor times pipeline parallelism, here {_few(products)}"
+        sizes = "tensor times pipeline" if context == 1 else "tensor times pipeline times context"
+        allowed = f"multiples of {sizes} parallelism, here {_few(products)}"
         problem = "cannot be divided into pipelines"
         return FieldError("--gpus", problem, allowed, value=request.num_accelerators)
     if request.num_chunks is not None and any(_divisions(replace(request, num_chunks=None))):

@@ -15,6 +15,7 @@ from megatron.early_exit.schedules.generators import (
     Generator,
     Interleaved,
     OneFOneB,
+    ZeroBubbleH1,
 )
 from megatron.early_exit.schedules.schedule import Schedule
 
@@ -86,16 +87,19 @@ class Costing:
                 accelerator,
                 exits,
                 ExitExecution(),
-                request.times(shape, exits),
+                request.times(shape, exits, layout, candidate.options),
                 request.pass_overhead_s,
+                candidate.options,
             ),
-            update_costs(shape, layout, accelerator, exits),
+            update_costs(shape, layout, accelerator, exits, candidate.options),
             request.overlap,
         )
 
     def generator(self, num_microbatches: int, fills: Fills) -> Generator:
         """The schedule of a step of so many full microbatches."""
         num_ranks = self.candidate.layout.num_ranks
+        if self.candidate.zero_bubble:
+            return ZeroBubbleH1(num_ranks=num_ranks, num_microbatches=num_microbatches)
         if self.candidate.num_chunks > 1:
             return Interleaved(
                 num_ranks=num_ranks,
@@ -112,6 +116,12 @@ class Costing:
             num_cooldown_fills=fills.num_cooldown,
             exit_stages=self._exit_stages,
         )
+
+    @property
+    def backward_forward_ratio(self) -> float:
+        """Time of a backward over that of a forward, of all stages together."""
+        stages = self.costs.stages
+        return sum(one.backward_s for one in stages) / sum(one.forward_s for one in stages)
 
     def fitting_fills(self, backward_forward_ratio: float) -> Fills:
         """As many fills as fit into the bubbles and reach an exit or the final head."""
