@@ -253,8 +253,8 @@ def origins_of(args: argparse.Namespace) -> tuple[str, ...]:
 def _check_mtp(args: argparse.Namespace, num_depths: int) -> None:
     if not num_depths:
         raise ValueError(
-            "--draft-method mtp: there is no multi-token-prediction module that drafts, allowed: "
-            "exit or auto"
+            "--draft-method mtp: the model has no multi-token-prediction module, allowed: exit or "
+            "auto"
         )
     beside = "a multi-token-prediction module drafts then, not an exit"
     refuse_beside("--draft-method mtp", args, {"draft_exit_layer": (None, beside)})
@@ -274,7 +274,7 @@ def settings_of(
         exit_layers: the model's exits.
         stored_measure: what is stored with the model.
         has_gates: its exits have gates.
-        num_depths: of its multi-token-prediction module, if that drafts.
+        num_depths: of its multi-token-prediction module, if it has one.
 
     Raises:
         ValueError: a flag names an exit that the model does not have, or a mode that needs exits.

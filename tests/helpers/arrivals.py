@@ -224,13 +224,15 @@ def until_the_end(
 
 
 @cache
-def examples(number: int) -> list[list[Arrival]]:
+def examples(
+    number: int, methods: tuple[str | None, ...] = (None, "exit", "auto")
+) -> list[list[Arrival]]:
     """Examples for tests that Hypothesis itself cannot run; they are the same in every run of the
-    tests."""
+    tests. For `methods` see `arrivals`."""
     collected = []
 
     @settings(max_examples=number, phases=[Phase.generate])
-    @given(arrivals())
+    @given(arrivals(methods))
     def collect(drawn: list[Arrival]) -> None:
         collected.append(drawn)
 

@@ -222,7 +222,7 @@ class EarlyExitEngine:
         drafts = tuple(costs.of_drafts(index, block) for index in range(len(layers)))
         mtp = None
         if self.num_mtp_depths:
-            mtp = costs.of_mtp_drafts(whole, model.draft_vocab_size)
+            mtp = costs.of_mtp_drafts(whole, self._backend.draft_vocab_size)
         return drafts, mtp, costs.of_exits(block)
 
     @property

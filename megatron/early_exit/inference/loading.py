@@ -76,7 +76,7 @@ def load_model(
     assert architecture is not None
     if rank_info is not None:
         rank_info.check(architecture)
-    _check_draft_vocab_size(draft_vocab_size, architecture, pipeline_parallel)
+    _check_draft_vocab_size(draft_vocab_size, architecture)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = decide_dtype(dtype, architecture, early_exit, torch.device(device), rank_info)
@@ -123,11 +123,11 @@ def load_model(
     return LoadedModel(model, tokenizer, eod_id, other_end_ids, backend)
 
 
-def _check_draft_vocab_size(size: int | None, shape: Architecture, num_stages: int) -> None:
+def _check_draft_vocab_size(size: int | None, shape: Architecture) -> None:
     if size is None:
         return
-    if not shape.mtp_num_layers or num_stages > 1:
-        problem = "needs a multi-token-prediction module that drafts, which there is not"
-        allowed = "with a model that has one, on one stage of a pipeline"
+    if not shape.mtp_num_layers:
+        problem = "needs a multi-token-prediction module, which there is not"
+        allowed = "with a model that has one"
         raise FieldError("draft_vocab_size", problem, allowed, value=size)
     Range(least=1, most=shape.vocab_size, is_integer=True).check(draft_vocab_size=size)

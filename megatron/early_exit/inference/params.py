@@ -19,7 +19,7 @@ def modes_of(num_exits: int, num_depths: int) -> tuple[Mode, ...]:
 
     Args:
         num_exits: of the model.
-        num_depths: of its multi-token-prediction module, if that drafts.
+        num_depths: of its multi-token-prediction module, if it has one.
     """
     if num_exits:
         return get_args(Mode)

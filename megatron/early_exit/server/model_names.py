@@ -24,7 +24,7 @@ class ServedModel:
         name: its name alone.
         exits: what applies where a request says nothing.
         exit_layers: its exits.
-        num_depths: of its multi-token-prediction module, if that drafts.
+        num_depths: of its multi-token-prediction module, if it has one.
     """
 
     name: str

@@ -65,6 +65,7 @@ class SingleProcess:
         self.exit_measure, self.has_gates = model.exit_measure, model.gates is not None
         self.has_blocks = any(exit_.head.block is not None for exit_ in model.exits)
         self.num_depths = len(model.mtp)
+        self.draft_vocab_size = model.draft_vocab_size
         self.is_worker = False
 
     def draw_seed(self) -> int:
@@ -107,6 +108,7 @@ class ParallelBackend:
         architecture: the whole model.
         early_exit: its exits.
         has_driver: only the first rank makes requests.
+        draft_vocab_size: tokens that a multi-token-prediction module drafts; None is all.
 
     Attributes:
         is_worker: the first rank drives this one.
@@ -118,13 +120,15 @@ class ParallelBackend:
         architecture: Architecture,
         early_exit: EarlyExitConfig,
         has_driver: bool = False,
+        draft_vocab_size: int | None = None,
     ) -> None:
         self.rank_info, self.architecture = rank_info, architecture
         self.is_worker = has_driver and rank_info.rank > 0
         self.exit_layers, self.exit_measure = early_exit.positions, early_exit.exit_measure
         self.has_gates = early_exit.use_exit_gate
         self.has_blocks = any(part.tensors == "layer" for part in early_exit.head_parts)
-        self.num_depths = 0 if rank_info.num_stages > 1 else architecture.mtp_num_layers
+        self.num_depths = architecture.mtp_num_layers
+        self.draft_vocab_size = draft_vocab_size or architecture.vocab_size
         self._first_exit = rank_info.exits(architecture.num_layers, early_exit).start
         self._heartbeat = Heartbeat(rank_info.group)
         self._control: ControlPlane | None = None
@@ -229,6 +233,8 @@ def parallel_model(
     `draft_vocab_size` see `SegmentedModel`, for `has_driver` see `ParallelBackend`.
     """
     shape, exits, renamed = stage_as_model(rank_info, architecture, early_exit, weights)
+    # The stage of the module may be without exits.
+    draft_vocab_size = draft_vocab_size or early_exit.exit_vocab_size
     model = SegmentedModel(
         shape,
         exits,
@@ -238,4 +244,5 @@ def parallel_model(
         rank_info.is_first_stage,
         draft_vocab_size,
     )
-    return model, ParallelBackend(rank_info, architecture, early_exit, has_driver)
+    backend = ParallelBackend(rank_info, architecture, early_exit, has_driver, draft_vocab_size)
+    return model, backend

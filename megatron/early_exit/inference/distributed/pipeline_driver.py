@@ -1,12 +1,16 @@
 """The first rank of a pipeline: admits requests, starts their tokens, hears what comes of them."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from megatron.early_exit.inference.distributed.control import ControlPlane, Message
+from megatron.early_exit.inference.distributed.draft_orders import DraftOrders, outputs_of
 from megatron.early_exit.inference.distributed.pipeline_scores import (
     PiecesUnderWay,
     order_message,
@@ -24,7 +28,7 @@ from megatron.early_exit.inference.engine.scheduler import Scheduler
 from megatron.early_exit.inference.engine.scoring import PrefixScore
 from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.modes.head_output import NOT_FINITE, HeadOutput
-from megatron.early_exit.inference.modes.mode import FINAL, Next, SampledToken
+from megatron.early_exit.inference.modes.mode import FINAL, MTP, Next, SampledToken
 from megatron.early_exit.inference.sequence import Sequence
 
 _NO_LOGITS = torch.empty(0)
@@ -50,6 +54,8 @@ class PipelineDriver(DecodingLoop):
         self.stage, self.control = stage, control
         self._stage_pages = StagePages(pages, self.scheduler, self._manage)
         self._ready: deque[Sequence] = deque()
+        last = stage.rank_info.last_leader
+        self._orders = DraftOrders(lambda message: control.send(last, message))
         self._pieces = PiecesUnderWay(stage.rank_info.num_stages)
         self._damaged: set[int] = set()
         """Slots whose caches are not to be trusted."""
@@ -80,6 +86,7 @@ class PipelineDriver(DecodingLoop):
             self._tell_stages({"kind": "forget", "key": key})
             self.stage.forget(key)
         super().cancel(key)
+        self._orders.forget(key)
         self._ready = deque(one for one in self._ready if one.key != key)
         self._drafting.discard(key)
         self._leaving.discard(key)
@@ -99,11 +106,13 @@ class PipelineDriver(DecodingLoop):
         for sequence in self.scheduler.admit():
             self._stage_pages.begin(sequence.key)
             self._begin_token(self.requests[sequence.key])
-            self._requeue(sequence)
+            self._ready.append(sequence)
         is_busy = self._score() or bool(self._ready)
         self._listen(wait=bool(self.requests) and not is_busy)
+        self._orders.send()
         if self._ready:
             self._run()
+            self._orders.send()
         self._is_advancing = False
         self._settle()
 
@@ -146,6 +155,8 @@ class PipelineDriver(DecodingLoop):
         self._leaving.difference_update(one.key for one in chosen)
         ends = [self._end_of_token(one) for one in chosen]
         preempted = self._stage_pages.reserve(chosen, ends, self._ready)
+        for key in preempted:
+            self._orders.forget(key)
         chosen, self._ready = (
             [one for one in chosen if one.key not in preempted],
             deque(one for one in self._ready if one.key not in preempted),
@@ -153,7 +164,8 @@ class PipelineDriver(DecodingLoop):
         if not chosen:
             return
         step = self.scheduler.batch(0, chosen)
-        tasks = [self._task(*pair) for pair in zip(step.sequences, step.spans, strict=True)]
+        pairs = zip(step.sequences, step.spans, strict=True)
+        tasks = [task for pair in pairs for task in self._tasks(*pair)]
         self.scheduler.ran(step)
         self._ready.extend(sequence for sequence in chosen if sequence.waiting)
         for rank in self.stage.rank_info.peers:
@@ -173,6 +185,12 @@ class PipelineDriver(DecodingLoop):
         end = sequence.length + max(drafts - len(sequence.drafts), 0)
         return min(end, self.stage.runner.capacity)
 
+    def _tasks(self, sequence: Sequence, span: Span) -> list[StageTask]:
+        """One for each position that heads are asked about; the first has those before it."""
+        ends = [*range(max(span.start + 1, sequence.num_final), span.end), span.end]
+        parts = pairwise([span.start, *ends])
+        return [self._task(sequence, Span(span.slot, *part)) for part in parts]
+
     def _task(self, sequence: Sequence, span: Span) -> StageTask:
         request = self.requests[sequence.key]
         tokens = tuple(sequence.token_ids(span.start, span.end))
@@ -181,13 +199,16 @@ class PipelineDriver(DecodingLoop):
         load = self._stage_pages.take_load(sequence.key)
         # There are some where what the sequence had computed had to go.
         held = tuple(sequence.held(span.start, span.end))
-        if span.end < sequence.length:
+        if span.end < sequence.num_final:
             return StageTask(sequence.key, *span, tokens, clear=clear, load=load, held=held)
+        asks = any(request.mode.asks(exit_index) for exit_index in request.mode.rule.exits)
+        if not asks:
+            self._drafting.discard(sequence.key)
         return StageTask(
             sequence.key,
             *span,
             tokens,
-            rule=request.mode.rule if sequence.is_asking else request.mode.rule.without_exits(),
+            rule=request.mode.rule if asks else request.mode.rule.without_exits(),
             final=True,
             verify=request.mode.verifies,
             logits=request.params.needs_logits,
@@ -213,6 +234,10 @@ class PipelineDriver(DecodingLoop):
         if attached is not None:
             logits = torch.frombuffer(bytearray(attached), dtype=torch.float32)
             logits = logits.to(self.device)
+        if message["kind"] == "drafted":
+            outputs = outputs_of(message, logits)
+            self._alone(message["key"], partial(self._take_drafts, outputs))
+            return
         self._conclude(StageTask.from_message(message["task"]), logits)
 
     def _conclude_here(self, task: StageTask, logits: Tensor) -> None:
@@ -223,18 +248,22 @@ class PipelineDriver(DecodingLoop):
 
     def _conclude(self, task: StageTask, logits: Tensor) -> None:
         """Act on what a stage reports about a head's output."""
-        request = self.requests.get(task.key)
+        self._alone(task.key, partial(self._decide, task, logits))
+
+    def _alone(self, key: int, act: Callable[[Request], None]) -> None:
+        """Act on what is reported about a request, if it is under way; an exception ends it."""
+        request = self.requests.get(key)
         if request is None:
             return
         try:
-            self._decide(request, task, logits)
+            act(request)
         except Exception as error:
             # It is about this request alone, and what has been told of it to the others is whole.
             if not self._can_go_on(error):
                 raise
-            self._fail(task.key, reason_of(error), error)
+            self._fail(key, reason_of(error), error)
 
-    def _decide(self, request: Request, task: StageTask, logits: Tensor) -> None:
+    def _decide(self, task: StageTask, logits: Tensor, request: Request) -> None:
         *earlier, last = task.outputs
         output = last.output(logits)
         if not output.is_finite:
@@ -268,14 +297,35 @@ class PipelineDriver(DecodingLoop):
         if key not in self._drafting and num_verified == request.sequence.num_verified:
             self._continue(request, mode.at_end(self._verified.pop(key)), head)
 
+    def _take_drafts(self, outputs: list[HeadOutput], request: Request) -> None:
+        """Take what the multi-token-prediction module says, as far as the mode wants it; then
+        verify the drafts."""
+        for output in outputs:
+            if not output.is_finite:
+                self._fail(request.key, NOT_FINITE)
+                return
+            if request.mode.at_exit(MTP, output, True) is not Next.DRAFTED:
+                break
+        else:
+            if request.mode.num_ahead:
+                self._orders.add(request)
+                return
+        self._store_pages(request)
+        self._ready.append(request.sequence)
+
+    def _store_pages(self, request: Request) -> None:
+        if not request.sequence.is_stored:
+            self._stage_pages.store(request.sequence)
+            self.scheduler.stop_following(request.key)
+
     def _manage(self, order: Message) -> None:
         self._tell_stages(order)
         self.stage.manage(order)
 
     def _begin_token(self, request: Request) -> None:
-        if request.sequence.generated and not request.sequence.is_stored:
-            self._stage_pages.store(request.sequence)
-            self.scheduler.stop_following(request.key)
+        # With the rows of drafts, where there are to be some.
+        if request.sequence.generated and not request.mode.num_ahead:
+            self._store_pages(request)
         super()._begin_token(request)
         if request.sequence.is_asking:
             self._drafting.add(request.key)
@@ -287,7 +337,11 @@ class PipelineDriver(DecodingLoop):
         self._damaged.add(sequence.slot)
 
     def _requeue(self, sequence: Sequence) -> None:
-        self._ready.append(sequence)
+        request = self.requests[sequence.key]
+        if request.mode.num_ahead:
+            self._orders.add(request)
+        else:
+            self._ready.append(sequence)
 
     def _announce(self, request: Request, sampled: SampledToken) -> None:
         self._tell({"kind": "token", "key": request.key, "token": asdict(sampled)})

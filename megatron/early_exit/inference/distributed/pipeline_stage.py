@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron.early_exit.inference.distributed.control import Message
 from megatron.early_exit.inference.distributed.pipeline_scores import piece_of, rule_of
 from megatron.early_exit.inference.distributed.process_groups import RankInfo
+from megatron.early_exit.inference.distributed.stage_drafts import StageDrafts
 from megatron.early_exit.inference.distributed.stage_links import StageLinks
 from megatron.early_exit.inference.distributed.stage_streams import StageStreams
 from megatron.early_exit.inference.distributed.stage_task import (
@@ -48,6 +49,9 @@ class PipelineStage:
         runner: the stage's layers, as a model of its own.
         rank_info: of this process.
         first_exit: exits on the stages before.
+
+    Attributes:
+        drafts: of the multi-token-prediction module, where that is.
     """
 
     def __init__(self, runner: SegmentRunner, rank_info: RankInfo, first_exit: int) -> None:
@@ -57,6 +61,7 @@ class PipelineStage:
         self._links = StageLinks(rank_info, size, model.dtype, model.device)
         self._graphed_heads = GraphedHeads.of(model, rank_info.is_last_stage)
         self._scorers: dict[int, TextScorer] = {}
+        self.drafts = StageDrafts(runner) if model.mtp else None
         self._store = PageStore(runner, PAGE_SIZE, keeps_for_blocks=True)
 
     def run(self, messages: Sequence[Sequence[StageTask]], report: Report, hand_on: HandOn) -> None:
@@ -83,6 +88,8 @@ class PipelineStage:
                 )
                 streams, hidden = StageStreams.of_received(tasks, [rows[i] for i in order])
             for task in tasks:
+                if self.drafts is not None:
+                    self.drafts.begin(task.slot, task.key)
                 if task.clear:
                     self.runner.clear(task.slot)
                 if task.load:
@@ -90,7 +97,8 @@ class PipelineStage:
                 for place, number in enumerate(task.load):
                     self._store.load(number, task.slot, place)
             for span in spans:
-                self.runner.truncate(span.slot, span.start)
+                ahead = None if self.drafts is None else self.drafts.rewind(span)
+                self.runner.truncate(span.slot, span.start, ahead=ahead)
             tokens = [token for task in tasks for token in task.tokens]
             model = self.runner.model
             for index in range(len(model.segments)):
@@ -147,6 +155,8 @@ class PipelineStage:
         self._store.drop(order["drop"])
         for slot in order["release"]:
             self.runner.release(slot)
+            if self.drafts is not None:
+                self.drafts.leave(slot)
 
     @torch.inference_mode()
     def score(self, order: Message) -> list[PrefixScore]:

@@ -6,6 +6,12 @@ from typing import Any
 from torch import Tensor
 
 from megatron.early_exit.inference.distributed.control import ControlPlane, Message
+from megatron.early_exit.inference.distributed.draft_orders import (
+    DraftOrder,
+    drafted_message,
+    orders_message,
+    orders_of,
+)
 from megatron.early_exit.inference.distributed.pipeline_scores import scores_message, scores_of
 from megatron.early_exit.inference.distributed.pipeline_stage import PipelineStage
 from megatron.early_exit.inference.distributed.stage_task import StageBatch, StageTask
@@ -32,6 +38,7 @@ class PipelineWorker:
         self.requests: dict[int, Request] = {}
         self._tokens: list[tuple[Request, GeneratedToken]] = []
         self._rows: deque[list[StageTask]] = deque()
+        self._orders: list[DraftOrder] = []
         self._last_key = self._last_unsettled = 0
         self._settled = self._settled_behind = 0
         """Of the requests up to these, nothing more comes from the stages before, and nothing is
@@ -83,6 +90,8 @@ class PipelineWorker:
         while heard is not None:
             self._hear(heard[0])
             heard = self.control.receive(wait=False)
+        if self._orders:
+            self._draft()
         if self._is_due():
             self._run()
         if self._settled_behind < self._settled and not self._is_due():
@@ -104,6 +113,8 @@ class PipelineWorker:
         elif kind == "batch":
             batch = [[StageTask.from_message(task) for task in tasks] for tasks in message["tasks"]]
             self.stage.run(batch, lambda task, logits: None, lambda tasks: None)
+        elif kind == "draft":
+            self._take_orders(orders_of(message))
         elif kind == "score":
             self._score(message)
         elif kind == "pages":
@@ -156,6 +167,27 @@ class PipelineWorker:
         if rank_info.rank == rank_info.leader:
             where = {"start": message["piece"]["start"], "stage": rank_info.stage}
             self.control.send(0, scores_message(message["key"], scores, **where))
+
+    def _take_orders(self, orders: list[DraftOrder]) -> None:
+        drafts, rank_info = self.stage.drafts, self.stage.rank_info
+        if rank_info.rank == rank_info.leader:
+            # Those that have come by the end of the turn run together.
+            self._orders += orders
+        elif drafts is not None:
+            drafts.run(orders)
+
+    def _draft(self) -> None:
+        """Have the multi-token-prediction module draft what has been ordered."""
+        drafts = self.stage.drafts
+        assert drafts is not None
+        orders, self._orders = drafts.accepted(self._orders), []
+        if not orders:
+            return
+        for rank in self.stage.rank_info.peers:
+            self.control.send(rank, orders_message(orders))
+        for order, outputs in zip(orders, drafts.run(orders), strict=True):
+            attached = outputs[0].logits.cpu().numpy().tobytes() if order.logits else None
+            self.control.send(0, drafted_message(order, outputs), attached)
 
     def _is_due(self) -> bool:
         """Whether to run what waits: rows that only fill caches wait for company, or for a row

@@ -58,6 +58,11 @@ class RankInfo:
         return self.leader + self.stage_size
 
     @property
+    def last_leader(self) -> int:
+        """The first rank of the last stage."""
+        return self.num_ranks - self.stage_size
+
+    @property
     def is_first_stage(self) -> bool:
         """Tokens come in here."""
         return self.stage == 0
@@ -152,7 +157,7 @@ def own_part(
 
     Embedding and final norm are on every stage: exits may be tied to the one, and the other is
     small. The output layer is where the final head is, and where exits share it. A
-    multi-token-prediction module does not draft over several stages.
+    multi-token-prediction module is on the last stage, whose hidden states it begins with.
     """
     layers = rank_info.layers(architecture.num_layers)
     if name.startswith(_LAYERS):
@@ -161,7 +166,7 @@ def own_part(
     elif name.startswith(_EXITS):
         if int(name.removeprefix(_EXITS).partition(".")[0]) - 1 not in layers:
             return None
-    elif name.startswith(_MTP) and rank_info.num_stages > 1:
+    elif name.startswith(_MTP) and not rank_info.is_last_stage:
         return None
     elif name.startswith("output_layer.") and not rank_info.is_last_stage:
         has_exits = bool(rank_info.exits(architecture.num_layers, early_exit))
@@ -189,7 +194,7 @@ def stage_as_model(
         exits = EarlyExitConfig(exit_layer_nums=tuple(positions), **early_exit.head_options)
     own = architecture if rank_info.tensor is None else rank_info.tensor.architecture(architecture)
     renamed = {_renumbered(name, layers.start): tensor for name, tensor in weights.items()}
-    depths = own.mtp_num_layers if rank_info.num_stages == 1 else 0
+    depths = own.mtp_num_layers if rank_info.is_last_stage else 0
     return replace(own, num_layers=len(layers), mtp_num_layers=depths), exits, renamed
 
 

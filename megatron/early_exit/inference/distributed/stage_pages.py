@@ -35,8 +35,8 @@ class StagePages:
     def reserve(
         self, chosen: abc.Sequence[Sequence], ends: abc.Sequence[int], ready: Iterable[Sequence]
     ) -> set[int]:
-        """Take the pages for what runs next. Where there are not enough, the youngest sequence that
-        has no drafts on their way has to give back its own, until there are.
+        """Take the pages for what runs next. Where there are not enough, the youngest sequence
+        whose last token is not on its way has to give back its own, until there are.
 
         Args:
             chosen: run next.
@@ -46,8 +46,9 @@ class StagePages:
         Returns:
             The keys of those that had to give back their pages.
         """
-        # With drafts a sequence has the pages for all of them already.
-        fresh = {one.key for one in (*chosen, *ready) if not one.drafts}
+        # Behind its last token on their way, a sequence has the pages for all drafts already.
+        waiting = (*chosen, *ready)
+        fresh = {one.key for one in waiting if one.cached[0] < one.num_final}
         preempted: set[int] = set()
         while not self._pages.reserve(
             (one, 0, 0, end)

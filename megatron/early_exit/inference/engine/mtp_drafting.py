@@ -52,6 +52,23 @@ class MtpDrafting:
             requests: of the sequences.
         """
         sequences = [one.sequence for one in requests]
+        order, logits = self.logits(depth, sequences)
+        asking = [requests[place] for place in order]
+        spans = [Span(one.sequence.slot, 0, 1) for one in asking]
+        modes = [one.mode for one in asking]
+        counts, rows = [1] * len(asking), list(range(len(asking)))
+        call = HeadCall(0, MTP, spans, modes, counts, logits, rows)
+        outputs = read([HeadLogits([call], logits)], {})
+        return [outputs[0, one.slot][0] for one in sequences]
+
+    def logits(
+        self, depth: int, sequences: abc.Sequence[Sequence]
+    ) -> tuple[list[int], torch.Tensor]:
+        """The same as numbers.
+
+        Returns:
+            The places of the sequences in the order of their rows, and logits [n, v] in fp32.
+        """
         # The last token has not been through the backbone yet.
         ends = [one.num_final - 1 for one in sequences]
         while lacking := [
@@ -65,14 +82,7 @@ class MtpDrafting:
                 [self._rows.count(depth, one.slot) + _MOST_ROWS for one, _ in lacking],
             )
         order, hidden = self._run(depth, sequences, ends, last_only=True)
-        asking = [requests[place] for place in order]
-        spans = [Span(one.sequence.slot, 0, 1) for one in asking]
-        counts, rows = [1] * len(asking), list(range(len(asking)))
-        modes = [one.mode for one in asking]
-        call = HeadCall(0, MTP, spans, modes, counts, hidden, rows)
-        logits = self._head.logits(hidden).to(torch.float32)
-        outputs = read([HeadLogits([call], logits)], {})
-        return [outputs[0, one.slot][0] for one in sequences]
+        return order, self._head.logits(hidden).to(torch.float32)
 
     def _run(
         self,

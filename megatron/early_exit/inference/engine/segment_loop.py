@@ -250,7 +250,7 @@ class SegmentLoop(DecodingLoop):
         """Have the multi-token-prediction module draft behind the tokens of this step, a depth at a
         time."""
         begun, asked, depth = self._to_draft, self._to_draft, 1
-        while asked := [one for one in asked if one.mode.looks_ahead]:
+        while asked := [one for one in asked if one.mode.num_ahead]:
             self._suspects = {one.key for one in asked}
             outputs = mtp.ask(depth, asked)
             asked = [

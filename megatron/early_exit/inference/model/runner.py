@@ -363,11 +363,21 @@ class SegmentRunner:
     def _caches(self) -> list[KVCache]:
         return [self._cache, *filter(None, self._block_caches)]
 
-    def truncate(self, slot: int, length: int, first_exit: int = 0) -> None:
+    def truncate(
+        self, slot: int, length: int, first_exit: int = 0, ahead: int | None = None
+    ) -> None:
         """Forget what the blocks of exits, from `first_exit` on, have cached from position `length`
-        on; a new sequence starts at 0."""
-        for lengths in self._block_lengths[first_exit:]:
-            lengths[slot] = min(lengths[slot], length)
+        on; a new sequence starts at 0.
+
+        Args:
+            ahead: the same position of the depths of a multi-token-prediction module, which may
+                have seen the tokens of positions that have not been through the model; None is
+                `length`.
+        """
+        for index in range(first_exit, len(self._blocks)):
+            end = length if ahead is None or index < len(self.model.exits) else ahead
+            lengths = self._block_lengths[index]
+            lengths[slot] = min(lengths[slot], end)
 
     def clear(self, slot: int, length: int | None = None) -> None:
         """Make a slot as good as new, after a sequence that was not finite or broke off in a pass.

@@ -279,9 +279,10 @@ class DecodingMode(ABC):
         return 0
 
     @property
-    def looks_ahead(self) -> bool:
-        """Whether the next of those depths is to draft behind the tokens and drafts so far."""
-        return False
+    def num_ahead(self) -> int:
+        """The most tokens that those depths are yet to draft behind the tokens and drafts so
+        far."""
+        return 0
 
     def asks(self, exit_index: int) -> bool:
         """Whether the exit is to be computed for the last position."""

@@ -110,8 +110,8 @@ class SelfSpeculativeMode(DecodingMode):
         return self.depths if self.room > 1 else 0
 
     @property
-    def looks_ahead(self) -> bool:
-        return self._drafter == MTP and self._is_drafting and self._has_room
+    def num_ahead(self) -> int:
+        return self._room_for_drafts if self._drafter == MTP and self._is_drafting else 0
 
     @property
     def _is_drafting(self) -> bool:
@@ -170,9 +170,14 @@ class SelfSpeculativeMode(DecodingMode):
     @property
     def _has_room(self) -> bool:
         """Whether one more draft may be made."""
+        return self._room_for_drafts > 0
+
+    @property
+    def _room_for_drafts(self) -> int:
+        """How many more may be made."""
         sequence = self.sampler.sequence
         most = min(self._aim, self.choice.most, self.room - len(sequence.generated) - 1)
-        return len(sequence.drafts) < most
+        return max(most - len(sequence.drafts), 0)
 
     def _drafts_at(self, output: HeadOutput) -> bool:
         """Whether the drafter is sure enough."""
@@ -275,7 +280,7 @@ def _uses_mtp(context: ModeContext) -> bool:
     method = params.draft_method
     if method == "mtp" and not has_module:
         problem = "needs a multi-token-prediction module, which there is not"
-        allowed = "exit or auto; mtp with a model that has one, on one stage of a pipeline"
+        allowed = "exit or auto; mtp with a model that has one"
         raise FieldError("draft_method", problem, allowed, value=method)
     if method is None:
         method = "auto" if params.draft_exit_layer is None else "exit"

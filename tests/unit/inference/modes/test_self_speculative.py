@@ -63,7 +63,7 @@ def speculate(params: SamplingParams, drafter: int = 0) -> list[list[int]]:
         mode = drafting_mode(params, sampler, 2, 0.0, drafter)
         assert mode.at_exit(drafter, draft, True) is Next.DRAFTED
         assert mode.at_exit(drafter, draft, True) is Next.DRAFTED
-        assert not mode.looks_ahead
+        assert mode.num_ahead == 0
         assert mode.at_exit(drafter, draft, True) is Next.DEEPER
         first, second = mode.sampler.sequence.drafts
         targets = [TARGET, BEHIND[first % 3], BEHIND[second % 3]]
