@@ -9,6 +9,12 @@ of a model sees the microbatches in the order of the last stage's forwards, both
 the interleaved schedule, so they need no names. Where bubbles are filled, a stage gets the tokens
 of those microbatches that run backward on it.
 
+Tokens travel in the host's memory, by gloo also where the schedules use NCCL. A send of NCCL's ends
+when it is received, which may be many microbatches later, and all that waits for the whole device
+until then would wait for it: timers, memory that is given back, synchronized messages. The stage
+that has to receive might wait for just that. The price is that the last stage's host waits for the
+end of a forward before it goes on.
+
 Passes without backward have them too late, by as many forwards as there are stages behind: what
 waits for tokens in an evaluation is kept for `delay` more microbatches.
 """
@@ -75,13 +81,13 @@ class FinalTokens:
         for ranks in sorted({pipeline for pipeline, _ in told}):
             for stage, rank in enumerate(ranks[:-1]):
                 if rank in wanting:
-                    group = torch.distributed.new_group([rank, ranks[-1]])
+                    group = torch.distributed.new_group([rank, ranks[-1]], backend="gloo")
                     # Other ranks than its own get a number.
                     if isinstance(group, ProcessGroup):
                         groups[stage] = group
         for group in groups.values():
             # What connects two ranks may stop both until they have met, which they do here.
-            torch.distributed.broadcast(torch.zeros(1, device="cuda"), own[-1], group)
+            torch.distributed.broadcast(torch.zeros(1), own[-1], group)
         stage = pp_group.rank()
         delay = len(own) - stage
         if len(chunks) > 1:
@@ -92,7 +98,8 @@ class FinalTokens:
         return cls(positions, own[-1], groups.get(stage), delay=delay)
 
     def send(self, tokens: Tensor, stages: Collection[int] | None = None) -> None:
-        """On the last stage: hand out the tokens of the next microbatch. Nothing is waited for.
+        """On the last stage: hand out the tokens of the next microbatch. No other stage is waited
+        for.
 
         Args:
             tokens: [s * b].
@@ -111,7 +118,7 @@ class FinalTokens:
             self._tokens.append(tokens.to(torch.int32))
 
     def _new_message(self, tokens: Tensor) -> Tensor:
-        """Tokens in memory that nothing else uses.
+        """Tokens in the host's memory that nothing else uses.
 
         Raises:
             RuntimeError: a message before could not be sent: a stage has died.
@@ -128,7 +135,7 @@ class FinalTokens:
         fitting = (at for at, one in enumerate(self._spare) if one.shape == tokens.shape)
         at = next(fitting, None)
         if at is None:
-            return tokens.to(torch.int32)
+            return tokens.to("cpu", torch.int32, copy=True)
         return self._spare.pop(at).copy_(tokens)
 
     def take(self, position: int, count: int, device: torch.device) -> Tensor:
@@ -142,9 +149,9 @@ class FinalTokens:
         number = self._taken[position] - self._first
         while number >= len(self._tokens):
             assert self._group is not None, "the last stage knows its own tokens"
-            received = torch.empty(count, dtype=torch.int32, device=device)
+            received = torch.empty(count, dtype=torch.int32)
             torch.distributed.broadcast(received, self._sender, self._group)
-            self._tokens.append(received)
+            self._tokens.append(received.to(device))
         tokens = self._tokens[number]
         self._taken[position] += 1
         while self._first < min(self._taken.values()):

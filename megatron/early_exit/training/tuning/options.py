@@ -62,7 +62,7 @@ class TuningOptions(FlagFields):
     tune_exit_pipeline_parallel_size: int | None = None
     """Build and run only this many of the first pipeline stages that
     --pipeline-model-parallel-size divides the model into (default: all, of the layers up to the
-    last exit)."""
+    last exit). Not with what needs the final head, such as --use-exit-gate."""
 
     freeze_exit_output_weights: bool = False
     """Do not train the output projections that exits have with --untie-exit-output-weights."""
