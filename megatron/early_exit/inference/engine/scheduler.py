@@ -10,6 +10,7 @@ the batch runs on, takes along those that wait on its way, and all its heads are
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from megatron.early_exit.inference.engine.cache_pages import CachePages
 from megatron.early_exit.inference.engine.exit_rates import ExitRateEstimator
@@ -303,14 +304,19 @@ class Scheduler:
 
     def batch(self, segment: int, group: Iterable[Sequence]) -> ScheduledBatch:
         """Spans of the sequences of `group`, all in front of `segment`, as many as there is room
-        for: single tokens first, then parts of prompts and catch-ups, see `_in_turn`."""
-        singles = [one for one in group if one.waiting == 1]
-        longer = self._in_turn(segment, [one for one in group if one.waiting > 1])
-        if len(singles) > self.max_rows:
-            singles = sorted(singles, key=lambda one: one.since)[: self.max_rows]
+        for: single tokens with their drafts first, then parts of prompts and catch-ups, see
+        `_in_turn`."""
+        singles: list[Sequence] = []
+        longer: list[Sequence] = []
+        for one in group:
+            (singles if one.waiting <= one.num_verified else longer).append(one)
+        longer = self._in_turn(segment, longer)
+        rows = sum(one.waiting for one in singles)
+        if rows > self.max_rows:
+            singles = _first_rows(sorted(singles, key=lambda one: one.since), self.max_rows)
         # Long ones come forward however many single tokens there are.
-        room = max(self.max_rows - len(singles), 1)
-        batch = [(one, one.start(segment) + 1) for one in singles]
+        room = max(self.max_rows - rows, 1)
+        batch = [(one, one.start(segment) + one.waiting) for one in singles]
         for one in longer:
             if room <= 0:
                 break
@@ -362,6 +368,12 @@ class Scheduler:
         """The sequence has got tokens or drafts, and starts on the last of them."""
         sequence.segment, sequence.since = 0, self._step
         sequence.num_answered = 0
+
+
+def _first_rows(sequences: list[Sequence], most: int) -> list[Sequence]:
+    """The first ones whose positions are at most so many; one at least."""
+    ends = accumulate(one.waiting for one in sequences)
+    return [one for one, end in zip(sequences, ends, strict=True) if end <= most] or sequences[:1]
 
 
 def _cut(waiting: int, room: int, num_verified: int) -> int:

@@ -9,7 +9,9 @@ import torch
 
 from megatron.early_exit.inference.distributed.draft_orders import DraftOrder
 from megatron.early_exit.inference.distributed.stage_drafts import StageDrafts
+from megatron.early_exit.inference.engine.cache_pages import PAGE_SIZE
 from megatron.early_exit.inference.model.kv_cache import Span
+from megatron.early_exit.inference.model.page_store import PageStore
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from tests.helpers.mtp_models import assert_drafts, mtp_model
 from tests.helpers.tiny_models import TinyModel
@@ -28,6 +30,7 @@ class Stage:
 
     def __init__(self) -> None:
         self.runner = SegmentRunner(model().segmented, num_slots=2, capacity=32)
+        self.pages = PageStore(self.runner, PAGE_SIZE, keeps_for_blocks=True)
         self.drafts = StageDrafts(self.runner)
 
     @torch.inference_mode()
@@ -42,6 +45,23 @@ class Stage:
     def depths(self, slot: int) -> list[int]:
         """Tokens that the rows of each depth have seen."""
         return self.runner.block_lengths(slot)[1:]
+
+    @torch.inference_mode()
+    def save(self, slot: int, count: int) -> None:
+        """Store the first pages of a slot."""
+        lengths = self.runner.stored_lengths(slot)
+        for page in range(count):
+            end = (page + 1) * PAGE_SIZE
+            blocks = [index for index, length in enumerate(lengths) if length >= end]
+            self.pages.save(page, slot, page, 2, blocks)
+
+    @torch.inference_mode()
+    def load(self, slot: int, key: int, count: int) -> None:
+        """Begin with the first pages in a slot."""
+        self.drafts.begin(slot, key)
+        self.runner.truncate(slot, 0)
+        for page in range(count):
+            self.pages.load(page, slot, page)
 
     def order(self, order: DraftOrder) -> list[int]:
         """What the module drafts."""
@@ -118,6 +138,26 @@ def test_nobody_drafts_in_the_slot_of_another(leaves):
     stage.drafts.leave(0)
     stage.run(0, 1, tokens, 0)
     assert_drafts(model(), [*tokens, 6], stage.order(order_of(1, 0, [*tokens, 6], 0)))
+
+
+@pytest.mark.parametrize("most", [1, DEPTHS])
+def test_pages_of_a_text_that_not_all_depths_have_seen(most):
+    """What one depth gives the next is not stored, so the next has to have its rows, too."""
+    stage = Stage()
+    text = TEXT[: PAGE_SIZE + 4]
+    stage.run(0, 1, text[:-1], 0)
+    stage.order(order_of(1, 0, text, 0, most))
+    stage.save(0, 1)
+    # Somebody else leaves other rows in the slot that the page comes to.
+    other = [(token + 11) % 61 for token in text]
+    stage.run(1, 2, other[:-1], 0)
+    stage.order(order_of(2, 1, other, 0))
+    stage.load(1, 3, 1)
+    assert stage.depths(1) == (
+        [0] * DEPTHS if most == 1 else [PAGE_SIZE - DEPTHS + 1 + depth for depth in range(DEPTHS)]
+    )
+    stage.run(1, 3, text[:-1], PAGE_SIZE)
+    assert_drafts(model(), text, stage.order(order_of(3, 1, text, 0)))
 
 
 def test_behind_what_is_not_finite_nothing_is_drafted():

@@ -382,3 +382,20 @@ def test_those_that_go_away_do_not_wait_any_longer():
     scheduler.remove(1)
     assert admitted_in_order(scheduler, 2) == [1, 1]
     assert scheduler.admit() == []
+
+
+def test_tokens_with_drafts_do_not_wait_behind_a_long_prompt():
+    scheduler = Scheduler(1, 3, max_rows=8)
+    for key, length in enumerate((100, 5, 5)):
+        scheduler.add(sequence_of(key, length))
+    prompt, *begun = scheduler.admit()
+    for one in begun:
+        one.cached = [4]
+        one.drafts = [7, 7]
+    batch = scheduler.batch(0, [prompt, *begun])
+    spans = dict(zip((one.key for one in batch.sequences), batch.spans, strict=True))
+    assert {key: (span.start, span.end) for key, span in spans.items()} == {
+        0: (0, 2),
+        1: (4, 7),
+        2: (4, 7),
+    }
