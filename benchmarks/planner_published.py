@@ -6,7 +6,8 @@ Each row of the file is a run with its source (benchmarks/planner/published_runs
 The table shows seconds of a step and gigabytes of memory, published and predicted. The command
 fails if fewer than 31 of 34 steps (the same share of another file) are within 10 % of what was
 published, if any is 15 % off, if their geometric standard deviation is above 5 %, or if a published
-memory is 10 % off. --leave-one-out also shows what each source's rows give when the two shares of
+memory is 10 % off. A run that the planner cannot express is named, and counts as one that is not
+within 10 %. --leave-one-out also shows what each source's rows give when the two shares of
 the peak (a factor on both) are chosen by the other sources only."""
 
 from __future__ import annotations
@@ -64,10 +65,10 @@ class Verdict:
     memory: float
 
     @classmethod
-    def of(cls, ratios: Sequence[float], memory: Sequence[float]) -> Verdict:
-        """Judge ratios of steps and of memory."""
+    def of(cls, ratios: Sequence[float], memory: Sequence[float], num_refused: int = 0) -> Verdict:
+        """Judge ratios of steps and of memory, beside runs that are not modelled."""
         return cls(
-            num_rows=len(ratios),
+            num_rows=len(ratios) + num_refused,
             num_close=sum(abs(ratio - 1) <= CLOSE for ratio in ratios),
             furthest=max(abs(ratio - 1) for ratio in ratios),
             deviation=exp(pstdev(map(log, ratios))) - 1,
@@ -180,15 +181,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.picture is not None and args.picture.suffix not in (".svg", ".png"):
             raise ValueError(f"--picture {args.picture}, allowed: .svg, .png")
-        rows = [Comparison.of(run) for run in read_runs(args.runs)]
+        runs, refused = read_runs(args.runs)
+        if not runs:
+            raise ValueError(refused[0])
+        rows = [Comparison.of(run) for run in runs]
         if args.picture is not None:
             draw(rows, args.picture)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     memory = [row.memory_ratio for row in rows if row.memory_ratio is not None]
-    verdict = Verdict.of([row.ratio for row in rows], memory)
-    print(table(rows))
+    verdict = Verdict.of([row.ratio for row in rows], memory, len(refused))
+    print("\n".join([table(rows), *refused]))
     if args.leave_one_out:
         print("\n".join(["", *leave_one_out(rows)]))
     print(f"\n{'reached' if verdict.holds else 'MISSED'}: {verdict}")

@@ -86,24 +86,30 @@ class PublishedRun:
         return Costing(one, costs, update, overlap).predict(Fills())
 
 
-def read_runs(path: Path) -> list[PublishedRun]:
+def read_runs(path: Path) -> tuple[list[PublishedRun], list[str]]:
     """Read the runs of a file of comma-separated values with a line of column names.
+
+    Returns:
+        The runs, and for each other row why it is not modelled: it has a schedule or an accelerator
+        that the planner does not know.
 
     Raises:
         ValueError: it cannot be read, or a row is not a run; the message names line and column.
-        NotModelled: a row has a schedule or an accelerator that the planner does not know.
     """
-    runs = []
+    runs, refused = [], []
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             for row in reader:
-                runs.append(_run(row, f"{path}, line {reader.line_num}"))
+                try:
+                    runs.append(_run(row, f"{path}, line {reader.line_num}"))
+                except NotModelled as error:
+                    refused.append(str(error))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    if not runs:
+    if not (runs or refused):
         raise ValueError(f"{path} has no runs, allowed: one or more rows below the column names")
-    return runs
+    return runs, refused
 
 
 def _run(row: Mapping[str, str | None], where: str) -> PublishedRun:

@@ -27,7 +27,9 @@ def quick_rows(**changes: str) -> list[dict[str, str]]:
 
 
 def test_runs_are_read_as_they_are_written():
-    runs = {run.name: run for run in read_runs(RUNS)}
+    found, refused = read_runs(RUNS)
+    assert refused == []
+    runs = {run.name: run for run in found}
     assert len(runs) == len(ROWS) == 34
     for row in ROWS:
         run, layout = runs[row["name"]], runs[row["name"]].candidate.layout
@@ -49,7 +51,7 @@ def test_steps_and_memory_are_predicted(tmp_path, capsys):
         assert row["name"] in printed
     assert printed.splitlines()[-1].startswith("reached: 4 of 4 steps within 10%")
     assert "<svg" in (tmp_path / "runs.svg").read_text()
-    for run in read_runs(path):
+    for run in read_runs(path)[0]:
         found = Comparison.of(run)
         assert abs(found.ratio - 1) <= CLOSE
         assert run.peak_bytes is None or abs(found.peak_bytes / run.peak_bytes - 1) <= CLOSE
@@ -61,6 +63,14 @@ def test_what_is_far_from_what_was_published_fails(tmp_path, capsys):
     rows[0]["published_step_s"] = "1.0"
     assert main(["--runs", str(written(tmp_path / "runs.csv", rows))]) == 1
     assert "MISSED: 3 of 4 steps" in capsys.readouterr().out
+
+
+def test_a_run_that_is_not_modelled_counts_as_one_that_is_far_off(tmp_path, capsys):
+    rows = [*quick_rows(), ROWS[0] | {"schedule": "zb2p"}]
+    assert main(["--runs", str(written(tmp_path / "runs.csv", rows))]) == 1
+    printed = capsys.readouterr().out
+    assert "line 6: schedule 'zb2p' is not modelled" in printed
+    assert "MISSED: 4 of 5 steps" in printed
 
 
 @pytest.mark.parametrize(
