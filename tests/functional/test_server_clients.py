@@ -13,6 +13,7 @@ from lm_eval.tasks import TaskManager
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from megatron.early_exit.evaluation import lm_eval_model
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers.speed import patient
 from tests.helpers.text_checkpoint import save_text_checkpoint
@@ -96,36 +97,53 @@ def test_openai_models_and_errors(client):
     assert raised.value.param == "exit_layers"
 
 
-def harness(server, checkpoint, name):
-    """What lm-eval finds for a name of the model."""
-    model = f"base_url={server.url}/v1/completions,model={name},num_concurrent=4,max_length=256"
+def harness(model, model_args, batch_size=2):
+    """What lm-eval finds for a model."""
     found = lm_eval.simple_evaluate(
-        model="local-completions",
-        model_args=f"{model},tokenizer={checkpoint.parent / 'tokenizer'}",
+        model=model,
+        model_args=model_args,
         tasks=["tiny_choices", "tiny_answers"],
         task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
-        batch_size=2,
+        batch_size=batch_size,
         bootstrap_iters=0,
     )
     return found["results"], found["samples"]
 
 
 @pytest.mark.parametrize(
-    ("name", "params"),
+    ("name", "in_process", "params"),
     [
-        (f"{NAME}:full", {"mode": "full"}),
+        (f"{NAME}:full", "", {"mode": "full"}),
+        (
+            f"{NAME}:threshold=0.3",
+            ",early_exit_threshold=0.3",
+            {"mode": "early_exit", "early_exit_threshold": 0.3},
+        ),
         (
             f"{NAME}:exit=1",
+            ",early_exit_threshold=0,exit_layers=1",
             {"mode": "early_exit", "early_exit_threshold": 0.0, "exit_layers": (1,)},
         ),
     ],
 )
-def test_lm_eval_finds_what_the_model_says(server, checkpoint, monkeypatch, tmp_path, name, params):
+def test_lm_eval_finds_what_the_model_says(
+    server, checkpoint, monkeypatch, tmp_path, name, in_process, params
+):
     # Its tasks name their data by relative paths.
     monkeypatch.chdir(TASKS)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     engine = EarlyExitEngine.from_checkpoint(checkpoint)
-    results, samples = harness(server, checkpoint, name)
+    url = f"base_url={server.url}/v1/completions,model={name},num_concurrent=4,max_length=256"
+    tokenizer = checkpoint.parent / "tokenizer"
+    results, samples = harness("local-completions", f"{url},tokenizer={tokenizer}")
+    arguments = f"load={checkpoint},max_sequence_length=256{in_process}"
+    own_results, own_samples = harness(lm_eval_model.NAME, arguments)
+    for task, other in samples.items():
+        for sample, own in zip(other, own_samples[task], strict=True):
+            assert own["arguments"] == sample["arguments"]
+            for one, expected in zip(own["filtered_resps"], sample["filtered_resps"], strict=True):
+                assert one == pytest.approx(expected, abs=1e-3)
+        assert own_results[task] == pytest.approx(results[task])
     right = 0
     for sample in samples["tiny_choices"]:
         found = [one[0] for one in sample["resps"]]
