@@ -53,6 +53,11 @@ def measure(
     equally. Each setting answers every prompt several times, of which the fastest counts. The full
     model's point comes first for each engine.
 
+    What is timed is decoding from the first token to the last. Where an exit gives the first token,
+    that has the prompt's deeper layers, while the full model's time has no part of its prompt; and
+    deeper layers of the last positions, which no token has needed, are not in it. The first of these
+    makes low thresholds look slower, the second faster. `tools/evaluate.py` times whole answers.
+
     Args:
         engines: see `engines`.
         prompts: texts that the model has not seen.
