@@ -53,10 +53,11 @@ def measure(
     equally. Each setting answers every prompt several times, of which the fastest counts. The full
     model's point comes first for each engine.
 
-    What is timed is decoding from the first token to the last. Where an exit gives the first token,
-    that has the prompt's deeper layers, while the full model's time has no part of its prompt; and
-    deeper layers of the last positions, which no token has needed, are not in it. The first of these
-    makes low thresholds look slower, the second faster. `tools/evaluate.py` times whole answers.
+    What is timed is decoding, from the first token to the last. Where an exit gives the first one,
+    that includes the prompt's deeper layers, while no part of the prompt is in the full model's
+    time, which makes low thresholds look slower. Deeper layers of the last positions, which no
+    token has needed, are not included, which makes them look faster. `tools/evaluate.py` times
+    whole answers, and charges rules for these layers.
 
     Args:
         engines: see `engines`.
