@@ -21,12 +21,13 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from megatron.early_exit.checkpoint.description import describe
-from megatron.early_exit.checkpoint.location import locate
+from megatron.early_exit.checkpoint.location import DESCRIPTION_NAME, locate
 from megatron.early_exit.config import ExitMeasure
 from megatron.early_exit.errors import FieldError, as_flag
 from megatron.early_exit.evaluation.evaluation import REPORT, Evaluation
 from megatron.early_exit.evaluation.items import read_tasks
 from megatron.early_exit.evaluation.library_items import MAKERS
+from megatron.early_exit.evaluation.provenance import fingerprint
 from megatron.early_exit.evaluation.settings import DEFAULT_THRESHOLDS, Settings
 from megatron.early_exit.evaluation.tradeoff import by_curve, table
 from megatron.early_exit.hardware.dtypes import NAMES
@@ -86,11 +87,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=list(get_args(KVPolicy)),
         help="(default: %(default)s)",
     )
-    add("--max-tokens", type=int, default=64, help="of every answer (default: %(default)s)")
+    add("--max-tokens", type=int, default=128, help="of every answer (default: %(default)s)")
     add(
         "--repeats",
         type=int,
-        default=2,
+        default=3,
         help="pairs of timed answers, of the full model and of a rule (default: %(default)s)",
     )
     add(
@@ -178,6 +179,13 @@ def about_model(args: argparse.Namespace, engine: EarlyExitEngine) -> dict[str, 
     stored = describe(location).quantization
     return {
         "checkpoint": str(location.iteration_dir),
+        "fingerprint": fingerprint(
+            (
+                location.iteration_dir,
+                location.save_dir / DESCRIPTION_NAME,
+                location.tokenizer_dir,
+            )
+        ),
         "dtype": NAMES[engine.model.dtype],
         "weight_dtype": args.weight_dtype or (None if stored is None else stored.weight_dtype),
         "quantize_heads": args.quantize_heads,

@@ -53,6 +53,12 @@ def measure(
     equally. Each setting answers every prompt several times, of which the fastest counts. The full
     model's point comes first for each engine.
 
+    What is timed is decoding, from the first token to the last. Where an exit gives the first one,
+    that includes the prompt's deeper layers, while no part of the prompt is in the full model's
+    time, which makes low thresholds look slower. Deeper layers of the last positions, which no
+    token has needed, are not included, which makes them look faster. `tools/evaluate.py` times
+    whole answers, and charges rules for these layers.
+
     Args:
         engines: see `engines`.
         prompts: texts that the model has not seen.

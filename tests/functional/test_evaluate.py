@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ def test_the_result_says_what_was_measured_and_how(evaluated, checkpoint):
     assert results["model"]["checkpoint"] == str(next(checkpoint.glob("iter_*")))
     assert results["model"]["exit_layers"] == list(EXITS)
     assert results["model"]["compile"] is False
+    assert len(results["model"]["fingerprint"]) == 64
     assert results["settings"]["measures"] == ["max_probability"]
     assert results["settings"]["kv_policies"] == ["exact", "propagate"]
     rules = {(o["kv_policy"], o["threshold"]) for o in results["outcomes"]}
@@ -74,6 +76,7 @@ def test_the_report_shows_every_text_in_a_browser(evaluated, browser: Browser):
         for r in results["records"]
         if (r["index"], r["threshold"], r["kv_policy"]) == (0, 0.0, "exact")
     ]
+    assert record["counted"] == 6
     assert tokens.all_text_contents() == record["token_texts"]
     assert tokens.first.get_attribute("title").startswith(f"layer {EXITS[0]}, confidence 0.")
     other = page.locator("#answer .differs")
@@ -102,7 +105,7 @@ def test_the_report_shows_every_text_in_a_browser(evaluated, browser: Browser):
         ("--tasks none", "--tasks none: is no task, allowed: next_line, docstring, manual, or a"),
         ("--tasks manual --enable-prefix-caching", "--enable-prefix-caching is refused"),
         ("--tasks manual --max-batch-size 3", "--max-batch-size 3 is refused"),
-        ("--tasks manual --no-compile", "tokens, allowed: up to 192, which leaves room for"),
+        ("--tasks manual --no-compile", "tokens, allowed: up to 128, which leaves room for"),
         (
             "--tasks manual --no-compile --measures gate",
             "--measures gate: the exits have no gates, allowed: max_probability margin",
@@ -126,6 +129,28 @@ def test_commands_of_the_document_have_valid_flags():
     assert defaults.thresholds == list(DEFAULT_THRESHOLDS)
     assert DEFAULT_THRESHOLDS[:2] == (1.0, 0.95)
     assert (DEFAULT_THRESHOLDS[-1], len(DEFAULT_THRESHOLDS)) == (0.0, 21)
+
+
+def test_another_model_at_the_same_path_is_refused(evaluated, checkpoint, tmp_path, capsys):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    shutil.copytree(evaluated, tmp_path / "out")
+    records = tmp_path / "out" / "records.jsonl"
+    header, *rest = records.read_text().splitlines()
+    own = str(next((tmp_path / "model").glob("iter_*")))
+    moved = header.replace(str(next(checkpoint.glob("iter_*"))), own)
+    records.write_text("\n".join([moved, *rest]) + "\n")
+    words = f"--tasks {evaluated / 'own.jsonl'} --thresholds 0.5 0 --max-tokens 6 --repeats 1"
+    command = (tmp_path / "model", tmp_path / "out", *words.split(), "--no-compile")
+    assert run(*command) == 0
+    weights = max((tmp_path / "model").rglob("*.distcp"), key=lambda one: one.stat().st_size)
+    content = bytearray(weights.read_bytes())
+    # Zeros in place of some weights are weights, too.
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(64)
+    weights.write_bytes(content)
+    capsys.readouterr()
+    assert run(*command) == 2
+    assert "records of another measurement: model.fingerprint was" in capsys.readouterr().err
 
 
 def test_an_interrupted_measurement_says_how_it_goes_on(checkpoint, tmp_path, capsys, monkeypatch):

@@ -14,7 +14,7 @@ Interval = tuple[float, float]
 
 def interval(
     rows: Sums, statistic: Callable[[Sums], Sums], seed: int = 0, resamples: int = RESAMPLES
-) -> Interval:
+) -> Interval | None:
     """The interval that holds a statistic of prompts in 95 % of resamples (percentile bootstrap;
     Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13).
 
@@ -27,9 +27,12 @@ def interval(
         resamples: how many are drawn.
 
     Returns:
-        Its lower and its upper end; both are the statistic itself where there is only one prompt.
+        Its lower and its upper end; None where there are fewer than 2 prompts, of which all
+        resamples are equal, so that an interval would look certain.
     """
     count = len(rows)
+    if count < 2:
+        return None
     generator = np.random.default_rng(seed)
     # How often each prompt is drawn.
     draws = generator.multinomial(count, np.full(count, 1 / count), size=resamples)

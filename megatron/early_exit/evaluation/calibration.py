@@ -31,7 +31,7 @@ class Bin:
 
 @dataclass(frozen=True, slots=True)
 class ExitSummary:
-    """An exit, on the full model's own answers.
+    """An exit, on the full model's own answers up to the end of the text.
 
     Attributes:
         measure: of confidence.
@@ -68,9 +68,9 @@ def exit_summaries(full: Sequence[Record]) -> list[ExitSummary]:
 
 
 def _summary(answers: Sequence[Record], measure: str, layer: str) -> ExitSummary:
-    own = [one["exits"][measure][layer] for one in answers]
-    confidences = np.array([value for one in own for value in one["confidences"]])
-    agrees = np.array([value for one in own for value in one["agrees"]], dtype=float)
+    own = [(one["exits"][measure][layer], one["counted"]) for one in answers]
+    confidences = np.array([value for one, end in own for value in one["confidences"][:end]])
+    agrees = np.array([value for one, end in own for value in one["agrees"][:end]], dtype=float)
     bins = calibration_bins(confidences, agrees)
     error = sum(one.count * abs(one.mean_confidence - one.agreement) for one in bins)
     return ExitSummary(

@@ -1,6 +1,7 @@
 """Pictures of what was found, for files and for the report."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,12 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megatron.early_exit.evaluation.summary import ALL, Outcome, Summary
-from megatron.early_exit.evaluation.tradeoff import Point, by_curve
+from megatron.early_exit.evaluation.items import ALL
+from megatron.early_exit.evaluation.summary import Outcome, Summary
+from megatron.early_exit.evaluation.tradeoff import Point, by_curve, threshold_name
 
 _LABEL_WIDTH, _LABEL_HEIGHT = 32, 14
 """Pixels that the name of a threshold needs at the figure's own 100 for an inch."""
 _LONG_NAME = 22
+_LEGEND_COLUMNS = 4
 _INK = "#010203"
 """Stands for the colour of a page's text, which no picture has otherwise."""
 
@@ -65,7 +68,7 @@ def figures_of(summary: Summary, num_layers: int) -> dict[str, Figure]:
     whole = [one for one in summary.outcomes if one.task == ALL and one.point is not None]
     if not whole:
         return found
-    found["quality_against_speed"] = tradeoff_curve(summary.points())
+    found["quality_against_speed"] = tradeoff_curve(summary.points(), is_one_engine=True)
     curves: dict[str, list[Outcome]] = {}
     for one in whole:
         curves.setdefault(one.curve, []).append(one)
@@ -79,24 +82,28 @@ def figures_of(summary: Summary, num_layers: int) -> dict[str, Figure]:
     return found
 
 
-def tradeoff_curve(points: Sequence[Point], least_agreement: float | None = None) -> Figure:
+def tradeoff_curve(
+    points: Sequence[Point], least_agreement: float | None = None, is_one_engine: bool = False
+) -> Figure:
     """Draw agreement with the full model against speed, one mark for each threshold.
 
-    All speeds are relative to the first point's, which is a full model's. Bars are the points'
-    intervals, where they have any.
+    Each speed is the point's speed-up over its own full model, beside which it was measured. Those
+    of other engines are multiplied by how much faster the engine's full model is than the first
+    one's. Bars are the points' intervals, where they have any.
 
     Args:
         points: of all curves; in each the full model comes first.
         least_agreement: a line marks it, so that a difference of a few tokens looks as small as it
             is; None draws none.
+        is_one_engine: all curves have the same full model, whose speeds differ by chance alone.
     """
     figure, axes = _figure(7, 5)
-    slowest = points[0].tokens_per_second
-    marks: list[tuple[str, tuple[float, float]]] = []
+    first_speed = points[0].tokens_per_second
+    marks: list[tuple[float, tuple[float, float]]] = []
     for name, own in by_curve(points).items():
         full, *early = own
-        scale = full.tokens_per_second / slowest
-        speeds = [point.tokens_per_second / slowest for point in early]
+        scale = 1.0 if is_one_engine else full.tokens_per_second / first_speed
+        speeds = [scale * point.speedup for point in early]
         agreements = [100 * point.agreement for point in early]
         container = axes.errorbar(
             speeds,
@@ -107,8 +114,9 @@ def tradeoff_curve(points: Sequence[Point], least_agreement: float | None = None
             elinewidth=0.6,
             label=f"early exit by threshold, {name}",
         )
-        names = [f"{point.threshold:.2f}" for point in early]
-        marks += zip(names, zip(speeds, agreements, strict=True), strict=True)
+        for point, x, y in zip(early, speeds, agreements, strict=True):
+            assert point.threshold is not None
+            marks.append((point.threshold, (x, y)))
         axes.plot(
             [scale],
             [100.0],
@@ -146,30 +154,31 @@ def _bars(
     return bars
 
 
-def _label(axes: Axes, marks: Sequence[tuple[str, tuple[float, float]]]) -> None:
+def _label(axes: Axes, marks: Sequence[tuple[float, tuple[float, float]]]) -> None:
     """Label the marks with their thresholds, the lowest ones first, as far as there is room."""
     taken: list[tuple[float, float]] = []
-    for name, place in sorted(marks):
+    for threshold, place in sorted(marks):
         x, y = axes.transData.transform(place)
         if any(abs(x - a) < _LABEL_WIDTH and abs(y - b) < _LABEL_HEIGHT for a, b in taken):
             continue
         taken.append((x, y))
+        name = threshold_name(threshold)
         axes.annotate(name, place, textcoords="offset points", xytext=(6, 4), fontsize=8)
 
 
 def _exit_histogram(curve: Sequence[Outcome]) -> Figure:
     """Draw which share of the tokens each number of layers has given, for each threshold."""
     figure, axes = _figure(7, 4.2)
-    names = [_name(one) for one in curve]
+    places = range(len(curve))
     layers = sorted({layer for one in curve for layer in one.exit_shares})
     below = np.zeros(len(curve))
     for layer in layers:
         shares = np.array([100 * one.exit_shares.get(layer, 0.0) for one in curve])
-        axes.bar(names, shares, bottom=below, label=f"layer {layer}")
+        axes.bar(places, shares, bottom=below, label=f"layer {layer}")
         below += shares
     axes.set(xlabel="threshold", ylabel="tokens (%)", title=f"Exits, {curve[0].curve}")
-    axes.tick_params("x", rotation=90)
-    figure.legend(loc="outside lower center", ncols=len(layers))
+    axes.set_xticks(places, [_name(one) for one in curve], rotation=90)
+    figure.legend(loc="outside lower center", ncols=min(len(layers), _LEGEND_COLUMNS))
     return figure
 
 
@@ -196,9 +205,10 @@ def _calibration(summary: Summary) -> Figure:
 def _depths(curve: Sequence[Outcome], num_layers: int) -> Figure:
     """Draw the mean number of layers at each place of the answers, a row for each threshold."""
     figure, axes = _figure(7, 4.2)
-    image = axes.imshow(
-        [one.depths for one in curve], aspect="auto", cmap="viridis", vmin=0, vmax=num_layers
-    )
+    longest = max(len(one.depths) for one in curve)
+    # Where no answer of a rule is so long, its row is empty.
+    rows = [[*one.depths, *[math.nan] * (longest - len(one.depths))] for one in curve]
+    image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0, vmax=num_layers)
     axes.set_yticks(range(len(curve)), [_name(one) for one in curve], fontsize=7)
     axes.set(
         xlabel="place in the answer (tokens)",
@@ -219,14 +229,16 @@ def _speedup_by_task(summary: Summary, curve: str) -> Figure:
         if one.curve == curve and one.point is not None and one.threshold is not None:
             tasks.setdefault(one.task, []).append((one.threshold, one.point.speedup))
     for task, marks in tasks.items():
-        axes.plot(*zip(*marks, strict=True), marker=".", label=task)
+        # A file's name may have a sign that begins a formula, or one that hides a label.
+        label = "all tasks" if task == ALL else "task " + task.replace("$", r"\$")
+        axes.plot(*zip(*marks, strict=True), marker=".", label=label)
     axes.axhline(1, color="gray", linestyle="dashed", linewidth=1)
     axes.set(
         xlabel="threshold",
         ylabel="speed-up over the full model",
         title=f"Speed-up by task, {curve}",
     )
-    figure.legend(loc="outside lower center", ncols=len(tasks))
+    figure.legend(loc="outside lower center", ncols=min(len(tasks), _LEGEND_COLUMNS))
     return figure
 
 
@@ -239,7 +251,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _name(outcome: Outcome) -> str:
-    return "full" if outcome.threshold is None else f"{outcome.threshold:.2f}"
+    return "full" if outcome.threshold is None else threshold_name(outcome.threshold)
 
 
 PICTURES: Mapping[str, str] = {

@@ -8,6 +8,8 @@ from typing import Any
 
 from megatron.early_exit.evaluation.library_items import MAKERS
 
+ALL = "all"
+"""The name of all tasks together."""
 FORMS = (
     '{"prompt": "...", "reference": "..."}, {"prompt": "...", "choices": ["...", "..."], '
     '"gold": 0}, {"prompt": "..."} or {"text": "..."}'
@@ -62,20 +64,32 @@ def read_tasks(
     items: list[Item] = []
     for name in names:
         if name in MAKERS:
-            items += [
-                Item(name, one.prompt, one.reference, stop=one.stop)
-                for one in MAKERS[name](count, prompt_characters, seed)
-            ]
+            made = MAKERS[name](count, prompt_characters, seed)
+            if not made:
+                raise ValueError(
+                    f"--tasks {name} has no prompts with --prompt-characters {prompt_characters}, "
+                    "allowed: fewer characters, or another task"
+                )
+            items += [Item(name, one.prompt, one.reference, stop=one.stop) for one in made]
             continue
         path = Path(name)
         if path.suffix != ".jsonl":
             raise ValueError(
                 f"--tasks {name}: is no task, allowed: {', '.join(MAKERS)}, or a .jsonl file"
             )
+        if path.stem == ALL:
+            raise ValueError(
+                f"--tasks {name}: {ALL} is what all tasks together are called, allowed: a file of "
+                "another name"
+            )
         items += _spread(_read_file(path, prompt_characters), count)
     tasks = list(map(_task_name, names))
-    if len(set(tasks)) < len(tasks):
-        raise ValueError(f"--tasks {' '.join(names)}: a task is given twice, allowed: once each")
+    for task in tasks:
+        if tasks.count(task) > 1:
+            raise ValueError(
+                f"--tasks {' '.join(names)}: several tasks are called {task}, allowed: each task "
+                "once, and files whose names differ without their folders"
+            )
     return tuple(items)
 
 
@@ -90,7 +104,8 @@ def _spread(items: Sequence[Item], count: int) -> Sequence[Item]:
 
 def _read_file(path: Path, prompt_characters: int) -> list[Item]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Strings of JSON may have further signs that `splitlines` takes for a line's end.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--tasks {path} cannot be read: {error}") from error
     items = []
@@ -98,7 +113,7 @@ def _read_file(path: Path, prompt_characters: int) -> list[Item]:
         if not line.strip():
             continue
         try:
-            item = _of_json(json.loads(line), path.stem, prompt_characters)
+            item = _of_json(_parse(line), path.stem, prompt_characters)
         except (ValueError, RecursionError) as error:
             problem = f"--tasks {path}, line {number}: {error}"
             raise ValueError(f"{problem}, allowed: {FORMS}") from error
@@ -109,6 +124,15 @@ def _read_file(path: Path, prompt_characters: int) -> list[Item]:
             f"--prompt-characters {prompt_characters}"
         )
     return items
+
+
+def _parse(line: str) -> object:
+    found = json.loads(line)
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("has half of a surrogate pair, which is no character") from error
+    return found
 
 
 def _of_json(line: object, task: str, prompt_characters: int) -> Item | None:

@@ -4,9 +4,10 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, takewhile
 from typing import Any
 
+from megatron.early_exit.evaluation.catch_up import catch_up_seconds, waiting_tokens
 from megatron.early_exit.evaluation.items import Item
 from megatron.early_exit.evaluation.records import Record
 from megatron.early_exit.evaluation.rule import FULL, Rule
@@ -111,7 +112,7 @@ class Measurement:
         elif unit.rule == FULL:
             found = self._full_record(self.items[unit.index])
         else:
-            found = self._rule_record(self.items[unit.index], unit.rule, full[unit.index])
+            found = self._rule_record(unit, full[unit.index])
         return {**unit.fields(), **found}
 
     # --- answers ---------------------------------------------------------------------------------
@@ -144,19 +145,26 @@ class Measurement:
             **self._about_answer(item, answer, FULL),
         }
 
-    def _rule_record(self, item: Item, rule: Rule, full: Record) -> Record:
-        seconds: list[float] = []
-        full_seconds: list[float] = []
-        for _ in range(self.settings.repeats):
-            before = self._answers([item.prompt], FULL)[0]
-            answer = self._answers([item.prompt], rule)[0]
-            full_seconds.append(before.statistics.decode_seconds)
-            seconds.append(answer.statistics.decode_seconds)
+    def _rule_record(self, unit: Unit, full: Record) -> Record:
+        item, rule = self.items[unit.index], unit.rule
+        seconds: dict[Rule, list[float]] = {FULL: [], rule: []}
+        for turn in range(self.settings.repeats):
+            for one in self._turn(unit, turn):
+                found = self._answers([item.prompt], one)[0]
+                times = found.statistics
+                # An exit that gives the first token leaves the prompt's deeper layers to later
+                # ones, so what is behind the first token alone cannot be compared.
+                seconds[one].append(times.prefill_seconds + times.decode_seconds)
+                if one == rule:
+                    answer = found
+        waiting = self._waiting(answer, rule)
         text = [*full["prompt_tokens"], *full["tokens"]]
         forced = score(self.engine, text, rule)[len(full["prompt_tokens"]) - 1 :]
         return {
-            "seconds": seconds,
-            "full_seconds": full_seconds,
+            "seconds": seconds[rule],
+            "full_seconds": seconds[FULL],
+            "waiting": len(waiting),
+            "catch_up_seconds": self._catch_up([waiting]),
             "same": [a == b for a, b in zip(answer.token_ids, full["tokens"], strict=False)],
             "forced_agrees": [
                 best_token(one) == choice
@@ -165,14 +173,32 @@ class Measurement:
             **self._about_answer(item, answer, rule),
         }
 
+    def _turn(self, unit: Unit, turn: int) -> Sequence[Rule]:
+        """The order of a pair of answers: each comes first in every other turn, so that neither
+        always has what the other one leaves in the processor's caches."""
+        pair = (FULL, unit.rule)
+        return pair if (unit.index + turn) % 2 == 0 else pair[::-1]
+
+    def _waiting(self, answer: GenerationResult, rule: Rule) -> list[int]:
+        return waiting_tokens(
+            answer.prompt_token_ids, answer.token_ids, answer.exit_layers, rule, self.engine
+        )
+
+    def _catch_up(self, waiting: Sequence[Sequence[int]]) -> list[float]:
+        return [catch_up_seconds(self.engine, waiting) for _ in range(self.settings.repeats)]
+
     def _about_answer(self, item: Item, answer: GenerationResult, rule: Rule) -> Record:
         judged = self._judge.of(answer.prompt_token_ids, answer.token_ids)
-        text = item.cut(self._own_text(answer))
+        assert answer.token_texts is not None
+        end = self._end(answer)
+        text = item.cut("".join(answer.token_texts[:end]))
         scores = {}
         if item.reference is not None:
             scores = {name: of(text, item.reference) for name, of in SCORES.items()}
         return {
             "tokens": answer.token_ids,
+            # The token that ends the text is the model's choice, too.
+            "counted": len(answer.token_ids) if end is None else end + 1,
             "token_texts": answer.token_texts,
             "exit_layers": answer.exit_layers,
             "confidences": answer.confidences,
@@ -191,12 +217,10 @@ class Measurement:
                 raise FloatingPointError(one.error)
         return answers
 
-    def _own_text(self, answer: GenerationResult) -> str:
-        """The text up to where the model would have ended it."""
+    def _end(self, answer: GenerationResult) -> int | None:
+        """The place of the token by which the model ends the text; None where it goes on."""
         ends = {self.engine.eod_id, *self.engine.other_end_ids}
-        assert answer.token_texts is not None
-        count = next((i for i, one in enumerate(answer.token_ids) if one in ends), None)
-        return "".join(answer.token_texts[:count])
+        return next((i for i, one in enumerate(answer.token_ids) if one in ends), None)
 
     def _held_out(self, item: Item, rule: Rule) -> Record | None:
         """How well the rule's heads predict the prompt and its reference."""
@@ -209,26 +233,19 @@ class Measurement:
 
     def _choice_record(self, item: Item, rule: Rule) -> Record:
         prompt = self._encode(item.prompt)
-        totals = []
-        for choice in item.choices:
-            tokens = self._encode(item.prompt + choice)
-            # Tokens of the prompt's end may be others where a choice follows.
-            common = next(
-                (
-                    i
-                    for i, pair in enumerate(zip(prompt, tokens, strict=False))
-                    if len(set(pair)) > 1
-                ),
-                min(len(prompt), len(tokens) - 1),
-            )
-            totals.append(_total(score(self.engine, tokens, rule)[max(common, 1) - 1 :]))
-        logprobs = [-math.inf if one["logprob"] is None else one["logprob"] for one in totals]
-        by_length = [a / len(choice) for a, choice in zip(logprobs, item.choices, strict=True)]
-        return {
-            "choices": totals,
-            "accuracy": logprobs.index(max(logprobs)) == item.gold,
-            "accuracy_norm": by_length.index(max(by_length)) == item.gold,
-        }
+        texts = [self._encode(item.prompt + choice) for choice in item.choices]
+        # Tokens of the prompt's end may be others where a choice follows. What is scored begins at
+        # the same place for all choices, else the prompt's end would count for some alone.
+        start = max(min(_common(prompt, tokens) for tokens in texts), 1)
+        totals = [_total(score(self.engine, tokens, rule)[start - 1 :]) for tokens in texts]
+        logprobs = [one["logprob"] for one in totals]
+        accuracy = accuracy_norm = None
+        # Where an exit cannot answer with a choice, it has not chosen among them.
+        if None not in logprobs:
+            by_length = [a / len(choice) for a, choice in zip(logprobs, item.choices, strict=True)]
+            accuracy = logprobs.index(max(logprobs)) == item.gold
+            accuracy_norm = by_length.index(max(by_length)) == item.gold
+        return {"choices": totals, "accuracy": accuracy, "accuracy_norm": accuracy_norm}
 
     # --- batches ---------------------------------------------------------------------------------
 
@@ -241,16 +258,21 @@ class Measurement:
         members = self._batch(unit.index)
         prompts = [self.items[i].prompt for i in members]
         seconds: dict[Rule, list[float]] = {FULL: [], unit.rule: []}
-        for _ in range(self.settings.repeats):
-            for rule, own in seconds.items():
+        waiting: list[list[int]] = []
+        for turn in range(self.settings.repeats):
+            for rule in self._turn(unit, turn):
                 start = time.perf_counter()
-                self._answers(prompts, rule)
-                own.append(time.perf_counter() - start)
+                answers = self._answers(prompts, rule)
+                seconds[rule].append(time.perf_counter() - start)
+                if rule == unit.rule:
+                    waiting = [self._waiting(one, rule) for one in answers]
         return {
             "members": members,
             "tokens": len(members) * self.settings.max_tokens,
             "seconds": seconds[unit.rule],
             "full_seconds": seconds[FULL],
+            "waiting": sum(map(len, waiting)),
+            "catch_up_seconds": self._catch_up(waiting),
         }
 
     def _check(self, number: int, item: Item) -> None:
@@ -264,6 +286,12 @@ class Measurement:
                 f"{longest}, which leaves room for --max-tokens {room}; --prompt-characters "
                 "shortens prompts that are made"
             )
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """The number of tokens with which both begin, but for the last one of the second."""
+    pairs = zip(first, second[:-1], strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _total(scores: Sequence[PromptToken]) -> Record:

@@ -1,7 +1,9 @@
-"""Where figures come from: the machine, and the code."""
+"""Where figures come from: the machine, the code, and the model's files."""
 
+import hashlib
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ import torch
 from megatron.early_exit.hardware.resources import usable_cores
 
 _PACKAGES = ("megatron-early-exit", "megatron-core", "torch", "numpy", "transformers")
+_LARGE_BYTES = 16 * 2**20
+"""Larger files, which have weights, are known by their size and date: reading all of a large model
+would take minutes at each start."""
 _ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -35,13 +40,40 @@ def machine(device: torch.device) -> dict[str, Any]:
 def software() -> dict[str, Any]:
     """The commit of this code, where it is in a repository, and the versions of what it stands on.
 
-    A commit with changes that are not committed has "-dirty" behind it.
+    A commit with changes that are not committed has "-dirty" behind it, and a hash of the changes
+    to files that the repository knows.
     """
     return {
         "commit": _commit(),
         "python": platform.python_version(),
         "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
     }
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """A hash that changes where a model's files are other ones: names, sizes, contents of files up
+    to 16 MiB, and dates of larger ones.
+
+    Args:
+        paths: files, and folders of which all files count.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    made = hashlib.sha256()
+    for path in paths:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in (one for one in files if one.is_file()):
+            status = file.stat()
+            is_large = status.st_size > _LARGE_BYTES
+            known = status.st_mtime_ns if is_large else _hash(file.read_bytes())
+            name = file.relative_to(path.parent)
+            made.update(f"{name}\0{status.st_size}\0{known}\0".encode(errors="surrogateescape"))
+    return made.hexdigest()
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -61,14 +93,22 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-    # The commit itself is wanted, not a tag near it.
-    command.append("--exclude=*")
     # An installed package is in no repository, or in somebody else's.
     if not (_ROOT / "pyproject.toml").is_file():
         return None
+    # The commit itself is wanted, not a tag near it.
+    made = _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    commit = "" if made is None else made.decode().strip()
+    if commit.endswith("-dirty"):
+        changes = _git("diff", "--no-ext-diff", "--binary", "HEAD")
+        commit += "" if changes is None else f"-{_hash(changes)[:12]}"
+    return commit or None
+
+
+def _git(*words: str) -> bytes | None:
+    """What a command of git says of this repository; None where it fails."""
     try:
-        made = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        made = subprocess.run(["git", "-C", str(_ROOT), *words], capture_output=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return made.stdout.strip() or None if made.returncode == 0 else None
+    return made.stdout if made.returncode == 0 else None

@@ -11,10 +11,14 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from megatron.early_exit.evaluation.figures import PICTURES, as_svg
+from megatron.early_exit.evaluation.items import ALL
 from megatron.early_exit.evaluation.records import Record
-from megatron.early_exit.evaluation.summary import ALL, Outcome, Summary
+from megatron.early_exit.evaluation.summary import Estimate, Outcome, Summary
+from megatron.early_exit.evaluation.tradeoff import threshold_name
 
 _PLACE = re.compile("@([a-z]+)@")
+_MOST_TEXTS = 50
+"""Prompts whose texts are in the page, with which a browser copes."""
 _POINT_HEADS = (
     *("threshold", "tokens/s", "speed-up", "95 % interval", "quartiles of prompts"),
     *("mean layer", "agreement", "95 % interval", "teacher-forced", "same text"),
@@ -50,6 +54,7 @@ def write_report(
         ),
         "tables": _tables(summary),
         "exits": _exits(summary),
+        "texts": _about_texts(len(header["items"])),
         "style": (parts / "report.css").read_text(encoding="utf-8").strip(),
         "script": (parts / "report.js").read_text(encoding="utf-8").strip(),
         # What ends a script must not stand in the text of one.
@@ -60,25 +65,39 @@ def write_report(
 
 
 def page_data(header: Mapping[str, Any], records: Iterable[Record]) -> dict[str, Any]:
-    """What the page's script reads: each prompt with its answers, the full model's first."""
-    items = [
-        {key: item[key] for key in ("task", "prompt", "reference", "choices", "gold")}
-        | {"answers": []}
-        for item in header["items"]
-    ]
+    """What the page's script reads: prompts with their answers up to the end of the text, the full
+    model's first. Of many prompts it has some, from the whole list."""
+    fields = ("task", "prompt", "reference", "choices", "gold")
+    items = header["items"]
+    count = min(len(items), _MOST_TEXTS)
+    shown = {
+        index: {key: items[index][key] for key in fields} | {"answers": []}
+        for index in (number * len(items) // count for number in range(count))
+    }
     for one in records:
-        if one["kind"] == "batch":
+        if one["kind"] == "batch" or one["index"] not in shown:
             continue
         answer = {key: one[key] for key in ("threshold", "kv_policy", "measure")}
         if one["kind"] == "answer":
-            kept = ("token_texts", "exit_layers", "agrees", "scores")
-            answer |= {key: one[key] for key in kept}
-            answer["confidences"] = [round(value, 4) for value in one["confidences"]]
+            for key in ("token_texts", "exit_layers", "agrees"):
+                answer[key] = one[key][: one["counted"]]
+            answer["scores"] = one["scores"]
+            confidences = one["confidences"][: one["counted"]]
+            answer["confidences"] = [round(value, 4) for value in confidences]
         else:
             answer["logprobs"] = [total["logprob"] for total in one["choices"]]
-        items[one["index"]]["answers"].append(answer)
+        shown[one["index"]]["answers"].append(answer)
     layers = [*header["model"]["exit_layers"], header["model"]["num_layers"]]
-    return {"layers": layers, "items": items}
+    return {"layers": layers, "items": list(shown.values())}
+
+
+def _about_texts(count: int) -> str:
+    if count <= _MOST_TEXTS:
+        return ""
+    return (
+        f"<p>{_MOST_TEXTS} of {count} prompts are shown, from the whole list; results.json has the "
+        "texts of all.</p>"
+    )
 
 
 def _about(header: Mapping[str, Any]) -> str:
@@ -94,7 +113,7 @@ def _about(header: Mapping[str, Any]) -> str:
         + f", {machine['cores']} cores, {machine['instruction_set']}, {machine['threads']} threads",
         "prompts": f"{len(header['items'])} of {', '.join(settings['tasks'])}",
         "answers": f"{settings['max_tokens']} tokens each, greedy, {settings['repeats']} times in "
-        "turns with the full model; median times",
+        "turns with the full model; median times of whole answers, their prompts included",
         "software": f"commit {software['commit'] or 'unknown'}, Python {software['python']}, "
         + ", ".join(f"{name} {version}" for name, version in software["packages"].items()),
     }
@@ -124,14 +143,10 @@ def _table(outcomes: Sequence[Outcome]) -> str:
     heads += ["speed-up in batches", "95 % interval"] if has_batch else []
     rows = []
     for one in outcomes:
-        cells = ["full model" if one.threshold is None else f"{one.threshold:.2f}"]
+        cells = ["full model" if one.threshold is None else threshold_name(one.threshold)]
         if one.point is not None:
             cells += _point_cells(one)
-        for name in scores:
-            found = one.scores[name]
-            low, high = found.difference_interval
-            marked = "" if one.threshold is None else f" ({low:+.3f} to {high:+.3f})"
-            cells.append(f"{found.value:.3f}{marked}")
+        cells += [_score(one.scores.get(name), one.threshold is None) for name in scores]
         if has_batch:
             batch = one.batch
             cells += (
@@ -144,6 +159,14 @@ def _table(outcomes: Sequence[Outcome]) -> str:
             )
         rows.append(cells)
     return _html_table(heads, rows)
+
+
+def _score(found: Estimate | None, is_full: bool) -> str:
+    if found is None:
+        return "none"
+    difference = "" if is_full else f" ({_range(found.difference_interval, '{:+.3f}')})"
+    excluded = f", {found.excluded} prompts excluded" if found.excluded else ""
+    return f"{found.value:.3f}{difference}{excluded}"
 
 
 def _point_cells(outcome: Outcome) -> list[str]:
@@ -189,7 +212,11 @@ def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _range(bounds: Sequence[float] | None, form: str) -> str:
-    return "" if bounds is None else " to ".join((form.format(bounds[0]), form.format(bounds[-1])))
+    return (
+        "too few"
+        if bounds is None
+        else " to ".join((form.format(bounds[0]), form.format(bounds[-1])))
+    )
 
 
 def _number(value: float | None) -> str:

@@ -36,10 +36,15 @@ def best_token(score: PromptToken) -> int:
     return score.top_logprobs[0][0]
 
 
+_MOST_TEXTS = 256
+"""Texts whose judgement is kept: more than a prompt has answers by all thresholds."""
+
+
 class Judge:
     """Tells what the full model thinks of the tokens of an answer.
 
-    Each text is evaluated once, because answers at neighbouring thresholds are often equal.
+    A text that comes again is not evaluated again, because answers at neighbouring thresholds are
+    often equal. The last 256 texts are kept.
 
     Args:
         engine: of the full model.
@@ -62,6 +67,8 @@ class Judge:
         """
         text = (*prompt, *answer)
         if text not in self._found:
+            if len(self._found) >= _MOST_TEXTS:
+                del self._found[next(iter(self._found))]
             self._found[text] = [
                 (one.token_id == best_token(one), one.logprob)
                 for one in score(self.engine, text)[len(prompt) - 1 :]

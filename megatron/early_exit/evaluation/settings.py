@@ -39,8 +39,8 @@ class Settings:
     thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS
     measures: tuple[ExitMeasure, ...]
     kv_policies: tuple[KVPolicy, ...] = get_args(KVPolicy)
-    max_tokens: int = 64
-    repeats: int = 2
+    max_tokens: int = 128
+    repeats: int = 3
     batch_size: int | None = None
     seed: int = 0
 
@@ -48,7 +48,7 @@ class Settings:
         ONE_OR_MORE.check(
             items=self.items, prompt_characters=self.prompt_characters, repeats=self.repeats
         )
-        # Speed is that behind the first token.
+        # The first token alone would be the prompt's time.
         Range(least=2, is_integer=True).check(
             max_tokens=self.max_tokens, batch_size=self.batch_size
         )

@@ -1,20 +1,19 @@
 """Figures made of records: a curve for each measure and cache policy, and all exits."""
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from statistics import median
+from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 
 from megatron.early_exit.evaluation.bootstrap import Interval, Sums, interval
 from megatron.early_exit.evaluation.calibration import ExitSummary, exit_summaries
+from megatron.early_exit.evaluation.items import ALL
 from megatron.early_exit.evaluation.perplexity import perplexity
 from megatron.early_exit.evaluation.records import Record
 from megatron.early_exit.evaluation.tradeoff import Answered, Point, point
-
-ALL = "all"
-"""The name of all tasks together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +24,15 @@ class Estimate:
         value: of the rule.
         full: of the full model.
         difference_interval: that which holds the difference in 95 % of resampled sets of prompts,
-            each of which is compared with itself.
+            each of which is compared with itself; None where there are fewer than 2.
+        excluded: number of prompts that are in neither figure, since an exit cannot answer with
+            one of their choices.
     """
 
     value: float
     full: float
-    difference_interval: Interval
+    difference_interval: Interval | None
+    excluded: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +42,19 @@ class Batch:
     Attributes:
         tokens_per_second: of all of them.
         speedup: against the full model in the same batches.
-        speedup_interval: by resampling batches.
+        speedup_interval: by resampling batches; None where there are fewer than 2.
     """
 
     tokens_per_second: float
     speedup: float
-    speedup_interval: Interval
+    speedup_interval: Interval | None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What was found of one rule on one task, or on all of them.
+
+    Quality is that of answers up to where they end the text; what is behind counts for speed alone.
 
     Attributes:
         task: its name, or `ALL`.
@@ -64,9 +68,9 @@ class Outcome:
         held_out_perplexity: of prompts and references under the rule; None without references, or
             where an exit cannot answer with a token.
         scores: of answers compared with references, and `accuracy` of choices, by length
-            `accuracy_norm`.
+            `accuracy_norm`, which are missing where no prompt has one.
         exit_shares: share of the tokens that each number of layers has given.
-        depths: mean number of layers at each place of an answer.
+        depths: mean number of layers at each place of an answer, over those that are so long.
         batch: None where no batches were measured, and for single tasks.
     """
 
@@ -179,6 +183,7 @@ class _Maker:
                 timed[kind, index] = {
                     **(one if kind == "batch" else self._full[index]),
                     "full_seconds": [],
+                    "catch_up_seconds": [],
                 }
             timed[kind, index]["full_seconds"] += one.get("full_seconds", [])
         for (kind, _), one in timed.items():
@@ -197,17 +202,23 @@ class _Maker:
         curve = f"{self._measure}, {self._policy}"
         found = quartiles = forced = forced_interval = None
         if answers:
-            answered = [_answered(one) for one in answers]
+            answered = [self._answered(one) for one in answers]
             found = point(curve, threshold, answered, self._seed)
             own = [one.full_seconds / one.seconds for one in answered]
             low, middle, high = np.quantile(own, [0.25, 0.5, 0.75])
             quartiles = (float(low), float(middle), float(high))
+            ends = [self._full[one["index"]]["counted"] for one in answers]
             rows = np.array(
-                [[sum(o["forced_agrees"]), len(o["forced_agrees"])] for o in answers], dtype=float
+                [
+                    [sum(one["forced_agrees"][:end]), end]
+                    for one, end in zip(answers, ends, strict=True)
+                ],
+                dtype=float,
             )
             forced = float(rows[:, 0].sum() / rows[:, 1].sum())
             forced_interval = interval(rows, _ratio, self._seed)
-        layers = [layer for one in answers for layer in one["exit_layers"]]
+        depths = [one["exit_layers"][: one["counted"]] for one in answers]
+        layers = [layer for own in depths for layer in own]
         return Outcome(
             self._task,
             self._measure,
@@ -220,10 +231,27 @@ class _Maker:
             perplexity([one["held_out"] for one in answers]),
             {**self._scores(answers), **self._accuracies(choices)},
             {layer: layers.count(layer) / len(layers) for layer in sorted(set(layers))},
-            [float(mean) for mean in np.mean([one["exit_layers"] for one in answers], axis=0)]
-            if answers
-            else [],
+            [
+                fmean(layer for layer in place if layer is not None)
+                for place in zip_longest(*depths)
+            ],
             self._batch(batches),
+        )
+
+    def _answered(self, record: Record) -> Answered:
+        timed, end = len(record["tokens"]), record["counted"]
+        ends = sorted((end, self._full[record["index"]]["counted"]))
+        # Behind the shorter text the longer one has tokens that are no longer the same.
+        same = [*record["same"][: ends[0]], *[False] * (ends[1] - ends[0])]
+        return Answered(
+            timed,
+            _seconds(record),
+            timed,
+            median(record["full_seconds"]),
+            record["exit_layers"][:end],
+            record["agrees"][:end],
+            same,
+            record["logprobs"][:end],
         )
 
     def _scores(self, answers: Sequence[Record]) -> dict[str, Estimate]:
@@ -238,12 +266,16 @@ class _Maker:
         }
 
     def _accuracies(self, choices: Sequence[Record]) -> dict[str, Estimate]:
-        if not choices:
+        known = [one for one in choices if one["accuracy"] is not None]
+        if not known:
             return {}
         return {
-            name: self._estimate(
-                [float(one[name]) for one in choices],
-                [float(self._full[one["index"]][name]) for one in choices],
+            name: replace(
+                self._estimate(
+                    [float(one[name]) for one in known],
+                    [float(self._full[one["index"]][name]) for one in known],
+                ),
+                excluded=len(choices) - len(known),
             )
             for name in ("accuracy", "accuracy_norm")
         }
@@ -259,9 +291,7 @@ class _Maker:
     def _batch(self, batches: Sequence[Record]) -> Batch | None:
         if not batches:
             return None
-        rows = np.array(
-            [[o["tokens"], median(o["seconds"]), median(o["full_seconds"])] for o in batches]
-        )
+        rows = np.array([[o["tokens"], _seconds(o), median(o["full_seconds"])] for o in batches])
         total = rows.sum(0)
         return Batch(
             float(total[0] / total[1]),
@@ -270,18 +300,9 @@ class _Maker:
         )
 
 
-def _answered(record: Record) -> Answered:
-    decoded = len(record["tokens"]) - 1
-    return Answered(
-        decoded,
-        median(record["seconds"]),
-        decoded,
-        median(record["full_seconds"]),
-        record["exit_layers"],
-        record["agrees"],
-        record["same"],
-        record["logprobs"],
-    )
+def _seconds(record: Record) -> float:
+    """The time of an answer with what it has left undone."""
+    return median(record["seconds"]) + median(record["catch_up_seconds"] or [0.0])
 
 
 def _ratio(sums: Sums) -> Sums:

@@ -14,9 +14,10 @@ class Answered:
     """One prompt's answer by a rule, beside the full model's.
 
     Attributes:
-        decoded: tokens behind the first one, which is the prefill's.
+        decoded: tokens that are timed.
         seconds: that they took.
-        full_decoded, full_seconds: the same of the full model's answer.
+        full_decoded, full_seconds: the same of the full model's answer. What follows is of
+            tokens that count for quality.
         exit_layers: number of layers behind the choice of each token.
         agrees: for each token, whether the full model would choose it after the same text.
         same: for each position of both answers, whether they have the same token.
@@ -49,14 +50,15 @@ class Point:
     Attributes:
         curve: name of the curve that it belongs to.
         threshold: least confidence to leave at an exit; None is the full model.
-        tokens_per_second: speed of decoding.
+        tokens_per_second: timed tokens by their seconds.
         speedup: against the curve's own full model.
         mean_exit_layer: number of layers run for a token, on average.
         agreement: share of tokens that the full model would choose after the same text.
         identical: share of positions at which the full model's own answer has the same token.
         perplexity: of the answers, by the full model.
         speedup_interval, agreement_interval, identical_interval: those in which the figures of 95 %
-            of resampled sets of prompts are; None where that is not computed.
+            of resampled sets of prompts are; None where that is not computed, or there are fewer
+            than 2 prompts.
     """
 
     curve: str
@@ -85,7 +87,7 @@ def point(
     """
     rows = np.array([one.sums() for one in answers], dtype=float)
     total = rows.sum(0, keepdims=True)
-    intervals = {}
+    intervals: dict[str, Interval | None] = {}
     if seed is not None:
         intervals = {
             "speedup_interval": interval(rows, _speedup, seed),
@@ -131,6 +133,11 @@ def by_curve(points: Iterable[Point]) -> dict[str, list[Point]]:
     return found
 
 
+def threshold_name(threshold: float) -> str:
+    """A threshold with as many digits as it has, two or more behind the point."""
+    return max(f"{threshold:.2f}", repr(threshold), key=len)
+
+
 def table(points: Sequence[Point]) -> str:
     """The points as text: a line for each threshold, with the speeds of each curve. What is said of
     quality is the first curve's, so all should have the same."""
@@ -141,7 +148,7 @@ def table(points: Sequence[Point]) -> str:
     for row in zip(*columns.values(), strict=True):
         speeds = "".join(f"{p.tokens_per_second:11.1f} {p.speedup:9.2f}x" for p in row)
         p = row[0]
-        name = "full model" if p.threshold is None else format(p.threshold, ".2f")
+        name = "full model" if p.threshold is None else threshold_name(p.threshold)
         rows.append(
             f"{name:>10}{speeds} {p.mean_exit_layer:10.1f} {p.agreement:10.1%} {p.identical:10.1%} "
             f"{p.perplexity:11.2f}"

@@ -30,7 +30,7 @@ SETTINGS = Settings(
     repeats=1,
 )
 MODEL = {"checkpoint": "some/model", "dtype": "fp32", "weight_dtype": None, "compile": False}
-TIMES = ("seconds", "full_seconds")
+TIMES = ("seconds", "full_seconds", "catch_up_seconds")
 
 
 class Killed(Exception):

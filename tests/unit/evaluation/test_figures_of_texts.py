@@ -60,7 +60,7 @@ def test_intervals_are_those_of_scipy():
         (values,), np.mean, n_resamples=20000, method="percentile", random_state=1
     ).confidence_interval
     assert found == pytest.approx((wanted.low, wanted.high), rel=0.02)
-    assert interval(rows[:1], lambda sums: sums[:, 0]) == pytest.approx((values[0],) * 2)
+    assert interval(rows[:1], lambda sums: sums[:, 0]) is None
 
 
 def test_a_point_weighs_prompts_by_their_tokens_and_seconds():

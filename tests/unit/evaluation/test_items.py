@@ -96,5 +96,31 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     short = write(tmp_path / "short.jsonl", {"text": "short"})
     with pytest.raises(ValueError, match="more than --prompt-characters 10"):
         read_tasks([short], 8, 10, 0)
-    with pytest.raises(ValueError, match="a task is given twice"):
+    with pytest.raises(ValueError, match="several tasks are called manual"):
         read_tasks(["manual", "manual"], 1, 10, 0)
+    paths = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        paths.append(write(tmp_path / name / "own.jsonl", {"prompt": "a"}))
+    with pytest.raises(ValueError, match=r"called own, .* names differ without their folders"):
+        read_tasks(paths, 1, 10, 0)
+    every = write(tmp_path / "all.jsonl", {"prompt": "a"})
+    with pytest.raises(ValueError, match="all is what all tasks together are called"):
+        read_tasks([every], 1, 10, 0)
+
+
+def test_a_task_that_makes_no_prompts_is_refused():
+    with pytest.raises(ValueError, match="manual has no prompts with --prompt-characters 10000000"):
+        read_tasks(["manual"], 2, 10_000_000, 0)
+
+
+def test_only_newlines_end_a_line(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_bytes('{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}\n'.encode())
+    assert [item.prompt for item in read_tasks([str(path)], 8, 10, 0)] == ["a\u2028b\x85c", "d"]
+
+
+def test_half_a_surrogate_pair_is_refused(tmp_path):
+    path = write(tmp_path / "own.jsonl", {"prompt": "\U0001f600"}, {"prompt": "\ud800"})
+    with pytest.raises(ValueError, match=r"own.jsonl, line 2: has half of a surrogate pair"):
+        read_tasks([path], 8, 10, 0)

@@ -14,6 +14,7 @@ from megatron.early_exit.evaluation.rule import FULL
 from megatron.early_exit.evaluation.settings import Settings
 from megatron.early_exit.evaluation.summary import summarize
 from megatron.early_exit.inference import EarlyExitEngine
+from megatron.early_exit.inference.results import PromptToken
 from tests.helpers import reference_decoder as reference
 from tests.helpers.text_tokenizers import make_tokenizer
 from tests.helpers.tiny_models import LLAMA, TinyModel, make_model
@@ -217,6 +218,64 @@ def test_an_answer_ends_for_its_score_where_the_text_does(records):
         if record["kind"] == "answer" and record["index"] == 1:
             assert "e" not in record["text"]
             assert len(record["tokens"]) == MAX_TOKENS
+
+
+def test_whole_answers_are_timed_in_alternating_order(engine, monkeypatch):
+    answers = []
+    generate = engine.generate
+
+    def spy(prompts, params):
+        results = generate(prompts, params)
+        if params.max_tokens == MAX_TOKENS:
+            answers.append((params.mode, results[0].statistics))
+        return results
+
+    settings = replace(SETTINGS, repeats=3, thresholds=(0.0,))
+    measurement = Measurement(engine, ITEMS[:2], settings)
+    full = {index: measurement.measure(Unit("answer", index), {}) for index in (0, 1)}
+    monkeypatch.setattr(engine, "generate", spy)
+    for index, first in ((0, "full"), (1, "early_exit")):
+        answers.clear()
+        record = measurement.measure(Unit("answer", index, settings.rules()[0]), full)
+        second = "early_exit" if first == "full" else "full"
+        modes = [mode for mode, _ in answers]
+        assert modes == [first, second, second, first, first, second]
+        for name, wanted in (("seconds", "early_exit"), ("full_seconds", "full")):
+            own = [one for mode, one in answers if mode == wanted]
+            assert record[name] == [one.prefill_seconds + one.decode_seconds for one in own]
+
+
+def test_choices_are_scored_from_one_place(engine, monkeypatch):
+    texts = {"p": [1, 2, 3], "pa": [1, 2, 3, 4], "pb": [1, 2, 5, 6]}
+    scored = [PromptToken(0, -1.0 * place, top_logprobs=()) for place in range(3)]
+    monkeypatch.setattr("megatron.early_exit.evaluation.measurement.score", lambda *_: scored)
+    item = Item("own", "p", choices=("a", "b"), gold=0)
+    measurement = Measurement(engine, [item], SETTINGS)
+    measurement._encode = texts.__getitem__
+    record = measurement.measure(Unit("choice", 0), {})
+    assert record["choices"] == [{"logprob": -3.0, "tokens": 2}] * 2
+
+
+def test_an_exit_that_cannot_give_a_choice_chooses_none(engine, monkeypatch):
+    def score(_engine, tokens, rule):
+        impossible = rule != FULL and len(tokens) == 3
+        return [PromptToken(0, -math.inf if impossible else -1.0, top_logprobs=())] * 2
+
+    monkeypatch.setattr("megatron.early_exit.evaluation.measurement.score", score)
+    items = [Item("own", "p", choices=choices, gold=0) for choices in (("a", "b"), ("bb", "b"))]
+    measurement = Measurement(engine, items, replace(SETTINGS, batch_size=None))
+    measurement._encode = lambda text: [1, 2] if text in ("p", "pb", "pbb") else [1, 2, 3]
+    records = [measurement.measure(unit, {}) for unit in measurement.units()]
+    early = of_kind(records, "choice", True)
+    assert {(one["index"], one["accuracy"]) for one in early} == {(0, None), (1, True)}
+    for outcome in summarize(records, ["own", "own"], seed=0).outcomes:
+        found = outcome.scores["accuracy"]
+        assert found.excluded == (outcome.threshold is not None)
+        assert found.full == found.value == 1
+    # Where no prompt is left, there is no accuracy.
+    left = [one for one in records if one["index"] == 0]
+    for outcome in summarize(left, ["own"], seed=0).outcomes:
+        assert ("accuracy" in outcome.scores) == (outcome.threshold is None)
 
 
 def test_the_last_batch_is_filled_with_the_first_prompts(engine):

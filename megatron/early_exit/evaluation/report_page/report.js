@@ -11,6 +11,11 @@
     made.textContent = text;
     return made;
   };
+  // As many digits as a threshold has, two or more behind the point.
+  const named = (threshold) => {
+    const short = threshold.toFixed(2);
+    return Number(short) === threshold ? short : String(threshold);
+  };
   const curveOf = (answer) => `${answer.measure}, ${answer.kv_policy}`;
 
   // A token per element, its background as deep as the layers behind it.
@@ -28,7 +33,8 @@
 
   const show = (place, scores, item, answer) => {
     if (answer.logprobs) {
-      const best = Math.max(...answer.logprobs.map((one) => one ?? -Infinity));
+      // Where a choice cannot be answered with, none is chosen.
+      const best = answer.logprobs.includes(null) ? NaN : Math.max(...answer.logprobs);
       at(place).textContent = item.choices.map((choice, index) => {
         const logprob = answer.logprobs[index];
         const mark = logprob === best ? ">" : " ";
@@ -68,7 +74,7 @@
   const early = data.items[0].answers.filter((answer) => answer.threshold !== null);
   at("curve").append(...[...new Set(early.map(curveOf))].map((name) => option(name, name)));
   const thresholds = [...new Set(early.map((answer) => answer.threshold))];
-  at("threshold").append(...thresholds.map((one) => option(String(one), one.toFixed(2))));
+  at("threshold").append(...thresholds.map((one) => option(String(one), named(one))));
   at("threshold").value = String(thresholds[Math.floor(thresholds.length / 2)]);
 
   const words = document.createElement("span");
