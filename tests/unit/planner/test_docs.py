@@ -75,6 +75,7 @@ def test_flags_and_files_of_the_text_exist():
     known |= {word for action in training._actions for word in action.option_strings}
     # Megatron's own, which the text explains, and that of a benchmark.
     known |= {"--use-tp-pp-dp-mapping", "--overlap-grad-reduce", "--leave-one-out"}
+    known |= {"--pipeline-model-parallel-layout"}
     prose = re.sub(r"^```(?:.*\n)*?```", "", TEXT, flags=re.MULTILINE)
     assert set(re.findall(r"`(--[a-z0-9-]+)", prose)) <= known
     named = set(re.findall(r"`((?:megatron|tests|tools|benchmarks)/[\w./]+)`", prose))

@@ -249,7 +249,10 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
             "--config 7b --gpus 8 --use-exit-mlp --pre-exit",
             "--use-exit-mlp cannot be combined with --pre-exit",
         ),
-        ("--config 7b --gpus 7", "--global-batch-size 2048 cannot be divided over replicas"),
+        (
+            "--config 7b --gpus 7 --pipeline-model-parallel-size 1",
+            "--global-batch-size 2048 cannot be divided over replicas",
+        ),
         (
             "--config 7b --gpus 8 --context-parallel-size 3",
             "--context-parallel-size 3 is out of range, allowed: divisors of half of --seq-length",

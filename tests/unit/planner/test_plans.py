@@ -51,6 +51,10 @@ def named_request(name: str, gpus: int, **more) -> PlanRequest:
     return request_of(model.shape, model.exits, gpus, model.global_batch_size, **more)
 
 
+def _is_even(costing: Costing) -> bool:
+    return costing.candidate.layout.is_even
+
+
 @pytest.fixture(scope="module")
 def every_costing() -> list[Costing]:
     return [Costing.of(one, SMALL_REQUEST) for one in candidates(SMALL_REQUEST)]
@@ -63,9 +67,13 @@ def test_layouts_divide_what_they_have_to(every_costing):
     }
     # 4 key-value heads keep tensor parallelism to 4; 3, 6 and 12 stages do not divide 8 GPUs.
     assert {(t, p) for t, p, _ in layouts} == {
-        (t, p) for t in (1, 2, 4) for p in (1, 2, 4) if t * p <= 8
+        (t, p) for t in (1, 2, 4) for p in (1, 2, 4, 8) if t * p <= 8
     }
     assert {v for _, p, v in layouts if p == 4} == {1, 3}
+    # 8 stages cannot have as many layers each.
+    uneven = {c.candidate.layout.num_ranks for c in every_costing if not _is_even(c)}
+    assert 8 in uneven
+    assert all(_is_even(c) for c in every_costing if c.candidate.layout.num_ranks == 1)
     for costing in every_costing:
         one, layout = costing.candidate, costing.candidate.layout
         gpus = layout.tensor_parallel * layout.num_ranks * layout.data_parallel
@@ -111,7 +119,10 @@ def test_what_is_given_is_kept():
     (plan,) = find_plans(request, 5).best
     one, layout = plan.costing.candidate, plan.costing.candidate.layout
     assert (layout.tensor_parallel, layout.num_ranks, layout.data_parallel) == (2, 2, 2)
-    assert (one.num_chunks, layout.microbatch_size, layout.layers_per_stage) == (3, 2, (2,) * 6)
+    assert (one.num_chunks, layout.microbatch_size) == (3, 2)
+    # Two exits and the head are on the second rank: even stages are slower.
+    assert layout.layers_per_stage != (2,) * 6
+    assert (len(layout.layers_per_stage), sum(layout.layers_per_stage)) == (6, 12)
 
 
 def test_gates_have_the_pipelines_and_fills_that_exits_have_without():
@@ -225,9 +236,8 @@ def test_fills_without_room_are_refused(four_stages, fills, limit, message):
             "of --num-attention-heads 16, --num-query-groups 4",
         ),
         (
-            {"pipeline_parallel": 5},
-            "--pipeline-model-parallel-size 5 is out of range, allowed: divisors of --num-layers "
-            "12: 1, 2, 3, 4, 6, 12",
+            {"pipeline_parallel": 13},
+            "--pipeline-model-parallel-size 13 is out of range, allowed: 1 to --num-layers 12",
         ),
         (
             {"pipeline_parallel": 3},
@@ -241,8 +251,9 @@ def test_fills_without_room_are_refused(four_stages, fills, limit, message):
         ),
         ({"microbatch_size": 3}, "--micro-batch-size 3 is out of range, allowed: divisors of"),
         (
-            {"num_chunks": 5},
-            "--num-virtual-stages-per-pipeline-rank 5 is out of range, allowed: divisors of",
+            {"num_chunks": 7},
+            "--num-virtual-stages-per-pipeline-rank 7 is out of range, allowed: 1, or up to the "
+            "layers of a rank",
         ),
         (
             {"memory_limit_bytes": 1e9, "num_accelerators": 1},

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,12 +13,19 @@ from megatron.early_exit import platform
 
 MACHINE = platform.prepare()
 
-from megatron.training.arguments import parse_args, validate_args  # noqa: E402
+from megatron.core.transformer.enums import LayerType  # noqa: E402
+from megatron.core.transformer.transformer_block import get_num_layers_to_build  # noqa: E402
+from megatron.training.arguments import (  # noqa: E402
+    core_transformer_config_from_args,
+    parse_args,
+    validate_args,
+)
 
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
 from megatron.early_exit.planner.command_line.model_flags import placements  # noqa: E402
 from megatron.early_exit.planner.command_line.report import flags, one_flag_a_line  # noqa: E402
 from megatron.early_exit.planner.costs.hardware import ACCELERATORS  # noqa: E402
+from megatron.early_exit.planner.costs.model_shape import ModelShape  # noqa: E402
 from megatron.early_exit.planner.costs.training_options import TrainingOptions  # noqa: E402
 from megatron.early_exit.planner.costs.update import Overlap  # noqa: E402
 from megatron.early_exit.planner.named_models import NAMED_MODELS  # noqa: E402
@@ -25,7 +33,9 @@ from megatron.early_exit.planner.search.filling import FillRequest, fill_bubbles
 from megatron.early_exit.planner.search.plans import Plan, find_plans  # noqa: E402
 from megatron.early_exit.planner.search.request import PlanRequest  # noqa: E402
 from megatron.early_exit.training.cli.arguments import add_early_exit_arguments  # noqa: E402
+from megatron.early_exit.training.loop.exit_stages import exit_stages  # noqa: E402
 from megatron.early_exit.training.loop.filling_options import FillingOptions  # noqa: E402
+from tests.helpers.speed import patient  # noqa: E402
 
 Parse = Callable[[list[str], int], Namespace]
 GPUS = 64
@@ -64,22 +74,23 @@ def request_of(name: str, **more) -> PlanRequest:
     )
 
 
-def model_flags(name: str) -> list[str]:
-    shape = NAMED_MODELS[name].shape
+def model_flags(shape: ModelShape) -> list[str]:
     words = (
         f"--num-layers {shape.num_layers} --hidden-size {shape.hidden_size} "
         f"--ffn-hidden-size {shape.ffn_hidden_size} --seq-length {shape.seq_length} "
         f"--num-attention-heads {shape.num_attention_heads} --swiglu --bf16 --lr 1e-4 "
+        f"--group-query-attention --num-query-groups {shape.num_query_groups} "
+        f"--kv-channels {shape.kv_channels} "
         f"--max-position-embeddings {shape.seq_length} --train-iters 10 --normalization RMSNorm"
     )
     return words.split()
 
 
-def check(plan: Plan, request: PlanRequest, name: str, parse: Parse) -> Namespace:
+def check(plan: Plan, request: PlanRequest, parse: Parse) -> Namespace:
     """What Megatron makes of a plan's flags has to be the plan."""
     words = flags(plan, request)
     assert shlex.split(one_flag_a_line(words).replace("\\\n", " ")) == words
-    args = parse([*model_flags(name), *words], GPUS)
+    args = parse([*model_flags(request.shape), *words], request.num_accelerators)
     one, layout = plan.costing.candidate, plan.costing.candidate.layout
     assert args.tensor_model_parallel_size == layout.tensor_parallel
     assert args.sequence_parallel == (layout.tensor_parallel > 1)
@@ -91,16 +102,37 @@ def check(plan: Plan, request: PlanRequest, name: str, parse: Parse) -> Namespac
     per_step = layout.data_parallel * args.micro_batch_size * one.num_microbatches
     assert args.global_batch_size == per_step
     assert EarlyExitConfig.from_attributes(args) == one.exits
+    assert layers_that_megatron_builds(args) == layout.layers_per_stage
     return args
+
+
+def layers_that_megatron_builds(args: Namespace) -> tuple[int, ...]:
+    config = core_transformer_config_from_args(args)
+    chunks = args.virtual_pipeline_model_parallel_size or 1
+    ranks = range(args.pipeline_model_parallel_size)
+    if config.pipeline_model_parallel_layout is not None:
+        stages = config.pipeline_model_parallel_layout.layout
+        return tuple(
+            stages[rank][chunk].count(LayerType.decoder)
+            for chunk in range(chunks)
+            for rank in ranks
+        )
+    whole_ranks = replace(config, virtual_pipeline_model_parallel_size=None)
+    return tuple(
+        get_num_layers_to_build(whole_ranks, pp_rank=rank) // chunks
+        for _ in range(chunks)
+        for rank in ranks
+    )
 
 
 @pytest.mark.parametrize("name", ["1.3b", "30b"])
 def test_megatron_accepts_every_plan(name, parse):
     request = request_of(name, overlap=Overlap(grad_reduce=True, param_gather=True))
-    plans = find_plans(request, 3, every_variant=True).best + find_plans(request, 3).best
+    plans = find_plans(request, 3, every_variant=True).best
+    plans += find_plans(replace(request, num_chunks=1), 3).best
     assert {plan.costing.candidate.num_chunks > 1 for plan in plans} == {True, False}
     for plan in plans:
-        args = check(plan, request, name, parse)
+        args = check(plan, request, parse)
         assert args.overlap_grad_reduce
         assert args.overlap_param_gather
 
@@ -111,14 +143,52 @@ def test_megatron_accepts_options_of_training(parse):
         "30b", recomputes=("full",), context_parallel=2, tensor_parallel=4, options=options
     )
     (plan,) = find_plans(request, 1).best
-    args = check(plan, request, "30b", parse)
+    args = check(plan, request, parse)
     assert args.context_parallel_size == 2
     assert (args.recompute_granularity, args.recompute_num_layers) == ("full", 1)
     assert args.grad_reduce_in_bf16
     assert args.tp_comm_overlap
     selective = replace(request, recomputes=("selective",))
     (plan,) = find_plans(selective, 1).best
-    assert check(plan, selective, "30b", parse).recompute_granularity == "selective"
+    assert check(plan, selective, parse).recompute_granularity == "selective"
+
+
+LLAMA_405B = ModelShape.llama(
+    num_layers=126,
+    hidden_size=16384,
+    ffn_hidden_size=53248,
+    num_attention_heads=128,
+    num_query_groups=8,
+    vocab_size=128256,
+    seq_length=8192,
+)
+
+
+@pytest.mark.parametrize("chunks", [1, None])
+@pytest.mark.parametrize(("gpus", "batch"), [(4096, 1024), (16384, 2048)])
+def test_stages_need_not_divide_the_layers(gpus, batch, chunks, parse):
+    request = PlanRequest(
+        shape=LLAMA_405B,
+        placements=placements(EarlyExitConfig(exit_layer_nums=(32, 64)), 126),
+        accelerator=ACCELERATORS["h100"],
+        num_accelerators=gpus,
+        global_batch_size=batch,
+        memory_limit_bytes=72e9,
+        recomputes=("none", "full"),
+        tensor_parallel=8,
+        pipeline_parallel=16,
+        num_chunks=chunks,
+    )
+    begin = time.monotonic()
+    (plan,) = find_plans(request, 1).best
+    assert time.monotonic() - begin < patient(15)
+    assert not plan.costing.candidate.layout.is_even
+    args = check(plan, request, parse)
+    if chunks == 1:
+        # Where training says that exits are.
+        exits, layout = plan.costing.candidate.exits, plan.costing.candidate.layout
+        expected = frozenset(exits.stages(layout.layers_per_stage))
+        assert exit_stages(args, exits) == expected
 
 
 def test_fills_have_flags(parse):
@@ -126,7 +196,7 @@ def test_fills_have_flags(parse):
         "30b", num_chunks=1, pipeline_parallel=4, tensor_parallel=2, microbatch_size=1
     )
     (plan,) = fill_bubbles(find_plans(request, 1).best, FillRequest(), 72e9)
-    args = check(plan, request, "30b", parse)
+    args = check(plan, request, parse)
     options = FillingOptions.from_attributes(args)
     assert options.fill_explicit_bubbles
     # They come on top of the batch, as the plan has them.

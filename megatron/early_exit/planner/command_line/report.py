@@ -1,5 +1,7 @@
 """Plans as a table, as flags for a command line, and as JSON."""
 
+from itertools import groupby
+from shlex import quote
 from typing import Any
 
 from megatron.early_exit.planner.costs.layer_profile import LayerProfile
@@ -14,10 +16,13 @@ def table(plans: list[Plan], request: PlanRequest) -> str:
     fastest_s = plans[0].prediction.step_s
     has_exits = any(plan.costing.candidate.exits.positions for plan in plans)
     has_fills = any(plan.fills.number for plan in plans)
+    is_uneven = any(not plan.costing.candidate.layout.is_even for plan in plans)
     has_recomputes = any(plan.costing.candidate.options.recompute != "none" for plan in plans)
     rows = [
         [
-            *("#", "TP", "PP", "VPP", "DP", "size", "number"),
+            *("#", "TP", "PP", "VPP"),
+            *(["layers"] if is_uneven else []),
+            *("DP", "size", "number"),
             *(["exits"] if has_exits else []),
             *(["recompute"] if has_recomputes else []),
             *("order", "step", "slower", "tokens/s/GPU", "TFLOP/s", "MFU", "memory", "bubble"),
@@ -29,6 +34,9 @@ def table(plans: list[Plan], request: PlanRequest) -> str:
         one, layout = plan.costing.candidate, plan.costing.candidate.layout
         step_s, pipeline = plan.prediction.step_s, plan.prediction.pipeline
         row: list[object] = [number, layout.tensor_parallel, layout.num_ranks, one.num_chunks]
+        if is_uneven:
+            fewest, most = min(layout.layers_per_stage), max(layout.layers_per_stage)
+            row.append(most if layout.is_even else f"{fewest}-{most}")
         row += [layout.data_parallel, layout.microbatch_size, one.num_microbatches]
         if has_exits:
             row.append("before" if one.exits.pre_exit else "after")
@@ -66,11 +74,11 @@ def origin_of_times(plans: list[Plan], profile: LayerProfile) -> str:
 
 
 LEGEND = (
-    "size, number: sequences of a microbatch, microbatches of a step; exits after their layers or "
-    "before the next\nones (--pre-exit); order of the ranks (tp-pp-dp: --use-tp-pp-dp-mapping); "
-    "TFLOP/s: of each GPU, for the model\nwithout its exits, and without what is computed again; "
-    "MFU: their share of its peak; update: the part of the\nstep that is not in the pipeline's "
-    "schedule"
+    "layers: of a stage, where they differ; size, number: sequences of a microbatch, microbatches "
+    "of a step; exits\nafter their layers or before the next ones (--pre-exit); order of the ranks "
+    "(tp-pp-dp: --use-tp-pp-dp-mapping);\nTFLOP/s: of each GPU, for the model without its exits, "
+    "and without what is computed again; MFU: their share of\nits peak; update: the part of the "
+    "step that is not in the pipeline's schedule"
 )
 """Explanation of the columns whose names do not explain themselves."""
 
@@ -94,7 +102,9 @@ def flags(plan: Plan, request: PlanRequest) -> list[str]:
     if layout.context_parallel > 1:
         words += ["--context-parallel-size", layout.context_parallel]
     words += ["--pipeline-model-parallel-size", layout.num_ranks]
-    if one.num_chunks > 1:
+    if not layout.is_even:
+        words += ["--pipeline-model-parallel-layout", _layout_text(layout.layers_per_stage)]
+    elif one.num_chunks > 1:
         words += ["--num-layers-per-virtual-pipeline-stage", layout.layers_per_stage[0]]
     if layout.use_tp_pp_dp_mapping:
         words.append("--use-tp-pp-dp-mapping")
@@ -117,6 +127,20 @@ def flags(plan: Plan, request: PlanRequest) -> list[str]:
     return [str(word) for word in words]
 
 
+def _layout_text(layers_per_stage: tuple[int, ...]) -> str:
+    """The value of Megatron's --pipeline-model-parallel-layout: E is the embedding, t a layer, L
+    the final head with its loss; stages end with |."""
+
+    def layers(number: int) -> str:
+        return f"t*{number}" if number > 1 else "t"
+
+    text = f"E{layers(layers_per_stage[0])}|"
+    for number, equal in groupby(layers_per_stage[1:-1]):
+        times = len(list(equal))
+        text += f"({layers(number)}|)*{times}" if times > 1 else f"{layers(number)}|"
+    return f"{text}{layers(layers_per_stage[-1])}L"
+
+
 def one_flag_a_line(words: list[str]) -> str:
     """Words of a command line as its last lines."""
     lines: list[str] = []
@@ -124,7 +148,7 @@ def one_flag_a_line(words: list[str]) -> str:
         if word.startswith("--"):
             lines.append(f"    {word}")
         else:
-            lines[-1] += f" {word}"
+            lines[-1] += f" {quote(word)}"
     return " \\\n".join(lines)
 
 
@@ -138,6 +162,7 @@ def as_json(plan: Plan, request: PlanRequest) -> dict[str, Any]:
         "virtual_stages_per_rank": one.num_chunks,
         "context_parallel": layout.context_parallel,
         "data_parallel": layout.data_parallel,
+        "layers_per_stage": list(layout.layers_per_stage),
         "recompute": one.options.recompute,
         "microbatch_size": layout.microbatch_size,
         "num_microbatches": one.num_microbatches,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from math import inf
 
 from megatron.early_exit.ranges import ZERO_OR_MORE, Range
 from megatron.early_exit.schedules.actions import Kind
@@ -37,8 +38,16 @@ class StageCost:
     backward_extra_bytes: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            ZERO_OR_MORE.check(**{field.name: getattr(self, field.name)})
+        costs = [getattr(self, name) for name in _NAMES]
+        parts_fit = self.weight_gradient_s <= self.backward_s
+        parts_fit &= self.weight_gradient_bytes <= self.activation_bytes
+        # Searches make very many of them.
+        if not (parts_fit and min(costs) >= 0 and sum(costs) < inf):
+            self._refuse()
+
+    def _refuse(self) -> None:
+        for name in _NAMES:
+            ZERO_OR_MORE.check(**{name: getattr(self, name)})
         for part, whole in (
             ("weight_gradient_s", "backward_s"),
             ("weight_gradient_bytes", "activation_bytes"),
@@ -50,9 +59,9 @@ class StageCost:
     def combined(cls, parts: Sequence["StageCost"]) -> "StageCost":
         """What a stage made of parts costs, which run one after the other."""
         costs = {}
-        for field in fields(cls):
-            values = [getattr(part, field.name) for part in parts]
-            costs[field.name] = max(values) if field.name in _ONE_AT_A_TIME else sum(values)
+        for name in _NAMES:
+            values = [getattr(part, name) for part in parts]
+            costs[name] = max(values) if name in _ONE_AT_A_TIME else sum(values)
         return cls(**costs)
 
     def seconds(self, kind: Kind) -> float:
@@ -71,6 +80,7 @@ class StageCost:
         raise ValueError(f"{kind} is not a computation, allowed: F, B, I, W, L")
 
 
+_NAMES = tuple(field.name for field in fields(StageCost))
 _ONE_AT_A_TIME = ("forward_extra_bytes", "backward_extra_bytes")
 
 

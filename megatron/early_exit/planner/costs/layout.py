@@ -50,6 +50,11 @@ class Layout:
         """Stages of the pipeline."""
         return len(self.layers_per_stage)
 
+    @property
+    def is_even(self) -> bool:
+        """Whether all stages have as many layers."""
+        return len(set(self.layers_per_stage)) == 1
+
     def leaves_node(self, stage: int, per_node: int) -> bool:
         """Whether a stage and the next one are on different nodes of `per_node` accelerators, in
         any of the replicas."""

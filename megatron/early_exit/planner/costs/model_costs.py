@@ -51,6 +51,41 @@ class ExitExecution:
             raise FieldError("chunk_tokens", problem, value=self.chunk_tokens)
 
 
+@dataclass(frozen=True)
+class PartSeconds:
+    """What the parts of a model take for one microbatch, forward and backward together.
+
+    Attributes:
+        layer_s: of one layer, with what it waits for and what is computed again.
+        embedding_s: of the word embedding.
+        head_s: of the final head with its loss.
+        exit_s: of one exit with its loss.
+    """
+
+    layer_s: float
+    embedding_s: float
+    head_s: float
+    exit_s: float
+
+
+def part_seconds(
+    shape: ModelShape,
+    layout: Layout,
+    accelerator: Accelerator,
+    exits: EarlyExitConfig,
+    times: PartTimes,
+    options: TrainingOptions = DEFAULT_OPTIONS,
+) -> PartSeconds:
+    """What the parts of a model take, by the arguments of `model_costs`; the stages of the layout
+    do not matter."""
+    exchanges = Exchanges(accelerator=accelerator, shape=shape, layout=layout, options=options)
+    derive = _Derivation(shape, layout, exchanges, exits, ExitExecution(), times, options)
+    one_exit = [derive.exit] if exits.positions else []
+    parts = derive.layer, derive.seconds("embedding"), derive.seconds("head"), *one_exit
+    found = [part.forward_s + part.backward_s for part in parts]
+    return PartSeconds(*found, *([] if one_exit else [0.0]))
+
+
 def model_costs(
     shape: ModelShape,
     layout: Layout,
@@ -133,16 +168,16 @@ class _Derivation:
         parts = [self.layer] * self.layout.layers_per_stage[stage]
         parts += [self.exit] * num_exits
         if stage == 0:
-            parts.append(self._seconds("embedding"))
+            parts.append(self.seconds("embedding"))
         if stage == self.layout.num_stages - 1:
-            parts.append(replace(self._seconds("head"), **self._logit_bytes(self.shape.vocab_size)))
+            parts.append(replace(self.seconds("head"), **self._logit_bytes(self.shape.vocab_size)))
         shared_by = self.layout.num_replicas if self.options.distributed_optimizer else 1
         static_bytes = weights * (2 + self.options.gradient_bytes + 12 / shared_by)
         return StageCost.combined(
             [*parts, StageCost(forward_s=0.0, backward_s=0.0, static_bytes=static_bytes)]
         )
 
-    def _seconds(self, part: Part) -> StageCost:
+    def seconds(self, part: Part) -> StageCost:
         """What a part takes by itself."""
         time = self.times.time(part, self.layout.microbatch_size)
         return StageCost(
@@ -158,7 +193,7 @@ class _Derivation:
     @cached_property
     def _layer_seconds(self) -> StageCost:
         """A layer's passes with what they wait for, and with what the backward computes again."""
-        alone = self._seconds("layer")
+        alone = self.seconds("layer")
         waits_forward_s, waits_backward_s = self.exchanges.layer_s(self._attention_s)
         forward_s = alone.forward_s + waits_forward_s
         again_s = {"none": 0.0, "selective": self._attention_s, "full": forward_s}
@@ -218,7 +253,7 @@ class _Derivation:
     @cached_property
     def exit(self) -> StageCost:
         """What one exit costs, with all it does in the backward phase if it is deferred."""
-        seconds = self._seconds("exit")
+        seconds = self.seconds("exit")
         if self.exits.use_exit_block:
             waits_forward_s, waits_backward_s = self.exchanges.layer_s(self._attention_s)
             seconds = replace(

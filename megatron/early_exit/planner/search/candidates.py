@@ -1,15 +1,16 @@
 """The layouts that a request allows, before anything is known of their time and memory."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import product
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field, replace
 
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.errors import FieldError, out_of_range
 from megatron.early_exit.planner.costs.layout import Layout
+from megatron.early_exit.planner.costs.model_costs import PartSeconds, part_seconds
 from megatron.early_exit.planner.costs.model_shape import ModelShape, padded_vocab_size
 from megatron.early_exit.planner.costs.training_options import DEFAULT_OPTIONS, TrainingOptions
 from megatron.early_exit.planner.search.request import PlanRequest
+from megatron.early_exit.planner.search.stage_layers import chunk_numbers, stage_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Candidate:
 
 
 def candidates(request: PlanRequest) -> Iterator[Candidate]:
-    """All layouts that divide the accelerators, the layers, the heads and the batch.
+    """All layouts that divide the accelerators, the heads and the batch.
 
     Raises:
         ValueError: there is none; says what does not divide what.
@@ -44,33 +45,76 @@ def candidates(request: PlanRequest) -> Iterator[Candidate]:
     shapes = list(_divisions(request))
     if not shapes:
         raise _why_none(request)
+    parts_of = _Parts(request)
     for tensor, pipeline, chunks, size in shapes:
         replicas = request.num_accelerators // (tensor * pipeline * request.context_parallel)
-        padded = padded_vocab_size(request.shape.vocab_size, tensor)
+        variants = [
+            (exits, replace(options, overlaps_messages=chunks > 1 or options.overlaps_messages))
+            for recompute in request.recomputes
+            for options in (replace(request.options, recompute=recompute),)
+            for exits in request.placements
+        ]
+        layers = [
+            list(
+                stage_layers(
+                    parts_of.seconds(tensor, size, exits, options),
+                    *(exits, request.shape.num_layers, pipeline, chunks),
+                )
+            )
+            for exits, options in variants
+        ]
         for mapping in (False, True):
+            for (exits, options), divisions in zip(variants, layers, strict=True):
+                for layers_per_stage in divisions:
+                    yield Candidate(
+                        shape=parts_of.shape(tensor),
+                        layout=Layout(
+                            layers_per_stage=layers_per_stage,
+                            num_ranks=pipeline,
+                            tensor_parallel=tensor,
+                            context_parallel=request.context_parallel,
+                            data_parallel=replicas,
+                            microbatch_size=size,
+                            use_tp_pp_dp_mapping=mapping,
+                        ),
+                        num_chunks=chunks,
+                        num_microbatches=request.global_batch_size // replicas // size,
+                        exits=exits,
+                        options=options,
+                    )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the parts of the model take in the layouts of a request."""
+
+    request: PlanRequest
+    found: dict[Hashable, PartSeconds] = field(default_factory=dict)
+
+    def shape(self, tensor: int) -> ModelShape:
+        """With the vocabulary padded for so many tensor-parallel partners."""
+        shape = self.request.shape
+        return replace(shape, vocab_size=padded_vocab_size(shape.vocab_size, tensor))
+
+    def seconds(
+        self, tensor: int, size: int, exits: EarlyExitConfig, options: TrainingOptions
+    ) -> PartSeconds:
+        """By tensor-parallel partners and sequences of a microbatch."""
+        key = tensor, size, exits, options
+        if key not in self.found:
+            request, shape = self.request, self.shape(tensor)
             layout = Layout(
-                layers_per_stage=(request.shape.num_layers // pipeline // chunks,)
-                * (pipeline * chunks),
-                num_ranks=pipeline,
+                layers_per_stage=(shape.num_layers,),
+                num_ranks=1,
                 tensor_parallel=tensor,
                 context_parallel=request.context_parallel,
-                data_parallel=replicas,
                 microbatch_size=size,
-                use_tp_pp_dp_mapping=mapping,
             )
-            for recompute, exits in product(request.recomputes, request.placements):
-                yield Candidate(
-                    shape=replace(request.shape, vocab_size=padded),
-                    layout=layout,
-                    num_chunks=chunks,
-                    num_microbatches=request.global_batch_size // replicas // size,
-                    exits=exits,
-                    options=replace(
-                        request.options,
-                        recompute=recompute,
-                        overlaps_messages=chunks > 1 or request.options.overlaps_messages,
-                    ),
-                )
+            times = request.times(shape, exits, layout, options)
+            self.found[key] = part_seconds(
+                shape, layout, request.accelerator, exits, times, options
+            )
+        return self.found[key]
 
 
 def _divisions(request: PlanRequest) -> Iterator[tuple[int, int, int, int]]:
@@ -103,9 +147,11 @@ def tensor_sizes(request: PlanRequest) -> list[int]:
 
 
 def pipeline_sizes(request: PlanRequest) -> list[int]:
-    """Pipeline-parallel sizes that divide the layers."""
-    sizes = _divisors(request.shape.num_layers)
-    return [size for size in sizes if request.pipeline_parallel in (None, size)]
+    """Pipeline-parallel sizes that divide the accelerators and have a layer for each stage."""
+    sizes = _divisors(request.num_accelerators)
+    if request.pipeline_parallel is not None:
+        sizes = [request.pipeline_parallel]
+    return [size for size in sizes if size <= request.shape.num_layers]
 
 
 def _microbatch_sizes(request: PlanRequest, of_replica: int) -> list[int]:
@@ -116,11 +162,12 @@ def _microbatch_sizes(request: PlanRequest, of_replica: int) -> list[int]:
 
 
 def _chunk_numbers(request: PlanRequest, pipeline: int, num_microbatches: int) -> list[int]:
-    numbers = [1]
     # Megatron interleaves groups of as many microbatches as there are ranks.
-    if pipeline > 1 and num_microbatches % pipeline == 0:
-        numbers = _divisors(request.shape.num_layers // pipeline)
-    return [number for number in numbers if request.num_chunks in (None, number)]
+    is_interleaved = pipeline > 1 and num_microbatches % pipeline == 0
+    if request.num_chunks is None:
+        return chunk_numbers(request.shape.num_layers, pipeline) if is_interleaved else [1]
+    most = request.shape.num_layers // pipeline if is_interleaved else 1
+    return [request.num_chunks] if request.num_chunks <= most else []
 
 
 def _divisors(number: int) -> list[int]:
@@ -137,8 +184,7 @@ def _why_none(request: PlanRequest) -> FieldError:
         )
         return out_of_range("--tensor-model-parallel-size", request.tensor_parallel, allowed)
     if not pipeline_sizes(request):
-        sizes = ", ".join(map(str, _divisors(shape.num_layers)))
-        allowed = f"divisors of --num-layers {shape.num_layers}: {sizes}"
+        allowed = f"1 to --num-layers {shape.num_layers}"
         return out_of_range("--pipeline-model-parallel-size", request.pipeline_parallel, allowed)
     context = request.context_parallel
     products = sorted(
@@ -152,8 +198,8 @@ def _why_none(request: PlanRequest) -> FieldError:
         return FieldError("--gpus", problem, allowed, value=request.num_accelerators)
     if request.num_chunks is not None and any(_divisions(replace(request, num_chunks=None))):
         allowed = (
-            "divisors of the layers of a stage, in pipelines whose stages divide the microbatches "
-            "of a step"
+            "1, or up to the layers of a rank in pipelines whose ranks divide the microbatches of "
+            "a step"
         )
         return out_of_range("--num-virtual-stages-per-pipeline-rank", request.num_chunks, allowed)
     replicas = sorted({request.num_accelerators // size for size in fitting})
