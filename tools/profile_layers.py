@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.early_exit.planner.command_line.model_flags import Model, add_model_flags, read_model
+from megatron.early_exit.planner.command_line.profile_flags import refuse_unprofiled
 from megatron.early_exit.planner.costs.layer_profile import MEASURED_SIZES, LayerProfile
 from megatron.early_exit.ranges import ONE_OR_MORE
 
@@ -184,7 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         check(args)
-        measured = profile(args, read_model(args))
+        model = read_model(args)
+        refuse_unprofiled(model)
+        measured = profile(args, model)
         measured.write(args.output)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -113,6 +113,18 @@ def test_models_have_flags():
     assert not untied.shape.share_embeddings_and_output_weights
 
 
+def test_mlps_need_no_gate(tmp_path):
+    plain, gated = model_of(f"{BY_FLAGS} --no-swiglu").shape, model_of(BY_FLAGS).shape
+    assert (plain.gated_linear_unit, gated.gated_linear_unit) == (False, True)
+    # Megatron's width without a gate.
+    assert plain.ffn_hidden_size == 2048
+    assert plain.mlp_weights == 2 * 512 * 2048
+    assert not model_of("--config 7b --no-swiglu").shape.gated_linear_unit
+    for kind, has_gate in (("nemotron", False), ("llama", True)):
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"model_type": kind}))
+        assert model_of(f"--config {tmp_path}").shape.gated_linear_unit == has_gate
+
+
 # --- plans ---------------------------------------------------------------------------------------
 
 
@@ -285,6 +297,7 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
             f"--schedule filled {PAPER} --num-fill-cooldown-microbatches 9",
             "--num-fill-cooldown-microbatches 9 is out of range",
         ),
+        (f"--schedule 1f1b {PAPER} --no-swiglu", "--no-swiglu has no effect with --schedule 1f1b"),
         (f"--schedule 1f1b {PAPER} --exit-stages 4", "--exit-stages 4 is out of range"),
         (
             f"--schedule 1f1b {PAPER} --exit-stage-ratio -1",

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tests.helpers.derived_profile import PLANNED, derived_profile
+from tools import profile_layers
 from tools.plan_pipeline import main
 
 
@@ -83,6 +84,16 @@ def test_profiles_without_exits_are_refused_for_models_with_them(capsys, tmp_pat
     status, _, error = plan(capsys, f"{PLANNED} --profile {path}")
     assert status == 2
     assert "was measured with no exits, allowed: the model's exits, with --use-exit-block" in error
+
+
+def test_profiles_have_gated_mlps(capsys, tmp_path):
+    path = tmp_path / "profile.json"
+    derived_profile((1,)).write(path)
+    status, _, error = plan(capsys, f"{PLANNED} --no-swiglu --profile {path}")
+    assert (status, error.startswith("error: --no-swiglu: profiles have gated MLPs")) == (2, True)
+    words = f"--config 1.3b --no-swiglu --output {tmp_path / 'other.json'}"
+    assert profile_layers.main(words.split()) == 2
+    assert capsys.readouterr().err.startswith("error: --no-swiglu: profiles have gated MLPs")
 
 
 def test_schedules_of_even_stages_have_no_profile(capsys):

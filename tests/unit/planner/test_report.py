@@ -78,7 +78,8 @@ def model_flags(shape: ModelShape) -> list[str]:
     words = (
         f"--num-layers {shape.num_layers} --hidden-size {shape.hidden_size} "
         f"--ffn-hidden-size {shape.ffn_hidden_size} --seq-length {shape.seq_length} "
-        f"--num-attention-heads {shape.num_attention_heads} --swiglu --bf16 --lr 1e-4 "
+        f"--num-attention-heads {shape.num_attention_heads} --bf16 --lr 1e-4 "
+        f"{'--swiglu' if shape.gated_linear_unit else '--squared-relu'} "
         f"--group-query-attention --num-query-groups {shape.num_query_groups} "
         f"--kv-channels {shape.kv_channels} "
         f"--max-position-embeddings {shape.seq_length} --train-iters 10 --normalization RMSNorm"
@@ -125,9 +126,10 @@ def layers_that_megatron_builds(args: Namespace) -> tuple[int, ...]:
     )
 
 
-@pytest.mark.parametrize("name", ["1.3b", "30b"])
-def test_megatron_accepts_every_plan(name, parse):
-    request = request_of(name, overlap=Overlap(grad_reduce=True, param_gather=True))
+@pytest.mark.parametrize(("name", "tensor"), [("1.3b", 1), ("30b", 2)])
+def test_megatron_accepts_every_plan(name, tensor, parse):
+    overlap = Overlap(grad_reduce=True, param_gather=True)
+    request = request_of(name, overlap=overlap, tensor_parallel=tensor)
     plans = find_plans(request, 3, every_variant=True).best
     plans += find_plans(replace(request, num_chunks=1), 3).best
     assert {plan.costing.candidate.num_chunks > 1 for plan in plans} == {True, False}
@@ -162,33 +164,74 @@ LLAMA_405B = ModelShape.llama(
     vocab_size=128256,
     seq_length=8192,
 )
+NEMOTRON_340B = ModelShape.llama(
+    num_layers=96,
+    hidden_size=18432,
+    ffn_hidden_size=73728,
+    num_attention_heads=96,
+    num_query_groups=8,
+    vocab_size=256000,
+    seq_length=4096,
+    gated_linear_unit=False,
+)
+QWEN3_32B = ModelShape.llama(
+    num_layers=64,
+    hidden_size=5120,
+    ffn_hidden_size=25600,
+    num_attention_heads=64,
+    num_query_groups=8,
+    kv_channels=128,
+    vocab_size=151936,
+    seq_length=4096,
+)
 
 
-@pytest.mark.parametrize("chunks", [1, None])
-@pytest.mark.parametrize(("gpus", "batch"), [(4096, 1024), (16384, 2048)])
-def test_stages_need_not_divide_the_layers(gpus, batch, chunks, parse):
-    request = PlanRequest(
-        shape=LLAMA_405B,
-        placements=placements(EarlyExitConfig(exit_layer_nums=(32, 64)), 126),
+def h100_request(shape: ModelShape, gpus: int, batch: int, *exits: int, **more) -> PlanRequest:
+    return PlanRequest(
+        shape=shape,
+        placements=placements(EarlyExitConfig(exit_layer_nums=exits), shape.num_layers),
         accelerator=ACCELERATORS["h100"],
         num_accelerators=gpus,
         global_batch_size=batch,
         memory_limit_bytes=72e9,
         recomputes=("none", "full"),
-        tensor_parallel=8,
-        pipeline_parallel=16,
-        num_chunks=chunks,
+        **more,
     )
+
+
+@pytest.mark.parametrize(
+    ("shape", "gpus", "batch"),
+    [
+        (LLAMA_405B, 4096, 1024),
+        (LLAMA_405B, 16384, 2048),
+        (NEMOTRON_340B, 128, 32),
+        (QWEN3_32B, 64, 512),
+    ],
+    ids=["405B on 4,096", "405B on 16,384", "340B on 128", "32B on 64"],
+)
+def test_published_models_are_planned_in_seconds(shape, gpus, batch, parse):
+    request = h100_request(shape, gpus, batch)
     begin = time.monotonic()
+    best = find_plans(request, 3).best
+    assert time.monotonic() - begin < patient(30)
+    assert len(best) == 3
+    for plan in best:
+        check(plan, request, parse)
+    if shape is LLAMA_405B:
+        assert not any(plan.costing.candidate.layout.is_even for plan in best)
+
+
+@pytest.mark.parametrize("pre_exit", [False, True])
+def test_exits_are_on_the_stages_where_training_has_them(pre_exit, parse):
+    fixed = {"tensor_parallel": 8, "pipeline_parallel": 16, "num_chunks": 1}
+    request = h100_request(LLAMA_405B, 4096, 1024, 32, 64, **fixed)
+    request = replace(request, placements=(request.placements[pre_exit],))
     (plan,) = find_plans(request, 1).best
-    assert time.monotonic() - begin < patient(15)
-    assert not plan.costing.candidate.layout.is_even
+    exits, layout = plan.costing.candidate.exits, plan.costing.candidate.layout
+    assert exits.pre_exit == pre_exit
+    assert not layout.is_even
     args = check(plan, request, parse)
-    if chunks == 1:
-        # Where training says that exits are.
-        exits, layout = plan.costing.candidate.exits, plan.costing.candidate.layout
-        expected = frozenset(exits.stages(layout.layers_per_stage))
-        assert exit_stages(args, exits) == expected
+    assert exit_stages(args, exits) == frozenset(exits.stages(layout.layers_per_stage))
 
 
 def test_fills_have_flags(parse):

@@ -1,6 +1,7 @@
 """Layers of stages: no other numbers of layers make the slowest rank faster."""
 
 from itertools import product
+from random import Random
 
 import pytest
 
@@ -65,6 +66,20 @@ def test_even_stages_come_first_and_alone_where_nothing_is_faster():
     heavy = PartSeconds(layer_s=1.0, embedding_s=0.01, head_s=3.0, exit_s=0.0)
     assert list(stage_layers(heavy, NO_EXITS, 32, 4, 1)) == [(8,) * 4, (8, 9, 9, 6)]
     assert list(stage_layers(heavy, NO_EXITS, 32, 1, 1)) == [(32,)]
+
+
+def test_all_numbers_of_stages_are_possible():
+    """Also where sums of as many layers differ by rounding."""
+    draw = Random(1)
+    for _ in range(300):
+        num_layers = draw.randint(2, 100)
+        num_ranks = draw.randint(2, min(num_layers, 32))
+        seconds = [draw.uniform(1e-3, 0.1) for _ in range(4)]
+        chosen = draw.sample(range(1, num_layers + 1), min(num_layers, 2))
+        exits = EarlyExitConfig(exit_layer_nums=tuple(chosen))
+        for layers in stage_layers(PartSeconds(*seconds), exits, num_layers, num_ranks, 1):
+            assert (len(layers), sum(layers)) == (num_ranks, num_layers)
+            assert min(layers) >= 1
 
 
 def test_layers_make_way_for_exits():

@@ -16,7 +16,8 @@ from megatron.early_exit.planner.named_models import NAMED_MODELS
 _SIZES = {
     "num_layers": "backbone layers",
     "hidden_size": "width of the hidden state",
-    "ffn_hidden_size": "width of the gated MLP (default: Megatron's, 8/3 of the hidden size)",
+    "ffn_hidden_size": "width of the MLP (default: Megatron's, 8/3 of the hidden size, or 4 times "
+    "the hidden size with --no-swiglu)",
     "num_attention_heads": "query heads",
     "num_query_groups": "key and value heads (default: as many as query heads)",
     "kv_channels": "size of a head (default: hidden size / query heads)",
@@ -24,6 +25,9 @@ _SIZES = {
     "seq_length": "tokens of a sequence (default of a config.json: its context, up to 4096)",
 }
 _SHARED = "share_embeddings_and_output_weights"
+_GATED = "gated_linear_unit"
+# Model types of Hugging Face's whose MLP has no gate.
+_WITHOUT_GATE = ("nemotron", "phi", "starcoder2")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Contexts grow beyond what models are trained with.
 _LONGEST_DEFAULT = 4096
@@ -58,6 +62,8 @@ def add_model_flags(parser: ArgumentParser) -> None:
     )
     for name, text in _SIZES.items():
         add(as_flag(name), type=int, help=text)
+    gate = "the MLP has no gate, as with GELU or Megatron's --squared-relu (default: gated)"
+    add("--no-swiglu", action="store_true", help=gate)
     add("--untie-embeddings-and-output-weights", action="store_true", help="as Megatron's flag")
     add("--global-batch-size", type=int, help="sequences of a step")
     group = parser.add_argument_group("exits")
@@ -88,7 +94,7 @@ def read_model(args: Namespace) -> Model:
     named = NAMED_MODELS.get((args.config or "").lower())
     known: dict[str, Any] = {}
     if named is not None:
-        known = {name: getattr(named.shape, name) for name in (*_SIZES, _SHARED)}
+        known = {name: getattr(named.shape, name) for name in (*_SIZES, _SHARED, _GATED)}
     elif args.config is not None:
         if not Path(args.config).exists():
             raise ValueError(
@@ -137,7 +143,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         # It follows from sizes that flags may change.
         del sizes["kv_channels"]
     sizes["seq_length"] = min(sizes["max_position_embeddings"], _LONGEST_DEFAULT)
-    return {name: sizes[name] for name in (*_SIZES, _SHARED) if name in sizes}
+    known = {name: sizes[name] for name in (*_SIZES, _SHARED) if name in sizes}
+    return {**known, _GATED: config.get("model_type") not in _WITHOUT_GATE}
 
 
 def _head_size(hidden_size: int | None, num_heads: int | None) -> dict[str, int]:
@@ -168,11 +175,13 @@ def _exits(args: Namespace, known: EarlyExitConfig) -> EarlyExitConfig:
 
 def _shape(args: Namespace, known: Mapping[str, Any]) -> ModelShape:
     sizes = {**known, **{n: v for n in _SIZES if (v := getattr(args, n)) is not None}}
+    sizes[_GATED] = sizes.get(_GATED, True) and not args.no_swiglu
     if args.num_query_groups is None and (args.num_attention_heads is not None or not known):
         sizes["num_query_groups"] = sizes.get("num_attention_heads", 1)
     if args.ffn_hidden_size is None and (args.hidden_size is not None or not known):
-        # Megatron's, of a gated MLP.
-        sizes["ffn_hidden_size"] = int(4 * sizes.get("hidden_size", 1) * 2 / 3 / 64) * 64
+        hidden_size = sizes.get("hidden_size", 1)
+        gated_width = int(4 * hidden_size * 2 / 3 / 64) * 64
+        sizes["ffn_hidden_size"] = gated_width if sizes[_GATED] else 4 * hidden_size
     if args.kv_channels is None and (
         args.hidden_size is not None or args.num_attention_heads is not None
     ):

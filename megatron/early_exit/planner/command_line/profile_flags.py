@@ -31,12 +31,23 @@ def read_profile(args: Namespace, model: Model) -> LayerProfile | None:
         value = getattr(args, name)
         if value is not None:
             raise ValueError(f"{as_flag(name)} {value:g} has no effect with --profile {path}")
+    refuse_unprofiled(model)
     try:
         profile = LayerProfile.read(path)
     except ValueError as error:
         raise ValueError(f"--profile {error}") from None
     _check(profile, path, model)
     return profile
+
+
+def refuse_unprofiled(model: Model) -> None:
+    """Refuse a model whose layers are not measured.
+
+    Raises:
+        ValueError: its MLP has no gate.
+    """
+    if not model.shape.gated_linear_unit:
+        raise ValueError("--no-swiglu: profiles have gated MLPs, allowed: without it")
 
 
 def _check(profile: LayerProfile, path: Path, model: Model) -> None:

@@ -48,6 +48,8 @@ def read_schedule(args: Namespace) -> UniformStages:
     beside = f"with --schedule {args.schedule}"
     names = ("config", "gpus", "profile")
     refuse_given(args, names, f"{beside}, whose stages take the same time")
+    if args.no_swiglu:
+        raise ValueError(f"--no-swiglu has no effect {beside}")
     if args.schedule != "filled":
         refuse_given(args, NUMBERS_OF_FILLS, f"{beside}, allowed: with --schedule filled")
     return UniformStages(

@@ -78,13 +78,15 @@ def _cut(layer_s: list[float], num_stages: int) -> tuple[int, ...]:
         else:
             low = middle
     needed = _least_stages(layer_s, high)
+    # Sums of the same layers differ by rounding.
+    most_s = high * _ROUNDING**2
     layers, end = [], len(layer_s)
     for left in range(num_stages - 1, 0, -1):
         share_s = before_s[end] / (left + 1)
         begins = [
             begin
             for begin in range(left, end)
-            if needed[begin] <= left and before_s[end] - before_s[begin] <= high * _ROUNDING
+            if needed[begin] <= left and before_s[end] - before_s[begin] <= most_s
         ]
         begin = min(begins, key=lambda one: abs(before_s[end] - before_s[one] - share_s))
         layers.append(end - begin)
