@@ -132,7 +132,7 @@ def test_table_and_flags(capsys):
     text = answer(capsys, f"{BY_FLAGS} --gpus 8 --exit-layer-nums 3 --top 3")
     lines = text.splitlines()
     assert lines[0].startswith("model on 8 x a100-80gb: 64 sequences of 512 tokens a step;")
-    assert lines[2].split()[:8] == ["#", "TP", "PP", "VPP", "DP", "size", "number", "exits"]
+    assert lines[2].split()[:8] == ["#", "TP", "PP", "VPP", "layers", "DP", "size", "number"]
     assert [line.split()[0] for line in lines[3:6]] == ["1", "2", "3"]
     assert "    --pipeline-model-parallel-size 1 \\" in lines
     assert lines[-1] == "    --exit-layer-nums 3"

@@ -16,13 +16,10 @@ def table(plans: list[Plan], request: PlanRequest) -> str:
     fastest_s = plans[0].prediction.step_s
     has_exits = any(plan.costing.candidate.exits.positions for plan in plans)
     has_fills = any(plan.fills.number for plan in plans)
-    is_uneven = any(not plan.costing.candidate.layout.is_even for plan in plans)
     has_recomputes = any(plan.costing.candidate.options.recompute != "none" for plan in plans)
     rows = [
         [
-            *("#", "TP", "PP", "VPP"),
-            *(["layers"] if is_uneven else []),
-            *("DP", "size", "number"),
+            *("#", "TP", "PP", "VPP", "layers", "DP", "size", "number"),
             *(["exits"] if has_exits else []),
             *(["recompute"] if has_recomputes else []),
             *("order", "step", "slower", "tokens/s/GPU", "TFLOP/s", "MFU", "memory", "bubble"),
@@ -34,9 +31,8 @@ def table(plans: list[Plan], request: PlanRequest) -> str:
         one, layout = plan.costing.candidate, plan.costing.candidate.layout
         step_s, pipeline = plan.prediction.step_s, plan.prediction.pipeline
         row: list[object] = [number, layout.tensor_parallel, layout.num_ranks, one.num_chunks]
-        if is_uneven:
-            fewest, most = min(layout.layers_per_stage), max(layout.layers_per_stage)
-            row.append(most if layout.is_even else f"{fewest}-{most}")
+        fewest, most = min(layout.layers_per_stage), max(layout.layers_per_stage)
+        row.append(most if layout.is_even else f"{fewest}-{most}")
         row += [layout.data_parallel, layout.microbatch_size, one.num_microbatches]
         if has_exits:
             row.append("before" if one.exits.pre_exit else "after")
@@ -74,7 +70,7 @@ def origin_of_times(plans: list[Plan], profile: LayerProfile) -> str:
 
 
 LEGEND = (
-    "layers: of a stage, where they differ; size, number: sequences of a microbatch, microbatches "
+    "layers: fewest and most of a stage; size, number: sequences of a microbatch, microbatches "
     "of a step; exits\nafter their layers or before the next ones (--pre-exit); order of the ranks "
     "(tp-pp-dp: --use-tp-pp-dp-mapping);\nTFLOP/s: of each GPU, for the model without its exits, "
     "and without what is computed again; MFU: their share of\nits peak; update: the part of the "
