@@ -17,7 +17,7 @@ BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Running the tests from a test would not end.
 NOT_RUN = ("make test\n",)
 # A demo of a few steps: its figures do not matter here, README's come from the full one.
-ENVIRONMENT = {**os.environ, "DEMO_STEPS": "12", "DEMO_MINUTES": "2", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "DEMO_STEPS": "12", "DEMO_MINUTES": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
