@@ -1,6 +1,6 @@
 """Options that are read from flags, and the refusal of flags that do not go together."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -50,12 +50,27 @@ def refuse_beside(flag: str, args: object, others: Mapping[str, tuple[object, st
             raise ValueError(f"{as_flag(name)}{shown} cannot be combined with {flag}: {reason}")
 
 
-def refuse_given(args: object, names: Iterable[str], reason: str) -> None:
-    """Refuse arguments that are given although they have no effect; `reason` ends the sentence.
+def refuse_given(
+    args: object,
+    names: Iterable[str],
+    reason: str,
+    default_of: Callable[[str], object] = lambda name: None,
+) -> None:
+    """Refuse arguments that are given although they have no effect.
+
+    Args:
+        args: parsed arguments.
+        names: of the arguments.
+        reason: ends the sentence.
+        default_of: the value of an argument that is not given, as `ArgumentParser.get_default` has
+            it.
 
     Raises:
         ValueError: naming the flag of the first such argument and its value.
     """
     for name in names:
-        if (value := getattr(args, name)) is not None:
-            raise ValueError(f"{as_flag(name)} {value} has no effect {reason}")
+        value = getattr(args, name)
+        if value != default_of(name):
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            flag = " ".join([as_flag(name), *map(str, values)])
+            raise ValueError(f"{flag} has no effect {reason}")

@@ -285,7 +285,18 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
             "--fill-explicit-bubbles cannot be combined with",
         ),
         ("--config 7b --gpus 8 --fill-explicit-bubbles --max-fill-cost -1", "--max-fill-cost -1"),
-        ("--config 7b --gpus 8 --exit-stages 1", "--exit-stages has no effect without --schedule"),
+        (
+            "--config 7b --gpus 8 --exit-stages 1",
+            "--exit-stages 1 has no effect without --schedule",
+        ),
+        (
+            "--config 7b --gpus 8 --exit-stage-ratio 1",
+            "--exit-stage-ratio 1.0 has no effect without --schedule",
+        ),
+        (
+            "--config 7b --gpus 8 --backward-forward-ratio 1.6",
+            "--backward-forward-ratio 1.6 has no effect without --fill-explicit-bubbles",
+        ),
         ("--config 7b --gpus 8 --timeline-microbatches 9", "has no effect without --timeline"),
         (
             f"--schedule 1f1b {PAPER} --num-fill-warmup-microbatches 1",
@@ -297,6 +308,13 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
             f"--schedule filled {PAPER} --num-fill-cooldown-microbatches 9",
             "--num-fill-cooldown-microbatches 9 is out of range",
         ),
+        (f"--schedule 1f1b {PAPER} --num-layers 8", "--num-layers 8 has no effect with --schedule"),
+        (
+            f"--schedule 1f1b {PAPER} --exit-layer-nums 2 4",
+            "--exit-layer-nums 2 4 has no effect with --schedule 1f1b",
+        ),
+        (f"--schedule 1f1b {PAPER} --gpu h100", "--gpu h100 has no effect with --schedule 1f1b"),
+        (f"--schedule 1f1b {PAPER} --top 3", "--top 3 has no effect with --schedule 1f1b"),
         (f"--schedule 1f1b {PAPER} --no-swiglu", "--no-swiglu has no effect with --schedule 1f1b"),
         (f"--schedule 1f1b {PAPER} --exit-stages 4", "--exit-stages 4 is out of range"),
         (

@@ -1,6 +1,7 @@
 """The flags that describe the machines, and those that fix parts of the layout."""
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from typing import get_args
 
@@ -70,8 +71,12 @@ def add_fill_flags(parser: ArgumentParser) -> None:
     add("--max-fill-cost", type=float, default=0.01, help=most)
 
 
-def read_fill_request(args: Namespace) -> FillRequest | None:
+def read_fill_request(args: Namespace, default_of: Callable[[str], object]) -> FillRequest | None:
     """The request to fill bubbles; None if bubbles are not to be filled.
+
+    Args:
+        args: parsed arguments.
+        default_of: the value of a flag that is not given.
 
     Raises:
         ValueError: a flag is out of range, or has no effect.
@@ -89,7 +94,8 @@ def read_fill_request(args: Namespace) -> FillRequest | None:
             backward_forward_ratio=args.backward_forward_ratio,
             most_cost=args.max_fill_cost,
         )
-    refuse_given(args, NUMBERS_OF_FILLS, "without --fill-explicit-bubbles")
+    names = (*NUMBERS_OF_FILLS, "backward_forward_ratio", "max_fill_cost")
+    refuse_given(args, names, "without --fill-explicit-bubbles", default_of)
     return None
 
 

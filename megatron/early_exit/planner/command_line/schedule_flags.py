@@ -1,12 +1,22 @@
 """The flags of one schedule on even stages."""
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from typing import get_args
 
 from megatron.early_exit.errors import as_flag
 from megatron.early_exit.flags import refuse_given
 from megatron.early_exit.planner.command_line.request_flags import NUMBERS_OF_FILLS
 from megatron.early_exit.planner.uniform_stages import ScheduleName, UniformStages
+
+_OWN = ("num_microbatches", "exit_stages", "exit_stage_ratio")
+"""Flags that only a schedule has."""
+_USED = (
+    *("schedule", *_OWN, "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank"),
+    *("backward_forward_ratio", *NUMBERS_OF_FILLS),
+    *("json", "timeline", "schedule_csv"),
+)
+"""All flags that act beside --schedule."""
 
 
 def add_schedule_flags(parser: ArgumentParser) -> None:
@@ -22,23 +32,28 @@ def add_schedule_flags(parser: ArgumentParser) -> None:
     add("--exit-stage-ratio", type=float, default=0.5, help=ratio)
 
 
-def refuse_schedule_flags(args: Namespace) -> None:
+def refuse_schedule_flags(args: Namespace, default_of: Callable[[str], object]) -> None:
     """Refuse the flags that only a schedule has, where none is asked for.
+
+    Args:
+        args: parsed arguments.
+        default_of: the value of a flag that is not given.
 
     Raises:
         ValueError: one of them is given.
     """
-    given = {"--num-microbatches": args.num_microbatches, "--exit-stages": args.exit_stages}
-    for flag, value in given.items():
-        if value:
-            raise ValueError(f"{flag} has no effect without --schedule")
+    refuse_given(args, _OWN, "without --schedule", default_of)
 
 
-def read_schedule(args: Namespace) -> UniformStages:
+def read_schedule(args: Namespace, default_of: Callable[[str], object]) -> UniformStages:
     """The schedule that the flags describe.
 
+    Args:
+        args: parsed arguments.
+        default_of: the value of a flag that is not given.
+
     Raises:
-        ValueError: a flag is missing or out of range.
+        ValueError: a flag is missing or out of range, or has no effect.
     """
     for name in ("pipeline_model_parallel_size", "num_microbatches"):
         if getattr(args, name) is None:
@@ -46,10 +61,8 @@ def read_schedule(args: Namespace) -> UniformStages:
                 f"{as_flag(name)} is missing, allowed: 1 or more, with --schedule {args.schedule}"
             )
     beside = f"with --schedule {args.schedule}"
-    names = ("config", "gpus", "profile")
-    refuse_given(args, names, f"{beside}, whose stages take the same time")
-    if args.no_swiglu:
-        raise ValueError(f"--no-swiglu has no effect {beside}")
+    others = [name for name in vars(args) if name not in _USED]
+    refuse_given(args, others, f"{beside}, whose stages take the same time", default_of)
     if args.schedule != "filled":
         refuse_given(args, NUMBERS_OF_FILLS, f"{beside}, allowed: with --schedule filled")
     return UniformStages(
