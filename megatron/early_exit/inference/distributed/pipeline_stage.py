@@ -148,7 +148,7 @@ class PipelineStage:
     def manage(self, order: Message) -> None:
         """Store pages and give up others, as `StagePages` says."""
         for number, slot, place in order["save"]:
-            segments, blocks = self.runner.model.segments, self.runner.stored_lengths(slot)
+            segments, blocks = self.runner.model.segments, self._store.block_lengths(slot)
             end = (place + 1) * PAGE_SIZE
             seen = [index for index, length in enumerate(blocks) if length >= end]
             self._store.save(number, slot, place, len(segments), seen)

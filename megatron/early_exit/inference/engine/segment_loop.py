@@ -369,7 +369,7 @@ class SegmentLoop(DecodingLoop):
 
     def _store_pages(self, sequence: Sequence) -> None:
         """Keep the pages of a sequence for others that begin with the same tokens."""
-        copies = self.pages.store(sequence, self.runner.stored_lengths(sequence.slot))
+        copies = self.pages.store(sequence, self._store.block_lengths(sequence.slot))
         self._store.drop(self.pages.take_dropped())
         try:
             for one in copies:

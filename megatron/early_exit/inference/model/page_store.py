@@ -44,6 +44,15 @@ class PageStore:
     def __len__(self) -> int:
         return len(self._pages)
 
+    def block_lengths(self, slot: int) -> list[int]:
+        """What `SegmentRunner.block_lengths` says, as far as pages may hold it: of a
+        multi-token-prediction module where all of its depths have come. A depth that came back
+        alone would leave the next one without what it goes on from."""
+        lengths = self._runner.block_lengths(slot)
+        first = len(self._runner.model.exits)
+        depths = lengths[first:]
+        return lengths[:first] + [min(depths)] * len(depths) if depths else lengths
+
     def save(
         self, number: int, slot: int, index: int, depth: int, blocks: Iterable[int] = ()
     ) -> None:

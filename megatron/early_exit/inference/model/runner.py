@@ -349,14 +349,6 @@ class SegmentRunner:
         each depth of a multi-token-prediction module, the positions whose tokens it has seen."""
         return [lengths[slot] for lengths in self._block_lengths]
 
-    def stored_lengths(self, slot: int) -> list[int]:
-        """The same, of what pages may hold: of the module as far as all of its depths have come. A
-        depth that comes back alone would leave the next one without what it goes on from."""
-        lengths = self.block_lengths(slot)
-        first = len(self.model.exits)
-        depths = lengths[first:]
-        return lengths[:first] + [min(depths)] * len(depths) if depths else lengths
-
     def set_block_length(self, index: int, slot: int, length: int) -> None:
         """What `block_lengths` says from now on."""
         self._block_lengths[index][slot] = length

@@ -49,7 +49,7 @@ class Stage:
     @torch.inference_mode()
     def save(self, slot: int, count: int) -> None:
         """Store the first pages of a slot."""
-        lengths = self.runner.stored_lengths(slot)
+        lengths = self.pages.block_lengths(slot)
         for page in range(count):
             end = (page + 1) * PAGE_SIZE
             blocks = [index for index, length in enumerate(lengths) if length >= end]
