@@ -37,12 +37,15 @@ _RULE = {"early_exit_threshold": "threshold"} | {
 }
 """Arguments that choose the rule, and its fields."""
 _CHOICES = {"kv_policy": get_args(KVPolicy), "exit_measure": get_args(ExitMeasure)}
-_ENGINE = (
-    *("dtype", "device", "max_batch_size", "max_sequence_length", "compile", "weight_dtype"),
-    *("quantize_heads", "kv_cache_memory", "gpu_memory_utilization"),
-    *("tensor_parallel", "pipeline_parallel"),
-)
+_ENGINE: dict[str, type] = {
+    **dict.fromkeys(("dtype", "device", "weight_dtype"), str),
+    **dict.fromkeys(("compile", "quantize_heads"), bool),
+    **dict.fromkeys(("max_batch_size", "max_sequence_length", "kv_cache_memory"), int),
+    **dict.fromkeys(("tensor_parallel", "pipeline_parallel"), int),
+    "gpu_memory_utilization": float,
+}
 """Arguments that the engine is loaded with, see `EarlyExitEngine.from_checkpoint`."""
+_WORDS = {str: "a name", bool: "true or false", int: "a whole number", float: "a number"}
 _UNSAID_DEVICE = "cuda:0"
 """What the harness passes where no device was asked for: the engine finds one by itself, and one
 for each process."""
@@ -84,8 +87,7 @@ class EarlyExitLM(TemplateLM):
     def create_from_arg_string(
         cls, arg_string: str, additional_config: dict[str, Any] | None = None
     ) -> "EarlyExitLM":
-        """See `create_from_arg_obj`; `exit_layers` are divided by `+`, and 0 and 1 stand for no and
-        yes."""
+        """See `create_from_arg_obj`; `exit_layers` are divided by `+`."""
         arguments = simple_parse_args_string(arg_string)
         return cls.create_from_arg_obj(arguments, additional_config)
 
@@ -116,6 +118,9 @@ class EarlyExitLM(TemplateLM):
             raise ValueError(f"--model_args {unknown[0]}: unknown, allowed: {', '.join(known)}")
         if "load" not in arguments:
             raise ValueError("--model_args load: missing, allowed: a checkpoint's directory")
+        kinds = {**_ENGINE, "early_exit_threshold": float}
+        for name in kinds.keys() & arguments.keys():
+            _check_kind(name, arguments[name], kinds[name])
         rule = _rule(arguments)
         options = {name: arguments[name] for name in _ENGINE if name in arguments}
         if "dtype" in options:
@@ -285,6 +290,12 @@ def _layers(value: Any) -> tuple[int, ...]:
         raise ValueError(
             f"--model_args exit_layers {value!r}, allowed: numbers of layers, such as 4+8"
         ) from None
+
+
+def _check_kind(name: str, value: Any, kind: type) -> None:
+    fits = isinstance(value, int | float if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"--model_args {name} {value!r}, allowed: {_WORDS[kind]}")
 
 
 def _chosen(name: str, value: Any, allowed: Mapping[str, Any]) -> Any:

@@ -94,6 +94,12 @@ def test_what_tasks_ask_for(engine):
         ("load=CHECKPOINT,early_exit_threshold=0.5,kv_policy=x", "kv_policy 'x', allowed: exact"),
         ("load=CHECKPOINT,early_exit_threshold=0.5,exit_layers=a", "exit_layers 'a', allowed: num"),
         ("load=CHECKPOINT,early_exit_threshold=2", "early_exit_threshold 2"),
+        (
+            "load=CHECKPOINT,early_exit_threshold=high",
+            "early_exit_threshold 'high', allowed: a num",
+        ),
+        ("load=CHECKPOINT,max_batch_size=2.5", "max_batch_size 2.5, allowed: a whole number"),
+        ("load=CHECKPOINT,compile=1", "compile 1, allowed: true or false"),
         ("load=CHECKPOINT,dtype=float", "dtype 'float', allowed: fp32, bf16, fp16"),
     ],
 )
