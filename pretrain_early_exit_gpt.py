@@ -6,6 +6,7 @@
 
 import sys
 
+from megatron.early_exit.errors import one_line
 from megatron.early_exit.process_family import end_with_parent
 
 
@@ -47,7 +48,7 @@ def main() -> int:
     try:
         session.run()
     except (CheckpointError, SetupError) as error:
-        return refuse(" ".join(str(error).split()))
+        return refuse(one_line(error))
     return 0
 
 

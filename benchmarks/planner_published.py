@@ -20,6 +20,7 @@ from math import exp, log
 from pathlib import Path
 from statistics import fmean, pstdev
 
+from megatron.early_exit.errors import one_line
 from megatron.early_exit.planner.published_runs import PublishedRun, read_runs
 
 RUNS = Path(__file__).parent / "planner" / "published_runs.csv"
@@ -38,7 +39,7 @@ class Comparison:
 
     @classmethod
     def of(cls, run: PublishedRun) -> Comparison:
-        """Predict a run."""
+        """A run beside what the planner expects of it."""
         prediction = run.predict()
         return cls(run, prediction.step_s, prediction.peak_bytes)
 
@@ -188,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.picture is not None:
             draw(rows, args.picture)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     memory = [row.memory_ratio for row in rows if row.memory_ratio is not None]
     verdict = Verdict.of([row.ratio for row in rows], memory, len(refused))

@@ -33,7 +33,7 @@ from megatron.early_exit.checkpoint.quantized_model import quantize_model
 from megatron.early_exit.checkpoint.source import open_checkpoint, open_parts
 from megatron.early_exit.checkpoint.writer import Report
 from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig, ExitMeasure
-from megatron.early_exit.errors import as_flag
+from megatron.early_exit.errors import as_flag, one_line
 from megatron.early_exit.inference.quantization_loss import (
     QuantizationLoss,
     encoded,
@@ -397,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)

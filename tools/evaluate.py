@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -23,18 +23,21 @@ from tqdm import tqdm
 from megatron.early_exit.checkpoint.description import describe
 from megatron.early_exit.checkpoint.location import DESCRIPTION_NAME, locate
 from megatron.early_exit.config import ExitMeasure
-from megatron.early_exit.errors import FieldError, as_flag
+from megatron.early_exit.errors import FieldError, as_flag, one_line
 from megatron.early_exit.evaluation.evaluation import REPORT, Evaluation
 from megatron.early_exit.evaluation.items import read_tasks
 from megatron.early_exit.evaluation.library_items import MAKERS
 from megatron.early_exit.evaluation.provenance import fingerprint
-from megatron.early_exit.evaluation.settings import DEFAULT_THRESHOLDS, Settings
+from megatron.early_exit.evaluation.settings import Settings
 from megatron.early_exit.evaluation.tradeoff import by_curve, table
+from megatron.early_exit.flags import refuse_given
 from megatron.early_exit.hardware.dtypes import NAMES
 from megatron.early_exit.inference import EarlyExitEngine
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
 from megatron.early_exit.inference.params import KVPolicy
 from megatron.early_exit.process_family import end_with_parent
+
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Settings)}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,18 +63,23 @@ def build_parser() -> argparse.ArgumentParser:
         default=list(MAKERS),
         help=f"{', '.join(MAKERS)}, or .jsonl files (default: {' '.join(MAKERS)})",
     )
-    add("--items", type=int, default=8, help="most prompts of each task (default: %(default)s)")
+    add(
+        "--items",
+        type=int,
+        default=_DEFAULTS["items"],
+        help="most prompts of each task (default: %(default)s)",
+    )
     add(
         "--prompt-characters",
         type=int,
-        default=400,
+        default=_DEFAULTS["prompt_characters"],
         help="most characters of a prompt that is made, or cut from a text (default: %(default)s)",
     )
     add(
         "--thresholds",
         nargs="+",
         type=float,
-        default=list(DEFAULT_THRESHOLDS),
+        default=list(_DEFAULTS["thresholds"]),
         help="(default: 1.0 down to 0.0 in steps of 0.05)",
     )
     add(
@@ -84,14 +92,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--kv-policies",
         nargs="+",
         choices=get_args(KVPolicy),
-        default=list(get_args(KVPolicy)),
+        default=list(_DEFAULTS["kv_policies"]),
         help="(default: %(default)s)",
     )
-    add("--max-tokens", type=int, default=128, help="of every answer (default: %(default)s)")
+    add(
+        "--max-tokens",
+        type=int,
+        default=_DEFAULTS["max_tokens"],
+        help="of every answer (default: %(default)s)",
+    )
     add(
         "--repeats",
         type=int,
-        default=3,
+        default=_DEFAULTS["repeats"],
         help="pairs of timed answers, of the full model and of a rule (default: %(default)s)",
     )
     add(
@@ -102,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--seed",
         type=int,
-        default=0,
+        default=_DEFAULTS["seed"],
         help="of the choice of prompts and of resampling (default: %(default)s)",
     )
     return parser
@@ -124,6 +137,7 @@ def load(args: argparse.Namespace) -> EarlyExitEngine:
             f"--max-batch-size {args.max_batch_size} is refused, allowed: --batch-size, by which "
             "it is chosen"
         )
+    refuse_given(args, ["draft_vocab_size"], "where nothing is drafted")
     args.max_batch_size = args.batch_size or 1
     if args.compile is not None:
         return load_engine(args)
@@ -226,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on", file=sys.stderr)

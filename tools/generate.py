@@ -22,7 +22,7 @@ from tqdm import tqdm
 from megatron.early_exit.client.exit_colours import ExitColours
 from megatron.early_exit.client.prompts import read_prompts
 from megatron.early_exit.config import ExitMeasure
-from megatron.early_exit.errors import FieldError, as_flag
+from megatron.early_exit.errors import FieldError, as_flag, one_line
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
 
 

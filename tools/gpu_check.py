@@ -33,6 +33,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from gpu_sections.findings import SectionReport, table  # noqa: E402
 
+from megatron.early_exit.errors import one_line  # noqa: E402
 from megatron.early_exit.process_family import end_with_parent, started  # noqa: E402
 from megatron.early_exit.ranges import ABOVE_ZERO  # noqa: E402
 
@@ -187,7 +188,7 @@ def run_section(name: str, device: str, file: Path | None) -> SectionReport:
         _function(name)(report, sizes_for(where))
     except Exception as error:
         # Whatever it is, it is what was found; the other sections say what they find.
-        text = " ".join(str(error).split())[:300]
+        text = one_line(error)[:300]
         report.error = f"{type(error).__name__}: {text}"
         report.save()
     return report
@@ -244,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return _INTERRUPTED

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron.early_exit.errors import one_line
 from megatron.early_exit.planner.command_line.model_flags import add_model_flags, read_model
 from megatron.early_exit.planner.command_line.profile_flags import add_profile_flags
 from megatron.early_exit.planner.command_line.report import (
@@ -101,13 +102,13 @@ def check(args: argparse.Namespace) -> None:
         )
 
 
-def time_schedule(args: argparse.Namespace) -> None:
+def time_schedule(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Time one schedule, print it and write the requested files.
 
     Raises:
         ValueError: a flag is missing or out of range.
     """
-    one = read_schedule(args)
+    one = read_schedule(args, parser.get_default)
     schedule = build_proved(one.generator())
     timeline = simulate(schedule, one.costs())
     if args.json:
@@ -127,15 +128,16 @@ def _timeline_json(timeline: Timeline) -> dict[str, object]:
     }
 
 
-def plan(args: argparse.Namespace) -> None:
+def plan(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Find the fastest layouts, print them and write the requested files.
 
     Raises:
         ValueError: a flag is missing or out of range, or no layout fits.
     """
-    refuse_schedule_flags(args)
+    refuse_schedule_flags(args, parser.get_default)
     model = read_model(args)
-    request, fills = read_request(args, model), read_fill_request(args)
+    request = read_request(args, model)
+    fills = read_fill_request(args, parser.get_default)
     progress = partial(tqdm, desc="timing layouts", unit=" layouts", leave=False, disable=None)
     plans = find_plans(request, args.top, args.every_variant, progress)
     best = plans.best
@@ -189,19 +191,20 @@ def _write_files(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     try:
         check(args)
         if args.schedule is not None:
-            time_schedule(args)
+            time_schedule(args, parser)
         else:
-            plan(args)
+            plan(args, parser)
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever reads has read enough, as `head` does; the interpreter would complain at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return _INTERRUPTED

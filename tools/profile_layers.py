@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron.early_exit.errors import one_line
 from megatron.early_exit.planner.command_line.model_flags import Model, add_model_flags, read_model
 from megatron.early_exit.planner.command_line.profile_flags import refuse_unprofiled
 from megatron.early_exit.planner.costs.layer_profile import MEASURED_SIZES, LayerProfile
@@ -190,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         measured = profile(args, model)
         measured.write(args.output)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return _INTERRUPTED

@@ -39,6 +39,7 @@ from megatron.early_exit.client.figures import (
 from megatron.early_exit.client.outcomes import EXIT_FIELDS, Outcome, ask
 from megatron.early_exit.client.prompts import read_prompts
 from megatron.early_exit.config import ExitMeasure
+from megatron.early_exit.errors import one_line
 from megatron.early_exit.ranges import ABOVE_ZERO, ONE_OR_MORE
 
 _INTERRUPTED = 130
@@ -226,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except (ValueError, OSError, Unreachable, RequestFailed) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return _INTERRUPTED

@@ -28,7 +28,7 @@ import torch
 
 from megatron.early_exit.client.completions import API_KEY_VARIABLE
 from megatron.early_exit.config import ExitMeasure
-from megatron.early_exit.errors import as_flag, out_of_range
+from megatron.early_exit.errors import as_flag, one_line, out_of_range
 from megatron.early_exit.flags import refuse_beside
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
 from megatron.early_exit.inference.params import (
@@ -406,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return serve(args)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return exit_status_of(error)
 
 

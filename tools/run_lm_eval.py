@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 
+from megatron.early_exit.errors import one_line
 from megatron.early_exit.process_family import end_with_parent
 
 
@@ -26,8 +27,8 @@ def main() -> int:
         return 2
     try:
         cli_evaluate()
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -50,3 +50,8 @@ def out_of_range(field: str, value: object, allowed: str) -> FieldError:
 def as_flag(name: str) -> str:
     """The command-line flag of a field."""
     return "--" + name.replace("_", "-")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; the name of its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -14,6 +14,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import (
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.config import TokenizerConfig
 
+from megatron.early_exit.errors import one_line
 from megatron.early_exit.legacy_tokens import legacy_special_tokens
 
 MODEL_FILE_TOKENIZERS = (*SP_TOKENIZERS, "HuggingFaceTokenizer", "TikTokenizer")
@@ -112,7 +113,7 @@ def build_text_tokenizer(args: Namespace) -> TextTokenizer:
         chosen = Namespace(**vars(args), pad_vocab_size=False, chat_template=None)
         tokenizer = cast(TextTokenizer, build_tokenizer(chosen))
     except Exception as error:  # each library has its own way of refusing a file
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise ValueError(
             f"--tokenizer-model {args.tokenizer_model}: cannot be used as {kind} ({reason})"
         ) from error

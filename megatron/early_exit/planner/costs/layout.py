@@ -76,7 +76,7 @@ class Layout:
 
     @property
     def num_accelerators(self) -> int:
-        """All of them."""
+        """Accelerators of all ranks and replicas."""
         return self.num_ranks * self.tensor_parallel * self.num_replicas
 
     def replicas_per_node(self, per_node: int) -> int:

@@ -26,7 +26,7 @@ from megatron.early_exit.data.tokenizer import (
     check_tokenizer_arguments,
     complete_tokenizer_arguments,
 )
-from megatron.early_exit.errors import as_flag
+from megatron.early_exit.errors import as_flag, one_line
 from megatron.early_exit.patches.distributed_optimizer import IS_KNOWN_VERSION
 from megatron.early_exit.training.cli.arguments import add_early_exit_arguments
 from megatron.early_exit.training.cli.flag_rules.dependent import DEPENDENT
@@ -160,7 +160,7 @@ def _set_up_globals(args: Namespace) -> None:
             raise
         subject, flags = blamed
         values = [f"{as_flag(name)} {getattr(args, name)}" for name in flags]
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise ValueError(f"{subject} ({' '.join(values)}) cannot be set up: {reason}") from error
 
 
