@@ -105,6 +105,7 @@ def test_the_report_shows_every_text_in_a_browser(evaluated, browser: Browser):
         ("--tasks none", "--tasks none: is no task, allowed: next_line, docstring, manual, or a"),
         ("--tasks manual --enable-prefix-caching", "--enable-prefix-caching is refused"),
         ("--tasks manual --max-batch-size 3", "--max-batch-size 3 is refused"),
+        ("--tasks manual --draft-vocab-size 9", "--draft-vocab-size 9 has no effect where nothing"),
         ("--tasks manual --no-compile", "tokens, allowed: up to 128, which leaves room for"),
         (
             "--tasks manual --no-compile --measures gate",
