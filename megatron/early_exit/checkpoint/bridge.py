@@ -56,7 +56,7 @@ def bridge_args(iteration_dir: Path) -> Namespace | None:
 
 def _read(path: Path) -> Mapping[str, Any]:
     # With omegaconf, of which megatron.training is made.
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ never needs the command line that trained the model.
 """
 
 import json
+import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from megatron.early_exit.checkpoint.location import (
 )
 from megatron.early_exit.checkpoint.quantization import Quantization
 from megatron.early_exit.checkpoint.reader import CheckpointReader
+from megatron.early_exit.checkpoint.stored_rule import KEY, StoredRule
 from megatron.early_exit.checkpoint.text_files import read_json, write_whole
 from megatron.early_exit.checkpoint.tokenizer import (
     TokenizerDescription,
@@ -29,6 +31,7 @@ from megatron.early_exit.checkpoint.tokenizer import (
 )
 from megatron.early_exit.config import EarlyExitConfig
 
+_LOG = logging.getLogger(__name__)
 _FORMAT = 1
 _QUANTIZED_FORMAT = 2
 """Of models in 8 bits: programs that do not know them must not take their matrices for others."""
@@ -41,11 +44,15 @@ class ModelDescription:
     architecture: Architecture | None
     """None for a model that inference cannot compute (yet)."""
     early_exit: EarlyExitConfig
+    """Where exits are, and what their heads are made of."""
     tokenizer: TokenizerDescription | None
+    """The tokenizer; None where the arguments of training name none."""
     base: BaseReference | None = None
     """The model that has the backbone, if only the exits are saved."""
     quantization: Quantization | None = None
     """Which matrices are stored in 8 bits; None for a model without any."""
+    rule: StoredRule | None = None
+    """How tokens leave where a request does not say it; None where nothing is stored."""
 
     @classmethod
     def from_args(
@@ -79,6 +86,7 @@ class ModelDescription:
             "tokenizer": None if self.tokenizer is None else asdict(self.tokenizer),
             "base": None if self.base is None else asdict(self.base),
             **({} if quantized is None else {"quantization": asdict(quantized)}),
+            **({} if self.rule is None else {KEY: self.rule.to_dict()}),
         }
 
     @classmethod
@@ -97,12 +105,14 @@ class ModelDescription:
             architecture, tokenizer = values["architecture"], values["tokenizer"]
             base = values.get("base")
             quantization = values.get("quantization")
+            rule = values.get(KEY)
             return cls(
                 None if architecture is None else Architecture(**architecture),
                 EarlyExitConfig(**values["early_exit"]),
                 None if tokenizer is None else TokenizerDescription(**tokenizer),
                 None if base is None else BaseReference(**base),
                 None if quantization is None else Quantization(**quantization),
+                None if rule is None else StoredRule.from_dict(rule),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"does not fit this version: {error}") from error
@@ -146,7 +156,11 @@ def read_description(path: str | Path) -> ModelDescription:
 
 
 def describe(location: CheckpointLocation) -> ModelDescription:
-    """`read_description` for a checkpoint that is located already."""
+    """`read_description` for a checkpoint that is located already.
+
+    Raises:
+        ValueError: see `read_description`.
+    """
     description = read_saved_description(location.save_dir)
     if description is None or description.architecture is None:
         return _describe_from_args(location)
@@ -164,9 +178,25 @@ def read_saved_description(save_dir: Path) -> ModelDescription | None:
     if not path.is_file():
         return None
     try:
-        return ModelDescription.from_dict(read_json(path))
-    except (ValueError, AttributeError) as error:
+        values = read_json(path)
+        description = ModelDescription.from_dict({**values, KEY: None})
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"model description {path}: {error}") from error
+    return replace(description, rule=_usable_rule(path, values.get(KEY), description.early_exit))
+
+
+def _usable_rule(path: Path, values: Any, early_exit: EarlyExitConfig) -> StoredRule | None:
+    """The stored rule; None where there is none, or where it does not fit the model."""
+    if values is None:
+        return None
+    try:
+        rule = StoredRule.from_dict(values)
+        rule.check(early_exit)
+    except ValueError as error:
+        # The model can be used without it.
+        _LOG.warning("model description %s: the stored rule is ignored: %s", path, error)
+        return None
+    return rule
 
 
 def _describe_from_args(location: CheckpointLocation) -> ModelDescription:

@@ -64,7 +64,7 @@ def draft_model(source: Conversion, position: int) -> Conversion:
         origin = _origin(name, origins)
         weights[name], sources[name] = source.weights[origin], source.sources[origin]
     description = replace(
-        source.description, architecture=own, early_exit=EarlyExitConfig(), base=None
+        source.description, architecture=own, early_exit=EarlyExitConfig(), base=None, rule=None
     )
     return Conversion(description, weights, sources)
 

@@ -45,7 +45,7 @@ class RandomInit:
     def draw(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, architecture: Architecture
     ) -> Tensor:
-        """The tensor `name`, as Megatron initialises a model's."""
+        """The tensor `name`, of any shape, as Megatron initialises a model's."""
         if len(shape) == 1:
             is_one = name.endswith("weight") and not architecture.layernorm_zero_centered_gamma
             return torch.full(shape, 1.0 if is_one else 0.0, dtype=dtype)
@@ -102,7 +102,9 @@ def add_exits(
         else:
             draw = partial(random_init.draw, name, shape, model.dtype, architecture)
             weights[name], sources[name] = LazyTensor(shape, model.dtype, draw), (RANDOM,)
-    return source.remade(replace(source.description, early_exit=early_exit), weights, sources)
+    return source.remade(
+        replace(source.description, early_exit=early_exit, rule=None), weights, sources
+    )
 
 
 def strip_exits(source: Conversion) -> Conversion:
@@ -116,7 +118,7 @@ def strip_exits(source: Conversion) -> Conversion:
     weights = {name: tensor for name, tensor in source.weights.items() if not is_of_exit(name)}
     sources = {name: source.sources[name] for name in weights}
     return source.remade(
-        replace(source.description, early_exit=EarlyExitConfig()), weights, sources
+        replace(source.description, early_exit=EarlyExitConfig(), rule=None), weights, sources
     )
 
 

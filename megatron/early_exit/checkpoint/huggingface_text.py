@@ -57,14 +57,21 @@ class HuggingFaceText:
 
     @property
     def special_tokens(self) -> dict[str, str | None]:
+        """The texts of `bos_token`, `eos_token` and `pad_token`; None where there is none."""
         names = ("bos_token", "eos_token", "pad_token")
         return {name: getattr(self._tokenizer, name) for name in names}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a text, framed as the model's makers do it where that is asked for."""
         framed = add_special_tokens and self._adds_special_tokens
         return list(self._tokenizer(text, add_special_tokens=framed).input_ids)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """The tokens of a conversation, up to where the model is to answer.
+
+        Raises:
+            ValueError: there is no chat template, or it refuses the messages.
+        """
         if self.chat_template is None:
             raise ValueError("the tokenizer has no chat template")
         try:
@@ -77,6 +84,7 @@ class HuggingFaceText:
         return self.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: list[int]) -> str:
+        """The text of tokens; bytes that are not a complete character become U+FFFD."""
         text = str(
             self._tokenizer.decode(
                 token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -88,6 +96,8 @@ class HuggingFaceText:
         return str(self._decoder.decode(without_invalid([one for one in names if one is not None])))
 
     def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes of a token that may be a part of a character; empty for one without text, None
+        for any other."""
         name = self.token_name(token_id)
         if name is None or token_id in self._left_out:
             return b""
@@ -100,9 +110,11 @@ class HuggingFaceText:
         return None if value is None else bytes([value])
 
     def unfinished_length(self, data: bytes) -> int:
+        """How many U+FFFD `decode` gives for the first bytes of a character."""
         return 1 if self._alphabet else len(data)
 
     def token_name(self, token_id: int) -> str | None:
+        """The name of a token in the vocabulary; None if the vocabulary lacks it."""
         try:
             name: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
         except (IndexError, KeyError, OverflowError):

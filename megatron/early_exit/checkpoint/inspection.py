@@ -20,6 +20,7 @@ from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.quantization import SCALE_ENDING
 from megatron.early_exit.checkpoint.reader import CheckpointReader
 from megatron.early_exit.checkpoint.source import is_state
+from megatron.early_exit.checkpoint.stored_rule import StoredRule
 from megatron.early_exit.config import EarlyExitConfig
 
 _LAYOUT = {
@@ -37,7 +38,9 @@ class Inspection:
     """The contents of one checkpoint. A field is None if the checkpoint does not say."""
 
     path: str
+    """The folder of the iteration."""
     iteration: int | None
+    """The iteration that it was saved at."""
     size_bytes: int
     """Size on the disk."""
     dtypes: tuple[str, ...]
@@ -45,18 +48,23 @@ class Inspection:
     layout: dict[str, int] | None
     """Sizes of tensor, pipeline and expert parallelism with which it was written."""
     architecture: dict[str, Any] | None
+    """Sizes and kinds of the backbone's parts."""
     unsupported: str | None
     """The reason why inference cannot compute the model; None if it can."""
     exits: dict[int, str]
     """The flags of each exit's head, by the exit's position."""
     early_exit: dict[str, Any] | None
+    """The fields of `EarlyExitConfig`."""
     parameters: dict[str, int]
     """Number of parameters of each part."""
     tokenizer: dict[str, Any] | None
+    """The kind of the tokenizer, and where it is."""
     base: str | None
     """Path of the backbone, for a checkpoint with exits only."""
     quantization: dict[str, Any] | None
     """Which matrices are in 8 bits."""
+    rule: StoredRule | None
+    """How tokens leave where a request does not say it, and what is promised of it."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -78,6 +86,7 @@ class Inspection:
                 f"matrices of layers{heads} in {self.quantization['weight_dtype']}, with a scale "
                 "for each output channel; for inference only"
             )
+        facts |= self._about_rule()
         facts["tokenizer"] = _or_unknown(_joined(self.tokenizer))
         facts["model"] = self.unsupported or _or_unknown(_joined(self.architecture))
         lines = [_wrapped(name, str(value)) for name, value in facts.items()]
@@ -88,6 +97,19 @@ class Inspection:
             for name, count in self.parameters.items()
         ]
         return lines
+
+    def _about_rule(self) -> dict[str, str]:
+        if self.rule is None:
+            return {}
+        other = (
+            ""
+            if self.rule.iteration == Path(self.path).name
+            else f" (of {self.rule.iteration} only)"
+        )
+        return {
+            "default": self.rule.sentence() + other,
+            "promise": self.rule.promise.sentence(),
+        }
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -131,6 +153,7 @@ def inspect(path: str | Path) -> Inspection:
         tokenizer=as_dict.get("tokenizer"),
         base=None if base is None else base.path,
         quantization=as_dict.get("quantization"),
+        rule=None if description is None else description.rule,
     )
 
 

@@ -38,7 +38,8 @@ LazyWeights = Mapping[str, LazyTensor]
 
 
 def content_hash(tensor: Tensor) -> str:
-    """SHA-256 of dtype, shape and bytes: the same whatever file or layout a tensor is stored in."""
+    """SHA-256 of a tensor's dtype, shape and bytes, for any shape: the same whatever file or layout
+    it is stored in."""
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -18,7 +18,9 @@ class CheckpointLocation:
     """One checkpoint and the save directory that it belongs to."""
 
     save_dir: Path
+    """The folder that `--save` named."""
     iteration_dir: Path
+    """The folder in it with the tensors of one iteration."""
 
     @property
     def tokenizer_dir(self) -> Path:

@@ -34,6 +34,9 @@ class Quantization:
         heads: projections to the vocabulary are, too. The word embedding never is: the engine makes
             its own copy of one that heads are tied to.
         weight_dtype: their format.
+
+    Raises:
+        ValueError: the format is unknown.
     """
 
     heads: bool = True

@@ -26,7 +26,7 @@ def quantize_model(source: Conversion, quantization: Quantization) -> Conversion
         weights[name] = LazyTensor(tensor.shape, torch.int8, _part(tensor, 0))
         weights[scale] = LazyTensor(tensor.shape[:1], torch.float32, _part(tensor, 1))
         sources[name] = sources[scale] = source.sources[name]
-    description = replace(source.description, quantization=quantization)
+    description = replace(source.description, quantization=quantization, rule=None)
     return Conversion(description, weights, sources, source.args)
 
 

@@ -95,7 +95,7 @@ class CheckpointReader:
         return self.tensors[name].size
 
     def read(self, name: str, place: int | None = None) -> Tensor:
-        """Load one tensor, in the dtype it was stored in.
+        """Load one tensor of any shape, in the dtype it was stored in.
 
         Args:
             name: its global name.

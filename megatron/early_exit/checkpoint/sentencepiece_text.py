@@ -49,11 +49,13 @@ class SentencePieceText:
 
     @property
     def special_tokens(self) -> dict[str, str | None]:
+        """The texts of `bos_token`, `eos_token` and `pad_token`; None where there is none."""
         own = self._processor
         ids = {"bos_token": own.bos_id(), "eos_token": own.eos_id(), "pad_token": own.pad_id()}
         return {name: None if one < 0 else own.id_to_piece(one) for name, one in ids.items()}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a text; no others frame it, whatever is asked for."""
         # Megatron frames texts with no tokens of SentencePiece's.
         ids: list[int] = []
         rest = text
@@ -77,14 +79,22 @@ class SentencePieceText:
         return part
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Refuse: there are no templates of conversations here.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError("a SentencePiece tokenizer has no chat template")
 
     def decode(self, token_ids: list[int]) -> str:
+        """The text of tokens; ids behind the last piece of the file have none."""
         # Megatron may have given a model more tokens than its SentencePiece file has pieces.
         pieces = [token for token in token_ids if token < self._num_pieces]
         return str(self._processor.decode(pieces))
 
     def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes of a token that may be a part of a character; empty for one without text, None
+        for any other."""
         if token_id >= self._num_pieces:
             return b""
         if not self._processor.is_byte(token_id):
@@ -93,9 +103,11 @@ class SentencePieceText:
         return None if value is None else bytes([value])
 
     def unfinished_length(self, data: bytes) -> int:
+        """How many U+FFFD `decode` gives for the first bytes of a character."""
         return len(data)
 
     def token_name(self, token_id: int) -> str | None:
+        """The name of a token in the vocabulary; None if the vocabulary lacks it."""
         if token_id < self._num_pieces:
             return str(self._processor.id_to_piece(token_id))
         return self._added.get(token_id)

@@ -10,6 +10,7 @@ from megatron.early_exit.checkpoint.description import ModelDescription, describ
 from megatron.early_exit.checkpoint.location import CheckpointLocation, locate
 from megatron.early_exit.checkpoint.megatron_args import plain_args, with_description
 from megatron.early_exit.checkpoint.reader import CheckpointReader
+from megatron.early_exit.checkpoint.stored_rule import StoredRule
 from megatron.early_exit.checkpoint.tokenizer import TokenizerDescription
 from megatron.early_exit.checkpoint.weights import LAYERS, model_weights, weight_shapes
 
@@ -51,7 +52,9 @@ def open_checkpoint(path: str | Path) -> Conversion:
     reader = CheckpointReader(location.iteration_dir)
     sources = {name: stored_names(reader, name) for name in weights}
     _refuse_left_over(reader, {name for names in sources.values() for name in names})
-    whole = replace(description, tokenizer=_located(description, location), base=None)
+    rule = _usable_rule(description, location)
+    tokenizer = _located(description, location)
+    whole = replace(description, tokenizer=tokenizer, base=None, rule=rule)
     args = _stored_args(reader)
     if description.base is not None:
         # Those of the run that tuned the exits are of a part of the model.
@@ -85,6 +88,7 @@ def open_parts(base: str | Path, exits: str | Path) -> Conversion:
         name: stored_names(reader, name) if reference.lacks(name) else backbone.sources[name]
         for name in weights
     }
+    has_own_exits = bool(description.early_exit.positions)
     description = _with_heads_of(backbone.description, description)
     assert description.architecture is not None
     for name in weight_shapes(description.architecture, description.early_exit):
@@ -92,9 +96,17 @@ def open_parts(base: str | Path, exits: str | Path) -> Conversion:
             weights[name] = reference.checked_if_known(name, backbone.weights[name])
             sources[name] = backbone.sources[name]
     tokenizer = _located(description, location) or backbone.description.tokenizer
-    whole = replace(description, tokenizer=tokenizer, base=None)
+    rule = _usable_rule(description, location)
+    if not has_own_exits:
+        rule = rule or backbone.description.rule
+    whole = replace(description, tokenizer=tokenizer, base=None, rule=rule)
     args = with_description(backbone.args, description)
     return Conversion(whole, weights, sources, args)
+
+
+def _usable_rule(description: ModelDescription, location: CheckpointLocation) -> StoredRule | None:
+    """The stored rule, if it was found of the weights that are read."""
+    return description.rule and description.rule.of(location.iteration_dir.name)
 
 
 def _with_heads_of(base: ModelDescription, tuned: ModelDescription) -> ModelDescription:

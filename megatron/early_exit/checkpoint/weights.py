@@ -126,7 +126,7 @@ def load_weights(
     part: Callable[[str, Tensor], Tensor | None] | None = None,
     keep: Callable[[str, Tensor], dict[str, Tensor]] | None = None,
 ) -> Weights:
-    """Read tensors, one at a time.
+    """Read tensors of any shape, one at a time.
 
     Args:
         part: returns the wanted part of a tensor, by its name, or None to skip it; by default the

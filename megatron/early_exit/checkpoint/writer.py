@@ -13,6 +13,7 @@ import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def write_checkpoint(
         ValueError: a tensor cannot be read.
         OSError: a file cannot be written.
     """
+    if description.rule is not None:
+        description = replace(description, rule=replace(description.rule, iteration=_RELEASE))
     write_description(save_dir, description)
     directory = save_dir / _RELEASE
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}

@@ -16,7 +16,7 @@ class Bin:
     """Positions at which an exit has confidences in a tenth of the range from 0 to 1.
 
     Attributes:
-        low, high: of the range; the upper end is in the last one only.
+        low, high: of the range, as confidences from 0 to 1; the upper end is in the last one only.
         count: number of positions.
         mean_confidence: of them.
         agreement: share at which the exit's best token is the full model's.

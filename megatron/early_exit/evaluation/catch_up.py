@@ -64,6 +64,9 @@ def catch_up_seconds(engine: EarlyExitEngine, waiting: Sequence[Sequence[int]]) 
     Args:
         engine: of the model.
         waiting: tokens of each answer's waiting positions; those without any cost nothing.
+
+    Raises:
+        FloatingPointError: the model computes numbers that are not finite.
     """
     texts = [list(one) for one in waiting if one]
     if not texts:

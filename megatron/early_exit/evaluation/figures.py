@@ -12,12 +12,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megatron.early_exit.evaluation.items import ALL
+from megatron.early_exit.evaluation.new_figure import new_figure
 from megatron.early_exit.evaluation.summary import Outcome, Summary
 from megatron.early_exit.evaluation.tradeoff import Point, by_curve, threshold_name
 
 _LABEL_WIDTH, _LABEL_HEIGHT = 32, 14
 """Pixels that the name of a threshold needs at the figure's own 100 for an inch."""
 _LONG_NAME = 22
+_LEGEND_LINE = 0.21
+"""Inches of a line of a legend."""
 _LEGEND_COLUMNS = 4
 _INK = "#010203"
 """Stands for the colour of a page's text, which no picture has otherwise."""
@@ -68,7 +71,10 @@ def figures_of(summary: Summary, num_layers: int) -> dict[str, Figure]:
     whole = [one for one in summary.outcomes if one.task == ALL and one.point is not None]
     if not whole:
         return found
-    found["quality_against_speed"] = tradeoff_curve(summary.points(), is_one_engine=True)
+    outside = None if summary.outside is None else summary.outside.speedup
+    found["quality_against_speed"] = tradeoff_curve(
+        summary.points(), is_one_engine=True, outside=outside
+    )
     curves: dict[str, list[Outcome]] = {}
     for one in whole:
         curves.setdefault(one.curve, []).append(one)
@@ -83,7 +89,10 @@ def figures_of(summary: Summary, num_layers: int) -> dict[str, Figure]:
 
 
 def tradeoff_curve(
-    points: Sequence[Point], least_agreement: float | None = None, is_one_engine: bool = False
+    points: Sequence[Point],
+    least_agreement: float | None = None,
+    is_one_engine: bool = False,
+    outside: float | None = None,
 ) -> Figure:
     """Draw agreement with the full model against speed, one mark for each threshold.
 
@@ -96,11 +105,14 @@ def tradeoff_curve(
         least_agreement: a line marks it, so that a difference of a few tokens looks as small as it
             is; None draws none.
         is_one_engine: all curves have the same full model, whose speeds differ by chance alone.
+        outside: speed of the outside baseline as a ratio to the full model's; None marks none.
     """
-    figure, axes = _figure(7, 5)
+    # Each line of the legend takes as much from the axes.
+    curves = by_curve(points)
+    figure, axes = new_figure(7, 5 + _LEGEND_LINE * max(2 * len(curves) - 2, 0))
     first_speed = points[0].tokens_per_second
     marks: list[tuple[float, tuple[float, float]]] = []
-    for name, own in by_curve(points).items():
+    for name, own in curves.items():
         full, *early = own
         scale = 1.0 if is_one_engine else full.tokens_per_second / first_speed
         speeds = [scale * point.speedup for point in early]
@@ -125,11 +137,21 @@ def tradeoff_curve(
             color=container.lines[0].get_color(),
             label=f"full model, {name}",
         )
+    if outside is not None:
+        axes.plot(
+            [outside],
+            [100.0],
+            marker="*",
+            markersize=11,
+            linestyle="none",
+            color="gray",
+            label="transformers, full model",
+        )
     if least_agreement is not None:
         axes.axhline(100 * least_agreement, color="gray", linestyle="dashed", linewidth=1)
     axes.set(
         xlabel=f"speed, over the full model, {points[0].curve}",
-        ylabel="tokens that the full model would choose (%)",
+        ylabel="agreement with the full model (%)",
         title="Quality against speed",
     )
     axes.margins(x=0.08)
@@ -168,7 +190,7 @@ def _label(axes: Axes, marks: Sequence[tuple[float, tuple[float, float]]]) -> No
 
 def _exit_histogram(curve: Sequence[Outcome]) -> Figure:
     """Draw which share of the tokens each number of layers has given, for each threshold."""
-    figure, axes = _figure(7, 4.2)
+    figure, axes = new_figure(7, 4.2)
     places = range(len(curve))
     layers = sorted({layer for one in curve for layer in one.exit_shares})
     below = np.zeros(len(curve))
@@ -184,7 +206,7 @@ def _exit_histogram(curve: Sequence[Outcome]) -> Figure:
 
 def _calibration(summary: Summary) -> Figure:
     """Draw how often each exit agrees with the full model where it is so sure."""
-    figure, axes = _figure(7, 5)
+    figure, axes = new_figure(7, 5)
     axes.plot([0, 100], [0, 100], color="gray", linestyle="dashed", linewidth=1)
     for one in summary.exits:
         axes.plot(
@@ -204,7 +226,7 @@ def _calibration(summary: Summary) -> Figure:
 
 def _depths(curve: Sequence[Outcome], num_layers: int) -> Figure:
     """Draw the mean number of layers at each place of the answers, a row for each threshold."""
-    figure, axes = _figure(7, 4.2)
+    figure, axes = new_figure(7, 4.2)
     longest = max(len(one.depths) for one in curve)
     # Where no answer of a rule is so long, its row is empty.
     rows = [[*one.depths, *[math.nan] * (longest - len(one.depths))] for one in curve]
@@ -223,7 +245,7 @@ def _depths(curve: Sequence[Outcome], num_layers: int) -> Figure:
 
 def _speedup_by_task(summary: Summary, curve: str) -> Figure:
     """Draw the speed-up of each kind of text by threshold."""
-    figure, axes = _figure(7, 4.2)
+    figure, axes = new_figure(7, 4.2)
     tasks: dict[str, list[tuple[float, float]]] = {}
     for one in summary.outcomes:
         if one.curve == curve and one.point is not None and one.threshold is not None:
@@ -242,25 +264,20 @@ def _speedup_by_task(summary: Summary, curve: str) -> Figure:
     return figure
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of so many inches, and its axes; nothing else knows of it."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
 def _name(outcome: Outcome) -> str:
     return "full" if outcome.threshold is None else threshold_name(outcome.threshold)
 
 
 PICTURES: Mapping[str, str] = {
     "quality_against_speed": "Agreement with the full model against speed. Each mark is a "
-    "threshold; bars hold 95 % of resampled sets of prompts; squares are the full model.",
+    "threshold; bars hold 95 % of resampled sets of prompts; squares are the full model. "
+    "The star, where there is one, is transformers with the same weights.",
     "exits": "The share of tokens that each exit, or the final head, has given.",
     "calibration": "Where an exit is so sure, how often is its token the full model's? On the "
     "dashed line confidence is what it seems to be.",
     "depth_over_position": "The mean number of layers at each place of the answers.",
     "speedup_by_task": "Some kinds of text are easier than others.",
+    "text_by_depth": "One answer, each of its tokens on the number of layers that gave it. Below, "
+    "all texts can be clicked through.",
 }
 """What the figures show, by their names."""

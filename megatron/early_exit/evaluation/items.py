@@ -37,9 +37,25 @@ class Item:
     gold: int | None = None
     stop: tuple[str, ...] = ()
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Item":
+        """The inverse of `as_dict`, of values as JSON has them."""
+        texts = {name: tuple(values[name]) for name in ("choices", "stop")}
+        return cls(**{**values, **texts})
+
     def cut(self, text: str) -> str:
         """An answer up to the first stop text in it."""
         return text[: min((at for at in map(text.find, self.stop) if at >= 0), default=len(text))]
+
+    def length(self, token_texts: Sequence[str]) -> int:
+        """How many tokens of an answer there are up to the one that completes a stop text; all,
+        where none does."""
+        text = ""
+        for place, one in enumerate(token_texts, start=1):
+            text += one
+            if any(stop in text for stop in self.stop):
+                return place
+        return len(token_texts)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON has them."""

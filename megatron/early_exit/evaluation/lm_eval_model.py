@@ -22,12 +22,11 @@ from lm_eval.utils import (
 )
 from tqdm import tqdm
 
-from megatron.early_exit.config import ExitMeasure
+from megatron.early_exit.config import ExitMeasure, KVPolicy
 from megatron.early_exit.evaluation.rule import FULL, Rule
 from megatron.early_exit.evaluation.scoring import best_token
 from megatron.early_exit.hardware.dtypes import DTYPES
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
-from megatron.early_exit.inference.params import KVPolicy
 
 NAME = "early_exit"
 """What the harness calls it (`--model`)."""
@@ -125,7 +124,9 @@ class EarlyExitLM(TemplateLM):
         options = {name: arguments[name] for name in _ENGINE if name in arguments}
         if "dtype" in options:
             options["dtype"] = _chosen("dtype", options["dtype"], DTYPES)
-        engine = EarlyExitEngine.from_checkpoint(arguments["load"], has_driver=True, **options)
+        engine = EarlyExitEngine.from_checkpoint(
+            arguments["load"], has_driver=True, use_stored_rule=False, **options
+        )
         if engine.is_worker:
             engine.work()
             sys.exit(0)

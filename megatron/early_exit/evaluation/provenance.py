@@ -38,13 +38,15 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def software() -> dict[str, Any]:
-    """The commit of this code, where it is in a repository, and the versions of what it stands on.
+    """The commit of this code and a hash of its lock, where it is in a repository, and the versions
+    of what it stands on.
 
     A commit with changes that are not committed has "-dirty" behind it, and a hash of the changes
     to files that the repository knows.
     """
     return {
         "commit": _commit(),
+        "lock": _lock(),
         "python": platform.python_version(),
         "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
     }
@@ -97,12 +99,21 @@ def _commit() -> str | None:
     if not (_ROOT / "pyproject.toml").is_file():
         return None
     # The commit itself is wanted, not a tag near it.
-    made = _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    commit = "" if made is None else made.decode().strip()
-    if commit.endswith("-dirty"):
-        changes = _git("diff", "--no-ext-diff", "--binary", "HEAD")
-        commit += "" if changes is None else f"-{_hash(changes)[:12]}"
-    return commit or None
+    made = _git("describe", "--always", "--abbrev=40", "--exclude=*")
+    if made is None:
+        return None
+    # What benchmarks have recorded is no code.
+    paths = (".", ":(exclude)benchmarks/records")
+    changes = _git("diff", "--no-ext-diff", "--binary", "HEAD", "--", *paths)
+    commit = made.decode().strip()
+    return f"{commit}-dirty-{_hash(changes)[:12]}" if changes else commit
+
+
+def _lock() -> str | None:
+    try:
+        return _hash((_ROOT / "requirements.lock").read_bytes())
+    except OSError:
+        return None
 
 
 def _git(*words: str) -> bytes | None:

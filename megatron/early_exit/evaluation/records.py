@@ -28,16 +28,13 @@ class RecordFile:
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
         self.path = path
         self.records: list[Record] = []
-        lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-        # Behind the last newline is nothing, or a line that was being written.
-        cut = lines.pop()
+        found, cut = _lines(path) if path.exists() else ([], 0)
         if cut:
             with path.open("r+b") as file:
-                file.truncate(path.stat().st_size - len(cut))
-        if not lines:
+                file.truncate(path.stat().st_size - cut)
+        if not found:
             self._write(dict(header))
             return
-        found = [self._parsed(line, number) for number, line in enumerate(lines, start=1)]
         # As JSON has it: a tuple is a list, and every key is a text.
         for name, before, now in differences(found[0], json.loads(json.dumps(header))):
             raise ValueError(
@@ -55,16 +52,50 @@ class RecordFile:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
-    def _parsed(self, line: bytes, number: int) -> Record:
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"{self.path}, line {number}: is damaged ({error}), allowed: another folder"
-            ) from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{self.path}, line {number}: is no object, allowed: another folder")
-        return record
+
+def read_records(path: Path) -> tuple[Record, list[Record]]:
+    """The header and the records of a file, which is left as it is.
+
+    Raises:
+        ValueError: there is no such file, or it is empty or damaged; the message names the line.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is no file, allowed: the folder of an evaluation")
+    found, _ = _lines(path)
+    if not found:
+        raise ValueError(f"{path} is empty, allowed: the records of an evaluation")
+    return found[0], found[1:]
+
+
+def begun_records(path: Path) -> tuple[Record | None, list[Record]]:
+    """The header and the records of a measurement that may have begun; None and nothing where it
+    has not, also where a kill has cut the first line.
+
+    Raises:
+        ValueError: the file is damaged; the message names the line.
+    """
+    found, _ = _lines(path) if path.is_file() else ([], 0)
+    return (found[0], found[1:]) if found else (None, [])
+
+
+def _lines(path: Path) -> tuple[list[Record], int]:
+    """The whole lines of a file, and the bytes of a last one that a kill has cut."""
+    lines = path.read_bytes().split(b"\n")
+    # Behind the last newline is nothing, or a line that was being written.
+    cut = lines.pop()
+    return [_parsed(path, line, number) for number, line in enumerate(lines, start=1)], len(cut)
+
+
+def _parsed(path: Path, line: bytes, number: int) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}, line {number}: is damaged ({error}), allowed: another folder"
+        ) from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}, line {number}: is no object, allowed: another folder")
+    return record
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

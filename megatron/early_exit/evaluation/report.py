@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 
 from megatron.early_exit.evaluation.figures import PICTURES, as_svg
 from megatron.early_exit.evaluation.items import ALL
+from megatron.early_exit.evaluation.outside_summary import OutsideSummary
 from megatron.early_exit.evaluation.records import Record
+from megatron.early_exit.evaluation.rule import exits_name
 from megatron.early_exit.evaluation.summary import Estimate, Outcome, Summary
 from megatron.early_exit.evaluation.tradeoff import threshold_name
 
@@ -52,6 +54,7 @@ def write_report(
             "</figure>"
             for name, figure in figures.items()
         ),
+        "outside": _outside(summary.outside),
         "tables": _tables(summary),
         "exits": _exits(summary),
         "texts": _about_texts(len(header["items"])),
@@ -75,9 +78,10 @@ def page_data(header: Mapping[str, Any], records: Iterable[Record]) -> dict[str,
         for index in (number * len(items) // count for number in range(count))
     }
     for one in records:
-        if one["kind"] == "batch" or one["index"] not in shown:
+        if one["kind"] not in ("answer", "choice") or one["index"] not in shown:
             continue
         answer = {key: one[key] for key in ("threshold", "kv_policy", "measure")}
+        answer["exits"] = None if one["exits_asked"] is None else exits_name(one["exits_asked"])
         if one["kind"] == "answer":
             for key in ("token_texts", "exit_layers", "agrees"):
                 answer[key] = one[key][: one["counted"]]
@@ -120,6 +124,33 @@ def _about(header: Mapping[str, Any]) -> str:
     return "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows.items())
 
 
+def _outside(found: OutsideSummary | None) -> str:
+    """How the full model compares with the outside baseline, where that was measured."""
+    if found is None:
+        return ""
+    heads, cells = [], []
+    if found.tokens_per_second is not None:
+        heads += [
+            *("full model, tokens/s (wall clock)", "transformers, tokens/s (wall clock)"),
+            *("its speed-up", "95 % interval"),
+        ]
+        cells += [
+            f"{found.tokens_per_second.full:.1f}",
+            f"{found.tokens_per_second.outside:.1f}",
+            f"{found.speedup:.2f}x",
+            _range(found.speedup_interval, "{:.2f}"),
+        ]
+    if found.batch is not None:
+        heads += ["transformers in batches, tokens/s (wall clock)", "its speed-up", "95 % interval"]
+        cells += [
+            f"{found.batch.tokens_per_second:.1f}",
+            f"{found.batch.speedup:.2f}x",
+            _range(found.batch.speedup_interval, "{:.2f}"),
+        ]
+    table = _html_table(heads, [cells]) if heads else ""
+    return f"<h3>Beside transformers</h3><p>{escape(found.sentence())}.</p>{table}"
+
+
 def _tables(summary: Summary) -> str:
     """A table for each task and curve; only the first one is open."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
@@ -139,14 +170,19 @@ def _table(outcomes: Sequence[Outcome]) -> str:
     scores = list(dict.fromkeys(name for one in outcomes for name in one.scores))
     has_batch = any(one.batch is not None for one in outcomes)
     heads = ["threshold"] if outcomes[0].point is None else list(_POINT_HEADS)
-    heads += [name.replace("_", " ") for name in scores]
+    for name in scores:
+        heads += [name.replace("_", " "), "p (Holm)"]
     heads += ["speed-up in batches", "95 % interval"] if has_batch else []
     rows = []
     for one in outcomes:
         cells = ["full model" if one.threshold is None else threshold_name(one.threshold)]
         if one.point is not None:
             cells += _point_cells(one)
-        cells += [_score(one.scores.get(name), one.threshold is None) for name in scores]
+        for name in scores:
+            cells += [
+                _score(one.scores.get(name), one.threshold is None),
+                _p_values(one.scores.get(name)),
+            ]
         if has_batch:
             batch = one.batch
             cells += (
@@ -167,6 +203,16 @@ def _score(found: Estimate | None, is_full: bool) -> str:
     difference = "" if is_full else f" ({_range(found.difference_interval, '{:+.3f}')})"
     excluded = f", {found.excluded} prompts excluded" if found.excluded else ""
     return f"{found.value:.3f}{difference}{excluded}"
+
+
+def _p_values(found: Estimate | None) -> str:
+    """The p-value against the full model, and the one that is adjusted for all rules; of the full
+    model the least that a rule can have."""
+    if found is None:
+        return ""
+    if found.adjusted_p_value is None:
+        return f"least possible {found.least_p_value:.3g} ({found.least_adjusted_p_value:.3g})"
+    return f"{found.p_value:.3g} ({found.adjusted_p_value:.3g})"
 
 
 def _point_cells(outcome: Outcome) -> list[str]:

@@ -1,11 +1,11 @@
 """The rules that are compared: by which head each token is chosen."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.early_exit.config import ExitMeasure
+from megatron.early_exit.config import ExitMeasure, KVPolicy
 from megatron.early_exit.inference import SamplingParams
-from megatron.early_exit.inference.params import KVPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +43,21 @@ class Rule:
 
 
 FULL = Rule()
+
+
+def curve_name(
+    measure: str | None, kv_policy: str | None, exit_layers: Sequence[int] | None
+) -> str:
+    """What rules are called that differ by their thresholds alone.
+
+    Args:
+        measure, kv_policy: of the rules.
+        exit_layers: the exits that they use; None is all.
+    """
+    exits = "" if exit_layers is None else f", exits {exits_name(exit_layers)}"
+    return f"{measure}, {kv_policy}{exits}"
+
+
+def exits_name(exit_layers: Sequence[int] | None) -> str:
+    """Some exits as flags have them, such as 4+8; None is all."""
+    return "all" if exit_layers is None else "+".join(map(str, exit_layers))

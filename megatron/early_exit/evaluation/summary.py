@@ -1,19 +1,26 @@
-"""Figures made of records: a curve for each measure and cache policy, and all exits."""
+"""Figures made of records: a curve for each measure, cache policy and set of exits, and what each
+exit is worth."""
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron.early_exit.evaluation.bootstrap import Interval, Sums, interval
 from megatron.early_exit.evaluation.calibration import ExitSummary, exit_summaries
 from megatron.early_exit.evaluation.items import ALL
+from megatron.early_exit.evaluation.outside_summary import OutsideSummary, outside_summary
+from megatron.early_exit.evaluation.paired_test import Signs, holm, least_p_value, paired_p_value
 from megatron.early_exit.evaluation.perplexity import perplexity
 from megatron.early_exit.evaluation.records import Record
+from megatron.early_exit.evaluation.rule import curve_name
+from megatron.early_exit.evaluation.speed import Batch, batch_speed, seconds_of
+from megatron.early_exit.evaluation.text_scores import CHOICE_SCORES
 from megatron.early_exit.evaluation.tradeoff import Answered, Point, point
+from megatron.early_exit.evaluation.units import OUTSIDE_KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +28,16 @@ class Estimate:
     """A figure over prompts, the full model's, and the interval of their difference.
 
     Attributes:
-        value: of the rule.
-        full: of the full model.
+        value: of the rule, in the unit of the figure.
+        full: of the full model, in the same unit.
         difference_interval: that which holds the difference in 95 % of resampled sets of prompts,
             each of which is compared with itself; None where there are fewer than 2.
+        p_value: of the hypothesis that neither scores higher, see `paired_p_value`.
+        adjusted_p_value: the same by Holm's correction (1979, see `holm`) for all rules that are
+            tested on this task by this score; None for the full model.
+        least_p_value: the smallest that so many prompts can have, see `least_p_value`.
+        least_adjusted_p_value: the smallest that Holm's correction leaves of it for the first one
+            of so many rules: where it is not small, no rule can be told from the full model.
         excluded: number of prompts that are in neither figure, since an exit cannot answer with
             one of their choices.
     """
@@ -32,22 +45,11 @@ class Estimate:
     value: float
     full: float
     difference_interval: Interval | None
+    p_value: float
+    least_p_value: float
+    adjusted_p_value: float | None = None
+    least_adjusted_p_value: float | None = None
     excluded: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """The speed of several prompts together, prefill included.
-
-    Attributes:
-        tokens_per_second: of all of them.
-        speedup: against the full model in the same batches.
-        speedup_interval: by resampling batches; None where there are fewer than 2.
-    """
-
-    tokens_per_second: float
-    speedup: float
-    speedup_interval: Interval | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class Outcome:
         exit_shares: share of the tokens that each number of layers has given.
         depths: mean number of layers at each place of an answer, over those that are so long.
         batch: None where no batches were measured, and for single tasks.
+        exit_layers: those that the rule uses; None is all.
     """
 
     task: str
@@ -87,11 +90,12 @@ class Outcome:
     exit_shares: Mapping[int, float]
     depths: Sequence[float]
     batch: Batch | None
+    exit_layers: tuple[int, ...] | None = None
 
     @property
     def curve(self) -> str:
         """The name of the curve that it is on."""
-        return f"{self.measure}, {self.kv_policy}"
+        return curve_name(self.measure, self.kv_policy, self.exit_layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +106,20 @@ class Summary:
         outcomes: of all rules on all tasks together, then on each task; in each curve the full
             model comes first.
         exits: what each exit is worth, by measures.
+        outside: how the full model compares with the outside baseline; None where that was not
+            measured.
     """
 
     outcomes: Sequence[Outcome]
     exits: Sequence[ExitSummary]
+    outside: OutsideSummary | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return {
             "outcomes": [asdict(one) for one in self.outcomes],
             "exits": [asdict(one) for one in self.exits],
+            "outside": None if self.outside is None else asdict(self.outside),
         }
 
     def points(self, task: str = ALL) -> list[Point]:
@@ -127,26 +135,58 @@ def summarize(records: Sequence[Record], tasks: Sequence[str], seed: int) -> Sum
         tasks: the task of each prompt.
         seed: of the resampling.
     """
+    outside = [one for one in records if one["kind"] in OUTSIDE_KINDS.values()]
     full = {one["index"]: one for one in records if _is_full(one)}
-    curves: dict[tuple[str, str], dict[float, list[Record]]] = {}
+    signs = Signs(seed)
+    curves: dict[_Curve, dict[float, list[Record]]] = {}
     for one in records:
-        if not _is_full(one):
-            curve = curves.setdefault((one["measure"], one["kv_policy"]), {})
-            curve.setdefault(one["threshold"], []).append(one)
+        if one["threshold"] is not None:
+            exits = one["exits_asked"]
+            key = _Curve(one["measure"], one["kv_policy"], None if exits is None else tuple(exits))
+            curves.setdefault(key, {}).setdefault(one["threshold"], []).append(one)
     names = list(dict.fromkeys(tasks))
     outcomes: list[Outcome] = []
     for task in (ALL, *(names if len(names) > 1 else [])):
         own = {i for i, name in enumerate(tasks) if task in (ALL, name)}
-        for (measure, policy), by_threshold in curves.items():
-            maker = _Maker(task, measure, policy, own, full, seed)
+        for curve, by_threshold in curves.items():
+            maker = _Maker(task, curve, own, full, seed, signs)
             every = [one for records in by_threshold.values() for one in records]
             outcomes.append(maker.full_model(every))
             outcomes += [maker.rule(*one) for one in by_threshold.items()]
-    return Summary(outcomes, exit_summaries(list(full.values())))
+    return Summary(
+        _adjusted(outcomes),
+        exit_summaries(list(full.values())),
+        outside_summary(outside, full, seed) if outside else None,
+    )
 
 
 def _is_full(record: Record) -> bool:
-    return record["threshold"] is None
+    return record["threshold"] is None and record["kind"] not in OUTSIDE_KINDS.values()
+
+
+def _adjusted(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The same with p-values adjusted for all rules of a task and score."""
+    families: dict[tuple[str, str], list[int]] = {}
+    for place, one in enumerate(outcomes):
+        for name in one.scores:
+            families.setdefault((one.task, name), []).append(place)
+    scores = [dict(one.scores) for one in outcomes]
+    for (_, name), every in families.items():
+        places = [place for place in every if outcomes[place].threshold is not None]
+        found = holm([scores[place][name].p_value for place in places])
+        for place, value in zip(places, found, strict=True):
+            scores[place][name] = replace(scores[place][name], adjusted_p_value=value)
+        for place in every:
+            own = scores[place][name]
+            least = min(1.0, len(places) * own.least_p_value)
+            scores[place][name] = replace(own, least_adjusted_p_value=least)
+    return [replace(one, scores=own) for one, own in zip(outcomes, scores, strict=True)]
+
+
+class _Curve(NamedTuple):
+    measure: str
+    kv_policy: str
+    exit_layers: tuple[int, ...] | None
 
 
 class _Maker:
@@ -155,13 +195,13 @@ class _Maker:
     def __init__(
         self,
         task: str,
-        measure: str,
-        policy: str,
+        curve: _Curve,
         prompts: Container[int],
         full: Mapping[int, Record],
         seed: int,
+        signs: Signs,
     ) -> None:
-        self._task, self._measure, self._policy, self._seed = task, measure, policy, seed
+        self._task, self._curve, self._seed, self._signs = task, curve, seed, signs
         self._prompts, self._full = prompts, full
 
     def rule(self, threshold: float | None, records: Sequence[Record]) -> Outcome:
@@ -199,11 +239,10 @@ class _Maker:
         choices: Sequence[Record],
         batches: Sequence[Record],
     ) -> Outcome:
-        curve = f"{self._measure}, {self._policy}"
         found = quartiles = forced = forced_interval = None
         if answers:
             answered = [self._answered(one) for one in answers]
-            found = point(curve, threshold, answered, self._seed)
+            found = point(curve_name(*self._curve), threshold, answered, self._seed)
             own = [one.full_seconds / one.seconds for one in answered]
             low, middle, high = np.quantile(own, [0.25, 0.5, 0.75])
             quartiles = (float(low), float(middle), float(high))
@@ -221,8 +260,8 @@ class _Maker:
         layers = [layer for own in depths for layer in own]
         return Outcome(
             self._task,
-            self._measure,
-            self._policy,
+            self._curve.measure,
+            self._curve.kv_policy,
             threshold,
             found,
             quartiles,
@@ -235,7 +274,8 @@ class _Maker:
                 fmean(layer for layer in place if layer is not None)
                 for place in zip_longest(*depths)
             ],
-            self._batch(batches),
+            batch_speed(batches, self._seed),
+            self._curve.exit_layers,
         )
 
     def _answered(self, record: Record) -> Answered:
@@ -245,7 +285,7 @@ class _Maker:
         same = [*record["same"][: ends[0]], *[False] * (ends[1] - ends[0])]
         return Answered(
             timed,
-            _seconds(record),
+            seconds_of(record),
             timed,
             median(record["full_seconds"]),
             record["exit_layers"][:end],
@@ -277,32 +317,18 @@ class _Maker:
                 ),
                 excluded=len(choices) - len(known),
             )
-            for name in ("accuracy", "accuracy_norm")
+            for name in CHOICE_SCORES
         }
 
     def _estimate(self, values: Sequence[float], full: Sequence[float]) -> Estimate:
-        differences = np.array([[a - b, 1.0] for a, b in zip(values, full, strict=True)])
+        differences = [a - b for a, b in zip(values, full, strict=True)]
         return Estimate(
             float(np.mean(values)),
             float(np.mean(full)),
-            interval(differences, _ratio, self._seed),
+            interval(np.array([[one, 1.0] for one in differences]), _ratio, self._seed),
+            paired_p_value(differences, self._signs),
+            least_p_value(len(differences), {*values, *full} <= {0, 1}),
         )
-
-    def _batch(self, batches: Sequence[Record]) -> Batch | None:
-        if not batches:
-            return None
-        rows = np.array([[o["tokens"], _seconds(o), median(o["full_seconds"])] for o in batches])
-        total = rows.sum(0)
-        return Batch(
-            float(total[0] / total[1]),
-            float(total[2] / total[1]),
-            interval(rows, lambda sums: sums[:, 2] / sums[:, 1], self._seed),
-        )
-
-
-def _seconds(record: Record) -> float:
-    """The time of an answer with what it has left undone."""
-    return median(record["seconds"]) + median(record["catch_up_seconds"] or [0.0])
 
 
 def _ratio(sums: Sums) -> Sums:

@@ -13,20 +13,21 @@ def words(text: str) -> list[str]:
 
 
 def exact_match(text: str, reference: str) -> float:
-    """1 where the texts are equal but for spaces around them, else 0."""
+    """The score from 0 to 1: 1 where the texts are equal but for spaces around them, else 0."""
     return float(text.strip() == reference.strip())
 
 
 def f1(text: str, reference: str) -> float:
-    """The harmonic mean of precision and recall of the words, in any order, as SQuAD has it
-    (arXiv 1606.05250); here with case alone removed, since articles and signs matter in code."""
+    """The harmonic mean of precision and recall of the words, from 0 to 1, in any order, as SQuAD
+    has it (arXiv 1606.05250); here with case alone removed, since articles and signs matter in
+    code."""
     found, wanted = words(text), words(reference)
     return _harmonic(sum((Counter(found) & Counter(wanted)).values()), found, wanted)
 
 
 def rouge_l(text: str, reference: str) -> float:
-    """ROUGE-L's F-measure with equal weights: of the longest common subsequence of words (Lin,
-    2004, section 3)."""
+    """ROUGE-L's F-measure with equal weights, from 0 to 1: of the longest common subsequence of
+    words (Lin, 2004, section 3)."""
     found, wanted = words(text), words(reference)
     return _harmonic(_common_subsequence(found, wanted), found, wanted)
 
@@ -51,3 +52,5 @@ def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
 
 SCORES = {"exact_match": exact_match, "f1": f1, "rouge_l": rouge_l}
 """All of them by their names."""
+CHOICE_SCORES = ("accuracy", "accuracy_norm")
+"""Scores of prompts with choices: of the choice that is most probable, as a whole or by length."""

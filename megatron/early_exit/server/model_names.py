@@ -36,6 +36,8 @@ class ServedModel:
     def draft_methods(self) -> tuple[DraftMethod, ...]:
         """The values of a request's `draft_method` with which the model can decode."""
         if not self.num_depths:
+            if len(self.exit_layers) > 1:
+                return ("exit", "auto")
             return ("exit",) if self.exit_layers else ()
         return ("exit", "mtp", "auto") if self.exit_layers else ("mtp",)
 
@@ -46,9 +48,10 @@ class ServedModel:
         methods, exits = self.draft_methods, self.exits
         if not methods:
             return None
-        method = exits.draft_method or ("exit" if exits.draft_exit_layer else methods[-1])
+        by_itself = methods[-1] if self.num_depths else "exit"
+        method = exits.draft_method or ("exit" if exits.draft_exit_layer else by_itself)
         if method not in methods:
-            method = methods[-1]
+            method = by_itself
         return str(exits.draft_exit_layer or self.exit_layers[0]) if method == "exit" else method
 
     def names(self) -> list[str]:
@@ -75,7 +78,9 @@ class ServedModel:
             allowed = ", ".join(self.names())
             message = f"model {name[:200]!r}: does not exist, allowed: {allowed}"
             raise ApiError(404, message, "model", "model_not_found")
-        return replace(self.exits, **decided, model=name, decided=frozenset(decided))
+        # A name means the same whatever rule is stored with the model.
+        own = self.exits.without_stored(self.exits.stored)
+        return replace(own, **decided, model=name, decided=frozenset(decided))
 
     def _named(self, end: str) -> dict[str, Any] | None:
         """The fields that the end of a name decides; None where it means nothing."""

@@ -43,6 +43,7 @@ class Service:
         self.texts = TokenTexts(engine.tokenizer)
         self.num_layers = engine.num_layers
         self.exit_measure, self.exit_measures = engine.exit_measure, engine.exit_measures
+        self.stored_rule = engine.stored_rule
         self.vocab_size = engine.vocab_size
         self.max_model_len = engine.max_sequence_length
 

@@ -1,9 +1,11 @@
 """What the operator of a server decides."""
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
-from megatron.early_exit.config import ExitMeasure
-from megatron.early_exit.inference.params import DEFAULT_THRESHOLD, DraftMethod, KVPolicy, Mode
+from megatron.early_exit.config import ExitMeasure, KVPolicy
+from megatron.early_exit.inference.params import DEFAULT_THRESHOLD, DraftMethod, Mode
 from megatron.early_exit.server.http.client_address import Network
 
 
@@ -27,6 +29,8 @@ class ExitSettings:
         draft_confidence: for mode `self_speculative`; None finds the best one while decoding.
         model: the model's name, where what is written behind it decides.
         decided: the fields that it decides; no request may say otherwise.
+        stored: the fields here that are those of the rule that is stored with the model; `mode` is
+            among them where neither a flag nor the model's name decides it.
     """
 
     mode: Mode
@@ -43,6 +47,19 @@ class ExitSettings:
     draft_confidence: float | None = None
     model: str | None = None
     decided: frozenset[str] = frozenset()
+    stored: frozenset[str] = frozenset()
+
+    def without_stored(self, names: Collection[str]) -> "ExitSettings":
+        """The same with what is built in, instead of what the stored rule says.
+
+        Args:
+            names: of the fields for which that is wanted, wherever they come from. Nothing is built
+                in for the mode.
+        """
+        given = self.stored & set(names)
+        defaults: dict[str, Any] = {one.name: one.default for one in fields(self)}
+        built_in = {name: defaults[name] for name in given - {"mode"}}
+        return replace(self, **built_in, stored=self.stored - given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

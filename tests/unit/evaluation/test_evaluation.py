@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron.early_exit.evaluation.evaluation import CURVE, RECORDS, REPORT, RESULTS, Evaluation
+from megatron.early_exit.evaluation.evaluation import Evaluation
 from megatron.early_exit.evaluation.items import Item
-from megatron.early_exit.evaluation.measurement import Unit
+from megatron.early_exit.evaluation.output import CURVE, RECORDS, REPORT, RESULTS, rebuild
 from megatron.early_exit.evaluation.settings import Settings
+from megatron.early_exit.evaluation.units import Unit
 from megatron.early_exit.inference import EarlyExitEngine
 from tests.helpers.text_tokenizers import make_tokenizer
 from tests.helpers.tiny_models import LLAMA, make_model
@@ -126,9 +127,68 @@ def test_results_have_everything(folder):
     for row, outcome in zip(rows, outcomes, strict=True):
         assert float(row["agreement"]) == outcome["point"]["agreement"]
         assert float(row["forced_agreement"]) == outcome["forced_agreement"]
-        assert float(row["rouge_l"]) == outcome["scores"]["rouge_l"]["value"]
-    for name in ("quality_against_speed", "exits", "calibration", "depth_over_position"):
+        own = outcome["scores"]["rouge_l"]
+        assert float(row["rouge_l"]) == own["value"]
+        for name in ("p_value", "adjusted_p_value"):
+            shown = "" if outcome["threshold"] is None else str(own[name])
+            assert row[f"rouge_l_{name}"] == shown
+    names = ("quality_against_speed", "exits", "calibration", "depth_over_position")
+    for name in (*names, "speedup_by_task", "text_by_depth"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_files_are_written_again_from_the_records(folder, tmp_path):
+    (tmp_path / RECORDS).write_bytes((folder / RECORDS).read_bytes())
+    rebuild(tmp_path)
+    names = {path.name for path in folder.iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    for name in (RESULTS, CURVE, REPORT):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_files_of_what_is_no_whole_evaluation_are_not_written(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"records.jsonl is no file, allowed: the folder of an"):
+        rebuild(tmp_path)
+    lines = (folder / RECORDS).read_text().splitlines()
+    (tmp_path / RECORDS).write_text("\n".join(lines[:-2]) + "\n")
+    with pytest.raises(ValueError, match="has 4 of 6 records, allowed: all"):
+        rebuild(tmp_path)
+    (tmp_path / RECORDS).write_text(
+        "\n".join([lines[0].replace('"repeats"', '"r"'), *lines[1:]]) + "\n"
+    )
+    with pytest.raises(ValueError, match=r"the settings are of another version: .*'r'"):
+        rebuild(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [RECORDS]
+
+
+def without(record: dict, *names: str) -> dict:
+    """The same without an inner field."""
+    name, *inner = names
+    if inner:
+        return {**record, name: without(record[name], *inner)}
+    return {key: value for key, value in record.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [
+        (0, lambda header: without(header, "model", "weight_dtype")),
+        (0, lambda header: {**header, "settings": [1]}),
+        (0, lambda header: {**header, "items": 3}),
+        (0, lambda header: without(header, "software", "packages")),
+        (1, lambda record: without(record, "exits_held_out")),
+        (2, lambda record: {**record, "scores": 3}),
+        (2, lambda record: {**record, "seconds": []}),
+        (2, lambda record: {**record, "logprobs": [*record["logprobs"][:-1], "x"]}),
+    ],
+)
+def test_records_that_lack_something_are_refused(folder, tmp_path, place, change):
+    lines = list(map(json.loads, (folder / RECORDS).read_text().splitlines()))
+    lines[place] = change(lines[place])
+    (tmp_path / RECORDS).write_text("".join(f"{json.dumps(one)}\n" for one in lines))
+    with pytest.raises(ValueError, match=r"records.jsonl is damaged, or of another version of"):
+        rebuild(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [RECORDS]
 
 
 class Page(HTMLParser):
@@ -149,7 +209,7 @@ def test_the_report_is_one_page_that_asks_for_nothing(folder):
     text = (folder / REPORT).read_text()
     page = Page()
     page.feed(text)
-    assert page.tags.count("svg") == page.tags.count("figcaption") == 5
+    assert page.tags.count("svg") == page.tags.count("figcaption") == 6
     # The texts of prompts are data: they neither end it nor are filled in.
     assert page.tags.count("script") == 2
     assert text.count("\\u003c/script>\\u003cscript>alert(1)") > 0

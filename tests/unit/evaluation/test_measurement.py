@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 
 from megatron.early_exit.evaluation.items import Item
-from megatron.early_exit.evaluation.measurement import Measurement, Unit
+from megatron.early_exit.evaluation.measurement import Measurement
 from megatron.early_exit.evaluation.records import Record
 from megatron.early_exit.evaluation.rule import FULL
 from megatron.early_exit.evaluation.settings import Settings
 from megatron.early_exit.evaluation.summary import summarize
+from megatron.early_exit.evaluation.units import Unit, key_of
 from megatron.early_exit.inference import EarlyExitEngine
 from megatron.early_exit.inference.results import PromptToken
 from tests.helpers import reference_decoder as reference
@@ -51,7 +52,11 @@ def engine(model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> EarlyE
 
 @pytest.fixture(scope="module")
 def records(engine: EarlyExitEngine) -> list[Record]:
-    measurement = Measurement(engine, ITEMS, SETTINGS)
+    return measured(engine, SETTINGS)
+
+
+def measured(engine: EarlyExitEngine, settings: Settings) -> list[Record]:
+    measurement = Measurement(engine, ITEMS, settings)
     measurement.warm_up()
     found: list[Record] = []
     full: dict[int, Record] = {}
@@ -69,6 +74,7 @@ def of_kind(records: list[Record], kind: str, of_rules: bool) -> list[Record]:
 def test_every_prompt_has_a_record_for_every_rule(records):
     rules = len(SETTINGS.rules())
     assert rules == 2 * 2 * len(THRESHOLDS)
+    assert len({key_of(one) for one in records}) == len(records)
     assert len(of_kind(records, "answer", False)) == 2
     assert len(of_kind(records, "answer", True)) == 2 * rules
     assert len(of_kind(records, "choice", False)) == 1
@@ -99,6 +105,41 @@ def test_answers_and_agreement_are_the_reference_decoders(model, engine, records
         scored = reference.scores(model, [*prompt, *tokens], None)[len(prompt) - 1 :]
         assert record["logprobs"] == pytest.approx([one.logprob for one in scored], abs=1e-4)
     assert depths == {*EXITS, LLAMA.num_layers}
+
+
+def test_sets_of_exits_are_curves_of_their_own(model, engine):
+    settings = replace(
+        SETTINGS,
+        thresholds=(0.25,),
+        measures=("max_probability",),
+        kv_policies=("exact",),
+        exit_layers=(None, (3,)),
+        batch_size=None,
+    )
+    records = measured(engine, settings)
+    assert len({key_of(one) for one in records}) == len(records) == 3 * 3
+    depths: dict[bool, set[int]] = {True: set(), False: set()}
+    for record in of_kind(records, "answer", True):
+        exits = record["exits_asked"]
+        prompt = engine.tokenizer.encode(ITEMS[record["index"]].prompt)
+        wanted = reference.generate(model, prompt, MAX_TOKENS, 0.25, exit_layers=exits)
+        assert record["tokens"] == [one.token_id for one in wanted]
+        assert record["exit_layers"] == [one.exit_layer for one in wanted]
+        depths[exits is None] |= set(record["exit_layers"])
+    assert 1 in depths[True]
+    assert 3 in depths[False]
+    assert 1 not in depths[False]
+    for record in of_kind(records, "choice", True):
+        tokens = engine.tokenizer.encode(ITEMS[2].prompt + ITEMS[2].choices[0])
+        start = len(engine.tokenizer.encode(ITEMS[2].prompt)) - 1
+        scored = reference.scores(model, tokens, 0.25, exit_layers=record["exits_asked"])[start:]
+        total = sum(one.logprob for one in scored)
+        assert record["choices"][0]["logprob"] == pytest.approx(total, rel=1e-4)
+    found = summarize(records, [one.task for one in ITEMS], seed=0)
+    assert {(one.curve, one.exit_layers) for one in found.outcomes} == {
+        ("max_probability, exact", None),
+        ("max_probability, exact, exits 3", (3,)),
+    }
 
 
 def test_the_full_models_own_text_is_followed_by_every_rule(model, records):
@@ -294,6 +335,11 @@ def test_what_cannot_be_measured_is_refused(model, engine):
         Measurement(engine, [Item("long", "a list" * 40)], SETTINGS)
     with pytest.raises(ValueError, match="the model has no tokenizer"):
         Measurement(EarlyExitEngine(model.segmented), ITEMS, SETTINGS)
+    settings = replace(SETTINGS, exit_layers=((1, 2),))
+    with pytest.raises(ValueError, match=r"exit_layers: 1\+2 has one .*, allowed: 1\+3"):
+        Measurement(engine, ITEMS, settings)
+    with pytest.raises(ValueError, match=r"exit_layers \(3, 3\) has one twice"):
+        replace(SETTINGS, exit_layers=((3, 3),))
     plain = make_model(replace(LLAMA, vocab_size=400))
     with pytest.raises(ValueError, match="the model has no exits"):
         Measurement(EarlyExitEngine(plain.segmented, engine.tokenizer), ITEMS, SETTINGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import matplotlib
 import pytest
 
 from megatron.early_exit.evaluation.figures import figures_of, tradeoff_curve
@@ -9,6 +10,7 @@ from megatron.early_exit.evaluation.records import Record
 from megatron.early_exit.evaluation.report import page_data, write_report
 from megatron.early_exit.evaluation.scoring import Judge
 from megatron.early_exit.evaluation.summary import Summary, summarize
+from megatron.early_exit.evaluation.text_figure import text_by_depth
 from megatron.early_exit.evaluation.tradeoff import Point, table, threshold_name
 from megatron.early_exit.inference.results import PromptToken
 
@@ -22,6 +24,7 @@ def answer(index: int, threshold: float | None, counted: int) -> Record:
         "kind": "answer",
         "index": index,
         "threshold": threshold,
+        "exits_asked": None,
         "counted": counted,
         "tokens": [1, 2, 3, 4],
         "token_texts": ["a", "b", "c", "d"],
@@ -110,6 +113,95 @@ def test_thresholds_have_all_of_their_digits():
     assert len({bar.get_x() for bar in bars.patches}) == 4
     depths, _ = figures["depth_over_position"].axes
     assert [text.get_text() for text in depths.get_yticklabels()][1:3] == ["0.991", "0.992"]
+
+
+def test_a_text_is_drawn_token_by_token_on_its_depths():
+    records = [answer(0, None, 4), answer(0, 0.5, 1), answer(0, 0.4, 4)]
+    records[2] |= {"token_texts": ["a$", " b\n", "x" * 70, "\x02"], "exit_layers": [2, 8, 4, 2]}
+    figure = text_by_depth(records, 8)
+    axes, bar = figure.axes
+    assert axes.get_title() == "An answer by depth, max_probability, exact, threshold 0.40"
+    # A line ends where it is full, not where the text's does.
+    assert [(text.get_text(), text.get_position()[1]) for text in axes.texts] == [
+        (r"a\$", 0),
+        ("\u00b7b\u21b5", 0),
+        ("x" * 70, 1),
+        ("\ufffd", 1),
+    ]
+    shades = matplotlib.colormaps["viridis"]
+    found = [one.get_facecolor() for one in axes.patches]
+    assert found == [pytest.approx(shades(layer / 8)) for layer in (2, 8, 4, 2)]
+    assert list(bar.get_xticks()) == [0, 2, 4, 8]
+    assert text_by_depth([answer(0, None, 4)], 8) is None
+
+
+def test_of_a_long_text_the_first_lines_are_drawn():
+    long = answer(0, 0.5, 100) | {"token_texts": ["x" * 72] * 100, "exit_layers": [2, 8] * 50}
+    figure = text_by_depth([long], 8)
+    axes, _ = figure.axes
+    assert len(axes.texts) == len(axes.patches) == 40
+    assert axes.get_title().endswith("threshold 0.50\nits first 40 of 100 lines")
+    assert figure.get_figheight() < 13
+
+
+def test_the_outside_baseline_is_compared_up_to_the_end_of_the_text():
+    beside = {
+        "kind": "transformers",
+        "threshold": None,
+        "exits_asked": None,
+        "tokens": [1, 2, 3, 9],
+        "same": [True, True, True, False],
+        "choices": [1, 2, 7, 9],
+        "logprobs": [-1.0, -1.0, -1.0, -9.0],
+        "held_out": None,
+        "seconds": [2.0],
+        "full_seconds": [4.0],
+    }
+    records = [answer(index, None, 3 - index) for index in range(2)]
+    records += [answer(index, 0.5, 2) for index in range(2)]
+    records += [{**beside, "index": index} for index in range(2)]
+    found = summarize(records, ["own"] * 2, seed=0)
+    assert found.outside.equal_answers == 2
+    assert found.outside.agreement == 4 / 5
+    assert found.outside.answer_perplexity.outside == pytest.approx(2.718281828)
+    # The same definition as of rules.
+    assert found.outside.answer_perplexity.full == found.outcomes[0].point.perplexity
+    # All four tokens were timed.
+    assert found.outside.tokens_per_second.outside == 4 / 2
+
+
+def test_the_outside_baseline_is_marked_on_the_curve():
+    points = summary().points()
+    (axes,) = tradeoff_curve(points, is_one_engine=True, outside=0.5).axes
+    (star,) = [line for line in axes.lines if line.get_marker() == "*"]
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (0.5, 100)
+    (axes,) = tradeoff_curve(points, is_one_engine=True).axes
+    assert all(line.get_marker() != "*" for line in axes.lines)
+
+
+def test_p_values_are_adjusted_for_all_rules_of_a_task(tmp_path):
+    """Two rules on two tasks: one always scores less than the full model, the other never."""
+    records = []
+    for index in range(12):
+        for threshold, value in ((None, 1.0), (0.9, 1.0), (0.5, 0.0)):
+            records.append(answer(index, threshold, 2) | {"scores": {"f1": value}})
+    found = summarize(records, ["one"] * 6 + ["two"] * 6, seed=0)
+    for outcome in found.outcomes:
+        score = outcome.scores["f1"]
+        count = 12 if outcome.task == "all" else 6
+        if outcome.threshold is None:
+            assert score.adjusted_p_value is None
+            assert score.least_p_value == 2 / 2**count
+            assert score.least_adjusted_p_value == 4 / 2**count
+        elif outcome.threshold == 0.9:
+            assert score.p_value == score.adjusted_p_value == 1
+        else:
+            assert score.p_value == pytest.approx(2 / 2**count)
+            assert score.adjusted_p_value == pytest.approx(4 / 2**count)
+    write_report(tmp_path / "page.html", header(12), records, found, {})
+    page = (tmp_path / "page.html").read_text()
+    for least in ("0.000488 (0.000977)", "0.0312 (0.0625)"):
+        assert f"<td>least possible {least}</td>" in page
 
 
 def test_a_curve_has_the_speed_ups_of_pairs():

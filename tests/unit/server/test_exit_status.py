@@ -59,7 +59,7 @@ def test_systemd_gives_up_on_nothing_else():
 
 
 def test_a_model_that_finds_no_memory_may_find_it_later(monkeypatch, capsys):
-    def load(args, length):
+    def load(args, length, use_stored_rule):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(tool, "load_engine", load)
@@ -79,7 +79,7 @@ def test_a_model_that_finds_no_memory_may_find_it_later(monkeypatch, capsys):
 def test_a_door_that_is_open_to_all_is_said_before_the_model_is_read(
     monkeypatch, capsys, host, key, warns
 ):
-    def load(args, length):
+    def load(args, length, use_stored_rule):
         raise ValueError("no further")
 
     monkeypatch.setattr(tool, "load_engine", load)

@@ -16,7 +16,8 @@ EARLY = {"mode": "early_exit"}
     [
         ((), 0, {}, None),
         ((2, 4), 0, {}, "2"),
-        ((2, 4), 0, {"draft_method": "auto"}, "2"),
+        ((2, 4), 0, {"draft_method": "auto"}, "auto"),
+        ((2,), 0, {"draft_method": "auto"}, "2"),
         ((2, 4), 1, {}, "auto"),
         ((2, 4), 1, {"draft_exit_layer": 4}, "4"),
         ((2, 4), 1, {"draft_method": "exit"}, "2"),
@@ -28,6 +29,18 @@ EARLY = {"mode": "early_exit"}
 )
 def test_pages_are_told_what_drafts(layers, depths, given, drafter):
     assert ServedModel("m", ExitSettings(mode="full", **given), layers, depths).drafter == drafter
+
+
+def test_one_exit_alone_is_no_choice():
+    def methods(layers: tuple[int, ...], depths: int) -> tuple[str, ...]:
+        return ServedModel("m", DEFAULTS, layers, depths).draft_methods
+
+    assert [methods(layers, 0) for layers in ((), (2,), (2, 4))] == [
+        (),
+        ("exit",),
+        ("exit", "auto"),
+    ]
+    assert [methods(layers, 1) for layers in ((), (2,))] == [("mtp",), ("exit", "mtp", "auto")]
 
 
 @pytest.mark.parametrize("name", [None, "m"])

@@ -1,4 +1,4 @@
-"""Converts EE-LLM's arguments to this package's descriptions of a model."""
+"""Converts the arguments of EE-LLM (arXiv 2312.04916) to this package's descriptions of a model."""
 
 from argparse import Namespace
 from dataclasses import fields, replace

@@ -1,7 +1,8 @@
 """The files of EE-LLM's checkpoints, which are read without running code that they contain.
 
-Each pair of tensor and pipeline rank saved one pickle, `mp_rank_TT/model_optim_rng.pt`, or with
-pipeline stages `mp_rank_TT_PPP/model_optim_rng.pt`, in the folder of an iteration.
+Each pair of tensor and pipeline rank of EE-LLM (arXiv 2312.04916) saved one pickle,
+`mp_rank_TT/model_optim_rng.pt`, or with pipeline stages `mp_rank_TT_PPP/model_optim_rng.pt`, in the
+folder of an iteration.
 """
 
 import pickle

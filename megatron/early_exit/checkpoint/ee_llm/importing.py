@@ -1,4 +1,5 @@
-"""A checkpoint of EE-LLM, of any tensor and pipeline parallelism, as a conversion."""
+"""A checkpoint of EE-LLM (arXiv 2312.04916), of any tensor and pipeline parallelism, as a
+conversion."""
 
 import re
 from collections.abc import Sequence

@@ -1,10 +1,10 @@
 """EE-LLM's names of the tensors of a model, and how its tensor-parallel ranks divide the tensors.
 
-EE-LLM's layer N, counted from 0, contains the modules of the exit of `--exit-layer-nums` N + 1,
-whether the exit is before or after the layer: `exit_norm`, `exit_block`, and if exits have an MLP
-two MLPs, `mlp.trunk` for the backbone and `mlp.branch` for the exit, after one norm. EE-LLM numbers
-the projections of exits from 0 on each pipeline stage; here they have the number of their exit
-layer.
+In EE-LLM (arXiv 2312.04916) layer N, counted from 0, contains the modules of the exit of
+`--exit-layer-nums` N + 1, whether the exit is before or after the layer: `exit_norm`, `exit_block`,
+and if exits have an MLP two MLPs, `mlp.trunk` for the backbone and `mlp.branch` for the exit, after
+one norm. EE-LLM numbers the projections of exits from 0 on each pipeline stage; here they have the
+number of their exit layer.
 """
 
 from collections.abc import Callable, Sequence

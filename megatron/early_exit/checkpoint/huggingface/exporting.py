@@ -1,4 +1,7 @@
-"""Exports one of our checkpoints to a folder that transformers loads."""
+"""Exports one of our checkpoints to a folder that transformers loads.
+
+With its multi-token-prediction module a model becomes a MiMo (arXiv 2505.07608).
+"""
 
 import json
 import shutil

@@ -1,4 +1,7 @@
-"""The models of Hugging Face's Llama family: their `config.json` and our `Architecture`."""
+"""The models of Hugging Face's Llama family: their `config.json` and our `Architecture`.
+
+MiMo (arXiv 2505.07608) is the one with a multi-token-prediction module.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -28,7 +28,8 @@ _HEAD = "lm_head.weight"
 
 
 def import_hf(source: str | Path) -> Conversion:
-    """Open a model of the Llama family (Llama, SmolLM2, Mistral, Qwen2, Qwen3, MiMo).
+    """Open a model of the Llama family (Llama, SmolLM2, Mistral, Qwen2, Qwen3, and MiMo, arXiv
+    2505.07608).
 
     Weights stay in their files, in the dtype that they are stored in, until the conversion is
     written. Those of a GGUF file are in memory instead, as fp32.

@@ -74,7 +74,7 @@ def write_rotary(a: Architecture) -> dict[str, Any]:
 
 
 def positive_number(name: str, value: object) -> float:
-    """A value of a config.json, if it is such a number.
+    """A value of a config.json, in its unit there, if it is such a number.
 
     Raises:
         ValueError: it is none.

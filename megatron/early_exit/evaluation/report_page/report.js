@@ -16,7 +16,8 @@
     const short = threshold.toFixed(2);
     return Number(short) === threshold ? short : String(threshold);
   };
-  const curveOf = (answer) => `${answer.measure}, ${answer.kv_policy}`;
+  const curveOf = (answer) => `${answer.measure}, ${answer.kv_policy}`
+    + (answer.exits === null ? "" : `, exits ${answer.exits}`);
 
   // A token per element, its background as deep as the layers behind it.
   const token = (answer, index) => {

@@ -40,6 +40,7 @@ class SpeculativeDecoding(BaseModel):
     num_accepted_draft_tokens: int
     mean_acceptance_length: float = Field(description="Tokens per verification.")
     draft_acceptance_rate: float
+    """Share of the drafted tokens that the whole model accepted."""
     num_mtp_draft_tokens: int = Field(description="Of them, by multi-token prediction.")
     num_accepted_mtp_draft_tokens: int
     num_undrafted_tokens: int = Field(
@@ -63,6 +64,7 @@ class RequestMetrics(BaseModel):
     )
     num_layers: int
     mean_exit_layer: float | None
+    """Number of layers run for a token, on average."""
     exit_tokens: dict[str, int] = Field(description="Tokens by the layer that gave them.")
     time_to_first_token_seconds: float
     decode_seconds: float

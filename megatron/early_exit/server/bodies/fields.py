@@ -16,12 +16,13 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from megatron.early_exit.config import ExitMeasure
+from megatron.early_exit.checkpoint.stored_rule import meaningless_beside
+from megatron.early_exit.config import ExitMeasure, KVPolicy
 from megatron.early_exit.inference.params import (
+    ASKS_FOR_NOTHING,
     MODE_FIELDS,
     RANGES,
     DraftMethod,
-    KVPolicy,
     Mode,
     modes_of,
 )
@@ -43,8 +44,6 @@ PAYS = (
     "many sequences, by the costs of the model's parts and by how often they have given the text's "
     "tokens. 0 is off."
 )
-_OFF = {"kv_policy": "exact", "exit_threshold_decay": 0, "exits_pay_at": 0}
-"""Values of fields of mode `early_exit` that ask for nothing, and so not for the mode."""
 _ABOUT = {"title", "default", "description"}
 """What a JSON schema says of a field whatever its kind is."""
 
@@ -169,8 +168,9 @@ class ExitFields(RequestModel):
     exits_pay_at: BatchSize | None = Field(None, description=f"{PAYS} Default: the server's.")
     draft_method: DraftMethod | None = Field(
         None,
-        description="What drafts: exit; mtp, a multi-token-prediction module; or auto, the one of "
-        "them that makes the text faster. Default: the server's, or that of draft_exit_layer.",
+        description="What drafts: exit; mtp, a multi-token-prediction module; or auto, that one of "
+        "the module and of all exits which makes the text faster. Default: the server's, or that "
+        "of draft_exit_layer.",
     )
     draft_exit_layer: Natural | None = Field(None, description="The exit that drafts.")
     num_draft_tokens: Annotated[int, InRange(RANGES["num_draft_tokens"])] | None = Field(
@@ -187,7 +187,7 @@ class ExitFields(RequestModel):
     )
 
     def exit_params(
-        self, settings: ExitSettings, num_exits: int, num_depths: int = 0
+        self, settings: ExitSettings, num_exits: int, num_depths: int = 0, only_scores: bool = False
     ) -> dict[str, Any]:
         """The fields of `SamplingParams` that are about exits.
 
@@ -195,6 +195,7 @@ class ExitFields(RequestModel):
             settings: what applies where the request says nothing.
             num_exits: of the model.
             num_depths: of its multi-token-prediction module, which can draft instead of an exit.
+            only_scores: nothing is generated.
 
         Raises:
             ApiError: what the request says contradicts itself, or needs exits where none are.
@@ -214,13 +215,17 @@ class ExitFields(RequestModel):
             "draft_confidence": self.draft_confidence,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        mode = self._mode(given) or settings.mode
+        settings = settings.without_stored(meaningless_beside(given, settings.exit_measure))
+        mode = self._mode(given) or _default_mode(given, settings, only_scores)
         self._check_name(given if mode == settings.mode else {**given, "mode": mode}, settings)
         if mode not in modes_of(num_exits, num_depths):
             allowed = " or ".join(modes_of(num_exits, num_depths))
             raise ApiError(400, f"mode {mode}: the model has no exits, allowed: {allowed}", "mode")
         defaults = {name: getattr(settings, name) for name in MODE_FIELDS[mode]}
         if given.get("draft_method") == "mtp":
+            defaults["draft_exit_layer"] = None
+        elif given.get("draft_method") == "auto" and settings.draft_method != "auto":
+            # All exits, where the request does not name one itself.
             defaults["draft_exit_layer"] = None
         elif "draft_exit_layer" in given and settings.draft_method == "mtp":
             defaults["draft_method"] = None
@@ -276,10 +281,21 @@ class ExitFields(RequestModel):
             message = f"use_early_exit {value}: contradicts mode {self.mode}"
             raise ApiError(400, message, "use_early_exit")
         wanted = given.keys() & MODE_FIELDS["early_exit"]
-        wanted = {name for name in wanted if given[name] != _OFF.get(name)}
+        wanted = {name for name in wanted if given[name] != ASKS_FOR_NOTHING.get(name)}
         if self.mode is None and switched is None and wanted:
             return "early_exit"
         return self.mode or switched
+
+
+def _default_mode(given: Mapping[str, Any], settings: ExitSettings, only_scores: bool) -> Mode:
+    """The mode of a request that asks for none, by what it says and by the server."""
+    if "mode" in settings.stored:
+        # That of a stored rule is for those who say nothing of how to decode.
+        if only_scores:
+            return "full"
+        if given.keys() & MODE_FIELDS["self_speculative"]:
+            return "self_speculative"
+    return settings.mode
 
 
 class SamplingFields(ExitFields):

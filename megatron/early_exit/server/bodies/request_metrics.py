@@ -43,7 +43,7 @@ def request_metrics(
     seconds = max(ends, default=first) - first
     is_early, thresholds = params.mode == "early_exit", params.exit_thresholds
     return RequestMetrics(
-        mode=params.mode,
+        mode=params.mode or "full",
         early_exit_threshold=params.threshold if is_early and thresholds is None else None,
         exit_measure=params.exit_measure,
         exit_thresholds=None if thresholds is None else list(thresholds),

@@ -75,8 +75,8 @@ class Job:
         self._news.put([])
 
     def add(self, tokens: Tokens, now: float) -> None:
-        """Add the new tokens of a step, which ended at `now` by `time.monotonic`; those that come
-        within a moment go out together."""
+        """Add the new tokens of a step, which ended at `now`, in seconds by `time.monotonic`; those
+        that come within a moment go out together."""
         if self.is_streamed:
             self._held += tokens
             if now >= self._next_news:

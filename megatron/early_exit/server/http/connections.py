@@ -137,7 +137,8 @@ class Connection(HTTPChannel):  # type: ignore[misc]
 
     @property
     def idle_since(self) -> float:
-        """When its last answer ended, or when it came: bytes of half a request are no progress."""
+        """When its last answer ended, or when it came, in seconds by `time.time`: bytes of half a
+        request are no progress."""
         return max(float(self.creation_time), self.served_until)
 
     @property
@@ -147,7 +148,12 @@ class Connection(HTTPChannel):  # type: ignore[misc]
         return int(self.total_outbufs_len) + sum(len(one) for one in bodies if one is not None)
 
     def is_late(self, now: float, limits: ConnectionLimits) -> bool:
-        """Whether what it waits for has taken too long."""
+        """Whether what it waits for has taken too long.
+
+        Args:
+            now: the time in seconds, by the clock of `idle_since`.
+            limits: of the server.
+        """
         silence = now - self.last_activity
         if self.is_sending:
             return bool(silence > limits.write_timeout_seconds)

@@ -1,1 +1,1 @@
-"""The protocol of Megatron's and EE-LLM's servers."""
+"""The protocol of the servers of Megatron and of EE-LLM (arXiv 2312.04916)."""

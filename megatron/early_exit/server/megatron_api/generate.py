@@ -1,4 +1,4 @@
-"""`/api`: the protocol of Megatron's and EE-LLM's servers."""
+"""`/api`: the protocol of the servers of Megatron and of EE-LLM (arXiv 2312.04916)."""
 
 from time import perf_counter
 from typing import Annotated, Any
@@ -8,9 +8,9 @@ from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
-from megatron.early_exit.config import ExitMeasure
+from megatron.early_exit.config import ExitMeasure, KVPolicy
 from megatron.early_exit.errors import FieldError
-from megatron.early_exit.inference.params import KVPolicy, SamplingParams
+from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.ranges import Range
 from megatron.early_exit.server.bodies.answer_models import Head
 from megatron.early_exit.server.bodies.fields import (
@@ -74,7 +74,9 @@ class GenerateRequest(RequestModel):
     )
     early_exit_thres: Share | None = Field(None, description="How sure.")
     exit_layers: list[Natural] | None = Field(
-        None, description="The exits that are asked; none or an empty list is all of them."
+        None,
+        description="The exits that are asked; an empty list is all of them, or those of the "
+        "server's --exit-layers. Default: the server's.",
     )
     exit_measure: ExitMeasure | None = Field(None, description=f"{MEASURES} {STORED}")
     exit_thresholds: list[Share] | None = Field(
@@ -115,6 +117,7 @@ class GenerateResponse(BaseModel):
     requst_time: float = Field(
         description="EE-LLM's spelling of request_time.", json_schema_extra={"deprecated": True}
     )
+    """Seconds, too."""
 
 
 _MEASURING = ("exit_measure", "exit_thresholds", "exit_threshold_decay")
@@ -210,18 +213,29 @@ def _exit_params(body: GenerateRequest, service: Service) -> dict[str, Any]:
         is_early = settings.mode == "early_exit" or any(
             getattr(body, name) is not None for name in _MEASURING
         )
+    # Clients send these in any case: they ask for nothing where only a stored rule says the mode.
+    is_asked = is_early and (body.use_early_exit or "mode" not in settings.stored)
+    is_asked |= any(getattr(body, name) is not None for name in _MEASURING)
+    layers = body.exit_layers or None
+    if body.exit_layers == [] and "exit_layers" in settings.stored:
+        layers = list(exits)
     fields = ExitFields.model_validate(
         {
             "use_early_exit": body.use_early_exit,
             "exit_details": body.print_max_prob,
-            "early_exit_threshold": body.early_exit_thres if is_early else None,
-            "exit_layers": (body.exit_layers or None) if is_early else None,
+            "early_exit_threshold": body.early_exit_thres if is_asked else None,
+            "exit_layers": layers if is_asked else None,
             **{name: getattr(body, name) for name in _MEASURING},
             "kv_policy": body.kv_policy if is_early else None,
             "exits_pay_at": body.exits_pay_at if is_early else None,
         }
     )
-    return fields.exit_params(settings, len(exits), service.model.num_depths)
+    return fields.exit_params(
+        settings,
+        len(exits),
+        service.model.num_depths,
+        only_scores=body.tokens_to_generate == 0,
+    )
 
 
 def _response(

@@ -64,7 +64,12 @@ def _params(body: CompletionRequest, service: Service) -> SamplingParams:
     try:
         return SamplingParams(
             **body.sampling_params(),
-            **body.exit_params(settings, len(service.model.exit_layers), service.model.num_depths),
+            **body.exit_params(
+                settings,
+                len(service.model.exit_layers),
+                service.model.num_depths,
+                only_scores=max_tokens == 0,
+            ),
             max_tokens=max_tokens,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if scores_prompt else None,

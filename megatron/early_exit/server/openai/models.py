@@ -8,8 +8,22 @@ from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel, Field
 
+from megatron.early_exit.checkpoint.stored_rule import Promise, StoredRule
 from megatron.early_exit.server.http.errors import ERRORS
 from megatron.early_exit.server.service import Service, answer
+from megatron.early_exit.server.settings import ExitSettings
+
+
+class RuleCard(BaseModel):
+    """The rule that is stored with the model, whatever the server's flags are."""
+
+    early_exit_threshold: float
+    exit_measure: str
+    exit_layers: list[int]
+    kv_policy: str
+    promise: Promise
+    says: str = Field(description="The promise as a sentence.")
+    is_default: bool = Field(description="Requests that name nothing of exits get it.")
 
 
 class ModelCard(BaseModel):
@@ -30,13 +44,20 @@ class ModelCard(BaseModel):
     exit_measure: str = Field(description="Where a request does not say it.")
     draft_methods: list[str] = Field(
         description="What can draft for it in mode self_speculative: its exits, a multi-token-"
-        "prediction module, whose tokens have exit_layer 0, or the faster of them."
+        "prediction module, whose tokens have exit_layer 0, or the fastest of all."
     )
     drafter: str | None = Field(
         description="What drafts where a request does not say it: the layers in front of an exit, "
         "mtp or auto."
     )
     kv_policy: str = Field(description="Where a request does not say it.")
+    early_exit_threshold: float = Field(description="Where a request does not say it.")
+    default_exit_layers: list[int] = Field(
+        description="The exits that are asked where a request does not say it."
+    )
+    stored_rule: RuleCard | None = Field(
+        description="What tools/choose_threshold.py has stored with the model."
+    )
     example_prompts: list[str] = Field(description="The operator's, for the server's page.")
 
 
@@ -51,6 +72,17 @@ class ModelPath(BaseModel):
     """A name in a URL."""
 
     name: str
+
+
+def _rule_card(rule: StoredRule | None, settings: ExitSettings) -> RuleCard | None:
+    if rule is None:
+        return None
+    has_changes = settings.exit_thresholds or settings.exit_threshold_decay or settings.exits_pay_at
+    values = rule.defaults()
+    is_default = settings.mode == "early_exit" and not has_changes
+    is_default &= all(getattr(settings, name) == one for name, one in values.items())
+    promise = rule.promise
+    return RuleCard(**values, promise=promise, says=promise.sentence(), is_default=is_default)
 
 
 def models(service: Service) -> APIBlueprint:
@@ -77,6 +109,9 @@ def models(service: Service) -> APIBlueprint:
             draft_methods=list(service.model.draft_methods),
             drafter=service.model.drafter,
             kv_policy=settings.kv_policy,
+            early_exit_threshold=settings.early_exit_threshold,
+            default_exit_layers=list(settings.exit_layers or service.model.exit_layers),
+            stored_rule=_rule_card(service.stored_rule, settings),
             example_prompts=list(service.settings.example_prompts),
         )
 

@@ -22,7 +22,7 @@ class TokenizeRequest(RequestModel):
 
 
 class TokenizeResponse(BaseModel):
-    """Its tokens."""
+    """The tokens of the text."""
 
     tokens: list[int]
     count: int

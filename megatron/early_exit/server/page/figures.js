@@ -10,6 +10,12 @@ const number = (value, digits) =>
 /** A speed with about three digits. */
 export const speed = (value) => number(value, value < 9.995 ? 2 : value < 99.95 ? 1 : 0);
 
+/** Whether a number is what its first two digits behind the point say. */
+export const hasTwoDigits = (value) => Number(value.toFixed(2)) === value;
+
+/** A threshold with two digits, or four where it has more. */
+export const thresholdText = (value) => value.toFixed(hasTwoDigits(value) ? 2 : 4);
+
 const duration = (seconds) =>
   seconds < 1 ? `${number(1000 * seconds, 0)} ms` : `${number(seconds, 2)} s`;
 

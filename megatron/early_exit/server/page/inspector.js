@@ -3,6 +3,7 @@
  */
 
 import { byId, make } from "./elements.js";
+import { thresholdText } from "./figures.js";
 
 // Confidences are from 0 to 1, like the threshold. Rounded down: none may look as if it reached it.
 const share = (value) => (Math.floor(1000 * value + 1e-6) / 1000).toFixed(3);
@@ -126,7 +127,7 @@ function headTable(token, depths, request) {
   );
   if (!hasThreshold) return table;
   const tick = make("span", { className: "tick-mark", ariaHidden: "true" });
-  const says = `The tick is the threshold, ${request.early_exit_threshold.toFixed(2)}: an exit that reaches it gives the token.`;
+  const says = `The tick is the threshold, ${thresholdText(request.early_exit_threshold)}: an exit that reaches it gives the token.`;
   return make("div", {}, table, make("p", { className: "tick-says" }, tick, says));
 }
 

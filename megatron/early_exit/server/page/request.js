@@ -27,7 +27,7 @@ export function requestBody(model, settings, prompt, messages) {
   if (settings.seed !== null) body.seed = settings.seed;
   if (mode === "early_exit") {
     body.early_exit_threshold = settings.threshold;
-    if (settings.exits.length < model.exit_layers.length) body.exit_layers = settings.exits;
+    if (`${settings.exits}` !== `${model.default_exit_layers}`) body.exit_layers = settings.exits;
     if (settings.measure !== model.exit_measure) body.exit_measure = settings.measure;
     if (settings.kvPolicy !== model.kv_policy) body.kv_policy = settings.kvPolicy;
   }
@@ -35,7 +35,7 @@ export function requestBody(model, settings, prompt, messages) {
     const layer = Number(settings.drafter);
     if (layer > 0) body.draft_exit_layer = layer;
     // A server may have another default than the exit that is named.
-    if (model.draft_methods.includes("mtp")) {
+    if (model.draft_methods.some((method) => method !== "exit")) {
       body.draft_method = layer > 0 ? "exit" : settings.drafter;
     }
   }

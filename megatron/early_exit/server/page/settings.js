@@ -3,6 +3,7 @@
  */
 
 import { byId, make } from "./elements.js";
+import { hasTwoDigits, thresholdText } from "./figures.js";
 
 const MOST_STOPS = 16;
 const MODES = {
@@ -69,9 +70,9 @@ export class Settings {
     byId("modes").replaceChildren(
       ...modes.map((mode) => choice("radio", "mode", mode, modeName(mode), mode === first)),
     );
-    const { exit_layers: layers } = model;
+    const { exit_layers: layers, default_exit_layers: asked } = model;
     byId("exits").replaceChildren(
-      ...layers.map((layer) => choice("checkbox", "exit", layer, `${layer}`, true)),
+      ...layers.map((layer) => choice("checkbox", "exit", layer, `${layer}`, asked.includes(layer))),
     );
     byId("draft-exits").replaceChildren(
       ...drafters(layers, methods).map(([drafter, name]) =>
@@ -89,6 +90,15 @@ export class Settings {
       ),
     );
     byId("no-exits").hidden = modes.length > 1;
+    const { stored_rule: rule } = model;
+    const isChosen = Boolean(rule?.is_default);
+    byId("stored-rule").hidden = !isChosen;
+    byId("stored-rule").textContent = isChosen ? `Chosen for this model: ${rule.says}.` : "";
+    // The server's threshold may have more digits than the slider.
+    const slider = this.form.elements.threshold;
+    slider.step = hasTwoDigits(model.early_exit_threshold) ? "0.01" : "any";
+    slider.value = model.early_exit_threshold;
+    this.#showThreshold();
     const field = this.form.elements["max-tokens"];
     field.max = model.max_model_len;
     // A short context has to hold the prompt, too.
@@ -153,7 +163,8 @@ export class Settings {
   }
 
   #showThreshold() {
-    byId("threshold-value").textContent = this.form.elements.threshold.valueAsNumber.toFixed(2);
+    const threshold = this.form.elements.threshold.valueAsNumber;
+    byId("threshold-value").textContent = thresholdText(threshold);
   }
 
   #showMode() {

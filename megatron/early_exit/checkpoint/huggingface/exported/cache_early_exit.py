@@ -55,7 +55,7 @@ class EarlyExitCache(DynamicCache):
         self._waiting[segment] = self.take(segment, hidden)
 
     def take(self, segment: int, hidden: Tensor) -> Tensor:
-        """All positions that wait in front of a segment, followed by these."""
+        """All positions that wait in front of a segment, followed by these, [b, s, h]."""
         earlier = self._waiting.pop(segment, None)
         return hidden if earlier is None else torch.cat((earlier, hidden), dim=1)
 

@@ -30,7 +30,7 @@ class Place:
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension, with a gain."""
+    """RMSNorm (arXiv 1910.07467) over the last dimension, with a gain."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -38,6 +38,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., size]."""
         return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -57,6 +58,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, place: Place, cache: DynamicCache | None) -> Tensor:
+        """Attend from [b, s, h] to the cache and themselves; returns [b, s, h].
+
+        Args:
+            x: normalised hidden states, [b, s, h].
+            place: positions of the tokens, and what they may see.
+            cache: keys and values of earlier tokens, which is extended; None for a text of its own.
+        """
         queries, keys, values = (
             projection(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -89,6 +97,7 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The MLP of [b, s, h]."""
         return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
