@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from megatron.early_exit.client.exit_colours import ExitColours
 from megatron.early_exit.client.prompts import read_prompts
-from megatron.early_exit.config import ExitMeasure
+from megatron.early_exit.config import ExitMeasure, KVPolicy
 from megatron.early_exit.errors import FieldError, as_flag, one_line
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine_flags import add_engine_flags, load_engine
-from megatron.early_exit.inference.params import DraftMethod, KVPolicy, Mode
+from megatron.early_exit.inference.params import DraftMethod, Mode
 from megatron.early_exit.process_family import end_with_parent
 
 
@@ -45,9 +45,10 @@ _LISTS: dict[str, Callable[[str], Any]] = {
     "exit_thresholds": float,
     "logit_bias": _bias,
 }
-_CHOICES = {"mode": get_args(Mode), "kv_policy": get_args(KVPolicy)}
 _CHOICES_OF_MODELS = {
-    "exit_measure": (get_args(ExitMeasure), "the model's"),
+    "mode": (get_args(Mode), "early_exit by the rule that is stored with the model, else full"),
+    "kv_policy": (get_args(KVPolicy), "that of the stored rule, else exact"),
+    "exit_measure": (get_args(ExitMeasure), "that of the stored rule, else the model's"),
     "draft_method": (
         get_args(DraftMethod),
         "exit with --draft-exit-layer or without multi-token prediction, else auto",
@@ -90,10 +91,6 @@ def build_parser() -> argparse.ArgumentParser:
         elif name in _CHOICES_OF_MODELS:
             choices, default = _CHOICES_OF_MODELS[name]
             request.add_argument(flag, choices=choices, help=f"default: {default}")
-        elif name in _CHOICES:
-            request.add_argument(
-                flag, choices=_CHOICES[name], default=field.default, help="default: %(default)s"
-            )
         else:
             kind = int if name in _INTEGERS else float
             request.add_argument(flag, type=kind, default=field.default, help=default)

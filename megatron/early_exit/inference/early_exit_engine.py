@@ -8,6 +8,7 @@ from typing import get_args
 
 import torch
 
+from megatron.early_exit.checkpoint.stored_rule import StoredRule
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
 from megatron.early_exit.config import ExitMeasure
 from megatron.early_exit.inference.distributed.parallel_backend import (
@@ -54,6 +55,8 @@ class EarlyExitEngine:
             `kv_cache_memory` is not given (0.9).
         prefix_caching: keep keys and values of past sequences, so that what new ones begin with
             alike (a system prompt, an earlier turn of a chat) is not computed again.
+        stored_rule: that of the model, see `tools/choose_threshold.py`.
+        use_stored_rule: requests get of it what they do not say themselves.
 
     Attributes:
         max_batch_size: sequences that run at a time, as far as there is memory for them.
@@ -77,6 +80,8 @@ class EarlyExitEngine:
         kv_cache_memory: int | None = None,
         gpu_memory_utilization: float | None = None,
         prefix_caching: bool = True,
+        stored_rule: StoredRule | None = None,
+        use_stored_rule: bool = True,
     ) -> None:
         context = model.architecture.max_position_embeddings
         length = context if max_sequence_length is None else max_sequence_length
@@ -88,6 +93,7 @@ class EarlyExitEngine:
         ends = (*other_end_ids, *(() if tokenizer is None else tokenizer.other_end_ids))
         self.other_end_ids = tuple(one for one in dict.fromkeys(ends) if one != self.eod_id)
         self.max_pending = max_pending
+        self.stored_rule = stored_rule
         self.max_sequence_length = length
         self._backend = SingleProcess(model) if backend is None else backend
         budget = plan_caches(
@@ -106,7 +112,7 @@ class EarlyExitEngine:
         runner.warm_up()
         self.loop = self._backend.loop(runner, self.pages)
         whole = self._backend.architecture
-        draft_costs, mtp_costs, exit_costs = self._costs()
+        draft_costs, mtp_costs, exit_costs = self._costs(runner)
         self._requests = RequestFactory(
             vocab_size=whole.vocab_size,
             num_layers=whole.num_layers,
@@ -123,6 +129,8 @@ class EarlyExitEngine:
             num_depths=self.num_mtp_depths,
             exit_measure=self._backend.exit_measure,
             has_gates=self._backend.has_gates,
+            stored_rule=stored_rule if use_stored_rule else None,
+            has_blocks=self._backend.has_blocks,
         )
 
     @classmethod
@@ -144,6 +152,7 @@ class EarlyExitEngine:
         weight_dtype: str | None = None,
         quantize_heads: bool | None = None,
         draft_vocab_size: int | None = None,
+        use_stored_rule: bool = True,
     ) -> "EarlyExitEngine":
         """Load a model that Megatron saved in the `torch_dist` format, at whatever layout.
 
@@ -180,6 +189,8 @@ class EarlyExitEngine:
                 for which it reads as many rows of the output layer; by default those that exits
                 answer with (`--exit-vocab-size`), or all. It changes no greedy text, and no
                 distribution of sampled ones.
+            use_stored_rule: see the class; what measures a model says no, so that a rule means the
+                same whatever is stored.
 
         Raises:
             ValueError: the checkpoint is missing, damaged, or of a kind that cannot be computed,
@@ -210,19 +221,27 @@ class EarlyExitEngine:
             kv_cache_memory=kv_cache_memory,
             gpu_memory_utilization=gpu_memory_utilization,
             prefix_caching=prefix_caching,
+            stored_rule=loaded.stored_rule,
+            use_stored_rule=use_stored_rule,
         )
 
-    def _costs(self) -> tuple[tuple[DraftCosts, ...], DraftCosts | None, ExitCosts]:
+    def _costs(
+        self, runner: SegmentRunner
+    ) -> tuple[tuple[DraftCosts, ...], DraftCosts | None, ExitCosts]:
         """What drafting takes with each exit and with a multi-token-prediction module, and what
         tokens take that may leave at exits."""
-        model, whole, layers = self.model, self._backend.architecture, self.exit_layers
+        backend, layers = self._backend, self.exit_layers
+        whole, device = backend.architecture, self.model.device.type
         # Exits are asked by themselves, so it does not matter which of them share a projection.
-        costs = Costs.of(whole, layers, model.exit_vocab_size, True, model.device.type)
-        block = float(whole.layer_weights) if self._backend.has_blocks else 0.0
-        drafts = tuple(costs.of_drafts(index, block) for index in range(len(layers)))
+        costs = Costs.of(whole, layers, backend.exit_vocab_size, True, device)
+        block = float(whole.layer_weights) if backend.has_blocks else 0.0
+        exit_waits, mtp_waits = backend.waits(runner)
+        drafts = tuple(
+            costs.of_drafts(index, block, waits) for index, waits in enumerate(exit_waits)
+        )
         mtp = None
         if self.num_mtp_depths:
-            mtp = costs.of_mtp_drafts(whole, self._backend.draft_vocab_size)
+            mtp = costs.of_mtp_drafts(whole, backend.draft_vocab_size, mtp_waits)
         return drafts, mtp, costs.of_exits(block)
 
     @property
@@ -299,7 +318,8 @@ class EarlyExitEngine:
 
         Args:
             prompts: a text, several texts, or several lists of token ids.
-            params: how, for all of them or for each; by default greedy with all layers.
+            params: how, for all of them or for each; by default greedy, by the stored
+                rule, else with all layers.
 
         Returns:
             One result for each prompt, in their order. Each is what it would be alone. One whose
@@ -412,7 +432,8 @@ class EarlyExitEngine:
             ValueError: `token_ids` is empty, too long or has unknown tokens.
             FloatingPointError: the logits are not finite: damaged weights, or an overflow.
         """
-        request = self._request(token_ids, SamplingParams(max_tokens=0, prompt_logprobs=0))
+        params = SamplingParams(mode="full", max_tokens=0, prompt_logprobs=0)
+        request = self._request(token_ids, params)
         self._finish([request])
         if request.error is not None:
             raise FloatingPointError(request.error)

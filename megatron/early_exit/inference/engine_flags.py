@@ -94,9 +94,15 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def load_engine(
-    args: argparse.Namespace, max_sequence_length: int | None = None
+    args: argparse.Namespace,
+    max_sequence_length: int | None = None,
+    use_stored_rule: bool = True,
 ) -> EarlyExitEngine:
     """Load the engine that the flags describe; with several processes, rank 0 drives the others.
+
+    Args:
+        args: the flags.
+        max_sequence_length, use_stored_rule: see `EarlyExitEngine.from_checkpoint`.
 
     Raises:
         ValueError: see `EarlyExitEngine.from_checkpoint`; or a flag has no effect.
@@ -120,6 +126,7 @@ def load_engine(
         weight_dtype=args.weight_dtype,
         quantize_heads=args.quantize_heads,
         draft_vocab_size=args.draft_vocab_size,
+        use_stored_rule=use_stored_rule,
     )
 
 

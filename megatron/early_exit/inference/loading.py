@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from megatron.early_exit.checkpoint.architecture import Architecture
-from megatron.early_exit.checkpoint.description import describe
-from megatron.early_exit.checkpoint.location import locate
+from megatron.early_exit.checkpoint.description import ModelDescription, describe
+from megatron.early_exit.checkpoint.location import CheckpointLocation, locate
+from megatron.early_exit.checkpoint.quantization import Quantization
+from megatron.early_exit.checkpoint.stored_rule import StoredRule, number_format
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from megatron.early_exit.checkpoint.weights import load_weights, model_weights
 from megatron.early_exit.errors import FieldError
@@ -40,6 +42,8 @@ class LoadedModel:
         eod_id: the token that ends a document; None where it is unknown.
         other_end_ids: further tokens that end a text.
         backend: how the model is divided of which `model` is a part; None where it is whole.
+        stored_rule: how tokens leave where a request does not say it; None where nothing is
+            stored, or where it was found of other weights.
     """
 
     model: SegmentedModel
@@ -47,6 +51,7 @@ class LoadedModel:
     eod_id: int | None
     other_end_ids: tuple[int, ...]
     backend: ParallelBackend | None
+    stored_rule: StoredRule | None = None
 
 
 def load_model(
@@ -120,7 +125,38 @@ def load_model(
     del weights
     if compile_rows and model.device.type == "cpu" and size >= _LARGE:
         use_huge_pages()
-    return LoadedModel(model, tokenizer, eod_id, other_end_ids, backend)
+    quantization = None if quantizer is None else quantizer.quantization
+    rule = _usable_rule(location, description, NAMES[dtype], quantization)
+    return LoadedModel(model, tokenizer, eod_id, other_end_ids, backend, rule)
+
+
+def _usable_rule(
+    location: CheckpointLocation,
+    description: ModelDescription,
+    dtype: str,
+    quantization: Quantization | None,
+) -> StoredRule | None:
+    """The stored rule, unless it is of other weights than those that were loaded."""
+    rule = description.rule
+    if rule is None:
+        return None
+    now = (None, None) if quantization is None else (quantization.weight_dtype, quantization.heads)
+    found, problem = rule.promise, None
+    if rule.iteration != location.iteration_dir.name:
+        problem = f"it was found of {rule.iteration}, and this is {location.iteration_dir.name}"
+    elif (found.weight_dtype, found.quantize_heads) != now:
+        problem = f"it was found in {found.number_format}, and this is {number_format(dtype, *now)}"
+    if problem is not None:
+        _LOG.warning("the stored rule of early exit is not used: %s", problem)
+        return None
+    _LOG.info("stored with the model: %s", rule.sentence())
+    if found.dtype != dtype:
+        _LOG.warning(
+            "the stored rule was found in %s, and this is %s: its promise is not for this format",
+            found.dtype,
+            dtype,
+        )
+    return rule
 
 
 def _check_draft_vocab_size(size: int | None, shape: Architecture) -> None:

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from megatron.early_exit.config import ExitMeasure
+from megatron.early_exit.config import ExitMeasure, KVPolicy
 from megatron.early_exit.errors import FieldError, out_of_range
 from megatron.early_exit.ranges import INDEX, ZERO_TO_ONE, Range
 
 Mode = Literal["full", "early_exit", "self_speculative"]
-KVPolicy = Literal["exact", "propagate"]
 DraftMethod = Literal["exit", "mtp", "auto"]
 DEFAULT_THRESHOLD = 0.8
 
@@ -46,6 +45,13 @@ MODE_FIELDS: dict[Mode, tuple[str, ...]] = {
 }
 """The fields that have an effect in one mode alone. With `exit_details`, `exit_layers` also has one
 in mode `full`."""
+
+ASKS_FOR_NOTHING: dict[str, Any] = {
+    "kv_policy": "exact",
+    "exit_threshold_decay": 0,
+    "exits_pay_at": 0,
+}
+"""Values of fields of mode `early_exit` with which every mode decodes as it does without them."""
 
 RANGES: dict[str, Range] = {
     "max_tokens": Range(least=0, is_integer=True, least_means="only with echo or prompt_logprobs"),
@@ -161,17 +167,19 @@ class SamplingParams:
     head. Where a multi-token-prediction module drafts, it tells of that for the tokens that it was
     asked about."""
 
-    mode: Mode = "full"
+    mode: Mode | None = None
     """`full` runs all layers for every token; `early_exit` takes a token from the first exit that
     is confident enough; `self_speculative` drafts tokens at one exit and lets the full model
-    correct them, which changes nothing in the text (arXiv 2404.16710)."""
+    correct them, which changes nothing in the text (arXiv 2404.16710). None is `early_exit` by the
+    rule that is stored with the model (`tools/choose_threshold.py`), else `full`."""
 
     early_exit_threshold: float | None = None
-    """Least confidence to leave at an exit, 0 to 1; None is 0.8 in mode `early_exit`."""
+    """Least confidence to leave at an exit, 0 to 1; in mode `early_exit` None is that of the stored
+    rule, else 0.8."""
 
     exit_layers: tuple[int, ...] | None = None
-    """The exits to use, each named by the number of backbone layers before it; None is all. In
-    mode `full`, those that `exit_details` tells of."""
+    """The exits to use, each named by the number of backbone layers before it; None is those of
+    the stored rule, else all. In mode `full`, those that `exit_details` tells of."""
 
     exit_measure: ExitMeasure | None = None
     """What confidence is, a number from 0 to 1: `max_probability`, the largest softmax probability;
@@ -181,8 +189,9 @@ class SamplingParams:
     neighbouring layers), or the embedding's output before the first one, where negative values
     count as 0; `gate`, the probability by the exit's gate that the exit agrees with the final head,
     for models that have gates. A gate is asked before the exit, which is evaluated only where it
-    gives the token; the final head's confidence is then the largest probability. None is what is
-    stored with the model. In mode `early_exit` all confidences that are told are these."""
+    gives the token; the final head's confidence is then the largest probability. None is that of
+    the stored rule, else the measure that is stored with the model. In mode `early_exit` all
+    confidences that are told are these."""
 
     exit_thresholds: tuple[float, ...] | None = None
     """A threshold for each exit that is used, from the shallowest to the deepest, instead of one
@@ -190,15 +199,17 @@ class SamplingParams:
 
     exit_threshold_decay: float = 0.0
     """Let thresholds decay: in the place of token i of at most N, from 0, a threshold t becomes
-    clip(0.9 t + 0.1 exp(-decay i / N), 0, 1) (CALM, where it is 4); N is `max_tokens`. Where a
-    prompt is scored, i is the token's place in it, and N its length. 0 is off."""
+    clip(0.9 t + 0.1 exp(-decay i / N), 0, 1) (CALM, arXiv 2207.07061, where it is 4); N is
+    `max_tokens`. Where a prompt is scored, i is the token's place in it, and N its length. 0 is
+    off."""
 
-    kv_policy: KVPolicy = "exact"
+    kv_policy: KVPolicy | None = None
     """What later tokens see, in deeper layers, of a position that has left at an exit. `exact`:
     what the full model computes there, which is done when it is needed. `propagate`: keys and
     values that each layer makes of the hidden state at the exit; nothing else of the layers behind
     it is ever computed there, so later tokens may be other ones (arXiv 2207.07061). Positions of
-    the prompt leave where `prompt_logprobs` are asked for; else but the last one they do not."""
+    the prompt leave where `prompt_logprobs` are asked for; else but the last one they do not.
+    None is that of the stored rule, else `exact`."""
 
     exits_pay_at: int = 0
     """Ask exits only while they make decoding faster than mode `full` in a batch of this many
@@ -214,12 +225,15 @@ class SamplingParams:
 
     draft_method: DraftMethod | None = None
     """What drafts: `exit`; `mtp`, Megatron's multi-token-prediction module, which runs no layer of
-    the model for a draft; or `auto`, the one of the two that makes the text faster, by what they
-    cost and by how many of their drafts have been accepted in it. None is `exit` where
-    `draft_exit_layer` is given or the model has no such module, else `auto`."""
+    the model for a draft; or `auto`, that one of the module and of all exits, or of the exit of
+    `draft_exit_layer`, which makes the text faster, by what they cost and by how many of their
+    drafts have been accepted in it. Of exits that have whole layers of their own it considers the
+    first one. None is `exit` where `draft_exit_layer` is given or the model has no such module,
+    else `auto`."""
 
     draft_exit_layer: int | None = None
-    """The exit that drafts, named like `exit_layers`; None is the first one."""
+    """The exit that drafts, named like `exit_layers`; None is the first one, or with
+    `draft_method="auto"` whichever drafts best."""
 
     draft_confidence: float | None = None
     """A token is drafted where the exit's confidences of it and of the drafts in front of it have a
@@ -250,7 +264,7 @@ class SamplingParams:
         for name in ("ignore_eos", "echo", "exit_details"):
             self._check(name, isinstance(getattr(self, name), bool), "True or False")
         for name, allowed in (("mode", get_args(Mode)), ("kv_policy", get_args(KVPolicy))):
-            self._check(name, getattr(self, name) in allowed, " or ".join(allowed))
+            self._check(name, getattr(self, name) in (None, *allowed), " or ".join(allowed))
         if self.draft_method is not None:
             methods = get_args(DraftMethod)
             self._check("draft_method", self.draft_method in methods, " or ".join(methods))
@@ -296,12 +310,15 @@ class SamplingParams:
         scores = self.echo or self.prompt_logprobs is not None
         self._check("max_tokens", self.max_tokens > 0 or scores, str(RANGES["max_tokens"]))
         defaults = {field.name: field.default for field in fields(self)}
-        asks_exits = self.mode == "full" and self.exit_details
+        mode = self.mode or "full"
+        asks_exits = mode == "full" and self.exit_details
         for needed, names in MODE_FIELDS.items():
-            for name in names if needed != self.mode else ():
+            for name in names if needed != mode else ():
                 value = getattr(self, name)
-                if value != defaults[name] and not (name == "exit_layers" and asks_exits):
-                    problem = f"has no effect with mode={self.mode!r}"
+                if value in (defaults[name], ASKS_FOR_NOTHING.get(name, defaults[name])):
+                    continue
+                if not (name == "exit_layers" and asks_exits):
+                    problem = f"has no effect with mode={mode!r}"
                     raise FieldError(name, problem, f"with mode={needed!r}", value=value)
 
     def _check_exit_thresholds(self) -> None:

@@ -121,7 +121,7 @@ def _predict(engine: EarlyExitEngine, pieces: Sequence[Sequence[int]]) -> _Predi
     """The predictions of all tokens of some pieces of text but the first of each."""
     logprobs: list[float] = []
     choices: list[int] = []
-    scoring = SamplingParams(max_tokens=0, prompt_logprobs=1)
+    scoring = SamplingParams(mode="full", max_tokens=0, prompt_logprobs=1)
     for piece in pieces:
         (result,) = engine.generate([piece], scoring)
         if result.error is not None:

@@ -13,7 +13,9 @@ class HeadReport:
     layer: int
     """Number of backbone layers before the head."""
     token_id: int
+    """Its most probable token."""
     confidence: float
+    """How sure it was, 0 to 1, by the measure of the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,7 @@ class PromptToken:
     """The score of one token of a prompt."""
 
     token_id: int
+    """Id of the prompt's token that is scored."""
     logprob: float | None
     """Logarithm of its probability behind those before it; None for the first."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
@@ -36,6 +39,7 @@ class GeneratedToken:
     """One token, as it leaves the engine."""
 
     token_id: int
+    """Id of the generated token."""
     text: str | None
     """What the token adds to the text; empty while it is part of an unfinished character, None for
     a model without a tokenizer."""
@@ -68,7 +72,7 @@ class DraftCounts:
     accepted: int = 0
     """Those that the full model has agreed with."""
     undrafted: int = 0
-    """Tokens for which nothing was asked to draft, since drafts had made decoding slower."""
+    """Tokens for which nothing was to draft, since drafts had made decoding slower."""
     mtp_drafted: int = 0
     """Of the drafted tokens, those of the module."""
     mtp_accepted: int = 0
@@ -80,13 +84,15 @@ class GenerationStatistics:
     """Where the time of one request went."""
 
     num_prompt_tokens: int
+    """Tokens of the prompt."""
     num_generated_tokens: int
+    """Tokens of the continuation."""
     prefill_seconds: float
     """From the start to the first token."""
     decode_seconds: float
     """From the first token to the last."""
     started: float = 0.0
-    """The start, by `time.perf_counter`."""
+    """The start, in seconds by `time.perf_counter`."""
     drafts: DraftCounts | None = None
     """In mode `self_speculative`."""
     num_cached_tokens: int = 0
@@ -107,7 +113,9 @@ class GenerationResult:
     """The continuation of one prompt; the lists are parallel, one entry for each token."""
 
     prompt_token_ids: list[int]
+    """The tokens of the prompt."""
     token_ids: list[int]
+    """The tokens of the continuation."""
     text: str | None
     """The continuation alone; None for a model without a tokenizer."""
     token_texts: list[str] | None
@@ -120,7 +128,9 @@ class GenerationResult:
     logprobs: list[float]
     """Logarithm of each token's own probability there, before temperature and filters."""
     finish_reason: FinishReason
+    """Why it ended."""
     statistics: GenerationStatistics
+    """Where the time went."""
     stop_reason: str | int | None = None
     """The stop string or the token that ended it; None for the end of a document."""
     error: str | None = None

@@ -23,6 +23,7 @@ class Sequence:
         since: the step at which it began to wait there.
         exits: the exits that it may ask, by their indices.
         is_asking: it asks them at present.
+        asks_only: then it asks only this one of them; None is all.
         asks_gates: the gates of these exits are asked before the exits.
         kept: exits at which the residual stream is kept whether they are asked or not, since
             confidence at the next one depends on it, or the exit's own block has to see it later.
@@ -52,6 +53,7 @@ class Sequence:
     since: int = 0
     exits: frozenset[int] = frozenset()
     is_asking: bool = True
+    asks_only: int | None = None
     asks_gates: bool = False
     kept: frozenset[int] = frozenset()
     num_depths: int = 0
@@ -80,12 +82,18 @@ class Sequence:
     @property
     def asked(self) -> frozenset[int]:
         """The exits that it asks about its last token."""
-        return self.exits if self.is_asking else frozenset()
+        if not self.is_asking:
+            return frozenset()
+        return self.exits if self.asks_only is None else frozenset((self.asks_only,))
 
     @property
     def rates(self) -> list[float]:
-        """`exit_rates`, of the exits that it asks about its last token."""
-        return self.exit_rates if self.is_asking else [0.0] * (len(self.exit_rates) - 1) + [1.0]
+        """`exit_rates`, of the exits that it asks about its last token: how likely each of them
+        gives the next one."""
+        if self.is_asking and self.asks_only is None:
+            return self.exit_rates
+        asked, (*exits, last) = self.asked, self.exit_rates
+        return [*(rate if index in asked else 0.0 for index, rate in enumerate(exits)), last]
 
     @property
     def num_verified(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of numbers on a device; the host does not wait for it.
+    """A tensor of numbers on a device, of any shape; the host does not wait for it.
 
     Args:
         values: what `torch.as_tensor` takes: numbers, lists of them, or a tensor on the host.
@@ -27,7 +27,7 @@ def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) 
 
 
 def upload_to(values: Any, target: Tensor) -> None:
-    """Put numbers into a tensor on a device; the host does not wait for it.
+    """Put numbers into a tensor of any shape on a device; the host does not wait for it.
 
     Args:
         values: what `torch.as_tensor` takes, in the shape of `target`.
@@ -40,7 +40,7 @@ def upload_to(values: Any, target: Tensor) -> None:
 
 
 def download(tensors: Sequence[Tensor]) -> list[list[Any]]:
-    """The numbers of tensors of one dtype, nested as the tensors are, by one transfer."""
+    """The numbers of tensors of one dtype and any shape, nested as they are, by one transfer."""
     if len(tensors) == 1:
         return [tensors[0].tolist()]
     numbers = torch.cat([tensor.flatten() for tensor in tensors]).cpu()

@@ -54,7 +54,7 @@ class WeightQuantizer:
         return {name: tensor.to(self.dtype)}
 
     def of_model(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is kept of all tensors of a model."""
+        """What is kept of all tensors of a model, of any shape."""
         return {
             name: kept
             for whole_name, tensor in weights.items()

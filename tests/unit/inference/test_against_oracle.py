@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron.early_exit.config import KVPolicy
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference import EarlyExitEngine, GenerationResult, SamplingParams
 from megatron.early_exit.inference.engine.policy import Costs, Policy
-from megatron.early_exit.inference.params import KVPolicy
 from tests.helpers.reference_decoder import (
     all_heads,
     all_logits,

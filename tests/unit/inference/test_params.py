@@ -212,3 +212,10 @@ def test_a_stream_refuses_at_once(engine):
 def test_cap_on_pending_positions_is_checked():
     with pytest.raises(ValueError, match="max_pending 0 is out of range, allowed: 1 or more"):
         EarlyExitEngine(make_model().segmented, max_pending=0)
+
+
+@pytest.mark.parametrize("mode", [None, "full", "self_speculative"])
+def test_exact_caches_ask_for_nothing_in_other_modes(mode):
+    assert SamplingParams(mode=mode, kv_policy="exact").kv_policy == "exact"
+    with pytest.raises(ValueError, match="kv_policy 'propagate' has no effect with mode="):
+        SamplingParams(mode=mode, kv_policy="propagate")

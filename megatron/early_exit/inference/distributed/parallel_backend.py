@@ -12,6 +12,11 @@ from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.inference.distributed.control import ControlPlane
 from megatron.early_exit.inference.distributed.heartbeat import Heartbeat
+from megatron.early_exit.inference.distributed.message_time import (
+    exit_waits,
+    message_weights,
+    module_waits,
+)
 from megatron.early_exit.inference.distributed.pipeline_driver import PipelineDriver
 from megatron.early_exit.inference.distributed.pipeline_stage import PipelineStage
 from megatron.early_exit.inference.distributed.pipeline_worker import PipelineWorker
@@ -28,6 +33,7 @@ from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.segment_loop import SegmentLoop
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from megatron.early_exit.inference.modes.draft_gain import NO_WAITS, Waits
 from megatron.early_exit.inference.results import GeneratedToken
 
 NOT_A_WORKER = (
@@ -64,6 +70,7 @@ class SingleProcess:
         self.exit_layers = tuple(exit_.position for exit_ in model.exits)
         self.exit_measure, self.has_gates = model.exit_measure, model.gates is not None
         self.has_blocks = any(exit_.head.block is not None for exit_ in model.exits)
+        self.exit_vocab_size = model.exit_vocab_size
         self.num_depths = len(model.mtp)
         self.draft_vocab_size = model.draft_vocab_size
         self.is_worker = False
@@ -83,6 +90,10 @@ class SingleProcess:
     def loop(self, runner: SegmentRunner, pages: CachePages) -> Loop:
         """The loop over the model, whose sequences get their memory from `pages`."""
         return SegmentLoop(runner, pages)
+
+    def waits(self, runner: SegmentRunner) -> tuple[tuple[Waits, ...], Waits]:
+        """There are no messages; see `ParallelBackend.waits`."""
+        return (NO_WAITS,) * len(self.exit_layers), NO_WAITS
 
     def work(self, loop: Loop, build: BuildRequest) -> None:
         """Refuse: there is no driver to work for."""
@@ -127,9 +138,11 @@ class ParallelBackend:
         self.exit_layers, self.exit_measure = early_exit.positions, early_exit.exit_measure
         self.has_gates = early_exit.use_exit_gate
         self.has_blocks = any(part.tensors == "layer" for part in early_exit.head_parts)
+        self.exit_vocab_size = early_exit.exit_vocab_size or architecture.vocab_size
         self.num_depths = architecture.mtp_num_layers
         self.draft_vocab_size = draft_vocab_size or architecture.vocab_size
         self._first_exit = rank_info.exits(architecture.num_layers, early_exit).start
+        self._exit_stages = rank_info.exit_stages(architecture.num_layers, early_exit)
         self._heartbeat = Heartbeat(rank_info.group)
         self._control: ControlPlane | None = None
         self._closing: PipelineDriver | PipelineWorker | TensorDriver | None = None
@@ -176,6 +189,24 @@ class ParallelBackend:
         else:
             self._closing = PipelineWorker(stage, control)
         return self._closing
+
+    def waits(self, runner: SegmentRunner) -> tuple[tuple[Waits, ...], Waits]:
+        """The time of messages between stages where exits draft, for each of them, and where a
+        multi-token-prediction module does, as weights that could be read in it. All ranks must call
+        this together, before the first request.
+
+        Args:
+            runner: this process's part of the model.
+        """
+        rank_info, shape = self.rank_info, self.architecture
+        can_draft = bool(self.exit_layers) or self.num_depths > 0
+        if rank_info.num_stages == 1 or not can_draft:
+            return (NO_WAITS,) * len(self.exit_layers), NO_WAITS
+        assert self._control is not None
+        num_weights = shape.num_layers * shape.layer_weights
+        message = message_weights(rank_info, self._control, runner, num_weights)
+        exits = (exit_waits(one, rank_info.num_stages, message) for one in self._exit_stages)
+        return tuple(exits), module_waits(rank_info.num_stages, message)
 
     def work(self, loop: Loop, build: BuildRequest) -> None:
         """Compute for the first rank until it closes, then disconnect from the other ranks.
@@ -229,8 +260,9 @@ def parallel_model(
 ) -> tuple[SegmentedModel, ParallelBackend]:
     """This process's part of a whole model with its exits.
 
-    `weights` has its parts of the tensors, see `own_part`; for `compile_rows` and
-    `draft_vocab_size` see `SegmentedModel`, for `has_driver` see `ParallelBackend`.
+    `weights` has its parts of the tensors, matrices [outputs, inputs] and vectors [entries], see
+    `own_part`; for `compile_rows` and `draft_vocab_size` see `SegmentedModel`, for `has_driver` see
+    `ParallelBackend`.
     """
     shape, exits, renamed = stage_as_model(rank_info, architecture, early_exit, weights)
     # The stage of the module may be without exits.

@@ -300,11 +300,13 @@ class PipelineDriver(DecodingLoop):
     def _take_drafts(self, outputs: list[HeadOutput], request: Request) -> None:
         """Take what the multi-token-prediction module says, as far as the mode wants it; then
         verify the drafts."""
-        for output in outputs:
+        for place, output in enumerate(outputs, start=1):
             if not output.is_finite:
                 self._fail(request.key, NOT_FINITE)
                 return
             if request.mode.at_exit(MTP, output, True) is not Next.DRAFTED:
+                # The last stage has not known that.
+                request.mode.waste(len(outputs) - place)
                 break
         else:
             if request.mode.num_ahead:

@@ -94,11 +94,15 @@ class RankInfo:
     def _ends(self, num_layers: int) -> list[int]:
         return [num_layers * stage // self.num_stages for stage in range(self.num_stages + 1)]
 
+    def exit_stages(self, num_layers: int, early_exit: EarlyExitConfig) -> tuple[int, ...]:
+        """The stage of each exit of the whole model."""
+        layers_per_stage = [end - first for first, end in pairwise(self._ends(num_layers))]
+        return tuple(early_exit.placed(pre_exit=False).stages(layers_per_stage))
+
     def exits(self, num_layers: int, early_exit: EarlyExitConfig) -> range:
         """The stage's exits, counted from 0. Each is behind the layer that it follows, also if it
         was trained before the next one."""
-        layers_per_stage = [end - first for first, end in pairwise(self._ends(num_layers))]
-        stages = early_exit.placed(pre_exit=False).stages(layers_per_stage)
+        stages = self.exit_stages(num_layers, early_exit)
         first = sum(stage < self.stage for stage in stages)
         return range(first, first + stages.count(self.stage))
 
@@ -153,7 +157,7 @@ def own_part(
     name: str,
     whole: Tensor,
 ) -> Tensor | None:
-    """What this process needs of a tensor, or None.
+    """What this process needs of a tensor of any shape, or None.
 
     Embedding and final norm are on every stage: exits may be tied to the one, and the other is
     small. The output layer is where the final head is, and where exits share it. A
@@ -185,7 +189,8 @@ def stage_as_model(
     weights: Mapping[str, Tensor],
 ) -> tuple[Architecture, EarlyExitConfig, Weights]:
     """This process's part of the whole backbone and all exits as a model of its own, whose first
-    layer is the stage's first; `weights` is what `own_part` has left."""
+    layer is the stage's first; `weights` is what `own_part` has left, matrices [outputs, inputs]
+    and vectors [entries]."""
     layers = rank_info.layers(architecture.num_layers)
     own_exits = rank_info.exits(architecture.num_layers, early_exit)
     positions = [early_exit.positions[index] - layers.start for index in own_exits]

@@ -78,7 +78,8 @@ class StageLinks:
         self._receives.append((received, hidden))
 
     def take(self) -> Tensor:
-        """The first hidden states that were expected and not taken, waited for."""
+        """The first hidden states that were expected and not taken, waited for: [num_rows, h] as
+        in the call of `expect`."""
         received, hidden = self._receives.popleft()
         received.wait()
         return hidden

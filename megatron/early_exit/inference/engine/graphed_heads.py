@@ -93,8 +93,8 @@ class GraphedHeads:
     def evaluate_exit(
         self, runner: SegmentRunner, index: int, spans: Sequence[Span]
     ) -> tuple[Tensor, Tensor]:
-        """What an exit says of the last position of each span, after its segment ran; see
-        `evaluate`."""
+        """What an exit says of the last position of each span, after its segment ran: with a row
+        for each of n spans the logits [n, v] in fp32, and their figures [3, n], see `evaluate`."""
         head = runner.model.exits[index].head
         if head.block is not None:
             return self.project(head, [runner.last_features(index, spans)])

@@ -19,11 +19,14 @@ from megatron.early_exit.inference.sequence import Sequence
 class Loop(Protocol):
     """What takes requests to their ends, see `DecodingLoop`."""
 
-    def submit(self, request: Request) -> None: ...
+    def submit(self, request: Request) -> None:
+        """Take a request."""
 
-    def cancel(self, key: int) -> None: ...
+    def cancel(self, key: int) -> None:
+        """End the request with this key; nothing happens if it has ended."""
 
-    def step(self) -> list[tuple[Request, GeneratedToken]]: ...
+    def step(self) -> list[tuple[Request, GeneratedToken]]:
+        """Run one batch; returns the tokens that it gave, each with its request."""
 
 
 class DecodingLoop(ABC):

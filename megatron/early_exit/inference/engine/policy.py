@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron.early_exit.checkpoint.architecture import Architecture
-from megatron.early_exit.inference.modes.draft_gain import DraftCosts
+from megatron.early_exit.inference.modes.draft_gain import NO_WAITS, DraftCosts, Waits
 from megatron.early_exit.inference.modes.exit_gain import ExitCosts
 
 ROWS = {"cpu": 16.0, "cuda": 200.0}
@@ -76,11 +76,12 @@ class Costs:
         rows = ROWS.get(device, ROWS["cuda"])
         return cls(segments, head, exit_head, shares_heads, keys_and_values / layer, rows)
 
-    def of_drafts(self, exit_index: int, block: float = 0.0) -> DraftCosts:
+    def of_drafts(self, exit_index: int, block: float = 0.0, waits: Waits = NO_WAITS) -> DraftCosts:
         """What drafting with an exit takes.
 
         Args:
             block: weights of the exit's own layer, where it has one.
+            waits: for messages between stages.
         """
         front, step = sum(self.segments[: exit_index + 1]), self.step * sum(self.segments)
         return DraftCosts(
@@ -89,6 +90,8 @@ class Costs:
             full=sum(self.segments) + self.head,
             rows=self.rows,
             step=step,
+            front=front,
+            waits=waits,
         )
 
     def of_exits(self, block: float = 0.0) -> ExitCosts:
@@ -106,11 +109,14 @@ class Costs:
             self.step * sum(self.segments),
         )
 
-    def of_mtp_drafts(self, shape: Architecture, draft_vocab_size: int) -> DraftCosts:
+    def of_mtp_drafts(
+        self, shape: Architecture, draft_vocab_size: int, waits: Waits = NO_WAITS
+    ) -> DraftCosts:
         """What drafting with the multi-token-prediction module of a model takes.
 
         Args:
             draft_vocab_size: tokens that it drafts.
+            waits: for messages between stages.
         """
         depth = float(shape.layer_weights + 2 * shape.hidden_size**2)
         full = sum(self.segments) + self.head
@@ -120,6 +126,8 @@ class Costs:
             full=full,
             rows=self.rows,
             step=self.step * sum(self.segments),
+            waits=waits,
+            missed=depth,
         )
 
 

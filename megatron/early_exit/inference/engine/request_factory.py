@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
 
+from megatron.early_exit.checkpoint.stored_rule import StoredRule
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.scoring import ScoringRule, TextScores
 from megatron.early_exit.inference.engine.stopping import Stopping, stop_token_ids
+from megatron.early_exit.inference.engine.stored_defaults import with_stored_rule
 from megatron.early_exit.inference.engine.text import TextStream
 from megatron.early_exit.inference.modes.draft_gain import DraftCosts
 from megatron.early_exit.inference.modes.exit_gain import ExitCosts
@@ -41,6 +43,8 @@ class RequestFactory:
         num_depths: of that module.
         exit_measure: what confidence is where a request does not say it.
         has_gates: the exits have gates.
+        stored_rule: how tokens leave where a request does not say it.
+        has_blocks: the exits have layers of their own.
     """
 
     vocab_size: int
@@ -58,6 +62,8 @@ class RequestFactory:
     num_depths: int = 0
     exit_measure: str = DEFAULT_MEASURE
     has_gates: bool = False
+    stored_rule: StoredRule | None = None
+    has_blocks: bool = False
     _keys: Iterator[int] = field(default_factory=lambda: count(1), init=False)
 
     def build(
@@ -74,6 +80,7 @@ class RequestFactory:
             FieldError: the prompt is empty, too long or has unknown tokens, or `params` asks for
                 what the model does not have.
         """
+        params = with_stored_rule(params, self.stored_rule)
         if params.seed is None and params.temperature > 0:
             params = replace(params, seed=self.draw_seed())
         tokens = self.encode(prompt, room=min(params.max_tokens, 1))
@@ -104,9 +111,11 @@ class RequestFactory:
             self.num_depths,
             self.exit_measure,
             self.has_gates,
+            self.has_blocks,
         )
+        assert params.mode is not None
         mode = MODES[params.mode].of(context)
-        sequence.exits = frozenset(mode.rule.exits)
+        sequence.exits = mode.exits
         sequence.num_depths = mode.num_depths
         sequence.asks_gates = mode.rule.asks_gates
         if needs_streams(mode.rule.measure):

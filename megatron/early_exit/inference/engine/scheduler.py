@@ -188,7 +188,7 @@ class Scheduler:
             return None
         blocks = self.blocks & sequence.exits
         computing = (
-            one for one in self.running.values() if not one.is_stored and blocks <= one.exits
+            one for one in self.running.values() if not one.is_stored and blocks <= one.asked
         )
         worth = (
             one.key for one in computing if self._pages.is_worth_waiting(sequence, one, blocks)

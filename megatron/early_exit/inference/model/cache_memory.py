@@ -32,7 +32,8 @@ class CacheMemory(Protocol):
         """Give back the memory of a slot: what was in it is of no further use, but finite."""
 
     def clear(self, slot: int, length: int | None) -> None:
-        """Make the places of a slot up to `length` zero; None is all of them."""
+        """Make the first places of a slot zero, as many positions as `length` says; None is all of
+        them."""
 
 
 class WholeZeros:
@@ -48,7 +49,7 @@ class WholeZeros:
         """Does nothing: the next sequence writes over what is there."""
 
     def clear(self, slot: int, length: int | None) -> None:
-        """Overwrite the places of a slot with zeros."""
+        """Overwrite the places of the first `length` positions of a slot with zeros."""
         self.data[:, slot, :length].zero_()
 
 

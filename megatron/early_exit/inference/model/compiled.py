@@ -6,7 +6,7 @@ layout, with all that lies between the products inside them; with several the pr
 with packed weights, and what lies between two of them is a loop. A few layers are compiled as one
 function of their weights, which serves all.
 
-Shapes: r rows, each a position of some sequence; h hidden size.
+Shapes: r rows, each a position of some sequence; h hidden size; ng key-value heads, hn head size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -107,7 +107,7 @@ class LayerCompiler:
 
     def rows_pass(self, cache: Tensor, places: Places) -> RowsPass:
         """What an attention of the model needs that runs over the same rows, but is not compiled;
-        for `cache` and `places` see `RowsPass`."""
+        its `cache` is [slots, places, 2 ng, hn], for `places` see `RowsPass`."""
         return RowsPass(cache, self._architecture, places, self._turns)
 
     def run(
@@ -178,8 +178,9 @@ class CompiledLayers:
     Args:
         compiler: of the model's layers.
         layers: the tensors of each, named like those of layer N behind `decoder.layers.N.`; those
-            of the attention as `arrange` gives them.
-        packed: the same, packed for several rows.
+            of the attention as `arrange` gives them. Matrices are [outputs, inputs], or where they
+            are in 8 bits [outputs, 1], see `pack_quantized`; biases and gains are [entries].
+        packed: the same, packed for several rows; the shapes stay.
     """
 
     def __init__(

@@ -48,7 +48,7 @@ class ExactMatrix(Protocol):
 
 
 class FbgemmMatrix:
-    """See `ExactMatrix`."""
+    """A matrix of whole numbers [n, k] and scales [n], see `ExactMatrix`."""
 
     def __init__(self, values: Tensor, scale: Tensor) -> None:
         zeros = torch.zeros(len(scale), dtype=torch.int64)
@@ -64,18 +64,18 @@ class FbgemmMatrix:
         self._product: Callable[..., Tensor] = getattr(torch.ops.quantized, _PRODUCT).default._op
 
     def multiply(self, rows: Tensor) -> Tensor:
-        """See `ExactMatrix`."""
+        """Rows [r, k] -> their products with the matrix [r, n], see `ExactMatrix`."""
         return self._product(rows, 1.0, _ZERO, self._packed)
 
     def dense(self) -> Tensor:
-        """See `ExactMatrix`."""
+        """The matrix [n, k] in fp32, see `ExactMatrix`."""
         whole, _ = torch.ops.quantized.linear_unpack(self._packed)
         dense: Tensor = whole.dequantize()
         return dense
 
 
 class OneDnnMatrix:
-    """See `ExactMatrix`."""
+    """A matrix of whole numbers [n, k] and scales [n], see `ExactMatrix`."""
 
     def __init__(self, values: Tensor, scale: Tensor) -> None:
         self._packed: Tensor = torch.ops.onednn.qlinear_prepack(values.contiguous(), None)
@@ -83,14 +83,14 @@ class OneDnnMatrix:
         self._product: Callable[..., Tensor] = torch.ops.onednn.qlinear_pointwise.default
 
     def multiply(self, rows: Tensor) -> Tensor:
-        """See `ExactMatrix`."""
+        """Rows [r, k] -> their products with the matrix [r, n], see `ExactMatrix`."""
         whole = (rows.round() + _ZERO).clamp(0, 2 * _ZERO - 1).to(torch.uint8)
         matrix: tuple[Any, ...] = (self._packed, self._scale, self._zeros)
         plain_fp32: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
         return self._product(whole, 1.0, _ZERO, *matrix, *plain_fp32)
 
     def dense(self) -> Tensor:
-        """See `ExactMatrix`."""
+        """The matrix [n, k] in fp32, see `ExactMatrix`."""
         return self._packed.to_dense().t().float() * self._scale[:, None]
 
 

@@ -13,6 +13,8 @@ class Gates:
     """The gates of all exits of a model: linear classifiers of the residual stream at unit RMS, as
     in `megatron.early_exit.model.exit_gate`.
 
+    Shapes: e exits, h hidden size, n rows.
+
     Args:
         weights: [e, h], one row for each exit.
         biases: [e].
@@ -27,7 +29,14 @@ class Gates:
     def of(
         cls, early_exit: EarlyExitConfig, weights: Mapping[str, Tensor], epsilon: float
     ) -> "Gates | None":
-        """Those of a model with some weights; None where its exits have none."""
+        """Those of a model with some weights; None where its exits have none.
+
+        Args:
+            early_exit: the exits.
+            weights: tensors by name; the gate of an exit has `exits.{position}.gate.weight` [1, h]
+                and `exits.{position}.gate.bias` [1].
+            epsilon: added to the mean square of the residual stream.
+        """
         if not (early_exit.use_exit_gate and early_exit.positions):
             return None
         prefixes = [f"exits.{position}.gate." for position in early_exit.positions]

@@ -57,7 +57,8 @@ class GraphedLayers:
 
     Args:
         compiler: of the model's layers.
-        layers: those that are whole, see `CompiledLayers`.
+        layers: the tensors of those that are whole, see `CompiledLayers`: matrices
+            [outputs, inputs] or in 8 bits [outputs, 1], and vectors [entries].
         recorder: captures them.
         embedding: of the tokens that are their input; None where that is a residual stream.
         mlp: of the layer before them, if its attention is not in the segment.
@@ -107,7 +108,8 @@ class GraphedLayers:
         return self._run(graph, range(this.count), this)
 
     def run_tokens(self, tokens: Sequence[int], this: Pass) -> Tensor:
-        """The tokens of a pass -> the residual stream behind the layers, the rows that ask."""
+        """The n tokens of a pass -> the residual stream behind the layers, [n, h], or only those
+        of the rows that ask, [rows that ask, h]."""
         assert self.takes_tokens
         return self._run(self._graph(this), tokens, this)
 

@@ -5,7 +5,7 @@ of it are the keys and values that they make of that state (state propagation, a
 All attentions of a segment make theirs of the same state, so it is normalised once, and one product
 serves all of them.
 
-Shapes: r positions, h hidden size, a attentions, ng key-value heads, hn head size.
+Shapes: r positions, h hidden size, a attentions, np query heads, ng key-value heads, hn head size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,9 @@ class HeldStates:
     Args:
         architecture: shape of the model, or of this rank's part.
         attentions: the tensors of each, as `arrange` gives them, packed or not, named as behind
-            `self_attention.`.
+            `self_attention.`: `linear_qkv.weight` is [(np + 2 ng) hn, h], or where it is in 8 bits
+            [(np + 2 ng) hn, 1], see `pack_quantized`; its bias is [(np + 2 ng) hn], the norm in
+            front of it has gains [h], and the one of the keys has gains [hn].
         rotary: the rotary table, if the model has rotary embeddings.
     """
 

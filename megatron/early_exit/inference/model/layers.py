@@ -3,7 +3,9 @@
 No module system and no dispatch beyond torch's own: at batch 1 every operation costs about a
 microsecond before it does anything, and a token passes through hundreds of them.
 
-Shapes: r rows in a pass, h hidden size, np query heads, ng key-value heads, hn head size.
+Shapes: r rows in a pass, h hidden size, f inner size of the MLP, np query heads, ng key-value
+heads, hn head size. In a layer that ranks divide, f, np and ng are those of this rank. A matrix
+[n, k] in 8 bits is given as [n, 1], see `pack_quantized`.
 """
 
 from collections.abc import Mapping
@@ -70,7 +72,8 @@ class Mlp:
 
     Args:
         architecture: shape of the model.
-        weights: tensors by name.
+        weights: tensors by name; `linear_fc1.weight` is [f, h], of a gated MLP [2 f, h], and
+            `linear_fc2.weight` is [h, f].
         prefix: what their names start with, such as `decoder.layers.0.mlp.`.
         reduce: see `TensorParallel`; None where the layer is whole.
     """
@@ -105,7 +108,8 @@ class Attention:
 
     Args:
         architecture: shape of the model.
-        weights: tensors by name, see `arrange`.
+        weights: tensors by name, as `arrange` gives them; `linear_qkv.weight` is
+            [(np + 2 ng) hn, h], and `linear_proj.weight` is [h, np hn].
         prefix: what their names start with, such as `decoder.layers.0.self_attention.`.
         number: by which the cache knows it.
         reduce: see `TensorParallel`; None where the layer is whole.

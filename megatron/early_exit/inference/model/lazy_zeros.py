@@ -37,7 +37,8 @@ class LazyZeros:
             self._release(row[slot, _KEPT_PLACES:])
 
     def clear(self, slot: int, length: int | None) -> None:
-        """Overwrite the places of a slot with zeros, see `CacheMemory`."""
+        """Overwrite the places of the first `length` positions of a slot with zeros, see
+        `CacheMemory`."""
         self.data[:, slot, :length].zero_()
 
     def _release(self, part: Tensor) -> None:

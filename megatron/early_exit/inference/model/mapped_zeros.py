@@ -55,7 +55,7 @@ class MappedZeros:
                 self._memory.empty(pieces)
 
     def clear(self, slot: int, length: int | None) -> None:
-        """Give back all pieces, whatever the length: they come back as zeros."""
+        """Give back all pieces, however many positions `length` says: they come back as zeros."""
         self.release(slot)
 
     def _num_filled(self, row: int, slot: int) -> int:

@@ -12,7 +12,8 @@ from megatron.early_exit.inference.model.linear import Function
 
 
 def make_norm(architecture: Architecture, weights: Mapping[str, Tensor], prefix: str) -> Function:
-    """The norm whose tensors are `{prefix}weight` and `{prefix}bias`, over the last dimension."""
+    """The norm whose tensors are `{prefix}weight` and `{prefix}bias`, [n] each, over the last
+    dimension: [..., n] -> [..., n]."""
     gain = weights[f"{prefix}weight"]
     if architecture.layernorm_zero_centered_gamma:
         gain = gain + 1

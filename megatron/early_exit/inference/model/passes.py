@@ -258,7 +258,7 @@ class Pass:
 
 
 def index_of(spans: Sequence[Span], device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """Slot and position of each row of a pass; None where it is a single span."""
+    """Slot and position of each row of a pass, [rows] each; None where it is a single span."""
     if len(spans) == 1:
         return None
     slots = [slot for slot, start, end in spans for _ in range(start, end)]

@@ -66,12 +66,22 @@ def unpack_quantized(packed: Any) -> Tensor:
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Whether a weight is what `pack_quantized` gives."""
+    """Whether a weight of any shape is in 8 bits: whole numbers [n, k], or what `pack_quantized`
+    gives for them [n, 1]."""
     return weight.dtype == torch.int8
 
 
 def packed_tensors(tensors: Mapping[str, Tensor], fastest: FastestLibrary) -> dict[str, Tensor]:
-    """The tensors of a layer with its matrices packed for a few rows, each in its format."""
+    """The tensors of a layer with its matrices packed for a few rows, each in its format.
+
+    Args:
+        tensors: by name, matrices [n, k], vectors, and the scales [n] of matrices in 8 bits.
+        fastest: finds the library of products in 8 bits.
+
+    Returns:
+        The same by name: matrices [n, k] packed by `pack`, those in 8 bits as the [n, 1] of
+        `pack_quantized`, without the scales that are part of these, and vectors as they were.
+    """
     return {
         name: pack(tensor)
         if tensor.dim() == 2 and not is_quantized(tensor)

@@ -22,8 +22,8 @@ class Recorder(Protocol):
     """Captures work such that it can be done again."""
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Run some work; returns what does it again, and where its result will be. Other work that
-        is done again may write over that."""
+        """Run some work; returns what does it again, and where its result will be, which may have
+        any shape. Other work that is done again may write over that."""
         ...
 
 
@@ -43,7 +43,8 @@ class CudaGraphRecorder:
             self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Capture some work as a graph, after it has run a few times, see `Recorder`."""
+        """Capture some work as a graph, after it has run a few times; its result may have any
+        shape, see `Recorder`."""
         with torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):

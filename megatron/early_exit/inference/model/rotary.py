@@ -27,6 +27,9 @@ class RotaryTable:
         order: [hn], which entry of a stored head comes where.
         turns: [positions, 1, hn / 2], complex numbers of length 1.
         real_turns: [positions, 1, hn / 2, 2], the same numbers' real and imaginary parts.
+
+    Raises:
+        ValueError: an odd number of entries would turn.
     """
 
     def __init__(self, architecture: Architecture, device: torch.device):

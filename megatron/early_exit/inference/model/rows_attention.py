@@ -38,16 +38,18 @@ class RowPlaces(NamedTuple):
     firsts: Tensor
 
     def open_sizes(self, num_rows: int) -> list[Tensor]:
-        """All of them with several rows, none with one; see `Places`."""
+        """All of them, [r] and [r + 1], with several rows, none with one; see `Places`."""
         return [] if num_rows == 1 else list(self)
 
     def attend(self, cache: Tensor, queries: Tensor, new: Tensor, scale: float) -> Tensor:
-        """Attend by the operator; see `Places`."""
+        """Attend by the operator: a cache [slots, m, 2 ng, hn], queries [r, np, hn] and new keys
+        and values [r, 2 ng, hn] -> [r, np, hn]; see `Places`."""
         return attend_rows(cache, queries, new, *self, scale)
 
 
 def row_places(slots: Tensor, positions: Tensor, num_places: int) -> RowPlaces:
-    """Where rows are in caches with `num_places` places in a slot, m."""
+    """Where rows are in caches with `num_places` places in a slot, m: their slots [r], and their
+    positions in these [r]."""
     starts = functional.pad((slots * num_places).to(torch.int32), (0, 1))
     lengths = (positions + 1).to(torch.int32)
     firsts = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)
@@ -106,7 +108,17 @@ def _kernel_for(cache: Tensor) -> _Kernel:
 
 def flash(cache: Tensor, queries: Tensor, places: RowPlaces, scale: float) -> Tensor:
     """FlashAttention 2 (arXiv 2307.08691), for 16-bit numbers. With fewer key-value heads than
-    query heads it divides the keys of a row over the processors."""
+    query heads it divides the keys of a row over the processors.
+
+    Args:
+        cache: [slots, m, 2 ng, hn]
+        queries: [r, np, hn]
+        places: of the rows.
+        scale: of the scores.
+
+    Returns:
+        [r, np, hn]
+    """
     keys, values = _keys_and_values(cache)
     attended, *_ = torch.ops.aten._flash_attention_forward(
         queries,
@@ -127,7 +139,8 @@ def flash(cache: Tensor, queries: Tensor, places: RowPlaces, scale: float) -> Te
 
 def efficient(cache: Tensor, queries: Tensor, places: RowPlaces, scale: float) -> Tensor:
     """The kernel of xFormers, for all formats. It knows no groups of query heads: those of a group
-    stand in for positions, of which each sees the same keys."""
+    stand in for positions, of which each sees the same keys. Shapes are those of `flash`: a cache
+    [slots, m, 2 ng, hn] and queries [r, np, hn] -> [r, np, hn]."""
     keys, values = _keys_and_values(cache)
     groups = keys.shape[1]
     rows, heads, size = queries.shape
@@ -152,7 +165,8 @@ def efficient(cache: Tensor, queries: Tensor, places: RowPlaces, scale: float) -
 
 
 def plain(cache: Tensor, queries: Tensor, places: RowPlaces, scale: float) -> Tensor:
-    """The same, written for clarity, over all places of the rows' slots."""
+    """The same, written for clarity, over all places of the rows' slots: a cache
+    [slots, m, 2 ng, hn] and queries [r, np, hn] -> [r, np, hn]."""
     keys, values = cache[places.slots].transpose(1, 2).chunk(2, dim=1)
     seen = torch.arange(cache.shape[1], device=cache.device) < places.lengths[:, None]
     grouped = queries.unflatten(1, (keys.shape[1], -1))

@@ -24,7 +24,7 @@ class Places(Protocol):
 
     def open_sizes(self, num_rows: int) -> list[Tensor]:
         """Those of its tensors whose first size differs between calls with one row, or with
-        several."""
+        several, such as the positions [r]."""
 
     def attend(self, cache: Tensor, queries: Tensor, new: Tensor, scale: float) -> Tensor:
         """Put keys and values into a cache, and attend to it: all rows see what the others have
@@ -62,7 +62,7 @@ class RowsPass:
         self._num_groups = architecture.num_query_groups
 
     def attend(self, attention: int, qkv: Tensor, scale: float | None) -> Tensor:
-        """See `Pass`."""
+        """[r, (np + 2 ng) hn] -> [r, np hn], see `Pass`."""
         size, groups = self._cache.shape[-1], self._num_groups
         heads = qkv.view(qkv.shape[0], -1, size)
         turned, values = heads.split((self._num_heads + groups, groups), dim=1)

@@ -350,7 +350,7 @@ class SegmentRunner:
         return [lengths[slot] for lengths in self._block_lengths]
 
     def set_block_length(self, index: int, slot: int, length: int) -> None:
-        """What `block_lengths` says from now on."""
+        """What `block_lengths` says from now on: how many positions the block has seen."""
         self._block_lengths[index][slot] = length
 
     def release(self, slot: int) -> None:
@@ -370,6 +370,9 @@ class SegmentRunner:
         on; a new sequence starts at 0.
 
         Args:
+            slot: of the sequence.
+            length: number of positions that stay.
+            first_exit: index of an exit.
             ahead: the same position of the depths of a multi-token-prediction module, which may
                 have seen the tokens of positions that have not been through the model; None is
                 `length`.

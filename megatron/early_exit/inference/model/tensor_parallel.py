@@ -63,7 +63,12 @@ class TensorParallel:
 
         Args:
             name: of the tensor, see `megatron.early_exit.checkpoint.weights`.
+            whole: a matrix [outputs, inputs], or a vector [outputs] of scales or biases.
             gated: MLPs are gated.
+
+        Returns:
+            Of what is divided by rows [outputs / size, inputs] or [outputs / size], of what is
+            divided by columns [outputs, inputs / size].
         """
         if name.endswith(_DIVIDED_BY_ROWS):
             return self._part(whole, dim=0)
@@ -87,7 +92,7 @@ class TensorParallel:
         return torch.cat((rows, rows.new_zeros(count - len(rows), *rows.shape[1:])))
 
     def reduce(self, part: Tensor) -> Tensor:
-        """The sum of what the ranks have; `part` is written over."""
+        """The sum of what the ranks have, of any shape; `part` is written over."""
         distributed.all_reduce(part, group=self.group)
         return part
 
@@ -103,7 +108,8 @@ class TensorParallel:
         return torch.cat(parts, dim=1)[:, :vocab_size]
 
     def traceable_gather(self, part: Tensor, vocab_size: int) -> Tensor:
-        """The same as `gather` in operators like those of `traceable_reduce`."""
+        """The same as `gather` in operators like those of `traceable_reduce`: logits [n, v] from
+        those of each rank's rows."""
         operators = torch.ops._c10d_functional
         gathered = operators.wait_tensor(
             operators.all_gather_into_tensor(part.contiguous(), self.size, self.group.group_name)

@@ -2,7 +2,7 @@
 
 On a CPU it makes one loop of them, over as many positions as the longest row has.
 
-Shapes: r rows; ng key-value heads, hn head size; t positions that are looked at.
+Shapes: r rows; np query heads, ng key-value heads, hn head size; t positions that are looked at.
 """
 
 from typing import NamedTuple
@@ -25,13 +25,16 @@ class TracedPlaces(NamedTuple):
     seen: Tensor
 
     def open_sizes(self, num_rows: int) -> list[Tensor]:
-        """The positions that are looked at, and with several rows their places; see `Places`."""
+        """The positions that are looked at [t], and with several rows their positions and slots
+        [r]; see `Places`."""
         if num_rows == 1:
             return [self.seen]
         return [self.seen, self.positions, *([] if self.slots is None else [self.slots])]
 
     def attend(self, cache: Tensor, queries: Tensor, new: Tensor, scale: float) -> Tensor:
-        """Attend to the positions that are looked at, masked for each row; see `Places`."""
+        """Attend to the positions that are looked at, masked for each row: a cache
+        [slots, places, 2 ng, hn], queries [r, np, hn] and new keys and values [r, 2 ng, hn] ->
+        [r, np, hn]; see `Places`."""
         groups = new.shape[1] // 2
         window = self._keep(cache, new)
         all_keys, all_values = window.transpose(1, 2).float().split(groups, dim=1)

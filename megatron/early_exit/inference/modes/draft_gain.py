@@ -1,21 +1,42 @@
 """Whether drafting pays: what a sequence's own drafts have gained, against what they have cost.
 
 An exit that drafts at every chance makes decoding slower where its drafts are refused. So the time
-of drafting is counted in steps of the full model, each of which gives one token, and drafting
-pauses when it has lost a few of them. Everything here depends on the sequence's own tokens and on
-constants, but for the number of sequences in its batches, which may count only where no text
-depends on it.
+of drafting is counted in steps of the full model, each of which gives one token. Everything here
+depends on the sequence's own tokens and on constants, but for the number of sequences in its
+batches, which may count only where no text depends on it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from megatron.early_exit.inference.modes.pauses import Pauses
-
+HOPE = 0.75
+"""The share of drafts that one is expected to get right before it has drafted."""
 _MEMORY = 20.0
 """Steps of the full model over which speed and acceptance are averaged, about."""
+_LONG_MEMORY = 80.0
+"""Those for comparisons with other drafters, where chance must not decide."""
 _PRIOR = 6.0
 """Steps or drafts for which the assumptions of the beginning count."""
+
+
+class Waits(NamedTuple):
+    """The time of messages between the stages of a pipeline, as weights that could be read in it.
+
+    Attributes:
+        ask: of asking the drafter once.
+        order: besides, where it is asked at all before a verification.
+        verify: of a verification.
+        full: of a step of the full model.
+    """
+
+    ask: float = 0.0
+    order: float = 0.0
+    verify: float = 0.0
+    full: float = 0.0
+
+
+NO_WAITS = Waits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +49,10 @@ class DraftCosts:
         full: those of a step of the full model.
         rows: as many rows take as long to compute as the weights do to read.
         step: what each step takes besides.
+        front: those of `ask` through which each position goes that is verified, asked or not.
+        waits: for messages between stages.
+        missed: for each token about which the drafter has not been asked, weights through which the
+            token's row goes before the drafter is asked again. The rows are computed together.
     """
 
     ask: float
@@ -35,6 +60,9 @@ class DraftCosts:
     full: float
     rows: float
     step: float = 0.0
+    front: float = 0.0
+    waits: Waits = NO_WAITS
+    missed: float = 0.0
 
     def of_question(self, company: int = 1) -> float:
         """The time of asking the exit once, in steps of the full model.
@@ -42,31 +70,58 @@ class DraftCosts:
         Args:
             company: sequences that run together.
         """
-        return self._steps(self.ask, 1, company)
+        return self._steps(self.ask, 1, company, self.waits.ask)
 
     def of_verification(self, num_drafts: int, company: int = 1) -> float:
         """The time of verifying drafts, in steps of the full model."""
-        return self._steps(self.verify, num_drafts + 1, company)
+        return self._steps(self.verify, num_drafts + 1, company, self.waits.verify)
 
-    def _steps(self, weights: float, rows: int, company: int) -> float:
-        """The time of reading weights, for one of `company` sequences that each have some rows, in
-        steps of the full model."""
-        step, reading = self.step / company, 1 / company
-        whole = step + self.full * (reading + 1 / self.rows)
-        return (step + weights * (reading + rows / self.rows)) / whole
+    def of_round(self, num_asked: int, num_drafts: int, company: int = 1) -> float:
+        """The time of a verification of drafts and of all that was asked for it, in steps of the
+        full model."""
+        time = num_asked * self.of_question(company) + self.of_verification(num_drafts, company)
+        # Behind the last draft that there may be, the exit is not asked.
+        unasked = max(num_drafts + 1 - num_asked, 0) * self.front * (1 / company + 1 / self.rows)
+        order = self.waits.order / company if num_asked else 0.0
+        return time + (unasked + order) / self._full_step(company)
+
+    def of_missed(self, num_tokens: int, company: int = 1) -> float:
+        """The time of what is made up for once the drafter is asked again, in steps of the full
+        model.
+
+        Args:
+            num_tokens: about which it has not been asked.
+            company: sequences that run together.
+        """
+        return num_tokens * self.missed / self.rows / self._full_step(company)
+
+    def _steps(self, weights: float, rows: int, company: int, wait: float) -> float:
+        """The time of reading weights, for one of `company` sequences that each have some rows, and
+        of messages that they share, in steps of the full model."""
+        time = (self.step + wait) / company + weights * (1 / company + rows / self.rows)
+        return time / self._full_step(company)
+
+    def _full_step(self, company: int) -> float:
+        """The time of a step of the full model, for one of `company` sequences."""
+        return (self.step + self.waits.full) / company + self.full * (1 / company + 1 / self.rows)
 
 
 class DraftGain:
-    """Keeps the account of one sequence's drafts.
+    """Keeps the account of one sequence's drafts by one drafter.
 
     Args:
-        costs: of its exit.
+        costs: of the drafter.
+
+    Attributes:
+        total: tokens that it has given, less the steps of the full model that they have taken.
     """
 
     def __init__(self, costs: DraftCosts) -> None:
         self._costs = costs
-        self._pauses = Pauses()
+        self.total = 0.0
         self._tokens = self._steps = self._accepted = self._expected = _PRIOR
+        self._long_tokens = self._long_steps = _PRIOR
+        self._asked, self._right = _PRIOR, HOPE * _PRIOR
 
     @property
     def speed(self) -> float:
@@ -74,10 +129,21 @@ class DraftGain:
         return self._tokens / self._steps
 
     @property
+    def usual_speed(self) -> float:
+        """Tokens for the time of one step of the full model, over a longer time."""
+        return self._long_tokens / self._long_steps
+
+    @property
     def trust(self) -> float:
-        """How often drafts were right, over how often they should have been by the exit's
-        confidences. A draft behind one that was wrong does not count."""
+        """The ratio of how often drafts were right to how often they should have been by the
+        drafter's confidences. A draft behind one that was wrong does not count."""
         return self._accepted / self._expected
+
+    @property
+    def rate(self) -> float:
+        """The share of questions that gave a draft that was right, over that time; what came behind
+        the first that did not, does not count."""
+        return self._right / self._asked
 
     def least_likelihood(self, company: int = 1) -> float:
         """How likely a draft and all in front of it have to be right: then the draft promises as
@@ -92,28 +158,29 @@ class DraftGain:
 
     def add(
         self, num_asked: int, confidences: Sequence[float], num_accepted: int, company: int = 1
-    ) -> int:
+    ) -> float:
         """Add a verification, with all that was asked for it.
 
         Args:
-            num_asked: how often the exit was asked.
+            num_asked: how often the drafter was asked, also in vain.
             confidences: of the drafts that it made.
             num_accepted: those that the final head accepted, which itself gave one more token.
             company: sequences that ran together.
 
         Returns:
-            Tokens to go on without drafts; 0 where they pay, as far as is known.
+            What it has gained, in steps of the full model; less than 0 is a loss.
         """
         tokens = num_accepted + 1
-        steps = num_asked * self._costs.of_question(company)
-        steps += self._costs.of_verification(len(confidences), company)
+        steps = self._costs.of_round(num_asked, len(confidences), company)
         keep = max(1 - steps / _MEMORY, 0.0)
         self._tokens = keep * self._tokens + tokens
         self._steps = keep * self._steps + steps
         self._accepted = keep * self._accepted + num_accepted
         self._expected = keep * self._expected + sum(confidences[:tokens])
-        pause = self._pauses.add(tokens - steps)
-        if pause:
-            # Behind the pause the text may be another kind of text.
-            self._tokens = self._steps = self._accepted = self._expected = _PRIOR
-        return pause
+        keep = max(1 - steps / _LONG_MEMORY, 0.0)
+        self._long_tokens = keep * self._long_tokens + tokens
+        self._long_steps = keep * self._long_steps + steps
+        self._asked = keep * self._asked + min(num_asked, tokens)
+        self._right = keep * self._right + num_accepted
+        self.total += tokens - steps
+        return tokens - steps

@@ -161,6 +161,7 @@ class ModeContext:
         num_depths: of that module: the most tokens that it drafts.
         stored_measure: what confidence is where the request does not say it.
         has_gates: the exits have gates.
+        has_blocks: the exits have layers of their own.
     """
 
     sampler: TokenSampler
@@ -173,6 +174,7 @@ class ModeContext:
     num_depths: int = 0
     stored_measure: str = DEFAULT_MEASURE
     has_gates: bool = False
+    has_blocks: bool = False
 
     @property
     def params(self) -> SamplingParams:
@@ -265,6 +267,11 @@ class DecodingMode(ABC):
         """
 
     @property
+    def exits(self) -> frozenset[int]:
+        """All exits that it may ever ask about a token that it generates."""
+        return frozenset(self.rule.exits)
+
+    @property
     def scoring_rule(self) -> ExitRule:
         """The rule by which texts are scored: by default the final head scores them."""
         return NO_EXITS
@@ -316,6 +323,10 @@ class DecodingMode(ABC):
             output: what it says.
             is_taken: the rule lets the position leave there.
         """
+
+    def waste(self, num_outputs: int) -> None:
+        """The multi-token-prediction module has been asked so often, besides, in vain."""
+        return
 
     @abstractmethod
     def at_end(self, outputs: abc.Sequence[HeadOutput]) -> tuple[SampledToken, ...]:

@@ -8,7 +8,7 @@ long run is a small share of the time, however bad it is.
 MOST_LOST = 1.5
 """Steps of the full model that may be lost before a pause."""
 CREDIT = 1.0
-"""What may be lost besides at first: a text often begins with what is hard to foresee."""
+"""Steps that may be lost besides at first: a text often begins with what is hard to foresee."""
 _MOST_GAINED = 4.0
 """What has been gained counts up to here: the text may have changed since."""
 SHORTEST_PAUSE, LONGEST_PAUSE = 150, 2400
@@ -16,11 +16,15 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 150, 2400
 
 
 class Pauses:
-    """Keeps the account of one sequence."""
+    """Keeps the account of one sequence.
 
-    def __init__(self) -> None:
+    Args:
+        credit: steps of the full model that may be lost besides at first; None is CREDIT.
+    """
+
+    def __init__(self, credit: float | None = None) -> None:
         self._next = SHORTEST_PAUSE
-        self._balance = CREDIT
+        self._balance = CREDIT if credit is None else credit
 
     def add(self, gain: float) -> int:
         """Add what some tokens have gained, in steps of the full model.

@@ -11,7 +11,7 @@ from megatron.early_exit.inference.transfer import upload
 def column(
     values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """[n, 1], a number for each row."""
+    """[n, 1], a number of any unit for each row."""
     return upload([[value] for value in values], device, dtype)
 
 

@@ -21,7 +21,7 @@ class ExitRule:
         thresholds: for each of them the least confidence to leave with; without any, none is
             enough.
         measure: the name of what confidence is, see `MEASURES`.
-        decay: how fast thresholds decay with the place of the token, tau of CALM (arXiv
+        decay: how fast thresholds decay with the place of the token, the factor tau of CALM (arXiv
             2207.07061); 0 is off.
         length: the most tokens, N.
         place: of the token among them, from 0.

@@ -73,7 +73,7 @@ class Sampler:
         return max(params.top_p * params.top_p_decay**num_generated, params.top_p_bound)
 
     def number(self, index: int) -> float:
-        """A random number of the request, 0 <= u <= 1 - 2**-52.
+        """A random number of the request from 0 to 1: 0 <= u <= 1 - 2**-52.
 
         Args:
             index: of the number in the request, at least `num_taken`: one that has not been taken.

@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.modes.draft_choice import DraftChoice, Drafter
-from megatron.early_exit.inference.modes.draft_gain import DraftCosts
+from megatron.early_exit.inference.modes.draft_gain import NO_WAITS, DraftCosts
 from megatron.early_exit.inference.modes.draw import Draft, Draw
 from megatron.early_exit.inference.modes.head_output import HeadOutput
 from megatron.early_exit.inference.modes.mode import (
@@ -26,6 +26,7 @@ from megatron.early_exit.inference.modes.mode import (
     SampledToken,
 )
 from megatron.early_exit.inference.modes.rule import DraftRule, ExitRule
+from megatron.early_exit.inference.params import DraftMethod
 from megatron.early_exit.inference.results import DraftCounts
 
 _ROWS_OF_SAMPLED = 16.0
@@ -35,8 +36,8 @@ about so on a CPU, where a further row costs most."""
 
 @dataclass(slots=True, kw_only=True)
 class SelfSpeculativeMode(DecodingMode):
-    """Drafts at the rule's only exit, or with the multi-token-prediction module, and verifies when
-    there are enough drafts or the drafter grows unsure.
+    """Drafts at an exit, or with the multi-token-prediction module, and verifies when there are
+    enough drafts or the drafter grows unsure. Its rule has the exit that drafts.
 
     Attributes:
         drafting: when the drafter goes on.
@@ -70,34 +71,39 @@ class SelfSpeculativeMode(DecodingMode):
     @classmethod
     def of(cls, context: ModeContext) -> Self:
         params = context.params
-        exit_index = _exit_of(context)
-        drafters: dict[int, Drafter] = {}
-        if exit_index is not None:
-            costs = context.draft_costs[exit_index]
-            drafters[exit_index] = Drafter(_fixed(costs, context), params.num_draft_tokens)
+        drafters = {
+            exit_index: Drafter(
+                _fixed(context.draft_costs[exit_index], context), params.num_draft_tokens
+            )
+            for exit_index in _exits_of(context)
+        }
         depths = 0
-        if _uses_mtp(context) and context.mtp_costs is not None:
+        if _method(context) != "exit" and context.mtp_costs is not None:
             depths = min(context.num_depths, params.num_draft_tokens)
             drafters[MTP] = Drafter(_fixed(context.mtp_costs, context), depths)
-        choice, least = DraftChoice(drafters), params.draft_confidence
+        least = params.draft_confidence
+        adapts = least is None
+        choice = DraftChoice(drafters, may_pause=adapts)
         if least is None:
             least = choice.gain.least_likelihood()
-        # Whether to go on drafting is not for the rule: it takes whatever the exit says.
-        rule = ExitRule() if exit_index is None else ExitRule((exit_index,), (0.0,))
         return cls(
             context.sampler,
-            rule,
+            ExitRule(),
             params.exit_details,
             drafting=DraftRule(params.num_draft_tokens, least),
             room=context.room,
             choice=choice,
-            adapts=params.draft_confidence is None,
+            adapts=adapts,
             depths=depths,
         )
 
     def __post_init__(self) -> None:
         self._aim = self.drafting.max_drafts
-        self.sampler.sequence.is_asking = self._drafter != MTP
+        self._ask()
+
+    @property
+    def exits(self) -> frozenset[int]:
+        return frozenset(head for head in self.choice.heads if head != MTP)
 
     @property
     def _drafter(self) -> int:
@@ -111,12 +117,15 @@ class SelfSpeculativeMode(DecodingMode):
 
     @property
     def num_ahead(self) -> int:
-        return self._room_for_drafts if self._drafter == MTP and self._is_drafting else 0
+        if self._drafter != MTP or not self._is_asking:
+            return 0
+        # For the record alone, about one token at most.
+        return min(self._room_for_drafts, 1) if self._pause else self._room_for_drafts
 
     @property
-    def _is_drafting(self) -> bool:
-        """Whether drafts do not pause; whoever wants to know what the drafter says gets to know
-        it."""
+    def _is_asking(self) -> bool:
+        """Whether the drafter is asked: it is while drafts do not pause, and else for the record.
+        What is recorded changes no draft, since drafts may change a sampled text."""
         return self._pause == 0 or self.details
 
     def start(self, num_pending: int) -> None:
@@ -129,8 +138,10 @@ class SelfSpeculativeMode(DecodingMode):
 
     def at_exit(self, exit_index: int, output: HeadOutput, is_taken: bool) -> Outcome:
         self._record(output, exit_index)
+        if not self._has_room:
+            return Next.DEEPER
         self._num_asked += 1
-        if not (self._has_room and self._drafts_at(output)):
+        if not self._drafts_at(output):
             return Next.DEEPER
         drafts = self.sampler.sequence.drafts
         wanted = self.sampler.draw(drafts, keeps=True)
@@ -144,6 +155,9 @@ class SelfSpeculativeMode(DecodingMode):
         probabilities = None if output.drawn is None else output.drawn.probabilities
         self._drafts.append(Draft(output.token, probabilities))
         return Next.DRAFTED
+
+    def waste(self, num_outputs: int) -> None:
+        self._num_asked += num_outputs
 
     def draws(
         self, head: int, outputs: abc.Sequence[HeadOutput] | None = None
@@ -170,11 +184,11 @@ class SelfSpeculativeMode(DecodingMode):
     @property
     def _has_room(self) -> bool:
         """Whether one more draft may be made."""
-        return self._room_for_drafts > 0
+        return self._pause == 0 and self._room_for_drafts > 0
 
     @property
     def _room_for_drafts(self) -> int:
-        """How many more may be made."""
+        """How many more may be made where drafts do not pause."""
         sequence = self.sampler.sequence
         most = min(self._aim, self.choice.most, self.room - len(sequence.generated) - 1)
         return max(most - len(sequence.drafts), 0)
@@ -220,7 +234,7 @@ class SelfSpeculativeMode(DecodingMode):
         sequence, choice = self.sampler.sequence, self.choice
         # Which drafts there are may change a sampled text: then they must not depend on others.
         company = sequence.company if self.sampler.is_always_greedy else 1
-        if self._is_drafting:
+        if self._pause == 0:
             pause = choice.add(self._num_asked, self._confidences, num_accepted, company)
             if self.adapts:
                 self._pause = pause
@@ -229,7 +243,16 @@ class SelfSpeculativeMode(DecodingMode):
         else:
             self._pause -= 1
             self.counts.undrafted += 1
-        sequence.is_asking = self._is_drafting and choice.current != MTP
+        self._ask()
+
+    def _ask(self) -> None:
+        """Have the exit asked that drafts, if one does."""
+        sequence, drafter = self.sampler.sequence, self._drafter
+        sequence.is_asking = self._is_asking and drafter != MTP
+        if drafter != MTP:
+            # Whether to go on drafting is not for the rule: it takes whatever the exit says.
+            self.rule = ExitRule((drafter,), (0.0,))
+            sequence.asks_only = drafter
 
     def _verify(
         self, drafts: abc.Sequence[Draft], outputs: abc.Sequence[HeadOutput]
@@ -252,44 +275,50 @@ class SelfSpeculativeMode(DecodingMode):
         return tokens
 
 
-def _exit_of(context: ModeContext) -> int | None:
-    """The exit that may draft; None where the module alone does.
+def _exits_of(context: ModeContext) -> tuple[int, ...]:
+    """The exits that may draft; none where the module alone does.
 
     Raises:
         FieldError: the model does not have it, or the request says that the module drafts.
     """
     params, known = context.params, context.exit_layers
-    layer = params.draft_exit_layer
-    if _uses_mtp(context) and layer is None and (params.draft_method == "mtp" or not known):
-        return None
-    if layer is None and not known and params.draft_method == "exit":
-        allowed = "None or mtp or auto" if context.mtp_costs is not None else "another mode"
+    method, layer = _method(context), params.draft_exit_layer
+    if layer is not None:
+        return (context.exit_index("draft_exit_layer", layer),)
+    if method == "mtp":
+        return ()
+    if method == "auto" and (known or _has_mtp(context)):
+        # The layer of an exit would have to see all positions although another one drafts.
+        return tuple(range(len(known)))[: 1 if context.has_blocks else None]
+    if not known and params.draft_method == "exit":
+        allowed = "None or mtp or auto" if _has_mtp(context) else "another mode"
         raise FieldError("draft_method", "needs exits, which there are not", allowed, value="exit")
-    if layer is None:
-        layer = known[0] if known else 0
-    return context.exit_index("draft_exit_layer", layer)
+    return (context.exit_index("draft_exit_layer", known[0] if known else 0),)
 
 
-def _uses_mtp(context: ModeContext) -> bool:
-    """Whether the multi-token-prediction module may draft.
+def _method(context: ModeContext) -> DraftMethod:
+    """What may draft.
 
     Raises:
-        FieldError: the request says so, and there is none.
+        FieldError: the request says that the module does, and there is none.
     """
-    params, has_module = context.params, context.mtp_costs is not None
-    method = params.draft_method
-    if method == "mtp" and not has_module:
+    params, method = context.params, context.params.draft_method
+    if method == "mtp" and not _has_mtp(context):
         problem = "needs a multi-token-prediction module, which there is not"
         allowed = "exit or auto; mtp with a model that has one"
         raise FieldError("draft_method", problem, allowed, value=method)
-    if method is None:
-        method = "auto" if params.draft_exit_layer is None else "exit"
-    return has_module and method != "exit"
+    if method is not None:
+        return method
+    return "auto" if params.draft_exit_layer is None and _has_mtp(context) else "exit"
+
+
+def _has_mtp(context: ModeContext) -> bool:
+    return context.mtp_costs is not None
 
 
 def _fixed(costs: DraftCosts, context: ModeContext) -> DraftCosts:
-    """Costs to decide by: which drafts there are may change a sampled text, which no device
-    shall."""
+    """Costs to decide by: which drafts there are may change a sampled text, which neither a device
+    shall nor how the model is divided."""
     if context.sampler.is_always_greedy:
         return costs
-    return replace(costs, rows=_ROWS_OF_SAMPLED)
+    return replace(costs, rows=_ROWS_OF_SAMPLED, waits=NO_WAITS)

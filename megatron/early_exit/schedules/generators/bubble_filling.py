@@ -14,6 +14,7 @@ Nothing is promised about memory beyond `activation_limit`: the fills of the war
 the activations that the stage holds already, those of the cool-down do not.
 """
 
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -24,6 +25,24 @@ from megatron.early_exit.schedules.generators.base import StageByStage
 from megatron.early_exit.schedules.generators.one_f_one_b import one_f_one_b
 
 BACKWARD_FORWARD_RATIO = Range(least=0.01, most=100)
+
+AUTO_RATIO = "auto"
+"""The ratio that training measures, and planning derives from what the stages cost."""
+
+
+def parse_ratio(text: str) -> float | str:
+    """The value of a flag: a number, or `AUTO_RATIO`.
+
+    Raises:
+        ArgumentTypeError: it is neither.
+    """
+    if text == AUTO_RATIO:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        problem = f"{text} is not a number, allowed: {BACKWARD_FORWARD_RATIO}, or {AUTO_RATIO}"
+        raise ArgumentTypeError(problem) from None
 
 
 def max_fills(num_ranks: int, backward_forward_ratio: float) -> int:

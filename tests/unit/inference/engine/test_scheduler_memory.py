@@ -118,6 +118,22 @@ def test_followers_come_when_what_they_need_is_there():
     assert follower.cached == [8, 8]
 
 
+def test_nobody_waits_for_one_whose_block_is_not_asked():
+    """A multi-token-prediction module may draft instead of an exit: then the keys and values of the
+    exit's block are not there."""
+    scheduler = scheduler_of(budget=100, keeps_prefixes=True)
+    scheduler.blocks = frozenset((0,))
+    sequences = [Sequence(key, [5] * 9, group=key, exits=frozenset((0,))) for key in range(4)]
+    sequences[0].is_asking = False
+    for sequence in sequences[:2]:
+        scheduler.add(sequence)
+    assert admit(scheduler) == [0, 1]
+    # But for one that asks it.
+    for sequence in sequences[2:]:
+        scheduler.add(sequence)
+    assert admit(scheduler) == []
+
+
 def test_followers_have_no_more_slots_than_others_of_their_group():
     """A group leaves a quarter of the slots to those that come later."""
     scheduler = scheduler_of(budget=1000, num_slots=8, keeps_prefixes=True)

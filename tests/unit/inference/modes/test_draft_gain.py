@@ -9,17 +9,24 @@ import pytest
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.engine.policy import Costs
-from megatron.early_exit.inference.modes.draft_gain import DraftCosts, DraftGain
+from megatron.early_exit.inference.modes.draft_choice import DraftChoice, Drafter
+from megatron.early_exit.inference.modes.draft_gain import HOPE, DraftCosts, DraftGain, Waits
 from megatron.early_exit.inference.modes.pauses import (
     CREDIT,
     LONGEST_PAUSE,
     MOST_LOST,
     SHORTEST_PAUSE,
 )
+from tests.helpers.mtp_models import mtp_model
 from tests.helpers.tiny_models import HEADS, LLAMA, make_model
 
-COSTS = DraftCosts(ask=40.0, verify=70.0, full=100.0, rows=16.0, step=2.0)
+COSTS = DraftCosts(ask=40.0, verify=70.0, full=100.0, rows=16.0, step=2.0, front=30.0)
 MODEL = make_model(exits=(1, 3), use_exit_norm=True)
+
+
+def account() -> DraftChoice:
+    """Of a sequence with one drafter, which may pause."""
+    return DraftChoice({0: Drafter(COSTS, 4)})
 
 
 def seconds(weights: float, rows: int, company: int) -> float:
@@ -36,9 +43,42 @@ def test_costs_are_shares_of_a_step_of_the_full_model(company):
         assert COSTS.of_verification(drafts, company) == pytest.approx(expected)
 
 
+def test_messages_between_stages_are_shared_as_a_step_is():
+    waits = Waits(ask=30, order=20, verify=50, full=60)
+    costs = replace(COSTS, waits=waits)
+    for company in (1, 8):
+        full = seconds(100, 1, company) + 60 / company
+        question = seconds(40, 1, company) + 30 / company
+        verification = seconds(70, 3, company) + 50 / company
+        assert costs.of_question(company) == pytest.approx(question / full)
+        assert costs.of_verification(2, company) == pytest.approx(verification / full)
+        expected = (3 * question + 20 / company + verification) / full
+        assert costs.of_round(3, 2, company) == pytest.approx(expected)
+        # What is not asked about the last draft has to pass the layers in front of the exit.
+        front = 30 / company + 30 / 16
+        expected = (2 * question + front + 20 / company + verification) / full
+        assert costs.of_round(2, 2, company) == pytest.approx(expected)
+        # Where nothing is asked there is no order either.
+        unasked = seconds(70, 1, company) + 50 / company
+        assert costs.of_round(0, 0, company) == pytest.approx((front + unasked) / full)
+
+
+def test_the_rate_counts_questions_up_to_the_first_that_gave_no_right_draft():
+    gain = DraftGain(COSTS)
+    assert gain.rate == HOPE
+    for _ in range(60):
+        # Two drafts were right, a third one wrong, and what is behind it says nothing.
+        gain.add(4, [0.9] * 4, 2)
+    assert gain.rate == pytest.approx(2 / 3, abs=0.02)
+    for _ in range(300):
+        # The one that was made was right; the next time it was not sure enough.
+        gain.add(2, [0.9], 1)
+    assert gain.rate == pytest.approx(1 / 2, abs=0.02)
+
+
 def test_costs_of_a_model():
     costs = Costs((10.0, 20.0, 30.0), head=7.0, exit_head=5.0, rows=9.0, step=0.1)
-    expected = DraftCosts(ask=10 + 20 + 4 + 5, verify=30 + 7, full=67, rows=9, step=6)
+    expected = DraftCosts(ask=10 + 20 + 4 + 5, verify=30 + 7, full=67, rows=9, step=6, front=30)
     assert costs.of_drafts(1, block=4.0) == expected
 
 
@@ -52,9 +92,10 @@ class Exit:
 
 def decode(exit_: Exit, num_tokens: int, company: int = 1, seed: int = 0) -> tuple[float, int]:
     """Steps of the full model that some tokens take, and how many of them had no drafts."""
-    rng, gain = random.Random(seed), DraftGain(COSTS)
+    rng, choice = random.Random(seed), account()
     given, steps, undrafted = 0, 0.0, 0
     while given < num_tokens:
+        gain = choice.gain
         least, likelihood, asked = gain.least_likelihood(company), 1.0, 0
         drafts: list[float] = []
         while len(drafts) < 4:
@@ -67,9 +108,9 @@ def decode(exit_: Exit, num_tokens: int, company: int = 1, seed: int = 0) -> tup
         accepted = 0
         while accepted < len(drafts) and rng.random() < exit_.accuracy:
             accepted += 1
-        steps += asked * COSTS.of_question(company) + COSTS.of_verification(len(drafts), company)
+        steps += COSTS.of_round(asked, len(drafts), company)
         given += accepted + 1
-        pause = gain.add(asked, drafts, accepted, company)
+        pause = choice.add(asked, drafts, accepted, company)
         given, steps, undrafted = given + pause, steps + pause, undrafted + pause
     return steps / given, undrafted
 
@@ -86,18 +127,19 @@ def test_useless_drafts_cost_two_percent_at_most(company, accuracy, confidences)
 def test_good_drafts_hardly_ever_pause():
     for confidence in (0.95, 0.6):
         found = [decode(Exit((confidence,), 0.9), 400, seed=seed)[1] for seed in range(40)]
-        assert sum(one > 0 for one in found) <= 2
-    # Five tokens take about four questions and a verification of five rows.
-    best = (4 * COSTS.of_question() + COSTS.of_verification(4)) / (1 + 0.95 * 3.71)
+        assert sum(one > 0 for one in found) <= 4
+    # Five tokens take about four questions and a verification of five rows, of which the last one
+    # has yet to pass the layers in front of the exit.
+    best = COSTS.of_round(4, 4) / (1 + 0.95 * 3.71)
     spent, _ = decode(Exit((0.95,), 0.95), 2000)
     assert spent < 1.05 * best
 
 
 def test_what_is_lost_before_a_pause_is_bounded():
-    gain, lost, pauses = DraftGain(COSTS), -CREDIT, []
+    choice, lost, pauses = account(), -CREDIT, []
     for _ in range(60):
-        lost += COSTS.of_question() * 2 + COSTS.of_verification(1) - 1
-        pause = gain.add(2, [0.9], 0)
+        lost += COSTS.of_round(2, 1) - 1
+        pause = choice.add(2, [0.9], 0)
         if pause:
             assert MOST_LOST <= lost < MOST_LOST + 1
             pauses.append(pause)
@@ -107,16 +149,16 @@ def test_what_is_lost_before_a_pause_is_bounded():
 
 
 def test_after_drafts_that_pay_the_next_pause_is_short_again():
-    gain = DraftGain(COSTS)
+    choice = account()
 
     def lose() -> int:
-        while not (pause := gain.add(2, [0.9], 0)):
+        while not (pause := choice.add(2, [0.9], 0)):
             pass
         return pause
 
     assert [lose(), lose()] == [SHORTEST_PAUSE, 2 * SHORTEST_PAUSE]
     for _ in range(9):
-        assert gain.add(4, [0.9] * 4, 4) == 0
+        assert choice.add(4, [0.9] * 4, 4) == 0
     assert lose() == SHORTEST_PAUSE
 
 
@@ -151,17 +193,32 @@ def test_a_pause_does_not_change_the_text(company):
         assert counts.verifications <= 60
 
 
-@pytest.mark.parametrize("options", [{"draft_confidence": 0.2}, {"exit_details": True}])
-def test_who_says_when_to_draft_gets_no_pause(options):
+def test_who_says_when_to_draft_gets_no_pause():
     engine = EarlyExitEngine(MODEL.segmented)
-    params = SamplingParams(mode="self_speculative", max_tokens=60, **options)
+    params = SamplingParams(mode="self_speculative", max_tokens=60, draft_confidence=0.2)
     (result,) = engine.generate([[1, 2, 3]], params)
     assert result.statistics.drafts is not None
-    assert result.statistics.drafts.undrafted == 0 or "exit_details" in options
-    if "exit_details" in options:
-        assert all(len(heads) == 2 for heads in result.heads)
-        full = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=60))[0]
-        assert result.token_ids == full.token_ids
+    assert result.statistics.drafts.undrafted == 0
+
+
+@pytest.mark.parametrize("method", ["exit", "mtp"])
+def test_what_is_recorded_changes_neither_drafts_nor_a_sampled_text(method):
+    model = MODEL if method == "exit" else mtp_model(2, noise=1.0)
+    engine = EarlyExitEngine(model.segmented)
+    params = SamplingParams(
+        mode="self_speculative", draft_method=method, max_tokens=60, temperature=1.0, seed=5
+    )
+    plain, told = (
+        engine.generate([[1, 2, 3]], replace(params, exit_details=details))[0]
+        for details in (False, True)
+    )
+    assert told.token_ids == plain.token_ids
+    assert told.statistics.drafts == plain.statistics.drafts
+    assert plain.statistics.drafts is not None
+    assert 0 < plain.statistics.drafts.undrafted < 60
+    # The drafter is asked in a pause, too; the module not about the first token nor the last one.
+    numbers = [len(heads) for heads in told.heads]
+    assert numbers == ([2] * 60 if method == "exit" else [1, *[2] * 58, 1])
 
 
 def test_a_pausing_sequence_asks_no_exit():

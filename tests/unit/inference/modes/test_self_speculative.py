@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.modes.draft_choice import DraftChoice, Drafter
-from megatron.early_exit.inference.modes.draft_gain import DraftCosts
+from megatron.early_exit.inference.modes.draft_gain import DraftCosts, DraftGain
 from megatron.early_exit.inference.modes.head_output import head_outputs
 from megatron.early_exit.inference.modes.mode import MTP, Next, TokenSampler
 from megatron.early_exit.inference.modes.rule import DraftRule, ExitRule
@@ -21,6 +21,7 @@ from tests.helpers.tiny_models import make_model
 
 MODEL = make_model(exits=(1, 3), use_exit_norm=True)
 VOCAB, DRAWS = 5, 3000
+COSTS = DraftCosts(ask=40.0, verify=70.0, full=100.0, rows=16.0)
 DRAFT = torch.tensor([2.0, 0.5, -1.0, 0.0, 1.0])
 TARGET = torch.tensor([0.0, 1.0, 1.5, -2.0, 0.5])
 BEHIND = torch.tensor([[1.0, 0, 0, 0, 0], [0, 2.0, 0, 0, 0], [0, 0, 0.5, 0, 1]])
@@ -43,13 +44,12 @@ def drafting_mode(
     least_confidence: float,
     drafter: int = 0,
 ) -> SelfSpeculativeMode:
-    costs = DraftCosts(ask=40.0, verify=70.0, full=100.0, rows=16.0)
     return SelfSpeculativeMode(
         TokenSampler(params, sampler, Sequence(0, []), (1, 2)),
         ExitRule((0,), (0.0,)),
         drafting=DraftRule(max_drafts, least_confidence),
         room=100,
-        choice=DraftChoice({drafter: Drafter(costs, max_drafts)}),
+        choice=DraftChoice({drafter: Drafter(COSTS, max_drafts)}),
         depths=max_drafts,
     )
 
@@ -143,6 +143,18 @@ def test_an_unsure_exit_does_not_draft():
     mode = drafting_mode(params, sampler, 4, 0.99)
     assert mode.at_exit(0, head_outputs(DRAFT[None])[0], True) is Next.DEEPER
     assert mode.sampler.sequence.drafts == []
+
+
+def test_questions_in_vain_are_on_the_account():
+    params = SamplingParams(mode="self_speculative", draft_confidence=0.99, max_tokens=100)
+    mode = drafting_mode(params, Sampler(params, [], (), VOCAB), 4, 0.99, MTP)
+    (unsure,) = head_outputs(DRAFT[None])
+    expected = DraftGain(COSTS)
+    expected.add(4, [], 0)
+    assert mode.at_exit(MTP, unsure, True) is Next.DEEPER
+    mode.waste(3)
+    mode.at_end([unsure])
+    assert mode.choice.gain.speed == expected.speed < 1
 
 
 def test_drafts_end_where_one_of_them_is_likely_to_be_wrong():
