@@ -12,6 +12,7 @@ with them is compared with full decoding in the dtype.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from decode_gates import measure_gates
 from decode_models import random_weights, saved_weights
 from decode_single import measure_single
 from decode_small_weights import measure_small_weights, quantized
-from decode_turns import FigureTable
+from figures import FigureTable, add_json_flag
 
 from megatron.early_exit.hardware.dtypes import DTYPES
 from megatron.early_exit.hardware.huge_pages import use_huge_pages
@@ -56,7 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=48, help="tokens of each sequence in a round")
     parser.add_argument("--quick", action="store_true", help="3 rounds of 20 tokens")
-    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
+    add_json_flag(parser)
     args = parser.parse_args()
     args.dtype = args.dtype or benchmarked_dtypes()
     if args.quick:
@@ -64,16 +65,16 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    """Measure and print."""
+def main() -> int:
+    """Measure and print; returns the exit status."""
     args = parse()
     torch.set_num_threads(args.threads)
     table = FigureTable()
-    for name in args.model:
+    for name in dict.fromkeys(args.model):
         if name == "demo" and not DEMO.exists():
             print("demo: no checkpoint here, `make demo` makes one")
             continue
-        for dtype in args.dtype:
+        for dtype in dict.fromkeys(args.dtype):
             table.context = {"model": name, "dtype": dtype, "threads": args.threads}
             kind = DTYPES[dtype]
             weights = random_weights(kind) if name == "shape" else saved_weights(DEMO, kind)
@@ -86,7 +87,8 @@ def main() -> None:
                 own = quantized(weights)
                 own_model = SegmentedModel(*own, compile_rows=True)
             use_huge_pages()
-            for batch in args.batch:
+            for batch in dict.fromkeys(args.batch):
+                table.context["batch"] = batch
                 if args.weight_dtype is not None:
                     measure_small_weights(weights, model, own_model, batch, args, table)
                 if batch == 1:
@@ -94,8 +96,8 @@ def main() -> None:
                     measure_gates(own, args, table)
                 else:
                     measure_batch(own, own_model, batch, args, table)
-    table.finish(args.json)
+    return table.finish(args.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

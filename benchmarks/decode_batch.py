@@ -10,12 +10,13 @@ from statistics import median
 
 from best_schedule import Seconds, tokens_per_second
 from decode_models import Weights, products
-from decode_turns import Decoder, FigureTable, Turn, add_in_vain, ratio, take_turns, timed
+from decode_turns import Decoder, Turn, add_in_vain, take_turns, timed
+from figures import FigureTable, ratios
 
 from megatron.early_exit.checkpoint.architecture import Architecture
+from megatron.early_exit.config import KVPolicy
 from megatron.early_exit.inference.early_exit_engine import DEFAULT_MAX_PENDING
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
-from megatron.early_exit.inference.params import KVPolicy
 
 BOUNDS: dict[KVPolicy, dict[float, float]] = {
     "exact": {0.5: 0.98, 0.8: 0.98},
@@ -109,23 +110,23 @@ def measure_batch(
     times = take_turns(settings, args.rounds)
     layers, head = by_rows(times, "layers"), by_rows(times, "head")
     full = layers(batch) + head(batch)
-    print(f"  tokens/s at batch {batch}: {1 / median(times['full']):.1f}")
+    table.add("speed in full mode", 1 / median(times["full"]), unit="tokens/s", better=None)
     table.add(
-        f"batch {batch} over batch 1",
-        ratio(times, "full 1", "full"),
+        "tokens per second over batch 1",
+        ratios(times, "full 1", "full"),
         4.0 if batch == 8 else None,
         batch * median(times["bare 1"]) / full,
     )
     table.add(
-        "  over that without compiled layers",
-        ratio(times, "plain", "full"),
+        "full over that without compiled layers",
+        ratios(times, "plain", "full"),
         None,
         batch * median(times["plain"]) / full,
     )
     shares = [(end - start) / depth for start, end in pairwise([0, *positions, depth])]
     table.add(
-        f"drafts over full, batch {batch}, {LONG} tokens",
-        ratio(times, "long full", "drafting"),
+        f"drafts over full, {LONG} tokens",
+        ratios(times, "long full", "drafting"),
         None,
         1.0,
         "if no draft is accepted",
@@ -135,20 +136,18 @@ def measure_batch(
     for policy, bound in BOUNDS_OF_DEPTHS.items():
         table.add(
             f"thirds of depths over full, {policy}",
-            ratio(times, "long full", f"depths {policy}"),
+            ratios(times, "long full", f"depths {policy}"),
             bound,
             full / best_depths(batch, shares, layers, head, rates[policy]),
-            f"batch {batch}",
         )
     for policy, bounds in BOUNDS.items():
         for p, bound in bounds.items():
             best = tokens_per_second(batch, p, shares, layers, head, rates[policy])
             table.add(
                 f"exits with probability {p} over full, {policy}",
-                ratio(times, "full", f"mixed {p} {policy}"),
+                ratios(times, "full", f"mixed {p} {policy}"),
                 bound,
                 best * full / batch,
-                f"batch {batch}",
             )
     # So short a text has hardly ended its first pause when it ends.
     add_in_vain(table, times, longer, None)

@@ -5,7 +5,8 @@ import argparse
 import torch
 from decode_models import Weights
 from decode_single import LONG_TEXT
-from decode_turns import Decoder, FigureTable, ratio, take_turns
+from decode_turns import Decoder, take_turns
+from figures import FigureTable, ratios
 
 from megatron.early_exit.checkpoint.weights import weight_shapes
 from megatron.early_exit.config import EarlyExitConfig
@@ -42,7 +43,7 @@ def measure_gates(weights: Weights, args: argparse.Namespace, table: FigureTable
         times = take_turns(settings, args.rounds)
         table.add(
             f"{count} gates asked in vain over full",
-            ratio(times, "full", "in vain"),
+            ratios(times, "full", "in vain"),
             1 / (1 + count * MOST_OF_A_STEP),
             1.0,
             f"{LONG_TEXT} tokens",

@@ -188,19 +188,27 @@ class HuggingFace:
 
             def end(self) -> None: ...
 
-        tokens = torch.tensor([prompt])
+        self._generate(torch.tensor([prompt]), count, Clock())
+        # The first is the prompt's.
+        return (times[-1] - times[1]) / (len(times) - 2)
+
+    def answer(self, prompts: list[list[int]], count: int) -> list[list[int]]:
+        """Some tokens behind each of several prompts of one length, by greedy decoding."""
+        tokens = torch.tensor(prompts)
+        return self._generate(tokens, count)[:, tokens.shape[1] :].tolist()
+
+    def _generate(self, tokens: Tensor, count: int, streamer: object = None) -> Tensor:
         with torch.inference_mode():
-            self.model.generate(
+            found: Tensor = self.model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
                 do_sample=False,
                 max_new_tokens=count,
                 min_new_tokens=count,
                 pad_token_id=0,
-                streamer=Clock(),
+                streamer=streamer,
             )
-        # The first is the prompt's.
-        return (times[-1] - times[1]) / (len(times) - 2)
+        return found
 
 
 def _as_llama(weights: Weights) -> dict[str, Tensor]:

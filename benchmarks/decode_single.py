@@ -9,15 +9,15 @@ from decode_models import HuggingFace, Weights, products
 from decode_turns import (
     PROMPT_LENGTH,
     Decoder,
-    FigureTable,
     Turn,
     add_in_vain,
-    ratio,
     take_turns,
     timed,
 )
+from figures import FigureTable, ratios
 
 from megatron.early_exit.inference import SamplingParams
+from megatron.early_exit.inference.engine.policy import ROWS
 from megatron.early_exit.inference.model.kv_cache import Span
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
@@ -25,6 +25,8 @@ from megatron.early_exit.inference.modes.head_output import head_outputs
 
 LONG_TEXT = 200
 """Tokens of a text in which drafts and exits have time to be found useless."""
+SEVERAL_ROWS = (2, 4)
+"""Rows of a verification of drafts."""
 LONG_RUN = 16
 """Number of consecutive tokens that leave early before one goes through all layers."""
 NEVER_SLOWER = 0.98
@@ -70,6 +72,22 @@ def recomputing(model: SegmentedModel, tokens: int) -> Turn:
     return turn
 
 
+def layers_over(model: SegmentedModel, rows: int) -> Turn:
+    """All layers over so many rows of a sequence, in seconds; its text is long enough for compiled
+    layers to be used."""
+    # As large as caches that layers are compiled for anyway.
+    runner = SegmentRunner(model, 1, PROMPT_LENGTH + LONG_TEXT + 1)
+    start = LONG_TEXT // 2
+    spans = [Span(0, start, start + rows)]
+
+    def layers() -> None:
+        runner.run(0, spans, [1] * rows)
+        for index in range(1, len(model.segments)):
+            runner.run(index, spans)
+
+    return timed(layers, LONG_RUN)
+
+
 def measure_single(
     weights: Weights, model: SegmentedModel, args: argparse.Namespace, table: FigureTable
 ) -> None:
@@ -93,6 +111,7 @@ def measure_single(
         "in vain": long.in_vain,
         "in vain, paused": lambda: long.in_vain(1),
         "recomputing": recomputing(model, longer.tokens),
+        **{f"{rows} rows": layers_over(model, rows) for rows in (1, *SEVERAL_ROWS)},
     }
     if not in_8_bits:
         plain = products(matrices, 1, weights.dtype, packed=False)
@@ -104,39 +123,53 @@ def measure_single(
             print("  transformers is not installed: not compared")
     times = take_turns(settings, args.rounds)
     limit = min({"packed", "plain"} & set(times), key=lambda name: median(times[name]))
-    full = median(times["full"])
-    print(
-        f"  tokens/s at batch 1: {1 / full:.1f}; bare products ({limit}): "
-        f"{1 / median(times[limit]):.1f}"
+    for name, found in (("full mode", "full"), ("bare products", limit)):
+        speed = 1 / median(times[found])
+        note = limit if found == limit else ""
+        table.add(f"speed of {name}", speed, note=note, unit="tokens/s", better=None)
+    target = None if in_8_bits else TARGETS[str(table.context["dtype"])]
+    table.add("full over bare products", ratios(times, limit, "full"), target, 1.0)
+    table.add(
+        "full over bare products without compiled layers",
+        ratios(times, limit, "uncompiled"),
+        None,
+        1.0,
     )
-    target = None if in_8_bits else TARGETS[table.context["dtype"]]
-    table.add("full over bare products", ratio(times, limit, "full"), target, 1.0)
-    table.add("  without compiled layers", ratio(times, limit, "uncompiled"), None, 1.0)
     if "transformers" in times:
-        gain = ratio(times, "transformers", "full")
-        of_limit = ratio(times, limit, "transformers")
+        gain = ratios(times, "transformers", "full")
+        of_limit = median(ratios(times, limit, "transformers"))
         table.add(
             "full over transformers",
             gain,
             1.0,
-            gain / ratio(times, limit, "full"),
+            median(gain) / median(ratios(times, limit, "full")),
             f"transformers over bare products {of_limit:.2f}",
         )
     segments, head = weights.segment_bytes()
     ideal = (sum(segments) + head) / (segments[0] + head)
-    gain = ratio(times, "full", "leaving")
+    gain = ratios(times, "full", "leaving")
     table.add(f"leaving always after layer {first}", gain, 0.9 * ideal, ideal)
     share = 1 / (LONG_RUN + 1)
     ideal = (sum(segments) + head) / (segments[0] + head + share * (sum(segments[1:]) + head))
-    gain = ratio(times, "full", "runs")
+    gain = ratios(times, "full", "runs")
     table.add(f"runs of {LONG_RUN} exits, then all layers", gain, None, ideal)
-    table.add("  over recomputing from layer 1", ratio(times, "recomputing", "runs"), 1.0, ideal)
+    gain = ratios(times, "recomputing", "runs")
+    table.add("runs of exits over recomputing from layer 1", gain, 1.0, ideal)
+    for rows in SEVERAL_ROWS:
+        counted = (ROWS["cpu"] + rows) / (ROWS["cpu"] + 1)
+        table.add(
+            f"layers over {rows} rows over those over one",
+            ratios(times, f"{rows} rows", "1 rows"),
+            limit=1.0,
+            note=f"accounts of drafts count with {counted:.2f}",
+            better="lower",
+        )
     drafts = SamplingParams().num_draft_tokens
     whole = drafts * (segments[0] + head) + sum(segments) + head
     ideal = (drafts + 1) * (sum(segments) + head) / whole
     table.add(
         f"drafts after layer {first} over full, {LONG_TEXT} tokens",
-        ratio(times, "long full", "drafting"),
+        ratios(times, "long full", "drafting"),
         NEVER_SLOWER,
         ideal,
         "if every draft is accepted",

@@ -4,7 +4,8 @@ import argparse
 from statistics import median
 
 from decode_models import Weights
-from decode_turns import Decoder, FigureTable, Turn, ratio, take_turns
+from decode_turns import Decoder, Turn, take_turns
+from figures import FigureTable, ratios
 
 from megatron.early_exit.checkpoint.quantization import Quantization
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
@@ -29,7 +30,7 @@ def measure_small_weights(
 
     The limit is that of the bytes that a step reads: a number of 8 bits for each weight.
     """
-    dtype = table.context["dtype"]
+    dtype = str(table.context["dtype"])
     decoders = {
         dtype: Decoder(model, batch, args.tokens),
         "int8": Decoder(small, batch, args.tokens),
@@ -38,13 +39,14 @@ def measure_small_weights(
     }
     settings: dict[str, Turn] = {name: decoder.full for name, decoder in decoders.items()}
     times = take_turns(settings, args.rounds)
-    print(f"  int8, tokens/s at batch {batch}: {1 / median(times['int8']):.1f}")
+    speed = 1 / median(times["int8"])
+    table.add("speed in int8", speed, unit="tokens/s", better=None)
     matrices = [*weights.layers(0, weights.architecture.num_layers), weights.head]
     limit = sum(one.values.nbytes for one in matrices) / sum(one.values.numel() for one in matrices)
-    table.add(f"int8 over {dtype}, batch {batch}", ratio(times, dtype, "int8"), None, limit)
+    table.add(f"int8 over {dtype}", ratios(times, dtype, "int8"), None, limit)
     table.add(
-        "  without compiled layers",
-        ratio(times, f"plain {dtype}", "plain int8"),
+        f"int8 over {dtype} without compiled layers",
+        ratios(times, f"plain {dtype}", "plain int8"),
         None,
         limit,
     )

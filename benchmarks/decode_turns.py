@@ -1,20 +1,18 @@
-"""Shared code of the decoding benchmarks: alternating measurements, and a report of the figures."""
+"""Shared code of the decoding benchmarks: alternating measurements."""
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
+from figures import FigureTable, ratios
 
+from megatron.early_exit.config import KVPolicy
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.modes.early_exit import EarlyExitMode
-from megatron.early_exit.inference.params import KVPolicy
 
 PROMPT_LENGTH = 8
 Turn = Callable[[], float]
@@ -139,44 +137,6 @@ def take_turns(settings: dict[str, Turn], rounds: int) -> dict[str, list[float]]
     return times
 
 
-def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
-    """Median of the ratio over the rounds."""
-    return median(a / b for a, b in zip(times[above], times[below], strict=True))
-
-
-class FigureTable:
-    """Prints figures, each with its limit and whether it holds."""
-
-    def __init__(self) -> None:
-        self.figures: list[dict[str, Any]] = []
-        self.context: dict[str, Any] = {}
-
-    def add(
-        self, name: str, value: float, bound: float | None, limit: float | None, note: str = ""
-    ) -> None:
-        """Print and keep a figure, which has to reach `bound`, with its theoretical limit if there
-        is one."""
-        holds = None if bound is None else value >= bound
-        self.figures.append(
-            {**self.context, "name": name, "value": value, "bound": bound, "limit": limit}
-        )
-        verdict = "" if bound is None else f"at least {bound:.2f}: {'yes' if holds else 'NO'}"
-        of_limit = "" if limit is None else f"limit {limit:6.2f}"
-        print(f"  {name:<46}{value:7.2f}  {of_limit}  {verdict}  {note}", flush=True)
-
-    def finish(self, path: Path | None) -> None:
-        """Write all figures to a file, if one is wanted.
-
-        Raises:
-            SystemExit: bounds do not hold.
-        """
-        if path is not None:
-            path.write_text(json.dumps(self.figures, indent=1) + "\n")
-        missed = [f for f in self.figures if f["bound"] is not None and f["value"] < f["bound"]]
-        if missed:
-            raise SystemExit(f"{len(missed)} of the bounds do not hold")
-
-
 def add_in_vain(
     table: FigureTable, times: dict[str, list[float]], decoder: Decoder, bound: float | None
 ) -> None:
@@ -188,8 +148,8 @@ def add_in_vain(
         decoder: that has been timed.
         bound: of the figure with pauses.
     """
-    company = f"batch {decoder.batch}, {decoder.tokens} tokens"
+    company = f"{decoder.tokens} tokens"
     name = "exits asked in vain over full"
-    table.add(name, ratio(times, "long full", "in vain"), None, 1.0, company)
-    paused = ratio(times, "long full", "in vain, paused")
-    table.add(f"  with exits_pay_at {decoder.batch}", paused, bound, 1.0, company)
+    table.add(name, ratios(times, "long full", "in vain"), None, 1.0, company)
+    paused = ratios(times, "long full", "in vain, paused")
+    table.add(f"{name}, exits_pay_at {decoder.batch}", paused, bound, 1.0, company)

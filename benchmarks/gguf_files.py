@@ -11,7 +11,12 @@ from gguf.quants import dequantize, quantize
 from megatron.early_exit.checkpoint.huggingface import import_hf
 
 _WRITTEN_ANEW = ("general.architecture", "general.file_type", "general.quantization_version")
-_FILE_TYPES = {"F32": LlamaFileType.ALL_F32, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
+_FILE_TYPES = {
+    "F32": LlamaFileType.ALL_F32,
+    "F16": LlamaFileType.MOSTLY_F16,
+    "BF16": LlamaFileType.MOSTLY_BF16,
+    "Q8_0": LlamaFileType.MOSTLY_Q8_0,
+}
 
 
 def read_weights(path: Path) -> Weights:
@@ -24,7 +29,7 @@ def read_weights(path: Path) -> Weights:
 
 
 def write_gguf(source: Path, target: Path, kind: str) -> None:
-    """Write the model of a file with its matrices in another format, F32 or Q8_0.
+    """Write the model of a file with its matrices in another format, F32, F16, BF16 or Q8_0.
 
     Everything else, such as norms and the tokenizer, stays as it is.
     """

@@ -9,13 +9,14 @@ processor remembers.
 """
 
 import argparse
-from pathlib import Path
+import sys
 from statistics import median
 
 import torch
 from decode_models import random_weights
 from decode_small_weights import quantized
-from decode_turns import Decoder, FigureTable, take_turns
+from decode_turns import Decoder, take_turns
+from figures import FigureTable, add_json_flag
 
 from megatron.early_exit.hardware.huge_pages import use_huge_pages
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
@@ -29,12 +30,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=48, help="tokens of each sequence in a round")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    add_json_flag(parser)
     return parser.parse_args()
 
 
-def main() -> None:
-    """Measure and print."""
+def main() -> int:
+    """Measure and print; returns the exit status."""
     args = parse()
     weights = random_weights(torch.float32)
     models = {
@@ -52,13 +53,13 @@ def main() -> None:
         raise SystemExit("this system has no huge pages")
     after = take_turns(settings, args.rounds)
     print(f"{torch.get_num_threads()} threads, {moved // 2**20} MiB in huge pages")
-    table = FigureTable()
+    table = FigureTable(threads=torch.get_num_threads())
     for name in settings:
         slow, fast = median(before[name]), median(after[name])
         note = f"{1000 * slow:.1f} -> {1000 * fast:.1f} ms for a token"
         table.add(f"after over before, {name}", slow / fast, None, None, note)
-    table.finish(args.json)
+    return table.finish(args.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,7 @@ from time import perf_counter
 import psutil
 import torch
 from decode_models import SMOLLM2_135M
+from figures import FigureTable, add_json_flag, ratios
 
 from megatron.early_exit.checkpoint.weights import weight_shapes
 from megatron.early_exit.config import EarlyExitConfig
@@ -22,6 +23,7 @@ from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 
 SLOTS, CONTEXT, SHORT = 16, 8192, 100
+MEMORY_BOUND = 0.1
 MIB = 2**20
 
 
@@ -46,8 +48,8 @@ def texts(count: int, length: int, seed: int) -> list[list[int]]:
     return torch.randint(0, size, (count, length), generator=generator).tolist()
 
 
-def memory(model: SegmentedModel) -> bool:
-    """Memory of `SLOTS` short texts at a time; whether it is a tenth of whole contexts or less."""
+def memory(model: SegmentedModel, table: FigureTable) -> None:
+    """Memory of `SLOTS` short texts at a time, over that of whole contexts."""
     whole = SLOTS * CONTEXT * bytes_of_position(model)
     process = psutil.Process()
     engine = EarlyExitEngine(model, max_batch_size=SLOTS, prefix_caching=False)
@@ -57,12 +59,14 @@ def memory(model: SegmentedModel) -> bool:
     engine.generate(texts(SLOTS, SHORT, 1), SamplingParams(max_tokens=8, ignore_eos=True))
     taken = process.memory_info().rss - before
     used = SLOTS * (SHORT + 8) * bytes_of_position(model)
-    print(
-        f"{SLOTS} texts of {SHORT} tokens take {taken / MIB:.0f} MiB of the caches (they write "
-        f"{used / MIB:.0f}); {SLOTS} contexts of {CONTEXT} would take {whole / MIB:.0f} MiB: "
-        f"{taken / whole:.3f} (bound 0.1)"
+    table.add(
+        f"memory of {SLOTS} texts of {SHORT} tokens over {SLOTS} contexts of {CONTEXT}",
+        taken / whole,
+        MEMORY_BOUND,
+        used / whole,
+        f"{taken / MIB:.0f} of {whole / MIB:.0f} MiB",
+        better="lower",
     )
-    return taken <= whole / 10
 
 
 def bytes_of_position(model: SegmentedModel) -> int:
@@ -72,7 +76,7 @@ def bytes_of_position(model: SegmentedModel) -> int:
     return (keys_values + len(model.exits) * shape.hidden_size) * model.dtype.itemsize
 
 
-def first_tokens(model: SegmentedModel, prefix: int, rounds: int) -> None:
+def first_tokens(model: SegmentedModel, prefix: int, rounds: int, table: FigureTable) -> None:
     """Time to the first token of a text that is unknown, and of one whose prefix is known."""
     own, params = 20, SamplingParams(max_tokens=1)
     times: dict[str, list[float]] = {"unknown": [], "known": [], "its end alone": []}
@@ -87,14 +91,16 @@ def first_tokens(model: SegmentedModel, prefix: int, rounds: int) -> None:
             if number:
                 times[kind].append(perf_counter() - start)
     unknown, known, alone = (median(found) for found in times.values())
-    print(
-        f"first token behind {prefix} + {own} tokens: {unknown * 1e3:.0f} ms, with the {prefix} "
-        f"known {known * 1e3:.0f} ms: {known / unknown:.3f} of it (the {own} tokens without the "
-        f"prefix take {alone * 1e3:.0f} ms, {alone / unknown:.3f}, the limit)"
+    table.add(
+        f"first token behind {prefix} known and {own} own tokens, over all unknown",
+        ratios(times, "known", "unknown"),
+        limit=alone / unknown,
+        note=f"{known * 1e3:.0f} of {unknown * 1e3:.0f} ms; the limit is the {own} tokens alone",
+        better="lower",
     )
 
 
-def pages(model: SegmentedModel) -> None:
+def pages(model: SegmentedModel, table: FigureTable) -> None:
     """Pages that sequences take in each segment, by how often their tokens leave early."""
     for name, threshold in (("never", None), ("always", 0.0)):
         engine = EarlyExitEngine(model, prefix_caching=False, max_pending=CONTEXT)
@@ -102,23 +108,30 @@ def pages(model: SegmentedModel) -> None:
         if threshold is not None:
             params = replace(params, mode="early_exit", early_exit_threshold=threshold)
         engine.generate(texts(4, SHORT, 2), params)
-        print(f"pages by segment of 4 texts whose tokens {name} leave early:", end=" ")
-        print(*engine.pages.counts.taken)
+        for segment, taken in enumerate(engine.pages.counts.taken, start=1):
+            table.add(
+                f"pages of 4 texts whose tokens {name} leave early, segment {segment}",
+                taken,
+                unit="pages",
+                better="lower",
+            )
 
 
 def main() -> int:
-    """Run all three measurements; the exit status is 1 where memory is above its bound."""
+    """Run all three measurements; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--layers", type=int, default=30, help="of the model (default: 30)")
     parser.add_argument("--prefix", type=int, default=1000, help="known tokens (default: 1000)")
     parser.add_argument("--rounds", type=int, default=3, help="that count (default: 3)")
+    add_json_flag(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = model_of(args.layers)
-    holds = memory(model)
-    first_tokens(model, args.prefix, args.rounds)
-    pages(model)
-    return 0 if holds else 1
+    table = FigureTable(layers=args.layers)
+    memory(model, table)
+    first_tokens(model, args.prefix, args.rounds, table)
+    pages(model, table)
+    return table.finish(args.json)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,18 @@ for all of them.
 """
 
 import argparse
+import json
 import os
 import sys
 import tempfile
 from dataclasses import replace
-from statistics import median
+from pathlib import Path
 from time import perf_counter
 
 import torch
 from decode_dtypes import BENCHMARKED, benchmarked_dtypes
 from decode_models import SMOLLM2_135M
+from figures import FigureTable, add_json_flag, ratios
 from torch import distributed
 
 from megatron.early_exit.checkpoint.architecture import Architecture
@@ -40,6 +42,12 @@ SEQUENCES = 4
 EXIT_LAYER = SMOLLM2_135M.num_layers // STAGES
 EXITS = EarlyExitConfig(exit_layer_nums=(EXIT_LAYER,), use_exit_norm=True)
 LATENCY_BOUND, THROUGHPUT_BOUND = 0.65, 1.5
+_TIMES = "times.json"
+
+
+def shape(vocab_size: int) -> Architecture:
+    """SmolLM2's layers with a vocabulary of this size."""
+    return replace(SMOLLM2_135M, max_position_embeddings=256, vocab_size=vocab_size)
 
 
 def make_engine(dtype: torch.dtype, architecture: Architecture) -> EarlyExitEngine:
@@ -47,10 +55,10 @@ def make_engine(dtype: torch.dtype, architecture: Architecture) -> EarlyExitEngi
     place, _ = join(1, STAGES, "cpu")
     generator = torch.Generator().manual_seed(0)
     parts = {}
-    for name, shape in weight_shapes(architecture, EXITS).items():
-        whole = torch.ones(shape)
-        if len(shape) > 1:
-            whole = torch.randn(shape, generator=generator) * shape[1] ** -0.5
+    for name, size in weight_shapes(architecture, EXITS).items():
+        whole = torch.ones(size)
+        if len(size) > 1:
+            whole = torch.randn(size, generator=generator) * size[1] ** -0.5
         part = own_part(place, architecture, EXITS, name, whole.to(dtype))
         if part is not None:
             parts[name] = part
@@ -68,13 +76,12 @@ def seconds(engine: EarlyExitEngine, params: SamplingParams, count: int) -> floa
 
 
 def measure(rank: int, folder: str, dtype: str, vocab_size: int, tokens: int, turns: int) -> None:
-    """Run the settings alternately; the first rank reports."""
+    """Run the settings alternately; the first rank writes the times of each to a file."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/{dtype}", rank=rank, world_size=STAGES
     )
-    architecture = replace(SMOLLM2_135M, max_position_embeddings=256, vocab_size=vocab_size)
-    engine = make_engine(DTYPES[dtype], architecture)
+    engine = make_engine(DTYPES[dtype], shape(vocab_size))
     full = SamplingParams(max_tokens=tokens)
     leaving = SamplingParams(mode="early_exit", early_exit_threshold=0.0, max_tokens=tokens)
     settings = {
@@ -91,45 +98,32 @@ def measure(rank: int, folder: str, dtype: str, vocab_size: int, tokens: int, tu
                 times[name].append(taken)
     engine.close()
     if rank == 0:
-        report(dtype, architecture, tokens, times)
+        Path(folder, _TIMES).write_text(json.dumps(times))
     distributed.destroy_process_group()
 
 
 def report(
-    dtype: str, architecture: Architecture, tokens: int, times: dict[str, list[float]]
+    table: FigureTable, architecture: Architecture, tokens: int, times: dict[str, list[float]]
 ) -> None:
-    """Print ratios, limits and bounds."""
+    """Add the figures of a dtype, with their limits and bounds."""
     shapes = weight_shapes(architecture, EXITS)
-    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    sizes = {name: torch.Size(one).numel() for name, one in shapes.items()}
     layers = sum(size for name, size in sizes.items() if name.startswith("decoder.layers."))
     head = sizes["embedding.word_embeddings.weight"]
     share = (layers / STAGES + head) / (layers + head)
-    milliseconds = {name: 1000 * median(taken) / (tokens - 1) for name, taken in times.items()}
-    print(
-        f"{dtype}, vocabulary {architecture.vocab_size}, {STAGES} stages, exit after layer "
-        f"{EXIT_LAYER} of {architecture.num_layers}"
-    )
-    for name, figure in milliseconds.items():
-        print(f"  {name:14} {figure:7.2f} ms from token to token")
-    rows: list[tuple[str, str, str, int, float, float, str]] = [
-        ("latency at the exit over full", "exit", "full", 1, share, LATENCY_BOUND, "<")
-    ]
+    for name, taken in times.items():
+        milliseconds = [1000 * one / (tokens - 1) for one in taken]
+        table.add(f"from token to token, {name}", milliseconds, unit="ms", better=None)
+    latency = ratios(times, "exit", "full")
+    table.add("latency at the exit over full", latency, LATENCY_BOUND, share, better="lower")
     for mode in ("full", "exit"):
-        what = f"throughput of {SEQUENCES} over 1, {mode}"
-        several, limit = f"{mode}, several", float(SEQUENCES)
-        rows.append((what, mode, several, SEQUENCES, limit, THROUGHPUT_BOUND, ">"))
-    for what, above, below, factor, limit, bound, sign in rows:
-        ratios = [factor * a / b for a, b in zip(times[above], times[below], strict=True)]
-        ratio = median(ratios)
-        holds = ratio < bound if sign == "<" else ratio > bound
-        print(
-            f"  {what:34} {ratio:5.2f}  (limit {limit:.2f}, bound {sign} {bound}: "
-            f"{'holds' if holds else 'MISSED'})"
-        )
+        gain = [SEQUENCES * one for one in ratios(times, mode, f"{mode}, several")]
+        name = f"throughput of {SEQUENCES} sequences over 1, {mode}"
+        table.add(name, gain, THROUGHPUT_BOUND, SEQUENCES)
 
 
-def main() -> None:
-    """Measure each dtype in a fresh process group."""
+def main() -> int:
+    """Measure each dtype in a fresh process group; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -141,15 +135,25 @@ def main() -> None:
     )
     parser.add_argument("--vocab-size", type=int, default=13888)
     parser.add_argument("--quick", action="store_true", help="a tenth of the work")
+    add_json_flag(parser)
     args = parser.parse_args()
     args.dtype = args.dtype or benchmarked_dtypes()
     tokens, turns = (24, 1) if args.quick else (48, 5)
     os.environ["OMP_NUM_THREADS"] = "1"
-    for dtype in args.dtype:
+    table = FigureTable(vocab_size=args.vocab_size)
+    for dtype in dict.fromkeys(args.dtype):
+        print(
+            f"{dtype}, vocabulary {args.vocab_size}, {STAGES} stages, exit after layer "
+            f"{EXIT_LAYER} of {SMOLLM2_135M.num_layers}"
+        )
+        table.context["dtype"] = dtype
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(
                 measure, (folder, dtype, args.vocab_size, tokens, turns), nprocs=STAGES
             )
+            times = json.loads(Path(folder, _TIMES).read_text())
+        report(table, shape(args.vocab_size), tokens, times)
+    return table.finish(args.json)
 
 
 if __name__ == "__main__":

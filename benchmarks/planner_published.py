@@ -1,6 +1,6 @@
 """Compare the planner's predictions with published training runs.
 
-    python benchmarks/planner_published.py [--runs FILE] [--picture FILE]
+    python benchmarks/planner_published.py [--runs FILE] [--picture FILE] [--json FILE]
 
 Each row of the file is a run with its source (benchmarks/planner/published_runs.csv by default).
 The table shows seconds of a step and gigabytes of memory, published and predicted. The command
@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from math import exp, log
 from pathlib import Path
 from statistics import fmean, pstdev
+
+from figures import FigureTable, add_json_flag
 
 from megatron.early_exit.errors import one_line
 from megatron.early_exit.planner.published_runs import PublishedRun, read_runs
@@ -63,7 +65,7 @@ class Verdict:
     num_close: int
     furthest: float
     deviation: float
-    memory: float
+    memory: float | None
 
     @classmethod
     def of(cls, ratios: Sequence[float], memory: Sequence[float], num_refused: int = 0) -> Verdict:
@@ -73,7 +75,7 @@ class Verdict:
             num_close=sum(abs(ratio - 1) <= CLOSE for ratio in ratios),
             furthest=max(abs(ratio - 1) for ratio in ratios),
             deviation=exp(pstdev(map(log, ratios))) - 1,
-            memory=max((abs(ratio - 1) for ratio in memory), default=0.0),
+            memory=max((abs(ratio - 1) for ratio in memory), default=None),
         )
 
     @property
@@ -83,22 +85,26 @@ class Verdict:
             self.num_close >= CLOSE_SHARE * self.num_rows - 1e-9
             and self.furthest <= FURTHEST
             and self.deviation <= DEVIATION
-            and self.memory <= MEMORY
+            and (self.memory is None or self.memory <= MEMORY)
         )
 
     def __str__(self) -> str:
-        return (
+        steps = (
             f"{self.num_close} of {self.num_rows} steps within {CLOSE:.0%} (at least "
             f"{CLOSE_SHARE:.1%}), furthest {self.furthest:.1%} (at most {FURTHEST:.0%}), geometric "
-            f"standard deviation {self.deviation:.1%} (at most {DEVIATION:.0%}), memory "
-            f"{self.memory:.1%} off (at most {MEMORY:.0%})"
+            f"standard deviation {self.deviation:.1%} (at most {DEVIATION:.0%})"
         )
+        if self.memory is None:
+            return steps
+        return f"{steps}, memory {self.memory:.1%} off (at most {MEMORY:.0%})"
 
 
 def table(rows: Sequence[Comparison]) -> str:
     """A line for each run, below its source."""
     width = max(len(row.run.name) for row in rows)
-    lines = [f"{'':{width}}  published  predicted  ratio  published  predicted  ratio"]
+    has_memory = any(row.run.peak_bytes is not None for row in rows)
+    columns = "  published  predicted  ratio" * (1 + has_memory)
+    lines = [f"{'':{width}}{columns}"]
     source = ""
     for row in rows:
         if row.run.source != source:
@@ -168,6 +174,22 @@ def draw(rows: Sequence[Comparison], path: Path) -> None:
     plt.close(figure)
 
 
+def figures_of(verdict: Verdict) -> FigureTable:
+    """What is bounded, as figures of which all have to reach their bounds."""
+    table = FigureTable(runs=verdict.num_rows)
+    share = verdict.num_close / verdict.num_rows
+    # As in `Verdict.holds`, a share may be off by rounding.
+    table.add(f"share of steps within {CLOSE:.0%}", share, CLOSE_SHARE - 1e-9, 1.0, unit="of all")
+    for name, found, bound in (
+        ("the furthest step is off by", verdict.furthest, FURTHEST),
+        ("geometric standard deviation of the steps", verdict.deviation, DEVIATION),
+        ("the furthest memory is off by", verdict.memory, MEMORY),
+    ):
+        if found is not None:
+            table.add(name, found, bound, 0.0, unit="of it", better="lower")
+    return table
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the comparison; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -178,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=RUNS, help="default: %(default)s")
     parser.add_argument("--picture", type=Path, help="draw the ratios in this .svg or .png")
     parser.add_argument("--leave-one-out", action="store_true", help="see above; takes longer")
+    add_json_flag(parser)
     args = parser.parse_args(argv)
     try:
         if args.picture is not None and args.picture.suffix not in (".svg", ".png"):
@@ -196,8 +219,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join([table(rows), *refused]))
     if args.leave_one_out:
         print("\n".join(["", *leave_one_out(rows)]))
+    print()
+    status = figures_of(verdict).finish(args.json)
     print(f"\n{'reached' if verdict.holds else 'MISSED'}: {verdict}")
-    return 0 if verdict.holds else 1
+    return status
 
 
 if __name__ == "__main__":

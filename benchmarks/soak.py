@@ -14,7 +14,6 @@ as separate commands.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from figures import FigureTable, add_json_flag
 from serve_models import SIZES
 from soak_clients import run_clients
 from soak_connections import run_connections
@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     add("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
-    add("--json", type=Path, help="also write promises and figures here")
+    add_json_flag(parser)
     add("--model", choices=tuple(SIZES), default="tiny", help="model with random weights to serve")
     add("--max-batch-size", type=int, default=16, help="of the server (default: %(default)s)")
     add(
@@ -105,19 +105,22 @@ def main() -> int:
             report.seconds = time.monotonic() - begin
             print(table([report]), flush=True)
             reports.append(report)
-    broken = sum(one.holds is False for report in reports for one in report.promises)
+    broken = sum(len(report.broken) for report in reports)
     if len(reports) > 1:
         print(f"\n{table(reports)}")
     print(f"{broken} promises broken, in {sum(one.seconds for one in reports) / 60:.1f} minutes")
-    if args.json is not None:
-        record = {
-            "load_average": os.getloadavg(),
-            "cores": os.cpu_count(),
-            "flags": {k: v for k, v in vars(args).items() if k != "json"},
-            "parts": {one.name: one.as_dict() for one in reports},
-        }
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    return int(broken > 0)
+    figures = FigureTable()
+    for report in reports:
+        figures.context["part"] = report.name
+        name, note = "broken promises", "; ".join(report.broken)
+        figures.add(name, len(report.broken), 0, 0, note, unit="promises", better="lower")
+    details = {
+        "load_average": os.getloadavg(),
+        "cores": os.cpu_count(),
+        "flags": {k: v for k, v in vars(args).items() if k != "json"},
+        "parts": {one.name: one.as_dict() for one in reports},
+    }
+    return figures.finish(args.json, details)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from figures import clock_text
+
 _TELL_S = 10.0
 
 
@@ -41,6 +43,11 @@ class PartResult:
         """Record a promise, what was found, and whether it holds (None: not judged)."""
         self.promises.append(Promise(text, str(found), holds))
 
+    @property
+    def broken(self) -> list[str]:
+        """Promises that do not hold."""
+        return [one.text for one in self.promises if one.holds is False]
+
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
         promises = [
@@ -73,13 +80,8 @@ class ProgressLine:
         line = f"{self._name}: {done:,.0f} of {self._total:,.0f} {self._unit}"
         if 0 < done <= self._total:
             left = (now - self._begin) * (self._total / done - 1)
-            line += f", {_clock(left)} left"
+            line += f", {clock_text(left)} left"
         print(f"{line}{', ' if note else ''}{note}", file=sys.stderr, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def table(reports: list[PartResult]) -> str:

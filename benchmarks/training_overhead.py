@@ -21,6 +21,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from figures import FigureTable, add_json_flag
+
 from megatron.early_exit.process_family import run_program
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -47,7 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--microbatches", type=int, default=4)
     parser.add_argument("--exits", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each model")
-    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
+    add_json_flag(parser)
     parser.add_argument(
         "extra", nargs="*", help="after --: more flags for both models, e.g. --bf16"
     )
@@ -94,8 +96,8 @@ def run_worker(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
         return [json.loads(file.read_text()) for file in files]
 
 
-def main() -> None:
-    """Measure and print."""
+def main() -> int:
+    """Measure and print; returns the exit status."""
     args = parse()
     timed = run_worker(args, "both")
     times = {
@@ -111,45 +113,34 @@ def main() -> None:
     flop_ratio = flops["early_exit"] / flops["standard"]
     memory_ratio = max(peaks["early_exit"]) / max(peaks["standard"])
     by_rank = [round(b / a, 3) for a, b in zip(peaks["standard"], peaks["early_exit"], strict=True)]
-    figures = {
-        "device": timed[0]["device"],
-        "stages": args.stages,
-        "exits": args.exits,
-        "step_seconds": {name: median(values) for name, values in times.items()},
-        "time_ratio": median(ratios),
-        "time_ratio_quartiles": _quartiles(ratios),
-        "flop_ratio": flop_ratio,
-        "peak_bytes": peaks,
-        "memory_ratio": memory_ratio,
-    }
+    device = timed[0]["device"]
     print(
         f"{args.stages} stage(s), {args.layers} layers of {args.hidden}, vocabulary {args.vocab}, "
-        f"exits after {args.exits}, on {figures['device']}\n"
+        f"exits after {args.exits}, on {device}\n"
         f"  step       standard {median(times['standard']):.3f} s, "
-        f"early exit {median(times['early_exit']):.3f} s\n"
-        f"  time       {median(ratios):.3f} (quartiles {figures['time_ratio_quartiles']})\n"
-        f"  FLOPs      {flop_ratio:.3f}   time / FLOPs {median(ratios) / flop_ratio:.3f}\n"
-        f"  memory     {memory_ratio:.3f}   peak of the fullest rank "
+        f"early exit {median(times['early_exit']):.3f} s"
+    )
+    table = FigureTable(stages=args.stages)
+    table.add("step with exits over standard", ratios, limit=flop_ratio, better="lower")
+    of_limit = [ratio / flop_ratio for ratio in ratios]
+    table.add("the same over the ratio of FLOPs", of_limit, TIME_BOUND, better="lower")
+    table.add(
+        "peak memory of the fullest rank, with exits over standard",
+        memory_ratio,
+        MEMORY_BOUND,
+        1.0,
         f"{max(peaks['standard']) / 2**20:.0f} -> {max(peaks['early_exit']) / 2**20:.0f} MiB; "
-        f"by rank {by_rank}"
+        f"by rank {by_rank}",
+        better="lower",
     )
-    verdicts = {
-        f"time / FLOPs at most {TIME_BOUND}": median(ratios) / flop_ratio <= TIME_BOUND,
-        f"memory at most {MEMORY_BOUND}": memory_ratio <= MEMORY_BOUND,
+    details = {
+        "device": device,
+        "exits": args.exits,
+        "step_seconds": {name: median(values) for name, values in times.items()},
+        "flop_ratio": flop_ratio,
+        "peak_bytes": peaks,
     }
-    print(
-        "  "
-        + ", ".join(f"{bound}: {'yes' if holds else 'NO'}" for bound, holds in verdicts.items())
-    )
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
-    if not all(verdicts.values()):
-        raise SystemExit(1)
-
-
-def _quartiles(values: list[float]) -> list[float]:
-    ordered = sorted(values)
-    return [round(ordered[len(ordered) // 4], 3), round(ordered[3 * len(ordered) // 4], 3)]
+    return table.finish(args.json, details)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from figures import FigureTable, add_json_flag
+
 from megatron.early_exit.process_family import run_program, started
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -58,6 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--exits", type=int, nargs="+", default=[4])
     parser.add_argument("--steps", type=int, default=6, help="timed steps in each round")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each run")
+    add_json_flag(parser)
     parser.add_argument("extra", nargs="*", help="after --: more flags for both, e.g. --bf16")
     return parser.parse_args()
 
@@ -121,8 +124,8 @@ def flop_ratio(args: argparse.Namespace) -> float:
     return tuned / trained
 
 
-def main() -> None:
-    """Measure and print."""
+def main() -> int:
+    """Measure and print; returns the exit status."""
     args = parse()
     model = flags(args, args.hidden, args.layers)
     steps = ["--train-iters", str(WARM_UP_STEPS + args.steps)]
@@ -137,24 +140,22 @@ def main() -> None:
         turns = [(run(full), run(tune)) for _ in range(args.rounds)]
     ratios = [median(tuned.steps) / median(trained.steps) for trained, tuned in turns]
     peaks = [max(turn[which].peak_bytes for turn in turns) - nothing for which in (0, 1)]
-    time_ratio, memory_ratio = median(ratios), peaks[1] / peaks[0]
     print(
         f"{args.layers} layers of {args.hidden}, vocabulary {args.vocab}, exits {args.exits}\n"
         f"  step    {median(turns[0][0].steps):.3f} s trained, {median(turns[0][1].steps):.3f} s "
-        f"tuned\n"
-        f"  time    {time_ratio:.3f} (by turn {', '.join(f'{ratio:.3f}' for ratio in ratios)}), "
-        f"limit by operations {flop_ratio(args):.3f}\n"
-        f"  memory  {memory_ratio:.3f}: {peaks[0] / 2**20:.0f} -> {peaks[1] / 2**20:.0f} MiB"
+        f"tuned"
     )
-    verdicts = {
-        f"time at most {TIME_BOUND}": time_ratio <= TIME_BOUND,
-        f"memory at most {MEMORY_BOUND}": memory_ratio <= MEMORY_BOUND,
-    }
-    print(
-        "  " + ", ".join(f"{what}: {'yes' if holds else 'NO'}" for what, holds in verdicts.items())
+    table = FigureTable()
+    limit = flop_ratio(args)
+    table.add("step of tuning over training", ratios, TIME_BOUND, limit, better="lower")
+    table.add(
+        "peak memory of tuning over training",
+        peaks[1] / peaks[0],
+        MEMORY_BOUND,
+        note=f"{peaks[0] / 2**20:.0f} -> {peaks[1] / 2**20:.0f} MiB",
+        better="lower",
     )
-    if not all(verdicts.values()):
-        raise SystemExit(1)
+    return table.finish(args.json)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ project takes up to half as long again.
 """
 
 import multiprocessing
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+from peer_openvino import CLOCKS
+
 _CONTEXT = 512
 _STARTS_WITHIN = 120.0
 """Seconds that it may take to load a model."""
