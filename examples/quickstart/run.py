@@ -72,6 +72,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--global-batch-size", type=int, default=16, help="default: %(default)s")
     parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=os.environ.get("DEMO_COMPILE", "1") != "0",
+        help="also measure compiled layers, which takes a minute to compile (default: yes, unless "
+        "$DEMO_COMPILE is 0)",
+    )
+    parser.add_argument(
         "--fresh", action="store_true", help="train again even if there is a finished run"
     )
     args = parser.parse_args()
@@ -182,7 +189,8 @@ def main() -> None:
     else:
         print(f"Using the model in {args.work_dir} (--fresh trains a new one).")
     models: dict[str, EarlyExitEngine] = {}
-    stage("Loading the model, and compiling it", lambda: models.update(engines(run.checkpoint)))
+    loading = "Loading the model, and compiling it" if args.compile else "Loading the model"
+    stage(loading, lambda: models.update(engines(run.checkpoint, args.compile)))
     stage(f"A sample, at threshold {SAMPLE_THRESHOLD}", lambda: show_sample(models["plain layers"]))
 
     def sweep() -> None:

@@ -28,12 +28,21 @@ class Curve:
     rule: Rule = FULL
 
 
-def engines(checkpoint: Path) -> dict[str, EarlyExitEngine]:
+def engines(checkpoint: Path, can_compile: bool = True) -> dict[str, EarlyExitEngine]:
     """Load a model with "plain layers" and with "compiled layers"; only the former if nothing
-    compiles."""
+    compiles.
+
+    Args:
+        checkpoint: to load.
+        can_compile: load it with compiled layers, too.
+    """
     # Every threshold computes the prompts itself: what another one has kept would help it.
-    load = partial(EarlyExitEngine.from_checkpoint, checkpoint, prefix_caching=False)
+    load = partial(
+        EarlyExitEngine.from_checkpoint, checkpoint, prefix_caching=False, use_stored_rule=False
+    )
     found = {"plain layers": load()}
+    if not can_compile:
+        return found
     try:
         found["compiled layers"] = load(compile=True)
     except ValueError as error:

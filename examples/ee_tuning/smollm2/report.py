@@ -15,11 +15,11 @@ from examples.ee_tuning.smollm2.speculation import (
     speculation_table,
 )
 from examples.quickstart.tradeoff import Curve, measure
+from megatron.early_exit.config import KVPolicy
 from megatron.early_exit.evaluation.figures import save, tradeoff_curve
 from megatron.early_exit.evaluation.rule import Rule
 from megatron.early_exit.evaluation.tradeoff import Point, by_curve, fastest, table
 from megatron.early_exit.inference import EarlyExitEngine
-from megatron.early_exit.inference.params import KVPolicy
 
 GOALS = ((0.9, 1.5), (0.95, 1.3))
 """Least agreement with the full model, and the speed over its own that is to be reached there."""

@@ -136,6 +136,7 @@ def load(checkpoint: Path) -> dict[str, EarlyExitEngine]:
             dtype=torch.float32,
             weight_dtype=weight_dtype,
             prefix_caching=False,
+            use_stored_rule=False,
         )
         try:
             found[f"{name}, compiled layers"] = one(compile=True)

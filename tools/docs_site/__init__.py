@@ -1,0 +1,1 @@
+"""The documentation's site: `make docs` builds it from `docs/`, parsers of flags and docstrings."""
