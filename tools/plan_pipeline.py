@@ -6,7 +6,7 @@ ranks layouts (tensor x pipeline x data parallelism, chunks, microbatches, place
 the step time that a simulator predicts, and prints the flags of the fastest one;
 --fill-explicit-bubbles adds partial microbatches in the bubbles. --timeline draws the schedule of
 the fastest layout as a picture (.png, .svg) or as an interactive page (.html). --schedule simulates
-and draws a single schedule instead, on stages that all take the same time:
+and draws a single schedule instead, on stages without a model that take given times:
 
     python tools/plan_pipeline.py --schedule filled --pipeline-model-parallel-size 4 \\
         --num-microbatches 6 --exit-stages 1 2 --timeline filled.html"""
@@ -24,13 +24,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron.early_exit.errors import one_line
+from megatron.early_exit.planner.command_line.details import memory_table, time_table
+from megatron.early_exit.planner.command_line.drawn_plan import draw_plan
+from megatron.early_exit.planner.command_line.measured_step_flags import (
+    add_measured_step_flag,
+    open_request,
+    origin_of_share,
+    read_measured_step,
+)
 from megatron.early_exit.planner.command_line.model_flags import add_model_flags, read_model
+from megatron.early_exit.planner.command_line.plan_flags import flags, one_flag_a_line
 from megatron.early_exit.planner.command_line.profile_flags import add_profile_flags
 from megatron.early_exit.planner.command_line.report import (
     LEGEND,
     as_json,
-    flags,
-    one_flag_a_line,
     origin_of_times,
     table,
 )
@@ -40,12 +47,19 @@ from megatron.early_exit.planner.command_line.request_flags import (
     read_fill_request,
     read_request,
 )
+from megatron.early_exit.planner.command_line.run_flags import add_run_flags, read_run
+from megatron.early_exit.planner.command_line.run_report import run_or_refusal, run_text
 from megatron.early_exit.planner.command_line.schedule_flags import (
     add_schedule_flags,
     read_schedule,
     refuse_schedule_flags,
 )
+from megatron.early_exit.planner.command_line.unmodelled_flags import (
+    add_unmodelled_flags,
+    refuse_unmodelled,
+)
 from megatron.early_exit.planner.drawing import check_timeline_file, write_timeline
+from megatron.early_exit.planner.drawing.extras import Extras
 from megatron.early_exit.planner.drawing.text import draw_text
 from megatron.early_exit.planner.search.filling import fill_bubbles
 from megatron.early_exit.planner.search.plans import Plan, Plans, find_plans
@@ -69,8 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_flags(parser)
     add_request_flags(parser)
     add_profile_flags(parser)
+    add_measured_step_flag(parser)
     add_fill_flags(parser)
+    add_run_flags(parser)
     add_schedule_flags(parser)
+    add_unmodelled_flags(parser)
     add = parser.add_argument_group("output").add_argument
     add("--top", type=int, default=10, help="number of layouts to list (default: %(default)s)")
     every = "list all chunks, microbatches, orders and placements, not only each layout's best"
@@ -116,7 +133,10 @@ def time_schedule(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     else:
         print(draw_text(timeline))
     title = f"{args.schedule}, {one.num_ranks} ranks, {one.num_microbatches} microbatches"
-    _write_files(args, schedule, timeline, title)
+    if args.schedule_csv is not None:
+        _write_actions(args, schedule)
+    if args.timeline is not None:
+        write_timeline(timeline, args.timeline, title, Extras.of(timeline, one.costs()))
 
 
 def _timeline_json(timeline: Timeline) -> dict[str, object]:
@@ -135,58 +155,84 @@ def plan(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         ValueError: a flag is missing or out of range, or no layout fits.
     """
     refuse_schedule_flags(args, parser.get_default)
+    refuse_unmodelled(args)
     model = read_model(args)
     request = read_request(args, model)
+    run = read_run(args, parser.get_default)
+    calibration = read_measured_step(args, request)
+    if calibration is not None:
+        request = open_request(request, calibration)
     fills = read_fill_request(args, parser.get_default)
     progress = partial(tqdm, desc="timing layouts", unit=" layouts", leave=False, disable=None)
     plans = find_plans(request, args.top, args.every_variant, progress)
     best = plans.best
     if fills is not None:
         best = fill_bubbles(best, fills, request.memory_limit_bytes)
+    if run is not None:
+        # Refused as a whole only if not even the fastest plan ends.
+        run.length(best[0], request)
     origin = None if request.profile is None else origin_of_times(best, request.profile)
     if args.json:
-        answer: dict[str, object] = {"plans": [as_json(one, request) for one in best]}
-        print(json.dumps(answer if origin is None else {**answer, "times": origin}))
+        answer: dict[str, object] = {
+            "plans": [
+                as_json(one, request)
+                if run is None
+                else {**as_json(one, request), "run": run_or_refusal(run, one, request)}
+                for one in best
+            ]
+        }
+        if origin is not None:
+            answer["times"] = origin
+        if calibration is not None:
+            answer["measured_step"] = {
+                "achieved_share": calibration.achieved_share,
+                "uncalibrated_s": calibration.uncalibrated_s,
+                "plan": as_json(calibration.measured, request),
+            }
+        print(json.dumps(answer))
     else:
         title = f"{model.name} on {args.gpus} x {args.gpu}"
+        whole_run = "" if run is None else f"{run_text(run, best[0], request)}\n\n"
         print(f"{title}: {_summary(plans, request)}")
         if origin is not None:
             print(origin)
-        print(f"\n{table(best, request)}\n\n{LEGEND}\n\nFlags of the first:\n")
+        if calibration is not None:
+            print(origin_of_share(calibration, request, best[0]))
+        print(f"\n{table(best, request)}\n\n{LEGEND}\n\n{_details(best[0], request)}\n")
+        print(f"{whole_run}Flags of the first:\n")
         print(one_flag_a_line(flags(best[0], request)))
-    if args.timeline is not None or args.schedule_csv is not None:
-        _write_plan_files(args, best[0], f"{model.name} on {args.gpus} x {args.gpu}")
+    _write_plan_files(args, best[0], f"{model.name} on {args.gpus} x {args.gpu}")
+
+
+def _details(first: Plan, request: PlanRequest) -> str:
+    return (
+        "Time of a step of the first, mean of its ranks:\n\n"
+        f"{time_table(first, request)}\n\n"
+        f"Memory of its ranks when they take the most:\n\n{memory_table(first)}"
+    )
 
 
 def _summary(plans: Plans, request: PlanRequest) -> str:
+    # What is never looked at counts once for all of its orders and placements.
+    least = "at least " if request.shape.experts is not None else ""
     return (
         f"{request.global_batch_size} sequences of {request.shape.seq_length} tokens a step; "
-        f"{plans.num_candidates} layouts, {plans.num_fitting} may fit into "
+        f"{least}{plans.num_candidates} layouts, {plans.num_fitting} may fit into "
         f"{request.memory_limit_bytes / 1e9:.0f} GB, {plans.num_simulated} simulated"
     )
 
 
 def _write_plan_files(args: argparse.Namespace, best: Plan, title: str) -> None:
-    candidate = best.costing.candidate
-    num_ranks, whole = candidate.layout.num_ranks, candidate.num_microbatches
-    schedule = build_proved(best.costing.generator(whole, best.fills))
-    number = min(args.timeline_microbatches or 4 * num_ranks, whole)
-    if candidate.num_chunks > 1:
-        # Those of an interleaved schedule come in groups.
-        number = max(number // num_ranks, 1) * num_ranks
-    drawn = build_proved(best.costing.generator(number, best.fills))
-    timeline = simulate(drawn, best.costing.costs)
-    part = f", {number} of {whole} microbatches" if number < whole else ""
-    _write_files(args, schedule, timeline, title + part)
-
-
-def _write_files(
-    args: argparse.Namespace, schedule: Schedule, timeline: Timeline, title: str
-) -> None:
     if args.schedule_csv is not None:
-        args.schedule_csv.write_text(schedule.to_csv(), encoding="utf-8")
+        whole = best.costing.candidate.num_microbatches
+        _write_actions(args, build_proved(best.costing.generator(whole, best.fills)))
     if args.timeline is not None:
-        write_timeline(timeline, args.timeline, title)
+        timeline, extras = draw_plan(best, args.timeline_microbatches)
+        write_timeline(timeline, args.timeline, title, extras)
+
+
+def _write_actions(args: argparse.Namespace, schedule: Schedule) -> None:
+    args.schedule_csv.write_text(schedule.to_csv(), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

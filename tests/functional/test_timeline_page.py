@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def color_at(page: Page, rank: int, at_ms: float) -> list[int]:
 def test_what_is_there_is_said(page):
     expect(page).to_have_title("filled, 4 ranks, 6 microbatches")
     expect(page.locator("#summary")).to_have_text("Step 39 ms, bubble 19.9% of all time.")
-    legend = ["forward", "backward", "forward of a fill", "backward of a fill", "critical path"]
+    legend = ["forward", "backward", "forward of a fill", "backward of a fill"]
+    legend += ["exits in a backward", "critical path"]
     expect(page.locator("#legend li")).to_have_text(legend)
 
 
@@ -95,6 +97,16 @@ def test_pointing_tells_what_and_why(page):
     # An idle rank has nothing to tell.
     page.mouse.move(*place(page, rank=0, at_ms=7))
     expect(tip).to_be_hidden()
+
+
+def test_exits_are_marked_in_backwards(page):
+    page.mouse.click(*place(page, rank=1, at_ms=12))
+    expect(page.locator("#detail")).to_contain_text("Exits take 1.5 ms of it.")
+    exits, rest = color_at(page, 1, 11.5), color_at(page, 1, 14.2)
+    assert exits == [142, 68, 173]
+    assert rest != exits
+    # The third stage's backward of 2.5 ms has none; that of the last is its final head's.
+    assert color_at(page, 3, 9.7) not in (exits, color_at(page, 0, 7))
 
 
 def test_fills_are_marked(page):
@@ -208,3 +220,45 @@ def test_a_title_cannot_break_the_page(browser, tmp_path):
     page.goto((tmp_path / "page.html").as_uri())
     expect(page.get_by_role("heading")).to_have_text(title)
     page.close()
+
+
+def test_a_plans_page_says_which_part_it_shows(browser, tmp_path):
+    path = tmp_path / "plan.html"
+    words = (
+        "--config 1.3b --gpus 16 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 4 "
+        "--num-virtual-stages-per-pipeline-rank 1 --micro-batch-size 4 --top 1 --timeline"
+    )
+    assert main([*words.split(), str(path)]) == 0
+    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme="dark")
+    page = context.new_page()
+    page.set_default_timeout(patient(8000))
+    page.goto(path.as_uri())
+    said = page.locator("#summary").inner_text()
+    found = re.fullmatch(
+        r"Drawn: 16 of 128 microbatches, and the update of .* ms\. The whole step: ([\d.]+) s, "
+        r"bubble [\d.]+%, at most ([\d.]+) GB on a rank\.",
+        said,
+    )
+    assert found, said
+    expect(page.locator("#legend")).to_contain_text("update")
+    expect(page.locator("#legend")).to_contain_text("memory, and its peak")
+    # Four rows with a strip of memory each, and no wider than the screen.
+    box = page.locator("#canvas").bounding_box()
+    assert box is not None
+    assert box["height"] == RULER + 4 * (ROW + 18)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    page.locator("#chart").focus()
+    page.keyboard.press("End")
+    page.keyboard.press("Home")
+    detail = page.locator("#detail")
+    expect(detail).to_contain_text("0F0: forward")
+    expect(detail).to_contain_text(re.compile(r"Its rank has [\d.]+ GB\."))
+    colors = page.evaluate("""() => {
+      const pen = document.getElementById("canvas").getContext("2d");
+      const ratio = window.devicePixelRatio;
+      const right = document.getElementById("chart").clientWidth - 2;
+      const at = (x, y) => [...pen.getImageData(x * ratio, y * ratio, 1, 1).data].slice(0, 3);
+      return [at(right, 26 + 15), at(right, 26 + 30 + 15)];
+    }""")
+    assert colors == [[0x9A, 0xA0, 0xA6], [0x5B, 0x7F, 0xB5]]
+    context.close()

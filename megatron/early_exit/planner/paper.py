@@ -72,7 +72,7 @@ class PaperModel:
             generator = FilledOneFOneB(
                 num_ranks=NUM_RANKS,
                 num_microbatches=num_microbatches,
-                backward_forward_ratio=2.0,
+                backward_forward_ratio=costs.backward_forward_ratio,
                 num_warmup_fills=fills,
                 num_cooldown_fills=fills,
                 exit_stages=frozenset(exits.stages(layout.layers_per_stage)),

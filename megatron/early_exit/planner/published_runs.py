@@ -4,6 +4,7 @@ Columns of the file that they are read from say what the papers tell. What the p
 the same for all rows: full recomputation is what sequence parallelism was compared with, and runs
 without it; a run whose collectives overlap has the distributed optimizer, and one that writes its
 attention matrix has dropout, as the models of that time had. Gradients are exchanged in 16 bits.
+Columns of heads' sizes, experts and FP8 may be missing, or empty where a run has none.
 """
 
 import csv
@@ -14,11 +15,18 @@ from typing import Any, get_args
 
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.errors import out_of_range
+from megatron.early_exit.planner.costs.experts import Experts
 from megatron.early_exit.planner.costs.hardware import ACCELERATORS, Accelerator
 from megatron.early_exit.planner.costs.layout import Layout
 from megatron.early_exit.planner.costs.model_costs import ExitExecution, model_costs
 from megatron.early_exit.planner.costs.model_shape import ModelShape
-from megatron.early_exit.planner.costs.training_options import Recompute, TrainingOptions
+from megatron.early_exit.planner.costs.training_options import (
+    FP8,
+    FP8Format,
+    FP8Recipe,
+    Recompute,
+    TrainingOptions,
+)
 from megatron.early_exit.planner.costs.update import Overlap, update_costs
 from megatron.early_exit.planner.search.candidates import Candidate
 from megatron.early_exit.planner.search.prediction import Costing, Fills, Prediction
@@ -36,6 +44,7 @@ _NUMBERS = (
 _SWITCHES = (
     *("gated_linear_unit", "tied_embeddings", "flash_attention", "overlapped_collectives"),
 )
+_EXPERTS = ("num_experts", "moe_router_topk", "moe_ffn_hidden_size")
 _SCHEDULES = ("1f1b", "1f1b-i", "zb1p")
 
 # The zero-bubble paper counts activations with the attention matrix, s b h (34 + 5 a s / h), and
@@ -145,12 +154,18 @@ def _run(row: Mapping[str, str | None], where: str) -> PublishedRun:
             context_parallel=number["context_parallel"],
             data_parallel=replicas,
             microbatch_size=number["micro_batch_size"],
+            expert_parallel=read.number_or("expert_parallel", 1),
+            expert_tensor_parallel=read.number_or("expert_tensor_parallel", 1),
         )
         shape = ModelShape.llama(
             **{name: number[name] for name in _SIZES},
             gated_linear_unit=switch["gated_linear_unit"],
             share_embeddings_and_output_weights=switch["tied_embeddings"],
+            **({"kv_channels": read.value("kv_channels", int)} if read.text("kv_channels") else {}),
+            experts=_experts(read),
         )
+    except NotModelled:
+        raise
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     options = TrainingOptions(
@@ -162,6 +177,7 @@ def _run(row: Mapping[str, str | None], where: str) -> PublishedRun:
         overlaps_messages=overlaps,
         distributed_optimizer=overlaps,
         gradient_bytes=2,
+        fp8=_fp8(read, ACCELERATORS[gpu]),
     )
     return PublishedRun(
         name=read.text("name"),
@@ -180,6 +196,26 @@ def _run(row: Mapping[str, str | None], where: str) -> PublishedRun:
         step_s=read.value("published_step_s", float),
         peak_bytes=read.value("published_peak_memory_gb", float) * 1e9 if peak else None,
     )
+
+
+def _experts(read: "_Row") -> Experts | None:
+    if not read.text("num_experts"):
+        return None
+    read.choice("moe_token_dispatcher", ("alltoall",))
+    shared = read.number_or("moe_shared_expert_intermediate_size", 0)
+    numbers = {name: read.value(name, int) for name in _EXPERTS}
+    return Experts(**numbers, moe_shared_expert_intermediate_size=shared)
+
+
+def _fp8(read: "_Row", accelerator: Accelerator) -> FP8 | None:
+    if not read.text("fp8_recipe"):
+        return None
+    if accelerator.fp8_flops_per_s is None:
+        raise NotModelled(f"{read.where}: fp8_recipe is not modelled on this gpu, it has no FP8")
+    recipe: Any = read.choice("fp8_recipe", get_args(FP8Recipe))
+    # What it is does not change the time.
+    kind: FP8Format = "hybrid"
+    return FP8(format=kind, recipe=recipe, param_gather=bool(read.number_or("fp8_param_gather", 0)))
 
 
 def _layers(read: "_Row", num_layers: int, num_stages: int) -> tuple[int, ...]:
@@ -203,6 +239,9 @@ class _Row:
             return parse(self.text(column))
         except ValueError:
             raise self.refusal(column, "a number") from None
+
+    def number_or(self, column: str, default: int) -> int:
+        return self.value(column, int) if self.text(column) else default
 
     def choice(self, column: str, allowed: tuple[str, ...]) -> str:
         text = self.text(column)

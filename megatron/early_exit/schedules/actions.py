@@ -12,9 +12,9 @@ Role = Literal["", "w", "c"]
 """What a microbatch is for: "" is a full one, w and c fill the warm-up and the cool-down bubble."""
 
 Computation = Literal["F", "B", "I", "W", "L"]
-"""F forward; B backward, which zero-bubble schedules split into I (gradient of the input) and W
-(gradient of the weights); L backward of the stage's own exits, without a gradient from the next
-stage or for the previous one."""
+"""F forward; B backward, which zero-bubble schedules (arXiv 2401.10241) split into I (gradient of
+the input) and W (gradient of the weights); L backward of the stage's own exits, without a gradient
+from the next stage or for the previous one."""
 
 Communication = Literal["SF", "RF", "SB", "RB"]
 """S send, R receive; F a hidden state to or from the neighbour, B a gradient."""

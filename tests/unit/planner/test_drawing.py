@@ -1,10 +1,12 @@
 """Timelines as text and as pictures."""
 
 import struct
+from dataclasses import replace
 
 import pytest
 
 from megatron.early_exit.planner.costs.cost_model import CostModel, StageCost
+from megatron.early_exit.planner.drawing.extras import Extras
 from megatron.early_exit.planner.drawing.picture import draw_picture
 from megatron.early_exit.planner.drawing.text import draw_text, seconds_text
 from megatron.early_exit.planner.simulation.simulator import simulate
@@ -82,8 +84,33 @@ def test_pictures_show_only_what_is_there(tmp_path):
 def test_what_cannot_be_drawn_is_refused(filled, tmp_path):
     with pytest.raises(ValueError, match=r"step.gif has no known ending, allowed: .png, .svg"):
         draw_picture(filled, tmp_path / "step.gif")
-    nothing = Timeline(ranks=((),), peak_bytes=(0,))
+    nothing = Timeline(ranks=((),), peak_bytes=(0,), kept_bytes=(0,))
     with pytest.raises(ValueError, match=r"a step of 0.0 s cannot be drawn"):
         draw_picture(nothing, tmp_path / "step.png")
     with pytest.raises(ValueError, match=r"a step of 0.0 s in 100 characters cannot be drawn"):
         draw_text(nothing)
+
+
+def test_extras_follow_from_costs(tmp_path):
+    plain = StageCost(forward_s=1, backward_s=2, static_bytes=5e9, activation_bytes=1e9)
+    exits = replace(plain, backward_s=3, local_backward_s=1, backward_extra_bytes=5e8)
+    costs = CostModel(stages=(exits, plain), transfer_s=(0,))
+    timeline = simulate(OneFOneB(num_ranks=2, num_microbatches=3).build(), costs)
+    extras = Extras.of(timeline, costs, "Drawn: 3 of 9 microbatches.", update_s=2)
+    for rank, peak in zip(extras.memory, timeline.peak_bytes, strict=True):
+        assert max(size for _, size in rank) == peak
+        # Weights alone are left, until the update has ended.
+        assert rank[0] == (0, 5e9)
+        assert rank[-1] == (timeline.step_s + 2, 5e9)
+        assert [time for time, _ in rank] == sorted(time for time, _ in rank)
+    # The first stage keeps two microbatches, and an exit's logits come on top of them.
+    assert max(size for _, size in extras.memory[0]) == 7.5e9
+    parts = {extras.exit_part_s(timed) for timed in timeline.ranks[0]}
+    assert parts == {0, 1}
+    assert {extras.exit_part_s(timed) for timed in timeline.ranks[1]} == {0}
+    draw_picture(timeline, tmp_path / "more.svg", extras=extras)
+    picture = (tmp_path / "more.svg").read_text()
+    for text in ("Drawn: 3 of 9 microbatches.", "update", "memory", "exits in a backward"):
+        assert f"<!-- {text} -->" in picture
+    draw_picture(timeline, tmp_path / "less.svg")
+    assert "<!-- memory -->" not in (tmp_path / "less.svg").read_text()

@@ -81,7 +81,7 @@ def test_models_have_files(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     for path in (tmp_path, tmp_path / "config.json"):
         shape = model_of(f"--config {path}").shape
-        assert (shape.num_layers, shape.num_query_groups, shape.seq_length) == (16, 8, 4096)
+        assert (shape.num_layers, shape.num_query_groups, shape.seq_length) == (16, 8, 131072)
         assert shape.share_embeddings_and_output_weights
     assert model_of(f"--config {tmp_path} --seq-length 8192").shape.seq_length == 8192
 
@@ -98,7 +98,7 @@ def test_heads_may_have_a_size_of_their_own(tmp_path):
 
 def test_plans_need_no_more_than_sizes(tmp_path):
     """A model may be one that is not imported, with whatever is not in its costs."""
-    odd = {"architectures": ["GemmaForCausalLM"], "hidden_act": "gelu", "sliding_window": 512}
+    odd = {"architectures": ["GemmaForCausalLM"], "hidden_act": "gelu", "rope_theta": 1e6}
     odd |= {"num_experts": 0, "num_key_value_heads": None, "head_dim": None}
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | odd))
     shape = model_of(f"--config {tmp_path}").shape
@@ -149,6 +149,11 @@ def test_json(capsys):
     assert plans[0]["num_fill_cooldown_microbatches"] > 0
     assert "--fill-explicit-bubbles" in plans[0]["flags"]
     assert len(plans[0]["peak_bytes"]) == 4
+    # The schedule is made for what the stages cost, and training is told so.
+    ratios = plans[0]["backward_forward_ratio_of_stages"]
+    assert min(ratios) < plans[0]["backward_forward_ratio"] < max(ratios)
+    given = float(plans[0]["flags"][-1])
+    assert given == pytest.approx(plans[0]["backward_forward_ratio"], abs=0.005)
 
 
 def test_faster_links_and_gpus_make_faster_plans(capsys):
@@ -206,6 +211,48 @@ def test_the_first_plan_is_drawn_and_written(capsys, tmp_path, ending):
         assert b"0F4" not in text
 
 
+def test_a_whole_run_takes_days(capsys):
+    words = "--config 7b --gpus 64 --pipeline-model-parallel-size 2 --micro-batch-size 2 --top 1"
+    run = answer(capsys, f"{words} --train-tokens 0.5T --mtbf-hours 1000")
+    begin = run.index("500B tokens with the first take ")
+    lines = run[begin:].splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == ["steps", "checkpoints", "failures"]
+    days = float(lines[0].split()[-2].replace(",", ""))
+    assert sum(float(line.split()[1]) for line in lines[2:5]) == pytest.approx(days, abs=0.02)
+    assert "119,210 of " in lines[2]
+    assert "one each 15.6 hours, with 600 s to restart" in lines[4]
+    found = json.loads(answer(capsys, f"{words} --train-tokens 500e9 --mtbf-hours 1000 --json"))
+    assert found["plans"][0]["run"]["days"] == pytest.approx(days, abs=0.01)
+    assert f"--save-interval {found['plans'][0]['run']['save_interval']}" in lines[3]
+
+
+def test_a_plan_with_which_a_run_hardly_ends_leaves_the_others(capsys):
+    words = f"{BY_FLAGS} --gpus 8 --micro-batch-size 1 --recompute-granularity none --json --top 2"
+    first, second = (one["step_s"] for one in json.loads(answer(capsys, words))["plans"])
+    # A step of the second is longer than 20 times the mean time between failures.
+    hours = 8 * (first + second) / 2 / 20 / 3600
+    seconds = "--checkpoint-seconds 1e-9 --restart-seconds 0"
+    words = f"{words} --train-tokens 1B {seconds} --mtbf-hours"
+    plans = json.loads(answer(capsys, f"{words} {hours!r}"))["plans"]
+    assert plans[0]["run"]["days"] > 0
+    assert plans[1]["run"]["error"].startswith(f"--mtbf-hours {hours:g} is a failure each ")
+    assert main(f"{words} {hours / 2!r}".split()) == 2
+
+
+def test_a_picture_needs_no_list_of_the_whole_step(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.plan_pipeline.build_proved", lambda _: pytest.fail("was built"))
+    words = f"{BY_FLAGS} --gpus 2 --pipeline-model-parallel-size 2 --micro-batch-size 1 --top 1"
+    answer(capsys, f"{words} --timeline {tmp_path / 'plan.html'}")
+    assert (tmp_path / "plan.html").stat().st_size
+
+
+@pytest.mark.parametrize("text", ["many", "T", "0", "1e30", "-3B", "nanB"])
+def test_tokens_are_a_number(capsys, text):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args([f"--train-tokens={text}"])
+    assert f"{text} is not a number of tokens, allowed: 1 to 1e+18" in capsys.readouterr().err
+
+
 # --- one schedule --------------------------------------------------------------------------------
 
 
@@ -238,6 +285,17 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
     check(Schedule.from_csv(path.read_text()))
 
 
+def test_stages_that_take_different_times(capsys):
+    """Tuning goes at the pace of the slowest stage, which waits for none once it has begun."""
+    words = "--schedule tuning --pipeline-model-parallel-size 3 --num-microbatches 5 --json"
+    found = json.loads(answer(capsys, f"{words} --exit-stages 1 2 --stage-ratios 2 1.5 0.5"))
+    # A forward on the first stage; five on the second, each with both passes of an exit; and what
+    # is left of the last microbatch on the third.
+    one_exit = 0.5 * (1 + 2)
+    assert found["step_s"] == pytest.approx(1e-3 * (2 + 5 * 1.5 + 4 * one_exit + 0.5 + one_exit))
+    assert found["busy_s"] == pytest.approx([10e-3, 15e-3, 10e-3])
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -252,7 +310,9 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
             "folder/config.json cannot be read: No such file or directory",
         ),
         ("--config {no_json} --gpus 8", "is not a JSON file"),
-        ("--config {experts} --gpus 8", "num_local_experts 8, allowed: dense models"),
+        ("--config {ahead} --gpus 8", "num_nextn_predict_layers 1, allowed: 0: what a multi-token"),
+        ("--config 7b --gpus 8 --mtp-num-layers 2", "--mtp-num-layers 2 is out of range, allowed"),
+        ("--config {experts} --gpus 8", "num_experts_per_tok None is out of range"),
         ("--config {less} --gpus 8", "vocab_size None is out of range, allowed: 1 or more"),
         ("--config {llama} --gpus 8", "--global-batch-size is missing"),
         ("--config 7b --gpus 8 --num-attention-heads 7", "--num-attention-heads 7 is out of range"),
@@ -273,6 +333,18 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
         ("--config 7b --gpus 8 --memory-headroom 1", "--memory-headroom 1.0 is out of range"),
         ("--config 7b --gpus 8 --tflops 0", "--tflops 0.0 is out of range, allowed: above 0"),
         ("--config 7b --gpus 8 --gpus-per-node 0", "--gpus-per-node 0 is out of range"),
+        (
+            "--config 7b --gpus 8 --gpus-per-node 1000000007",
+            "--gpus-per-node 1000000007 is out of range, allowed: 1 to 4096",
+        ),
+        (
+            "--config 7b --gpus 1000000000000007",
+            "--gpus 1000000000000007 is out of range, allowed: 1 to 1048576",
+        ),
+        (
+            "--config 7b --gpus 8 --num-experts 1000000007",
+            "--num-experts 1000000007 is out of range, allowed: 1 to 65536",
+        ),
         ("--config 7b --gpus 8 --timeline x.gif", "allowed: .png, .svg, .html"),
         ("--config 7b --gpus 8 --timeline {folder}/no/x.svg", "there is no folder"),
         ("--config 7b --gpus 8 --schedule-csv {folder}/no/x.csv", "there is no folder"),
@@ -299,6 +371,23 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
         ),
         ("--config 7b --gpus 8 --timeline-microbatches 9", "has no effect without --timeline"),
         (
+            "--config 7b --gpus 8 --mtbf-hours 1000",
+            "--mtbf-hours 1000.0 has no effect without --train-tokens",
+        ),
+        (
+            "--config 7b --gpus 8 --train-tokens 1T --mtbf-hours 0",
+            "--mtbf-hours 0.0 is out of range, allowed: above 0",
+        ),
+        (
+            "--config 1.3b --gpus 8 --pipeline-model-parallel-size 1 --micro-batch-size 4 "
+            "--train-tokens 1T --mtbf-hours 1e-3",
+            "--mtbf-hours 0.001 is a failure each 0.45 s with 8 GPUs, allowed: 30 s or more",
+        ),
+        (
+            "--config 7b --gpus 8 --train-tokens 1T --mtbf-hours 1e308",
+            "--mtbf-hours 1e+308 is out of range, allowed: above 0, up to 1000000000000.0",
+        ),
+        (
             f"--schedule 1f1b {PAPER} --num-fill-warmup-microbatches 1",
             "--num-fill-warmup-microbatches 1 has no effect with --schedule 1f1b",
         ),
@@ -317,6 +406,18 @@ def test_each_schedule_is_drawn(capsys, tmp_path, words):
         (f"--schedule 1f1b {PAPER} --top 3", "--top 3 has no effect with --schedule 1f1b"),
         (f"--schedule 1f1b {PAPER} --no-swiglu", "--no-swiglu has no effect with --schedule 1f1b"),
         (f"--schedule 1f1b {PAPER} --exit-stages 4", "--exit-stages 4 is out of range"),
+        (
+            f"--schedule 1f1b {PAPER} --stage-ratios 1 2 1.5",
+            "--stage-ratios: has 3 numbers, allowed: 4, one for each stage",
+        ),
+        (
+            f"--schedule 1f1b {PAPER} --stage-ratios 1 0 1 1",
+            "--stage-ratios 0.0 is out of range, allowed: above 0",
+        ),
+        (
+            "--config 7b --gpus 8 --stage-ratios 1 2",
+            "--stage-ratios 1.0 2.0 has no effect without --schedule",
+        ),
         (
             f"--schedule 1f1b {PAPER} --exit-stage-ratio -1",
             "--exit-stage-ratio -1.0 is out of range",
@@ -340,6 +441,7 @@ def test_refusals_are_one_sentence(capsys, tmp_path, words, message):
         "folder": {},
         "llama": LLAMA,
         "experts": LLAMA | {"num_local_experts": 8},
+        "ahead": LLAMA | {"num_nextn_predict_layers": 1},
         "less": {name: value for name, value in LLAMA.items() if name != "vocab_size"},
     }
     paths = {name: tmp_path / name for name in files} | {"no_json": tmp_path / "no_json"}

@@ -7,6 +7,7 @@ import pytest
 
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.planner.command_line.model_flags import placements
+from megatron.early_exit.planner.costs.cost_model import CostModel, StageCost
 from megatron.early_exit.planner.costs.hardware import ACCELERATORS
 from megatron.early_exit.planner.costs.model_shape import ModelShape
 from megatron.early_exit.planner.costs.training_options import TrainingOptions
@@ -168,7 +169,7 @@ def four_stages() -> Plan:
 
 
 def test_fills_that_cost_little_are_put_in(four_stages):
-    (filled,) = fill_bubbles([four_stages], FillRequest(), 72e9)
+    (filled,) = fill_bubbles([four_stages], FillRequest(backward_forward_ratio=2.0), 72e9)
     assert (filled.fills.num_warmup, filled.fills.num_cooldown) == (2, 2)
     assert 0 <= filled.fill_cost <= 0.01
     assert filled.prediction.pipeline.bubble_fraction < (
@@ -179,7 +180,8 @@ def test_fills_that_cost_little_are_put_in(four_stages):
 def test_fills_keep_to_cost_and_memory(four_stages):
     (dear,) = fill_bubbles([four_stages], FillRequest(num_warmup=2, num_cooldown=2), 72e9)
     assert dear.fill_cost > 0
-    (cheap,) = fill_bubbles([four_stages], FillRequest(most_cost=dear.fill_cost / 2), 72e9)
+    half = FillRequest(most_cost=dear.fill_cost / 2, backward_forward_ratio=2.0)
+    (cheap,) = fill_bubbles([four_stages], half, 72e9)
     assert cheap.fills.number < 4
     # Fills of the warm-up come on top of the activations in flight.
     tight = four_stages.prediction.peak_bytes * (1 + 1e-6)
@@ -192,8 +194,32 @@ def test_fills_need_exits_that_they_reach():
         named_request("30b", 64, tensor_parallel=2, pipeline_parallel=4, num_chunks=1),
         placements=(EarlyExitConfig(),),
     )
-    (filled,) = fill_bubbles(find_plans(request, 1).best, FillRequest(), 72e9)
+    best = find_plans(request, 1).best
+    (filled,) = fill_bubbles(best, FillRequest(backward_forward_ratio=2.0), 72e9)
     assert (filled.fills.num_warmup, filled.fills.num_cooldown) == (0, 2)
+
+
+def test_fills_that_fit_follow_from_the_costs_of_the_stages(four_stages):
+    costs = four_stages.costing.costs
+    forward_s = sum(stage.forward_s for stage in costs.stages)
+    derived = sum(stage.backward_s for stage in costs.stages) / forward_s
+    assert costs.backward_forward_ratio == pytest.approx(derived)
+    # Exits run forward and backward in the backward of their stages.
+    without_exit, with_exit = (costs.stages[stage].backward_forward_ratio for stage in (2, 1))
+    assert 1.5 < without_exit < 2 < with_exit
+    (filled,) = fill_bubbles([four_stages], FillRequest(), 72e9)
+    assert filled.fills.backward_forward_ratio == pytest.approx(derived, abs=0.005)
+    for ratio, fills in ((1.5, 1), (2.0, 2)):
+        scaled = replace(four_stages.costing, costs=_with_ratio(costs, ratio))
+        fitting = scaled.fitting_fills()
+        assert (fitting.num_warmup, fitting.num_cooldown) == (fills, fills)
+
+
+def _with_ratio(costs: CostModel, ratio: float) -> CostModel:
+    stages = tuple(
+        StageCost(forward_s=one.forward_s, backward_s=ratio * one.forward_s) for one in costs.stages
+    )
+    return replace(costs, stages=stages)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +253,11 @@ def test_fills_without_room_are_refused(four_stages, fills, limit, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_accelerators": 0}, "--gpus 0 is out of range, allowed: 1 or more"),
+        (
+            {"shape": replace(NAMED_MODELS["7b"].shape, num_layers=10**9)},
+            "--num-layers 1000000000 is out of range, allowed: 1 to 4096",
+        ),
+        ({"num_accelerators": 0}, "--gpus 0 is out of range, allowed: 1 to 1048576"),
         ({"achieved_share": 0}, "--achieved-share 0 is out of range, allowed: above 0, up to 1"),
         ({"pass_overhead_s": -1e-6}, "--pass-overhead-us -1.0 is out of range, allowed: 0 or more"),
         (
@@ -292,3 +322,17 @@ def test_interleaved_candidates_have_their_own_schedule():
     assert isinstance(one, Candidate)
     schedule = Costing.of(one, SMALL_REQUEST).generator(2 * one.layout.num_ranks, Fills()).build()
     assert schedule.num_stages == 3 * one.layout.num_ranks
+
+
+def test_long_sequences_are_shared():
+    long = replace(SMALL, seq_length=131072)
+    fixed = {"tensor_parallel": 4, "pipeline_parallel": 1, "microbatch_size": 1}
+    request = request_of(long, EarlyExitConfig(), gpus=32, batch=8, **fixed, context_parallel=None)
+    request = replace(request, memory_limit_bytes=5e9)
+    (plan,) = find_plans(request, 1).best
+    assert plan.costing.candidate.layout.context_parallel in (2, 4, 8)
+    assert request.context_sizes == [1, 2, 4, 8, 16]
+    with pytest.raises(ValueError, match="or --recompute-granularity full") as refused:
+        find_plans(replace(request, context_parallel=1), 1)
+    assert "--context-parallel-size above 1" in str(refused.value)
+    assert replace(request, shape=SMALL).context_sizes == [1]

@@ -65,6 +65,14 @@ def test_what_is_far_from_what_was_published_fails(tmp_path, capsys):
     assert "MISSED: 3 of 4 steps" in capsys.readouterr().out
 
 
+def test_memory_is_compared_only_where_it_was_published(tmp_path, capsys):
+    rows = [row | {"published_peak_memory_gb": ""} for row in quick_rows()]
+    assert main(["--runs", str(written(tmp_path / "runs.csv", rows))]) == 0
+    printed = capsys.readouterr().out
+    assert "memory" not in printed
+    assert " GB" not in printed
+
+
 def test_a_run_that_is_not_modelled_counts_as_one_that_is_far_off(tmp_path, capsys):
     rows = [*quick_rows(), ROWS[0] | {"schedule": "zb2p"}]
     assert main(["--runs", str(written(tmp_path / "runs.csv", rows))]) == 1
@@ -116,3 +124,16 @@ def test_files_without_runs_are_refused(tmp_path, capsys):
         assert str(path) in capsys.readouterr().err
     assert main(["--picture", "x.gif"]) == 2
     assert "--picture x.gif, allowed: .svg, .png" in capsys.readouterr().err
+
+
+def test_runs_of_experts_and_of_fp8_are_read():
+    found, refused = read_runs(RUNS.with_name("published_experts_and_fp8.csv"))
+    layouts = [run.candidate.layout for run in found]
+    assert [one.num_accelerators for one in layouts] == [256, 64, 1024]
+    assert [one.expert_parallel for one in layouts] == [8, 1, 1]
+    assert [run.candidate.options.fp8 is not None for run in found] == [False, True, True]
+    mixture = found[0].candidate.shape
+    assert (mixture.kv_channels, mixture.experts is not None) == (128, True)
+    # Another dispatcher.
+    assert len(refused) == 2
+    assert all("moe_token_dispatcher 'deepep' is not modelled" in why for why in refused)

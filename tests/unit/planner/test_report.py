@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 
 from megatron.early_exit import platform
 
@@ -23,10 +24,10 @@ from megatron.training.arguments import (  # noqa: E402
 
 from megatron.early_exit.config import EarlyExitConfig  # noqa: E402
 from megatron.early_exit.planner.command_line.model_flags import placements  # noqa: E402
-from megatron.early_exit.planner.command_line.report import flags, one_flag_a_line  # noqa: E402
+from megatron.early_exit.planner.command_line.plan_flags import flags, one_flag_a_line  # noqa: E402
 from megatron.early_exit.planner.costs.hardware import ACCELERATORS  # noqa: E402
 from megatron.early_exit.planner.costs.model_shape import ModelShape  # noqa: E402
-from megatron.early_exit.planner.costs.training_options import TrainingOptions  # noqa: E402
+from megatron.early_exit.planner.costs.training_options import FP8, TrainingOptions  # noqa: E402
 from megatron.early_exit.planner.costs.update import Overlap  # noqa: E402
 from megatron.early_exit.planner.named_models import NAMED_MODELS  # noqa: E402
 from megatron.early_exit.planner.search.filling import FillRequest, fill_bubbles  # noqa: E402
@@ -54,6 +55,8 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
         monkeypatch.setattr(sys, "argv", ["pretrain", *words])
         monkeypatch.setenv("WORLD_SIZE", str(gpus))
         monkeypatch.setenv("RANK", "0")
+        # For --moe-grouped-gemm.
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
         args = parse_args(add)
         validate_args(args)
         return args
@@ -84,6 +87,9 @@ def model_flags(shape: ModelShape) -> list[str]:
         f"--kv-channels {shape.kv_channels} "
         f"--max-position-embeddings {shape.seq_length} --train-iters 10 --normalization RMSNorm"
     )
+    if (experts := shape.experts) is not None:
+        words += f" --num-experts {experts.num_experts} --moe-router-topk {experts.moe_router_topk}"
+        words += f" --moe-ffn-hidden-size {experts.moe_ffn_hidden_size} --disable-bias-linear"
     return words.split()
 
 
@@ -104,6 +110,10 @@ def check(plan: Plan, request: PlanRequest, parse: Parse) -> Namespace:
     assert args.global_batch_size == per_step
     assert EarlyExitConfig.from_attributes(args) == one.exits
     assert layers_that_megatron_builds(args) == layout.layers_per_stage
+    if request.shape.experts is not None:
+        assert args.expert_model_parallel_size == layout.expert_parallel
+        assert args.expert_tensor_parallel_size == layout.expert_tensor_parallel
+        assert (args.moe_token_dispatcher_type, args.moe_grouped_gemm) == ("alltoall", True)
     return args
 
 
@@ -206,8 +216,9 @@ def h100_request(shape: ModelShape, gpus: int, batch: int, *exits: int, **more) 
         (LLAMA_405B, 16384, 2048),
         (NEMOTRON_340B, 128, 32),
         (QWEN3_32B, 64, 512),
+        (NAMED_MODELS["qwen3-235b-a22b"].shape, 512, 2048),
     ],
-    ids=["405B on 4,096", "405B on 16,384", "340B on 128", "32B on 64"],
+    ids=["405B on 4,096", "405B on 16,384", "340B on 128", "32B on 64", "235B mixture on 512"],
 )
 def test_published_models_are_planned_in_seconds(shape, gpus, batch, parse):
     request = h100_request(shape, gpus, batch)
@@ -219,6 +230,25 @@ def test_published_models_are_planned_in_seconds(shape, gpus, batch, parse):
         check(plan, request, parse)
     if shape is LLAMA_405B:
         assert not any(plan.costing.candidate.layout.is_even for plan in best)
+
+
+def test_megatron_accepts_experts_with_exits_and_fp8(parse, monkeypatch):
+    # Transformer Engine's, which is not installed here.
+    checked = "megatron.core.transformer.transformer_config.is_te_min_version"
+    monkeypatch.setattr(checked, lambda *_, **__: True)
+    fp8 = FP8(format="hybrid", recipe="tensorwise", param_gather=True)
+    request = h100_request(
+        *(NAMED_MODELS["qwen3-235b-a22b"].shape, 512, 2048, 23, 47),
+        tensor_parallel=2,
+        pipeline_parallel=8,
+        num_chunks=1,
+        expert_parallel=8,
+        expert_tensor_parallel=2,
+        options=TrainingOptions(fp8=fp8),
+    )
+    (plan,) = find_plans(request, 1).best
+    args = check(plan, request, parse)
+    assert (args.fp8, args.fp8_recipe, args.fp8_param_gather) == ("hybrid", "tensorwise", True)
 
 
 @pytest.mark.parametrize("pre_exit", [False, True])
@@ -238,7 +268,9 @@ def test_fills_have_flags(parse):
     request = request_of(
         "30b", num_chunks=1, pipeline_parallel=4, tensor_parallel=2, microbatch_size=1
     )
-    (plan,) = fill_bubbles(find_plans(request, 1).best, FillRequest(), 72e9)
+    (plan,) = fill_bubbles(
+        find_plans(request, 1).best, FillRequest(backward_forward_ratio=2.0), 72e9
+    )
     args = check(plan, request, parse)
     options = FillingOptions.from_attributes(args)
     assert options.fill_explicit_bubbles
@@ -246,6 +278,6 @@ def test_fills_have_flags(parse):
     assert options.fill_samples == "extra"
     one = plan.costing.candidate
     stages = frozenset(one.exits.stages(one.layout.layers_per_stage))
-    places = options.places(4, stages, options.assumed_ratio)
+    places = options.places(4, stages, 2.0)
     assert (places.num_warmup_fills, places.num_cooldown_fills) == (2, 2)
     assert (plan.fills.num_warmup, plan.fills.num_cooldown) == (2, 2)

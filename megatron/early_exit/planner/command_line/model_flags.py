@@ -10,6 +10,14 @@ from megatron.early_exit.checkpoint.huggingface_config import CONFIG_NAME, read_
 from megatron.early_exit.checkpoint.text_files import read_json
 from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig
 from megatron.early_exit.errors import FieldError, as_flag, out_of_range
+from megatron.early_exit.planner.command_line.expert_flags import (
+    add_expert_flags,
+    experts_of_config,
+    read_experts,
+)
+from megatron.early_exit.planner.command_line.unmodelled_entries import (
+    refuse_unmodelled_entries,
+)
 from megatron.early_exit.planner.costs.model_shape import ModelShape
 from megatron.early_exit.planner.named_models import NAMED_MODELS
 
@@ -22,15 +30,13 @@ _SIZES = {
     "num_query_groups": "key and value heads (default: as many as query heads)",
     "kv_channels": "size of a head (default: hidden size / query heads)",
     "vocab_size": "tokens of the vocabulary",
-    "seq_length": "tokens of a sequence (default of a config.json: its context, up to 4096)",
+    "seq_length": "tokens of a sequence (default of a config.json: its whole context)",
 }
 _SHARED = "share_embeddings_and_output_weights"
 _GATED = "gated_linear_unit"
 # Model types of Hugging Face's whose MLP has no gate.
 _WITHOUT_GATE = ("nemotron", "phi", "starcoder2")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-# Contexts grow beyond what models are trained with.
-_LONGEST_DEFAULT = 4096
+_NO_MTP = "what a multi-token-prediction module takes is not planned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
         "--config",
         metavar="NAME|PATH",
         help=f"{', '.join(NAMED_MODELS)}, with the exits of the papers; or a config.json of "
-        "Hugging Face's Llama family, or its folder",
+        "Hugging Face's Llama family, Mixtral or Qwen's mixtures, or its folder",
     )
     for name, text in _SIZES.items():
         add(as_flag(name), type=int, help=text)
@@ -66,6 +72,9 @@ def add_model_flags(parser: ArgumentParser) -> None:
     add("--no-swiglu", action="store_true", help=gate)
     add("--untie-embeddings-and-output-weights", action="store_true", help="as Megatron's flag")
     add("--global-batch-size", type=int, help="sequences of a step")
+    ahead = "depths of a multi-token-prediction module: only 0, since its costs are not known here"
+    add("--mtp-num-layers", type=int, default=0, help=ahead)
+    add_expert_flags(parser)
     group = parser.add_argument_group("exits")
     add = group.add_argument
     add(
@@ -91,17 +100,19 @@ def read_model(args: Namespace) -> Model:
     Raises:
         ValueError: a value is missing or out of range; the message names its flag.
     """
+    if args.mtp_num_layers:
+        raise out_of_range("--mtp-num-layers", args.mtp_num_layers, f"0: {_NO_MTP}")
     named = NAMED_MODELS.get((args.config or "").lower())
     known: dict[str, Any] = {}
     if named is not None:
-        known = {name: getattr(named.shape, name) for name in (*_SIZES, _SHARED, _GATED)}
+        known = {name: getattr(named.shape, name) for name in (*_SIZES, _SHARED, _GATED, "experts")}
     elif args.config is not None:
         if not Path(args.config).exists():
             raise ValueError(
                 f"--config {args.config} is neither a model nor a file, allowed: "
                 f"{', '.join(NAMED_MODELS)}, or a path"
             )
-        known = _read_config(Path(args.config))
+        known = _read_config(Path(args.config), args.seq_length)
     shape = _shape(args, known)
     exits = _exits(args, EarlyExitConfig() if named is None else named.exits)
     exits.validate(shape.num_layers, shape.vocab_size)
@@ -126,24 +137,28 @@ def placements(exits: EarlyExitConfig, num_layers: int) -> tuple[EarlyExitConfig
     return after, exits.placed(True)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The fields of a `ModelShape` in a config.json, or in that of a folder."""
+def _read_config(path: Path, seq_length: int | None) -> dict[str, Any]:
+    """The fields of a `ModelShape` in a config.json, or in that of a folder; the length of a
+    sequence is its whole context, unless another is given."""
     try:
         config = read_json(path / CONFIG_NAME if path.is_dir() else path)
     except ValueError as error:
         raise ValueError(f"--config {error}") from None
-    for name in _EXPERTS:
-        if config.get(name):
-            raise ValueError(f"--config {path}: {name} {config[name]}, allowed: dense models")
+    if depths := config.get("num_nextn_predict_layers"):
+        raise ValueError(
+            f"--config {path}: num_nextn_predict_layers {depths}, allowed: 0: {_NO_MTP}"
+        )
     try:
         sizes = read_sizes(config)
+        refuse_unmodelled_entries(config, seq_length or sizes["max_position_embeddings"])
+        sizes["experts"] = experts_of_config(config)
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from None
     if config.get("head_dim") is None:
         # It follows from sizes that flags may change.
         del sizes["kv_channels"]
-    sizes["seq_length"] = min(sizes["max_position_embeddings"], _LONGEST_DEFAULT)
-    known = {name: sizes[name] for name in (*_SIZES, _SHARED) if name in sizes}
+    sizes["seq_length"] = sizes["max_position_embeddings"]
+    known = {name: sizes[name] for name in (*_SIZES, _SHARED, "experts") if name in sizes}
     return {**known, _GATED: config.get("model_type") not in _WITHOUT_GATE}
 
 
@@ -195,6 +210,7 @@ def _shape(args: Namespace, known: Mapping[str, Any]) -> ModelShape:
         sizes[_SHARED] = False
     elif not known:
         sizes[_SHARED] = True
+    sizes["experts"] = read_experts(args, sizes.get("experts"), sizes["ffn_hidden_size"])
     try:
         return ModelShape.llama(**sizes)
     except FieldError as error:

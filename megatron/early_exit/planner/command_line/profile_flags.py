@@ -31,6 +31,10 @@ def read_profile(args: Namespace, model: Model) -> LayerProfile | None:
         value = getattr(args, name)
         if value is not None:
             raise ValueError(f"{as_flag(name)} {value:g} has no effect with --profile {path}")
+    if args.fp8_format is not None:
+        raise ValueError(
+            f"--fp8-format {args.fp8_format}: profiles are in {_DTYPE}, allowed: no FP8"
+        )
     refuse_unprofiled(model)
     try:
         profile = LayerProfile.read(path)
@@ -44,8 +48,11 @@ def refuse_unprofiled(model: Model) -> None:
     """Refuse a model whose layers are not measured.
 
     Raises:
-        ValueError: its MLP has no gate.
+        ValueError: its MLP has no gate, or it has experts.
     """
+    if model.shape.experts is not None:
+        number = model.shape.experts.num_experts
+        raise ValueError(f"--num-experts {number}: profiles have dense models, allowed: without it")
     if not model.shape.gated_linear_unit:
         raise ValueError("--no-swiglu: profiles have gated MLPs, allowed: without it")
 

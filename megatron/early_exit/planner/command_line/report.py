@@ -1,12 +1,11 @@
-"""Plans as a table, as flags for a command line, and as JSON."""
+"""Plans as a table and as JSON."""
 
-from itertools import groupby
-from shlex import quote
 from typing import Any
 
+from megatron.early_exit.planner.command_line.plan_flags import flags
 from megatron.early_exit.planner.costs.layer_profile import LayerProfile
-from megatron.early_exit.planner.costs.training_options import Recompute
-from megatron.early_exit.planner.drawing.text import seconds_text
+from megatron.early_exit.planner.drawing.text import aligned, seconds_text
+from megatron.early_exit.planner.search.breakdown import memory_parts, step_parts
 from megatron.early_exit.planner.search.plans import Plan
 from megatron.early_exit.planner.search.request import PlanRequest
 
@@ -15,11 +14,15 @@ def table(plans: list[Plan], request: PlanRequest) -> str:
     """One line for each plan."""
     fastest_s = plans[0].prediction.step_s
     has_exits = any(plan.costing.candidate.exits.positions for plan in plans)
+    has_experts = request.shape.experts is not None
+    has_context = any(plan.costing.candidate.layout.context_parallel > 1 for plan in plans)
     has_fills = any(plan.fills.number for plan in plans)
     has_recomputes = any(plan.costing.candidate.options.recompute != "none" for plan in plans)
     rows = [
         [
-            *("#", "TP", "PP", "VPP", "layers", "DP", "size", "number"),
+            *("#", "TP", *(["CP"] if has_context else []), "PP", "VPP", "layers", "DP"),
+            *(["EP", "ETP"] if has_experts else []),
+            *("size", "number"),
             *(["exits"] if has_exits else []),
             *(["recompute"] if has_recomputes else []),
             *("order", "step", "slower", "tokens/s/GPU", "TFLOP/s", "MFU", "memory", "bubble"),
@@ -30,10 +33,14 @@ def table(plans: list[Plan], request: PlanRequest) -> str:
     for number, plan in enumerate(plans, start=1):
         one, layout = plan.costing.candidate, plan.costing.candidate.layout
         step_s, pipeline = plan.prediction.step_s, plan.prediction.pipeline
-        row: list[object] = [number, layout.tensor_parallel, layout.num_ranks, one.num_chunks]
+        row: list[object] = [number, layout.tensor_parallel]
+        row += [layout.context_parallel] if has_context else []
+        row += [layout.num_ranks, one.num_chunks]
         fewest, most = min(layout.layers_per_stage), max(layout.layers_per_stage)
         row.append(most if layout.is_even else f"{fewest}-{most}")
-        row += [layout.data_parallel, layout.microbatch_size, one.num_microbatches]
+        row.append(layout.data_parallel)
+        row += [layout.expert_parallel, layout.expert_tensor_parallel] if has_experts else []
+        row += [layout.microbatch_size, one.num_microbatches]
         if has_exits:
             row.append("before" if one.exits.pre_exit else "after")
         if has_recomputes:
@@ -52,11 +59,7 @@ def table(plans: list[Plan], request: PlanRequest) -> str:
         if has_fills:
             row += [f"{plan.fills.num_warmup} + {plan.fills.num_cooldown}", f"{plan.fill_cost:.2%}"]
         rows.append([str(cell) for cell in row])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
+    return aligned(rows)
 
 
 def origin_of_times(plans: list[Plan], profile: LayerProfile) -> str:
@@ -79,75 +82,6 @@ LEGEND = (
 """Explanation of the columns whose names do not explain themselves."""
 
 
-_RECOMPUTE_WORDS: dict[Recompute, list[object]] = {
-    "none": [],
-    "selective": ["--recompute-granularity", "selective"],
-    "full": [
-        *("--recompute-granularity", "full", "--recompute-method", "uniform"),
-        *("--recompute-num-layers", 1),
-    ],
-}
-
-
-def flags(plan: Plan, request: PlanRequest) -> list[str]:
-    """The flags of pretrain_early_exit_gpt.py that choose the plan, without those of the model."""
-    one, layout = plan.costing.candidate, plan.costing.candidate.layout
-    words: list[object] = ["--tensor-model-parallel-size", layout.tensor_parallel]
-    if layout.tensor_parallel > 1:
-        words.append("--sequence-parallel")
-    if layout.context_parallel > 1:
-        words += ["--context-parallel-size", layout.context_parallel]
-    words += ["--pipeline-model-parallel-size", layout.num_ranks]
-    if not layout.is_even:
-        words += ["--pipeline-model-parallel-layout", _layout_text(layout.layers_per_stage)]
-    elif one.num_chunks > 1:
-        words += ["--num-layers-per-virtual-pipeline-stage", layout.layers_per_stage[0]]
-    if layout.use_tp_pp_dp_mapping:
-        words.append("--use-tp-pp-dp-mapping")
-    words += ["--micro-batch-size", layout.microbatch_size]
-    words += ["--global-batch-size", request.global_batch_size, "--use-distributed-optimizer"]
-    words += ["--overlap-grad-reduce"] * request.overlap.grad_reduce
-    words += ["--overlap-param-gather"] * request.overlap.param_gather
-    words += ["--grad-reduce-in-bf16"] * (one.options.gradient_bytes == 2)
-    words += ["--tp-comm-overlap"] * (one.options.tp_comm_overlap and layout.tensor_parallel > 1)
-    words += _RECOMPUTE_WORDS[one.options.recompute]
-    if one.exits.positions:
-        words += ["--exit-layer-nums", *one.exits.exit_layer_nums]
-        words += ["--pre-exit"] * one.exits.pre_exit + one.exits.head_words
-    if plan.fills.number:
-        words += [
-            *("--fill-explicit-bubbles", "--num-fill-warmup-microbatches", plan.fills.num_warmup),
-            *("--num-fill-cooldown-microbatches", plan.fills.num_cooldown),
-            *("--backward-forward-ratio", f"{plan.fills.backward_forward_ratio:g}"),
-        ]
-    return [str(word) for word in words]
-
-
-def _layout_text(layers_per_stage: tuple[int, ...]) -> str:
-    """The value of Megatron's --pipeline-model-parallel-layout: E is the embedding, t a layer, L
-    the final head with its loss; stages end with |."""
-
-    def layers(number: int) -> str:
-        return f"t*{number}" if number > 1 else "t"
-
-    text = f"E{layers(layers_per_stage[0])}|"
-    for number, equal in groupby(layers_per_stage[1:-1]):
-        times = len(list(equal))
-        text += f"({layers(number)}|)*{times}" if times > 1 else f"{layers(number)}|"
-    return f"{text}{layers(layers_per_stage[-1])}L"
-
-
-def one_flag_a_line(words: list[str]) -> str:
-    """Words of a command line as its last lines."""
-    lines: list[str] = []
-    for word in words:
-        if word.startswith("--"):
-            lines.append(f"    {word}")
-        else:
-            lines[-1] += f" {quote(word)}"
-    return " \\\n".join(lines)
-
-
 def as_json(plan: Plan, request: PlanRequest) -> dict[str, Any]:
     """A plan as JSON values; seconds and bytes."""
     one, layout = plan.costing.candidate, plan.costing.candidate.layout
@@ -158,6 +92,9 @@ def as_json(plan: Plan, request: PlanRequest) -> dict[str, Any]:
         "virtual_stages_per_rank": one.num_chunks,
         "context_parallel": layout.context_parallel,
         "data_parallel": layout.data_parallel,
+        "expert_parallel": layout.expert_parallel,
+        "expert_tensor_parallel": layout.expert_tensor_parallel,
+        "expert_data_parallel": layout.num_expert_replicas if one.shape.experts else None,
         "layers_per_stage": list(layout.layers_per_stage),
         "recompute": one.options.recompute,
         "microbatch_size": layout.microbatch_size,
@@ -175,8 +112,13 @@ def as_json(plan: Plan, request: PlanRequest) -> dict[str, Any]:
         "tokens_per_s_per_gpu": _tokens_per_s(plan, request),
         "model_flops_per_s_per_gpu": _flops_per_s(plan, request),
         "model_flops_utilization": _flops_per_s(plan, request) / request.accelerator.flops_per_s,
-        "backward_forward_ratio": plan.costing.backward_forward_ratio,
+        "backward_forward_ratio": plan.costing.costs.backward_forward_ratio,
+        "backward_forward_ratio_of_stages": [
+            stage.backward_forward_ratio for stage in plan.costing.costs.stages
+        ],
+        "step_parts_s": step_parts(plan, request),
         "peak_bytes": list(pipeline.peak_bytes),
+        "peak_parts_bytes": memory_parts(plan),
         "flags": flags(plan, request),
     }
 

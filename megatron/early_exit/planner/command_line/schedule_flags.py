@@ -1,4 +1,4 @@
-"""The flags of one schedule on even stages."""
+"""The flags of one schedule, on stages without a model."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -6,10 +6,10 @@ from typing import get_args
 
 from megatron.early_exit.errors import as_flag
 from megatron.early_exit.flags import refuse_given
-from megatron.early_exit.planner.command_line.request_flags import NUMBERS_OF_FILLS
-from megatron.early_exit.planner.uniform_stages import ScheduleName, UniformStages
+from megatron.early_exit.planner.command_line.request_flags import NUMBERS_OF_FILLS, given_ratio
+from megatron.early_exit.planner.single_schedule import ScheduleName, SingleSchedule
 
-_OWN = ("num_microbatches", "exit_stages", "exit_stage_ratio")
+_OWN = ("num_microbatches", "exit_stages", "stage_ratios", "exit_stage_ratio")
 """Flags that only a schedule has."""
 _USED = (
     *("schedule", *_OWN, "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank"),
@@ -18,16 +18,21 @@ _USED = (
 )
 """All flags that act beside --schedule."""
 
+# What the figures of the papers assume.
+_RATIO_OF_FIGURES = 2.0
+
 
 def add_schedule_flags(parser: ArgumentParser) -> None:
     """Add the flags that only a single schedule has; those of ranks, chunks and fills it shares."""
-    group = parser.add_argument_group("one schedule", "on stages that take the same time")
+    group = parser.add_argument_group("one schedule", "on stages without a model")
     add = group.add_argument
     add("--schedule", choices=get_args(ScheduleName), help="time and draw it, instead of planning")
     add("--num-microbatches", type=int, help="microbatches of the step")
     add(
         "--exit-stages", type=int, nargs="+", default=[], help="stages with an exit, counted from 0"
     )
+    ratios = "time of each stage over that of others (default: 1 for all, which are alike)"
+    add("--stage-ratios", type=float, nargs="+", default=[], metavar="RATIO", help=ratios)
     ratio = "time of an exit, or the final head, over that of a stage (default: %(default)s)"
     add("--exit-stage-ratio", type=float, default=0.5, help=ratio)
 
@@ -45,7 +50,7 @@ def refuse_schedule_flags(args: Namespace, default_of: Callable[[str], object]) 
     refuse_given(args, _OWN, "without --schedule", default_of)
 
 
-def read_schedule(args: Namespace, default_of: Callable[[str], object]) -> UniformStages:
+def read_schedule(args: Namespace, default_of: Callable[[str], object]) -> SingleSchedule:
     """The schedule that the flags describe.
 
     Args:
@@ -62,17 +67,19 @@ def read_schedule(args: Namespace, default_of: Callable[[str], object]) -> Unifo
             )
     beside = f"with --schedule {args.schedule}"
     others = [name for name in vars(args) if name not in _USED]
-    refuse_given(args, others, f"{beside}, whose stages take the same time", default_of)
+    refuse_given(args, others, f"{beside}, whose stages have no model", default_of)
     if args.schedule != "filled":
         refuse_given(args, NUMBERS_OF_FILLS, f"{beside}, allowed: with --schedule filled")
-    return UniformStages(
+    ratio = given_ratio(args)
+    return SingleSchedule(
         name=args.schedule,
         num_ranks=args.pipeline_model_parallel_size,
         num_microbatches=args.num_microbatches,
         num_chunks=args.num_virtual_stages_per_pipeline_rank or 1,
         exit_stages=frozenset(args.exit_stages),
+        stage_ratios=tuple(args.stage_ratios),
         exit_stage_ratio=args.exit_stage_ratio,
-        backward_forward_ratio=args.backward_forward_ratio,
+        backward_forward_ratio=_RATIO_OF_FIGURES if ratio is None else ratio,
         num_warmup_fills=args.num_fill_warmup_microbatches,
         num_cooldown_fills=args.num_fill_cooldown_microbatches,
     )

@@ -15,8 +15,10 @@ class StageCost:
     Attributes:
         forward_s: seconds of a forward.
         backward_s: seconds of a whole backward, with what exits defer to it.
-        weight_gradient_s: the part of backward_s that a zero-bubble schedule can put off.
-        local_backward_s: seconds of the exits' own forward and backward (EE-Tuning).
+        weight_gradient_s: the part of backward_s that a zero-bubble schedule (arXiv
+            2401.10241) can put off.
+        local_backward_s: seconds of the exits' own forward and backward (EE-Tuning, arXiv
+            2402.00518).
         static_bytes: weights, gradients and optimizer states.
         activation_bytes: kept from a forward to its backward.
         weight_gradient_bytes: the part of activation_bytes kept until the weight gradient.
@@ -64,8 +66,17 @@ class StageCost:
             costs[name] = max(values) if name in _ONE_AT_A_TIME else sum(values)
         return cls(**costs)
 
+    @property
+    def backward_forward_ratio(self) -> float:
+        """Time of a backward over that of a forward."""
+        return self.backward_s / self.forward_s
+
     def seconds(self, kind: Kind) -> float:
-        """Seconds of a computation."""
+        """Seconds of a computation.
+
+        Raises:
+            ValueError: it is a message, not a computation.
+        """
         match kind:
             case "F":
                 return self.forward_s
@@ -106,6 +117,12 @@ class CostModel:
                 f"{len(self.transfer_s)} transfers for {len(self.stages)} stages, allowed: one "
                 "fewer than stages"
             )
+
+    @property
+    def backward_forward_ratio(self) -> float:
+        """Time of a backward over that of a forward, of all stages together."""
+        backward_s = sum(stage.backward_s for stage in self.stages)
+        return backward_s / sum(stage.forward_s for stage in self.stages)
 
     @classmethod
     def even(

@@ -44,16 +44,22 @@ class Exchanges:
         """
         collective_s = self._collective_s
         forward_s, backward_s = self._ring_s(attention_s)
+        # Those of the attention, and of an MLP if there is one: experts have others.
+        share = (1 + bool(self.shape.shared_mlp_size)) / 2
+        # Tokens are sent to their experts and back; so are their gradients.
+        experts_s = 2 * (self._dispatch_s + self._expert_gather_s)
         return (
-            forward_s + _FORWARD_COLLECTIVES * collective_s,
-            backward_s + _BACKWARD_COLLECTIVES * collective_s,
+            forward_s + experts_s + share * _FORWARD_COLLECTIVES * collective_s,
+            backward_s + experts_s + share * _BACKWARD_COLLECTIVES * collective_s,
         )
 
     def message_s(self, stage: int) -> float:
         """Seconds from a stage to the next."""
         accelerator, layout = self.accelerator, self.layout
-        leaves = layout.leaves_node(stage, accelerator.per_node)
-        link = accelerator.network_bytes_per_s if leaves else accelerator.node_bytes_per_s
+        leaves_node = layout.leaves_node(stage, accelerator.per_node)
+        link = accelerator.link_bytes_per_s(
+            leaves_node, leaves_node and layout.leaves_node(stage, accelerator.per_leaf)
+        )
         sent_s = link_s(self._hidden_bytes / layout.tensor_parallel, link)
         # Without sequence parallelism each partner sends a part, and gathers the others' parts.
         return sent_s if self.options.sequence_parallel else sent_s + self._gather_s
@@ -77,6 +83,40 @@ class Exchanges:
             return self._gather_s / self.layout.tensor_parallel
         return self._gather_s
 
+    @property
+    def _copied_bytes(self) -> float:
+        """Of the copies of an accelerator's tokens for each of their experts."""
+        experts = self.shape.experts
+        copies = 0 if experts is None else experts.moe_router_topk
+        return copies * self._hidden_bytes / self.layout.tensor_parallel
+
+    @property
+    def _dispatch_s(self) -> float:
+        """Seconds of an all-to-all: each accelerator sends as much to each group of experts. What
+        goes to other nodes and leaves does so at the same time as the rest."""
+        accelerator, layout = self.accelerator, self.layout
+        groups = layout.expert_parallel
+        near, leaf = (
+            layout.experts_on_node(number)
+            for number in (accelerator.per_node, accelerator.per_leaf)
+        )
+        part = self._copied_bytes / groups
+        return max(
+            link_s((near - 1) * part, accelerator.node_bytes_per_s),
+            link_s((groups - near) * part, accelerator.network_bytes_per_s),
+            link_s((groups - leaf) * part, accelerator.link_bytes_per_s(True, True)),
+        )
+
+    @property
+    def _expert_gather_s(self) -> float:
+        """Seconds of an all-gather, or reduce-scatter, among accelerators that share experts."""
+        layout, accelerator = self.layout, self.accelerator
+        partners = layout.expert_tensor_parallel
+        link = accelerator.ring_bytes_per_s(
+            *(partners, min(partners, accelerator.per_node), min(partners, accelerator.per_leaf))
+        )
+        return link_s((partners - 1) * self._copied_bytes, link)
+
     def _ring_s(self, attention_s: float) -> tuple[float, float]:
         """What attention waits for that sends its keys and values around among the accelerators
         that share a sequence; in backward with their gradients."""
@@ -84,9 +124,11 @@ class Exchanges:
         partners = layout.context_parallel
         if partners == 1:
             return 0.0, 0.0
-        on_node = layout.context_on_node(self.accelerator.per_node)
-        near, far = self.accelerator.node_bytes_per_s, self.accelerator.network_bytes_per_s
-        link = near if on_node == partners else far
+        link = self.accelerator.ring_bytes_per_s(
+            partners,
+            layout.context_on_node(self.accelerator.per_node),
+            layout.context_on_node(self.accelerator.per_leaf),
+        )
         tokens = layout.microbatch_size * shape.seq_length / partners
         size = _BF16 * (shape.qkv_size - shape.query_size) / layout.tensor_parallel
         sent_s = link_s(tokens * size, link)

@@ -44,20 +44,31 @@ class Kernels:
     accelerator: Accelerator
     product_share: float
 
-    def product_s(self, rows: float, inner: float, columns: float, result_bytes: int = 2) -> float:
-        """Seconds of a product of a rows x inner and an inner x columns matrix, in bf16.
+    def product_s(
+        self,
+        rows: float,
+        inner: float,
+        columns: float,
+        result_bytes: int = 2,
+        in_fp8: bool = False,
+        number: float = 1,
+    ) -> float:
+        """Seconds of a product of a rows x inner and an inner x columns matrix.
 
         Args:
-            rows: of the first matrix.
+            rows: number of rows of the first matrix.
             inner: columns of the first, rows of the second.
-            columns: of the second matrix.
+            columns: number of columns of the second matrix.
             result_bytes: moved for each entry of the result: 2 to write it, 8 to add it to fp32.
+            in_fp8: both matrices are in FP8 instead of bf16.
+            number: how many such products there are, which share the waves of tiles.
         """
-        flops = 2 * rows * inner * columns
-        tiles = rows * columns / _TILE_ENTRIES
+        flops = 2 * number * rows * inner * columns
+        tiles = number * rows * columns / _TILE_ENTRIES
         waves = 1 + self.accelerator.num_processors / 2 / tiles
-        moved = 2 * inner * (rows + columns) + result_bytes * rows * columns
-        computed_s, moved_s = self._flops_s(flops * waves, self.product_share), self.memory_s(moved)
+        moved = (1 if in_fp8 else 2) * inner * (rows + columns) + result_bytes * rows * columns
+        computed_s = self._flops_s(flops * waves, self.product_share, in_fp8)
+        moved_s = self.memory_s(number * moved)
         return max(computed_s, moved_s) + _UNHIDDEN * min(computed_s, moved_s)
 
     def memory_s(self, num_bytes: float) -> float:
@@ -81,5 +92,8 @@ class Kernels:
             2 * products_s + self.memory_s(entries * (_MATRIX_BACKWARD + dropout)),
         )
 
-    def _flops_s(self, flops: float, share: float) -> float:
-        return flops / (share * self.accelerator.flops_per_s)
+    def _flops_s(self, flops: float, share: float, in_fp8: bool = False) -> float:
+        peak = self.accelerator.fp8_flops_per_s if in_fp8 else self.accelerator.flops_per_s
+        if peak is None:
+            raise ValueError("products in FP8 need an accelerator that has them")
+        return flops / (share * peak)

@@ -1,10 +1,17 @@
 """How long one layer, and an output projection with its loss, take on each accelerator."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
+from megatron.early_exit.planner.costs.expert_times import ExpertTimes
 from megatron.early_exit.planner.costs.kernels import Kernels
 from megatron.early_exit.planner.costs.layout import Layout
 from megatron.early_exit.planner.costs.model_shape import ModelShape
+from megatron.early_exit.planner.costs.part_time import (
+    ACTIVATION_BYTES,
+    PartTime,
+    memory_time,
+    product_time,
+)
 from megatron.early_exit.planner.costs.training_options import TrainingOptions
 
 # Bytes moved for each entry of the hidden state. A norm reads and writes it; its backward reads two
@@ -13,9 +20,6 @@ _NORM_FORWARD, _NORM_BACKWARD = 4, 6
 _RESIDUAL_FORWARD, _RESIDUAL_BACKWARD = 6, 6
 # Dropout beside a residual also writes its mask, and its backward is a pass of its own.
 _DROPOUT_FORWARD, _DROPOUT_BACKWARD = 1, 5
-# For each entry of the MLP's width: reads what it needs, writes one (in backward two, if gated).
-_ACTIVATION_FORWARD, _ACTIVATION_BACKWARD = 4, 6
-_GATED_FORWARD, _GATED_BACKWARD = 6, 10
 # For each entry of queries and keys: rotated, or moved to where the attention wants it.
 _POSITIONS = 4
 # For each logit, in Megatron's cross entropy over a divided vocabulary: written in bf16, copied to
@@ -23,29 +27,6 @@ _POSITIONS = 4
 # softmax is scaled in place and copied to bf16.
 _LOGIT_FORWARD = 2 + (2 + 4) + 4 + 8 + 8 + 4 + 8
 _LOGIT_BACKWARD = 8 + (4 + 2)
-
-# Gradients of weights are added to those in fp32: read and written.
-_ACCUMULATED = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartTime:
-    """What one part of a model takes.
-
-    Attributes:
-        forward_s: seconds of a forward.
-        backward_s: seconds of a backward.
-        weight_gradient_s: the part of backward_s that a zero-bubble schedule can put off.
-    """
-
-    forward_s: float
-    backward_s: float
-    weight_gradient_s: float = 0.0
-
-    def __add__(self, other: "PartTime") -> "PartTime":
-        """Seconds of parts that run one after the other."""
-        names = (field.name for field in fields(self))
-        return PartTime(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +55,19 @@ class LayerTimes:
             num_sequences, shape.hidden_size, shape.qkv_size / divided_by
         ) + self.linear(num_sequences, query_size / divided_by, shape.hidden_size)
         attention = PartTime(forward_s=attention_forward_s, backward_s=attention_backward_s)
-        return projections + attention + self.mlp(num_sequences) + self._around(num_sequences)
+        whole = projections + attention + self._around(num_sequences)
+        if shape.shared_mlp_size:
+            whole += self.mlp(num_sequences)
+        if shape.experts is not None:
+            experts = ExpertTimes(
+                kernels=self.kernels,
+                shape=shape,
+                experts=shape.experts,
+                layout=self.layout,
+                options=self.options,
+            )
+            whole += experts.time(self._tokens(num_sequences) / divided_by)
+        return whole
 
     def attention_s(self, num_sequences: int) -> tuple[float, float]:
         """Forward and backward of what combines queries, keys and values."""
@@ -89,15 +82,11 @@ class LayerTimes:
         return self.kernels.written_attention_s(flops, entries, self.options.has_dropout)
 
     def mlp(self, num_sequences: int) -> PartTime:
-        """The products and the activation of one MLP."""
+        """The products and the activation of one MLP, or of that beside the experts."""
         shape, tokens = self.shape, self._tokens(num_sequences)
-        width = shape.ffn_hidden_size / self.layout.tensor_parallel
+        width = shape.shared_mlp_size / self.layout.tensor_parallel
         gated = shape.gated_linear_unit
-        activation = self._memory(
-            tokens * width,
-            _GATED_FORWARD if gated else _ACTIVATION_FORWARD,
-            _GATED_BACKWARD if gated else _ACTIVATION_BACKWARD,
-        )
+        activation = self._memory(tokens * width, *ACTIVATION_BYTES[gated])
         first = self.linear(num_sequences, shape.hidden_size, (1 + gated) * width)
         return first + activation + self.linear(num_sequences, width, shape.hidden_size)
 
@@ -105,7 +94,7 @@ class LayerTimes:
         """An output projection with its norm and its loss."""
         columns = vocab_size / self.layout.tensor_parallel
         logits = self._tokens(num_sequences) * columns
-        product = self.linear(num_sequences, self.shape.hidden_size, columns)
+        product = self.linear(num_sequences, self.shape.hidden_size, columns, in_fp8=False)
         norm = self._memory(self._outer_entries(num_sequences), _NORM_FORWARD, _NORM_BACKWARD)
         return product + norm + self._memory(logits, _LOGIT_FORWARD, _LOGIT_BACKWARD)
 
@@ -113,15 +102,13 @@ class LayerTimes:
         """Reads a row for each token and writes it; in backward, the other way round."""
         return self._memory(self._outer_entries(num_sequences), 4, 4)
 
-    def linear(self, num_sequences: int, inputs: float, outputs: float) -> PartTime:
-        """A product with weights of inputs x outputs, and both of its gradients."""
-        tokens, kernels = self._tokens(num_sequences), self.kernels
-        weight_gradient_s = kernels.product_s(inputs, tokens, outputs, _ACCUMULATED)
-        return PartTime(
-            forward_s=kernels.product_s(tokens, inputs, outputs),
-            backward_s=kernels.product_s(tokens, outputs, inputs) + weight_gradient_s,
-            weight_gradient_s=weight_gradient_s,
-        )
+    def linear(
+        self, num_sequences: int, inputs: float, outputs: float, in_fp8: bool = True
+    ) -> PartTime:
+        """A product with weights of inputs x outputs, and both of its gradients; in FP8 where
+        training has it, or in bf16."""
+        fp8 = self.options.fp8 if in_fp8 else None
+        return product_time(self.kernels, self._tokens(num_sequences), inputs, outputs, fp8)
 
     def _around(self, num_sequences: int) -> PartTime:
         """Two norms, two residuals, and positions."""
@@ -143,7 +130,4 @@ class LayerTimes:
         return self._tokens(num_sequences) * self.shape.hidden_size / shared_by
 
     def _memory(self, entries: float, forward: float, backward: float) -> PartTime:
-        memory_s = self.kernels.memory_s
-        return PartTime(
-            forward_s=memory_s(entries * forward), backward_s=memory_s(entries * backward)
-        )
+        return memory_time(self.kernels, entries, forward, backward)

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron.early_exit.config import EarlyExitConfig
+from megatron.early_exit.errors import out_of_range
 from megatron.early_exit.planner.costs.model_shape import ModelShape, part_weights
 from megatron.early_exit.ranges import ONE_OR_MORE, ZERO_OR_MORE
 
@@ -21,9 +22,12 @@ class Layout:
         microbatch_size: sequences of a microbatch.
         use_tp_pp_dp_mapping: Megatron's flag of this name: the stages of one pipeline are
             neighbours, rather than the replicas of one stage. Tensor-parallel groups always are.
+        expert_parallel: groups of accelerators of a stage that each have other experts.
+        expert_tensor_parallel: accelerators of such a group, which share each expert.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a number is out of its range, or experts do not divide the accelerators of a
+            stage.
     """
 
     layers_per_stage: tuple[int, ...]
@@ -33,10 +37,13 @@ class Layout:
     data_parallel: int = 1
     microbatch_size: int = 1
     use_tp_pp_dp_mapping: bool = False
+    expert_parallel: int = 1
+    expert_tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         sizes = ("num_ranks", "tensor_parallel", "context_parallel", "data_parallel")
-        for name in (*sizes, "microbatch_size"):
+        of_experts = ("expert_parallel", "expert_tensor_parallel")
+        for name in (*sizes, *of_experts, "microbatch_size"):
             ONE_OR_MORE.check(**{name: getattr(self, name)})
         if not self.layers_per_stage or len(self.layers_per_stage) % self.num_ranks:
             raise ValueError(
@@ -44,6 +51,11 @@ class Layout:
                 f"each of the {self.num_ranks} ranks"
             )
         ZERO_OR_MORE.check(layers_per_stage=min(self.layers_per_stage))
+        of_stage = self.num_replicas * self.tensor_parallel
+        if of_stage % self._expert_size:
+            allowed = f"divisors of the {of_stage} accelerators of a stage"
+            names = "expert_parallel * expert_tensor_parallel"
+            raise out_of_range(names, self._expert_size, allowed)
 
     @property
     def num_stages(self) -> int:
@@ -88,9 +100,30 @@ class Layout:
             return min(self.num_replicas, on_node * min(whole, self.data_parallel))
         return min(self.num_replicas, max(per_node // apart, 1))
 
+    @property
+    def num_expert_replicas(self) -> int:
+        """Accelerators that hold the same experts, and add up their gradients."""
+        return self.num_replicas * self.tensor_parallel // self._expert_size
+
+    def expert_replicas_per_node(self, per_node: int) -> int:
+        """How many accelerators with the same experts a node of `per_node` accelerators has."""
+        # With --use-tp-pp-dp-mapping, Megatron has the stages of a pipeline between them.
+        ranks_between = self.num_ranks if self.use_tp_pp_dp_mapping else 1
+        return min(
+            self.num_expert_replicas, max(per_node // (self._expert_size * ranks_between), 1)
+        )
+
+    def experts_on_node(self, per_node: int) -> int:
+        """How many of the groups with other experts a node of `per_node` accelerators has."""
+        return min(self.expert_parallel, max(per_node // self.expert_tensor_parallel, 1))
+
     def context_on_node(self, per_node: int) -> int:
         """How many of the accelerators that share a sequence a node of `per_node` has."""
         return min(self.context_parallel, max(per_node // self.tensor_parallel, 1))
+
+    @property
+    def _expert_size(self) -> int:
+        return self.expert_parallel * self.expert_tensor_parallel
 
     @property
     def _context_size(self) -> int:
@@ -107,19 +140,43 @@ ONE_ACCELERATOR = Layout(layers_per_stage=(1,), num_ranks=1)
 
 
 def stage_weights(shape: ModelShape, layout: Layout, exits: EarlyExitConfig) -> tuple[float, ...]:
-    """Weights of each stage, on each accelerator of its tensor-parallel group."""
+    """Weights of each stage but for experts, on each accelerator of its tensor-parallel group."""
     exit_stages = exits.stages(layout.layers_per_stage)
     with_embedding = embedding_stages(shape, layout, exits)
     with_output = output_stages(shape, layout, exits)
     branch = sum(part_weights(part, shape) for part in exits.branch_parts)
+    of_layer, of_router = shape.divided_weights, shape.router_weights
     found = []
     for stage, num_layers in enumerate(layout.layers_per_stage):
         num_exits = exit_stages.count(stage)
         projections = int(stage in with_embedding) + int(stage in with_output)
         projections += num_exits * exits.untie_exit_output_weights
-        weights = num_layers * shape.layer_weights + num_exits * branch
+        weights = num_layers * of_layer + num_exits * branch
         weights += projections * shape.projection_weights
-        found.append(weights / layout.tensor_parallel)
+        found.append(weights / layout.tensor_parallel + num_layers * of_router)
+    return tuple(found)
+
+
+def stage_expert_weights(shape: ModelShape, layout: Layout) -> tuple[float, ...]:
+    """Weights of the experts of each stage, on each accelerator."""
+    of_layer = shape.expert_weights / (layout.expert_parallel * layout.expert_tensor_parallel)
+    return tuple(number * of_layer for number in layout.layers_per_stage)
+
+
+def stage_quantized_weights(
+    shape: ModelShape, layout: Layout, exits: EarlyExitConfig
+) -> tuple[float, ...]:
+    """Those of the weights of each stage that are multiplied in FP8, if anything is: of the layers,
+    and of exits' MLPs and blocks."""
+    exit_stages = exits.stages(layout.layers_per_stage)
+    branch = sum(
+        part_weights(part, shape) for part in exits.branch_parts if part.tensors in ("mlp", "layer")
+    )
+    experts, of_layer = stage_expert_weights(shape, layout), shape.divided_weights
+    found = []
+    for stage, num_layers in enumerate(layout.layers_per_stage):
+        divided = num_layers * of_layer + exit_stages.count(stage) * branch
+        found.append(divided / layout.tensor_parallel + experts[stage])
     return tuple(found)
 
 

@@ -2,9 +2,7 @@
 
 A stage's passes are those of its parts, with what is computed again and what accelerators exchange.
 Messages that nothing hides (Megatron's 1F1B) are a part of the pass that waits for them. Memory is
-derived whatever the times are: weights are kept in bf16, gradients in fp32 or bf16, and Adam's
-states in fp32, which Megatron's distributed optimizer divides over d replicas: 6 + 12 / d bytes for
-each parameter, or 18 without it.
+derived whatever the times are.
 """
 
 from dataclasses import dataclass, replace
@@ -16,10 +14,11 @@ from megatron.early_exit.planner.costs.cost_model import CostModel, StageCost
 from megatron.early_exit.planner.costs.exchanges import Exchanges
 from megatron.early_exit.planner.costs.hardware import Accelerator
 from megatron.early_exit.planner.costs.layer_profile import Part
-from megatron.early_exit.planner.costs.layout import Layout, stage_weights
+from megatron.early_exit.planner.costs.layout import Layout
 from megatron.early_exit.planner.costs.model_shape import ModelShape, part_activation_bytes
 from megatron.early_exit.planner.costs.part_times import HardwareTimes, PartTimes
 from megatron.early_exit.planner.costs.training_options import DEFAULT_OPTIONS, TrainingOptions
+from megatron.early_exit.planner.costs.weight_memory import weight_memory
 from megatron.early_exit.ranges import ONE_OR_MORE
 
 # Bytes kept for each logit until backward, the fp32 softmax; and beside it while it is computed.
@@ -59,13 +58,19 @@ class PartSeconds:
         layer_s: of one layer, with what it waits for and what is computed again.
         embedding_s: of the word embedding.
         head_s: of the final head with its loss.
-        exit_s: of one exit with its loss.
+        exit_s: of one exit with its loss, and with what its block waits for.
+        waits_s: the part of layer_s, and of an exit's block, that waits for other accelerators.
+        again_s: the part of layer_s that is computed again.
+        layer_bytes: that one layer keeps from a forward to its backward.
     """
 
     layer_s: float
     embedding_s: float
     head_s: float
     exit_s: float
+    waits_s: float = 0.0
+    again_s: float = 0.0
+    layer_bytes: float = 0.0
 
 
 def part_seconds(
@@ -80,10 +85,19 @@ def part_seconds(
     do not matter."""
     exchanges = Exchanges(accelerator=accelerator, shape=shape, layout=layout, options=options)
     derive = _Derivation(shape, layout, exchanges, exits, ExitExecution(), times, options)
-    one_exit = [derive.exit] if exits.positions else []
-    parts = derive.layer, derive.seconds("embedding"), derive.seconds("head"), *one_exit
-    found = [part.forward_s + part.backward_s for part in parts]
-    return PartSeconds(*found, *([] if one_exit else [0.0]))
+    return PartSeconds(
+        layer_s=_both_s(derive.layer),
+        embedding_s=_both_s(derive.seconds("embedding")),
+        head_s=_both_s(derive.seconds("head")),
+        exit_s=_both_s(derive.exit) if exits.positions else 0.0,
+        waits_s=sum(derive.waits_s),
+        again_s=derive.again_s,
+        layer_bytes=derive.layer.activation_bytes,
+    )
+
+
+def _both_s(part: StageCost) -> float:
+    return part.forward_s + part.backward_s
 
 
 def model_costs(
@@ -122,9 +136,10 @@ def model_costs(
     exchanges = Exchanges(accelerator=accelerator, shape=shape, layout=layout, options=options)
     derive = _Derivation(shape, layout, exchanges, exits, execution, times, options)
     exit_stages = exits.stages(layout.layers_per_stage)
-    weights = stage_weights(shape, layout, exits)
+    static_bytes = [one.all for one in weight_memory(shape, layout, exits, options)]
     stages = range(layout.num_stages)
-    messages = [exchanges.message_s(stage) for stage in stages[:-1]]
+    of_ranks = [exchanges.message_s(rank) for rank in stages[: layout.num_ranks]]
+    messages = [of_ranks[stage % layout.num_ranks] for stage in stages[:-1]]
     waits = [0.0] * len(messages) if options.overlaps_messages else messages
     found: dict[tuple[object, ...], StageCost] = {}
 
@@ -133,10 +148,10 @@ def model_costs(
         backward_s = pass_overhead_s + (waits[stage] if stage < len(waits) else 0.0)
         num_layers, num_exits = layout.layers_per_stage[stage], exit_stages.count(stage)
         is_end = stage == 0, stage == layout.num_stages - 1
-        key = (num_layers, num_exits, is_end, weights[stage], forward_s, backward_s)
+        key = (num_layers, num_exits, is_end, static_bytes[stage], forward_s, backward_s)
         # Most stages are like others.
         if key not in found:
-            own = derive.stage(stage, num_exits, weights[stage])
+            own = derive.stage(stage, num_exits, static_bytes[stage])
             passes = StageCost(forward_s=forward_s, backward_s=backward_s)
             found[key] = StageCost.combined([own, passes])
         return found[key]
@@ -163,16 +178,14 @@ class _Derivation:
         whole = self.layout.microbatch_size * self.shape.seq_length
         return whole / self.layout.context_parallel / self.layout.tensor_parallel
 
-    def stage(self, stage: int, num_exits: int, weights: float) -> StageCost:
-        """What a stage with so many exits and weights costs."""
+    def stage(self, stage: int, num_exits: int, static_bytes: float) -> StageCost:
+        """What a stage with so many exits, and such weights, costs."""
         parts = [self.layer] * self.layout.layers_per_stage[stage]
         parts += [self.exit] * num_exits
         if stage == 0:
             parts.append(self.seconds("embedding"))
         if stage == self.layout.num_stages - 1:
             parts.append(replace(self.seconds("head"), **self._logit_bytes(self.shape.vocab_size)))
-        shared_by = self.layout.num_replicas if self.options.distributed_optimizer else 1
-        static_bytes = weights * (2 + self.options.gradient_bytes + 12 / shared_by)
         return StageCost.combined(
             [*parts, StageCost(forward_s=0.0, backward_s=0.0, static_bytes=static_bytes)]
         )
@@ -191,14 +204,35 @@ class _Derivation:
         return self.times.attention_s(self.layout.microbatch_size)
 
     @cached_property
+    def waits_s(self) -> tuple[float, float]:
+        """What a layer's forward and backward wait for."""
+        return self.exchanges.layer_s(self._attention_s)
+
+    @cached_property
+    def again_s(self) -> float:
+        """What the backward of a layer computes again, with what that waits for."""
+        match self.options.recompute:
+            case "none":
+                return 0.0
+            case "selective":
+                return self._attention_s
+            case "full":
+                return self.seconds("layer").forward_s + self.waits_s[0]
+
+    @cached_property
     def _layer_seconds(self) -> StageCost:
         """A layer's passes with what they wait for, and with what the backward computes again."""
-        alone = self.seconds("layer")
-        waits_forward_s, waits_backward_s = self.exchanges.layer_s(self._attention_s)
-        forward_s = alone.forward_s + waits_forward_s
-        again_s = {"none": 0.0, "selective": self._attention_s, "full": forward_s}
-        backward_s = alone.backward_s + waits_backward_s + again_s[self.options.recompute]
-        return replace(alone, forward_s=forward_s, backward_s=backward_s)
+        layer = self._with_waits(self.seconds("layer"))
+        return replace(layer, backward_s=layer.backward_s + self.again_s)
+
+    def _with_waits(self, alone: StageCost) -> StageCost:
+        """A layer, or an exit with one, with what its passes wait for."""
+        forward_s, backward_s = self.waits_s
+        return replace(
+            alone,
+            forward_s=alone.forward_s + forward_s,
+            backward_s=alone.backward_s + backward_s,
+        )
 
     @cached_property
     def layer(self) -> StageCost:
@@ -229,6 +263,9 @@ class _Derivation:
         shape, dropout = self.shape, 2 * self.shape.hidden_size * self.options.has_dropout
         outer = shape.outer_activation_bytes + dropout
         inner = shape.layer_activation_bytes - shape.outer_activation_bytes
+        inner += shape.expert_activation_bytes(self.layout.expert_tensor_parallel)
+        if self.options.fp8 is not None:
+            inner += shape.fp8_activation_bytes(self.layout.expert_tensor_parallel)
         if self.options.sequence_parallel:
             return self.tokens * (outer + inner)
         return self.tokens * (outer * self.layout.tensor_parallel + inner)
@@ -255,12 +292,7 @@ class _Derivation:
         """What one exit costs, with all it does in the backward phase if it is deferred."""
         seconds = self.seconds("exit")
         if self.exits.use_exit_block:
-            waits_forward_s, waits_backward_s = self.exchanges.layer_s(self._attention_s)
-            seconds = replace(
-                seconds,
-                forward_s=seconds.forward_s + waits_forward_s,
-                backward_s=seconds.backward_s + waits_backward_s,
-            )
+            seconds = self._with_waits(seconds)
         logits = self._logit_bytes(self.exits.exit_vocab_size or self.shape.vocab_size)
         parts = self.exits.branch_parts
         branch = sum(self.tokens * part_activation_bytes(part, self.shape) for part in parts)

@@ -12,9 +12,10 @@ from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.planner.costs.hardware import Accelerator
 from megatron.early_exit.planner.costs.kernels import Kernels
 from megatron.early_exit.planner.costs.layer_profile import LayerProfile, Part, Pass
-from megatron.early_exit.planner.costs.layer_times import LayerTimes, PartTime
+from megatron.early_exit.planner.costs.layer_times import LayerTimes
 from megatron.early_exit.planner.costs.layout import ONE_ACCELERATOR, Layout
 from megatron.early_exit.planner.costs.model_shape import ModelShape, part_weights
+from megatron.early_exit.planner.costs.part_time import PartTime
 from megatron.early_exit.planner.costs.training_options import DEFAULT_OPTIONS, TrainingOptions
 from megatron.early_exit.ranges import Range
 
@@ -102,7 +103,9 @@ class HardwareTimes:
                 case _:
                     columns = part_weights(part, self.shape) / self.shape.hidden_size
                     if columns:
-                        whole += self._layers.linear(num_sequences, self.shape.hidden_size, columns)
+                        whole += self._layers.linear(
+                            num_sequences, self.shape.hidden_size, columns, in_fp8=False
+                        )
         return whole
 
 

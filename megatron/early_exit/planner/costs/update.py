@@ -5,7 +5,8 @@ weights that a replica owns, and an all-gather of bf16 weights. Both collectives
 replica's part of the weights, over NVLink where all replicas are on one node, and else over as many
 ports of the network as the group has accelerators on a node. Without it, gradients are all-reduced,
 which moves as much as both, and each replica updates all weights. Gradients of tied embeddings and
-of shared output layers are then summed over the stages that hold one. The norm of all gradients
+of shared output layers are then summed over the stages that hold one. Experts have replicas of
+their own: the two kinds of weights are exchanged one after the other. The norm of all gradients
 keeps any rank from updating weights before all ranks have all gradients.
 
 Two terms are those of whole steps. Each step reads its batch, synchronises the processes for its
@@ -14,7 +15,7 @@ is slowest has all others wait: published runs of the same work for each acceler
 longer on 2,048 of them than on 16 (NVIDIA's dgxc-benchmarking recipes).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import log2
 
@@ -25,6 +26,8 @@ from megatron.early_exit.planner.costs.layout import (
     Layout,
     embedding_stages,
     output_stages,
+    stage_expert_weights,
+    stage_quantized_weights,
     stage_weights,
 )
 from megatron.early_exit.planner.costs.model_shape import ModelShape
@@ -120,30 +123,113 @@ def update_costs(
     options: TrainingOptions = DEFAULT_OPTIONS,
 ) -> Update:
     """What the update of a model's weights takes."""
-    replicas, num_ranks = layout.num_replicas, layout.num_ranks
-    on_node = layout.replicas_per_node(accelerator.per_node)
-    link = accelerator.node_bytes_per_s
-    if on_node < replicas:
-        link = min(link, on_node * accelerator.network_bytes_per_s)
-    weights = stage_weights(shape, layout, exits)
-    on_rank = [sum(weights[rank::num_ranks]) for rank in range(num_ranks)]
-    moved = (replicas - 1) / replicas
-    shared_by = replicas if options.distributed_optimizer else 1
-    # An all-reduce is a reduce-scatter and an all-gather.
-    reductions = 1 if options.distributed_optimizer else 2
-    gathered = _WEIGHT * moved * options.distributed_optimizer
-    touched = (_ZEROED + _UPDATED / shared_by) / (MEMORY_SHARE * accelerator.memory_bytes_per_s)
     num_nodes = max(layout.num_accelerators / accelerator.per_node, 1)
+    experts = stage_expert_weights(shape, layout)
+    of_layers = experts if options.fp8 is None else stage_quantized_weights(shape, layout, exits)
+    per_node, per_leaf = accelerator.per_node, accelerator.per_leaf
+    parts = [
+        _Part(
+            weights=stage_weights(shape, layout, exits),
+            quantized=tuple(all_ - own for all_, own in zip(of_layers, experts, strict=True)),
+            replicas=layout.num_replicas,
+            on_node=layout.replicas_per_node(per_node),
+            on_leaf=layout.replicas_per_node(per_leaf),
+        )
+    ]
+    if shape.experts is not None:
+        parts.append(
+            _Part(
+                weights=experts,
+                quantized=experts,
+                replicas=layout.num_expert_replicas,
+                on_node=layout.expert_replicas_per_node(per_node),
+                on_leaf=layout.expert_replicas_per_node(per_leaf),
+            )
+        )
     return Update(
-        reduce_s=tuple(
-            reductions * link_s(options.gradient_bytes * number * moved, link) for number in weights
-        ),
+        reduce_s=_added(part.reduce_s(accelerator, options) for part in parts),
         embedding_s=_embedding_s(shape, layout, accelerator, exits),
-        optimizer_s=tuple(number * touched for number in on_rank),
-        gather_s=tuple(link_s(number * gathered, link) for number in on_rank),
+        optimizer_s=_added(part.optimizer_s(layout, accelerator, options) for part in parts),
+        gather_s=_added(part.gather_s(layout, accelerator, options) for part in parts),
         fixed_s=_FIXED_S,
         slowdown=1 + _SLOWEST_NODE * log2(num_nodes),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Weights that the same accelerators exchange: of experts, or all others.
+
+    Attributes:
+        weights: of each stage, on each accelerator.
+        quantized: those of them that are multiplied in FP8, if anything is.
+        replicas: accelerators that have the same.
+        on_node: how many of them a node has.
+        on_leaf: how many of them are below a leaf switch.
+    """
+
+    weights: tuple[float, ...]
+    quantized: tuple[float, ...]
+    replicas: int
+    on_node: int
+    on_leaf: int
+
+    def reduce_s(self, accelerator: Accelerator, options: TrainingOptions) -> list[float]:
+        """Seconds to reduce the gradients of each stage."""
+        # An all-reduce is a reduce-scatter and an all-gather.
+        reductions = 1 if options.distributed_optimizer else 2
+        moved, link = options.gradient_bytes * self._moved, self._link(accelerator)
+        return [reductions * link_s(number * moved, link) for number in self.weights]
+
+    def gather_s(
+        self, layout: Layout, accelerator: Accelerator, options: TrainingOptions
+    ) -> list[float]:
+        """Seconds to gather the weights of each rank."""
+        moved = self._moved * options.distributed_optimizer
+        in_fp8 = options.fp8 is not None and options.fp8.param_gather
+        link = self._link(accelerator)
+        return [
+            link_s((_WEIGHT * weights - in_fp8 * quantized) * moved, link)
+            for weights, quantized in self._on_ranks(layout)
+        ]
+
+    def optimizer_s(
+        self, layout: Layout, accelerator: Accelerator, options: TrainingOptions
+    ) -> list[float]:
+        """Seconds to update the weights of each rank, and to make their copies in FP8."""
+        shared_by = self.replicas if options.distributed_optimizer else 1
+        touched = _ZEROED + _UPDATED / shared_by
+        copied = 0 if options.fp8 is None else options.fp8.quantized_bytes
+        bandwidth = MEMORY_SHARE * accelerator.memory_bytes_per_s
+        return [
+            (weights * touched + quantized * copied) / bandwidth
+            for weights, quantized in self._on_ranks(layout)
+        ]
+
+    @property
+    def _moved(self) -> float:
+        """The part of the weights that an accelerator sends."""
+        return (self.replicas - 1) / self.replicas
+
+    def _on_ranks(self, layout: Layout) -> list[tuple[float, float]]:
+        return [
+            (
+                sum(self.weights[rank :: layout.num_ranks]),
+                sum(self.quantized[rank :: layout.num_ranks]),
+            )
+            for rank in range(layout.num_ranks)
+        ]
+
+    def _link(self, accelerator: Accelerator) -> float:
+        near = accelerator.node_bytes_per_s
+        if self.on_node == self.replicas:
+            return near
+        far = accelerator.ring_bytes_per_s(self.replicas, self.on_node, self.on_leaf)
+        return min(near, self.on_node * far)
+
+
+def _added(parts: Iterable[list[float]]) -> tuple[float, ...]:
+    return tuple(map(sum, zip(*parts, strict=True)))
 
 
 def _embedding_s(
@@ -161,8 +247,10 @@ def _embedding_s(
 
 def _sum_s(shape: ModelShape, layout: Layout, accelerator: Accelerator, ranks: set[int]) -> float:
     """Seconds to sum the gradients of one matrix over the vocabulary."""
-    is_far = layout.spans_nodes(ranks, accelerator.per_node)
-    link = accelerator.network_bytes_per_s if is_far else accelerator.node_bytes_per_s
+    link = accelerator.link_bytes_per_s(
+        layout.spans_nodes(ranks, accelerator.per_node),
+        layout.spans_nodes(ranks, accelerator.per_leaf),
+    )
     # A ring brings each partner all parts but its own, twice.
     share = 2 * (len(ranks) - 1) / len(ranks)
     size = _EMBEDDING_GRADIENT * shape.projection_weights / layout.tensor_parallel

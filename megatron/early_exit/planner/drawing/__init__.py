@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megatron.early_exit.planner.drawing.extras import Extras
 from megatron.early_exit.planner.drawing.page import PAGE_SUFFIX, draw_page
 from megatron.early_exit.planner.drawing.picture import PICTURE_SUFFIXES, draw_picture
 from megatron.early_exit.planner.simulation.timeline import Timeline
@@ -21,7 +22,7 @@ def check_timeline_file(path: Path) -> None:
         raise ValueError(f"--timeline {path}: there is no folder {path.parent}")
 
 
-def write_timeline(timeline: Timeline, path: Path, title: str) -> None:
+def write_timeline(timeline: Timeline, path: Path, title: str, extras: Extras) -> None:
     """Draw a timeline as what the file's ending says.
 
     Raises:
@@ -29,6 +30,6 @@ def write_timeline(timeline: Timeline, path: Path, title: str) -> None:
     """
     check_timeline_file(path)
     if path.suffix == PAGE_SUFFIX:
-        draw_page(timeline, path, title)
+        draw_page(timeline, path, title, extras)
     else:
-        draw_picture(timeline, path, title)
+        draw_picture(timeline, path, title, extras=extras)

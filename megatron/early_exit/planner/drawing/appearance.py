@@ -14,6 +14,15 @@ NAMES: dict[Kind, str] = {
 CRITICAL_COLOR = "#c0392b"
 """The colour that outlines computations on the critical path."""
 
+EXIT_COLOR = "#8e44ad"
+"""The colour of the part of a backward in which exits run."""
+
+UPDATE_COLOR = "#9aa0a6"
+"""The colour of the update behind the computations."""
+
+MEMORY_COLOR = "#5b7fb5"
+"""The colour of memory."""
+
 _COLORS: dict[Kind, str] = {
     "F": "#7fb2e5",
     "B": "#8fcb8f",

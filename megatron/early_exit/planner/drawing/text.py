@@ -1,4 +1,6 @@
-"""A timeline as text, for terminals and for messages."""
+"""Timelines, tables and times as text, for terminals and for messages."""
+
+from collections.abc import Sequence
 
 from megatron.early_exit.planner.simulation.timeline import Timeline
 from megatron.early_exit.schedules.actions import Kind
@@ -53,3 +55,12 @@ def seconds_text(seconds: float) -> str:
         if seconds * factor >= 1:
             return f"{seconds * factor:.4g} {unit}"
     return f"{seconds * 1e9:.4g} ns"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of as many cells as a table whose columns end at the same place."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )

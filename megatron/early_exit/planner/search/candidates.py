@@ -2,15 +2,17 @@
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.errors import FieldError, out_of_range
-from megatron.early_exit.planner.costs.layout import Layout
+from megatron.early_exit.planner.costs.layout import Layout, stage_expert_weights
 from megatron.early_exit.planner.costs.model_costs import PartSeconds, part_seconds
 from megatron.early_exit.planner.costs.model_shape import ModelShape, padded_vocab_size
 from megatron.early_exit.planner.costs.training_options import DEFAULT_OPTIONS, TrainingOptions
-from megatron.early_exit.planner.search.request import PlanRequest
-from megatron.early_exit.planner.search.stage_layers import chunk_numbers, stage_layers
+from megatron.early_exit.planner.costs.weight_memory import bytes_of_weight
+from megatron.early_exit.planner.search.divisions import Division, divisions
+from megatron.early_exit.planner.search.request import PlanRequest, more_memory
+from megatron.early_exit.planner.search.stage_layers import stage_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class Candidate:
         num_microbatches: of a step, for each replica.
         exits: of the model, with their placement.
         options: of its training.
-        zero_bubble: the schedule is ZB-H1, which training does not run.
+        zero_bubble: the schedule is ZB-H1 (arXiv 2401.10241), which training does not run.
     """
 
     shape: ModelShape
@@ -36,52 +38,117 @@ class Candidate:
     zero_bubble: bool = False
 
 
-def candidates(request: PlanRequest) -> Iterator[Candidate]:
-    """All layouts that divide the accelerators, the heads and the batch.
+@dataclass(frozen=True)
+class Group:
+    """Candidates of the same division and recomputation.
 
-    Raises:
-        ValueError: there is none; says what does not divide what.
+    Attributes:
+        division: of the accelerators.
+        variants: exits in each of their placements, with the options of training.
+        least_step_s: no step of them takes less; 0 where that is not known before their costs are.
+        parts: what the parts of the model take.
     """
-    shapes = list(_divisions(request))
-    if not shapes:
-        raise _why_none(request)
-    parts_of = _Parts(request)
-    for tensor, pipeline, chunks, size in shapes:
-        replicas = request.num_accelerators // (tensor * pipeline * request.context_parallel)
-        variants = [
-            (exits, replace(options, overlaps_messages=chunks > 1 or options.overlaps_messages))
-            for recompute in request.recomputes
-            for options in (replace(request.options, recompute=recompute),)
-            for exits in request.placements
-        ]
+
+    division: Division
+    variants: tuple[tuple[EarlyExitConfig, TrainingOptions], ...]
+    least_step_s: float
+    parts: "_Parts"
+
+    def candidates(self) -> Iterator[Candidate]:
+        """All of them: each order of the ranks, and layers of each stage."""
+        one, request = self.division, self.parts.request
         layers = [
-            list(
+            [request.layers_per_stage]
+            if request.layers_per_stage is not None
+            else list(
                 stage_layers(
-                    parts_of.seconds(tensor, size, exits, options),
-                    *(exits, request.shape.num_layers, pipeline, chunks),
+                    self.parts.seconds(one, exits, options),
+                    *(exits, request.shape.num_layers, one.pipeline, one.chunks),
                 )
             )
-            for exits, options in variants
+            for exits, options in self.variants
         ]
-        for mapping in (False, True):
-            for (exits, options), divisions in zip(variants, layers, strict=True):
-                for layers_per_stage in divisions:
+        for mapping in one.mappings:
+            if mapping not in request.mappings:
+                continue
+            for (exits, options), divided in zip(self.variants, layers, strict=True):
+                for layers_per_stage in divided:
                     yield Candidate(
-                        shape=parts_of.shape(tensor),
-                        layout=Layout(
-                            layers_per_stage=layers_per_stage,
-                            num_ranks=pipeline,
-                            tensor_parallel=tensor,
-                            context_parallel=request.context_parallel,
-                            data_parallel=replicas,
-                            microbatch_size=size,
-                            use_tp_pp_dp_mapping=mapping,
-                        ),
-                        num_chunks=chunks,
-                        num_microbatches=request.global_batch_size // replicas // size,
+                        shape=self.parts.shape(one.tensor),
+                        layout=_layout(one, layers_per_stage, mapping),
+                        num_chunks=one.chunks,
+                        num_microbatches=request.global_batch_size // one.replicas // one.size,
                         exits=exits,
                         options=options,
                     )
+
+
+def groups(request: PlanRequest) -> Iterator[Group]:
+    """All layouts that divide the accelerators, the heads, the experts and the batch. Experts can
+    be divided in so many ways that those which cannot fit into memory are left out at once, and
+    that the others come with a bound of their time.
+
+    Raises:
+        ValueError: there is none; says what does not divide what, or that none can fit.
+    """
+    parts = _Parts(request)
+    least_bytes, has_some = inf, False
+    for one in divisions(request):
+        if not set(one.mappings) & set(request.mappings):
+            continue
+        for recompute in request.recomputes:
+            options = replace(request.options, recompute=recompute)
+            options = replace(
+                options, overlaps_messages=one.chunks > 1 or options.overlaps_messages
+            )
+            variants, bounds_s = [], []
+            for exits in request.placements:
+                needed, bound_s = 0.0, 0.0
+                if one.experts:
+                    needed = parts.least_bytes(one, exits, options)
+                    bound_s = parts.least_step_s(one, exits, options)
+                least_bytes = min(least_bytes, needed)
+                if needed <= request.memory_limit_bytes:
+                    variants.append((exits, options))
+                    bounds_s.append(bound_s)
+            if variants:
+                has_some = True
+                yield Group(one, tuple(variants), min(bounds_s), parts)
+    if least_bytes == inf:
+        raise ValueError(
+            "--use-tp-pp-dp-mapping is not possible with experts on so many GPUs, allowed: expert "
+            "times expert tensor parallelism as large as tensor times context parallelism"
+        )
+    if not has_some:
+        raise ValueError(
+            f"none of the layouts of {request.num_accelerators} GPUs fits into "
+            f"{request.memory_limit_bytes / 1e9:.1f} GB each: layers and their activations take "
+            f"{least_bytes / 1e9:.1f} GB in the smallest; allowed: {more_memory(request)}"
+        )
+
+
+def candidates(request: PlanRequest) -> Iterator[Candidate]:
+    """The candidates of all groups.
+
+    Raises:
+        ValueError: see `groups`.
+    """
+    for group in groups(request):
+        yield from group.candidates()
+
+
+def _layout(one: Division, layers_per_stage: tuple[int, ...], mapping: bool = False) -> Layout:
+    return Layout(
+        layers_per_stage=layers_per_stage,
+        num_ranks=len(layers_per_stage) // one.chunks,
+        tensor_parallel=one.tensor,
+        context_parallel=one.context,
+        data_parallel=one.replicas,
+        microbatch_size=one.size,
+        use_tp_pp_dp_mapping=mapping,
+        expert_parallel=max(one.experts, 1),
+        expert_tensor_parallel=one.expert_tensor,
+    )
 
 
 @dataclass(frozen=True)
@@ -90,6 +157,7 @@ class _Parts:
 
     request: PlanRequest
     found: dict[Hashable, PartSeconds] = field(default_factory=dict)
+    static_bytes: dict[Hashable, float] = field(default_factory=dict)
 
     def shape(self, tensor: int) -> ModelShape:
         """With the vocabulary padded for so many tensor-parallel partners."""
@@ -97,124 +165,46 @@ class _Parts:
         return replace(shape, vocab_size=padded_vocab_size(shape.vocab_size, tensor))
 
     def seconds(
-        self, tensor: int, size: int, exits: EarlyExitConfig, options: TrainingOptions
+        self, one: Division, exits: EarlyExitConfig, options: TrainingOptions
     ) -> PartSeconds:
-        """By tensor-parallel partners and sequences of a microbatch."""
-        key = tensor, size, exits, options
+        """By the accelerators that share a layer, and sequences of a microbatch."""
+        sizes = one.tensor, one.context, one.experts, one.expert_tensor, one.size
+        # No other option differs between candidates in what these parts take.
+        key = *sizes, exits, options.recompute
         if key not in self.found:
-            request, shape = self.request, self.shape(tensor)
-            layout = Layout(
-                layers_per_stage=(shape.num_layers,),
-                num_ranks=1,
-                tensor_parallel=tensor,
-                context_parallel=request.context_parallel,
-                microbatch_size=size,
-            )
+            request, shape = self.request, self.shape(one.tensor)
+            # Stages do not matter.
+            alone = replace(one, chunks=1)
+            layout = _layout(alone, (shape.num_layers,))
             times = request.times(shape, exits, layout, options)
             self.found[key] = part_seconds(
                 shape, layout, request.accelerator, exits, times, options
             )
         return self.found[key]
 
+    def least_step_s(
+        self, one: Division, exits: EarlyExitConfig, options: TrainingOptions
+    ) -> float:
+        """The slowest rank computes for so long at least."""
+        parts, request = self.seconds(one, exits, options), self.request
+        work_s = request.shape.num_layers * parts.layer_s + parts.embedding_s + parts.head_s
+        work_s += len(exits.positions) * parts.exit_s
+        return request.global_batch_size // one.replicas // one.size * work_s / one.pipeline
 
-def _divisions(request: PlanRequest) -> Iterator[tuple[int, int, int, int]]:
-    """Tensor and pipeline parallelism, chunks of a rank, and sequences of a microbatch."""
-    for tensor in tensor_sizes(request):
-        for pipeline in pipeline_sizes(request):
-            together = tensor * pipeline * request.context_parallel
-            if request.num_accelerators % together:
-                continue
-            replicas = request.num_accelerators // together
-            if request.global_batch_size % replicas:
-                continue
-            for size in _microbatch_sizes(request, request.global_batch_size // replicas):
-                number = request.global_batch_size // replicas // size
-                for chunks in _chunk_numbers(request, pipeline, number):
-                    yield tensor, pipeline, chunks, size
-
-
-def tensor_sizes(request: PlanRequest) -> list[int]:
-    """Tensor-parallel sizes that stay on a node and divide the heads and what else is divided."""
-    shape = request.shape
-    tokens = shape.seq_length // request.context_parallel
-    divided = shape.num_query_groups, shape.num_attention_heads, shape.ffn_hidden_size
-    return [
-        size
-        for size in _divisors(request.accelerator.per_node)
-        if all(number % size == 0 for number in (*divided, tokens))
-        and request.tensor_parallel in (None, size)
-    ]
-
-
-def pipeline_sizes(request: PlanRequest) -> list[int]:
-    """Pipeline-parallel sizes that divide the accelerators and have a layer for each stage."""
-    sizes = _divisors(request.num_accelerators)
-    if request.pipeline_parallel is not None:
-        sizes = [request.pipeline_parallel]
-    return [size for size in sizes if size <= request.shape.num_layers]
-
-
-def _microbatch_sizes(request: PlanRequest, of_replica: int) -> list[int]:
-    if request.microbatch_size is not None:
-        return [] if of_replica % request.microbatch_size else [request.microbatch_size]
-    powers = [2**i for i in range(of_replica.bit_length())]
-    return [size for size in powers if of_replica % size == 0]
-
-
-def _chunk_numbers(request: PlanRequest, pipeline: int, num_microbatches: int) -> list[int]:
-    # Megatron interleaves groups of as many microbatches as there are ranks.
-    is_interleaved = pipeline > 1 and num_microbatches % pipeline == 0
-    if request.num_chunks is None:
-        return chunk_numbers(request.shape.num_layers, pipeline) if is_interleaved else [1]
-    most = request.shape.num_layers // pipeline if is_interleaved else 1
-    return [request.num_chunks] if request.num_chunks <= most else []
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _why_none(request: PlanRequest) -> FieldError:
-    shape = request.shape
-    if not tensor_sizes(request):
-        allowed = (
-            f"divisors of a node's {request.accelerator.per_node} GPUs, of --num-attention-heads "
-            f"{shape.num_attention_heads}, --num-query-groups {shape.num_query_groups}, "
-            f"--ffn-hidden-size {shape.ffn_hidden_size} and --seq-length {shape.seq_length}"
+    def least_bytes(self, one: Division, exits: EarlyExitConfig, options: TrainingOptions) -> float:
+        """The fullest rank has at least so much of the layers, however many each has: a rank r of p
+        keeps p - r microbatches of 1F1B, and more if it is interleaved."""
+        shape, request = self.request.shape, self.request
+        key = one.tensor, one.context, one.replicas, one.experts, one.expert_tensor
+        if key not in self.static_bytes:
+            layout = _layout(replace(one, chunks=1), (1,))
+            own_bytes, expert_bytes = bytes_of_weight(layout, options)
+            self.static_bytes[key] = own_bytes * shape.divided_weights / one.tensor
+            self.static_bytes[key] += expert_bytes * stage_expert_weights(shape, layout)[0]
+        static_bytes, kept = self.static_bytes[key], self.seconds(one, exits, options).layer_bytes
+        number = request.global_batch_size // one.replicas // one.size
+        layers_of_bytes = sum(
+            1 / (static_bytes + kept * min(one.pipeline - rank, number))
+            for rank in range(one.pipeline)
         )
-        return out_of_range("--tensor-model-parallel-size", request.tensor_parallel, allowed)
-    if not pipeline_sizes(request):
-        allowed = f"1 to --num-layers {shape.num_layers}"
-        return out_of_range("--pipeline-model-parallel-size", request.pipeline_parallel, allowed)
-    context = request.context_parallel
-    products = sorted(
-        {t * p * context for t in tensor_sizes(request) for p in pipeline_sizes(request)}
-    )
-    fitting = [size for size in products if request.num_accelerators % size == 0]
-    if not fitting:
-        sizes = "tensor times pipeline" if context == 1 else "tensor times pipeline times context"
-        allowed = f"multiples of {sizes} parallelism, here {_few(products)}"
-        problem = "cannot be divided into pipelines"
-        return FieldError("--gpus", problem, allowed, value=request.num_accelerators)
-    if request.num_chunks is not None and any(_divisions(replace(request, num_chunks=None))):
-        allowed = (
-            "1, or up to the layers of a rank in pipelines whose ranks divide the microbatches of "
-            "a step"
-        )
-        return out_of_range("--num-virtual-stages-per-pipeline-rank", request.num_chunks, allowed)
-    replicas = sorted({request.num_accelerators // size for size in fitting})
-    size = request.microbatch_size
-    if size is not None and any(_divisions(replace(request, microbatch_size=None))):
-        allowed = (
-            f"divisors of the part of --global-batch-size {request.global_batch_size} that each "
-            f"of {_few(replicas)} replicas gets"
-        )
-        return out_of_range("--micro-batch-size", size, allowed)
-    problem = "cannot be divided over replicas"
-    allowed = f"multiples of their number, with {request.num_accelerators} GPUs {_few(replicas)}"
-    return FieldError("--global-batch-size", problem, allowed, value=request.global_batch_size)
-
-
-def _few(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8]))
-    return f"{shown} or others" if len(numbers) > 8 else shown
+        return shape.num_layers / layers_of_bytes

@@ -17,7 +17,7 @@ class FillRequest:
     Attributes:
         num_warmup: microbatches in the warm-up bubble, None for as many as are worth it.
         num_cooldown: microbatches in the cool-down bubble, None for as many as are worth it.
-        backward_forward_ratio: for which the schedule is made.
+        backward_forward_ratio: for which the schedule is made; None for that of a plan's costs.
         most_cost: share of the step that fills may cost where their number is open.
 
     Raises:
@@ -26,7 +26,7 @@ class FillRequest:
 
     num_warmup: int | None = None
     num_cooldown: int | None = None
-    backward_forward_ratio: float = 2.0
+    backward_forward_ratio: float | None = None
     most_cost: float = 0.01
 
     def __post_init__(self) -> None:

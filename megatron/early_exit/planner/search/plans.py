@@ -6,12 +6,13 @@ are asked for take less than the bound of the next, no other can be among them.
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
-from megatron.early_exit.planner.search.candidates import candidates
+from megatron.early_exit.planner.search.candidates import groups
 from megatron.early_exit.planner.search.prediction import Costing, Fills, Prediction
-from megatron.early_exit.planner.search.request import PlanRequest
+from megatron.early_exit.planner.search.request import PlanRequest, more_memory
 
-Progress = Callable[[list[Costing]], Iterable[Costing]]
+Progress = Callable[[Iterable[Costing]], Iterable[Costing]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,9 @@ class Plans:
 
     Attributes:
         best: the fastest layouts, fastest first.
-        num_candidates: layouts that divide what they have to divide.
-        num_fitting: those of them that may fit into memory.
+        num_candidates: layouts that divide what they have to divide; with experts at least so
+            many.
+        num_fitting: those of them that may fit into memory, or were never looked at.
         num_simulated: those of them that no bound ruled out.
     """
 
@@ -54,7 +56,7 @@ class Plans:
 
 
 def find_plans(
-    request: PlanRequest, number: int, every_variant: bool = False, progress: Progress = list
+    request: PlanRequest, number: int, every_variant: bool = False, progress: Progress = iter
 ) -> Plans:
     """Find the fastest layouts.
 
@@ -68,18 +70,16 @@ def find_plans(
     Raises:
         ValueError: no layout divides what it has to, or none fits into memory.
     """
-    costings = list(_different(Costing.of(one, request) for one in candidates(request)))
-    limit = request.memory_limit_bytes
-    fitting = [costing for costing in costings if costing.least_bytes <= limit]
-    fitting.sort(key=lambda costing: costing.least_step_s)
+    queue, limit = _Queue(request), request.memory_limit_bytes
     found: dict[Hashable, Plan] = {}
     num_simulated = 0
-    for costing in progress(fitting):
+    for costing in progress(queue):
         best = fastest_first(found.values())[:number]
         if len(best) == number and costing.least_step_s > best[-1].prediction.step_s:
             break
         layout = costing.candidate.layout
-        key = costing if every_variant else (layout.tensor_parallel, layout.num_ranks)
+        sizes = layout.tensor_parallel, layout.context_parallel, layout.num_ranks
+        key = costing if every_variant else sizes
         if key in found and found[key].prediction.step_s < costing.least_step_s:
             continue
         num_simulated += 1
@@ -89,11 +89,11 @@ def find_plans(
         plan = Plan(costing=costing, prediction=prediction, plain_s=prediction.step_s)
         found[key] = fastest_first([plan, found.get(key, plan)])[0]
     if not found:
-        raise ValueError(_why_nothing_fits(request, costings))
+        raise ValueError(_why_nothing_fits(request, queue.costings))
     return Plans(
         best=fastest_first(found.values())[:number],
-        num_candidates=len(costings),
-        num_fitting=len(fitting),
+        num_candidates=queue.num_candidates,
+        num_fitting=len(queue),
         num_simulated=num_simulated,
     )
 
@@ -103,26 +103,71 @@ def fastest_first(plans: Iterable[Plan]) -> list[Plan]:
     return sorted(plans, key=lambda plan: plan.prediction.step_s)
 
 
-def _different(costings: Iterable[Costing]) -> Iterator[Costing]:
-    """Leave out what costs the same as the same division in another order of the ranks, or with
-    exits in another place."""
-    seen = set()
-    for costing in costings:
-        one = costing.candidate
-        key = one.num_chunks, one.num_microbatches, costing.costs, costing.update
-        if key not in seen:
-            seen.add(key)
-            yield costing
+class _Queue:
+    """What may fit into memory, in the order of the bounds of its steps. Costs are derived only
+    once the bound that is known without them is reached.
+
+    Attributes:
+        costings: all that costs were derived of, but for those that cost the same as the same
+            division in another order of the ranks, or with exits in another place.
+    """
+
+    def __init__(self, request: PlanRequest) -> None:
+        self.costings: list[Costing] = []
+        self._request = request
+        self._seen: set[Hashable] = set()
+        self._fitting: list[tuple[float, int, Costing]] = []
+        self._num_fitting = 0
+        self._waiting = sorted(groups(request), key=lambda group: group.least_step_s)
+        self._waiting.reverse()
+        # Without bounds, all are as if they came first.
+        while self._waiting and not self._waiting[-1].least_step_s:
+            self._derive_next()
+
+    @property
+    def num_candidates(self) -> int:
+        """Layouts that cost something else than others, as far as that is known."""
+        return len(self.costings) + len(self._waiting)
+
+    def __len__(self) -> int:
+        """Those of them that may fit into memory, as far as that is known."""
+        return self._num_fitting + len(self._waiting)
+
+    def __iter__(self) -> Iterator[Costing]:
+        """Each that may fit, once."""
+        while self._fitting or self._waiting:
+            while self._waiting and not self._knows_first:
+                self._derive_next()
+            if self._fitting:
+                yield heappop(self._fitting)[-1]
+
+    @property
+    def _knows_first(self) -> bool:
+        """Whether none of those that costs are not derived of yet can be the next."""
+        return bool(self._fitting) and self._fitting[0][0] < self._waiting[-1].least_step_s
+
+    def _derive_next(self) -> None:
+        for one in self._waiting.pop().candidates():
+            costing = Costing.of(one, self._request)
+            key = one.num_chunks, one.num_microbatches, costing.costs, costing.update
+            if key in self._seen:
+                continue
+            self._seen.add(key)
+            self.costings.append(costing)
+            if costing.least_bytes <= self._request.memory_limit_bytes:
+                self._num_fitting += 1
+                heappush(self._fitting, (costing.least_step_s, len(self.costings), costing))
 
 
 def _why_nothing_fits(request: PlanRequest, costings: list[Costing]) -> str:
     least = min(costings, key=lambda costing: costing.least_bytes)
     layout = least.candidate.layout
     needed = max(least.predict(Fills()).peak_bytes, least.least_bytes)
+    shared = f" x context {layout.context_parallel}" if layout.context_parallel > 1 else ""
     return (
         f"none of {len(costings)} layouts of {request.num_accelerators} GPUs fits into "
         f"{request.memory_limit_bytes / 1e9:.1f} GB each: one of the smallest, tensor "
-        f"{layout.tensor_parallel} x pipeline {layout.num_ranks} x data {layout.data_parallel} "
-        f"parallel with microbatches of {layout.microbatch_size}, takes {needed / 1e9:.1f} GB; "
-        "allowed: more --gpus, or ones with more memory"
+        f"{layout.tensor_parallel} x pipeline {layout.num_ranks} x data {layout.data_parallel}"
+        f"{shared} parallel with microbatches of {layout.microbatch_size}, takes "
+        f"{needed / 1e9:.1f} GB; allowed: {more_memory(request)}"
     )

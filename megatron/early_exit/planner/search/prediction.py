@@ -19,6 +19,9 @@ from megatron.early_exit.schedules.generators import (
 )
 from megatron.early_exit.schedules.schedule import Schedule
 
+# As training rounds what it measures.
+_RATIO_DIGITS = 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fills:
@@ -117,14 +120,14 @@ class Costing:
             exit_stages=self._exit_stages,
         )
 
-    @property
-    def backward_forward_ratio(self) -> float:
-        """Time of a backward over that of a forward, of all stages together."""
-        stages = self.costs.stages
-        return sum(one.backward_s for one in stages) / sum(one.forward_s for one in stages)
+    def fitting_fills(self, backward_forward_ratio: float | None = None) -> Fills:
+        """As many fills as fit into the bubbles and reach an exit or the final head.
 
-    def fitting_fills(self, backward_forward_ratio: float) -> Fills:
-        """As many fills as fit into the bubbles and reach an exit or the final head."""
+        Args:
+            backward_forward_ratio: for which the schedule is made; None for that of the costs.
+        """
+        if backward_forward_ratio is None:
+            backward_forward_ratio = round(self.costs.backward_forward_ratio, _RATIO_DIGITS)
         generator = FilledOneFOneB(
             num_ranks=self.candidate.layout.num_ranks,
             num_microbatches=self.candidate.num_microbatches,

@@ -28,12 +28,14 @@ class RankTime:
         end_s: when its last one ends.
         busy_s: seconds in which it computes.
         peak_bytes: the most memory that it takes.
+        kept_bytes: the part of it that activations take which wait for their backward.
     """
 
     start_s: float
     end_s: float
     busy_s: float
     peak_bytes: float
+    kept_bytes: float
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,14 @@ class StepTime:
                     end_s=actions[-1].end_s if actions else 0.0,
                     busy_s=busy_s,
                     peak_bytes=peak_bytes,
+                    kept_bytes=kept_bytes,
                 )
-                for actions, busy_s, peak_bytes in zip(
-                    timeline.ranks, timeline.busy_s, timeline.peak_bytes, strict=True
+                for actions, busy_s, peak_bytes, kept_bytes in zip(
+                    timeline.ranks,
+                    timeline.busy_s,
+                    timeline.peak_bytes,
+                    timeline.kept_bytes,
+                    strict=True,
                 )
             )
         )

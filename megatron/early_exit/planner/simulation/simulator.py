@@ -9,8 +9,9 @@ counted.
 from collections.abc import Sequence
 
 from megatron.early_exit.planner.costs.cost_model import CostModel
+from megatron.early_exit.planner.simulation.memory import MemoryUse, memory_uses
 from megatron.early_exit.planner.simulation.timeline import TimedAction, Timeline
-from megatron.early_exit.schedules.actions import Action, Microbatch
+from megatron.early_exit.schedules.actions import Action
 from megatron.early_exit.schedules.data_flow import data_source, execution_order
 from megatron.early_exit.schedules.schedule import Schedule
 
@@ -55,33 +56,19 @@ def simulate(schedule: Schedule, costs: CostModel) -> Timeline:
         end = start + costs.stages[action.stage].seconds(action.kind)
         timed[action] = before[rank] = TimedAction(action, start, end, waited_for)
     lists = schedule.computations.ranks
+    peaks = [_peak(actions_of_rank, costs) for actions_of_rank in lists]
     return Timeline(
         ranks=tuple(tuple(timed[action] for action in rank) for rank in lists),
         peak_bytes=tuple(
             sum(stage.static_bytes for stage in costs.stages[rank :: schedule.num_ranks])
-            + _peak_dynamic_bytes(actions_of_rank, costs)
-            for rank, actions_of_rank in enumerate(lists)
+            + peak.peak_bytes
+            for rank, peak in enumerate(peaks)
         ),
+        kept_bytes=tuple(peak.kept_bytes for peak in peaks),
     )
 
 
-def _peak_dynamic_bytes(actions: Sequence[Action], costs: CostModel) -> float:
-    """The most bytes of activations and of what single computations need beside them."""
-    going_back = {(a.stage, a.microbatch) for a in actions if a.kind in ("B", "I", "L")}
-    alive = peak = 0.0
-    kept: dict[tuple[int, Microbatch], float] = {}
-    for action in actions:
-        cost = costs.stages[action.stage]
-        key = action.stage, action.microbatch
-        extra = cost.forward_extra_bytes if action.kind == "F" else cost.backward_extra_bytes
-        if action.kind == "F":
-            kept[key] = cost.activation_bytes
-            alive += kept[key]
-        peak = max(peak, alive + (extra if action.kind != "W" else 0.0))
-        if action.kind == "I":
-            left = cost.weight_gradient_bytes
-        else:
-            left = kept[key] if action.kind == "F" and key in going_back else 0.0
-        alive -= kept[key] - left
-        kept[key] = left
-    return peak
+def _peak(actions: Sequence[Action], costs: CostModel) -> MemoryUse:
+    """What a rank's computations take beside weights when that is the most."""
+    uses = memory_uses(actions, costs)
+    return max(uses, key=lambda use: use.peak_bytes, default=MemoryUse(0.0, 0.0, 0.0))

@@ -32,10 +32,12 @@ class Timeline:
     Attributes:
         ranks: the computations of each rank in their order.
         peak_bytes: the most memory that each rank takes.
+        kept_bytes: the part of it that activations take which wait for their backward.
     """
 
     ranks: tuple[tuple[TimedAction, ...], ...]
     peak_bytes: tuple[float, ...]
+    kept_bytes: tuple[float, ...]
 
     @cached_property
     def step_s(self) -> float:

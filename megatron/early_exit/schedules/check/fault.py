@@ -42,7 +42,11 @@ class Places:
         self.fail_at(reason, [self.of[action] for action in actions])
 
     def fail_at(self, reason: str, marks: Iterable[tuple[int, int]]) -> NoReturn:
-        """Explain a fault, with these places marked."""
+        """Explain a fault, with these places marked.
+
+        Raises:
+            ScheduleError: always.
+        """
         picture = draw_grid(self.schedule, frozenset(marks), margin=_MARGIN)
         raise ScheduleError(f"{reason}:\n{picture}")
 

@@ -125,7 +125,7 @@ class Passes:
         return output
 
     def release(self, output: Tensor) -> None:
-        """Free the memory of a forward's result that has been sent; its graph remains."""
+        """Free the memory of a forward's result [s, b, h] that has been sent; its graph remains."""
         deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
 
     def backward(self, microbatch: Microbatch, alive: Alive, gradient: Tensor | None) -> Tensor:

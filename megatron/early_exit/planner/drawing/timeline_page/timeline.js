@@ -1,6 +1,6 @@
 "use strict";
 
-// --- what is drawn: see `page_data` in page.py -------------------------------------------------
+// --- what is drawn, by draw.js: see `page_data` in page.py -------------------------------------
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
@@ -8,13 +8,17 @@ const [chart, span, canvas, tip] = ["chart", "span", "canvas", "tip"].map(byId);
 const context = canvas.getContext("2d");
 
 const actions = data.ranks.map((rank, row) =>
-  rank.map(([text, kind, stage, microbatch, start, end, source, critical], index) => (
-    { text, kind: data.kinds[kind], stage, microbatch, start, end, source, critical, row, index }
+  rank.map(([text, kind, stage, microbatch, start, end, source, critical, exits], index) => (
+    { text, kind: data.kinds[kind], stage, microbatch, start, end, source, critical, exits, row, index }
   )),
 );
 const criticalPath = actions.flat().filter((one) => one.critical).sort((a, b) => a.start - b.start);
 
-const GUTTER = 64, RULER = 26, ROW = 30, GAP = 4, LONGEST = 4e6;
+const MEMORY = data.memory.length ? 18 : 0;
+const GUTTER = 64, RULER = 26, BOX = 26, GAP = 4, ROW = BOX + GAP + MEMORY, LONGEST = 4e6;
+const peaks = data.memory.map((rank) => rank.reduce((most, [, bytes]) => Math.max(most, bytes), 0));
+const mostBytes = Math.max(...peaks);
+const wholeSeconds = data.stepSeconds + data.updateSeconds;
 let zoom = 1;
 let selected = null;
 let hovered = null;
@@ -44,12 +48,23 @@ function waitText(one) {
   return before ? `Ran as soon as ${before.text} on its rank had ended.` : "The first: it waited for nothing.";
 }
 
+function gigabytes(bytes) {
+  return `${(bytes / 1e9).toFixed(1)} GB`;
+}
+
+function bytesAt(row, time) {
+  const changes = data.memory[row];
+  return changes[Math.max(firstAfter(changes, ([at]) => at > time) - 1, 0)][1];
+}
+
 function lines(one) {
   const critical = one.critical ? " On the critical path." : "";
+  const exits = one.exits ? ` Exits take ${seconds(one.exits)} of it.` : "";
+  const memory = MEMORY ? ` Its rank has ${gigabytes(bytesAt(one.row, (one.start + one.end) / 2))}.` : "";
   return [
     `${one.text}: ${one.kind.name}, ${microbatchText(one.microbatch)}`,
     `Stage ${one.stage} on rank ${one.row}. From ${seconds(one.start)} to ${seconds(one.end)}, ` +
-      `${seconds(one.end - one.start)} long.${critical}`,
+      `${seconds(one.end - one.start)} long.${critical}${exits}${memory}`,
     waitText(one),
   ];
 }
@@ -65,7 +80,7 @@ function show(element, one) {
 // --- places ------------------------------------------------------------------------------------
 
 const width = () => chart.clientWidth - GUTTER;
-const perSecond = () => (width() * zoom) / data.stepSeconds;
+const perSecond = () => (width() * zoom) / wholeSeconds;
 const place = (time) => GUTTER + time * perSecond() - chart.scrollLeft;
 const timeAt = (x) => (x - GUTTER + chart.scrollLeft) / perSecond();
 
@@ -87,15 +102,17 @@ function actionAt(x, y) {
   return one && one.start <= time ? one : null;
 }
 
-function firstEndingAfter(rank, time) {
-  let [low, high] = [0, rank.length];
+function firstAfter(list, isAfter) {
+  let [low, high] = [0, list.length];
   while (low < high) {
     const middle = (low + high) >> 1;
-    if (rank[middle].end < time) low = middle + 1;
-    else high = middle;
+    if (isAfter(list[middle])) high = middle;
+    else low = middle + 1;
   }
   return low;
 }
+
+const firstEndingAfter = (rank, time) => firstAfter(rank, (one) => one.end >= time);
 
 function select(one) {
   if (!one) return;
@@ -106,148 +123,6 @@ function select(one) {
     chart.scrollLeft += (left + right) / 2 - (GUTTER + chart.clientWidth) / 2;
   }
   requestDraw();
-}
-
-// --- drawing -----------------------------------------------------------------------------------
-
-let colors, hatch, isDrawRequested = false;
-
-function readColors() {
-  const style = getComputedStyle(document.documentElement);
-  // light-dark() is only resolved where a property takes the colour.
-  const resolve = (name) => {
-    const probe = document.createElement("i");
-    probe.style.color = style.getPropertyValue(name);
-    document.body.append(probe);
-    const color = getComputedStyle(probe).color;
-    probe.remove();
-    return color;
-  };
-  const names = ["surface", "row", "ink", "soft", "line", "accent", "critical"];
-  colors = Object.fromEntries(names.map((name) => [name, resolve(`--${name}`)]));
-  colors.font = style.fontFamily;
-  const tile = Object.assign(document.createElement("canvas"), { width: 6, height: 6 });
-  const pen = tile.getContext("2d");
-  pen.strokeStyle = "rgb(0 0 0 / 38%)";
-  for (const shift of [-6, 0, 6]) {
-    pen.moveTo(shift, 6);
-    pen.lineTo(shift + 6, 0);
-  }
-  pen.stroke();
-  hatch = context.createPattern(tile, "repeat");
-  requestDraw();
-}
-
-function requestDraw() {
-  if (isDrawRequested) return;
-  isDrawRequested = true;
-  requestAnimationFrame(() => {
-    isDrawRequested = false;
-    draw();
-  });
-}
-
-function draw() {
-  const [w, h] = [chart.clientWidth, RULER + ROW * actions.length];
-  const ratio = window.devicePixelRatio || 1;
-  if (canvas.width !== Math.round(w * ratio) || canvas.height !== Math.round(h * ratio)) {
-    canvas.width = Math.round(w * ratio);
-    canvas.height = Math.round(h * ratio);
-    canvas.style.width = `${w}px`;
-    canvas.style.height = `${h}px`;
-  }
-  context.setTransform(ratio, 0, 0, ratio, 0, 0);
-  context.fillStyle = colors.surface;
-  context.fillRect(0, 0, w, h);
-  context.save();
-  context.beginPath();
-  context.rect(GUTTER, 0, w - GUTTER, h);
-  context.clip();
-  drawRuler(w, h);
-  actions.forEach((rank, row) => drawRank(rank, RULER + row * ROW, w));
-  [hovered, selected].forEach((one, index) => one && drawOutline(one, index));
-  context.restore();
-  drawNames(h);
-}
-
-function drawRuler(w, h) {
-  const wanted = 90 / perSecond();
-  const power = 10 ** Math.floor(Math.log10(wanted));
-  const step = [1, 2, 5, 10].map((factor) => factor * power).find((one) => one >= wanted);
-  context.font = `11px ${colors.font}`;
-  context.textAlign = "left";
-  context.textBaseline = "middle";
-  for (let tick = Math.ceil(timeAt(GUTTER) / step); tick * step <= timeAt(w); tick += 1) {
-    const x = place(tick * step);
-    context.fillStyle = colors.line;
-    context.fillRect(x, 0, 1, h);
-    context.fillStyle = colors.soft;
-    context.fillText(seconds(tick * step), x + 4, RULER / 2);
-  }
-}
-
-function drawRank(rank, top, w) {
-  context.fillStyle = colors.row;
-  context.fillRect(place(0), top + GAP / 2, data.stepSeconds * perSecond(), ROW - GAP);
-  const end = timeAt(w);
-  for (let index = firstEndingAfter(rank, timeAt(GUTTER)); index < rank.length; index += 1) {
-    if (rank[index].start > end) break;
-    drawAction(rank[index], top + GAP / 2);
-  }
-}
-
-function drawAction(one, top) {
-  const [left, length] = [place(one.start), (one.end - one.start) * perSecond()];
-  const [shown, height] = [Math.max(length - 0.5, 0.5), ROW - GAP];
-  // Later chunks of a rank are paler.
-  const alpha = Math.max(1 - 0.2 * Math.floor(one.stage / actions.length), 0.3);
-  context.globalAlpha = alpha;
-  context.fillStyle = one.kind.color;
-  context.fillRect(left, top, shown, height);
-  context.globalAlpha = 1;
-  if (one.kind.isFill) {
-    context.fillStyle = hatch;
-    context.fillRect(left, top, shown, height);
-  }
-  if (one.critical && length > 1) {
-    context.strokeStyle = colors.critical;
-    context.lineWidth = 2;
-    context.strokeRect(left + 1, top + 1, Math.max(length - 2.5, 0.5), height - 2);
-  }
-  if (length >= 7 + 7 * one.microbatch.length) {
-    context.fillStyle = alpha < 0.7 ? colors.ink : "#16181b";
-    context.font = `12px ${colors.font}`;
-    context.textAlign = "center";
-    // In the middle of what is seen of it.
-    const middle = (Math.max(left, GUTTER) + Math.min(left + length, chart.clientWidth)) / 2;
-    context.fillText(one.microbatch, middle, top + height / 2 + 1);
-  }
-}
-
-function drawOutline(one, isSelected) {
-  const length = Math.max((one.end - one.start) * perSecond(), 2);
-  context.strokeStyle = colors.ink;
-  context.lineWidth = isSelected ? 3 : 1.5;
-  context.strokeRect(place(one.start), RULER + one.row * ROW + 1, length, ROW - 2);
-  const source = isSelected && one.source && actions[one.source[0]][one.source[1]];
-  if (source && source.row !== one.row) {
-    context.setLineDash([4, 3]);
-    context.beginPath();
-    context.moveTo(place(source.end), RULER + (source.row + 0.5) * ROW);
-    context.lineTo(place(one.start), RULER + (one.row + 0.5) * ROW);
-    context.stroke();
-    context.setLineDash([]);
-  }
-}
-
-function drawNames(h) {
-  context.fillStyle = colors.surface;
-  context.fillRect(0, 0, GUTTER, h);
-  context.fillStyle = colors.ink;
-  context.font = `12px ${colors.font}`;
-  context.textAlign = "left";
-  context.textBaseline = "middle";
-  actions.forEach((_, row) => context.fillText(`rank ${row}`, 8, RULER + (row + 0.5) * ROW + 1));
 }
 
 // --- pointers ----------------------------------------------------------------------------------
@@ -389,6 +264,9 @@ byId("title").textContent = data.title;
 byId("summary").textContent = data.summary;
 byId("legend").append(
   ...data.kinds.map((kind) => legendItem(kind.name, kind.isFill ? "fill" : "", kind.color)),
+  ...(actions.flat().some((one) => one.exits) ? [legendItem("exits in a backward", "", data.colors.exit)] : []),
+  ...(data.updateSeconds ? [legendItem("update", "", data.colors.update)] : []),
+  ...(MEMORY ? [legendItem("memory, and its peak", "", data.colors.memory)] : []),
   legendItem("critical path", "critical"),
 );
 if (actions.flat().some((one) => one.stage >= actions.length)) {

@@ -1,4 +1,4 @@
-"""Schedules on stages that take the same time but for their exits, as in the papers' figures."""
+"""A schedule on stages without a model, which take given times, as in the papers' figures."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,9 +18,11 @@ from megatron.early_exit.schedules.generators.bubble_filling import BACKWARD_FOR
 
 ScheduleName = Literal["1f1b", "interleaved", "zb-h1", "filled", "tuning"]
 
+_MOST_RATIO = 100
+
 
 @dataclass(frozen=True, kw_only=True)
-class UniformStages:
+class SingleSchedule:
     """One schedule in the setting of a figure.
 
     Attributes:
@@ -29,9 +31,10 @@ class UniformStages:
         num_microbatches: full ones of a step.
         num_chunks: on each rank, of the interleaved schedule.
         exit_stages: the stages that have an exit, counted from 0.
-        exit_stage_ratio: forward of an exit, or of the final head, over that of a stage.
+        stage_ratios: forward of each stage over `forward_s`; none for stages that are all alike.
+        exit_stage_ratio: forward of an exit, or of the final head, over `forward_s`.
         backward_forward_ratio: backward of anything over its forward.
-        forward_s: seconds of a stage's forward.
+        forward_s: seconds of the forward of a stage whose ratio is 1.
         num_warmup_fills: of the filled schedule, None for all that fit.
         num_cooldown_fills: of the filled schedule, None for all that fit.
 
@@ -44,6 +47,7 @@ class UniformStages:
     num_microbatches: int
     num_chunks: int = 1
     exit_stages: frozenset[int] = frozenset()
+    stage_ratios: tuple[float, ...] = ()
     exit_stage_ratio: float = 0.5
     backward_forward_ratio: float = 2.0
     forward_s: float = 1e-3
@@ -64,7 +68,12 @@ class UniformStages:
             )
         for stage in self.exit_stages:
             Range(least=0, most=self.num_stages - 1).check(**{"--exit-stages": stage})
-        Range(least=0, most=100).check_flags(self, "exit_stage_ratio")
+        Range(least=0, most=_MOST_RATIO).check_flags(self, "exit_stage_ratio")
+        for ratio in self.stage_ratios:
+            Range(least=0, most=_MOST_RATIO, excludes_least=True).check(**{"--stage-ratios": ratio})
+        if self.stage_ratios and len(self.stage_ratios) != self.num_stages:
+            problem = f"has {len(self.stage_ratios)} numbers"
+            raise FieldError("--stage-ratios", problem, f"{self.num_stages}, one for each stage")
         BACKWARD_FORWARD_RATIO.check_flags(self, "backward_forward_ratio")
 
     @property
@@ -116,7 +125,8 @@ class UniformStages:
         for stage in range(self.num_stages):
             head_s = exit_s * (stage == self.num_stages - 1 and self.name != "tuning")
             own_s = exit_s * (1 + ratio) * (stage in self.exit_stages)
-            forward_s = self.forward_s + head_s
+            stage_ratio = self.stage_ratios[stage] if self.stage_ratios else 1.0
+            forward_s = stage_ratio * self.forward_s + head_s
             stages.append(
                 StageCost(
                     forward_s=forward_s,
