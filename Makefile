@@ -15,8 +15,8 @@ RANGE_TESTS := tests/unit/patches tests/unit/platform tests/unit/checkpoint/test
 	tests/functional/test_server.py tests/distributed/test_stock_training.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-fast test-oldest test-newest check lint types imports format
-.PHONY: clean
+.PHONY: help setup lock demo docs test test-fast test-oldest test-newest check lint types imports
+.PHONY: format clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -30,12 +30,15 @@ lock: ## Raise every dependency to the newest release in its range (requirements
 demo: setup ## Train a small early-exit model on this machine's own text and generate with it
 	@$(BIN)/python examples/quickstart/run.py
 
+docs: setup ## Build the documentation's site in build/site; a link that leads nowhere is an error
+	@$(BIN)/python -W ignore::UserWarning -m tools.docs_site
+
 test: setup ## Run every check and test (tests/unit/test_project.py runs lint, types and imports)
 	@# Without a browser the tests of the server's page say so.
 	@bash tools/setup/install_browser.sh >/dev/null || true
 	@$(PYTEST) tests
 
-test-fast: setup ## Run the checks and the unit tests (three minutes on fast cores, nine on slow ones)
+test-fast: setup ## Run the checks and the unit tests (four minutes on two fast cores, nine on slow ones)
 	@$(PYTEST) tests/unit
 
 test-oldest test-newest: test-%:

@@ -22,15 +22,18 @@ from tqdm import tqdm
 
 from megatron.early_exit.checkpoint.base import is_of_mtp
 from megatron.early_exit.checkpoint.conversion import Conversion, match_table
+from megatron.early_exit.checkpoint.description import describe
 from megatron.early_exit.checkpoint.ee_llm import import_ee_llm
 from megatron.early_exit.checkpoint.exits import RandomInit, add_exits, strip_exits
 from megatron.early_exit.checkpoint.huggingface import import_hf, open_export
 from megatron.early_exit.checkpoint.inspection import count_parameters, inspect
 from megatron.early_exit.checkpoint.lazy import LazyWeights
+from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.multi_token_prediction import add_mtp, strip_mtp
 from megatron.early_exit.checkpoint.quantization import Quantization
 from megatron.early_exit.checkpoint.quantized_model import quantize_model
 from megatron.early_exit.checkpoint.source import open_checkpoint, open_parts
+from megatron.early_exit.checkpoint.stored_rule import StoredRule, dropped
 from megatron.early_exit.checkpoint.writer import Report
 from megatron.early_exit.config import HEAD_FIELDS, EarlyExitConfig, ExitMeasure
 from megatron.early_exit.errors import as_flag, one_line
@@ -47,6 +50,7 @@ TUNE = "torchrun pretrain_early_exit_gpt.py --tune-exit --load {} ..."
 ADD_EXITS = "python tools/checkpoint.py add-exits {} DST --exit-layer-nums ..."
 MIMO_FILES = "copy configuration_mimo.py and modeling_mimo.py from MiMo-7B's folder into it, then "
 LOAD = "transformers.AutoModelForCausalLM.from_pretrained({!r}{})"
+_OTHER_WEIGHTS = "it was found of other weights"
 _PATHS = {
     "SRC": "what to read: a save directory, or one iteration in it",
     "DST": "what to write: a directory that is empty or does not exist",
@@ -219,6 +223,12 @@ class Made(Protocol):
     def write(self, target: Path, report: Report) -> None: ...
 
 
+def _note_dropped_rule(source: Path, kept: StoredRule | None, reason: str) -> None:
+    """Say that a stored rule of early exit is left out, where that is so."""
+    for line in dropped(describe(locate(source)).rule, kept, reason):
+        print(line)
+
+
 def _import_hf(args: argparse.Namespace) -> None:
     conversion = import_hf(args.model)
     if any(map(is_of_mtp, conversion.weights)):
@@ -232,6 +242,7 @@ def _import_hf(args: argparse.Namespace) -> None:
 def _export_hf(args: argparse.Namespace) -> None:
     export = open_export(args.src, args.plain, args.draft_of_exit, args.with_mtp)
     _write(export, args.folder)
+    _note_dropped_rule(args.src, None, "no program reads it there")
     if export.tokenizer is None:
         print("note: transformers does not support the model's tokenizer, so the folder has none")
     left_out_mtp = [is_of_mtp(name) for name in export.left_out]
@@ -266,6 +277,7 @@ def _add_exits(args: argparse.Namespace) -> None:
     conversion = add_exits(source, wanted, random_init)
     _note_other_matrix(conversion)
     _write_checkpoint(conversion, args.dst, DRAFT if wanted.share_final_head else TUNE)
+    _note_dropped_rule(args.src, None, "the model has other exits now")
 
 
 def _open_for_addition(args: argparse.Namespace) -> tuple[Conversion, RandomInit | None]:
@@ -286,6 +298,7 @@ def _add_mtp(args: argparse.Namespace) -> None:
         raise ValueError(f"--random-init has no effect: {args.src} has all layers already")
     flags = " --mtp-use-repeated-layer" if is_repeated else ""
     _write_checkpoint(conversion, args.dst, f"{TUNE} --mtp-num-layers {layers}{flags}")
+    _note_dropped_rule(args.src, conversion.description.rule, _OTHER_WEIGHTS)
 
 
 def _strip_mtp(args: argparse.Namespace) -> None:
@@ -294,6 +307,7 @@ def _strip_mtp(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise ValueError(f"strip-mtp {args.src}: {error}") from error
     _write_checkpoint(conversion, args.dst, GENERATE)
+    _note_dropped_rule(args.src, conversion.description.rule, _OTHER_WEIGHTS)
 
 
 def _note_other_matrix(conversion: Conversion) -> None:
@@ -315,10 +329,14 @@ def _strip_exits(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise ValueError(f"strip-exits {args.src}: {error}") from error
     _write_checkpoint(conversion, args.dst, GENERATE)
+    _note_dropped_rule(args.src, None, "the model has no exits now")
 
 
 def _merge_exits(args: argparse.Namespace) -> None:
-    _write_checkpoint(open_parts(args.base, args.exits), args.dst, GENERATE)
+    conversion = open_parts(args.base, args.exits)
+    _write_checkpoint(conversion, args.dst, GENERATE)
+    for source in (args.base, args.exits):
+        _note_dropped_rule(source, conversion.description.rule, _OTHER_WEIGHTS)
 
 
 def _quantize(args: argparse.Namespace) -> None:
@@ -330,6 +348,7 @@ def _quantize(args: argparse.Namespace) -> None:
         encoded(args.src, text)
     quantization = Quantization(args.quantize_heads)
     _write_checkpoint(quantize_model(open_checkpoint(args.src), quantization), args.dst, GENERATE)
+    _note_dropped_rule(args.src, None, "weights in 8 bits are another model")
     if text is not None:
         _print_loss(quantization_loss(args.src, text, args.quantize_heads, quantized_path=args.dst))
 

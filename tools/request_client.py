@@ -24,7 +24,6 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from megatron.early_exit.client.completions import (
-    API_KEY_VARIABLE,
     CompletionClient,
     RequestFailed,
     Unreachable,
@@ -40,6 +39,7 @@ from megatron.early_exit.client.outcomes import EXIT_FIELDS, Outcome, ask
 from megatron.early_exit.client.prompts import read_prompts
 from megatron.early_exit.config import ExitMeasure
 from megatron.early_exit.errors import one_line
+from megatron.early_exit.flags import API_KEY_VARIABLE
 from megatron.early_exit.ranges import ABOVE_ZERO, ONE_OR_MORE
 
 _INTERRUPTED = 130

@@ -22,6 +22,8 @@ ExitMeasure = Literal["max_probability", "margin", "entropy", "similarity", "gat
 """How sure an exit is: by its largest probability, by the difference of the two largest ones, by
 how far its entropy is below that of a guess, by the cosine of the hidden state and the one at the
 exit before, or by its gate."""
+KVPolicy = Literal["exact", "propagate"]
+"""What later tokens see of a position that has left at an exit: see `SamplingParams`."""
 BackboneModule = Literal["mlp", "layer", "norm", "output"]
 """A module of the backbone: an MLP with its norm, a transformer layer, a norm, the output layer."""
 

@@ -6,6 +6,9 @@ from typing import Self
 
 from megatron.early_exit.errors import as_flag
 
+API_KEY_VARIABLE = "EARLY_EXIT_API_KEY"
+"""Environment variable in the place of `--api-key`, of the server and of its client."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlagFields:

@@ -1,4 +1,5 @@
-"""The tokens that EE-LLM, and Megatron before 2025, put behind a SentencePiece model's own."""
+"""The tokens that EE-LLM (arXiv 2312.04916), and Megatron before 2025, put behind a SentencePiece
+model's own."""
 
 from typing import Any
 

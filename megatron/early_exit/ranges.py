@@ -17,8 +17,8 @@ class Range:
     """Allowed numbers. Infinity and NaN are never among them.
 
     Attributes:
-        least: the lower end.
-        most: the upper end; infinity is no limit.
+        least: the lower end, in the unit of the field.
+        most: the upper end, in the same unit; infinity is no limit.
         excludes_least, excludes_most: the end itself is not allowed.
         is_integer: only whole numbers are allowed.
         least_means, most_means: what the end stands for, shown in brackets behind it.
@@ -47,7 +47,7 @@ class Range:
         if self.most == math.inf:
             return f"above {least}" if self.excludes_least else f"{least} or more"
         if self.excludes_least:
-            return f"above {least}, up to {most}"
+            return f"above {least}, {'less than' if self.excludes_most else 'up to'} {most}"
         return f"{least} to less than {most}" if self.excludes_most else f"{least} to {most}"
 
     def check(self, **values: object) -> None:

@@ -20,12 +20,16 @@ from megatron.early_exit.inference.distributed.process_groups import join, own_p
 from megatron.early_exit.inference.engine import mtp_drafting
 from megatron.early_exit.inference.engine.cache_pages import PAGE_SIZE
 from megatron.early_exit.inference.engine.page_sizes import page_bytes
+from megatron.early_exit.inference.modes.draft_choice import DraftChoice
+from megatron.early_exit.inference.modes.draft_gain import NO_WAITS
 from megatron.early_exit.inference.modes.head_output import NOT_FINITE
+from megatron.early_exit.inference.modes.mode import MTP as MTP_HEAD
 from tests.helpers.arrivals import CONTEXT, Arrival, Syllables, assert_oracles, examples, play
 from tests.helpers.mtp_models import assert_drafts, mtp_model
 from tests.helpers.reference_decoder import choices
 from tests.helpers.spawn import spawn
 from tests.helpers.tiny_models import TinyModel, save_checkpoint
+from tests.helpers.turns import drafting_in_turns
 
 COUNT = 14
 LONG = [(7 * i * i + i) % 61 for i in range(37)]
@@ -61,6 +65,12 @@ def broken_model() -> TinyModel:
     return TinyModel(one.architecture, one.early_exit, weights)
 
 
+def few_answers() -> TinyModel:
+    """A model whose only exit is behind the first stages, and answers with a part of the
+    vocabulary."""
+    return mtp_model(2, exits=(3,), use_exit_norm=True, exit_vocab_size=20)
+
+
 def divided(
     layout: tuple[int, int],
     whole: TinyModel,
@@ -90,11 +100,17 @@ def run(folder: str, arriving: list[list[Arrival]]) -> dict[str, Any]:
     found["pieces"] = drafted_in_pieces(engine)
     found["alone"] = [engine.generate([prompt], params)[0] for prompt, params in ALONE]
     found["mixed"] = engine.generate([PROMPTS[0]] * len(MIXED), MIXED)
+    found["asked"] = questions(engine)
+    with drafting_in_turns() as found["drafted"]:
+        found["turns"] = engine.generate(PROMPTS, AUTO)
     engine.close()
     sizes = {"max_batch_size": 3, "max_sequence_length": CONTEXT}
     engine = divided(layout, model(), num_pages=3, **sizes)
     found["arrivals"] = [play(engine, drawn) for drawn in arriving]
     found["preemptions"] = engine.pages.counts.preemptions
+    engine.close()
+    engine = divided(layout, few_answers())
+    found["few"] = engine._requests.draft_costs
     engine.close()
     engine = divided(layout, broken_model(), has_driver=True)
     if engine.is_worker:
@@ -106,6 +122,20 @@ def run(folder: str, arriving: list[list[Arrival]]) -> dict[str, Any]:
         engine = divided((1, 4), model(3, repeated=True))
         found["four"] = [engine.generate(PROMPTS[:1], MTP)[0]]
         engine.close()
+    return found
+
+
+def questions(engine: EarlyExitEngine) -> list[int]:
+    """How often the module is asked for each verification where it is never sure enough to draft;
+    known to the first rank."""
+    found, add = [], DraftChoice.add
+
+    def noting(self: DraftChoice, num_asked: int, *others: Any) -> int:
+        found.append(num_asked)
+        return add(self, num_asked, *others)
+
+    with patch.object(DraftChoice, "add", noting):
+        engine.generate(PROMPTS[:1], replace(MTP, draft_confidence=1.0))
     return found
 
 
@@ -188,8 +218,11 @@ def test_a_part_of_the_vocabulary_and_weights_in_8_bits(ranks):
             drafting, full = found[layout]
             for one, other in zip(drafting, full, strict=True):
                 assert one.token_ids == other.token_ids[:COUNT]
-        # What drafts cost is known where the module is not.
-        assert found[layouts[0], "costs"] == found[layouts[1], "costs"]
+        # What drafts cost is known where the module is not; over stages messages come to that.
+        tensor, pipeline = (found[layout, "costs"] for layout in layouts)
+        assert tensor == replace(pipeline, waits=NO_WAITS)
+        assert pipeline.waits.order == pipeline.waits.verify == pipeline.waits.full > 0
+        assert pipeline == ranks[0]["pipeline_parallel", "costs"]
         assert found["refused"].startswith("draft_vocab_size 62 is out of range")
     for layout in layouts:
         assert sum(one.statistics.drafts.mtp_accepted for one in ranks[0][layout][0]) > 0
@@ -202,13 +235,36 @@ def test_one_sequence_has_the_drafts_of_one_device(ranks):
         for found in ranks:
             result = found["alone"][number]
             assert result.token_ids == expected.token_ids
-            assert result.exit_layers == expected.exit_layers
+            # What messages take, and depths that are computed in vain, decide how to draft.
+            assert params is AUTO or result.exit_layers == expected.exit_layers
         # The first rank alone keeps the account.
         drafts = ranks[0]["alone"][number].statistics.drafts
-        assert drafts == expected.statistics.drafts
+        assert params is AUTO or drafts == expected.statistics.drafts
         assert params is AUTO or drafts.mtp_drafted > 0
     greedy = [one.statistics.drafts for one in ranks[0]["alone"][::3]]
     assert sum(one.mtp_accepted for one in greedy) > 0
+
+
+def test_depths_that_are_computed_in_vain_count(ranks):
+    """The last stage does not know that the first draft is not made."""
+    *asked, last = ranks[0]["asked"]
+    assert asked[0] == 0, "the prompt has none behind it"
+    assert set(asked[1:-1]) == {2}
+    assert last == 0
+
+
+def test_what_an_exit_costs_is_known_where_it_is_not(ranks):
+    (expected,) = EarlyExitEngine(few_answers().segmented)._requests.draft_costs
+    for found in ranks:
+        (costs,) = found["few"]
+        assert replace(costs, waits=NO_WAITS) == expected
+        assert costs.waits.ask > costs.waits.verify > 0
+
+
+def test_exits_of_all_stages_and_the_module_draft_in_turns(ranks):
+    for found in ranks:
+        assert_full_models(found["turns"], PROMPTS)
+    assert ranks[0]["drafted"] == {0, 1, MTP_HEAD}
 
 
 def test_prompts_in_pieces_and_shared_prefixes(ranks):

@@ -10,16 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
+from megatron.early_exit.errors import as_flag
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers.server_process import server_process, wait_until
 from tests.helpers.text_checkpoint import save_text_checkpoint
-from tests.helpers.warm_ranks import WarmRanks
+from tests.helpers.warm_ranks import ROOT, WarmRanks
 
 PROMPTS = ["the 7 quick brown", "pack my box"]
 MODES = (
     {"mode": "full"},
     {"mode": "early_exit", "early_exit_threshold": 0.05},
-    {"mode": "self_speculative", "draft_confidence": 0.1},
+    {"mode": "self_speculative", "draft_method": "exit", "draft_confidence": 0.1},
+    {"mode": "self_speculative", "draft_method": "mtp", "draft_confidence": 0.01},
 )
 LONG = {"prompt": PROMPTS[0], "n": 4, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
 ENDLESS = {**LONG, "n": 16, "prompt": [PROMPTS[0]] * 6}
@@ -32,7 +34,7 @@ each_layout = pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return save_text_checkpoint(tmp_path_factory.mktemp("ranks"))
+    return save_text_checkpoint(tmp_path_factory.mktemp("ranks"), depths=2)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,8 @@ def test_texts_are_those_of_one_process_and_the_last_is_finished(
             for choice, result in zip(answer.json()["choices"], results, strict=True):
                 assert choice["text"] == result.text
                 assert choice["logprobs"]["exit_layers"] == result.exit_layers
+        # No layer has run for what the module has drafted.
+        assert any(0 in result.exit_layers for result in results)
         # torchrun gives ranks 30 seconds, also on a machine that others use.
         last = pool.submit(server.post, {**LONG, "max_tokens": 80})
         wait_until(lambda: server.health().json()["num_requests_running"] > 0)
@@ -75,6 +79,22 @@ def test_texts_are_those_of_one_process_and_the_last_is_finished(
         log = server.log.read_text()
         assert "has died" not in log
         assert "SIGKILL" not in log
+
+
+def test_a_module_drafts_over_stages_for_the_command_line(checkpoint, engine, servers, tmp_path):
+    output, tool = tmp_path / "answers.jsonl", ROOT / "tools" / "generate.py"
+    options = {"mode": "self_speculative", "draft_confidence": 0.01, "draft_method": "mtp"}
+    flags = [text for name, value in options.items() for text in (as_flag(name), str(value))]
+    flags += ["--max-tokens", "24", "--prompt", PROMPTS[1], "--output", str(output)]
+    found = servers.run(
+        [tool, "--load", checkpoint, "--pipeline-model-parallel-size", "2", *flags], 2, tmp_path
+    )
+    assert found.returncode == 0, found.stdout
+    (result,) = engine.generate(PROMPTS[1:], SamplingParams(max_tokens=24, **options))
+    answer = json.loads(output.read_text())
+    assert answer["token_ids"] == result.token_ids
+    assert answer["exit_layers"] == result.exit_layers
+    assert answer["statistics"]["drafts"]["mtp_accepted"] > 0
 
 
 def health_until_the_end(server, found):

@@ -18,16 +18,18 @@ import sentencepiece
 import torch
 
 from megatron.early_exit.checkpoint.base import BaseReference, is_of_exit
-from megatron.early_exit.checkpoint.description import ModelDescription
+from megatron.early_exit.checkpoint.description import ModelDescription, read_description
 from megatron.early_exit.checkpoint.lazy import LazyTensor
 from megatron.early_exit.checkpoint.location import locate
 from megatron.early_exit.checkpoint.megatron_args import described_args
 from megatron.early_exit.checkpoint.source import open_checkpoint
+from megatron.early_exit.checkpoint.stored_rule import described_without_rule, store_rule
 from megatron.early_exit.checkpoint.weights import model_weights
 from megatron.early_exit.checkpoint.writer import write_checkpoint
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from tests.helpers import saved_checkpoint
 from tests.helpers.ee_llm_format import save_ee_llm, with_shared_norms
+from tests.helpers.stored_rules import make_rule
 from tests.helpers.text_checkpoint import save_text_checkpoint
 from tests.helpers.tiny_models import HEADS, LLAMA, TinyModel, make_model
 from tools.checkpoint import main
@@ -217,9 +219,16 @@ def test_exits_that_share_the_final_head_have_no_weights(paths, tmp_path, capsys
     assert "--random-init has no effect with --share-final-head" in capsys.readouterr().err
 
 
-def test_tuned_exits_are_merged_with_their_base(paths, tmp_path):
+def test_tuned_exits_are_merged_with_their_base(paths, tmp_path, capsys):
+    rule = make_rule("release")
+    before = described_without_rule(paths["exits"])
+    store_rule(paths["exits"], rule, before)
     assert run("merge-exits", paths["base"], paths["exits"], tmp_path / "merged") == 0
+    store_rule(paths["exits"], None, before)
     assert_same(tmp_path / "merged", MODEL.weights)
+    # The rule of the exits is that of the same model.
+    assert read_description(tmp_path / "merged").rule == rule
+    assert "is left out" not in capsys.readouterr().out
     # Other verbs find the base by themselves.
     assert run("strip-exits", paths["exits"], tmp_path / "plain") == 0
     assert_same(tmp_path / "plain", weights(paths["base"]))

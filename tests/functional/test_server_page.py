@@ -26,6 +26,7 @@ from tests.helpers.page_server import (
 )
 from tests.helpers.server_process import wait_until
 from tests.helpers.speed import patient
+from tests.helpers.stored_rules import make_rule
 
 FIRST_DIFFERENCE = 20
 PROMPT = "A language model is"
@@ -263,6 +264,27 @@ def test_a_look_ahead_head_drafts_where_there_is_one(page, server, script):
     modes = page.get_by_role("group", name="Mode")
     expect(modes).to_contain_text("Lossless")
     expect(modes).not_to_contain_text("Early exit")
+
+
+def test_the_stored_rule_is_shown_and_set(page, server, script):
+    rule = make_rule(early_exit_threshold=0.625, exit_layers=(2,))
+    promise = {**rule.to_dict()["promise"], "tasks": ["held_out"]}
+    says = rule.promise.sentence()
+    script.stored_rule = {**rule.defaults(), "promise": promise, "says": says, "is_default": True}
+    page.goto(server.url)
+    modes = page.get_by_role("group", name="Mode")
+    expect(modes).to_contain_text(f"Chosen for this model: {says}.")
+    expect(page.locator("#threshold-value")).to_have_text("0.6250")
+    boxes = page.locator("[name=exit]")
+    assert [box.get_attribute("value") for box in boxes.all() if box.is_checked()] == ["2"]
+    generate(page, server)
+    finish(page)
+    body = script.requests[-1]
+    assert body["early_exit_threshold"] == 0.625
+    assert "exit_layers" not in body
+    script.stored_rule["is_default"] = False
+    page.reload()
+    expect(modes).not_to_contain_text("Chosen for this model")
 
 
 def test_measure_and_skipped_layers_are_sent_where_they_are_not_the_models(page, server, script):

@@ -107,7 +107,7 @@ def test_a_broken_promise_is_the_status_and_in_the_record(tmp_path, monkeypatch,
     printed = capsys.readouterr().out
     assert "all is well           nothing is  BROKEN" in printed
     assert "memory does not grow  too short   not judged" in printed
-    part = json.loads(record.read_text())["parts"]["kills"]
+    part = json.loads(record.read_text())["details"]["parts"]["kills"]
     assert part["kills"] == 3
     assert [one["verdict"] for one in part["promises"]] == ["BROKEN", "not judged"]
 

@@ -76,6 +76,7 @@ class FilledStage:
             fill_explicit_bubbles=True,
             num_fill_warmup_microbatches=fills[0],
             num_fill_cooldown_microbatches=fills[1],
+            backward_forward_ratio=2.0,
         )
         bubbles = FilledBubbles(options, stages, exit_stages, Namespace())
         self._steps = ScheduledSteps(objective, bubbles)

@@ -133,6 +133,7 @@ class Script:
     """None is what exits alone can do."""
     has_text: bool = True
     has_chat_template: bool = False
+    stored_rule: dict[str, Any] | None = None
     example_prompts: list[str] = field(default_factory=list)
     seconds_per_token: float = 0.0
     tokens_per_event: int = 1
@@ -208,6 +209,7 @@ class PageServer:
 
     def _models(self) -> Response:
         script = self.script
+        rule = script.stored_rule or {}
         exits, methods = script.exit_layers, script.draft_methods
         if methods is None:
             methods = ["exit"] if exits else []
@@ -229,6 +231,9 @@ class PageServer:
                 draft_methods=methods,
                 drafter=methods[-1] if "mtp" in methods else f"{exits[0]}" if exits else None,
                 kv_policy="exact",
+                early_exit_threshold=rule.get("early_exit_threshold", 0.8),
+                default_exit_layers=list(rule.get("exit_layers", script.exit_layers)),
+                stored_rule=script.stored_rule,
             )
             for alias in aliases
         ]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 from megatron.early_exit.checkpoint.description import ModelDescription, write_description
 from megatron.early_exit.checkpoint.tokenizer import TokenizerDescription
+from tests.helpers.mtp_models import mtp_model
 from tests.helpers.tiny_models import LLAMA, make_model, save_checkpoint
 
 VOCAB_SIZE = 320
@@ -26,8 +27,10 @@ def save_text_checkpoint(
     chat: bool = True,
     seed: int = 0,
     exit_vocab_size: int | None = None,
+    depths: int = 0,
 ) -> Path:
-    """Write a checkpoint whose tokenizer has every byte, `<s>` (1) and `</s>` (2)."""
+    """Write a checkpoint whose tokenizer has every byte, `<s>` (1) and `</s>` (2), and which may
+    have a multi-token-prediction module."""
     import tokenizers
     import transformers
 
@@ -50,12 +53,15 @@ def save_text_checkpoint(
     tokenizer.save_pretrained(folder / "tokenizer")
     architecture = replace(LLAMA, vocab_size=VOCAB_SIZE, max_position_embeddings=CONTEXT)
     heads = {"use_exit_norm": bool(exits), "exit_vocab_size": exit_vocab_size}
-    model = make_model(architecture, exits=exits, seed=seed, **heads)
+    if depths:
+        model = mtp_model(depths, False, architecture, exits=exits, seed=seed, **heads)
+    else:
+        model = make_model(architecture, exits=exits, seed=seed, **heads)
     save_checkpoint(model, target)
     args = SimpleNamespace(
         tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder / "tokenizer")
     )
     tokenizer_description = TokenizerDescription.from_args(args, 2)
-    description = ModelDescription(architecture, model.early_exit, tokenizer_description)
+    description = ModelDescription(model.architecture, model.early_exit, tokenizer_description)
     write_description(target, description)
     return target

@@ -51,19 +51,24 @@ def text_server(
     max_batch_size: int = 4,
     mode: str = "self_speculative",
     send_buffer_bytes: int | None = None,
+    exits: ExitSettings | None = None,
     **settings: Any,
 ) -> Iterator[TextServer]:
     """Serve a checkpoint until the block ends.
 
     Args:
         send_buffer_bytes: size of the system's buffer for an answer that its client does not read.
+        exits: how exits are used where a request says nothing; None is by `mode`.
         settings: further fields of `ServerSettings`.
     """
-    engine = EarlyExitEngine.from_checkpoint(checkpoint, max_batch_size=max_batch_size)
+    engine = EarlyExitEngine.from_checkpoint(
+        checkpoint, max_batch_size=max_batch_size, use_stored_rule=False
+    )
     own = ServerSettings(
         model_name=NAME,
         # Left to itself, drafting soon pauses with exits as bad as those of tiny models.
-        exits=ExitSettings(mode=mode if engine.exit_layers else "full", draft_confidence=0.25),
+        exits=exits
+        or ExitSettings(mode=mode if engine.exit_layers else "full", draft_confidence=0.25),
         **settings,
     )
     worker = EngineWorker(engine, max_batch_size, own.max_waiting, Metrics())

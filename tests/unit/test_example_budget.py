@@ -327,6 +327,9 @@ def test_the_variables_of_the_demo(monkeypatch, capsys) -> None:
     monkeypatch.delenv("DEMO_STEPS")
     args = quickstart.parse()
     assert (args.steps, args.minutes, args.dtype) == (None, 10.0, torch.float32)
+    assert args.compile
+    monkeypatch.setenv("DEMO_COMPILE", "0")
+    assert not quickstart.parse().compile
     monkeypatch.setenv("EARLY_EXIT_FAST_DTYPES", "fp64")
     with pytest.raises(SystemExit, match="2"):
         quickstart.parse()

@@ -7,7 +7,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron.early_exit.config import EarlyExitConfig
-from megatron.early_exit.errors import as_flag
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from tests.helpers.documents import known_flags
 from tests.helpers.text_tokenizers import make_tokenizer
 from tests.helpers.tiny_models import LLAMA, make_model
 
@@ -25,13 +24,24 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron" / "early_exit"
 GITHUB = ROOT / ".github"
 WORKFLOWS = GITHUB / "workflows"
+# The planner's page has the lines that commands print, whatever their length; it has a test of its
+# own, which runs them.
+PAGES = {path.name for path in (ROOT / "docs").glob("*.md")} - {"pipeline.md"}
 DOCUMENTS = (
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "SECURITY.md",
-    "docs/architecture.md",
-    "docs/evaluate.md",
-    "docs/gpu.md",
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
+    *sorted(f"docs/{name}" for name in PAGES),
+)
+# What looks like a path or a flag of the repository and is none: outputs, models on the hub, and
+# what other programs have.
+ELSEWHERE = (
+    "build/",
+    "/",
+    "demo/",
+    "my_",
+    "facebook/",
+    "nvidia.com/",
+    "pretrain_gpt.py",
+    "sweep.py",
 )
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -52,10 +62,10 @@ def load(path: Path) -> Any:
 def missing_paths(text: str, folder: Path = ROOT) -> list[str]:
     """Paths and links of a document in `folder` that lead nowhere. A path is below the root, or
     below the package; the name of a file or folder alone is that of one anywhere in the package."""
-    links = re.findall(r"\]\(([\w./-]+)\)", text)
+    links = re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text)
     missing = [link for link in links if not (folder / link).exists()]
     for path in re.findall(r"(?<!`)`([\w./-]+/[\w./-]*|[\w-]+\.(?:py|md|toml|lock|cff))`", text):
-        if path.startswith(("/", "demo/")):
+        if path.startswith(ELSEWHERE):
             continue
         is_there = (ROOT / path).exists() or (PACKAGE / path).exists()
         if not is_there and ("/" in path.rstrip("/") or not any(PACKAGE.rglob(path))):
@@ -71,31 +81,6 @@ def missing_targets(text: str) -> list[str]:
     targets = {target for line in known for target in line.split()}
     named = re.findall(r"(?:`|run: |^|entry: )(?:\w+=\S+ )?make ([a-z-]+)", text, re.MULTILINE)
     return [name for name in named if name not in targets]
-
-
-def known_flags() -> set[str]:
-    """Flags that a file of the repository gives or takes, and those that are made from fields, here
-    and in Megatron."""
-    megatron = find_spec("megatron.training")
-    (training,) = megatron.submodule_search_locations
-    (core,) = find_spec("megatron.core").submodule_search_locations
-    made = [*Path(training, "config").glob("*.py"), Path(core, "transformer/transformer_config.py")]
-    made += [
-        PACKAGE / "training" / name
-        for name in (
-            *("loop/filling_options.py", "loop/holding_options.py", "loss/curriculum.py"),
-            "tuning/options.py",
-        )
-    ]
-    options = [field.name for kind in (EarlyExitConfig, SamplingParams) for field in fields(kind)]
-    for path in made:
-        options += re.findall(r"^    (\w+): .*=", path.read_text(), re.MULTILINE)
-    paths = [Path(training, "arguments.py")]
-    for folder in ("tools", "examples", "benchmarks", "megatron"):
-        paths += (ROOT / folder).rglob("*.py")
-    quoted = re.compile(r"""["'](--[a-z][\w-]+)["']""")
-    written = {flag for path in paths for flag in quoted.findall(path.read_text())}
-    return written | set(map(as_flag, options))
 
 
 def missing_flags(text: str) -> list[str]:
@@ -183,7 +168,7 @@ def test_workflow_of_a_push_runs_the_checks_and_the_unit_tests():
     # YAML 1.1 reads "on" as true.
     assert set(workflow[True]) == {"push", "pull_request"}
     (job,) = workflow["jobs"].values()
-    assert commands(job) == ["make setup", "make check", "make test-fast"]
+    assert commands(job) == ["make setup", "make check", "make test-fast", "make docs"]
     assert job["strategy"]["matrix"]["python"] == supported_pythons()
 
 

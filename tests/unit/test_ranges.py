@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Copied into users' folders, where it has to be alone.
 EXPORTED = ROOT / "megatron/early_exit/checkpoint/huggingface/exported"
 LESS_THAN_ONE = Range(least=0, most=1, excludes_most=True)
+INSIDE = Range(least=0, most=1, excludes_least=True, excludes_most=True)
 SHARE = Range(least=0, most=1, excludes_least=True, most_means="off")
 
 
@@ -27,6 +28,7 @@ SHARE = Range(least=0, most=1, excludes_least=True, most_means="off")
         (ZERO_TO_ONE, "0 to 1", [0, 0.5, 1.0], [-0.1, 1.1, math.nan, math.inf, "0"]),
         (LESS_THAN_ONE, "0 to less than 1", [0, 0.99], [1, 1.0, -1]),
         (SHARE, "above 0, up to 1 (off)", [0.1, 1], [0, 0.0, 2]),
+        (INSIDE, "above 0, less than 1", [0.1, 0.99], [0, 0.0, 1, 1.0, 2]),
         (RANGES["seed"], "0 to 2**63 - 1", [0, 2**63 - 1], [2**63, -1]),
         (RANGES["top_k"], "0 (no limit) or more", [0, 5], [-1]),
     ],

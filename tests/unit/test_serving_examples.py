@@ -13,17 +13,13 @@ from pathlib import Path
 import pytest
 
 from megatron.early_exit.server.bodies.fields import ExitFields
+from megatron.early_exit.server.command_line import check_flags, origins_of, settings_of
 from megatron.early_exit.server.http.client_address import trusted_networks
 from megatron.early_exit.server.model_names import ServedModel
 from megatron.early_exit.server.settings import ExitSettings
 from tests.helpers.speed import patient
 from tools import request_client
-from tools.run_early_exit_text_generation_server import (
-    build_parser,
-    check_limits,
-    origins_of,
-    settings_of,
-)
+from tools.run_early_exit_text_generation_server import build_parser
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "serving"
 TOOL = "tools/run_early_exit_text_generation_server.py"
@@ -200,7 +196,9 @@ def test_the_readme_names_flags_and_files_that_exist():
     known = {option for one in build_parser()._actions for option in one.option_strings}
     for flag in re.findall(r"`(--[a-z-]+)`", text):
         assert flag in known, flag
-    (asking,) = re.findall(r"^    python tools/request_client.py (.*)$", text, re.MULTILINE)
+    (asking,) = re.findall(
+        r"^    .venv/bin/python tools/request_client.py (.*)$", text, re.MULTILINE
+    )
     assert request_client.build_parser().parse_args(shlex.split(asking)).compare
     for name in re.findall(r"`?([\w-]+\.(?:sh|service))`", text):
         assert (FOLDER / name).is_file(), name
@@ -209,12 +207,12 @@ def test_the_readme_names_flags_and_files_that_exist():
 def test_the_operator_chooses_measure_and_thresholds():
     parser = build_parser()
     args = parser.parse_args(["--load", "model"])
-    check_limits(args)
+    check_flags(args)
     exits = settings_of(args, (1, 3), "entropy").exits
     assert (exits.exit_measure, exits.early_exit_threshold) == ("entropy", 0.8)
     flags = ["--load", "model", "--exit-measure", "margin", "--exit-threshold-decay", "4"]
     args = parser.parse_args([*flags, "--exit-thresholds", "0.5", "0.25"])
-    check_limits(args)
+    check_flags(args)
     exits = settings_of(args, (1, 3), "entropy").exits
     assert (exits.exit_measure, exits.exit_threshold_decay) == ("margin", 4.0)
     assert exits.exit_thresholds == (0.5, 0.25)
@@ -230,7 +228,7 @@ def test_the_operator_chooses_measure_and_thresholds():
         ),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
-            check_limits(parser.parse_args(["--load", "model", *wrong]))
+            check_flags(parser.parse_args(["--load", "model", *wrong]))
 
 
 def test_gates_have_to_be_there():

@@ -12,7 +12,7 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 PROJECT = "megatron-early-exit"
-EXTRAS = ("dev", "hf", "server")
+EXTRAS = ("dev", "docs", "hf", "server")
 LOCK = Path(__file__).parents[2] / "requirements.lock"
 
 

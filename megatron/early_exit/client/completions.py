@@ -9,8 +9,6 @@ from typing import Any
 
 import requests
 
-API_KEY_VARIABLE = "EARLY_EXIT_API_KEY"
-"""Name of the environment variable that holds the API key."""
 _CONNECT_S = 10.0
 _EXTRAS = {
     "stream": True,
@@ -38,9 +36,13 @@ class Completion:
     """The answer to one prompt, and its times."""
 
     text: str = ""
+    """What continues the prompt, without the prompt itself."""
     token_ids: list[int] = field(default_factory=list)
+    """The tokens of that text."""
     exit_layers: list[int] = field(default_factory=list)
+    """Number of backbone layers behind the choice of each token."""
     finish_reason: str | None = None
+    """Why it ended: `stop` or `length`; None if it has not."""
     latency_seconds: float = 0.0
     """Seconds from sending the request to the end of the answer."""
     time_to_first_token_seconds: float | None = None
@@ -48,12 +50,13 @@ class Completion:
     tokens_per_second: float | None = None
     """Behind the first event that brought tokens; None where there is nothing behind it."""
     usage: dict[str, int] = field(default_factory=dict)
+    """Numbers of tokens, as OpenAI's protocol counts them."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """The server's own."""
 
     @property
     def mean_exit_layer(self) -> float | None:
-        """None where there is no token."""
+        """Number of layers run for a token, on average; None where there is no token."""
         layers = self.exit_layers
         return sum(layers) / len(layers) if layers else None
 

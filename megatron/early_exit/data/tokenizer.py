@@ -30,12 +30,15 @@ class TextTokenizer(Protocol):
     """The methods of a tokenizer that indexing uses."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Number of tokens."""
 
     @property
-    def eod(self) -> int | None: ...
+    def eod(self) -> int | None:
+        """The token that ends a document, where there is one."""
 
-    def tokenize(self, text: str) -> list[int]: ...
+    def tokenize(self, text: str) -> list[int]:
+        """The tokens of a text."""
 
 
 def add_tokenizer_arguments(parser: ArgumentParser) -> None:
@@ -65,8 +68,8 @@ def check_tokenizer_arguments(args: Namespace) -> None:
 
 
 def complete_tokenizer_arguments(args: Namespace) -> None:
-    """With `--tokenizer-sentencepiece-legacy`, add the special tokens of EE-LLM and older Megatron,
-    which megatron-core leaves to its callers.
+    """With `--tokenizer-sentencepiece-legacy`, add the special tokens of EE-LLM (arXiv 2312.04916)
+    and older Megatron, which megatron-core leaves to its callers.
 
     Raises:
         ValueError: a flag contradicts it, or the model cannot be read.

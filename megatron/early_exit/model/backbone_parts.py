@@ -76,7 +76,7 @@ class BackboneParts(MegatronModule):
         return SharedParts(self._find_matrix(), self._find_norm())
 
     def project_with(self, find: Callable[[], Tensor]) -> None:
-        """Let exits project with a matrix of the chunk itself."""
+        """Let exits project with a matrix of the chunk itself, [v / tp, h]."""
         self._find_matrix = find
 
     def normalize_with(self, find: Callable[[], Module]) -> None:

@@ -40,7 +40,7 @@ class ExitProjection(ColumnParallelLinear):
     def forward(  # type: ignore[override]
         self, hidden: Tensor, criterion: Criterion[Result], tied_weight: Tensor | None = None
     ) -> Result:
-        """Call `criterion` with the branch output and the projection weight.
+        """Call `criterion` with the branch output [s, b, h] and the projection weight [v / tp, h].
 
         The weight is used from inside this module's call, because the distributed optimizer
         waits for gathered parameters in a hook on the call.
@@ -269,7 +269,7 @@ class ExitHeads(MegatronModule):
         criterion: Criterion[Result],
         layer_kwargs: dict[str, Any],
     ) -> Result:
-        """Run one exit; see `ExitHead.forward`."""
+        """Run one exit on [s, b, h]; see `ExitHead.forward`."""
         head = self.get_submodule(str(position))
         result: Result = head(hidden, criterion, self.backbone(), layer_kwargs)
         return result

@@ -92,7 +92,11 @@ class EarlyExitGPTModel(GPTModel):
         hold_rows(layers, self.config.num_layers, self.pg_collection.tp)
 
     def add_exits(self, options: EarlyExitConfig) -> None:
-        """Build the heads of the exits that belong to this chunk and attach them to its layers."""
+        """Build the heads of the exits that belong to this chunk and attach them to its layers.
+
+        Raises:
+            ValueError: a layer with an exit has cross attention.
+        """
         self.exit_tap = self.look_ahead_tap = None
         self.tunes_exits = False
         self._final_tokens: Tensor | None = None

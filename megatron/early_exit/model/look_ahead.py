@@ -54,7 +54,7 @@ class LookAheadInput:
         return depths
 
     def states(self) -> tuple[Tensor, ...]:
-        """Run the head: the hidden states of each depth behind its norm, each as `hidden`."""
+        """Run the head: the hidden states of each depth behind its norm, each [s, b, h]."""
         every: Tensor = self.block(hidden_states=self.hidden.detach(), **self.block_kwargs)
         return torch.chunk(every, 1 + self.depths)[1:]
 

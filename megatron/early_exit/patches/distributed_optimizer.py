@@ -1,10 +1,10 @@
 """Repairs how Megatron's `DistributedOptimizer` saves and loads its state.
 
-With torch's own Adam, the optimizer cannot resume. Torch keeps a step count for each parameter;
-Transformer Engine and Apex keep one for all. Without these two, on a GPU as on a CPU, Megatron 0.19
-asks a new optimizer for its step count before there is one; it gives all parameters one shared step
-tensor, which torch then advances once for each parameter; and it looks for step counts among the
-tensors of the fully reshardable format, which stores them elsewhere.
+With torch's own Adam (arXiv 1412.6980), the optimizer cannot resume. Torch keeps a step count for
+each parameter; Transformer Engine and Apex keep one for all. Without these two, on a GPU as on a
+CPU, Megatron 0.19 asks a new optimizer for its step count before there is one; it gives all
+parameters one shared step tensor, which torch then advances once for each parameter; and it looks
+for step counts among the tensors of the fully reshardable format, which stores them elsewhere.
 
 That format has another bug in 0.19.2: Megatron gathers a buffer of parameters without the padding
 at the end of its buckets, but slices the parameters out of it at offsets that include the padding.

@@ -6,6 +6,7 @@ This is where Megatron's arguments are read, once, into the objects that the res
 from argparse import Namespace
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from megatron.core.distributed import finalize_model_grads
@@ -17,8 +18,13 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from torch import Tensor
 
 from megatron.early_exit.checkpoint.base import BaseReference
-from megatron.early_exit.checkpoint.description import ModelDescription, write_description
+from megatron.early_exit.checkpoint.description import (
+    ModelDescription,
+    read_saved_description,
+    write_description,
+)
 from megatron.early_exit.checkpoint.exits import RandomInit
+from megatron.early_exit.checkpoint.stored_rule import dropped
 from megatron.early_exit.config import EarlyExitConfig
 from megatron.early_exit.model.gpt_builder import EarlyExitGPTModelConfig, check_backbone
 from megatron.early_exit.model.layer_specs import gpt_layer_spec
@@ -197,6 +203,10 @@ class Session:
             args, self.exits, tokenizer.vocab_size, getattr(tokenizer, "eod", None)
         )
         if args.save is not None and not args.skip_train:
+            stored = read_saved_description(Path(args.save))
+            rule = None if stored is None else stored.rule
+            for line in dropped(rule, None, "training changes the model"):
+                print_rank_0(line)
             write_description(args.save, replace(description, base=start.base))
         return start
 
@@ -317,7 +327,12 @@ class Session:
         )
 
     def forward_step(self, data: Any, model: Any) -> tuple[Tensor, LossFunction]:
-        """The forward step of Megatron's schedules; process groups exist when it is called."""
+        """The forward step of Megatron's schedules; process groups exist when it is called.
+
+        Returns:
+            [s, b, h] for the next stage, or the losses [b, s] of the last one; and what reduces
+            them.
+        """
         return self._step(data, model)
 
 

@@ -52,6 +52,8 @@ class BatchReader:
         """The next microbatch.
 
         Args:
+            data: samples, whose entries are [b, s]; only the first rank of a tensor-parallel group
+                reads them.
             inputs: the stage embeds tokens, at its beginning or to look ahead at its end.
             targets: the stage computes a loss, the final one or an exit's.
             training: train or evaluate.

@@ -1,6 +1,6 @@
 """The flags of bubble filling (EE-LLM, arXiv 2312.04916), and what they do to a run's batches."""
 
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -10,18 +10,18 @@ from megatron.early_exit.flags import FlagFields, refuse_beside
 from megatron.early_exit.ranges import ZERO_OR_MORE
 from megatron.early_exit.schedules.generators import FilledOneFOneB
 from megatron.early_exit.schedules.generators.bubble_filling import (
+    AUTO_RATIO,
     BACKWARD_FORWARD_RATIO,
     FILL_FLAGS,
+    parse_ratio,
 )
 from megatron.early_exit.training.loop.exit_stages import exit_stages
-
-MEASURED = "auto"
-"""The ratio that is measured while training begins."""
 
 MEASURED_RATIO = "measured_backward_forward_ratio"
 """What has been measured: an attribute of Megatron's arguments, which are saved with the model."""
 
-_ASSUMED_RATIO = 2.0
+# The low end of what is published and measured: as many fills fit into nearly every run.
+_ASSUMED_RATIO = 1.5
 _ONE_LIST = "a step is one list of passes"
 
 _REFUSED: dict[str, tuple[object, str]] = {
@@ -38,15 +38,6 @@ _REFUSED: dict[str, tuple[object, str]] = {
     "fine_grained_activation_offloading": (False, _ONE_LIST),
 }
 """Flags that have no place beside filled bubbles: the one value that has, and why."""
-
-
-def _ratio(text: str) -> float | str:
-    if text == MEASURED:
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise ArgumentTypeError(f"{text} is not a number, allowed: 0.01 to 100, or auto") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +61,24 @@ class FillingOptions(FlagFields):
     (default: as many as fit; more make a step longer)."""
 
     backward_forward_ratio: Any = field(
-        default=_ASSUMED_RATIO, metadata={"argparse_meta": {"type": _ratio, "metavar": "RATIO"}}
+        default=AUTO_RATIO, metadata={"argparse_meta": {"type": parse_ratio, "metavar": "RATIO"}}
     )
     """Time of a backward pass divided by that of a forward pass, which determines how many
-    microbatches fit into the bubbles; auto measures it in the first iterations and fills bubbles
-    from then on."""
+    microbatches fit into the bubbles; auto (the default) measures it in the second to the fourth
+    iteration and fills bubbles from then on. It is saved with the model, and printed: give that
+    number to repeat a run exactly."""
 
     fill_samples: Literal["extra", "from-batch"] = "extra"
     """Where the samples of the extra microbatches come from: extra adds them to
     --global-batch-size, from-batch takes them from it, so that fewer microbatches run through the
-    whole pipeline."""
+    whole pipeline. A step has as many samples from its first iteration on: where the ratio is
+    measured, extra adds those of the fills that fit if a backward takes 1.5 forwards, and never
+    fills more."""
 
     def __post_init__(self) -> None:
         ratio = self.backward_forward_ratio
-        if ratio != MEASURED and ratio not in BACKWARD_FORWARD_RATIO:
-            allowed = f"{BACKWARD_FORWARD_RATIO}, or auto"
+        if ratio != AUTO_RATIO and ratio not in BACKWARD_FORWARD_RATIO:
+            allowed = f"{BACKWARD_FORWARD_RATIO}, or {AUTO_RATIO}"
             raise out_of_range("--backward-forward-ratio", ratio, allowed)
         ZERO_OR_MORE.check_flags(
             self, "num_fill_warmup_microbatches", "num_fill_cooldown_microbatches"
@@ -98,13 +92,15 @@ class FillingOptions(FlagFields):
 
     @property
     def is_measured(self) -> bool:
-        """Whether the ratio is to be measured."""
-        return self.backward_forward_ratio == MEASURED
+        """Whether the ratio is to be measured; without fills nothing depends on it."""
+        has_none = self.num_fill_warmup_microbatches == self.num_fill_cooldown_microbatches == 0
+        return self.backward_forward_ratio == AUTO_RATIO and not has_none
 
     @property
     def assumed_ratio(self) -> float:
         """The ratio to use until one has been measured."""
-        return _ASSUMED_RATIO if self.is_measured else float(self.backward_forward_ratio)
+        ratio = self.backward_forward_ratio
+        return _ASSUMED_RATIO if ratio == AUTO_RATIO else float(ratio)
 
     def places(self, stages: int, exit_stages: frozenset[int], ratio: float) -> FilledOneFOneB:
         """The schedule of a step with its fills and a single full microbatch.
@@ -134,11 +130,26 @@ class FillingOptions(FlagFields):
     ) -> FilledOneFOneB:
         """The schedule of a step of so many microbatches, including fills; see `places`.
 
+        Where the ratio is measured, extra samples are those that `plan_fills` has added for the
+        assumed ratio: a larger ratio fills no more, a smaller one fills less and leaves the rest to
+        the whole pipeline. Where a measured ratio has room for more fills than there are
+        microbatches, there are as many as with the assumed ratio, for which `plan_fills` checks a
+        run before it starts.
+
         Raises:
             ValueError: see `places`; or no microbatch would be left for the whole pipeline.
         """
         filled = self.places(stages, exit_stages, ratio)
+        if self.is_measured and self.fill_samples == "extra":
+            added = self.places(stages, exit_stages, self.assumed_ratio)
+            filled = replace(
+                filled,
+                num_warmup_fills=min(len(filled.warmup_depths), len(added.warmup_depths)),
+                num_cooldown_fills=min(len(filled.cooldown_depths), len(added.cooldown_depths)),
+            )
         fills = len(filled.warmup_depths) + len(filled.cooldown_depths)
+        if microbatches <= fills and self.is_measured and ratio > self.assumed_ratio:
+            return self.generator(stages, microbatches, exit_stages, self.assumed_ratio)
         if microbatches <= fills:
             raise ValueError(
                 f"--fill-explicit-bubbles takes {fills} of the {microbatches} "
@@ -172,8 +183,12 @@ def plan_fills(args: Namespace, options: FillingOptions, exits: EarlyExitConfig)
         args.global_batch_size += (warmup + cooldown) * samples
     microbatches = args.global_batch_size // samples
     options.generator(stages, microbatches, own, options.assumed_ratio)
-    until = " once the ratio is measured, at most" if options.is_measured else ""
+    measured = (
+        f" once the ratio is measured; if it is {options.assumed_ratio:g}:"
+        if options.is_measured
+        else ""
+    )
     return (
-        f"bubble filling:{until} {warmup} microbatches in the warm-up and {cooldown} in the "
+        f"bubble filling:{measured} {warmup} microbatches in the warm-up and {cooldown} in the "
         f"cool-down of {microbatches}, global batch size {args.global_batch_size}"
     )

@@ -60,7 +60,11 @@ class LossChecks:
 
 @contextmanager
 def rejected_results() -> Iterator[None]:
-    """End a run in one sentence where Megatron's rerun state machine ends it."""
+    """End a run in one sentence where Megatron's rerun state machine ends it.
+
+    Raises:
+        SystemExit: Megatron has rejected a result.
+    """
     try:
         yield
     except SystemExit as end:
@@ -146,7 +150,7 @@ class ModelStep:
     draws: HeldDraws | None = field(default=None, kw_only=True)
 
     def run(self, data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> RunModel:
-        """Run `model` on the next microbatch."""
+        """Run `model` on the next microbatch, whose entries are [b, s]."""
         self.objective.start_iteration(self.completed_iterations())
         chunk: Any = unwrap_model(model)
         held = self._draw(chunk)

@@ -30,7 +30,7 @@ class CurriculumOptions(FlagFields):
     their gates. The final head always learns."""
 
     exit_curriculum_period: int | None = None
-    """R of the rotational curriculum (default: the number of exits, at least 2)."""
+    """R of the rotational curriculum, in iterations (default: the number of exits, at least 2)."""
 
     exit_loss_scale: float | None = None
     """Weight the losses as LayerSkip does, in place of --exit-layer-weight: after l + 1 of L layers

@@ -94,8 +94,8 @@ class ExitObjective:
         normalization: how the final loss is reduced, the exits' are reduced the same way.
         chunk_tokens: tokens whose logits exist at a time; None for a default by memory.
         seed: of the exits' dropout.
-        curriculum: which exits learn in an iteration, and LayerSkip's weights; None for all, with
-            the weights of `config`.
+        curriculum: which exits learn in an iteration, and the weights of LayerSkip (arXiv
+            2404.16710); None for all, with the weights of `config`.
 
     Attributes:
         weights: of the exits' losses in this iteration, by position.
@@ -159,7 +159,8 @@ class ExitObjective:
         self, groups: ProcessGroupCollection, device: torch.device, training: bool
     ) -> dict[str, Tensor]:
         """What heads have measured since the last call, in training or in evaluation; a collective
-        call, see `ExitMetrics.take_means`. Exits that have never learned are left out."""
+        call, see `ExitMetrics.take_means`; each is 0-dimensional. Exits that have never learned are
+        left out."""
         if not self.config.positions:
             return {}
         if training:
@@ -186,7 +187,7 @@ class ExitObjective:
     def set_loss_scale(self, scale: Tensor) -> None:
         """For `config.experimental_attention_variant_loss_scale_func`, the hook that Megatron
         calls at every forward step with gradient scale * context parallel size / microbatches
-        (without the last two when losses are reduced per token)."""
+        (without the last two when losses are reduced per token), 0-dimensional or [1]."""
         if self.normalization.per_token:
             self._loss_scale = scale * self._per_token_share
         else:
@@ -226,7 +227,7 @@ class ExitObjective:
         return hidden
 
     def keep_final_tokens(self, exits: ExitHeads, logits: Tensor, final_tokens: Tensor) -> None:
-        """Fill in what exits are compared with; see `ExitTap`."""
+        """Fill in what exits are compared with, [b, s], by logits [s, b, v / tp]; see `ExitTap`."""
         vocabulary = LocalVocabulary(logits.shape[-1], exits.tp_group, size=None)
         _, tokens = vocabulary.largest(logits.detach().flatten(0, 1))
         if self._final_tokens is not None:
@@ -255,6 +256,9 @@ class ExitObjective:
 
         In a forward pass without gradients (the first one of activation recomputation) nothing
         happens.
+
+        Raises:
+            EndedAtExit: this is the last exit that is to be reached.
         """
         hidden = exit_input.hidden
         if not torch.is_grad_enabled():

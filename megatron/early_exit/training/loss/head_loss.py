@@ -120,7 +120,7 @@ class Teacher:
     def own_softmax(
         self, logits: Tensor, temperature: float, vocabulary: LocalVocabulary
     ) -> Tensor | None:
-        """The head's softmax at the teacher's temperature; None where that is the head's own, so
+        """The head's softmax [c, v] at the teacher's temperature; None where that is its own, so
         that the loss by the labels has computed it already."""
         if self.temperature == temperature:
             return None

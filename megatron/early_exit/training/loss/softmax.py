@@ -82,7 +82,7 @@ class EagerSoftmax:
         self.total, self.target = vocabulary.sum(sums).unbind()
 
     def gradient(self, by_softmax: Tensor, by_label: Tensor) -> Tensor:
-        """See `ChunkSoftmax`; in fp32."""
+        """See `ChunkSoftmax`; [c, v] in fp32."""
         gradient = self._exponentials.mul_((by_softmax / self.total).unsqueeze(1))
         return self._vocabulary.subtract_at_labels(gradient, self._labels, by_label)
 
@@ -121,7 +121,7 @@ class FusedSoftmax:
         self.total, self.target = vocabulary.sum(torch.stack([total, target])).unbind()
 
     def gradient(self, by_softmax: Tensor, by_label: Tensor) -> Tensor:
-        """See `ChunkSoftmax`; in the format of the logits."""
+        """See `ChunkSoftmax`; [c, v] in the format of the logits."""
         _overwrite_with_gradient(
             self._logits,
             *self._scaling,

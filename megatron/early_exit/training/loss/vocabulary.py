@@ -33,7 +33,7 @@ class LocalVocabulary:
         return logits
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum values over the ranks, in the same memory."""
+        """Sum values of any shape over the ranks, in the same memory."""
         if self._is_divided:
             torch.distributed.all_reduce(values, group=self._group)
         return values
@@ -74,7 +74,7 @@ class LocalVocabulary:
         return torch.maximum(own, others), is_choice
 
     def softmax(self, logits: Tensor) -> Tensor:
-        """Probabilities over the whole vocabulary, in the memory of `logits`."""
+        """Probabilities [c, rows] over the whole vocabulary, in the memory of `logits`."""
         largest, _ = self.largest(logits)
         exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
         return exponentials.div_(self.sum(exponentials.sum(dim=-1)).unsqueeze(1))

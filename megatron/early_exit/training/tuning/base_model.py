@@ -1,7 +1,7 @@
 """The model that heads are tuned on: read from its checkpoint into this rank's part of it.
 
-Megatron loads checkpoints of the model that it saves. In EE-Tuning those are two: what is saved are
-the heads, and what is built of the base ends with the last of them.
+Megatron loads checkpoints of the model that it saves. In EE-Tuning (arXiv 2402.00518) those are
+two: what is saved are the heads, and what is built of the base ends with the last of them.
 """
 
 from collections.abc import Iterator

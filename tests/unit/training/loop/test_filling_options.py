@@ -1,6 +1,7 @@
 """Bubble filling's flags: what they allow, and what they make of a run's batches."""
 
 from argparse import Namespace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -47,8 +48,9 @@ def arguments(**others):
     return Namespace(**(args | others))
 
 
-def plan(args, *exits, pre_exit=False, **options):
+def plan(args, *exits, pre_exit=False, backward_forward_ratio=2.0, **options):
     config = EarlyExitConfig(exit_layer_nums=exits, pre_exit=pre_exit)
+    options["backward_forward_ratio"] = backward_forward_ratio
     return plan_fills(args, FillingOptions(fill_explicit_bubbles=True, **options), config)
 
 
@@ -71,8 +73,51 @@ def test_or_samples_of_the_batch():
 
 def test_as_many_as_the_assumed_ratio_allows_until_it_is_measured():
     assert plan(arguments(), 2, 4, backward_forward_ratio="auto").startswith(
-        "bubble filling: once the ratio is measured, at most 2 microbatches in the warm-up"
+        "bubble filling: once the ratio is measured; if it is 1.5: 1 microbatches in the "
     )
+    assert FillingOptions(fill_explicit_bubbles=True).is_measured
+    # Nothing depends on it.
+    none = {"num_fill_warmup_microbatches": 0, "num_fill_cooldown_microbatches": 0}
+    assert not FillingOptions(fill_explicit_bubbles=True, **none).is_measured
+
+
+def test_a_measured_ratio_never_takes_the_last_microbatch():
+    """A run that was checked with the assumed ratio does not end once another is measured."""
+    options = FillingOptions(fill_explicit_bubbles=True, fill_samples="from-batch")
+    stages = frozenset(range(8))
+    with_room = options.generator(8, 12, stages, 3.0)
+    assert (with_room.num_warmup_fills, with_room.num_cooldown_fills) == (5, 5)
+    assert with_room.num_microbatches == 2
+    without = options.generator(8, 10, stages, 3.0)
+    assert (without.num_warmup_fills, without.num_cooldown_fills) == (4, 4)
+    assert without.num_microbatches == 2
+    given = replace(options, backward_forward_ratio=3.0)
+    with pytest.raises(ValueError, match="takes 10 of the 10 microbatches"):
+        given.generator(8, 10, stages, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("stages", "ratio", "fills"),
+    [(4, 1.5, (1, 1)), (4, 1.6, (1, 1)), (8, 1.6, (4, 4)), (8, 3.0, (4, 4)), (5, 100.0, (2, 2))],
+)
+def test_extra_samples_leave_as_many_full_microbatches_as_were_asked_for(stages, ratio, fills):
+    args = arguments(pipeline_model_parallel_size=stages, num_layers=8 * stages)
+    asked = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    exits = tuple(range(8, 8 * stages, 8))
+    plan(args, *exits, backward_forward_ratio="auto")
+    microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    options = FillingOptions(fill_explicit_bubbles=True)
+    own = exit_stages(args, EarlyExitConfig(exit_layer_nums=exits))
+    filled = options.generator(stages, microbatches, own, ratio)
+    assert (filled.num_warmup_fills, filled.num_cooldown_fills) == fills
+    assert filled.num_microbatches == asked
+
+
+def test_extra_samples_that_do_not_fit_run_through_the_whole_pipeline():
+    """With a smaller ratio than the assumed one: the samples of a step stay what they are."""
+    filled = FillingOptions(fill_explicit_bubbles=True).generator(4, 12, frozenset({0, 1}), 0.4)
+    assert (filled.num_warmup_fills, filled.num_cooldown_fills) == (0, 0)
+    assert filled.num_microbatches == 12
 
 
 def test_fills_that_reach_no_exit_are_left_out():
@@ -121,7 +166,7 @@ def test_stages_of_exits(others, pre_exit, stages):
             "--num-fill-cooldown-microbatches has no effect without --fill-explicit-bubbles",
         ),
         (
-            {"backward_forward_ratio": "auto"},
+            {"backward_forward_ratio": 1.6},
             "--backward-forward-ratio has no effect without --fill-explicit-bubbles",
         ),
         ({"fill_samples": "from-batch"}, "--fill-samples has no effect without"),
