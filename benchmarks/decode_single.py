@@ -155,8 +155,9 @@ def measure_single(
     table.add(f"runs of {LONG_RUN} exits, then all layers", gain, None, ideal)
     gain = ratios(times, "recomputing", "runs")
     table.add("runs of exits over recomputing from layer 1", gain, 1.0, ideal)
+    readings = decoder.engine.readings
     for rows in SEVERAL_ROWS:
-        counted = (ROWS["cpu"] + rows) / (ROWS["cpu"] + 1)
+        counted = (ROWS["cpu"] * readings.of(rows) + rows) / (ROWS["cpu"] + 1)
         table.add(
             f"layers over {rows} rows over those over one",
             ratios(times, f"{rows} rows", "1 rows"),

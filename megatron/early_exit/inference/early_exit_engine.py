@@ -3,6 +3,7 @@
 import logging
 from collections import abc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -16,13 +17,18 @@ from megatron.early_exit.inference.distributed.parallel_backend import (
     SingleProcess,
 )
 from megatron.early_exit.inference.engine.cache_budget import plan_caches
-from megatron.early_exit.inference.engine.policy import Costs
+from megatron.early_exit.inference.engine.policy import ROWS_OF_READINGS, Costs, readings_of
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.request_factory import RequestFactory
 from megatron.early_exit.inference.loading import load_model
+from megatron.early_exit.inference.model.pass_time import pass_seconds
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
-from megatron.early_exit.inference.modes.draft_gain import DraftCosts
+from megatron.early_exit.inference.modes.draft_gain import (
+    SAME_READINGS,
+    DraftCosts,
+    Readings,
+)
 from megatron.early_exit.inference.modes.exit_gain import ExitCosts
 from megatron.early_exit.inference.modes.measures import GATE
 from megatron.early_exit.inference.params import SamplingParams
@@ -61,6 +67,8 @@ class EarlyExitEngine:
     Attributes:
         max_batch_size: sequences that run at a time, as far as there is memory for them.
         pages: what sequences take of the caches, and how it went so far.
+        readings: how long the weights of layers take to read for several rows; measured where
+            layers are compiled for a CPU.
 
     Raises:
         ValueError: a size is out of range, there is not enough memory for one sequence, or the
@@ -234,6 +242,8 @@ class EarlyExitEngine:
         whole, device = backend.architecture, self.model.device.type
         # Exits are asked by themselves, so it does not matter which of them share a projection.
         costs = Costs.of(whole, layers, backend.exit_vocab_size, True, device)
+        self.readings = self._measured_readings(runner, costs.rows)
+        costs = replace(costs, readings=self.readings)
         block = float(whole.layer_weights) if backend.has_blocks else 0.0
         exit_waits, mtp_waits = backend.waits(runner)
         drafts = tuple(
@@ -243,6 +253,17 @@ class EarlyExitEngine:
         if self.num_mtp_depths:
             mtp = costs.of_mtp_drafts(whole, backend.draft_vocab_size, mtp_waits)
         return drafts, mtp, costs.of_exits(block)
+
+    def _measured_readings(self, runner: SegmentRunner, rows: float) -> Readings:
+        """How long the weights of layers take to read for several rows: measured where compiled
+        layers have other products for those on a CPU."""
+        can_draft = bool(self.exit_layers) or self.num_mtp_depths > 0
+        has_room = runner.capacity > max(ROWS_OF_READINGS)
+        if not (can_draft and has_room and self.model.has_loops):
+            return SAME_READINGS
+        found = readings_of(pass_seconds(runner, ROWS_OF_READINGS), rows)
+        # All ranks have to decide alike.
+        return Readings(*(self._backend.agree(round(1000 * one)) / 1000 for one in found))
 
     @property
     def is_worker(self) -> bool:

@@ -7,12 +7,11 @@ takes is measured once, when an engine is loaded.
 
 from time import perf_counter
 
-import torch
 from torch import distributed
 
 from megatron.early_exit.inference.distributed.control import ControlPlane
 from megatron.early_exit.inference.distributed.process_groups import RankInfo
-from megatron.early_exit.inference.model.kv_cache import Span
+from megatron.early_exit.inference.model.pass_time import pass_seconds
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.modes.draft_gain import Waits
 
@@ -37,33 +36,11 @@ def message_weights(
         The same number on all ranks.
     """
     seconds = [0.0] * rank_info.num_ranks
-    own = _step_seconds(runner, rank_info.is_first_stage)
+    (own,) = pass_seconds(runner, (1,))
     distributed.all_gather_object(seconds, own, group=rank_info.group)
     found = [_message_seconds(rank_info, control)]
     distributed.broadcast_object_list(found, src=0, group=rank_info.group)
     return found[0] / sum(seconds[:: rank_info.stage_size]) * num_weights
-
-
-@torch.inference_mode()
-def _step_seconds(runner: SegmentRunner, begins_with_tokens: bool) -> float:
-    """The time of a row through a stage's layers."""
-    model, times = runner.model, []
-    span = [Span(0, 0, 1)]
-    size = (1, model.architecture.hidden_size)
-    received = torch.zeros(size, dtype=model.dtype, device=model.device)
-    for _ in range(_ROUNDS):
-        start = perf_counter()
-        for index in range(len(model.segments)):
-            if begins_with_tokens or index:
-                hidden = runner.run(index, span, [0])
-            else:
-                hidden = runner.run(index, span, hidden=received)
-        # Waits for the device.
-        hidden.cpu()
-        times.append(perf_counter() - start)
-    runner.clear(0, 1)
-    runner.release(0)
-    return min(times)
 
 
 def _message_seconds(rank_info: RankInfo, control: ControlPlane) -> float:

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron.early_exit.checkpoint.architecture import Architecture
-from megatron.early_exit.inference.modes.draft_gain import NO_WAITS, DraftCosts, Waits
+from megatron.early_exit.inference.modes.draft_gain import (
+    NO_WAITS,
+    SAME_READINGS,
+    DraftCosts,
+    Readings,
+    Waits,
+)
 from megatron.early_exit.inference.modes.exit_gain import ExitCosts
 
 ROWS = {"cpu": 16.0, "cuda": 200.0}
@@ -42,6 +48,8 @@ class Costs:
             and values.
         rows: as many rows take as long to compute as the weights do to read.
         step: what each step takes besides, as a share of the segments.
+        readings: how long the weights of layers take to read, for several rows. Those of heads take
+            as long for a few rows as for one.
     """
 
     segments: tuple[float, ...]
@@ -51,6 +59,7 @@ class Costs:
     held: float = 0.0
     rows: float = ROWS["cpu"]
     step: float = 0.02
+    readings: Readings = SAME_READINGS
 
     @classmethod
     def of(
@@ -92,6 +101,7 @@ class Costs:
             step=step,
             front=front,
             waits=waits,
+            readings=self._readings,
         )
 
     def of_exits(self, block: float = 0.0) -> ExitCosts:
@@ -127,8 +137,36 @@ class Costs:
             rows=self.rows,
             step=self.step * sum(self.segments),
             waits=waits,
+            readings=self._readings,
             missed=depth,
         )
+
+    @property
+    def _readings(self) -> Readings:
+        """How long the weights of the full model take to read, for several rows."""
+        layers = sum(self.segments)
+        share = layers / (layers + self.head)
+        return Readings(*(1 + (one - 1) * share for one in self.readings))
+
+
+ROWS_OF_READINGS = (1, 2, 4)
+"""Rows of the passes that `readings_of` takes the times of."""
+
+
+def readings_of(seconds: Sequence[float], rows: float) -> Readings:
+    """How long weights take to read for several rows, by the times of passes of ROWS_OF_READINGS.
+
+    Args:
+        seconds: of each pass.
+        rows: as many take as long to compute as weights do to read.
+    """
+    alone, *others = seconds
+    # A pass takes the time of reading and, for each row, a share of that for a single row.
+    readings = (
+        time / alone * (1 + 1 / rows) - count / rows
+        for time, count in zip(others, ROWS_OF_READINGS[1:], strict=True)
+    )
+    return Readings(*(max(one, 1.0) for one in readings))
 
 
 class SegmentQueue:

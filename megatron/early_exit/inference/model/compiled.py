@@ -1,8 +1,8 @@
 """Layers compiled for steps of decoding.
 
 Half of what PyTorch does around the products of a small model is calling kernels. Its compiler
-makes a layer a few loops instead. With one row each is over a whole weight matrix in the plain
-layout, with all that lies between the products inside them; with several the products remain those
+makes a layer a few loops instead. With one row or two each is over a whole weight matrix in the
+plain layout, which takes the time that the memory needs; with several the products remain those
 with packed weights, and what lies between two of them is a loop. A few layers are compiled as one
 function of their weights, which serves all.
 
@@ -19,8 +19,9 @@ from torch import Tensor
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.inference.model.kv_cache import KVCache
 from megatron.early_exit.inference.model.layers import Attention, Mlp
-from megatron.early_exit.inference.model.linear import Function
+from megatron.early_exit.inference.model.linear import TWO, Function
 from megatron.early_exit.inference.model.passes import Pass
+from megatron.early_exit.inference.model.quantized import is_quantized
 from megatron.early_exit.inference.model.rotary import RotaryTable
 from megatron.early_exit.inference.model.rows_pass import Places, RowsPass
 from megatron.early_exit.inference.model.traced_attention import TracedPlaces
@@ -35,8 +36,9 @@ _MOST_ROWS = 64
 _TYPICAL_ROWS, _TYPICAL_POSITIONS = 8, 128
 """Of the first calls: the compiler decides by them which loops the threads divide."""
 
-_MOST_TOGETHER = 4
-"""Layers that are compiled as one: each call takes some microseconds, each layer a second."""
+_TOGETHER = (5, 4)
+"""Layers that are compiled as one: each call takes some microseconds, each layer a second. The
+first of these that divides the number of layers leaves no rest to compile besides."""
 
 _Group = Callable[..., Tensor]
 """Takes a hidden state through some layers."""
@@ -48,14 +50,14 @@ class _Kind:
 
     Attributes:
         size: number of layers.
-        is_single: there is one row.
+        num_rows: what there may be of them; 0 is any number from two on.
         has_slots: the caches are of several sequences.
         shape: of each cache.
         stride: of each cache.
     """
 
     size: int
-    is_single: bool
+    num_rows: int
     has_slots: bool
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -116,6 +118,7 @@ class LayerCompiler:
         caches: Sequence[Tensor],
         hidden: Tensor,
         places: Places,
+        is_fixed: bool = False,
     ) -> Tensor:
         """Take rows through layers.
 
@@ -125,26 +128,31 @@ class LayerCompiler:
                 `places` have no slots.
             hidden: [r, h], the residual stream; contiguous, as are all tensors of `places`.
             places: of the rows.
+            is_fixed: the layers are compiled for just this number of rows, as they are for one row.
         """
-        for first in range(0, len(layers), _MOST_TOGETHER):
-            group = slice(first, first + _MOST_TOGETHER)
-            function = self._function(len(layers[group]), caches[0], hidden, places)
+        size = next((one for one in _TOGETHER if len(layers) % one == 0), _TOGETHER[-1])
+        for first in range(0, len(layers), size):
+            group = slice(first, first + size)
+            function = self._function(len(layers[group]), caches[0], hidden, places, is_fixed)
             hidden = function(layers[group], caches[group], hidden, places, self._turns)
         return hidden
 
-    def _function(self, size: int, cache: Tensor, hidden: Tensor, places: Places) -> _Group:
+    def _function(
+        self, size: int, cache: Tensor, hidden: Tensor, places: Places, is_fixed: bool
+    ) -> _Group:
         """The function for a number of layers.
 
         PyTorch would look at every tensor in every call, whether it is what the function was
         compiled for: for a small model that takes as long as its layers. `_Kind` says all that may
-        differ but for the numbers of rows and positions, the only ones that stay open, so nothing
-        is looked at.
+        differ but for the numbers of rows and positions, the only ones that may stay open, so
+        nothing is looked at.
         """
         has_slots = places.slots is not None
-        kind = _Kind(size, len(hidden) == 1, has_slots, cache.shape, cache.stride())
+        num_rows = len(hidden) if is_fixed or len(hidden) == 1 else 0
+        kind = _Kind(size, num_rows, has_slots, cache.shape, cache.stride())
         function = self._unguarded.get(kind)
         if function is None:
-            _leave_open(hidden, places)
+            _leave_open(hidden, places, has_fixed_rows=num_rows > 0)
             function = torch.compile(
                 self._new_group(f"group_{len(self._unguarded)}"),
                 fullgraph=True,
@@ -165,10 +173,10 @@ class LayerCompiler:
         return FunctionType(code, globals(), "group", None, group.__closure__)
 
 
-def _leave_open(hidden: Tensor, places: Places) -> None:
-    """The numbers of rows and positions are not what a function is compiled for; one row is."""
-    rows = [] if len(hidden) == 1 else [hidden]
-    for tensor in rows + places.open_sizes(len(hidden)):
+def _leave_open(hidden: Tensor, places: Places, has_fixed_rows: bool) -> None:
+    """The number of positions is not what a function is compiled for; that of rows may be."""
+    rows = [] if has_fixed_rows else [hidden]
+    for tensor in rows + places.open_sizes(has_fixed_rows):
         torch._dynamo.mark_dynamic(tensor, 0)
 
 
@@ -190,17 +198,22 @@ class CompiledLayers:
         packed: Sequence[Mapping[str, Tensor]],
     ) -> None:
         self._compiler, self._layers, self._packed = compiler, layers, packed
+        in_8_bits = any(is_quantized(tensor) for layer in layers for tensor in layer.values())
+        self._most_plain = 1 if in_8_bits else TWO
 
     def warm_up(self, cache: KVCache, hidden_size: int) -> None:
-        """Compile everything that passes over a cache may need: for a single row, and for
+        """Compile everything that passes over a cache may need: for a single row, for two, and for
         several."""
         end = min(cache.capacity, _TYPICAL_POSITIONS)
         if end < SHORTEST:
             return
-        positions = self._compiler.positions[max(end - _TYPICAL_ROWS, 0) : end]
+        # In a short cache some rows are the same.
+        positions = torch.arange(end - _TYPICAL_ROWS, end) % end
         hidden = cache.data.new_zeros(len(positions), hidden_size)
         self._run_one(hidden[:1], cache, 0, end)
-        self._run_several(hidden, cache, torch.zeros_like(positions), positions, end)
+        slots = torch.zeros_like(positions)
+        for count in sorted({self._most_plain, _TYPICAL_ROWS} - {1}):
+            self._run_several(hidden[:count], cache, slots[:count], positions[:count], end)
 
     def serves(self, this: Pass) -> bool:
         """Whether a pass is over few positions, and not only over first ones."""
@@ -234,4 +247,6 @@ class CompiledLayers:
     ) -> Tensor:
         caches = cache.by_attention[: len(self._layers)]
         places = TracedPlaces(slots, positions, self._compiler.positions[:end])
-        return self._compiler.run(self._packed, caches, hidden, places)
+        is_plain = len(hidden) <= self._most_plain
+        layers = self._layers if is_plain else self._packed
+        return self._compiler.run(layers, caches, hidden, places, is_fixed=is_plain)

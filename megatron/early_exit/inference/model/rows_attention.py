@@ -37,9 +37,9 @@ class RowPlaces(NamedTuple):
     lengths: Tensor
     firsts: Tensor
 
-    def open_sizes(self, num_rows: int) -> list[Tensor]:
-        """All of them, [r] and [r + 1], with several rows, none with one; see `Places`."""
-        return [] if num_rows == 1 else list(self)
+    def open_sizes(self, has_fixed_rows: bool) -> list[Tensor]:
+        """All of them, [r] and [r + 1], or none where the number of rows is fixed; see `Places`."""
+        return [] if has_fixed_rows else list(self)
 
     def attend(self, cache: Tensor, queries: Tensor, new: Tensor, scale: float) -> Tensor:
         """Attend by the operator: a cache [slots, m, 2 ng, hn], queries [r, np, hn] and new keys

@@ -22,9 +22,9 @@ class Places(Protocol):
     def positions(self) -> Tensor:
         """[r], of each row in its slot."""
 
-    def open_sizes(self, num_rows: int) -> list[Tensor]:
-        """Those of its tensors whose first size differs between calls with one row, or with
-        several, such as the positions [r]."""
+    def open_sizes(self, has_fixed_rows: bool) -> list[Tensor]:
+        """Those of its tensors whose first size differs between calls of the same compiled layers:
+        where the number of rows may differ, the positions [r] are among them."""
 
     def attend(self, cache: Tensor, queries: Tensor, new: Tensor, scale: float) -> Tensor:
         """Put keys and values into a cache, and attend to it: all rows see what the others have

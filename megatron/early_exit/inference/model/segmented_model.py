@@ -66,6 +66,7 @@ class SegmentedModel:
 
     Attributes:
         embedding: what the residual stream begins with.
+        begins_with_tokens: see the arguments.
         recorder: captures steps on a GPU; None where nothing does.
         segments: n + 1 segments of a model with n exits; the last ends at the final head.
         exits: the n exits, `exits[i]` behind `segments[i]`.
@@ -93,7 +94,7 @@ class SegmentedModel:
         self.word_embeddings = weights["embedding.word_embeddings.weight"]
         position_embeddings = weights.get("embedding.position_embeddings.weight")
         self.embedding = Embedding(self.word_embeddings, position_embeddings)
-        self._begins_with_tokens = begins_with_tokens
+        self.begins_with_tokens = begins_with_tokens
         self.rotary: RotaryTable | None = None
         if architecture.position_embedding_type == "rope":
             self.rotary = RotaryTable(architecture, self.device)
@@ -143,6 +144,12 @@ class SegmentedModel:
     def device(self) -> device:
         """Where the weights are."""
         return self.word_embeddings.device
+
+    @property
+    def has_loops(self) -> bool:
+        """Whether layers are compiled for a CPU, as loops whose times depend on how many rows there
+        are."""
+        return self._compiler is not None and self.recorder is None
 
     def _new_compiler(self) -> LayerCompiler:
         shared = self._tensor_parallel
@@ -207,7 +214,7 @@ class SegmentedModel:
                 self._compiler,
                 [layer.plain for layer in whole],
                 self.recorder,
-                self.embedding if start == 0 and self._begins_with_tokens else None,
+                self.embedding if start == 0 and self.begins_with_tokens else None,
                 self._layers[start // 2].halves[1] if start % 2 else None,
                 self._layers[end // 2].halves[0] if end % 2 else None,
             )

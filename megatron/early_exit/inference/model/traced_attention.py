@@ -24,10 +24,10 @@ class TracedPlaces(NamedTuple):
     positions: Tensor
     seen: Tensor
 
-    def open_sizes(self, num_rows: int) -> list[Tensor]:
-        """The positions that are looked at [t], and with several rows their positions and slots
-        [r]; see `Places`."""
-        if num_rows == 1:
+    def open_sizes(self, has_fixed_rows: bool) -> list[Tensor]:
+        """The positions that are looked at [t], and where the number of rows is open their
+        positions and slots [r]; see `Places`."""
+        if has_fixed_rows:
             return [self.seen]
         return [self.seen, self.positions, *([] if self.slots is None else [self.slots])]
 

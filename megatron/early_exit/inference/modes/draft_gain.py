@@ -39,6 +39,26 @@ class Waits(NamedTuple):
 NO_WAITS = Waits()
 
 
+class Readings(NamedTuple):
+    """How long reading weights takes for several rows together, over that for a single row; what
+    each row takes besides does not count.
+
+    Attributes:
+        two: for two rows.
+        several: for more.
+    """
+
+    two: float = 1.0
+    several: float = 1.0
+
+    def of(self, num_rows: int) -> float:
+        """How long it takes for some rows."""
+        return 1.0 if num_rows == 1 else self.two if num_rows == 2 else self.several
+
+
+SAME_READINGS = Readings()
+
+
 @dataclass(frozen=True, slots=True)
 class DraftCosts:
     """What drafting takes, in weights that are read.
@@ -51,6 +71,7 @@ class DraftCosts:
         step: what each step takes besides.
         front: those of `ask` through which each position goes that is verified, asked or not.
         waits: for messages between stages.
+        readings: how long weights take to read, for several rows.
         missed: for each token about which the drafter has not been asked, weights through which the
             token's row goes before the drafter is asked again. The rows are computed together.
     """
@@ -62,6 +83,7 @@ class DraftCosts:
     step: float = 0.0
     front: float = 0.0
     waits: Waits = NO_WAITS
+    readings: Readings = SAME_READINGS
     missed: float = 0.0
 
     def of_question(self, company: int = 1) -> float:
@@ -81,7 +103,7 @@ class DraftCosts:
         full model."""
         time = num_asked * self.of_question(company) + self.of_verification(num_drafts, company)
         # Behind the last draft that there may be, the exit is not asked.
-        unasked = max(num_drafts + 1 - num_asked, 0) * self.front * (1 / company + 1 / self.rows)
+        unasked = max(num_drafts + 1 - num_asked, 0) * self._time(self.front, 1, company)
         order = self.waits.order / company if num_asked else 0.0
         return time + (unasked + order) / self._full_step(company)
 
@@ -98,12 +120,17 @@ class DraftCosts:
     def _steps(self, weights: float, rows: int, company: int, wait: float) -> float:
         """The time of reading weights, for one of `company` sequences that each have some rows, and
         of messages that they share, in steps of the full model."""
-        time = (self.step + wait) / company + weights * (1 / company + rows / self.rows)
+        time = (self.step + wait) / company + self._time(weights, rows, company)
         return time / self._full_step(company)
 
     def _full_step(self, company: int) -> float:
         """The time of a step of the full model, for one of `company` sequences."""
-        return (self.step + self.waits.full) / company + self.full * (1 / company + 1 / self.rows)
+        return (self.step + self.waits.full) / company + self._time(self.full, 1, company)
+
+    def _time(self, weights: float, rows: int, company: int) -> float:
+        """The time of reading weights, for one of `company` sequences that each have some rows."""
+        reading = self.readings.of(rows * company) / company
+        return weights * (reading + rows / self.rows)
 
 
 class DraftGain:
@@ -145,15 +172,17 @@ class DraftGain:
         the first that did not, does not count."""
         return self._right / self._asked
 
-    def least_likelihood(self, company: int = 1) -> float:
+    def least_likelihood(self, company: int = 1, num_drafts: int = 0) -> float:
         """How likely a draft and all in front of it have to be right: then the draft promises as
         many tokens for its time as decoding gives on the whole.
 
         Args:
             company: sequences that run together.
+            num_drafts: those in front of it.
         """
         costs = self._costs
-        row = costs.of_verification(1, company) - costs.of_verification(0, company)
+        before = costs.of_verification(num_drafts, company)
+        row = costs.of_verification(num_drafts + 1, company) - before
         return max(self.speed, 1.0) * (costs.of_question(company) + row)
 
     def add(

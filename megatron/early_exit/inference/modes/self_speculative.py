@@ -13,7 +13,11 @@ from typing import ClassVar, Self
 
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference.modes.draft_choice import DraftChoice, Drafter
-from megatron.early_exit.inference.modes.draft_gain import NO_WAITS, DraftCosts
+from megatron.early_exit.inference.modes.draft_gain import (
+    NO_WAITS,
+    SAME_READINGS,
+    DraftCosts,
+)
 from megatron.early_exit.inference.modes.draw import Draft, Draw
 from megatron.early_exit.inference.modes.head_output import HeadOutput
 from megatron.early_exit.inference.modes.mode import (
@@ -84,13 +88,11 @@ class SelfSpeculativeMode(DecodingMode):
         least = params.draft_confidence
         adapts = least is None
         choice = DraftChoice(drafters, may_pause=adapts)
-        if least is None:
-            least = choice.gain.least_likelihood()
         return cls(
             context.sampler,
             ExitRule(),
             params.exit_details,
-            drafting=DraftRule(params.num_draft_tokens, least),
+            drafting=DraftRule(params.num_draft_tokens, 0.0 if least is None else least),
             room=context.room,
             choice=choice,
             adapts=adapts,
@@ -99,6 +101,7 @@ class SelfSpeculativeMode(DecodingMode):
 
     def __post_init__(self) -> None:
         self._aim = self.drafting.max_drafts
+        self._expect()
         self._ask()
 
     @property
@@ -154,6 +157,7 @@ class SelfSpeculativeMode(DecodingMode):
         drafts.append(output.token)
         probabilities = None if output.drawn is None else output.drawn.probabilities
         self._drafts.append(Draft(output.token, probabilities))
+        self._expect()
         return Next.DRAFTED
 
     def waste(self, num_outputs: int) -> None:
@@ -231,19 +235,28 @@ class SelfSpeculativeMode(DecodingMode):
 
     def _judge(self, num_accepted: int) -> None:
         """Go on with drafts, or without, and with this drafter or another, by what they gain."""
-        sequence, choice = self.sampler.sequence, self.choice
-        # Which drafts there are may change a sampled text: then they must not depend on others.
-        company = sequence.company if self.sampler.is_always_greedy else 1
         if self._pause == 0:
-            pause = choice.add(self._num_asked, self._confidences, num_accepted, company)
-            if self.adapts:
-                self._pause = pause
-                least = choice.gain.least_likelihood(company)
-                self.drafting = replace(self.drafting, least_confidence=least)
+            pause = self.choice.add(self._num_asked, self._confidences, num_accepted, self._company)
+            self._pause = pause if self.adapts else 0
         else:
             self._pause -= 1
             self.counts.undrafted += 1
+        self._expect()
         self._ask()
+
+    def _expect(self) -> None:
+        """Say how sure the drafter has to be of the next draft."""
+        if self.adapts:
+            num_drafts = len(self.sampler.sequence.drafts)
+            least = self.choice.gain.least_likelihood(self._company, num_drafts)
+            self.drafting = replace(self.drafting, least_confidence=least)
+
+    @property
+    def _company(self) -> int:
+        """Sequences that count as running together. Which drafts there are may change a sampled
+        text: then they must not depend on others."""
+        sequence = self.sampler.sequence
+        return sequence.company if self.sampler.is_always_greedy else 1
 
     def _ask(self) -> None:
         """Have the exit asked that drafts, if one does."""
@@ -321,4 +334,4 @@ def _fixed(costs: DraftCosts, context: ModeContext) -> DraftCosts:
     shall nor how the model is divided."""
     if context.sampler.is_always_greedy:
         return costs
-    return replace(costs, rows=_ROWS_OF_SAMPLED, waits=NO_WAITS)
+    return replace(costs, rows=_ROWS_OF_SAMPLED, waits=NO_WAITS, readings=SAME_READINGS)
