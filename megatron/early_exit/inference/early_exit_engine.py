@@ -3,7 +3,6 @@
 import logging
 from collections import abc
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -12,24 +11,17 @@ import torch
 from megatron.early_exit.checkpoint.stored_rule import StoredRule
 from megatron.early_exit.checkpoint.tokenizer import Tokenizer
 from megatron.early_exit.config import ExitMeasure
+from megatron.early_exit.inference.distributed.mode_costs import ModeCosts
 from megatron.early_exit.inference.distributed.parallel_backend import (
     ParallelBackend,
     SingleProcess,
 )
 from megatron.early_exit.inference.engine.cache_budget import plan_caches
-from megatron.early_exit.inference.engine.policy import ROWS_OF_READINGS, Costs, readings_of
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.request_factory import RequestFactory
 from megatron.early_exit.inference.loading import load_model
-from megatron.early_exit.inference.model.pass_time import pass_seconds
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
-from megatron.early_exit.inference.modes.draft_gain import (
-    SAME_READINGS,
-    DraftCosts,
-    Readings,
-)
-from megatron.early_exit.inference.modes.exit_gain import ExitCosts
 from megatron.early_exit.inference.modes.measures import GATE
 from megatron.early_exit.inference.params import SamplingParams
 from megatron.early_exit.inference.results import GeneratedToken, GenerationResult
@@ -120,7 +112,8 @@ class EarlyExitEngine:
         runner.warm_up()
         self.loop = self._backend.loop(runner, self.pages)
         whole = self._backend.architecture
-        draft_costs, mtp_costs, exit_costs = self._costs(runner)
+        costs = ModeCosts.measured(self._backend, runner)
+        self.readings = costs.readings
         self._requests = RequestFactory(
             vocab_size=whole.vocab_size,
             num_layers=whole.num_layers,
@@ -131,9 +124,9 @@ class EarlyExitEngine:
             eod_id=self.eod_id,
             other_end_ids=self.other_end_ids,
             draw_seed=self._backend.draw_seed,
-            draft_costs=draft_costs,
-            exit_costs=exit_costs,
-            mtp_costs=mtp_costs,
+            draft_costs=costs.drafts,
+            exit_costs=costs.exits,
+            mtp_costs=costs.mtp,
             num_depths=self.num_mtp_depths,
             exit_measure=self._backend.exit_measure,
             has_gates=self._backend.has_gates,
@@ -232,38 +225,6 @@ class EarlyExitEngine:
             stored_rule=loaded.stored_rule,
             use_stored_rule=use_stored_rule,
         )
-
-    def _costs(
-        self, runner: SegmentRunner
-    ) -> tuple[tuple[DraftCosts, ...], DraftCosts | None, ExitCosts]:
-        """What drafting takes with each exit and with a multi-token-prediction module, and what
-        tokens take that may leave at exits."""
-        backend, layers = self._backend, self.exit_layers
-        whole, device = backend.architecture, self.model.device.type
-        # Exits are asked by themselves, so it does not matter which of them share a projection.
-        costs = Costs.of(whole, layers, backend.exit_vocab_size, True, device)
-        self.readings = self._measured_readings(runner, costs.rows)
-        costs = replace(costs, readings=self.readings)
-        block = float(whole.layer_weights) if backend.has_blocks else 0.0
-        exit_waits, mtp_waits = backend.waits(runner)
-        drafts = tuple(
-            costs.of_drafts(index, block, waits) for index, waits in enumerate(exit_waits)
-        )
-        mtp = None
-        if self.num_mtp_depths:
-            mtp = costs.of_mtp_drafts(whole, backend.draft_vocab_size, mtp_waits)
-        return drafts, mtp, costs.of_exits(block)
-
-    def _measured_readings(self, runner: SegmentRunner, rows: float) -> Readings:
-        """How long the weights of layers take to read for several rows: measured where compiled
-        layers have other products for those on a CPU."""
-        can_draft = bool(self.exit_layers) or self.num_mtp_depths > 0
-        has_room = runner.capacity > max(ROWS_OF_READINGS)
-        if not (can_draft and has_room and self.model.has_loops):
-            return SAME_READINGS
-        found = readings_of(pass_seconds(runner, ROWS_OF_READINGS), rows)
-        # All ranks have to decide alike.
-        return Readings(*(self._backend.agree(round(1000 * one)) / 1000 for one in found))
 
     @property
     def is_worker(self) -> bool:

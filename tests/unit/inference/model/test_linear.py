@@ -27,6 +27,19 @@ def test_products(dtype, has_bias, rows):
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=4 * tolerance)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_few_rows_of_a_large_matrix(dtype, rows):
+    """Where rows are repeated to be multiplied faster, each is there once."""
+    x, weight = random(rows, 512, dtype=dtype), random(2100, 512, dtype=dtype)
+    found = make_linear(weight)(x)
+    assert found.shape == (rows, 2100)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.5
+    torch.testing.assert_close(
+        found.double(), x.double() @ weight.double().t(), rtol=tolerance, atol=tolerance
+    )
+
+
 def test_many_numbers_of_rows_are_few_sizes():
     sizes = {rows: rounded_up(rows) for rows in range(1, 8193)}
     assert all(rows <= size <= max(16, 9 / 8 * rows) for rows, size in sizes.items())
