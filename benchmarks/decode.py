@@ -5,10 +5,10 @@
 
 All settings of a model are measured alternately in one process, so that noise affects all of them
 equally; figures are medians of the ratios of the rounds. The limit of full decoding at batch 1 is
-the time of the bare matrix-vector products with all of the model's weight matrices, plain or
-packed, whichever is faster. The depth at which tokens leave is forced, by a threshold of 0 or at
-random. With --weight-dtype everything is measured with weights in that format, and full decoding
-with them is compared with full decoding in the dtype.
+the time of the bare matrix-vector products with all of the model's weight matrices, plain, packed
+or as compiled loops, whichever is fastest. The depth at which tokens leave is forced, by a
+threshold of 0 or at random. With --weight-dtype everything is measured with weights in that format,
+and full decoding with them is compared with full decoding in the dtype.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from decode_batch import measure_batch
+from decode_drafts import measure_drafts
 from decode_dtypes import BENCHMARKED, benchmarked_dtypes
 from decode_gates import measure_gates
 from decode_models import random_weights, saved_weights
@@ -94,6 +95,8 @@ def main() -> int:
                 if batch == 1:
                     measure_single(own, own_model, args, table)
                     measure_gates(own, args, table)
+                    if name == "shape":
+                        measure_drafts(kind, args, table)
                 else:
                     measure_batch(own, own_model, batch, args, table)
     return table.finish(args.json)

@@ -1,12 +1,13 @@
 """The models of `decode.py`: their weights, the bare products with them, and transformers on
 them."""
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,11 @@ SMOLLM2_135M = Architecture(
     params_dtype="float32",
 )
 _EMBEDDING = "embedding.word_embeddings.weight"
+
+
+Kind = Literal["packed", "plain", "loops"]
+"""Packed weights are what the engine multiplies several rows with, plain ones are multiplied by
+PyTorch's own function, and compiled loops are what compiled layers have for one row or two."""
 
 
 class Matrix(NamedTuple):
@@ -102,8 +108,14 @@ class Weights(NamedTuple):
         return segments, self.head.values.nbytes
 
 
-def random_weights(dtype: torch.dtype) -> Weights:
-    """A model of SmolLM2-135M's shape with exits after layers 10 and 20."""
+def random_weights(dtype: torch.dtype, share_behind: float = 1.0) -> Weights:
+    """A model of SmolLM2-135M's shape with exits after layers 10 and 20.
+
+    Args:
+        dtype: of all tensors.
+        share_behind: what layers behind the first exit add to the residual stream, relative to what
+            the others add. The less it is, the more often that exit says what the final head says.
+    """
     early_exit = EarlyExitConfig(exit_layer_nums=(10, 20), use_exit_norm=True)
     generator = torch.Generator().manual_seed(0)
     tensors = {}
@@ -111,8 +123,15 @@ def random_weights(dtype: torch.dtype) -> Weights:
         if len(shape) == 1:
             tensors[name] = torch.ones(shape, dtype=dtype)
         else:
-            tensors[name] = (torch.randn(shape, generator=generator) * 0.04).to(dtype)
+            scale = 0.04 * (share_behind if _adds_behind(name, early_exit.positions[0]) else 1.0)
+            tensors[name] = (torch.randn(shape, generator=generator) * scale).to(dtype)
     return Weights(SMOLLM2_135M, early_exit, tensors)
+
+
+def _adds_behind(name: str, num_layers: int) -> bool:
+    """Whether a matrix adds to the residual stream behind so many layers."""
+    found = re.fullmatch(r"decoder\.layers\.(\d+)\..*\.(linear_proj|linear_fc2)\.weight", name)
+    return found is not None and int(found[1]) >= num_layers
 
 
 def saved_weights(path: Path, dtype: torch.dtype) -> Weights:
@@ -126,19 +145,27 @@ def saved_weights(path: Path, dtype: torch.dtype) -> Weights:
 
 
 def products(
-    matrices: Sequence[Matrix], rows: int, dtype: torch.dtype, packed: bool = True
+    matrices: Sequence[Matrix], rows: int, dtype: torch.dtype, kind: Kind = "packed"
 ) -> Callable[[], None]:
-    """A function that computes only the products of some matrices with inputs of `rows` rows."""
+    """A function that computes only the products of some matrices with inputs of `rows` rows.
+
+    Args:
+        matrices: in 8 bits only where they are packed.
+        rows: one or two for compiled loops.
+        dtype: of the inputs.
+        kind: of the products.
+    """
     sizes = {matrix.values.shape[1] for matrix in matrices}
     inputs = {size: torch.randn(rows, size).to(dtype) for size in sizes}
     fastest = FastestLibrary()
-    pairs = [
-        (
-            one.packed_product(fastest) if packed else one.plain_product(),
-            inputs[one.values.shape[1]],
-        )
-        for one in matrices
-    ]
+    loop = torch.compile(lambda weight, x: make_linear(weight)(x), dynamic=False)
+
+    def product(matrix: Matrix) -> Function:
+        if kind == "packed":
+            return matrix.packed_product(fastest)
+        return partial(loop, matrix.values) if kind == "loops" else matrix.plain_product()
+
+    pairs = [(product(one), inputs[one.values.shape[1]]) for one in matrices]
 
     def multiply() -> None:
         for function, x in pairs:

@@ -114,15 +114,16 @@ def measure_single(
         **{f"{rows} rows": layers_over(model, rows) for rows in (1, *SEVERAL_ROWS)},
     }
     if not in_8_bits:
-        plain = products(matrices, 1, weights.dtype, packed=False)
-        settings["plain"] = timed(plain, tokens // 2)
+        for kind in ("plain", "loops"):
+            settings[kind] = timed(products(matrices, 1, weights.dtype, kind), tokens // 2)
         try:
             other = HuggingFace(weights)
             settings["transformers"] = lambda: other.seconds_per_token(decoder.prompts[0], tokens)
         except ImportError:
             print("  transformers is not installed: not compared")
     times = take_turns(settings, args.rounds)
-    limit = min({"packed", "plain"} & set(times), key=lambda name: median(times[name]))
+    kinds = {"packed", "plain", "loops"} & set(times)
+    limit = min(kinds, key=lambda name: median(times[name]))
     for name, found in (("full mode", "full"), ("bare products", limit)):
         speed = 1 / median(times[found])
         note = limit if found == limit else ""

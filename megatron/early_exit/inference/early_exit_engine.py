@@ -172,11 +172,11 @@ class EarlyExitEngine:
             tensor_parallel: processes that share each layer.
             pipeline_parallel: stages that share the layers; there are `tensor_parallel` times as
                 many processes.
-            compile: compile the layers. On a CPU that takes some seconds at the start, a C++
-                compiler, and the memory of the layers' weights again, and what this process has in
-                memory moves to huge pages where there are any; steps of decoding are then a tenth
-                to a half faster, small models' even more. On a GPU as CUDA graphs, which nobody has
-                run yet.
+            compile: compile the layers. On a CPU that takes up to minutes at the first start and
+                seconds at later ones, a C++ compiler, and the memory of the layers' weights again,
+                and what this process has in memory moves to huge pages where there are any; steps
+                of decoding are then a tenth to a half faster, small models' even more. On a GPU as
+                CUDA graphs, which nobody has run yet.
             has_driver: rank 0 alone gets requests, as in a server.
             kv_cache_memory, gpu_memory_utilization, prefix_caching: see the class.
             weight_dtype: "int8" keeps the matrices of layers and heads in 8 bits, with a scale for

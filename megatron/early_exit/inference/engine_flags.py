@@ -50,7 +50,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--compile",
         action="store_true",
-        help="compile the layers: some seconds at the start, then faster decoding",
+        help="compile the layers: seconds to minutes at the start, then faster decoding",
     )
     for name in ("tensor", "pipeline"):
         flag = f"--{name}-model-parallel-size"
