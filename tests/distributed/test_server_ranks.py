@@ -102,7 +102,8 @@ def health_until_the_end(server, found):
     while True:
         try:
             health = server.health()
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
+            # The end can come in the middle of an answer.
             return
         found.append(health.json())
         assert health.ok == (found[-1]["status"] == "ok")

@@ -71,10 +71,11 @@ def _compiled_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # Asked like this, a number of rows that is left open stays so.
     if not statically_known_true(x.shape[0] <= TWO):
         return functional.linear(x, weight, bias)
-    # One loop over the weights for all rows. What has strides of its own is computed before that
-    # loop: else the compiler would compute each entry of a row again for each output.
     rows, numbers = x.float().contiguous(), weight.float()
-    rows = rows.as_strided(rows.shape, rows.stride())
+    if x.device.type == "cpu":
+        # What is given strides is computed before the loop over the weights: else the compiler
+        # computes each entry of a row again for each output. On a GPU that is a kernel saved.
+        rows = rows.as_strided(rows.shape, rows.stride())
     product = torch.stack([(numbers * row).sum(dim=-1) for row in rows])
     if bias is not None:
         product += bias.float()
