@@ -45,7 +45,7 @@ class Readings(NamedTuple):
 
     Attributes:
         two: for two rows.
-        several: for more.
+        several: for more rows.
     """
 
     two: float = 1.0
