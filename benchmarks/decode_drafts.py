@@ -1,6 +1,9 @@
 """Figures of `decode.py` for drafts that are often right."""
 
 import argparse
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from decode_models import Weights, random_weights
@@ -15,20 +18,20 @@ from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 SHARE_BEHIND = 0.08
 """What layers behind the exit that drafts add to the residual stream, relative to the others: then
 most of its drafts are right, as those of a tuned model's exit are."""
+ALWAYS_ONE: dict[str, Any] = {"draft_confidence": 0.0, "num_draft_tokens": 1}
+"""A random model is never sure, however right it is: so it drafts whatever it says."""
 
 
 def limit(weights: Weights, rate: float) -> float:
-    """The speed over full mode that the bytes allow which are read, at the best number of drafts.
+    """The speed over full mode that the bytes allow which are read, with one draft at a time.
 
     Args:
         weights: of a model whose first exit drafts.
-        rate: the share of drafts that is right, wherever they are.
+        rate: the share of drafts that is right, from 0 to 1.
     """
     segments, head = weights.segment_bytes()
     full = sum(segments) + head
-    question = segments[0] + head
-    tokens = [sum(rate**place for place in range(drafts + 1)) for drafts in range(8)]
-    return max(full * count / (full + drafts * question) for drafts, count in enumerate(tokens))
+    return full * (1 + rate) / (full + segments[0] + head)
 
 
 def measure_drafts(dtype: torch.dtype, args: argparse.Namespace, table: FigureTable) -> None:
@@ -38,11 +41,12 @@ def measure_drafts(dtype: torch.dtype, args: argparse.Namespace, table: FigureTa
         weights = quantized(weights)
     decoder = Decoder(SegmentedModel(*weights, compile_rows=True), 1, LONG_TEXT)
     params = SamplingParams(mode="self_speculative", max_tokens=LONG_TEXT, ignore_eos=True)
-    (result,) = decoder.engine.generate(decoder.prompts, params)
+    (result,) = decoder.engine.generate(decoder.prompts, replace(params, **ALWAYS_ONE))
     counts = result.statistics.drafts
     assert counts is not None
     rate = counts.accepted / max(counts.drafted, 1)
-    times = take_turns({"full": decoder.full, "drafting": decoder.drafting}, args.rounds)
+    drafting = partial(decoder.drafting, **ALWAYS_ONE)
+    times = take_turns({"full": decoder.full, "drafting": drafting}, args.rounds)
     table.add(
         f"drafts of which {rate:.0%} are right over full, {LONG_TEXT} tokens",
         ratios(times, "full", "drafting"),

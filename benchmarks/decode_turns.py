@@ -93,9 +93,11 @@ class Decoder:
         params = self._params(mode="early_exit", exits_pay_at=exits_pay_at)
         return self.seconds_per_token([params] * self.batch, [_NEVER] * self.batch)
 
-    def drafting(self) -> float:
-        """Seconds per token with drafts of the first exit."""
-        return self.seconds_per_token([self._params(mode="self_speculative")] * self.batch)
+    def drafting(self, **fields: Any) -> float:
+        """Seconds per token with drafts of the first exit; fields of `SamplingParams` may say when
+        it drafts."""
+        params = self._params(mode="self_speculative", **fields)
+        return self.seconds_per_token([params] * self.batch)
 
     def depths(self, exits: Sequence[int], kv_policy: KVPolicy = "exact") -> float:
         """Seconds per token if sequences leave, in turn, always at one of some exits or never."""
