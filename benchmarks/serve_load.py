@@ -137,7 +137,7 @@ def figures_of(turns: list[Turn], memory: Memory) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any], args: argparse.Namespace) -> FigureTable:
-    """Print the figures."""
+    """Print what a run found; returns its figures with their bounds."""
     f = found
     print(
         f"{f['requests']} requests, {f['cancelled']} of them left in mid-stream\n"

@@ -28,7 +28,7 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens."""
+        """How many different tokens there are."""
 
     @property
     def eod_id(self) -> int | None:

@@ -31,7 +31,7 @@ class TextTokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens."""
+        """How many different tokens there are."""
 
     @property
     def eod(self) -> int | None:

@@ -128,7 +128,7 @@ class GenerationResult:
     logprobs: list[float]
     """Logarithm of each token's own probability there, before temperature and filters."""
     finish_reason: FinishReason
-    """Why it ended."""
+    """Why the text ended."""
     statistics: GenerationStatistics
     """Where the time went."""
     stop_reason: str | int | None = None

@@ -20,7 +20,7 @@ class Loop(Protocol):
     """What takes requests to their ends, see `DecodingLoop`."""
 
     def submit(self, request: Request) -> None:
-        """Take a request."""
+        """Take a request, which runs as soon as there is room for it."""
 
     def cancel(self, key: int) -> None:
         """End the request with this key; nothing happens if it has ended."""

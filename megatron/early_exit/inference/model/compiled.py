@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.inference.model.kv_cache import KVCache
 from megatron.early_exit.inference.model.layers import Attention, Mlp
-from megatron.early_exit.inference.model.linear import TWO, Function
+from megatron.early_exit.inference.model.linear import MOST_LOOP_ROWS, Function
 from megatron.early_exit.inference.model.passes import Pass
 from megatron.early_exit.inference.model.quantized import is_quantized
 from megatron.early_exit.inference.model.rotary import RotaryTable
@@ -50,7 +50,7 @@ class _Kind:
 
     Attributes:
         size: number of layers.
-        num_rows: what there may be of them; 0 is any number from two on.
+        num_rows: how many rows there are; 0 where that stays open.
         has_slots: the caches are of several sequences.
         shape: of each cache.
         stride: of each cache.
@@ -118,7 +118,7 @@ class LayerCompiler:
         caches: Sequence[Tensor],
         hidden: Tensor,
         places: Places,
-        is_fixed: bool = False,
+        has_fixed_rows: bool = False,
     ) -> Tensor:
         """Take rows through layers.
 
@@ -128,17 +128,18 @@ class LayerCompiler:
                 `places` have no slots.
             hidden: [r, h], the residual stream; contiguous, as are all tensors of `places`.
             places: of the rows.
-            is_fixed: the layers are compiled for just this number of rows, as they are for one row.
+            has_fixed_rows: the layers are compiled for just this number of rows, as they always are
+                for one row.
         """
         size = next((one for one in _TOGETHER if len(layers) % one == 0), _TOGETHER[-1])
         for first in range(0, len(layers), size):
             group = slice(first, first + size)
-            function = self._function(len(layers[group]), caches[0], hidden, places, is_fixed)
+            function = self._function(len(layers[group]), caches[0], hidden, places, has_fixed_rows)
             hidden = function(layers[group], caches[group], hidden, places, self._turns)
         return hidden
 
     def _function(
-        self, size: int, cache: Tensor, hidden: Tensor, places: Places, is_fixed: bool
+        self, size: int, cache: Tensor, hidden: Tensor, places: Places, has_fixed_rows: bool
     ) -> _Group:
         """The function for a number of layers.
 
@@ -148,7 +149,7 @@ class LayerCompiler:
         nothing is looked at.
         """
         has_slots = places.slots is not None
-        num_rows = len(hidden) if is_fixed or len(hidden) == 1 else 0
+        num_rows = len(hidden) if has_fixed_rows or len(hidden) == 1 else 0
         kind = _Kind(size, num_rows, has_slots, cache.shape, cache.stride())
         function = self._unguarded.get(kind)
         if function is None:
@@ -199,7 +200,7 @@ class CompiledLayers:
     ) -> None:
         self._compiler, self._layers, self._packed = compiler, layers, packed
         in_8_bits = any(is_quantized(tensor) for layer in layers for tensor in layer.values())
-        self._most_plain = 1 if in_8_bits else TWO
+        self._most_plain = 1 if in_8_bits else MOST_LOOP_ROWS
 
     def warm_up(self, cache: KVCache, hidden_size: int) -> None:
         """Compile everything that passes over a cache may need: for a single row, for two, and for
@@ -249,4 +250,4 @@ class CompiledLayers:
         places = TracedPlaces(slots, positions, self._compiler.positions[:end])
         is_plain = len(hidden) <= self._most_plain
         layers = self._layers if is_plain else self._packed
-        return self._compiler.run(layers, caches, hidden, places, is_fixed=is_plain)
+        return self._compiler.run(layers, caches, hidden, places, has_fixed_rows=is_plain)

@@ -11,9 +11,10 @@ from torch.nn import functional
 from megatron.early_exit.inference.model.packed import pack, packed_product
 from megatron.early_exit.inference.model.quantized import is_quantized, quantized_product
 
-TWO = 2
-"""Rows that a loop over a plain weight multiplies in hardly more time than one: those of a draft
-and the token in front of it. More take longer, four by half, and packed weights are faster."""
+MOST_LOOP_ROWS = 2
+"""Up to so many rows, such as those of a draft and the token in front of it, a loop over a plain
+weight takes hardly longer than for one. Four take half as long again, and packed weights are then
+the faster ones."""
 
 Function = Callable[[Tensor], Tensor]
 Addition = Callable[[Tensor, Tensor], Tensor]
@@ -69,7 +70,7 @@ def _compiled_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.is_mkldnn:
         return torch.ops.early_exit.packed_product.default(x, weight, bias)
     # Asked like this, a number of rows that is left open stays so.
-    if not statically_known_true(x.shape[0] <= TWO):
+    if not statically_known_true(x.shape[0] <= MOST_LOOP_ROWS):
         return functional.linear(x, weight, bias)
     rows, numbers = x.float().contiguous(), weight.float()
     if x.device.type == "cpu":

@@ -108,7 +108,7 @@ class DraftChoice:
 
     @property
     def heads(self) -> Iterable[int]:
-        """All drafters."""
+        """The heads that may draft, as modes number them."""
         return self._drafters.keys()
 
     @property

@@ -117,7 +117,7 @@ class GenerateResponse(BaseModel):
     requst_time: float = Field(
         description="EE-LLM's spelling of request_time.", json_schema_extra={"deprecated": True}
     )
-    """Seconds, too."""
+    """The time of the request in seconds, for clients that read this name."""
 
 
 _MEASURING = ("exit_measure", "exit_thresholds", "exit_threshold_decay")

@@ -1,0 +1,66 @@
+"""What modes decide by is measured where compiled layers make a difference, and nowhere else."""
+
+import pytest
+
+from megatron.early_exit.inference import SamplingParams
+from megatron.early_exit.inference.distributed import mode_costs
+from megatron.early_exit.inference.distributed.mode_costs import ModeCosts
+from megatron.early_exit.inference.distributed.parallel_backend import SingleProcess
+from megatron.early_exit.inference.early_exit_engine import EarlyExitEngine
+from megatron.early_exit.inference.model.runner import SegmentRunner
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from megatron.early_exit.inference.modes.draft_gain import SAME_READINGS
+from tests.helpers.tiny_models import make_model
+
+MODEL = make_model(exits=(1, 3), use_exit_norm=True)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Calls of the measurement, which finds that two rows take 1.5 times as long as one, and four
+    3 times."""
+    found = []
+
+    def seconds(runner, row_counts):
+        found.append(tuple(row_counts))
+        return [1.0, 1.5, 3.0]
+
+    monkeypatch.setattr(mode_costs, "pass_seconds", seconds)
+    return found
+
+
+def costs(capacity, **options):
+    model = SegmentedModel(MODEL.architecture, MODEL.early_exit, MODEL.weights, **options)
+    return ModeCosts.measured(SingleProcess(model), SegmentRunner(model, 1, capacity))
+
+
+def test_compiled_layers_are_measured(calls):
+    found = costs(9, compile_rows=True)
+    assert calls == [(1, 2, 4)]
+    # Of a pass, one row's own time is a sixteenth of that of reading.
+    expected = (1.5 * 17 / 16 - 2 / 16, 3 * 17 / 16 - 4 / 16)
+    assert found.readings == pytest.approx(expected, abs=1e-3)
+    for drafts in found.drafts:
+        assert 1 < drafts.readings.two < found.readings.two
+        assert drafts.readings.two < drafts.readings.several < found.readings.several
+
+
+def test_plain_layers_and_short_slots_are_not(calls):
+    for found in (costs(9), costs(4, compile_rows=True)):
+        assert found.readings == SAME_READINGS
+        assert {drafts.readings for drafts in found.drafts} == {SAME_READINGS}
+    assert calls == []
+
+
+@pytest.mark.parametrize(("temperature", "is_measured"), [(0.0, True), (0.7, False)])
+def test_a_sampled_text_does_not_depend_on_what_was_measured(
+    calls, monkeypatch, temperature, is_measured
+):
+    measured = costs(9, compile_rows=True)
+    monkeypatch.setattr(mode_costs.ModeCosts, "measured", lambda *_: measured)
+    engine = EarlyExitEngine(MODEL.segmented)
+    params = SamplingParams(mode="self_speculative", temperature=temperature, max_tokens=4)
+    request = engine.submit([1, 2], params)
+    readings = request.mode.choice.gain._costs.readings
+    assert (readings != SAME_READINGS) == is_measured
+    engine.cancel(request)
