@@ -192,6 +192,36 @@ def test_no_request_waits_for_the_compiler():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 6
 
 
+@needs_compiler
+def test_machines_of_two_kinds_may_share_a_folder_of_compiled_code(tmp_path):
+    """One with wider vectors, where this one has them, then one with narrower ones."""
+    code = """
+from dataclasses import replace
+from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
+from megatron.early_exit.inference.model.segmented_model import SegmentedModel
+from tests.helpers.tiny_models import LLAMA, make_model
+model = make_model(replace(LLAMA, num_layers=1))
+compiled = SegmentedModel(model.architecture, model.early_exit, model.weights, compile_rows=True)
+params = SamplingParams(max_tokens=9)
+plain, found = (
+    EarlyExitEngine(one).generate([[5, 9, 2]], params)[0] for one in (model.segmented, compiled)
+)
+print(max(abs(a - b) for a, b in zip(plain.logprobs, found.logprobs)) < 1e-4)
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": "."}
+    environment.pop("TORCHINDUCTOR_FORCE_DISABLE_CACHES", None)
+    for kind in ({}, {"ATEN_CPU_CAPABILITY": "avx2"}):
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**environment, **kind},
+            capture_output=True,
+            text=True,
+            timeout=patient(300),
+        )
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.strip() == "True"
+
+
 def test_a_machine_without_a_compiler_is_told_so():
     code = """
 from megatron.early_exit.inference import EarlyExitEngine

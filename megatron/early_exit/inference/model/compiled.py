@@ -40,6 +40,8 @@ _TOGETHER = (5, 4)
 """Layers that are compiled as one: each call takes some microseconds, each layer a second. The
 first of these that divides the number of layers leaves no rest to compile besides."""
 
+_VECTOR_BITS = {"AVX2": 256, "AVX512": 512}
+
 _Group = Callable[..., Tensor]
 """Takes a hidden state through some layers."""
 
@@ -161,6 +163,7 @@ class LayerCompiler:
                 options={
                     "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
                     "size_asserts": False,
+                    **_vector_options(),
                 },
             )
             self._unguarded[kind] = function
@@ -172,6 +175,17 @@ class LayerCompiler:
         group = self._group
         code = group.__code__.replace(co_name=f"{name}_of_{id(self)}")
         return FunctionType(code, globals(), "group", None, group.__closure__)
+
+
+def _vector_options() -> dict[str, int]:
+    """How wide vectors are on this CPU, in bits.
+
+    PyTorch finds it out by itself, but does not keep code of different widths apart: in a folder of
+    compiled code that machines of two kinds share, one took the loops of the other, and computed
+    wrong numbers without a word (2.14). Options it does keep apart.
+    """
+    width = _VECTOR_BITS.get(torch.backends.cpu.get_cpu_capability())
+    return {} if width is None else {"cpp.simdlen": width}
 
 
 def _leave_open(hidden: Tensor, places: Places, has_fixed_rows: bool) -> None:
