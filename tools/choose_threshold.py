@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,21 @@ from megatron.early_exit.checkpoint.stored_rule import (
     store_rule,
 )
 from megatron.early_exit.checkpoint.text_files import write_whole
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.evaluation.choosing.calibration import Calibration
 from megatron.early_exit.evaluation.choosing.choice import Choice, speed_of, stored_rule
+from megatron.early_exit.evaluation.choosing.fitted_thresholds import fitted_thresholds
 from megatron.early_exit.evaluation.choosing.fixed_sequence import level_of_path
 from megatron.early_exit.evaluation.choosing.needed import shortage, texts_short
-from megatron.early_exit.evaluation.choosing.paths import THRESHOLDS, exit_sets, paths_of
+from megatron.early_exit.evaluation.choosing.paths import (
+    THRESHOLDS,
+    exit_sets,
+    fitted_paths_of,
+    has_fitted_paths,
+    num_paths,
+    paths_of,
+)
+from megatron.early_exit.evaluation.choosing.texts import Texts, distinct
 from megatron.early_exit.evaluation.choosing.wish import (
     ALL_SCORES,
     Requirement,
@@ -54,17 +65,18 @@ from megatron.early_exit.evaluation.command_line import (
     settings_of,
 )
 from megatron.early_exit.evaluation.evaluation import Evaluation
-from megatron.early_exit.evaluation.items import Item, read_tasks
+from megatron.early_exit.evaluation.items import read_tasks
 from megatron.early_exit.evaluation.measurement import Measurement
 from megatron.early_exit.evaluation.output import RECORDS
 from megatron.early_exit.evaluation.provenance import software
 from megatron.early_exit.evaluation.recording import Recording
 from megatron.early_exit.evaluation.records import RecordFile
 from megatron.early_exit.evaluation.settings import Settings
+from megatron.early_exit.evaluation.units import Unit
 from megatron.early_exit.flags import refuse_given
 from megatron.early_exit.inference import EarlyExitEngine
 from megatron.early_exit.process_family import end_with_parent
-from megatron.early_exit.ranges import Range
+from megatron.early_exit.ranges import INDEX, Range
 
 CHOICE = "choice.json"
 _DEFAULTS: dict[str, Any] = {
@@ -73,6 +85,7 @@ _DEFAULTS: dict[str, Any] = {
     "max_tokens": 64,
     "thresholds": THRESHOLDS,
     "timed_texts": 8,
+    "fitting_texts": 20,
 }
 NONE_IS_PROVEN = (
     "no rule is proven, and none is stored; a lesser promise or more texts may help, with new "
@@ -126,6 +139,14 @@ def build_parser() -> argparse.ArgumentParser:
         },
         _DEFAULTS,
     )
+    add(
+        "--fitting-texts",
+        type=int,
+        help="texts to which thresholds of single exits are fitted, and which prove nothing; with "
+        "0, exits that are asked together have one threshold (default: "
+        f"{_DEFAULTS['fitting_texts']}, or a quarter of the texts where that is less; 0 where no "
+        "exits are asked together)",
+    )
     add = parser.add_argument_group("rules that are tried").add_argument
     thresholds = " ".join(map(str, THRESHOLDS))
     add_rule_flags(add, THRESHOLDS, thresholds, exits_shown="all together, and each alone")
@@ -157,38 +178,46 @@ def wish_of(args: argparse.Namespace) -> Wish:
     )
 
 
-def distinct(items: Sequence[Item]) -> list[Item]:
-    """Items whose prompts are all different: the same one twice would count for two texts."""
-    found: dict[tuple[str, str], Item] = {}
-    for one in items:
-        found.setdefault((one.task, one.prompt), one)
-    return list(found.values())
+def num_fitting(args: argparse.Namespace, settings: Settings, num_texts: int) -> int:
+    """How many texts thresholds of single exits are fitted to.
 
-
-def timed_prompts(items: Sequence[Item], count: int) -> list[Item]:
-    """Some of the texts, from all over the list, as prompts that are continued."""
-    count = min(count, len(items))
-    chosen = (items[i * len(items) // count] for i in range(count))
-    return [Item(one.task, one.prompt) for one in chosen]
+    Raises:
+        FieldError: the flag has no effect.
+    """
+    if not has_fitted_paths(settings):
+        if args.fitting_texts:
+            problem = "has no effect: no exits are asked together"
+            raise FieldError("fitting_texts", problem, "0", value=args.fitting_texts)
+        return 0
+    if args.fitting_texts is not None:
+        return int(args.fitting_texts)
+    return min(_DEFAULTS["fitting_texts"], num_texts // 4)
 
 
 def calibrate(
     args: argparse.Namespace,
     engine: EarlyExitEngine,
-    items: Sequence[Item],
+    texts: Texts,
     requirements: Sequence[Requirement],
     settings: Settings,
     model: dict[str, Any],
 ) -> Choice:
     """Test rules, and time those that are proven.
 
+    Args:
+        args: the command line.
+        engine: of the model.
+        texts: on which rules are tested, timed and fitted.
+        requirements: what is to be proven.
+        settings: what is tried.
+        model: how the model was loaded.
+
     Raises:
         ValueError: a flag, or the folder, cannot be used.
         FloatingPointError: logits are not finite.
         OSError: a file cannot be written.
     """
-    paths = paths_of(settings)
-    everything = [*items, *timed_prompts(items, args.timed_texts)]
+    count, everything = len(texts.proving), texts.everything
     # What warms up one threshold warms up all of them.
     own = replace(settings, thresholds=settings.thresholds[-1:])
     measurement = checked(Measurement, engine, everything, own)
@@ -197,13 +226,22 @@ def calibrate(
     args.output_dir.mkdir(parents=True, exist_ok=True)
     header = {**Evaluation(engine, everything, settings, model).header(), "wish": asdict(wish)}
     recording = Recording(measurement, RecordFile(args.output_dir / RECORDS, header))
-    rules = sum(len(path.rules) for path in paths)
-    with tqdm(total=rules * len(items), unit=" texts", disable=None) as bar:
-        calibration = Calibration(recording, requirements, paths, args.confidence, len(items), bar)
+    rules = num_paths(settings, bool(texts.fitting)) * len(settings.thresholds)
+    with tqdm(total=len(texts.fitting) + rules * count, unit=" texts", disable=None) as bar:
+        answers = []
+        for index in texts.fitting_indices:
+            answers.append(recording.record(Unit("answer", index)))
+            bar.update()
+        paths = paths_of(settings)
+        if texts.fitting:
+            paths += fitted_paths_of(settings, partial(fitted_thresholds, answers))
+        bar.total = bar.n + sum(len(path.rules) for path in paths) * count
+        calibration = Calibration(recording, requirements, paths, args.confidence, count, bar)
         tested = {path: calibration.test(path) for path in paths}
         proven = [one.rule for own in tested.values() for one in own if one.is_proven]
-        bar.total += len(proven) * (len(everything) - len(items))
-        gains = calibration.gains(proven, args.rank_by == "time", args.seed)
+        bar.total += len(proven) * len(texts.timed)
+        by_time = args.rank_by == "time"
+        gains = calibration.gains(proven, texts.timed_indices, by_time, args.seed)
     choice = Choice(
         level=calibration.level, tested=tested, gains=gains, num_layers=engine.num_layers
     )
@@ -256,6 +294,7 @@ def run(args: argparse.Namespace) -> int:
     # An interval is of several texts.
     least = 2 if args.rank_by == "time" else 1
     Range(least=least, is_integer=True).check_flags(args, "timed_texts")
+    INDEX.check_flags(args, "fitting_texts")
     if args.rank_by == "depth":
         refuse_given(args, ["repeats"], "with --rank-by depth", _DEFAULTS.get)
     if args.output_dir is None:
@@ -268,7 +307,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--load {args.load}: the model has no exits, allowed: one that has")
     read = read_tasks(settings.tasks, settings.items, settings.prompt_characters, settings.seed)
     items = distinct(read)
-    requirements = requirements_of(wish, items)
+    requirements_of(wish, items)
     engine = load(args)
     if engine.is_worker:
         engine.work()
@@ -282,14 +321,19 @@ def run(args: argparse.Namespace) -> int:
             measures=measures_of(args, engine),
             exit_layers=exit_sets(args.exit_layers or (), engine.exit_layers),
         )
-        level = level_of_path(wish.confidence, len(paths_of(settings)))
+        count = checked(num_fitting, args, settings, len(items))
+        texts = Texts.of(items, args.timed_texts, count)
+        if texts.fitting:
+            print(f"thresholds of single exits are fitted to {count} texts, which prove nothing")
+        requirements = requirements_of(wish, texts.proving)
+        level = level_of_path(wish.confidence, num_paths(settings, bool(texts.fitting)))
         short = texts_short(requirements, level)
         if short:
-            print("\n".join(shortage(short, items)))
+            print("\n".join(shortage(short, texts.proving)))
             say_kept(old)
             return 1
         model = about_model(args, engine)
-        choice = calibrate(args, engine, items, requirements, settings, model)
+        choice = calibrate(args, engine, texts, requirements, settings, model)
     finally:
         engine.close()
     rule = choice.fastest()
@@ -302,7 +346,7 @@ def run(args: argparse.Namespace) -> int:
         choice.gains[rule],
         wish=wish,
         requirements=requirements,
-        items=items,
+        items=texts.proving,
         max_tokens=settings.max_tokens,
         iteration=location.iteration_dir.name,
         model={**model, "quantize_heads": quantize_heads_of(args)},

@@ -41,7 +41,8 @@ WORDS = [
     "jugs",
 ]
 RULE = make_rule()
-RULES = "--kv-policies exact --thresholds 0.5 0.03 0 --exit-layers 3 1+3 --rank-by depth"
+RULES = "--kv-policies exact --thresholds 0.5 0.03 0 --rank-by depth --exit-layers 3"
+SEVERAL = f"{RULES} 1+3 --fitting-texts 0"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def run(checkpoint: Path, folder: Path, texts: Path, words: str) -> int:
 
 
 def test_a_rule_is_found_stored_used_shown_and_taken_out(checkpoint, texts, tmp_path, capsys):
-    words = f"--agreement 0.5 --confidence 0.8 {RULES}"
+    words = f"--agreement 0.5 --confidence 0.8 {SEVERAL}"
     before = described_without_rule(checkpoint)
     assert run(checkpoint, tmp_path, texts, f"{words} --dry-run") == 0
     shown = capsys.readouterr().out
@@ -111,11 +112,60 @@ def test_a_rule_is_found_stored_used_shown_and_taken_out(checkpoint, texts, tmp_
     assert described_without_rule(checkpoint) == before
 
 
+def test_thresholds_of_single_exits_are_fitted_to_other_texts_and_stored(
+    checkpoint, texts, tmp_path, capsys
+):
+    words = "--agreement 0.4 --confidence 0.8 --kv-policies exact --exit-layers 1+3"
+    words += " --thresholds 1 0.7 0.4 --rank-by depth"
+    before = described_without_rule(checkpoint)
+    assert run(checkpoint, tmp_path, texts, words) == 0
+    shown = capsys.readouterr().out
+    assert "thresholds of single exits are fitted to 10 texts, which prove nothing" in shown
+    assert "max_probability, exact, exits 1+3, a threshold for each exit" in shown
+    choice = json.loads((tmp_path / "choice.json").read_text())
+    assert choice["level"] == pytest.approx(0.2 / 2)
+    fitted = [one["rule"] for one in choice["tested"] if one["rule"]["exit_thresholds"]]
+    # The exits of these random weights never agree, so they have to be quite sure.
+    assert [one["exit_thresholds"] for one in fitted] == [[1.0, 1.0]]
+    stored = read_description(checkpoint).rule
+    assert stored is not None
+    assert stored.promise.texts == 30
+    rule = make_rule(
+        stored.iteration,
+        early_exit_threshold=None,
+        exit_thresholds=(0.0, 1.0),
+        exit_layers=(1, 3),
+    )
+    store_rule(checkpoint, rule, before)
+    output = tmp_path / "answers.jsonl"
+    asks = f"--load {checkpoint} --prompt quick --output {output}".split()
+    try:
+        assert generate(asks) == 0
+        assert set(json.loads(output.read_text())["exit_layers"]) == {1}
+        # One threshold for all exits comes before the stored ones.
+        assert generate([*asks, "--mode", "early_exit", "--early-exit-threshold", "1"]) == 0
+        assert 1 not in json.loads(output.read_text())["exit_layers"]
+        args = server_parser().parse_args(["--load", str(checkpoint)])
+        exits = settings_of(args, (1, 3), rule=rule).exits
+        with text_server(checkpoint, exits=exits) as server:
+            (card, *_) = server.get("/v1/models").json()["data"]
+            body = {"model": NAME, "prompt": "quick", "max_tokens": 4}
+            metrics = server.post("/v1/completions", body).json()["metrics"]
+    finally:
+        store_rule(checkpoint, None, before)
+    assert card["exit_thresholds"] == card["stored_rule"]["exit_thresholds"] == [0.0, 1.0]
+    assert (card["stored_rule"]["early_exit_threshold"], card["stored_rule"]["is_default"]) == (
+        None,
+        True,
+    )
+    assert (metrics["exit_thresholds"], metrics["exit_tokens"].keys()) == ([0.0, 1.0], {"1"})
+
+
 def test_a_score_is_paired_with_the_full_models_and_proven_rules_are_timed(
     checkpoint, texts, tmp_path, capsys
 ):
     words = f"--task-loss 30 --score exact_match --confidence 0.8 --dry-run {RULES}"
-    words += " --rank-by time --repeats 1 --exit-layers 3 --thresholds 0.5 0"
+    words += " --rank-by time --repeats 1 --thresholds 0.5 0"
     assert run(checkpoint, tmp_path, texts, words) == 0
     # The full model never says " fox", so no rule can lose anything.
     choice = json.loads((tmp_path / "choice.json").read_text())
@@ -136,12 +186,12 @@ def test_too_few_texts_store_nothing_and_say_how_many_are_needed(
     checkpoint, texts, tmp_path, capsys
 ):
     store_rule(checkpoint, make_rule(), described_without_rule(checkpoint))
-    words = f"--agreement 0.99 --items 6 {RULES}"
+    words = f"--agreement 0.99 --items 6 {SEVERAL}"
     assert run(checkpoint, tmp_path, texts, words) == 1
     shown = capsys.readouterr().out
     count = needed.texts_needed(0.01, 0.025)
     assert f"task held_out has 6 texts, and needs {count} at least" in shown
-    assert run(checkpoint, tmp_path, texts, f"--agreement 0.999999999 {RULES}") == 1
+    assert run(checkpoint, tmp_path, texts, f"--agreement 0.999999999 {SEVERAL}") == 1
     assert "needs more than 10,000,000, even if none" in capsys.readouterr().out
     # Nothing was seen of the texts, which can still prove a lesser promise.
     assert not list(tmp_path.iterdir())
@@ -263,6 +313,12 @@ def test_the_server_answers_by_the_rule_and_shows_it(checkpoint):
             "--agreement 0.9 --rank-by depth --repeats 2",
             "--repeats 2 has no effect with --rank-by depth",
         ),
+        (
+            "--agreement 0.9 --exit-layers 3 --fitting-texts 4",
+            "--fitting-texts 4 has no effect: no exits are asked together, allowed: 0",
+        ),
+        ("--agreement 0.9 --fitting-texts -1", "--fitting-texts -1 is out of range, allowed: 0 or"),
+        ("--agreement 0.9 --fitting-texts 40", "leaves no text of task held_out that proves"),
         ("--clear --agreement 0.9", "--agreement 0.9 has no effect with --clear"),
     ],
 )

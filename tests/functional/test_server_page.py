@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 from tests.helpers.browser import BROWSERS, INSTALLER
 from tests.helpers.page_server import (
     EARLY,
+    EXIT_LAYERS,
     FULL,
     PageServer,
     Script,
@@ -285,6 +286,30 @@ def test_the_stored_rule_is_shown_and_set(page, server, script):
     script.stored_rule["is_default"] = False
     page.reload()
     expect(modes).not_to_contain_text("Chosen for this model")
+
+
+def test_stored_thresholds_are_shown_and_sent_until_one_for_all_is_set(page, server, script):
+    rule = make_rule(
+        early_exit_threshold=None, exit_thresholds=(0.625, 0.25), exit_layers=tuple(EXIT_LAYERS)
+    )
+    promise = {**rule.to_dict()["promise"], "tasks": ["held_out"]}
+    says = rule.promise.sentence()
+    script.stored_rule = {**rule.defaults(), "promise": promise, "says": says, "is_default": True}
+    page.goto(server.url)
+    shown = page.locator("#threshold-value")
+    expect(shown).to_have_text("0.6250, 0.25")
+    generate(page, server)
+    finish(page)
+    body = script.requests[-1]
+    assert (body["exit_thresholds"], body["exit_layers"]) == ([0.625, 0.25], EXIT_LAYERS)
+    assert "early_exit_threshold" not in body
+    page.get_by_label("Confidence threshold").fill("0.5")
+    expect(shown).to_have_text("0.50")
+    page.get_by_role("button", name="Generate").click()
+    wait_until(lambda: len(script.requests) == 2)
+    finish(page)
+    assert script.requests[-1]["early_exit_threshold"] == 0.5
+    assert "exit_thresholds" not in script.requests[-1]
 
 
 def test_measure_and_skipped_layers_are_sent_where_they_are_not_the_models(page, server, script):

@@ -232,6 +232,7 @@ class PageServer:
                 drafter=methods[-1] if "mtp" in methods else f"{exits[0]}" if exits else None,
                 kv_policy="exact",
                 early_exit_threshold=rule.get("early_exit_threshold", 0.8),
+                exit_thresholds=rule.get("exit_thresholds"),
                 default_exit_layers=list(rule.get("exit_layers", script.exit_layers)),
                 stored_rule=script.stored_rule,
             )

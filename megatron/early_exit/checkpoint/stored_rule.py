@@ -6,7 +6,7 @@ says nothing of exits.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -96,10 +96,13 @@ class StoredRule:
     """How tokens leave where a request says nothing.
 
     Attributes:
-        early_exit_threshold: least confidence to leave at an exit, 0 to 1.
+        early_exit_threshold: least confidence to leave at an exit, 0 to 1; None where each exit has
+            one of its own.
         exit_measure: how confidence is measured.
         exit_layers: the exits that are asked, each named by the number of layers before it.
         kv_policy: what later tokens see of a position that has left.
+        exit_thresholds: the least confidence for each of `exit_layers`, from 0 to 1; None where
+            `early_exit_threshold` is that of all.
         iteration: name of the folder of weights of which it was found.
         promise: what is promised of the rule, and by which calibration.
 
@@ -107,20 +110,39 @@ class StoredRule:
         ValueError: a field is out of its range; the message names it.
     """
 
-    early_exit_threshold: float
+    early_exit_threshold: float | None
     exit_measure: ExitMeasure
     exit_layers: tuple[int, ...]
     kv_policy: KVPolicy
+    exit_thresholds: tuple[float, ...] | None = None
     iteration: str
     promise: Promise
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
         ZERO_TO_ONE.check(early_exit_threshold=self.early_exit_threshold)
+        self._check_exit_thresholds()
         for name, kind in (("exit_measure", ExitMeasure), ("kv_policy", KVPolicy)):
             if getattr(self, name) not in get_args(kind):
                 allowed = ", ".join(get_args(kind))
                 raise ValueError(f"{KEY}: {name} {getattr(self, name)!r}, allowed: {allowed}")
+
+    def _check_exit_thresholds(self) -> None:
+        if (self.early_exit_threshold is None) == (self.exit_thresholds is None):
+            raise ValueError(
+                f"{KEY}: early_exit_threshold {self.early_exit_threshold} beside exit_thresholds "
+                f"{self.exit_thresholds}, allowed: one of the two"
+            )
+        if self.exit_thresholds is None:
+            return
+        object.__setattr__(self, "exit_thresholds", tuple(self.exit_thresholds))
+        for one in self.exit_thresholds:
+            ZERO_TO_ONE.check(exit_thresholds=one)
+        if len(self.exit_thresholds) != len(self.exit_layers):
+            raise ValueError(
+                f"{KEY}: exit_thresholds {' '.join(map(str, self.exit_thresholds))}, allowed: one "
+                f"for each of exit_layers {' '.join(map(str, self.exit_layers))}"
+            )
 
     def check(self, early_exit: EarlyExitConfig) -> None:
         """Refuse a rule that is not of this model.
@@ -142,8 +164,9 @@ class StoredRule:
 
     def defaults(self) -> dict[str, Any]:
         """The fields of a request that it decides."""
-        names = ("early_exit_threshold", "exit_measure", "exit_layers", "kv_policy")
-        return {name: getattr(self, name) for name in names}
+        names = ("early_exit_threshold", "exit_measure", "exit_layers", "exit_thresholds")
+        values = {name: getattr(self, name) for name in (*names, "kv_policy")}
+        return {name: value for name, value in values.items() if value is not None}
 
     def defaults_beside(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a request that it decides where the request says something itself.
@@ -179,9 +202,11 @@ class StoredRule:
     def sentence(self) -> str:
         """The rule in words."""
         layers = ", ".join(map(str, self.exit_layers))
+        thresholds = self.exit_thresholds or (self.early_exit_threshold,)
+        each = "threshold" if self.exit_thresholds is None else "thresholds"
         return (
-            f"mode early_exit, threshold {self.early_exit_threshold:g} of {self.exit_measure} at "
-            f"exits {layers}, kv_policy {self.kv_policy}"
+            f"mode early_exit, {each} {', '.join(f'{one:g}' for one in thresholds)} of "
+            f"{self.exit_measure} at exits {layers}, kv_policy {self.kv_policy}"
         )
 
 
@@ -208,14 +233,19 @@ def meaningless_beside(given: Mapping[str, Any], measure: str | None) -> set[str
     if given.get("exit_thresholds") is not None:
         # One for each of the exits, which are all where that is not said.
         found |= {"early_exit_threshold", "exit_layers"}
+    if given.get("early_exit_threshold") is not None or given.get("exit_layers") is not None:
+        # They are of the rule's exits, and instead of one for all.
+        found.add("exit_thresholds")
     if given.get("exit_measure") not in (None, measure):
         # What is sure by one measure is not by another.
-        found.add("early_exit_threshold")
+        found |= {"early_exit_threshold", "exit_thresholds"}
     return found
 
 
 def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {one.name: values[one.name] for one in fields(kind)}
+    # What a version has added has a default.
+    names = [one.name for one in fields(kind) if one.name in values or one.default is MISSING]
+    return {name: values[name] for name in names}
 
 
 def store_rule(save_dir: Path, rule: StoredRule | None, before: Mapping[str, Any]) -> None:

@@ -42,14 +42,19 @@ class Unit:
             "kv_policy": None if rule == FULL else rule.kv_policy,
             "measure": None if rule == FULL else rule.exit_measure,
             "exits_asked": None if rule.exit_layers is None else list(rule.exit_layers),
+            "exit_thresholds": None if rule.exit_thresholds is None else list(rule.exit_thresholds),
         }
 
 
 def key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """What two records of the same unit have in common, and no others."""
-    exits = record["exits_asked"]
     names = ("kind", "index", "threshold", "kv_policy", "measure")
-    return (*(record[name] for name in names), None if exits is None else tuple(exits))
+    # Records of earlier versions have no thresholds of single exits.
+    lists = (record["exits_asked"], record.get("exit_thresholds"))
+    return (
+        *(record[name] for name in names),
+        *(None if one is None else tuple(one) for one in lists),
+    )
 
 
 def units_of(items: Sequence[Item], settings: Settings, has_outside: bool) -> list[Unit]:

@@ -60,6 +60,21 @@ def test_storing_and_taking_out_leave_all_else_as_it_is(folder):
     assert [one.name for one in folder.iterdir()] == [DESCRIPTION_NAME]
 
 
+def test_thresholds_of_single_exits_are_kept(folder):
+    each = {"early_exit_threshold": None, "exit_thresholds": (0.5, 0.25), "exit_layers": (1, 3)}
+    rule = make_rule(**each)
+    store_rule(folder, rule, described_without_rule(folder))
+    assert StoredRule.from_dict(content(folder)["rule"]) == rule
+    assert "thresholds 0.5, 0.25 of margin at exits 1, 3" in rule.sentence()
+    assert "early_exit_threshold" not in rule.defaults()
+
+
+def test_a_rule_of_before_there_were_thresholds_of_single_exits_is_read():
+    values = json.loads(json.dumps(make_rule().to_dict()))
+    del values["exit_thresholds"]
+    assert StoredRule.from_dict(values) == make_rule()
+
+
 def test_a_model_that_has_changed_meanwhile_gets_no_rule(folder):
     before = described_without_rule(folder)
     changed = {**content(folder), "early_exit": {}}
@@ -94,7 +109,16 @@ def test_a_model_without_a_description_cannot_store_one(tmp_path):
         ({"exit_measure": "luck"}, "exit_measure 'luck', allowed: max_probability, margin"),
         ({"kv_policy": "lazy"}, "kv_policy 'lazy', allowed: exact, propagate"),
         ({"promise": None}, "rule does not fit this version"),
-        ({"early_exit_threshold": None}, "rule does not fit this version"),
+        ({"early_exit_threshold": None}, "allowed: one of the two"),
+        ({"exit_thresholds": [0.5]}, "allowed: one of the two"),
+        (
+            {"early_exit_threshold": None, "exit_thresholds": [0.5, 0.25]},
+            "exit_thresholds 0.5 0.25, allowed: one for each of exit_layers 1",
+        ),
+        (
+            {"early_exit_threshold": None, "exit_thresholds": [1.5]},
+            "exit_thresholds 1.5 is out of range",
+        ),
         ({"exit_layers": [2]}, "exit_layers 2, allowed: the model's exits, 1 3"),
         ({"exit_layers": []}, "exit_layers none, allowed: the model's exits, 1 3"),
         ({"exit_measure": "gate"}, "exit_measure gate, allowed: with exits that have gates"),

@@ -83,8 +83,7 @@ class Calibration:
     """Proves rules by texts.
 
     Args:
-        recording: of a measurement of the texts, and behind them of prompts that are continued to
-            find out how fast rules are.
+        recording: of a measurement of the texts, and behind them of other prompts.
         requirements: what is to be proven of a rule.
         paths: the rules.
         confidence: of the promise.
@@ -179,11 +178,14 @@ class Calibration:
 
     # --- speed -----------------------------------------------------------------------------------
 
-    def gains(self, rules: Sequence[Rule], by_time: bool, seed: int) -> Mapping[Rule, Gain]:
-        """What rules gain on the prompts behind the texts.
+    def gains(
+        self, rules: Sequence[Rule], prompts: Sequence[int], by_time: bool, seed: int
+    ) -> Mapping[Rule, Gain]:
+        """What rules gain.
 
         Args:
             rules: that are proven.
+            prompts: of the recording, which are continued.
             by_time: measure times, not only depths.
             seed: of the resampling for intervals.
 
@@ -191,7 +193,6 @@ class Calibration:
             FloatingPointError: logits are not finite.
             OSError: the records cannot be written.
         """
-        prompts = range(self.num_texts, len(self.recording.items))
         found = {}
         for rule in rules:
             if by_time:

@@ -53,7 +53,8 @@ class Choice:
         found = []
         for path, own in self.tested.items():
             found.append(path.name)
-            head = f"{'threshold':>11}{'p-value':>11}  {'proven':8}{'speed-up':>20}{'layers':>8}"
+            first = "agreement" if path.is_fitted else "threshold"
+            head = f"{first:>11}{'p-value':>11}  {'proven':8}{'speed-up':>20}{'layers':>8}"
             found.append(f"{head}  lost of what may be, on the texts of a task")
             found += [self._line(one) for one in own]
             found.append("")
@@ -72,7 +73,7 @@ class Choice:
         name, proven = threshold_name(one.rule.threshold), "yes" if one.is_proven else "no"
         bound = f"{'>=' if one.is_cut else ''}{one.p_value:.2g}"
         row = f"{name:>11}{bound:>11}  {proven:8}{speed:>20}{depth:>8}"
-        return f"{row}  {'; '.join(losses)}"
+        return f"{row}  {'; '.join(losses)}{_each(one.rule.exit_thresholds)}"
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -88,6 +89,10 @@ def speed_of(gain: Gain | Promise) -> str:
     interval = gain.speedup_interval
     between = "" if interval is None else f" ({interval[0]:.2f} to {interval[1]:.2f})"
     return f"{gain.speedup:.2f}x{between}"
+
+
+def _each(thresholds: Sequence[float] | None) -> str:
+    return "; thresholds " + " ".join(f"{one:g}" for one in thresholds) if thresholds else ""
 
 
 def _needs(count: int | None) -> str:
@@ -131,7 +136,8 @@ def stored_rule(
     assert rule.exit_layers is not None
     scores = [one.name for one in requirements if one.name != AGREEMENT]
     return StoredRule(
-        early_exit_threshold=rule.threshold,
+        early_exit_threshold=rule.threshold if rule.exit_thresholds is None else None,
+        exit_thresholds=rule.exit_thresholds,
         exit_measure=rule.exit_measure,
         exit_layers=rule.exit_layers,
         kv_policy=rule.kv_policy,

@@ -88,7 +88,7 @@ def shortage(short: Mapping[str, int | None], items: Sequence[Item]) -> list[str
     ]
 
 
-def table(confidence: float = 0.95, num_paths: Sequence[int] = (1, 6)) -> str:
+def table(confidence: float = 0.95, num_paths: Sequence[int] = (1, 8)) -> str:
     """The numbers of texts for several promises, as a table in Markdown.
 
     Args:

@@ -1,7 +1,7 @@
 """The rules that are tried, in paths from the safest to the most aggressive one."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from megatron.early_exit.config import ExitMeasure, KVPolicy
 from megatron.early_exit.evaluation.rule import Rule, curve_name
@@ -17,7 +17,7 @@ proven, so a longer list costs little."""
 
 @dataclass(frozen=True, slots=True)
 class RulePath:
-    """Rules that differ in their threshold alone, which falls: the less sure an exit has to be, the
+    """Rules that differ in their thresholds alone, which fall: the less sure an exit has to be, the
     earlier tokens leave.
 
     Attributes:
@@ -25,17 +25,20 @@ class RulePath:
         kv_policy: what later tokens see of a position that has left.
         exit_layers: the exits that are asked.
         rules: in the order in which they are tested.
+        is_fitted: each exit has a threshold of its own.
     """
 
     measure: ExitMeasure
     kv_policy: KVPolicy
     exit_layers: tuple[int, ...]
     rules: tuple[Rule, ...]
+    is_fitted: bool = False
 
     @property
     def name(self) -> str:
         """What its rules have in common."""
-        return curve_name(self.measure, self.kv_policy, self.exit_layers)
+        found = curve_name(self.measure, self.kv_policy, self.exit_layers)
+        return f"{found}, a threshold for each exit" if self.is_fitted else found
 
 
 def paths_of(settings: Settings) -> tuple[RulePath, ...]:
@@ -58,6 +61,52 @@ def paths_of(settings: Settings) -> tuple[RulePath, ...]:
         for layers in settings.exit_layers
         if layers is not None
     )
+
+
+type Fit = Callable[[ExitMeasure, tuple[int, ...], float], tuple[float, ...]]
+"""(measure, exits, share of agreement) -> the threshold of each exit."""
+
+
+def fitted_paths_of(settings: Settings, fit: Fit) -> tuple[RulePath, ...]:
+    """A path for each measure, cache policy and set of several exits, whose rules have a threshold
+    for each exit.
+
+    Args:
+        settings: as for `paths_of`; the thresholds are the shares of agreement to which those of
+            the exits are fitted.
+        fit: finds them, without the texts on which the rules will be tested.
+    """
+    shares = sorted(settings.thresholds, reverse=True)
+    found = []
+    for plain in paths_of(settings):
+        if len(plain.exit_layers) == 1:
+            continue
+        # Shares that come to the same thresholds are one rule.
+        fitted: dict[tuple[float, ...], float] = {}
+        for share in shares:
+            fitted.setdefault(fit(plain.measure, plain.exit_layers, share), share)
+        rules = (
+            Rule(share, plain.kv_policy, plain.measure, plain.exit_layers, thresholds)
+            for thresholds, share in fitted.items()
+        )
+        found.append(replace(plain, rules=tuple(rules), is_fitted=True))
+    return tuple(found)
+
+
+def num_paths(settings: Settings, is_fitting: bool) -> int:
+    """How many paths there are.
+
+    Args:
+        settings: as for `paths_of`.
+        is_fitting: with those of `fitted_paths_of`.
+    """
+    plain = paths_of(settings)
+    return len(plain) + is_fitting * sum(len(one.exit_layers) > 1 for one in plain)
+
+
+def has_fitted_paths(settings: Settings) -> bool:
+    """Whether there are sets of several exits, which can have thresholds of their own."""
+    return num_paths(settings, is_fitting=True) > num_paths(settings, is_fitting=False)
 
 
 def exit_sets(

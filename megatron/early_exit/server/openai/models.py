@@ -17,7 +17,10 @@ from megatron.early_exit.server.settings import ExitSettings
 class RuleCard(BaseModel):
     """The rule that is stored with the model, whatever the server's flags are."""
 
-    early_exit_threshold: float
+    early_exit_threshold: float | None = None
+    exit_thresholds: list[float] | None = Field(
+        None, description="One for each of exit_layers, instead of early_exit_threshold."
+    )
     exit_measure: str
     exit_layers: list[int]
     kv_policy: str
@@ -52,6 +55,10 @@ class ModelCard(BaseModel):
     )
     kv_policy: str = Field(description="Where a request does not say it.")
     early_exit_threshold: float = Field(description="Where a request does not say it.")
+    exit_thresholds: list[float] | None = Field(
+        description="Where a request says neither which exits nor which threshold: one for each of "
+        "default_exit_layers, instead of early_exit_threshold."
+    )
     default_exit_layers: list[int] = Field(
         description="The exits that are asked where a request does not say it."
     )
@@ -77,9 +84,10 @@ class ModelPath(BaseModel):
 def _rule_card(rule: StoredRule | None, settings: ExitSettings) -> RuleCard | None:
     if rule is None:
         return None
-    has_changes = settings.exit_thresholds or settings.exit_threshold_decay or settings.exits_pay_at
+    has_changes = settings.exit_threshold_decay or settings.exits_pay_at
     values = rule.defaults()
     is_default = settings.mode == "early_exit" and not has_changes
+    is_default &= settings.exit_thresholds == rule.exit_thresholds
     is_default &= all(getattr(settings, name) == one for name, one in values.items())
     promise = rule.promise
     return RuleCard(**values, promise=promise, says=promise.sentence(), is_default=is_default)
@@ -110,6 +118,7 @@ def models(service: Service) -> APIBlueprint:
             drafter=service.model.drafter,
             kv_policy=settings.kv_policy,
             early_exit_threshold=settings.early_exit_threshold,
+            exit_thresholds=list(settings.exit_thresholds) if settings.exit_thresholds else None,
             default_exit_layers=list(settings.exit_layers or service.model.exit_layers),
             stored_rule=_rule_card(service.stored_rule, settings),
             example_prompts=list(service.settings.example_prompts),

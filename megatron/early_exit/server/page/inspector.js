@@ -96,6 +96,11 @@ function origin(token, depths, request) {
   return token.layer < depths.numLayers ? `${layer}, verified` : `${layer}, not the draft`;
 }
 
+/** How sure an exit has to be. */
+function thresholdAt(layer, { exit_layers: layers, exit_thresholds: each, early_exit_threshold: one }) {
+  return each ? each[layers.indexOf(layer)] : one;
+}
+
 /** Each head on the way, how sure it was, and in mode early exit how sure it had to be. */
 function headTable(token, depths, request) {
   const hasThreshold = request.mode === "early_exit";
@@ -105,7 +110,7 @@ function headTable(token, depths, request) {
     const isExit = head.layer < depths.numLayers;
     if (hasThreshold && isExit) {
       bar.classList.add("has-threshold");
-      bar.style.setProperty("--threshold", `${100 * request.early_exit_threshold}%`);
+      bar.style.setProperty("--threshold", `${100 * thresholdAt(head.layer, request)}%`);
     }
     return make(
       "tr",
@@ -127,7 +132,9 @@ function headTable(token, depths, request) {
   );
   if (!hasThreshold) return table;
   const tick = make("span", { className: "tick-mark", ariaHidden: "true" });
-  const says = `The tick is the threshold, ${thresholdText(request.early_exit_threshold)}: an exit that reaches it gives the token.`;
+  const { exit_thresholds: each, early_exit_threshold: one } = request;
+  const which = each ? `the exit’s threshold (${each.map(thresholdText).join(", ")})` : `the threshold, ${thresholdText(one)}`;
+  const says = `The tick is ${which}: an exit that reaches it gives the token.`;
   return make("div", {}, table, make("p", { className: "tick-says" }, tick, says));
 }
 

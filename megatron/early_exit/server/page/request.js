@@ -26,8 +26,11 @@ export function requestBody(model, settings, prompt, messages) {
   if (settings.stop.length > 0) body.stop = settings.stop;
   if (settings.seed !== null) body.seed = settings.seed;
   if (mode === "early_exit") {
-    body.early_exit_threshold = settings.threshold;
-    if (`${settings.exits}` !== `${model.default_exit_layers}`) body.exit_layers = settings.exits;
+    const { exits, thresholds } = settings;
+    if (thresholds) body.exit_thresholds = thresholds;
+    else body.early_exit_threshold = settings.threshold;
+    // Several thresholds are shown beside the exits that they are of.
+    if (thresholds || `${exits}` !== `${model.default_exit_layers}`) body.exit_layers = exits;
     if (settings.measure !== model.exit_measure) body.exit_measure = settings.measure;
     if (settings.kvPolicy !== model.kv_policy) body.kv_policy = settings.kvPolicy;
   }
@@ -53,6 +56,7 @@ export function requestBody(model, settings, prompt, messages) {
 export function fullModelBody(body) {
   const {
     early_exit_threshold,
+    exit_thresholds,
     exit_layers,
     exit_measure,
     kv_policy,

@@ -44,7 +44,7 @@ export class Settings {
   constructor(form) {
     this.form = form;
     const threshold = form.elements.threshold;
-    threshold.addEventListener("input", () => this.#showThreshold());
+    threshold.addEventListener("input", () => this.#setThreshold());
     // A prompt may be typed before it is known what the model can do.
     form.addEventListener("change", () => this.model && this.#showMode());
     this.#showThreshold();
@@ -98,6 +98,7 @@ export class Settings {
     const slider = this.form.elements.threshold;
     slider.step = hasTwoDigits(model.early_exit_threshold) ? "0.01" : "any";
     slider.value = model.early_exit_threshold;
+    this.thresholds = model.exit_thresholds;
     this.#showThreshold();
     const field = this.form.elements["max-tokens"];
     field.max = model.max_model_len;
@@ -119,7 +120,7 @@ export class Settings {
   change({ threshold, exits, draftExit }) {
     if (threshold !== undefined) {
       this.form.elements.threshold.value = threshold;
-      this.#showThreshold();
+      this.#setThreshold();
     }
     for (const box of this.form.querySelectorAll("[name=exit]")) {
       if (exits) box.checked = exits.includes(Number(box.value));
@@ -132,12 +133,18 @@ export class Settings {
   /** What the controls say now. */
   read() {
     const { elements } = this.form;
-    const exits = [...this.form.querySelectorAll("[name=exit]:checked")];
+    const boxes = [...this.form.querySelectorAll("[name=exit]:checked")];
+    const exits = boxes.map((box) => Number(box.value));
+    const measure = elements["exit-measure"].value;
+    // The server's thresholds are of its exits, by its measure.
+    const isTheirs =
+      `${exits}` === `${this.model.default_exit_layers}` && measure === this.model.exit_measure;
     return {
       mode: this.mode,
       threshold: elements.threshold.valueAsNumber,
-      exits: exits.map((box) => Number(box.value)),
-      measure: elements["exit-measure"].value,
+      thresholds: isTheirs ? this.thresholds : null,
+      exits,
+      measure,
       kvPolicy: elements["kv-policy"].value,
       drafter: elements["draft-exit"]?.value,
       maxTokens: elements["max-tokens"].valueAsNumber,
@@ -162,9 +169,15 @@ export class Settings {
     return this.form.querySelector("[name=mode]:checked").value;
   }
 
+  /** One threshold for all exits, instead of the server's for each. */
+  #setThreshold() {
+    this.thresholds = null;
+    this.#showThreshold();
+  }
+
   #showThreshold() {
-    const threshold = this.form.elements.threshold.valueAsNumber;
-    byId("threshold-value").textContent = thresholdText(threshold);
+    const thresholds = this.thresholds ?? [this.form.elements.threshold.valueAsNumber];
+    byId("threshold-value").textContent = thresholds.map(thresholdText).join(", ");
   }
 
   #showMode() {

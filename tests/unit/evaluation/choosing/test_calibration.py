@@ -172,7 +172,7 @@ def test_the_fastest_proven_rule_is_chosen_only_if_it_is_faster_than_the_full_mo
     )
     tested = {PATH: found.test(PATH)}
     proven = [one.rule for one in tested[PATH] if one.is_proven]
-    gains = found.gains(proven, by_time=False, seed=0)
+    gains = found.gains(proven, [40], by_time=False, seed=0)
     assert [gains[one].mean_exit_layer for one in proven] == [4.0, 2.0]
     choice = Choice(level=found.level, tested=tested, gains=gains, num_layers=4)
     assert choice.fastest() == Rule(0.6, "exact", "max_probability", (1,))

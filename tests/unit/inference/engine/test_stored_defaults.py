@@ -55,6 +55,20 @@ def test_each_field_of_a_request_comes_before_the_rules(fields):
         assert getattr(found, name) == fields.get(name, stored)
 
 
+def test_stored_thresholds_are_of_their_exits_and_measure():
+    each = {"early_exit_threshold": None, "exit_thresholds": (0.5, 0.25), "exit_layers": (1, 3)}
+    rule = make_rule(**each)
+    assert resolved(rule).exit_thresholds == (0.5, 0.25)
+    for fields in (
+        {"early_exit_threshold": 0.7},
+        {"exit_layers": (3,)},
+        {"exit_measure": "entropy"},
+    ):
+        found = resolved(rule, mode="early_exit", **fields)
+        assert found.exit_thresholds is None
+        assert found.early_exit_threshold == fields.get("early_exit_threshold")
+
+
 def test_several_thresholds_come_before_the_rules_one_and_are_of_all_exits():
     found = resolved(mode="early_exit", exit_thresholds=(0.5, 0.5))
     assert (found.early_exit_threshold, found.exit_thresholds) == (None, (0.5, 0.5))

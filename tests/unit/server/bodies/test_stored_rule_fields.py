@@ -51,6 +51,18 @@ def test_several_thresholds_are_of_all_exits():
     assert asked(BY_FLAGS, exit_thresholds=[0.5]).exit_layers == (1,)
 
 
+def test_stored_thresholds_are_of_their_exits_and_measure():
+    each = {"early_exit_threshold": None, "exit_thresholds": (0.5, 0.25), "exit_layers": (1, 2)}
+    stored = make_rule(**each).defaults()
+    settings = ExitSettings(mode="early_exit", **stored, stored=frozenset([*stored, "mode"]))
+    assert of(asked(settings), tuple(stored)) == stored
+    for body in ({"early_exit_threshold": 0.7}, {"exit_layers": [2]}, {"exit_measure": "entropy"}):
+        params = asked(settings, **body)
+        assert params.exit_thresholds is None
+        assert params.early_exit_threshold == body.get("early_exit_threshold", 0.8)
+    assert asked(settings, kv_policy="exact").exit_thresholds == (0.5, 0.25)
+
+
 def test_a_threshold_means_nothing_by_another_measure():
     assert asked(exit_measure="entropy").early_exit_threshold == 0.8
     assert asked(exit_measure="margin").early_exit_threshold == 0.25
