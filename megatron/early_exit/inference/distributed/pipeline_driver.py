@@ -300,13 +300,16 @@ class PipelineDriver(DecodingLoop):
     def _take_drafts(self, outputs: list[HeadOutput], request: Request) -> None:
         """Take what the multi-token-prediction module says, as far as the mode wants it; then
         verify the drafts."""
-        for place, output in enumerate(outputs, start=1):
+        for place, output in enumerate(outputs):
             if not output.is_finite:
                 self._fail(request.key, NOT_FINITE)
                 return
-            if request.mode.at_exit(MTP, output, True) is not Next.DRAFTED:
-                # The last stage has not known that.
+            # The last stage has not known where drafts end.
+            if place > 0 and not request.mode.num_ahead:
                 request.mode.waste(len(outputs) - place)
+                break
+            if request.mode.at_exit(MTP, output, True) is not Next.DRAFTED:
+                request.mode.waste(len(outputs) - place - 1)
                 break
         else:
             if request.mode.num_ahead:

@@ -149,7 +149,7 @@ class Costs:
         return Readings(*(1 + (one - 1) * share for one in self.readings))
 
 
-ROWS_OF_READINGS = (1, 2, 4)
+ROWS_OF_READINGS = (1, 2, 3, 4)
 """Rows of the passes that `readings_of` takes the times of."""
 
 

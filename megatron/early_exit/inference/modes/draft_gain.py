@@ -45,15 +45,18 @@ class Readings(NamedTuple):
 
     Attributes:
         two: for two rows.
+        three: for three rows.
         several: for more rows.
     """
 
     two: float = 1.0
+    three: float = 1.0
     several: float = 1.0
 
     def of(self, num_rows: int) -> float:
         """How long it takes for some rows."""
-        return 1.0 if num_rows == 1 else self.two if num_rows == 2 else self.several
+        few = (1.0, self.two, self.three)
+        return few[num_rows - 1] if num_rows <= len(few) else self.several
 
 
 SAME_READINGS = Readings()

@@ -194,6 +194,9 @@ class SelfSpeculativeMode(DecodingMode):
     def _room_for_drafts(self) -> int:
         """How many more may be made where drafts do not pause."""
         sequence = self.sampler.sequence
+        if sequence.drafts and not self.drafting.takes(self._likelihood * min(self._trust, 1.0)):
+            # Not even one of which the drafter were quite sure would be made.
+            return 0
         most = min(self._aim, self.choice.most, self.room - len(sequence.generated) - 1)
         return max(most - len(sequence.drafts), 0)
 
@@ -203,8 +206,11 @@ class SelfSpeculativeMode(DecodingMode):
 
     def _likelihood_with(self, output: HeadOutput) -> float:
         """That one more draft and those in front of it are accepted."""
-        trust = self.choice.gain.trust if self.adapts else 1.0
-        return self._likelihood * min(trust * output.confidence, 1.0)
+        return self._likelihood * min(self._trust * output.confidence, 1.0)
+
+    @property
+    def _trust(self) -> float:
+        return self.choice.gain.trust if self.adapts else 1.0
 
     def at_end(self, outputs: abc.Sequence[HeadOutput]) -> tuple[SampledToken, ...]:
         drafts, self.sampler.sequence.drafts = self.sampler.sequence.drafts, []

@@ -17,13 +17,13 @@ MODEL = make_model(exits=(1, 3), use_exit_norm=True)
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Calls of the measurement, which finds that two rows take 1.5 times as long as one, and four
-    3 times."""
+    """Calls of the measurement, which finds that two rows take 1.5 times as long as one, three
+    twice and four 3 times as long."""
     found = []
 
     def seconds(runner, row_counts):
         found.append(tuple(row_counts))
-        return [1.0, 1.5, 3.0]
+        return [1.0, 1.5, 2.0, 3.0]
 
     monkeypatch.setattr(mode_costs, "pass_seconds", seconds)
     return found
@@ -36,9 +36,9 @@ def costs(capacity, **options):
 
 def test_compiled_layers_are_measured(calls):
     found = costs(9, compile_rows=True)
-    assert calls == [(1, 2, 4)]
+    assert calls == [(1, 2, 3, 4)]
     # Of a pass, one row's own time is a sixteenth of that of reading.
-    expected = (1.5 * 17 / 16 - 2 / 16, 3 * 17 / 16 - 4 / 16)
+    expected = (1.5 * 17 / 16 - 2 / 16, 2 * 17 / 16 - 3 / 16, 3 * 17 / 16 - 4 / 16)
     assert found.readings == pytest.approx(expected, abs=1e-3)
     for drafts in found.drafts:
         assert 1 < drafts.readings.two < found.readings.two

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.modes.draft_choice import DraftChoice, Drafter
-from megatron.early_exit.inference.modes.draft_gain import DraftCosts, DraftGain
+from megatron.early_exit.inference.modes.draft_gain import DraftCosts, DraftGain, Readings
 from megatron.early_exit.inference.modes.head_output import head_outputs
 from megatron.early_exit.inference.modes.mode import MTP, Next, TokenSampler
 from megatron.early_exit.inference.modes.rule import DraftRule, ExitRule
@@ -43,13 +45,17 @@ def drafting_mode(
     max_drafts: int,
     least_confidence: float,
     drafter: int = 0,
+    costs: DraftCosts = COSTS,
+    *,
+    adapts: bool = False,
 ) -> SelfSpeculativeMode:
     return SelfSpeculativeMode(
         TokenSampler(params, sampler, Sequence(0, []), (1, 2)),
         ExitRule((0,), (0.0,)),
         drafting=DraftRule(max_drafts, least_confidence),
         room=100,
-        choice=DraftChoice({drafter: Drafter(COSTS, max_drafts)}),
+        choice=DraftChoice({drafter: Drafter(costs, max_drafts)}),
+        adapts=adapts,
         depths=max_drafts,
     )
 
@@ -155,6 +161,33 @@ def test_questions_in_vain_are_on_the_account():
     mode.waste(3)
     mode.at_end([unsure])
     assert mode.choice.gain.speed == expected.speed < 1
+
+
+@pytest.mark.parametrize("drafter", [0, MTP], ids=["exit", "module"])
+def test_nobody_is_asked_for_a_draft_that_would_not_pay_even_if_it_were_sure(drafter):
+    params = SamplingParams(mode="self_speculative", max_tokens=100)
+    sampler = Sampler(params, [], (), VOCAB)
+    (sure,) = head_outputs(torch.tensor([[9.0, 0, 0, 0, 0]]))
+
+    def mode_with(**readings: float) -> SelfSpeculativeMode:
+        costs = replace(COSTS, ask=4.0, readings=Readings(**readings))
+        return drafting_mode(params, sampler, 2, 0.0, drafter, costs, adapts=True)
+
+    # A third row takes longer than a step of the full model.
+    mode = mode_with(three=3.0)
+    assert mode.asks(0) or drafter == MTP
+    assert mode.at_exit(drafter, sure, True) is Next.DRAFTED
+    assert mode.num_ahead == 0
+    assert not mode.asks(0)
+    expected = DraftGain(replace(COSTS, ask=4.0, readings=Readings(three=3.0)))
+    expected.add(1, [sure.confidence], 1)
+    mode.at_end([sure, sure])
+    assert mode.choice.gain.total == expected.total
+    # Where it takes hardly any time, a second draft is asked for.
+    mode = mode_with()
+    assert mode.at_exit(drafter, sure, True) is Next.DRAFTED
+    assert mode.num_ahead == (drafter == MTP)
+    assert mode.at_exit(drafter, sure, True) is Next.DRAFTED
 
 
 def test_drafts_end_where_one_of_them_is_likely_to_be_wrong():
