@@ -120,22 +120,32 @@ class Costs:
         )
 
     def of_mtp_drafts(
-        self, shape: Architecture, draft_vocab_size: int, waits: Waits = NO_WAITS
+        self,
+        shape: Architecture,
+        draft_vocab_size: int,
+        waits: Waits = NO_WAITS,
+        passes: float | None = None,
     ) -> DraftCosts:
         """What drafting with the multi-token-prediction module of a model takes.
 
         Args:
             draft_vocab_size: tokens that it drafts.
             waits: for messages between stages.
+            passes: the time of asking it about a row, over that of a row through all layers; None
+                is what its weights take.
         """
         depth = float(shape.layer_weights + 2 * shape.hidden_size**2)
-        full = sum(self.segments) + self.head
+        layers, a_row = sum(self.segments), 1 + 1 / self.rows
+        full, step = layers + self.head, self.step * layers
+        ask = depth + _HEAD * shape.hidden_size * draft_vocab_size
+        if passes is not None:
+            ask = max(passes * (layers * a_row + step) - step, 0.0) / a_row
         return DraftCosts(
-            ask=depth + _HEAD * shape.hidden_size * draft_vocab_size,
+            ask=ask,
             verify=full,
             full=full,
             rows=self.rows,
-            step=self.step * sum(self.segments),
+            step=step,
             waits=waits,
             readings=self._readings,
             missed=depth,

@@ -227,7 +227,7 @@ class CompiledLayers:
         hidden = cache.data.new_zeros(len(positions), hidden_size)
         self._run_one(hidden[:1], cache, 0, end)
         slots = torch.zeros_like(positions)
-        for count in (*range(2, self._most_plain + 1), _TYPICAL_ROWS):
+        for count in sorted({self._most_plain, _TYPICAL_ROWS} - {1}):
             self._run_several(hidden[:count], cache, slots[:count], positions[:count], end)
 
     def serves(self, this: Pass) -> bool:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from megatron.early_exit.inference.model.packed import pack, packed_product
 from megatron.early_exit.inference.model.quantized import is_quantized, quantized_product
 
-MOST_LOOP_ROWS = 3
+MOST_LOOP_ROWS = 2
 """Up to so many rows, such as those of a draft and the token in front of it, a loop over a plain
 weight takes hardly longer than for one. Four take half as long again, and packed weights are then
 the faster ones."""

@@ -1,4 +1,4 @@
-"""How long passes over a few rows take on this machine.
+"""How long passes over a few rows take on this machine, and the module that drafts.
 
 A pass of one row takes the time of reading the weights. How much longer one over a few rows takes,
 such as a verification of drafts, depends on the processor and on what multiplies there: compiled
@@ -12,6 +12,7 @@ from time import perf_counter
 import torch
 
 from megatron.early_exit.inference.model.kv_cache import Span
+from megatron.early_exit.inference.model.mtp_rows import MtpRows
 from megatron.early_exit.inference.model.runner import SegmentRunner
 
 _ROUNDS = 6
@@ -50,3 +51,27 @@ def pass_seconds(runner: SegmentRunner, row_counts: Sequence[int]) -> list[float
     runner.clear(0, length)
     runner.release(0)
     return [min(own) for own in times]
+
+
+@torch.inference_mode()
+def module_seconds(runner: SegmentRunner) -> float:
+    """The time of asking the first depth of the multi-token-prediction module about a row, in
+    seconds.
+
+    Args:
+        runner: of all layers and the module, in which no sequence is yet; its slots have two places
+            at least.
+    """
+    model, row, times = runner.model, [Span(0, 0, 1)], []
+    runner.commit([Span(0, 0, 2)], range(len(model.segments)))
+    for index in range(len(model.segments)):
+        runner.run(index, row, [0])
+    rows = MtpRows(runner)
+    for _ in range(_ROUNDS):
+        start = perf_counter()
+        # Waits for the device.
+        model.mtp_head.logits(rows.run(1, row, [0], last_only=True)).cpu()
+        times.append(perf_counter() - start)
+    runner.clear(0, 2)
+    runner.release(0)
+    return min(times)

@@ -194,8 +194,7 @@ class SelfSpeculativeMode(DecodingMode):
     def _room_for_drafts(self) -> int:
         """How many more may be made where drafts do not pause."""
         sequence = self.sampler.sequence
-        if sequence.drafts and not self.drafting.takes(self._likelihood * min(self._trust, 1.0)):
-            # Not even one of which the drafter were quite sure would be made.
+        if sequence.drafts and not self.drafting.takes(self._likelihood * self._hope):
             return 0
         most = min(self._aim, self.choice.most, self.room - len(sequence.generated) - 1)
         return max(most - len(sequence.drafts), 0)
@@ -211,6 +210,15 @@ class SelfSpeculativeMode(DecodingMode):
     @property
     def _trust(self) -> float:
         return self.choice.gain.trust if self.adapts else 1.0
+
+    @property
+    def _hope(self) -> float:
+        """How sure the drafter may be of a further draft: if hardly enough, it is not asked."""
+        if self.adapts and self._drafter == MTP:
+            # Asking it in vain is lost time. The layers in front of an exit are not: the position
+            # of the draft before has to pass them anyway.
+            return self.choice.gain.rate
+        return min(self._trust, 1.0)
 
     def at_end(self, outputs: abc.Sequence[HeadOutput]) -> tuple[SampledToken, ...]:
         drafts, self.sampler.sequence.drafts = self.sampler.sequence.drafts, []

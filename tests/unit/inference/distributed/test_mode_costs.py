@@ -10,6 +10,7 @@ from megatron.early_exit.inference.early_exit_engine import EarlyExitEngine
 from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 from megatron.early_exit.inference.modes.draft_gain import SAME_READINGS
+from tests.helpers.mtp_models import mtp_model
 from tests.helpers.tiny_models import make_model
 
 MODEL = make_model(exits=(1, 3), use_exit_norm=True)
@@ -29,8 +30,8 @@ def calls(monkeypatch):
     return found
 
 
-def costs(capacity, **options):
-    model = SegmentedModel(MODEL.architecture, MODEL.early_exit, MODEL.weights, **options)
+def costs(capacity, tiny=MODEL, **options):
+    model = SegmentedModel(tiny.architecture, tiny.early_exit, tiny.weights, **options)
     return ModeCosts.measured(SingleProcess(model), SegmentRunner(model, 1, capacity))
 
 
@@ -43,6 +44,22 @@ def test_compiled_layers_are_measured(calls):
     for drafts in found.drafts:
         assert 1 < drafts.readings.two < found.readings.two
         assert drafts.readings.two < drafts.readings.several < found.readings.several
+
+
+def test_a_module_that_drafts_is_measured_too(calls, monkeypatch):
+    monkeypatch.setattr(mode_costs, "module_seconds", lambda runner: 0.5)
+    model = mtp_model(exits=(1, 3), use_exit_norm=True)
+    found = costs(9, model, compile_rows=True).mtp
+    layers = 4 * model.architecture.layer_weights
+    assert found is not None
+    # Half of what a row takes through all layers, which takes 1.0.
+    assert found.ask * 17 / 16 + found.step == pytest.approx(
+        (layers * 17 / 16 + found.step) / 2, rel=1e-3
+    )
+    plain = costs(9, model).mtp
+    assert plain is not None
+    assert plain.ask < found.ask
+    assert plain.step == found.step
 
 
 def test_plain_layers_and_short_slots_are_not(calls):
