@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron.early_exit.config import ExitMeasure
 from megatron.early_exit.evaluation.records import Record
+from megatron.early_exit.inference.modes.rule import ExitRule
 
 _STEP = 1e-4
 """Thresholds are rounded up to multiples of this, so that they are short to write."""
@@ -41,7 +42,8 @@ def fitted_thresholds(
         confidences = np.array([value for one, end in own for value in one["confidences"][:end]])
         agrees = np.array([value for one, end in own for value in one["agrees"][:end]], dtype=bool)
         threshold = least_threshold(confidences[staying], agrees[staying], share)
-        staying &= confidences < threshold
+        rule = ExitRule((0,), (threshold,))
+        staying &= [not rule.takes(0, float(one)) for one in confidences]
         found.append(threshold)
     return tuple(found)
 
@@ -61,7 +63,7 @@ def least_threshold(confidences: np.ndarray, agrees: np.ndarray, share: float) -
     sorted_confidences = confidences[order]
     agreement = np.cumsum(agrees[order]) / np.arange(1, len(order) + 1)
     # Equal confidences leave together: what counts is the last one of them.
-    is_last = np.append(sorted_confidences[1:] < sorted_confidences[:-1], True)[: len(order)]
+    is_last = np.append(np.diff(sorted_confidences) != 0, True)[: len(order)]
     enough = np.flatnonzero(is_last & (agreement >= share))
     if len(enough) == 0:
         return 1.0
