@@ -139,7 +139,8 @@ class Costs:
         full, step = layers + self.head, self.step * layers
         ask = depth + _HEAD * shape.hidden_size * draft_vocab_size
         if passes is not None:
-            ask = max(passes * (layers * a_row + step) - step, 0.0) / a_row
+            besides = passes * (layers * a_row + step) - (ask * a_row + step)
+            waits = waits._replace(ask=waits.ask + max(besides, 0.0))
         return DraftCosts(
             ask=ask,
             verify=full,
@@ -159,7 +160,7 @@ class Costs:
         return Readings(*(1 + (one - 1) * share for one in self.readings))
 
 
-ROWS_OF_READINGS = (1, 2, 3, 4)
+ROWS_OF_READINGS = (1, 2, 4)
 """Rows of the passes that `readings_of` takes the times of."""
 
 

@@ -62,11 +62,11 @@ def module_seconds(runner: SegmentRunner) -> float:
         runner: of all layers and the module, in which no sequence is yet; its slots have two places
             at least.
     """
-    model, row, times = runner.model, [Span(0, 0, 1)], []
+    model, row = runner.model, [Span(0, 0, 1)]
     runner.commit([Span(0, 0, 2)], range(len(model.segments)))
     for index in range(len(model.segments)):
         runner.run(index, row, [0])
-    rows = MtpRows(runner)
+    rows, times = MtpRows(runner), []
     for _ in range(_ROUNDS):
         start = perf_counter()
         # Waits for the device.

@@ -21,7 +21,8 @@ _PRIOR = 6.0
 
 
 class Waits(NamedTuple):
-    """The time of messages between the stages of a pipeline, as weights that could be read in it.
+    """Times that were measured, beside those of reading weights, as weights that could be read in
+    them: of messages between the stages of a pipeline, and of what else asking the module takes.
 
     Attributes:
         ask: of asking the drafter once.
@@ -45,18 +46,15 @@ class Readings(NamedTuple):
 
     Attributes:
         two: for two rows.
-        three: for three rows.
         several: for more rows.
     """
 
     two: float = 1.0
-    three: float = 1.0
     several: float = 1.0
 
     def of(self, num_rows: int) -> float:
         """How long it takes for some rows."""
-        few = (1.0, self.two, self.three)
-        return few[num_rows - 1] if num_rows <= len(few) else self.several
+        return 1.0 if num_rows == 1 else self.two if num_rows == 2 else self.several
 
 
 SAME_READINGS = Readings()
@@ -73,7 +71,7 @@ class DraftCosts:
         rows: as many rows take as long to compute as the weights do to read.
         step: what each step takes besides.
         front: those of `ask` through which each position goes that is verified, asked or not.
-        waits: for messages between stages.
+        waits: what else takes time, as was measured.
         readings: how long weights take to read, for several rows.
         missed: for each token about which the drafter has not been asked, weights through which the
             token's row goes before the drafter is asked again. The rows are computed together.

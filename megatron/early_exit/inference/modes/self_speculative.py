@@ -192,9 +192,10 @@ class SelfSpeculativeMode(DecodingMode):
 
     @property
     def _room_for_drafts(self) -> int:
-        """How many more may be made where drafts do not pause."""
-        sequence = self.sampler.sequence
-        if sequence.drafts and not self.drafting.takes(self._likelihood * self._hope):
+        """How many more may be made where drafts do not pause; none, where a further one would
+        hardly be sure enough."""
+        sequence, likelihood = self.sampler.sequence, self._likelihood * self._usual_confidence
+        if sequence.drafts and not self.drafting.takes(likelihood):
             return 0
         most = min(self._aim, self.choice.most, self.room - len(sequence.generated) - 1)
         return max(most - len(sequence.drafts), 0)
@@ -212,12 +213,13 @@ class SelfSpeculativeMode(DecodingMode):
         return self.choice.gain.trust if self.adapts else 1.0
 
     @property
-    def _hope(self) -> float:
-        """How sure the drafter may be of a further draft: if hardly enough, it is not asked."""
+    def _usual_confidence(self) -> float:
+        """How sure of a further draft the drafter is taken to be before it is asked."""
         if self.adapts and self._drafter == MTP:
-            # Asking it in vain is lost time. The layers in front of an exit are not: the position
-            # of the draft before has to pass them anyway.
+            # The module's time is lost if it is asked in vain.
             return self.choice.gain.rate
+        # That of the layers in front of an exit is not, through which the position of the draft
+        # before passes anyway: so it may be quite sure.
         return min(self._trust, 1.0)
 
     def at_end(self, outputs: abc.Sequence[HeadOutput]) -> tuple[SampledToken, ...]:

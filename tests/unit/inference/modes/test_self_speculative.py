@@ -174,12 +174,12 @@ def test_nobody_is_asked_for_a_draft_that_would_not_pay_even_if_it_were_sure(dra
         return drafting_mode(params, sampler, 2, 0.0, drafter, costs, adapts=True)
 
     # A third row takes longer than a step of the full model.
-    mode = mode_with(three=3.0)
+    mode = mode_with(several=3.0)
     assert mode.asks(0) or drafter == MTP
     assert mode.at_exit(drafter, sure, True) is Next.DRAFTED
     assert mode.num_ahead == 0
     assert not mode.asks(0)
-    expected = DraftGain(replace(COSTS, ask=4.0, readings=Readings(three=3.0)))
+    expected = DraftGain(replace(COSTS, ask=4.0, readings=Readings(several=3.0)))
     expected.add(1, [sure.confidence], 1)
     mode.at_end([sure, sure])
     assert mode.choice.gain.total == expected.total
