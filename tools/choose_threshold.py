@@ -307,6 +307,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--load {args.load}: the model has no exits, allowed: one that has")
     read = read_tasks(settings.tasks, settings.items, settings.prompt_characters, settings.seed)
     items = distinct(read)
+    # What cannot be promised is refused before the model is loaded.
     requirements_of(wish, items)
     engine = load(args)
     if engine.is_worker:
@@ -322,7 +323,7 @@ def run(args: argparse.Namespace) -> int:
             exit_layers=exit_sets(args.exit_layers or (), engine.exit_layers),
         )
         count = checked(num_fitting, args, settings, len(items))
-        texts = Texts.of(items, args.timed_texts, count)
+        texts = checked(Texts.of, items, args.timed_texts, count)
         if texts.fitting:
             print(f"thresholds of single exits are fitted to {count} texts, which prove nothing")
         requirements = requirements_of(wish, texts.proving)

@@ -303,6 +303,15 @@ def test_stored_thresholds_are_shown_and_sent_until_one_for_all_is_set(page, ser
     body = script.requests[-1]
     assert (body["exit_thresholds"], body["exit_layers"]) == ([0.625, 0.25], EXIT_LAYERS)
     assert "early_exit_threshold" not in body
+    # They are of both exits, by the server's measure.
+    box = page.locator(f"[name=exit][value='{EXIT_LAYERS[0]}']")
+    box.uncheck()
+    expect(shown).to_have_text("0.80")
+    box.check()
+    expect(shown).to_have_text("0.6250, 0.25")
+    page.get_by_label("Confidence is measured by").select_option("entropy")
+    expect(shown).to_have_text("0.80")
+    page.get_by_label("Confidence is measured by").select_option("max_probability")
     page.get_by_label("Confidence threshold").fill("0.5")
     expect(shown).to_have_text("0.50")
     page.get_by_role("button", name="Generate").click()

@@ -164,8 +164,9 @@ class StoredRule:
 
     def defaults(self) -> dict[str, Any]:
         """The fields of a request that it decides."""
-        names = ("early_exit_threshold", "exit_measure", "exit_layers", "exit_thresholds")
-        values = {name: getattr(self, name) for name in (*names, "kv_policy")}
+        thresholds = ("early_exit_threshold", "exit_thresholds")
+        names = (*thresholds, "exit_measure", "exit_layers", "kv_policy")
+        values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
     def defaults_beside(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,7 +235,7 @@ def meaningless_beside(given: Mapping[str, Any], measure: str | None) -> set[str
         # One for each of the exits, which are all where that is not said.
         found |= {"early_exit_threshold", "exit_layers"}
     if given.get("early_exit_threshold") is not None or given.get("exit_layers") is not None:
-        # They are of the rule's exits, and instead of one for all.
+        # They are of the rule's exits, and instead of one threshold for all.
         found.add("exit_thresholds")
     if given.get("exit_measure") not in (None, measure):
         # What is sure by one measure is not by another.

@@ -78,9 +78,7 @@ def fitted_paths_of(settings: Settings, fit: Fit) -> tuple[RulePath, ...]:
     """
     shares = sorted(settings.thresholds, reverse=True)
     found = []
-    for plain in paths_of(settings):
-        if len(plain.exit_layers) == 1:
-            continue
+    for plain in _paths_of_several_exits(settings):
         # Shares that come to the same thresholds are one rule.
         fitted: dict[tuple[float, ...], float] = {}
         for share in shares:
@@ -100,13 +98,16 @@ def num_paths(settings: Settings, is_fitting: bool) -> int:
         settings: as for `paths_of`.
         is_fitting: with those of `fitted_paths_of`.
     """
-    plain = paths_of(settings)
-    return len(plain) + is_fitting * sum(len(one.exit_layers) > 1 for one in plain)
+    return len(paths_of(settings)) + is_fitting * len(_paths_of_several_exits(settings))
 
 
 def has_fitted_paths(settings: Settings) -> bool:
-    """Whether there are sets of several exits, which can have thresholds of their own."""
-    return num_paths(settings, is_fitting=True) > num_paths(settings, is_fitting=False)
+    """Whether there are sets of several exits, which can have a threshold each."""
+    return bool(_paths_of_several_exits(settings))
+
+
+def _paths_of_several_exits(settings: Settings) -> list[RulePath]:
+    return [one for one in paths_of(settings) if len(one.exit_layers) > 1]
 
 
 def exit_sets(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.evaluation.items import Item
 
 
@@ -26,17 +27,16 @@ class Texts:
         """Divide texts that are all different.
 
         Raises:
-            ValueError: a task would have no text left that proves.
+            FieldError: a task would have no text left that proves.
         """
         fitting = _spread(items, num_fitting)
         proving = [one for one in items if one not in fitting]
         left = {one.task for one in proving}
         for one in items:
             if one.task not in left:
-                raise ValueError(
-                    f"--fitting-texts {num_fitting}: leaves no text of task {one.task} that "
-                    f"proves, allowed: fewer, or more texts than {len(items)}"
-                )
+                problem = f"leaves no text of task {one.task} that proves"
+                allowed = f"fewer, or more texts than {len(items)}"
+                raise FieldError("fitting_texts", problem, allowed, value=num_fitting)
         return cls(proving, _prompts(_spread(proving, num_timed)), _prompts(fitting))
 
     @property

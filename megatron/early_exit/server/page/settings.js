@@ -46,7 +46,7 @@ export class Settings {
     const threshold = form.elements.threshold;
     threshold.addEventListener("input", () => this.#setThreshold());
     // A prompt may be typed before it is known what the model can do.
-    form.addEventListener("change", () => this.model && this.#showMode());
+    form.addEventListener("change", () => this.model && this.#showChange());
     this.#showThreshold();
     // Where all is in one column, the answer comes right below the prompt.
     const isNarrow = matchMedia("(max-width: 60rem)");
@@ -98,7 +98,7 @@ export class Settings {
     const slider = this.form.elements.threshold;
     slider.step = hasTwoDigits(model.early_exit_threshold) ? "0.01" : "any";
     slider.value = model.early_exit_threshold;
-    this.thresholds = model.exit_thresholds;
+    this.serverThresholds = model.exit_thresholds;
     this.#showThreshold();
     const field = this.form.elements["max-tokens"];
     field.max = model.max_model_len;
@@ -128,23 +128,18 @@ export class Settings {
     for (const button of this.form.querySelectorAll("[name=draft-exit]")) {
       if (draftExit) button.checked = button.value === `${draftExit}`;
     }
+    this.#showThreshold();
   }
 
   /** What the controls say now. */
   read() {
     const { elements } = this.form;
-    const boxes = [...this.form.querySelectorAll("[name=exit]:checked")];
-    const exits = boxes.map((box) => Number(box.value));
-    const measure = elements["exit-measure"].value;
-    // The server's thresholds are of its exits, by its measure.
-    const isTheirs =
-      `${exits}` === `${this.model.default_exit_layers}` && measure === this.model.exit_measure;
     return {
       mode: this.mode,
       threshold: elements.threshold.valueAsNumber,
-      thresholds: isTheirs ? this.thresholds : null,
-      exits,
-      measure,
+      thresholds: this.#thresholds,
+      exits: this.#exits,
+      measure: elements["exit-measure"].value,
       kvPolicy: elements["kv-policy"].value,
       drafter: elements["draft-exit"]?.value,
       maxTokens: elements["max-tokens"].valueAsNumber,
@@ -171,12 +166,31 @@ export class Settings {
 
   /** One threshold for all exits, instead of the server's for each. */
   #setThreshold() {
-    this.thresholds = null;
+    this.serverThresholds = null;
+    this.#showThreshold();
+  }
+
+  get #exits() {
+    const boxes = [...this.form.querySelectorAll("[name=exit]:checked")];
+    return boxes.map((box) => Number(box.value));
+  }
+
+  /** The server's, one for each exit, while they hold: they are of its exits, by its measure. */
+  get #thresholds() {
+    if (!this.serverThresholds) return null;
+    const { default_exit_layers: exits, exit_measure: measure } = this.model;
+    const isTheirs =
+      `${this.#exits}` === `${exits}` && this.form.elements["exit-measure"].value === measure;
+    return isTheirs ? this.serverThresholds : null;
+  }
+
+  #showChange() {
+    this.#showMode();
     this.#showThreshold();
   }
 
   #showThreshold() {
-    const thresholds = this.thresholds ?? [this.form.elements.threshold.valueAsNumber];
+    const thresholds = this.#thresholds ?? [this.form.elements.threshold.valueAsNumber];
     byId("threshold-value").textContent = thresholds.map(thresholdText).join(", ");
   }
 

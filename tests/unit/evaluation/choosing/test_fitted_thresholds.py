@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron.early_exit.errors import FieldError
 from megatron.early_exit.evaluation.choosing.calibration import Gain
 from megatron.early_exit.evaluation.choosing.choice import stored_rule
 from megatron.early_exit.evaluation.choosing.fitted_thresholds import (
@@ -161,5 +162,5 @@ def test_what_thresholds_are_fitted_to_proves_nothing():
 
 def test_every_task_keeps_texts_that_prove():
     items = [Item("a", "a0"), Item("b", "b0"), Item("b", "b1")]
-    with pytest.raises(ValueError, match="--fitting-texts 1: leaves no text of task a that proves"):
+    with pytest.raises(FieldError, match="fitting_texts 1 leaves no text of task a that proves"):
         Texts.of(items, num_timed=1, num_fitting=1)
