@@ -2,19 +2,20 @@
 deeper."""
 
 import argparse
-import random
 from bisect import bisect_left
 from functools import partial
 from itertools import pairwise
 from statistics import median
 
 from best_schedule import Seconds, tokens_per_second
+from decode_gates import with_gates
 from decode_models import Weights, products
 from decode_turns import Decoder, Turn, add_in_vain, take_turns, timed
 from figures import FigureTable, ratios
 
 from megatron.early_exit.checkpoint.architecture import Architecture
 from megatron.early_exit.config import KVPolicy
+from megatron.early_exit.hardware.huge_pages import use_huge_pages
 from megatron.early_exit.inference.early_exit_engine import DEFAULT_MAX_PENDING
 from megatron.early_exit.inference.model.segmented_model import SegmentedModel
 
@@ -26,24 +27,38 @@ BOUNDS: dict[KVPolicy, dict[float, float]] = {
 BOUNDS_OF_DEPTHS: dict[KVPolicy, float] = {"exact": 0.98, "propagate": 1.25}
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Numbers of rows for which the bare products are measured."""
+MOST_ROWS_OF_LOOPS = 2
+"""Compiled layers have products of their own up to so many rows, but not of weights in 8 bits."""
 LONG = 112
 """Tokens of a sequence that is long enough to reach the engine's limit on pending positions."""
 
 
+_SIDES = 1 << 24
+
+
 class RandomExit:
-    """Stands in for a threshold, and lets tokens leave at random, whatever the confidence."""
+    """Stands in for a threshold, and lets tokens leave at random, however large the confidence is.
+
+    The same confidence gets the same answer, since a gate's is compared more than once.
+    """
 
     def __init__(self, probability: float, seed: int) -> None:
-        self._probability, self._random = probability, random.Random(seed)
+        self._probability, self._seed = probability, seed
 
     def __le__(self, confidence: float) -> bool:
-        return self._random.random() < self._probability
+        # Numbers' hashes are the same in every process.
+        return hash((self._seed, confidence)) % _SIDES < self._probability * _SIDES
 
 
 def by_rows(times: dict[str, list[float]], name: str) -> Seconds:
     """Seconds of products by their number of rows, interpolated and extrapolated from those
     measured."""
-    known = [median(times[f"{name} {rows}"]) for rows in ROWS]
+    known = [
+        min(
+            median(times[key]) for key in (f"{name} {rows}", f"{name} {rows} loops") if key in times
+        )
+        for rows in ROWS
+    ]
 
     def seconds(rows: float) -> float:
         if rows <= ROWS[0]:
@@ -101,12 +116,25 @@ def measure_batch(
             leaving = partial(decoder.leaving, partial(RandomExit, p), kv_policy=policy)
             settings[f"mixed {p} {policy}"] = leaving
         settings[f"depths {policy}"] = partial(longer.depths, positions, policy)
+    gated = with_gates(weights, positions[0])
+    assert gated.early_exit.positions == positions, "gates behind the same layers"
+    gated_model = SegmentedModel(*gated, compile_rows=True)
+    use_huge_pages()
+    short, long = Decoder(gated_model, batch, tokens), Decoder(gated_model, batch, LONG)
+    settings |= {"gated full": short.full, "gated long full": long.full}
+    for p in BOUNDS["propagate"]:
+        leaving = partial(short.leaving, partial(RandomExit, p), kv_policy="propagate")
+        settings[f"gated mixed {p}"] = leaving
+    settings["gated depths"] = partial(long.depths, positions, "propagate")
     settings |= {"long full": longer.full, "drafting": longer.drafting}
     settings |= {"in vain": longer.in_vain, "in vain, paused": partial(longer.in_vain, batch)}
     settings["bare 1"] = timed(products([*matrices, weights.head], 1, weights.dtype), 3)
     for rows in ROWS:
         settings[f"layers {rows}"] = timed(products(matrices, rows, weights.dtype), 2)
         settings[f"head {rows}"] = timed(products([weights.head], rows, weights.dtype), 2)
+        if rows <= MOST_ROWS_OF_LOOPS and weights.head.scale is None:
+            loops = products(matrices, rows, weights.dtype, "loops")
+            settings[f"layers {rows} loops"] = timed(loops, 2)
     times = take_turns(settings, args.rounds)
     layers, head = by_rows(times, "layers"), by_rows(times, "head")
     full = layers(batch) + head(batch)
@@ -149,6 +177,20 @@ def measure_batch(
                 bound,
                 best * full / batch,
             )
+    table.add(
+        "thirds of depths over full, propagate, gates",
+        ratios(times, "gated long full", "gated depths"),
+        BOUNDS_OF_DEPTHS["propagate"],
+        full / best_depths(batch, shares, layers, head, rates["propagate"]),
+    )
+    for p, bound in BOUNDS["propagate"].items():
+        best = tokens_per_second(batch, p, shares, layers, head, rates["propagate"], gated=True)
+        table.add(
+            f"exits with probability {p} over full, propagate, gates",
+            ratios(times, "gated full", f"gated mixed {p}"),
+            bound,
+            best * full / batch,
+        )
     # So short a text has hardly ended its first pause when it ends.
     add_in_vain(table, times, longer, None)
 

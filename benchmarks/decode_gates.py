@@ -29,7 +29,9 @@ def with_gates(weights: Weights, layers: int) -> Weights:
     tensors = {name: one for name, one in weights.tensors.items() if not name.startswith("exits.")}
     for name, shape in weight_shapes(weights.architecture, early_exit).items():
         if name not in tensors:
-            tensors[name] = torch.randn(shape, generator=generator).to(weights.dtype)
+            # The sums that a gate makes of a residual stream at unit RMS are of that size, too.
+            random = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+            tensors[name] = random.to(weights.dtype)
     return Weights(weights.architecture, early_exit, tensors)
 
 

@@ -1,7 +1,7 @@
 """Asks the gates of several exits at once.
 
-What they say is one small product for all sequences and exits that a step has passed, and, where
-reading a number means to wait for the device, one wait.
+What they say is one small product for all sequences and exits that have been passed since gates
+were asked last, and, where reading a number means to wait for the device, one wait.
 """
 
 from collections.abc import Sequence
@@ -29,6 +29,7 @@ class GateBatch:
         self._exits: list[int] = []
         self._slots: list[int] = []
         self._streams: list[Tensor] = []
+        self._answers: GateAnswers = {}
 
     def add(
         self, segment: int, spans: Sequence[Span], asked: Sequence[int], hidden: Tensor
@@ -52,13 +53,17 @@ class GateBatch:
         self._slots += [spans[place].slot for place in asked]
 
     def answers(self) -> GateAnswers:
-        """Evaluate all gates that were added, and read their confidences at once."""
-        if not self._exits:
-            return {}
-        streams = self._streams
-        together = streams[0] if len(streams) == 1 else torch.cat(streams)
-        found: list[float] = self._gates.confidences(self._exits, together).tolist()
-        return dict(zip(zip(self._exits, self._slots, strict=True), found, strict=True))
+        """Evaluate the gates that have been added since the last call, and read their confidences
+        at once; returns those of all."""
+        if self._exits:
+            streams = self._streams
+            together = streams[0] if len(streams) == 1 else torch.cat(streams)
+            found: list[float] = self._gates.confidences(self._exits, together).tolist()
+            self._answers.update(
+                zip(zip(self._exits, self._slots, strict=True), found, strict=True)
+            )
+            self._exits, self._slots, self._streams = [], [], []
+        return self._answers
 
 
 def _some(hidden: Tensor, rows: list[int]) -> Tensor:

@@ -8,7 +8,7 @@ the batch runs on, takes along those that wait on its way, and all its heads are
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -258,32 +258,36 @@ class Scheduler:
         deeper = range(self.num_segments - 1, 0, -1)
         return next((index for index in deeper if len(groups[index]) >= enough), None)
 
-    def onward(self, step: ScheduledBatch, complete: Iterable[int]) -> ScheduledBatch | None:
+    def onward(
+        self, step: ScheduledBatch, complete: Iterable[int], let_out: Container[int] = ()
+    ) -> ScheduledBatch | None:
         """The batch that runs before any head that `step` has passed is asked; None where there is
         none.
 
         Args:
             complete: what `ran` has returned for it.
+            let_out: keys of those whose gates there have been asked, and let them leave.
         """
         if step.last >= self._end:
             return None
         behind = step.last + 1
         passed = [step.sequences[index] for index in complete]
-        asking = {
-            one.key
-            for one in passed
-            if step.last in one.asked
-            and (
-                not one.can_defer_exit
-                or (one.propagates and is_worth_waiting(one.exit_rates[step.last]))
-            )
-        }
+        asking = {one.key for one in passed if self._waits_for_exit(one, step.last)}
         group = [one for one in self.running.values() if one.segment == behind]
-        group = [one for one in group if one.key not in asking]
+        group = [one for one in group if one.key not in asking and one.key not in let_out]
         if not group:
             return None
         onward = self._through(self.batch(behind, group))
         return onward if self._reserve(onward) else None
+
+    def _waits_for_exit(self, sequence: Sequence, segment: int) -> bool:
+        """Whether a sequence that has passed a segment goes no deeper before the exit is asked."""
+        if segment not in sequence.asked:
+            return False
+        if not sequence.can_defer_exit:
+            return True
+        is_held = sequence.propagates and not sequence.asks_gates
+        return is_held and is_worth_waiting(sequence.exit_rates[segment])
 
     def _through(self, step: ScheduledBatch) -> ScheduledBatch:
         """The same positions through all segments behind which none of them is asked about, or

@@ -15,7 +15,7 @@ from megatron.early_exit.inference.engine.head_batch import HeadBatch
 from megatron.early_exit.inference.engine.head_reading import HeadOutputs
 from megatron.early_exit.inference.engine.loop import DecodingLoop
 from megatron.early_exit.inference.engine.mtp_drafting import MtpDrafting
-from megatron.early_exit.inference.engine.policy import Costs
+from megatron.early_exit.inference.engine.policy import Costs, is_asked_on_the_way
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.engine.scheduler import ScheduledBatch, Scheduler
 from megatron.early_exit.inference.engine.scoring import TextScorer
@@ -186,7 +186,7 @@ class SegmentLoop(DecodingLoop):
             What has been run, and the gates that have to be asked before any head; None where the
             model has none.
         """
-        stretches, own = [], self.runner.model.gates
+        stretches, own, let_out = [], self.runner.model.gates, set[int]()
         gates = None if own is None else GateBatch(own)
         while step is not None:
             self._suspects.update(sequence.key for sequence in step.sequences)
@@ -203,7 +203,8 @@ class SegmentLoop(DecodingLoop):
             if gates is not None:
                 gated = [one for one in complete if self._asks_gate(step.sequences[one], step.last)]
                 gates.add(step.last, step.spans, gated, hidden)
-            step = self.scheduler.onward(step, complete)
+                let_out = self._let_out([step.sequences[one] for one in gated], step.last, gates)
+            step = self.scheduler.onward(step, complete, let_out)
         return stretches, gates
 
     def _heads(
@@ -275,6 +276,15 @@ class SegmentLoop(DecodingLoop):
         """Whether the gate behind a segment is asked, before the exit there."""
         is_exit = segment < self.scheduler.num_segments - 1
         return sequence.asks_gates and is_exit and self._num_asked(sequence, segment) > 0
+
+    def _let_out(self, gated: list[Sequence], segment: int, gates: GateBatch) -> set[int]:
+        """The keys of those that go no deeper in this step, since their gates say that they
+        leave."""
+        held = [one for one in gated if one.propagates]
+        if not any(is_asked_on_the_way(one.exit_rates[segment]) for one in held):
+            return set()
+        answers = gates.answers()
+        return {one.key for one in held if self._is_let_out(one, segment, answers)}
 
     def _is_let_out(self, sequence: Sequence, segment: int, answers: GateAnswers) -> bool:
         """Whether a gate has been asked, and lets a sequence leave."""

@@ -12,6 +12,7 @@ import torch
 from megatron.early_exit.errors import FieldError
 from megatron.early_exit.inference import EarlyExitEngine, SamplingParams
 from megatron.early_exit.inference.model.heads import Head
+from megatron.early_exit.inference.model.runner import SegmentRunner
 from megatron.early_exit.inference.modes.head_output import NOT_FINITE
 from tests.helpers.reference_decoder import all_heads, choices, confidence_of, scores
 from tests.helpers.tiny_models import GPT2, HEADS, LLAMA, TinyModel, make_model
@@ -113,6 +114,44 @@ def test_no_vocabulary_is_read_where_gates_refuse(projected, threshold, prompts)
     projected.clear()
     engine.generate(prompts, params(1.0, exit_measure="max_probability"))
     assert sum(projected) > sum(len(one.token_ids) for one in found)
+
+
+@pytest.fixture
+def run_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many rows have run through each segment."""
+    rows = [0] * 4
+    run = SegmentRunner.run
+
+    def spy(runner: Any, segment: int, spans: Any, *inputs: Any, last: int) -> torch.Tensor:
+        for index in range(segment, last + 1):
+            rows[index] += sum(span.end - span.start for span in spans)
+        return run(runner, segment, spans, *inputs, last=last)
+
+    monkeypatch.setattr(SegmentRunner, "run", spy)
+    return rows
+
+
+@pytest.mark.parametrize("prompts", [[[5]], [[9], [40], [8], [5]]], ids=["alone", "batch"])
+def test_held_tokens_run_no_deeper_than_their_gates_let_them(projected, run_rows, prompts):
+    model = model_with_gates()
+    engine = EarlyExitEngine(model.segmented)
+    # At each exit some leave, and of those that get there many do, so that its gate is asked on
+    # the way.
+    wanted = SamplingParams(
+        mode="early_exit",
+        exit_measure="gate",
+        exit_thresholds=(0.6, 0.6, 0.5),
+        kv_policy="propagate",
+        max_tokens=40,
+    )
+    found = engine.generate(prompts, wanted)
+    depths = [layer for one in found for layer in one.exit_layers]
+    assert set(depths) == {1, 2, 3, 4}
+    expected = [sum(layer > segment for layer in depths) for segment in range(4)]
+    assert run_rows == expected
+    if len(prompts) == 1:
+        # A token is one step, and its head one product.
+        assert projected == [1] * len(depths)
 
 
 def test_thresholds_of_exits_and_their_decay():

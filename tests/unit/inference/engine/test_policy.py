@@ -33,3 +33,33 @@ def test_where_it_hardly_matters_exits_are_asked_early():
     """Behind a gate a token that leaves with a rate of 0.1 saves about what a step costs."""
     early, late = chosen((0.1, 0.0), True), chosen((0.01, 0.0), True)
     assert (early, late) == (range(1), range(3))
+
+
+def test_where_gates_let_held_tokens_leave_on_the_way_all_is_one_step():
+    """Who leaves runs no deeper, so that running on costs what is expected of the others."""
+    own, none = [(0.6, 0.6, 1.0)], SegmentQueue(1, 3, [])
+    held = SegmentQueue(0, 3, own, propagates=[True], gated=[True])
+    assert held.rows == pytest.approx([1.0, 0.4, 0.16])
+    assert Policy(COSTS).choose([held, none, none]) == range(3)
+    exact = SegmentQueue(0, 3, own, gated=[True])
+    assert exact.rows == [1.0, 1.0, 1.0]
+    assert Policy(COSTS).choose([exact, none, none]) == range(1)
+
+
+@pytest.mark.parametrize(("count", "runs"), [(2, range(3)), (8, range(3)), (9, range(1))])
+def test_few_that_ask_gates_on_the_way_are_all_taken_to_the_end(count, runs):
+    """Those that stay would make no batch of their own later."""
+    own, both = [(0.9, 0.9, 1.0)] * count, [True] * count
+    none = SegmentQueue(1, 3, [])
+    queues = [SegmentQueue(0, 3, own, both, both), none, none]
+    assert Policy(COSTS).choose(queues) == runs
+
+
+def test_they_begin_where_the_first_of_them_waits():
+    own = [(0.9, 0.9, 1.0)]
+    queues = [
+        SegmentQueue(0, 3, []),
+        SegmentQueue(1, 3, own, [True], [True]),
+        SegmentQueue(2, 3, own, [True], [True]),
+    ]
+    assert Policy(COSTS).choose(queues) == range(1, 3)

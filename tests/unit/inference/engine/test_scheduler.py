@@ -213,6 +213,24 @@ def test_gates_are_asked_where_a_head_would_not_be(asks_gates):
     assert (behind is None) == asks_gates
 
 
+def test_who_is_let_out_by_a_gate_goes_no_deeper_in_a_step():
+    scheduler = Scheduler(2, 3, costs=Costs((1.0, 1.0), head=1.0, held=0.05, step=0.5))
+    for key in range(3):
+        scheduler.add(sequence_of(key, 1))
+    for sequence in scheduler.admit():
+        sequence.exits, sequence.asks_gates = frozenset({0}), True
+        sequence.propagates = True
+        scheduler.exit_rates.start(sequence)
+        # So often that all would wait, if nobody had asked the gates.
+        sequence.exit_rates[0] = 0.75
+    step = scheduler.next()
+    assert (step.segment, step.last) == (0, 0)
+    complete = scheduler.ran(step)
+    behind = scheduler.onward(step, complete, let_out={0, 2})
+    assert keys(behind) == {1}
+    assert scheduler.onward(step, complete, let_out={0, 1, 2}) is None
+
+
 def test_those_that_leave_nearly_always_wait_while_others_run_on():
     """Where they would be held, that saves arithmetic; else it is needed in any case."""
     for propagates in (True, False):
