@@ -5,16 +5,45 @@ were asked last, and, where reading a number means to wait for the device, one w
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from megatron.early_exit.inference.model.gates import Gates
 from megatron.early_exit.inference.model.kv_cache import Span, row_ends
+from megatron.early_exit.inference.modes.mode import DecodingMode
 from megatron.early_exit.inference.transfer import upload
 
-GateAnswers = dict[tuple[int, int], float]
+Confidences = dict[tuple[int, int], float]
 """How sure gates are of the last position of sequences, by segment and slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class GateAnswers:
+    """What gates have said about the last position of sequences.
+
+    Attributes:
+        confidences: how sure they are.
+    """
+
+    confidences: Confidences = field(default_factory=dict)
+
+    def confidence(self, segment: int, slot: int) -> float | None:
+        """How sure the gate behind a segment is of the sequence in a slot; None where it has not
+        been asked."""
+        return self.confidences.get((segment, slot))
+
+    def lets_out(self, segment: int, slot: int, mode: DecodingMode) -> bool:
+        """Whether a gate has been asked, and lets the sequence in a slot leave."""
+        answer = self.confidence(segment, slot)
+        return answer is not None and mode.rule.takes(segment, answer)
+
+    def refuses(self, segment: int, slot: int, mode: DecodingMode) -> bool:
+        """Whether a gate has been asked, and the exit behind it need not be."""
+        if mode.details or self.confidence(segment, slot) is None:
+            return False
+        return not self.lets_out(segment, slot, mode)
 
 
 class GateBatch:
@@ -29,7 +58,7 @@ class GateBatch:
         self._exits: list[int] = []
         self._slots: list[int] = []
         self._streams: list[Tensor] = []
-        self._answers: GateAnswers = {}
+        self._known: Confidences = {}
 
     def add(
         self, segment: int, spans: Sequence[Span], asked: Sequence[int], hidden: Tensor
@@ -59,11 +88,9 @@ class GateBatch:
             streams = self._streams
             together = streams[0] if len(streams) == 1 else torch.cat(streams)
             found: list[float] = self._gates.confidences(self._exits, together).tolist()
-            self._answers.update(
-                zip(zip(self._exits, self._slots, strict=True), found, strict=True)
-            )
+            self._known |= zip(zip(self._exits, self._slots, strict=True), found, strict=True)
             self._exits, self._slots, self._streams = [], [], []
-        return self._answers
+        return GateAnswers(self._known)
 
 
 def _some(hidden: Tensor, rows: list[int]) -> Tensor:

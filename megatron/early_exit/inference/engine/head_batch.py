@@ -41,7 +41,8 @@ class HeadBatch:
         graphed: GraphedHeads | None = None,
         answers: GateAnswers | None = None,
     ) -> None:
-        self._runner, self._graphed, self._answers = runner, graphed, answers or {}
+        self._runner, self._graphed = runner, graphed
+        self._answers = answers or GateAnswers()
         self._calls: list[HeadCall] = []
 
     def add(

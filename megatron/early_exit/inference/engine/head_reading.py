@@ -99,7 +99,7 @@ def _outputs(
         for call in one.calls:
             for span, count in zip(call.spans, call.counts, strict=True):
                 own = found[first : first + count]
-                answer = answers.get((call.segment, span.slot))
+                answer = answers.confidence(call.segment, span.slot)
                 if answer is not None:
                     own = [replace(output, confidence=answer) for output in own]
                 outputs[call.segment, span.slot] = own

@@ -7,6 +7,7 @@ from collections import abc
 
 import torch
 
+from megatron.early_exit.inference.engine.gate_batch import GateAnswers
 from megatron.early_exit.inference.engine.head_reading import HeadCall, HeadLogits, read
 from megatron.early_exit.inference.engine.request import Request
 from megatron.early_exit.inference.model.kv_cache import Span, in_pass_order
@@ -58,7 +59,7 @@ class MtpDrafting:
         modes = [one.mode for one in asking]
         counts, rows = [1] * len(asking), list(range(len(asking)))
         call = HeadCall(0, MTP, spans, modes, counts, logits, rows)
-        outputs = read([HeadLogits([call], logits)], {})
+        outputs = read([HeadLogits([call], logits)], GateAnswers())
         return [outputs[0, one.slot][0] for one in sequences]
 
     def logits(

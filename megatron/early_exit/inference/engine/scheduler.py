@@ -237,8 +237,9 @@ class Scheduler:
                 index,
                 self.num_segments,
                 [one.rates for one in group],
-                propagates=[one.propagates for one in group],
-                gated=[one.asks_gates for one in group],
+                # Who asks nothing takes what the others do.
+                propagates=[one.propagates or not one.asked for one in group],
+                gated=[one.asks_gates or not one.asked for one in group],
             )
             for index, group in enumerate(groups)
         ]

@@ -118,7 +118,7 @@ class SegmentLoop(DecodingLoop):
             return
         with torch.inference_mode():
             stretches, gates = self._run(step)
-            answers = {} if gates is None else gates.answers()
+            answers = GateAnswers() if gates is None else gates.answers()
             passed, likely, unlikely = self._heads(stretches, answers)
             undecided = self._decide(passed, answers, self._outputs(likely, answers))
             self._suspects = set(undecided)
@@ -229,10 +229,11 @@ class SegmentLoop(DecodingLoop):
                     is_likely = sequence.key not in left
                 else:
                     is_likely = self.scheduler.exit_rates.is_likely(sequence, own)
-                if not self._is_refused(sequence, step.last, answers):
+                mode = self._mode(sequence)
+                if not answers.refuses(step.last, sequence.slot, mode):
                     counts = first if is_likely else later
                     counts[index] = self._num_asked(sequence, step.last)
-                if self._is_let_out(sequence, step.last, answers):
+                if answers.lets_out(step.last, sequence.slot, mode):
                     left.add(sequence.key)
                 own.append(step.last)
             modes = [self._mode(sequence) for sequence in step.sequences]
@@ -284,18 +285,7 @@ class SegmentLoop(DecodingLoop):
         if not any(is_asked_on_the_way(one.exit_rates[segment]) for one in held):
             return set()
         answers = gates.answers()
-        return {one.key for one in held if self._is_let_out(one, segment, answers)}
-
-    def _is_let_out(self, sequence: Sequence, segment: int, answers: GateAnswers) -> bool:
-        """Whether a gate has been asked, and lets a sequence leave."""
-        answer = answers.get((segment, sequence.slot))
-        return answer is not None and self._mode(sequence).rule.takes(segment, answer)
-
-    def _is_refused(self, sequence: Sequence, segment: int, answers: GateAnswers) -> bool:
-        """Whether a gate has been asked, and the exit behind it need not be."""
-        if (segment, sequence.slot) not in answers or self._mode(sequence).details:
-            return False
-        return not self._is_let_out(sequence, segment, answers)
+        return {one.key for one in held if answers.lets_out(segment, one.slot, self._mode(one))}
 
     def _num_asked(self, sequence: Sequence, segment: int) -> int:
         """Positions that the head behind a segment is asked about."""
@@ -321,7 +311,7 @@ class SegmentLoop(DecodingLoop):
             for place, segment in enumerate(segments):
                 if not self._num_asked(sequence, segment):
                     continue
-                if self._is_refused(sequence, segment, answers):
+                if answers.refuses(segment, sequence.slot, self._mode(sequence)):
                     self.scheduler.exit_rates.learn(sequence, segment, False)
                     continue
                 found = outputs.get((segment, sequence.slot))

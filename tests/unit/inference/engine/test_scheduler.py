@@ -231,6 +231,24 @@ def test_who_is_let_out_by_a_gate_goes_no_deeper_in_a_step():
     assert scheduler.onward(step, complete, let_out={0, 1, 2}) is None
 
 
+def test_those_that_ask_nothing_run_with_those_that_ask_gates():
+    """Of few that ask gates all are taken to the end, and those beside them are there anyway."""
+    scheduler = Scheduler(2, 4, costs=Costs((1.0, 9.0), head=1.0, held=0.05))
+    for key in range(4):
+        scheduler.add(sequence_of(key, 1))
+    for sequence in scheduler.admit():
+        if sequence.key:
+            sequence.exits, sequence.asks_gates = frozenset({0}), True
+            sequence.propagates = True
+        scheduler.exit_rates.start(sequence)
+        sequence.exit_rates[0] *= 1.9
+    step = scheduler.next()
+    behind = scheduler.onward(step, scheduler.ran(step), let_out={1, 3})
+    assert (step.segment, step.last, keys(step)) == (0, 0, ALL)
+    assert behind is not None
+    assert (behind.segment, keys(behind)) == (1, {0, 2})
+
+
 def test_those_that_leave_nearly_always_wait_while_others_run_on():
     """Where they would be held, that saves arithmetic; else it is needed in any case."""
     for propagates in (True, False):
