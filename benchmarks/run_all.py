@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
 import torch
 from catalogue import CATALOGUE, FOLDER, Benchmark
 from figures import clock_text, read_figures
@@ -187,6 +188,17 @@ class Campaign:
         )
 
 
+def seconds_of_others() -> float:
+    """Seconds that the machine's cores have been kept busy, by this machine or by others that share
+    them, less those of processes that this one has started and that have ended."""
+    times = psutil.cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    # What a guest takes is in "user", too.
+    guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+    own = os.times()
+    return sum(times) - guests - idle - own.children_user - own.children_system
+
+
 def run_process(
     benchmark: Benchmark, arguments: Sequence[str], folder: Path, limit_s: float
 ) -> Run:
@@ -201,8 +213,8 @@ def run_process(
     target = folder / f"{benchmark.name}.json"
     target.unlink(missing_ok=True)
     command = [sys.executable, str(FOLDER / benchmark.script), *arguments, "--json", str(target)]
-    load, date = os.getloadavg()[0], datetime.now(UTC).isoformat(timespec="seconds")
-    begin = time.monotonic()
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    begin, others = time.monotonic(), seconds_of_others()
     with (folder / f"{benchmark.name}.log").open("w+", errors="replace") as log:
         with started(
             command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -214,6 +226,7 @@ def run_process(
         log.seek(0)
         last = (log.read().strip().splitlines() or ["it says nothing"])[-1]
     seconds = time.monotonic() - begin
+    load = max(seconds_of_others() - others, 0.0) / seconds
     error, figures = "", []
     try:
         figures = read_figures(target) if target.exists() else []
@@ -229,7 +242,7 @@ def run_process(
         name=benchmark.name,
         arguments=list(arguments),
         seconds=round(seconds, 1),
-        load=load,
+        load=round(load, 2),
         date=date,
         figures=[] if error else figures,
         error=error,

@@ -39,7 +39,7 @@ class Run:
         name: in the catalogue.
         arguments: its flags.
         seconds: that it took.
-        load: number of processes that wanted to run when it began.
+        load: cores that something else kept busy meanwhile, on average.
         figures: what it has found.
         error: why it has no figures; empty if it has.
         date: on which it was run, as ISO 8601 has it.

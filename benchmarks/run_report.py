@@ -14,8 +14,8 @@ from run_records import Comparison, Run
 from megatron.early_exit.evaluation.figures import save
 
 _INK, _FAINT, _WRONG = "tab:blue", "0.55", "tab:red"
-_BUSY = 0.5
-"""Processes for each core that want to run before a benchmark begins: more of them disturb it."""
+_BUSY = 0.1
+"""The share of the cores that something else may keep busy: more of it disturbs a benchmark."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +166,7 @@ def _table(entry: Entry, cores: int) -> list[str]:
     command = " ".join(["python", f"benchmarks/{entry.benchmark.script}", *run.arguments])
     lines = [f"### {run.name}", "", f"`{command}`, {run.seconds / 60:.1f} minutes, {run.date}"]
     if run.load > _BUSY * cores:
-        lines[-1] += f", beside other work (load {run.load:.1f})"
+        lines[-1] += f", beside other work ({run.load:.1f} cores)"
     if entry.recorded is not None:
         commit = entry.recorded["software"]["commit"]
         lines[-1] += f"; recorded on {entry.recorded['date']} at {commit}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import run_all
@@ -202,6 +205,44 @@ def test_what_a_process_leaves_behind(tmp_path, name):
     assert run.arguments == ["--rounds", "5"]
     assert run.seconds < 60
     assert (tmp_path / "first.log").exists()
+
+
+def test_the_benchmark_itself_is_no_other_work(tmp_path, monkeypatch):
+    """Of two cores one was busy by the benchmark, and the other one, for half of the time, not."""
+    moments = iter([(100.0, 10.0, 50.0), (104.0, 12.5, 51.5)])
+    own = iter([20.0, 24.0])
+
+    def cpu_times():
+        user, steal, idle = next(moments)
+        return Times(user, 0.0, steal, idle)
+
+    def times():
+        return os.times_result((0.0, 0.0, next(own), 0.0, 0.0))
+
+    monkeypatch.setattr(run_all.psutil, "cpu_times", cpu_times)
+    monkeypatch.setattr(run_all.os, "times", times)
+    clock = iter([0.0, 5.0])
+    monkeypatch.setattr(run_all.time, "monotonic", lambda: next(clock))
+    (tmp_path / "first.py").write_text("")
+    monkeypatch.setattr(run_all, "started", lambda *_, **__: nullcontext(Ended()))
+    run = run_all.run_process(run_all.CATALOGUE[0], [], tmp_path, 60.0)
+    assert (run.seconds, run.load) == (5.0, 0.5)
+
+
+class Times(NamedTuple):
+    """What `psutil.cpu_times` gives."""
+
+    user: float
+    system: float
+    steal: float
+    idle: float
+
+
+class Ended:
+    """A process that has ended."""
+
+    def wait(self, timeout: float) -> int:
+        return 0
 
 
 # --- what is compared ------------------------------------------------------------------------
