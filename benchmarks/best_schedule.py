@@ -22,7 +22,7 @@ State = tuple[int, ...]
 """The number of sequences that wait in front of each segment."""
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """What running some segments does.
 
     Attributes:
@@ -65,88 +65,102 @@ def tokens_per_second(
     shape = (len(ranges), len(states))
     tokens, seconds = torch.full(shape, -1e9).double(), torch.ones(shape).double()
     moves = torch.zeros(*shape, len(states)).double()
-    run = _behind_gates if gated else _before_heads
+    runs = Runs(chance, shares, layers, head, rate)
+    run = runs.behind_gates if gated else runs.before_heads
     for (a, steps), (s, state) in product(enumerate(ranges), enumerate(states)):
         if not any(state[front] for front in steps):
             continue
-        step = run(state, steps, chance, shares, layers, head, rate)
+        step = run(state, steps)
         tokens[a, s], seconds[a, s] = step.tokens, step.seconds
         for way, weight in step.ways.items():
             moves[a, s, number[way]] += weight
     return _best_rate(tokens, seconds, moves)
 
 
-def _before_heads(
-    state: State,
-    steps: range,
-    chance: float,
-    shares: Sequence[float],
-    layers: Seconds,
-    head: Seconds,
-    rate: float,
-) -> _Step:
-    """All run to the end of the segments before their heads are evaluated."""
-    last, end, rows, asked, got, time = len(shares) - 1, steps[-1], 0, 0, 0.0, 0.0
-    ways = {tuple(0 if i in steps else n for i, n in enumerate(state)): 1.0}
-    for front in steps:
-        count = state[front]
-        rows, asked = rows + count, asked + count * (end - front + 1)
-        time += shares[front] * layers(rows)
-        leave = 1.0 if end == last else 1 - (1 - chance) ** (end - front + 1)
-        got += count * leave
-        ways = _spread(ways, count, leave, min(end + 1, last))
-    return _Step(got, time + head(asked) + got * rate * sum(shares[end + 1 :]), ways)
+class Runs(NamedTuple):
+    """What running some segments takes, see `tokens_per_second` for the fields."""
+
+    chance: float
+    shares: Sequence[float]
+    layers: Seconds
+    head: Seconds
+    rate: float
+
+    def before_heads(self, state: State, steps: range) -> Step:
+        """All run to the end of the segments before their heads are evaluated."""
+        last, end, rows, asked, got, time = len(self.shares) - 1, steps[-1], 0, 0, 0.0, 0.0
+        ways = {_without(state, steps): 1.0}
+        for front in steps:
+            count = state[front]
+            rows, asked = rows + count, asked + count * (end - front + 1)
+            time += self.shares[front] * self.layers(rows)
+            leave = 1.0 if end == last else 1 - (1 - self.chance) ** (end - front + 1)
+            got += count * leave
+            ways = _spread(ways, count, leave, min(end + 1, last))
+        return Step(got, time + self.head(asked) + self._undone(got, end), ways)
+
+    def behind_gates(self, state: State, steps: range) -> Step:
+        """Gates are asked behind each segment, and who leaves runs no further."""
+        last, end, count, gone, seconds = len(self.shares) - 1, steps[-1], 0, 0.0, 0.0
+        # How likely so many run.
+        running = {0: 1.0}
+        for front in steps:
+            count += state[front]
+            running = {rows + state[front]: weight for rows, weight in running.items()}
+            reading = sum(weight * self.layers(rows) for rows, weight in running.items())
+            # For those that have left before, keys and values are computed some time.
+            seconds += self.shares[front] * (reading + self.rate * gone)
+            running = _staying(running, 0.0 if front == last else 1 - self.chance)
+            gone = count - sum(rows * weight for rows, weight in running.items())
+        ways: dict[State, float] = {}
+        for stay, weight in running.items():
+            way = _moved(_without(state, steps), count - stay, stay, min(end + 1, last))
+            ways[way] = ways.get(way, 0.0) + weight
+            seconds += weight * self.head(count - stay)
+        return Step(gone, seconds + self._undone(gone, end), ways)
+
+    def _undone(self, gone: float, end: int) -> float:
+        """Seconds of what those that leave have not computed behind a segment."""
+        return gone * self.rate * sum(self.shares[end + 1 :])
 
 
-def _behind_gates(
-    state: State,
-    steps: range,
-    chance: float,
-    shares: Sequence[float],
-    layers: Seconds,
-    head: Seconds,
-    rate: float,
-) -> _Step:
-    """Gates are asked behind each segment, and who leaves runs no further."""
-    last, end, count, seconds = len(shares) - 1, steps[-1], 0, 0.0
-    running, gone = {0: 1.0}, 0.0
-    for front in steps:
-        count += state[front]
-        running = {rows + state[front]: weight for rows, weight in running.items()}
-        seconds += shares[front] * sum(weight * layers(n) for n, weight in running.items())
-        # Of those that have left before, this segment's keys and values are computed some time.
-        seconds += shares[front] * rate * gone
-        stays = 0.0 if front == last else 1 - chance
-        left: dict[int, float] = {}
-        for n, weight in running.items():
-            for stay in range(n + 1):
-                chance_of = comb(n, stay) * stays**stay * (1 - stays) ** (n - stay)
-                left[stay] = left.get(stay, 0.0) + weight * chance_of
-        gone += sum(n * weight for n, weight in running.items())
-        gone -= sum(n * weight for n, weight in left.items())
-        running = left
-    ways: dict[State, float] = {}
-    for stay, weight in running.items():
-        way = [0 if i in steps else n for i, n in enumerate(state)]
-        way[0] += count - stay
-        way[min(end + 1, last)] += stay
-        ways[tuple(way)] = ways.get(tuple(way), 0.0) + weight
-        seconds += weight * head(count - stay)
-    return _Step(gone, seconds + gone * rate * sum(shares[end + 1 :]), ways)
+def _without(state: State, steps: range) -> State:
+    """The state without those that run."""
+    return tuple(0 if index in steps else count for index, count in enumerate(state))
+
+
+def _moved(state: State, gone: int, stay: int, behind: int) -> State:
+    """The state when some have left, which begin anew, and others wait in front of a segment."""
+    new = list(state)
+    new[0] += gone
+    new[behind] += stay
+    return tuple(new)
+
+
+def _staying(running: dict[int, float], chance: float) -> dict[int, float]:
+    """How likely so many are left, where each stays with some probability."""
+    left: dict[int, float] = {}
+    for count, weight in running.items():
+        for stay, likely in enumerate(_binomial(count, chance)):
+            left[stay] = left.get(stay, 0.0) + weight * likely
+    return left
 
 
 def _spread(ways: dict[State, float], count: int, leave: float, behind: int) -> dict[State, float]:
     """Each of `count` sequences leaves with some probability, or else waits in front of segment
     `behind`."""
     spread: dict[State, float] = {}
-    for (way, weight), gone in product(ways.items(), range(count + 1)):
-        chance = comb(count, gone) * leave**gone * (1 - leave) ** (count - gone)
-        new = list(way)
-        new[0] += gone
-        new[behind] += count - gone
-        if chance:
-            spread[tuple(new)] = spread.get(tuple(new), 0.0) + weight * chance
+    for way, weight in ways.items():
+        for gone, likely in enumerate(_binomial(count, leave)):
+            if likely:
+                new = _moved(way, gone, count - gone, behind)
+                spread[new] = spread.get(new, 0.0) + weight * likely
     return spread
+
+
+def _binomial(count: int, chance: float) -> list[float]:
+    """How likely something happens to so many of `count`, for each number from 0."""
+    return [comb(count, n) * chance**n * (1 - chance) ** (count - n) for n in range(count + 1)]
 
 
 def _best_rate(tokens: Tensor, seconds: Tensor, moves: Tensor) -> float:

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from functools import partial
 from itertools import pairwise
 from statistics import median
+from typing import NamedTuple
 
 from best_schedule import Seconds, tokens_per_second
 from decode_gates import with_gates
@@ -34,6 +35,7 @@ LONG = 112
 
 
 _SIDES = 1 << 24
+"""Of a coin: what a hash is rounded to."""
 
 
 class RandomExit:
@@ -95,6 +97,66 @@ def best_depths(
     return min(leaving, layers(batch)) + head(batch)
 
 
+class Regrouping(NamedTuple):
+    """A way to let sequences of a batch leave at different depths.
+
+    Attributes:
+        policy: what becomes of skipped layers.
+        is_gated: the coins decide about gates, not about heads.
+        short: measures exits that are taken at random.
+        longer: measures fixed depths.
+    """
+
+    policy: KVPolicy
+    is_gated: bool
+    short: Decoder
+    longer: Decoder
+
+    @property
+    def name(self) -> str:
+        """What the figures call it."""
+        return f"{self.policy}, gates" if self.is_gated else self.policy
+
+    def turns(self, positions: tuple[int, ...]) -> dict[str, Turn]:
+        """What is measured, with full mode of the same model, for exits after some layers."""
+        model = " with gates" if self.is_gated else ""
+        turns = {f"full{model}": self.short.full, f"long full{model}": self.longer.full}
+        for p in BOUNDS[self.policy]:
+            coins = partial(RandomExit, p)
+            turns[f"mixed {p} {self.name}"] = partial(
+                self.short.leaving, coins, kv_policy=self.policy
+            )
+        turns[f"depths {self.name}"] = partial(self.longer.depths, positions, self.policy)
+        return turns
+
+    def add(
+        self,
+        table: FigureTable,
+        times: dict[str, list[float]],
+        shares: list[float],
+        layers: Seconds,
+        head: Seconds,
+        rate: float,
+    ) -> None:
+        """Report the figures; for the last four see `best_depths`."""
+        batch, model = self.short.batch, " with gates" if self.is_gated else ""
+        full = layers(batch) + head(batch)
+        table.add(
+            f"thirds of depths over full, {self.name}",
+            ratios(times, f"long full{model}", f"depths {self.name}"),
+            BOUNDS_OF_DEPTHS[self.policy],
+            full / best_depths(batch, shares, layers, head, rate),
+        )
+        for p, bound in BOUNDS[self.policy].items():
+            best = tokens_per_second(batch, p, shares, layers, head, rate, self.is_gated)
+            table.add(
+                f"exits with probability {p} over full, {self.name}",
+                ratios(times, f"full{model}", f"mixed {p} {self.name}"),
+                bound,
+                best * full / batch,
+            )
+
+
 def measure_batch(
     weights: Weights,
     model: SegmentedModel,
@@ -109,32 +171,17 @@ def measure_batch(
     plain = Decoder(SegmentedModel(*weights), batch, tokens)
     # Long enough for what waits to reach the engine's bound.
     longer = Decoder(model, batch, LONG, DEFAULT_MAX_PENDING)
-    matrices = weights.layers(0, depth)
-    settings: dict[str, Turn] = {"full 1": single.full, "full": decoder.full, "plain": plain.full}
-    for policy, bounds in BOUNDS.items():
-        for p in bounds:
-            leaving = partial(decoder.leaving, partial(RandomExit, p), kv_policy=policy)
-            settings[f"mixed {p} {policy}"] = leaving
-        settings[f"depths {policy}"] = partial(longer.depths, positions, policy)
-    gated = with_gates(weights, positions[0])
-    assert gated.early_exit.positions == positions, "gates behind the same layers"
-    gated_model = SegmentedModel(*gated, compile_rows=True)
+    gated = SegmentedModel(*with_gates(weights, positions), compile_rows=True)
     use_huge_pages()
-    short, long = Decoder(gated_model, batch, tokens), Decoder(gated_model, batch, LONG)
-    settings |= {"gated full": short.full, "gated long full": long.full}
-    for p in BOUNDS["propagate"]:
-        leaving = partial(short.leaving, partial(RandomExit, p), kv_policy="propagate")
-        settings[f"gated mixed {p}"] = leaving
-    settings["gated depths"] = partial(long.depths, positions, "propagate")
-    settings |= {"long full": longer.full, "drafting": longer.drafting}
-    settings |= {"in vain": longer.in_vain, "in vain, paused": partial(longer.in_vain, batch)}
-    settings["bare 1"] = timed(products([*matrices, weights.head], 1, weights.dtype), 3)
-    for rows in ROWS:
-        settings[f"layers {rows}"] = timed(products(matrices, rows, weights.dtype), 2)
-        settings[f"head {rows}"] = timed(products([weights.head], rows, weights.dtype), 2)
-        if rows <= MOST_ROWS_OF_LOOPS and weights.head.scale is None:
-            loops = products(matrices, rows, weights.dtype, "loops")
-            settings[f"layers {rows} loops"] = timed(loops, 2)
+    own = Decoder(gated, batch, tokens), Decoder(gated, batch, LONG, DEFAULT_MAX_PENDING)
+    ways = [Regrouping(policy, False, decoder, longer) for policy in BOUNDS]
+    ways.append(Regrouping("propagate", True, *own))
+    settings: dict[str, Turn] = {"full 1": single.full, "plain": plain.full}
+    for way in ways:
+        settings |= way.turns(positions)
+    settings["drafting"], settings["in vain"] = longer.drafting, longer.in_vain
+    settings["in vain, paused"] = partial(longer.in_vain, batch)
+    settings |= bare_products(weights)
     times = take_turns(settings, args.rounds)
     layers, head = by_rows(times, "layers"), by_rows(times, "head")
     full = layers(batch) + head(batch)
@@ -151,7 +198,6 @@ def measure_batch(
         None,
         batch * median(times["plain"]) / full,
     )
-    shares = [(end - start) / depth for start, end in pairwise([0, *positions, depth])]
     table.add(
         f"drafts over full, {LONG} tokens",
         ratios(times, "long full", "drafting"),
@@ -159,40 +205,27 @@ def measure_batch(
         1.0,
         "if no draft is accepted",
     )
+    shares = [(end - start) / depth for start, end in pairwise([0, *positions, depth])]
     rate = layers(ROWS[-1]) / ROWS[-1]
     rates = {"exact": rate, "propagate": rate * held_share(weights.architecture)}
-    for policy, bound in BOUNDS_OF_DEPTHS.items():
-        table.add(
-            f"thirds of depths over full, {policy}",
-            ratios(times, "long full", f"depths {policy}"),
-            bound,
-            full / best_depths(batch, shares, layers, head, rates[policy]),
-        )
-    for policy, bounds in BOUNDS.items():
-        for p, bound in bounds.items():
-            best = tokens_per_second(batch, p, shares, layers, head, rates[policy])
-            table.add(
-                f"exits with probability {p} over full, {policy}",
-                ratios(times, "full", f"mixed {p} {policy}"),
-                bound,
-                best * full / batch,
-            )
-    table.add(
-        "thirds of depths over full, propagate, gates",
-        ratios(times, "gated long full", "gated depths"),
-        BOUNDS_OF_DEPTHS["propagate"],
-        full / best_depths(batch, shares, layers, head, rates["propagate"]),
-    )
-    for p, bound in BOUNDS["propagate"].items():
-        best = tokens_per_second(batch, p, shares, layers, head, rates["propagate"], gated=True)
-        table.add(
-            f"exits with probability {p} over full, propagate, gates",
-            ratios(times, "gated full", f"gated mixed {p}"),
-            bound,
-            best * full / batch,
-        )
+    for way in ways:
+        way.add(table, times, shares, layers, head, rates[way.policy])
     # So short a text has hardly ended its first pause when it ends.
     add_in_vain(table, times, longer, None)
+
+
+def bare_products(weights: Weights) -> dict[str, Turn]:
+    """The products with all matrices of layers, and with a head, for each of some numbers of
+    rows."""
+    matrices = weights.layers(0, weights.architecture.num_layers)
+    turns = {"bare 1": timed(products([*matrices, weights.head], 1, weights.dtype), 3)}
+    for rows in ROWS:
+        turns[f"layers {rows}"] = timed(products(matrices, rows, weights.dtype), 2)
+        turns[f"head {rows}"] = timed(products([weights.head], rows, weights.dtype), 2)
+        if rows <= MOST_ROWS_OF_LOOPS and weights.head.scale is None:
+            loops = products(matrices, rows, weights.dtype, "loops")
+            turns[f"layers {rows} loops"] = timed(loops, 2)
+    return turns
 
 
 def held_share(architecture: Architecture) -> float:

@@ -18,10 +18,8 @@ MOST_OF_A_STEP = 0.01
 """What a gate may cost."""
 
 
-def with_gates(weights: Weights, layers: int) -> Weights:
-    """The same backbone, with exits after every so many layers that share its final head and have
-    gates."""
-    positions = tuple(range(layers, weights.architecture.num_layers, layers))
+def with_gates(weights: Weights, positions: tuple[int, ...]) -> Weights:
+    """The same backbone, with exits after some layers that share its final head and have gates."""
     early_exit = EarlyExitConfig(
         exit_layer_nums=positions, share_final_head=True, use_exit_gate=True, exit_measure="gate"
     )
@@ -29,7 +27,7 @@ def with_gates(weights: Weights, layers: int) -> Weights:
     tensors = {name: one for name, one in weights.tensors.items() if not name.startswith("exits.")}
     for name, shape in weight_shapes(weights.architecture, early_exit).items():
         if name not in tensors:
-            # The sums that a gate makes of a residual stream at unit RMS are of that size, too.
+            # So the logits of gates, which see a residual stream at unit RMS, are about 1 in size.
             random = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
             tensors[name] = random.to(weights.dtype)
     return Weights(weights.architecture, early_exit, tensors)
@@ -38,8 +36,8 @@ def with_gates(weights: Weights, layers: int) -> Weights:
 def measure_gates(weights: Weights, args: argparse.Namespace, table: FigureTable) -> None:
     """Measure one sequence at a time that asks all gates for each token, and never leaves."""
     for layers in LAYERS_BETWEEN:
-        own = with_gates(weights, layers)
-        count = len(own.early_exit.positions)
+        positions = tuple(range(layers, weights.architecture.num_layers, layers))
+        own, count = with_gates(weights, positions), len(positions)
         decoder = Decoder(SegmentedModel(*own, compile_rows=True), 1, LONG_TEXT)
         settings = {"full": decoder.full, "in vain": decoder.in_vain}
         times = take_turns(settings, args.rounds)

@@ -208,8 +208,8 @@ def test_what_a_process_leaves_behind(tmp_path, name):
 
 
 def test_the_benchmark_itself_is_no_other_work(tmp_path, monkeypatch):
-    """Of two cores one was busy by the benchmark, and the other one, for half of the time, not."""
-    moments = iter([(100.0, 10.0, 50.0), (104.0, 12.5, 51.5)])
+    """In five seconds two cores were busy for 6.5 in all, 4 of which are the benchmark's."""
+    moments = iter([(100.0, 10.0, 50.0), (104.0, 12.5, 53.5)])
     own = iter([20.0, 24.0])
 
     def cpu_times():
@@ -230,7 +230,7 @@ def test_the_benchmark_itself_is_no_other_work(tmp_path, monkeypatch):
 
 
 class Times(NamedTuple):
-    """What `psutil.cpu_times` gives."""
+    """Seconds of all cores together, named as `psutil.cpu_times` names them."""
 
     user: float
     system: float

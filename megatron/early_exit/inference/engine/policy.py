@@ -32,9 +32,9 @@ _OFTEN = 0.7
 simulations with measured times."""
 _FEW = 8
 """So few sequences are too few to leave some of them behind for a batch of their own later, where
-gates are asked on the way: in simulations with measured times no schedule was better than to take
-all of them to the end by more than 1 % on a CPU, and by more than 6 % where weights take nearly all
-of the time."""
+gates are asked on the way: by the measured times of a CPU no schedule is better by more than 1 %
+than to take all of them to the end, and by more than 7 % where reading weights takes nearly all of
+the time (`tests/unit/benchmarks/test_best_schedule.py`)."""
 _SLACK = 0.02
 """Where it makes so little difference, heads are asked early: what is expected is not certain. But
 not where exits hardly ever give a token: that much is certain, and each question is a step more."""

@@ -237,7 +237,7 @@ class Scheduler:
                 index,
                 self.num_segments,
                 [one.rates for one in group],
-                # Who asks nothing takes what the others do.
+                # A sequence that asks no exit is like either kind: it never leaves early.
                 propagates=[one.propagates or not one.asked for one in group],
                 gated=[one.asks_gates or not one.asked for one in group],
             )
